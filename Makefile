@@ -1,0 +1,82 @@
+# Every target does its own set-up: a virtual environment in .venv with pinned packages. A second call starts at once.
+#
+#   make demo        the main job on real data
+#   make test        all tests that need no GPU
+#   make test-fast   the same without those marked slow
+#   make lint        ruff, formatting, mypy
+#   make setup PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPECHECK := build/typecheck
+LOCK := build/lock
+
+# One thread for each test worker: two workers with a thread per core each would slow each other down.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
+
+.PHONY: help setup demo test test-fast lint typecheck format lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "No '$(PYTHON)' on the path: install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ffebm-compiler needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1). Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: its ensurepip or venv module is missing." >&2; \
+	  echo "On Debian and Ubuntu: sudo apt install python3-venv. Elsewhere: install a full Python, then make setup PYTHON=/path/to/it" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && "$(PYTHON)" -m venv $(VENV); }
+	@echo "Installing the pinned packages into $(VENV) (once; a few minutes)"
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/ffebm demo
+
+# -P: without it the repository root is on the path, and `import passes` finds a second copy of ffebm_compiler.passes.
+test: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu" -n $(WORKERS)
+
+test-fast: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu and not slow" -n $(WORKERS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	@$(MAKE) --no-print-directory typecheck
+
+# mypy does not know that passes/ and runtime/ are subpackages of ffebm_compiler: it sees a tree of links in which they are.
+typecheck: $(STAMP)
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/ffebm_compiler
+	@ln -s $(foreach path,$(wildcard ffebm_compiler/*) passes runtime,"$(CURDIR)/$(path)") $(TYPECHECK)/ffebm_compiler/
+	cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p ffebm_compiler
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# Rewrites constraints.txt from a fresh environment with the newest packages that the ranges of pyproject.toml
+# allow, torch excepted: a newer torch is chosen on purpose (make lock TORCH=...).
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+lock:
+	rm -rf $(LOCK) && "$(PYTHON)" -m venv $(LOCK)
+	$(LOCK)/bin/python -m pip install --quiet $(PIP_ARGS) 'setuptools>=77' 'torch==$(TORCH)'
+	$(LOCK)/bin/python -m pip install --quiet $(PIP_ARGS) --no-build-isolation '.[dev]' 'torch==$(TORCH)'
+	{ echo "# Exact versions that CI installs; written by \`make lock\`. The ranges for users are in pyproject.toml."; \
+	  $(LOCK)/bin/python -m pip freeze --all --exclude pip --exclude ffebm-compiler | sed 's/+cpu$$//'; } > $(LOCK)/constraints.txt
+	mv $(LOCK)/constraints.txt constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""ffebm-compiler: from PyTorch networks to feedforward-tied energy-based models.
+
+import ffebm_compiler as ffebm
+
+hybrid = ffebm.convert(model, example_inputs)
+loss_fn(hybrid(x), y).backward()
+"""
+
+from ffebm_compiler.checks import Comparison, GradientReport, check_gradients
+from ffebm_compiler.convert import convert, plan
+from ffebm_compiler.errors import (
+    CaptureError,
+    ConvergenceError,
+    ConvergenceWarning,
+    ExportError,
+    FFEBMError,
+    FFEBMWarning,
+    GradientError,
+    HardwareError,
+    InputError,
+    NotYetError,
+    PlanError,
+    UnsupportedError,
+)
+from ffebm_compiler.hardware import Hardware, hardware_presets
+from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.plan import Plan
+from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
+from ffebm_compiler.runtime.solvers import Anderson, GaussSeidel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anderson",
+    "CaptureError",
+    "Comparison",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "EquilibriumPropagation",
+    "ExportError",
+    "FFEBMError",
+    "FFEBMWarning",
+    "GaussSeidel",
+    "GradientError",
+    "GradientReport",
+    "Hardware",
+    "HardwareError",
+    "HybridModel",
+    "ImplicitDifferentiation",
+    "InputError",
+    "NotYetError",
+    "Plan",
+    "PlanError",
+    "Unrolled",
+    "UnsupportedError",
+    "check_gradients",
+    "convert",
+    "hardware_presets",
+    "plan",
+]

@@ -1,0 +1,412 @@
+"""`HybridModel`: what `convert` returns.
+
+It owns the source's parameters and buffers under the source's names (they are registered on it
+exactly as on the source) and runs the lowered graph of energy and feedforward blocks on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from ffebm_compiler.errors import FFEBMError, InputError, NotYetError, UnsupportedError
+from ffebm_compiler.plan import BlockPlan, Plan
+from ffebm_compiler.runtime.block import EnergyBlock, Equilibrium
+from ffebm_compiler.runtime.gradients import Estimator, estimator_of
+from ffebm_compiler.runtime.loop_gain import Certificate
+from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.signature import CallForm
+
+if TYPE_CHECKING:
+    from ffebm_compiler.checks import Comparison
+    from ffebm_compiler.ir import Program
+    from ffebm_compiler.passes.lower import Lowered
+
+__all__ = ["BoundBlock", "HybridModel"]
+
+_RUN = "_ffebm"
+"""Name under which the lowered graph is registered; it holds no tensor of the state."""
+
+
+class BoundBlock:
+    """An energy block of a hybrid, with the hybrid's present weights filled in."""
+
+    def __init__(self, hybrid: HybridModel, module: EnergyBlock, plan: BlockPlan) -> None:
+        self._hybrid = hybrid
+        self.module = module
+        self.plan = plan
+
+    def __repr__(self) -> str:
+        """Name, layers and loop gain."""
+        return f"BoundBlock({self.name}: {', '.join(self.layers)}; loop gain {self.loop_gain:.3g})"
+
+    @property
+    def name(self) -> str:
+        """Its name in the plan."""
+        return self.plan.name
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Module paths of its layers."""
+        return self.plan.layers
+
+    @property
+    def states(self) -> tuple[Tensor, ...]:
+        """s_l of the last forward, batch first, one per state of the block; empty before the first."""
+        return self.module.states
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Module path of the layer that each state belongs to."""
+        return tuple(layer.name for layer in self.module.program.layers)
+
+    @property
+    def loop_gain(self) -> float:
+        """κ = ρ² at the present feedback; 0 for a block without feedback."""
+        return self.module.loop_gain
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """Norms, scales and spectral radius; None for a block without feedback."""
+        return self.module.certificate
+
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """Its present weights and biases, in the order in which it takes them."""
+        return self._hybrid.operands_of(self.name)[1]
+
+    def _inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        slots = self._hybrid.operands_of(self.name)[0]
+        given = iter(inputs)
+        open_slots = sum(slot is None for slot in slots)
+        if len(inputs) != open_slots:
+            raise InputError(
+                f"{self.name} takes {open_slots} inputs ({', '.join(self.plan.inputs)}), got {len(inputs)}: pass what "
+                "enters the block, batch first"
+            )
+        return [next(given) if slot is None else slot for slot in slots]
+
+    def settle(self, *inputs: Tensor) -> Equilibrium:
+        """The equilibrium for inputs of the block (batch first), without gradients.
+
+        Raises:
+            InputError: for another number of inputs.
+            ConvergenceError: where it does not settle.
+        """
+        return self.module.settle(self._inputs(inputs), self.weights)
+
+    def energy(
+        self, *inputs: Tensor, states: Sequence[Tensor], preactivations: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """E(s; θ, x) = Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩], summed over the batch (dimensionless scalar).
+
+        Raises:
+            InputError: for another number of inputs or states.
+            UnsupportedError: for a non-monotone activation without `preactivations`.
+        """
+        return self.module.energy(self._inputs(inputs), self.weights, states, preactivations)
+
+
+class HybridModel(nn.Module):
+    """A feedforward-tied energy-based model: the source's forward signature and `state_dict`.
+
+    `forward` settles each energy block and runs each feedforward block; `backward` of a loss
+    chains the blocks' gradient estimators with autograd (BP-EP chaining, Nest & Ernoult 2024,
+    arXiv 2409.03306). Any optimizer, AMP and DistributedDataParallel work on it as on the source.
+    """
+
+    def __init__(self, program: Program, plan: Plan, lowered: Lowered) -> None:
+        super().__init__()
+        source = program.source
+        # The same dictionaries: what `.to()` or an optimizer changes here, changes in the source copy.
+        self.__dict__["_parameters"] = source._parameters
+        self.__dict__["_buffers"] = source._buffers
+        self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
+        self._modules.update(source._modules)
+        self._modules[_RUN] = lowered.graph_module
+        self.__dict__["_source"] = source
+        self._plan = plan
+        self._energy = dict(lowered.energy)
+        self._feedforward = dict(lowered.feedforward)
+        self._call_form = CallForm.of(program)
+        self._lifted = tuple(program.lifted.values())
+        self.training = source.training
+        for block in lowered.feedforward.values():
+            for module in block.modules():
+                if module.__dict__.get("_owner") is source:
+                    module.__dict__["_owner"] = self
+        for energy_block in lowered.energy.values():
+            for layer in energy_block.program.layers:
+                for instruction in layer.instructions:
+                    rebound = getattr(instruction.operator, "source", None)
+                    if isinstance(rebound, nn.Module) and rebound.__dict__.get("_owner") is source:
+                        rebound.__dict__["_owner"] = self
+        self.__signature__ = inspect.signature(source.forward) if type(source) is not nn.Module else None
+
+    # -- structure ---------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The partition that this model runs."""
+        return self._plan
+
+    @property
+    def blocks(self) -> tuple[BoundBlock, ...]:
+        """The energy blocks, in the plan's order."""
+        return tuple(BoundBlock(self, self._energy[block.name], block) for block in self._plan.blocks)
+
+    @property
+    def feedforward_blocks(self) -> Mapping[str, nn.Module]:
+        """The digital parts by name."""
+        return self._feedforward
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A submodule by the source's path, also where the path starts with `blocks` or `plan`."""
+        module: nn.Module = self
+        for part in target.split(".") if target else ():
+            child = module._modules.get(part)
+            if child is None:
+                raise AttributeError(f"the model has no module {target!r}")
+            module = child
+        return module
+
+    # -- running -----------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The source's forward, with energy blocks at equilibrium.
+
+        Raises:
+            InputError: for inputs that do not have the captured structure, rank, fixed sizes or
+                kind of dtype, or that hold NaN.
+            ConvergenceError: where a block does not settle.
+        """
+        leaves = self._call_form.leaves(args, kwargs)
+        outputs = self._modules[_RUN](*self._tensors(), *leaves)  # type: ignore[misc]
+        return self._call_form.result(outputs)
+
+    def _tensors(self) -> list[Tensor]:
+        """The source's parameters and buffers that the graph reads, in its order."""
+        tensors = []
+        for name in self._lifted:
+            path, _, leaf = name.rpartition(".")
+            module = self.get_submodule(path)
+            value = module._parameters.get(leaf)
+            tensors.append(value if value is not None else module._buffers[leaf])
+        return tensors  # type: ignore[return-value]
+
+    def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """(inputs, weights) of an energy block; an input that depends on the network's is None."""
+        run = self._modules[_RUN]
+        assert isinstance(run, fx.GraphModule)
+        call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
+        known: dict[fx.Node, Tensor | None] = {}
+        placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
+        known.update(zip(placeholders, self._tensors(), strict=False))
+        count = self._energy[name].program.inputs
+        values = tuple(_static_value(run, node, known) for node in call.args)
+        return values[:count], values[count:]
+
+    def configure(self, *, feedback: float | str, estimator: Estimator, solver: Solver | None) -> None:
+        """Set feedback, estimator and solver of every block, without measuring anything."""
+        for block in self._energy.values():
+            block.feedback = feedback
+            block.estimator = estimator
+            block.solver = solver
+
+    @contextmanager
+    def feedforward_mode(self) -> Iterator[None]:
+        """Run every block without feedback: the source's own function."""
+        before = {name: block.enabled for name, block in self._energy.items()}
+        try:
+            for block in self._energy.values():
+                block.enabled = False
+            yield
+        finally:
+            for name, enabled in before.items():
+                self._energy[name].enabled = enabled
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        flags = {module: module.training for module in self.modules()}
+        try:
+            self.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, tuple[tuple[Any, ...], tuple[Tensor, ...]]]]:
+        """Record (operands, outputs) of every energy block while the context is open."""
+        record: dict[str, tuple[tuple[Any, ...], tuple[Tensor, ...]]] = {}
+
+        def keep(module: nn.Module, operands: tuple[Any, ...], outputs: Any) -> None:
+            assert isinstance(module, EnergyBlock)
+            record[module.name] = (operands, outputs)
+
+        hooks = [block.register_forward_hook(keep) for block in self._energy.values()]
+        try:
+            yield record
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def calibrate(self, *args: Any, **kwargs: Any) -> None:
+        """Measure the loop gain of every block at these inputs' shapes."""
+        with self._evaluating(), self.feedforward_mode(), self.recording() as record:
+            self(*args, **kwargs)
+        for name, (operands, _) in record.items():
+            block = self._energy[name]
+            block.calibrate(operands[: block.program.inputs], operands[block.program.inputs :])
+
+    def recertify(self) -> None:
+        """Measure the loop gains of the present weights and set the feedback again.
+
+        Call it after training by hand; `load_state_dict` does it by itself.
+        """
+        for name, block in self._energy.items():
+            block.recertify(self.operands_of(name)[1])
+
+    def verify_feedforward(self, model: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Check that with feedback off the hybrid computes what the source computes.
+
+        Raises:
+            FFEBMError: where it does not, which is a defect of the compiler.
+        """
+        source = self.__dict__["_source"]
+        if type(source) is nn.Module or self._call_form.random:
+            return
+        with self._evaluating(), self.feedforward_mode():
+            training = source.training
+            source.training = False
+            try:
+                expected = pytree.tree_leaves(source(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
+            finally:
+                source.training = training
+            found = pytree.tree_leaves(self(*args, **kwargs))
+        for want, have in zip(expected, found, strict=True):
+            if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
+                continue
+            error = float((have - want).double().norm() / want.double().norm().clamp_min(1e-12))
+            limit = {torch.float64: 1e-9, torch.float32: 1e-4}.get(want.dtype, 5e-2)
+            if not error <= limit:
+                raise FFEBMError(
+                    f"the converted graph deviates from the source by {error:.2e} (relative) with feedback off: this "
+                    "is a defect of the compiler, please report the model"
+                )
+
+    # -- settings ----------------------------------------------------------------------------
+
+    def set_gradient(self, gradient: str | Estimator) -> None:
+        """Choose the gradient estimator: `"ep"`, `"implicit"`, `"unrolled"` or an object."""
+        estimator = estimator_of(gradient)
+        for block in self._energy.values():
+            block.estimator = estimator
+
+    def set_feedback(self, feedback: float | str) -> None:
+        """Set the loop gain κ of every block, in (0, 1), or `"symmetric"`."""
+        from ffebm_compiler.convert import check_feedback
+
+        value = check_feedback(feedback)
+        for block in self._energy.values():
+            block.set_feedback(value)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a `state_dict` with the source's keys, and certify the blocks for its weights."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        self.recertify()
+        return result
+
+    # -- reports -----------------------------------------------------------------------------
+
+    def compare(self, *args: Any, **kwargs: Any) -> Comparison:
+        """Deviation from the source network, per block and at the output, for given inputs."""
+        from ffebm_compiler.checks import compare
+
+        return compare(self, args, kwargs)
+
+    def summary(self) -> str:
+        """The plan, and loop gain, sweeps, solver and estimator of every block, as text."""
+        from ffebm_compiler.text import summary_text
+
+        return summary_text(self)
+
+    def cost_report(self) -> Any:
+        """Modelled energy and latency per block."""
+        raise NotYetError("cost_report() is announced but not built yet: plan.blocks has tiles and conversions")
+
+    def to_digital(self) -> nn.Module:
+        """A plain module of the source's class with the present weights.
+
+        Raises:
+            UnsupportedError: where the source was an `ExportedProgram`, which has no module class.
+        """
+        source = self.__dict__["_source"]
+        if type(source) is nn.Module:
+            raise UnsupportedError(
+                "the source was an ExportedProgram, which has no eager module: load hybrid.state_dict() into yours"
+            )
+        digital: nn.Module = copy.deepcopy(source)
+        digital.training = self.training
+        return digital
+
+    def save_svg(self, path: str | Path) -> None:
+        """Draw the partition as an SVG picture; an existing file is replaced."""
+        from ffebm_compiler.drawing import save_svg
+
+        save_svg(self._plan, path)
+
+    def save_html(self, path: str | Path) -> None:
+        """Draw the partition as one self-contained HTML page; an existing file is replaced."""
+        from ffebm_compiler.drawing import save_html
+
+        save_html(self._plan, path)
+
+    def _repr_html_(self) -> str:
+        from ffebm_compiler.drawing import svg_text
+
+        return svg_text(self._plan)
+
+    def export_onnx(self, path: str | Path, parts: str | None = None) -> Path:
+        """Export the digital parts (`parts="digital"`) as ONNX files with a manifest, into a folder."""
+        from ffebm_compiler.onnx_export import export_digital
+
+        if parts is None:
+            raise NotYetError("the whole hybrid as one ONNX file is not built yet: use parts='digital'")
+        if parts != "digital":
+            raise InputError(f"parts is {parts!r}; expected 'digital', or nothing for the whole hybrid")
+        return export_digital(self, Path(path))
+
+    def save(self, path: str | Path) -> None:
+        """Save plan and weights."""
+        raise NotYetError(
+            "save() is announced but not built yet: use torch.save(hybrid.state_dict(), ...) and plan.to_json()"
+        )
+
+
+def _static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    """Value of a node that depends on parameters alone; None for one that depends on the inputs."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node in known:
+        return known[node]
+    value: Tensor | None = None
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(run)
+    elif node.op == "call_function" and node.target is not operator.getitem:
+        operands = {operand: _static_value(run, operand, known) for operand in node.all_input_nodes}
+        if all(operand is not None for operand in operands.values()):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+    known[node] = value
+    return value

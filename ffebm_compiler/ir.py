@@ -1,0 +1,267 @@
+"""The intermediate representation: what every pass reads and writes.
+
+Grammar. A captured network is a `Program`: a `torch.fx` graph in one dialect (ATen overloads
+from `torch.export`, without in-place operations), whose placeholders are the source's
+parameters, buffers, constants and inputs, in that order. Each node carries one typed record,
+`NodeInfo`, under one meta key; `info(node)` reads it and `annotate` writes it.
+
+    role        what the node is                                                 joins a block
+    ----------  ---------------------------------------------------------------  --------------
+    LIFTED      placeholder of a parameter, a buffer or a constant               no
+    INPUT       placeholder of an input of the network                           no
+    SHAPE       an integer computed from shapes; copied to where it is used      no
+    STATIC      computed from parameters, buffers and constants alone            no
+    WEIGHT      a map, linear in one dynamic value, by a static weight           starts or joins
+    ACTIVATION  elementwise, with an energy potential                            joins
+    WIRING      linear without weights (add, reshape, pooling, dropout)          joins
+    DIGITAL     everything else                                                  no
+    OUTPUT      the output node                                                  no
+
+The partition works on plain data, `OperationGraph`: the dynamic nodes (WEIGHT, ACTIVATION,
+WIRING, DIGITAL) in topological order, each an `Operation` with its sizes. It knows nothing of
+fx or torch, and is stored in the plan.
+
+Invariants, checked by `verify`: nodes are in topological order, names are unique, every
+operand of an operation is an input of the network or an earlier operation.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ffebm_compiler.errors import FFEBMError
+
+__all__ = [
+    "KEY",
+    "NodeInfo",
+    "Operation",
+    "OperationGraph",
+    "Program",
+    "Role",
+    "info",
+    "module_path",
+    "set_info",
+]
+
+KEY = "ffebm"
+
+
+class Role(enum.StrEnum):
+    """What a node is to the compiler; the table at the top of this module."""
+
+    LIFTED = "lifted"
+    INPUT = "input"
+    SHAPE = "shape"
+    STATIC = "static"
+    WEIGHT = "weight"
+    ACTIVATION = "activation"
+    WIRING = "wiring"
+    DIGITAL = "digital"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """The one record that every node of a captured graph carries."""
+
+    role: Role
+    path: str
+    """Module path of the innermost module that ran the operation; `""` is the model itself."""
+    reason: str
+    """Why the node has its role, as a sentence fragment for people."""
+    kind: str = ""
+    """WEIGHT: linear, conv, ...; WIRING: add, reshape, ...; ACTIVATION: relu, ..."""
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """The record of an annotated node."""
+    record = node.meta.get(KEY)
+    if not isinstance(record, NodeInfo):
+        raise FFEBMError(f"node {node.name!r} was not annotated: run the annotate pass first")
+    return record
+
+
+def set_info(node: fx.Node, record: NodeInfo) -> None:
+    """Write a node's record."""
+    node.meta[KEY] = record
+
+
+def module_path(node: fx.Node) -> str:
+    """Module path of the innermost module of a node, from `nn_module_stack`.
+
+    A module that is called a second time is exported as `path@1`; the suffix is removed, since
+    it is the same module.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for key, value in stack.items():
+        if not key.startswith("L__self__"):
+            continue
+        name = value[0] if isinstance(value, tuple) else str(value)
+        path = ".".join(part.split("@")[0] for part in str(name).split("."))
+    return path
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One dynamic operation of the network, as the partition sees it."""
+
+    name: str
+    role: Role
+    path: str
+    target: str
+    """Name of the operation, e.g. `conv2d`."""
+    inputs: tuple[str, ...]
+    """Names of the inputs or operations it reads, each once."""
+    values: int
+    """Values per sample that it produces."""
+    shape: tuple[int | None, ...] = ()
+    """Shape of what it produces; None is the batch."""
+    reason: str = ""
+    kind: str = ""
+    weights: tuple[str, ...] = ()
+    """Names of the source's parameters that it reads, also through static operations."""
+    rows: int = 0
+    """Rows of the weight matrix of one group."""
+    cols: int = 0
+    """Columns of the weight matrix of one group."""
+    groups: int = 1
+    positions: int = 1
+    """Applications of the matrix per sample: output positions of a convolution, tokens of a linear."""
+    bias: bool = False
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample: rows · cols · groups · positions."""
+        return self.rows * self.cols * self.groups * self.positions
+
+
+@dataclass(frozen=True)
+class OperationGraph:
+    """The dynamic operations of a network, in topological order, with its inputs and outputs."""
+
+    inputs: Mapping[str, int]
+    """Name of each input tensor and its values per sample."""
+    operations: tuple[Operation, ...]
+    outputs: tuple[str, ...]
+    _index: dict[str, Operation] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the invariants."""
+        known = set(self.inputs)
+        for operation in self.operations:
+            if operation.name in known:
+                raise FFEBMError(f"operation {operation.name!r} appears twice in the graph")
+            missing = [name for name in operation.inputs if name not in known]
+            if missing:
+                raise FFEBMError(f"operation {operation.name!r} reads {missing[0]!r} before it exists")
+            known.add(operation.name)
+            self._index[operation.name] = operation
+        missing = [name for name in self.outputs if name not in known]
+        if missing:
+            raise FFEBMError(f"the output reads {missing[0]!r}, which does not exist")
+
+    def __getitem__(self, name: str) -> Operation:
+        """The operation of that name."""
+        return self._index[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is an operation of that name."""
+        return name in self._index
+
+    def values(self, name: str) -> int:
+        """Values per sample of an operation or an input."""
+        return self._index[name].values if name in self._index else self.inputs[name]
+
+    def users(self) -> dict[str, list[str]]:
+        """For each input and operation, the operations that read it."""
+        users: dict[str, list[str]] = {name: [] for name in self.inputs}
+        for operation in self.operations:
+            users[operation.name] = []
+            for name in operation.inputs:
+                users[name].append(operation.name)
+        return users
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON values."""
+        return {
+            "inputs": dict(self.inputs),
+            "operations": [asdict(operation) for operation in self.operations],
+            "outputs": list(self.outputs),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> OperationGraph:
+        """The inverse of `to_dict`."""
+        operations = []
+        for item in data["operations"]:
+            fields = dict(item)
+            fields["role"] = Role(fields["role"])
+            for key in ("inputs", "shape", "weights"):
+                fields[key] = tuple(fields[key])
+            operations.append(Operation(**fields))
+        return cls(dict(data["inputs"]), tuple(operations), tuple(data["outputs"]))
+
+
+@dataclass
+class Program:
+    """A captured network: the graph, and the private copy of the source that owns its tensors."""
+
+    graph_module: fx.GraphModule
+    source: nn.Module
+    """A copy of the source: its parameters, buffers, names and training flags."""
+    lifted: dict[str, str]
+    """Placeholder name -> name of the parameter or buffer in the source."""
+    constants: dict[str, torch.Tensor]
+    """Placeholder name -> tensor that the source holds outside its state."""
+    inputs: tuple[str, ...]
+    """Placeholder names of the flattened inputs, in order (tensors and others)."""
+    in_spec: Any
+    out_spec: Any
+    batch_symbol: str | None
+    """The symbol of the batch size, or None where it is fixed."""
+    batch_hint: int
+    notes: list[str] = field(default_factory=list)
+    """What the person should know: one sentence each."""
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The fx graph."""
+        return self.graph_module.graph
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence to the report, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def owner(self, node: fx.Node) -> nn.Module:
+        """The module of the private copy that ran a node."""
+        path = module_path(node)
+        try:
+            return self.source.get_submodule(path)
+        except AttributeError:
+            return self.source
+
+
+def verify(program: Program) -> None:
+    """Check the invariants of a program after a pass.
+
+    Raises:
+        FFEBMError: naming the node that breaks one.
+    """
+    seen: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand not in seen:
+                raise FFEBMError(f"node {node.name!r} uses {operand.name!r} before it is computed")
+        seen.add(node)
+    placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    expected = [*program.lifted, *program.constants, *program.inputs]
+    if sorted(placeholders) != sorted(expected):
+        raise FFEBMError(f"placeholders {placeholders} do not match the program's inputs {expected}")

@@ -1,0 +1,317 @@
+"""Plans: the partition of a network as data.
+
+A `Plan` says which operation is in which energy block, what each block takes of the hardware and
+what crosses its converters, and why every digital operation is digital. It holds the operations
+it was made of, so that it can be printed, stored, compared and edited without the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffebm_compiler.errors import NotYetError, PlanError
+from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.ir import Operation, OperationGraph, Role
+
+if TYPE_CHECKING:
+    import networkx
+
+__all__ = ["BlockPlan", "DigitalPart", "Placement", "Plan", "PlanOptions", "fingerprint"]
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One energy block."""
+
+    name: str
+    layers: tuple[str, ...]
+    """Module paths of its weight-stationary layers, in topological order."""
+    weights: tuple[str, ...]
+    """Names of the parameters that its layers read."""
+    operations: tuple[str, ...]
+    inputs: tuple[str, ...]
+    """Operations or network inputs whose values are converted into the block."""
+    outputs: tuple[str, ...]
+    tiles: int
+    dac: int
+    """Values per sample that enter through DACs."""
+    adc: int
+    """Values per sample that leave through ADCs."""
+    neurons: int
+    macs: int
+    """Multiply-accumulates per sample of one pass through its layers."""
+
+    @property
+    def conversions(self) -> int:
+        """DAC and ADC values per sample."""
+        return self.dac + self.adc
+
+
+@dataclass(frozen=True)
+class DigitalPart:
+    """One feedforward block."""
+
+    name: str
+    operations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a parameter went."""
+
+    block: str | None
+    """Name of the energy block, or None where it stays digital."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The settings of `convert` that decide the graph and the partition."""
+
+    block_ops: tuple[str, ...] = ("add", "reshape")
+    fold_batchnorm: bool = False
+    force_digital: tuple[str, ...] = ()
+    force_analog: tuple[str, ...] = ()
+
+
+def fingerprint(graph: OperationGraph) -> str:
+    """A digest of the operations and their sizes, by which a plan knows its model."""
+    text = json.dumps(graph.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The partition of one network for one hardware."""
+
+    model: str
+    hardware: Hardware
+    options: PlanOptions
+    blocks: tuple[BlockPlan, ...]
+    digital_parts: tuple[DigitalPart, ...]
+    weights: Mapping[str, Placement]
+    """Every parameter of two or more dimensions."""
+    rejected: Mapping[str, str]
+    """Module path of every weight-stationary layer that stayed digital -> why."""
+    notes: tuple[str, ...]
+    modules: tuple[str, ...]
+    graph: OperationGraph
+    fingerprint: str = ""
+    _home: dict[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Index the operations by block or part."""
+        for block in self.blocks:
+            self._home.update(dict.fromkeys(block.operations, block.name))
+        for part in self.digital_parts:
+            self._home.update(dict.fromkeys(part.operations, part.name))
+
+    def home(self, operation: str) -> str:
+        """Name of the block or digital part of an operation."""
+        return self._home[operation]
+
+    def block(self, name: str) -> BlockPlan:
+        """The block of that name.
+
+        Raises:
+            PlanError: if there is none.
+        """
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        raise PlanError(f"the plan has no block {name!r}; it has {', '.join(b.name for b in self.blocks)}")
+
+    @property
+    def conversions(self) -> int:
+        """DAC and ADC values per sample, over all blocks."""
+        return sum(block.conversions for block in self.blocks)
+
+    @property
+    def analog_macs(self) -> int:
+        """Multiply-accumulates per sample in energy blocks."""
+        return sum(block.macs for block in self.blocks)
+
+    @property
+    def total_macs(self) -> int:
+        """Multiply-accumulates per sample in weight-stationary layers."""
+        return sum(operation.macs for operation in self.graph.operations if operation.role is Role.WEIGHT)
+
+    def explain(self, path: str) -> str:
+        """One sentence on a module path or a parameter name.
+
+        Raises:
+            PlanError: if the model has neither, with the closest names.
+        """
+        if path in self.weights:
+            placement = self.weights[path]
+            return (
+                f"analog, {placement.block}: {placement.reason}" if placement.block else f"digital: {placement.reason}"
+            )
+        if path not in self.modules:
+            close = difflib.get_close_matches(path, [*self.modules, *self.weights], n=3)
+            hint = (
+                f"; did you mean {', '.join(close)}?" if close else "; module paths are those of model.named_modules()"
+            )
+            raise PlanError(f"the model has no module or weight {path!r}{hint}")
+        inside = [op for op in self.graph.operations if op.path == path]
+        layers = [op for op in inside if op.role is Role.WEIGHT]
+        if layers:
+            inside = layers
+        if not inside:
+            return self._explain_container(path)
+        sentences = dict.fromkeys(self._explain_operation(op) for op in inside)
+        return "; ".join(sentences)
+
+    def _explain_operation(self, operation: Operation) -> str:
+        home = self.home(operation.name)
+        if any(home == block.name for block in self.blocks):
+            block = self.block(home)
+            if operation.role is Role.WEIGHT:
+                others = len(block.layers) - 1
+                company = f"with {others} other layer{'s' if others > 1 else ''}" if others else "on its own"
+                return f"analog, {home}: {operation.kind} of {operation.rows}x{operation.cols}, settles {company}"
+            return f"analog, {home}: {operation.reason}"
+        if operation.role is Role.WEIGHT:
+            return f"digital: {self.rejected.get(operation.path or operation.name, operation.reason)}"
+        return f"digital: {self._digital_reason(operation)}"
+
+    def _digital_reason(self, operation: Operation) -> str:
+        if operation.role is Role.WIRING:
+            allowed = operation.kind in (*self.options.block_ops, "copy", "dropout")
+            return (
+                f"{operation.target} is not between two layers of one block"
+                if allowed
+                else f"{operation.target} is wiring of kind {operation.kind!r}, which block_ops does not list"
+            )
+        if operation.role is Role.ACTIVATION:
+            return f"{operation.target} follows no layer of a block"
+        return operation.reason
+
+    def _explain_container(self, path: str) -> str:
+        prefix = f"{path}." if path else ""
+        below = [op for op in self.graph.operations if op.path.startswith(prefix)]
+        if not below:
+            return "digital: it runs no operation of its own in the captured graph"
+        analog = sum(any(self.home(op.name) == block.name for block in self.blocks) for op in below)
+        homes = dict.fromkeys(self.home(op.name) for op in below)
+        names = ", ".join(list(homes)[:6]) + (", ..." if len(homes) > 6 else "")
+        return f"{'analog and digital' if 0 < analog < len(below) else 'analog' if analog else 'digital'}: {len(below)} operations in {names}"
+
+    def move(self, path: str, where: str) -> Plan:
+        """A new, validated plan with a layer moved."""
+        raise NotYetError(
+            "Plan.move is not built yet: use force_digital / force_analog of plan() and convert() until it is"
+        )
+
+    def to_networkx(self) -> networkx.DiGraph[str]:
+        """The quotient DAG: a node per block and digital part, values per sample on the edges."""
+        import networkx
+
+        quotient: networkx.DiGraph[str] = networkx.DiGraph()
+        for block in self.blocks:
+            quotient.add_node(block.name, domain="analog", layers=list(block.layers), tiles=block.tiles)
+        for part in self.digital_parts:
+            quotient.add_node(part.name, domain="digital", operations=list(part.operations))
+        for name, values in self.graph.inputs.items():
+            quotient.add_node(name, domain="input", values=values)
+        for operation in self.graph.operations:
+            home = self.home(operation.name)
+            for source in operation.inputs:
+                origin = self._home.get(source, source)
+                if origin == home:
+                    continue
+                if not quotient.has_edge(origin, home):
+                    quotient.add_edge(origin, home, tensors={}, values=0)
+                edge = quotient.edges[origin, home]
+                if source not in edge["tensors"]:
+                    edge["tensors"][source] = list(self.graph[source].shape) if source in self.graph else []
+                    edge["values"] += self.graph.values(source)
+        return quotient
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON values."""
+        return {
+            "schema": _SCHEMA,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "hardware": self.hardware.to_dict(),
+            "options": asdict(self.options),
+            "blocks": [asdict(block) for block in self.blocks],
+            "digital_parts": [asdict(part) for part in self.digital_parts],
+            "weights": {name: asdict(placement) for name, placement in self.weights.items()},
+            "rejected": dict(self.rejected),
+            "notes": list(self.notes),
+            "modules": list(self.modules),
+            "graph": self.graph.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            PlanError: where a key is missing or malformed, or the schema is another.
+        """
+        if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA:
+            found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
+            raise PlanError(f"not a plan of schema {_SCHEMA} (found {found!r}): make it again with ffebm.plan()")
+        try:
+            return cls(
+                model=data["model"],
+                hardware=Hardware.from_dict(data["hardware"]),
+                options=PlanOptions(**_tuples(data["options"])),
+                blocks=tuple(BlockPlan(**_tuples(item)) for item in data["blocks"]),
+                digital_parts=tuple(DigitalPart(**_tuples(item)) for item in data["digital_parts"]),
+                weights={name: Placement(**item) for name, item in data["weights"].items()},
+                rejected=dict(data["rejected"]),
+                notes=tuple(data["notes"]),
+                modules=tuple(data["modules"]),
+                graph=OperationGraph.from_dict(data["graph"]),
+                fingerprint=data["fingerprint"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"the plan is malformed ({type(error).__name__}: {error}): make it again") from error
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the plan; an existing file is replaced.
+
+        Raises:
+            PlanError: where the path cannot be written.
+        """
+        try:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"the plan cannot be written to {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PlanError: where the file cannot be read, is no JSON or no plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from error
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        """A table that is enough in a terminal."""
+        from ffebm_compiler.text import plan_text
+
+        return plan_text(self)
+
+
+def _tuples(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}

@@ -1,0 +1,146 @@
+"""How a hybrid is called: the captured structure of its inputs and outputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ffebm_compiler.errors import InputError
+
+if TYPE_CHECKING:
+    from ffebm_compiler.ir import Program
+
+__all__ = ["CallForm"]
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What one leaf of the inputs must be."""
+
+    name: str
+    shape: tuple[int | None, ...] | None
+    """Sizes, None where free; None as a whole for what is no tensor."""
+    floating: bool
+    constant: object
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """The inputs that a captured graph takes and the outputs that it gives."""
+
+    in_spec: Any
+    out_spec: Any
+    inputs: tuple[_Leaf, ...]
+    names: tuple[str, ...]
+    """Names of the forward's parameters, in order; empty where it takes any."""
+    random: bool
+    """Whether the graph draws random numbers even in eval mode."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> CallForm:
+        """Itself: it never changes."""
+        return self
+
+    @classmethod
+    def of(cls, program: Program) -> CallForm:
+        """The call form of a captured program."""
+        leaves = []
+        for node in program.graph.nodes:
+            if node.op != "placeholder" or node.name not in program.inputs:
+                continue
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                shape = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
+                leaves.append(_Leaf(node.name, shape, value.is_floating_point(), None))
+            else:
+                leaves.append(_Leaf(node.name, None, False, value))
+        random = any(
+            isinstance(node.target, torch._ops.OpOverload)
+            and torch.Tag.nondeterministic_seeded in node.target.tags
+            and "attention" not in node.name
+            for node in program.graph.nodes
+        )
+        names: tuple[str, ...] = ()
+        if type(program.source) is not nn.Module:
+            parameters = inspect.signature(program.source.forward).parameters.values()
+            if all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
+                names = tuple(p.name for p in parameters)
+        return cls(program.in_spec, program.out_spec, tuple(leaves), names, random)
+
+    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The flat inputs of a call.
+
+        Raises:
+            InputError: where structure, rank, a fixed size or the kind of dtype differs, or for NaN.
+        """
+        flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if spec != self.in_spec:
+            args, kwargs = self._arrange(args, kwargs)
+            flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        if spec != self.in_spec or len(flat) != len(self.inputs):
+            raise InputError(
+                f"the inputs have another structure than the captured ones: got {_describe(args, kwargs)}, expected "
+                f"{', '.join(f'{leaf.name} {_shape(leaf.shape)}' for leaf in self.inputs)}; convert again with "
+                "example inputs of this structure"
+            )
+        for value, leaf in zip(flat, self.inputs, strict=True):
+            _check(value, leaf)
+        return flat
+
+    def _arrange(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with positional and keyword arguments as they were captured."""
+        captured_args, captured_kwargs = pytree.tree_unflatten([None] * self.in_spec.num_leaves, self.in_spec)
+        if not self.names or len(args) > len(self.names):
+            return args, {name: kwargs[name] for name in captured_kwargs if name in kwargs} | dict(kwargs)
+        given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        positional = self.names[: len(captured_args)]
+        ordered = tuple(given.pop(name) for name in positional if name in given)
+        return ordered, {name: given.pop(name) for name in captured_kwargs if name in given} | given
+
+    def result(self, outputs: Any) -> Any:
+        """The outputs in the source's structure."""
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def _shape(shape: tuple[int | None, ...] | None) -> str:
+    if shape is None:
+        return "(no tensor)"
+    return "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+
+
+def _describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    described = [str(tuple(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+    described += [f"{k}={tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__}" for k, v in kwargs.items()]
+    return ", ".join(described) or "nothing"
+
+
+def _check(value: Any, leaf: _Leaf) -> None:
+    if leaf.shape is None:
+        if not isinstance(value, Tensor) and value == leaf.constant:
+            return
+        raise InputError(
+            f"input {leaf.name!r} is {value!r}, but the graph was captured with {leaf.constant!r}, which became a "
+            "constant: convert again with this value as example input"
+        )
+    if not isinstance(value, Tensor):
+        raise InputError(
+            f"input {leaf.name!r} must be a tensor of shape {_shape(leaf.shape)}, got {type(value).__name__}"
+        )
+    fits = value.dim() == len(leaf.shape) and all(
+        want is None or want == have for want, have in zip(leaf.shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"input {leaf.name!r} has shape {tuple(value.shape)}, expected {_shape(leaf.shape)}: convert again with an "
+            "example of this shape, or free the dimension with dynamic_shapes"
+        )
+    if value.is_floating_point() != leaf.floating:
+        kind = "floating-point" if leaf.floating else "integer or boolean"
+        raise InputError(f"input {leaf.name!r} has dtype {value.dtype}, expected a {kind} one")
+    if leaf.floating and value.device.type == "cpu" and bool(torch.isnan(value).any()):
+        raise InputError(f"input {leaf.name!r} of shape {tuple(value.shape)} holds NaN: check the data")

@@ -1,0 +1,120 @@
+"""Tables for the terminal: plans and summaries as text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.plan import Plan
+
+__all__ = ["count", "plan_text", "summary_text", "table_text"]
+
+_WIDTH = 110
+
+
+def count(value: float) -> str:
+    """A count for people: 950, 12.3 k, 4.56 M, 7.89 G."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if value >= size:
+            return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
+    return f"{value:g}"
+
+
+def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = _WIDTH) -> str:
+    """A table as plain text; numbers to the right."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    body = [[str(cell) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        numeric = bool(body) and all(_numeric(row[index]) for row in body)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in body:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+
+def _numeric(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or cell[0] in "-+."
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan's table, the digital parts, what was rejected, and the notes."""
+    hardware = plan.hardware
+    core = "unlimited" if hardware.tiles_per_core is None else str(hardware.tiles_per_core)
+    rows = [
+        (
+            block.name,
+            ", ".join(block.layers),
+            str(block.tiles),
+            count(block.dac),
+            count(block.adc),
+            count(block.macs),
+        )
+        for block in plan.blocks
+    ]
+    share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
+    lines = [
+        f"{plan.model} on {hardware.name} ({core} tiles per core): {len(plan.blocks)} energy blocks, "
+        f"{len(plan.digital_parts)} digital parts",
+        table_text("", ("block", "layers", "tiles", "DAC", "ADC", "MACs"), rows) if rows else "no energy blocks",
+        f"conversions per sample: {plan.conversions}; analog MACs: {share:.1f} % of {count(plan.total_macs)}",
+    ]
+    for part in plan.digital_parts:
+        targets = [plan.graph[name].target for name in part.operations]
+        shown = ", ".join(f"{t} x{targets.count(t)}" if targets.count(t) > 1 else t for t in dict.fromkeys(targets))
+        lines.append(f"{part.name}: {shown}")
+    if plan.rejected:
+        lines.append("stayed digital:")
+        lines.extend(f"  {path}: {reason}" for path, reason in plan.rejected.items())
+    lines.extend(f"note: {note}" for note in plan.notes)
+    return "\n".join(lines)
+
+
+def summary_text(hybrid: HybridModel) -> str:
+    """The plan and what each block settles with."""
+    rows = []
+    for block in hybrid.blocks:
+        module = block.module
+        certificate = block.certificate
+        rtol = module._rtol(next((w.dtype for w in block.weights if w is not None), torch.float32))
+        predicted = certificate.sweeps(rtol) if certificate is not None else 0
+        rows.append(
+            (
+                block.name,
+                str(len(module.program.layers)),
+                "none" if certificate is None else f"{certificate.loop_gain:.3g}",
+                "" if certificate is None else f"{certificate.radius:.3g}",
+                "unknown" if predicted is None else str(predicted),
+                "not run" if module.last is None else str(module.last.sweeps),
+                type(module.active_solver).__name__ if certificate is not None else "none needed",
+                module.estimator.name if certificate is not None else "exact",
+                ", ".join(
+                    dict.fromkeys(
+                        layer.activation.name for layer in module.program.layers if not layer.activation.monotone
+                    )
+                ),
+            )
+        )
+    columns = (
+        "block",
+        "states",
+        "loop gain",
+        "rho",
+        "predicted",
+        "last",
+        "solver",
+        "gradient",
+        "stationary only",
+    )
+    table = table_text("equilibria (sweeps predicted and in the last forward)", columns, rows)
+    return f"{plan_text(hybrid.plan)}\n{table}"

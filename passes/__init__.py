@@ -1,0 +1,1 @@
+"""The passes of the compiler, from a captured graph to a runnable hybrid."""

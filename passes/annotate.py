@@ -1,0 +1,227 @@
+"""Annotate: every node gets a role and a reason, every dynamic node its sizes.
+
+Promise: each node of the graph carries a `NodeInfo`; the returned `OperationGraph` holds every
+dynamic node once, in topological order, with the weights it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
+from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, digital_reason, target_name
+from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
+
+__all__ = ["annotate"]
+
+
+def annotate(program: Program) -> OperationGraph:
+    """Write a `NodeInfo` on every node and return the dynamic operations with their sizes."""
+    for node in program.graph.nodes:
+        set_info(node, _classify(program, node))
+    operations = [_operation(program, node) for node in program.graph.nodes if info(node).role in _DYNAMIC]
+    inputs = {
+        node.name: _values(program, node)
+        for node in program.graph.nodes
+        if info(node).role is Role.INPUT and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    outputs = tuple(
+        dict.fromkeys(n.name for n in output.all_input_nodes if info(n).role in _DYNAMIC or n.name in inputs)
+    )
+    return OperationGraph(inputs, tuple(operations), outputs)
+
+
+_DYNAMIC = (Role.WEIGHT, Role.ACTIVATION, Role.WIRING, Role.DIGITAL)
+_FIXED = (Role.LIFTED, Role.STATIC)
+
+
+def _classify(program: Program, node: fx.Node) -> NodeInfo:
+    path = module_path(node)
+    if node.op == "output":
+        return NodeInfo(Role.OUTPUT, path, "the network's output")
+    if node.op == "placeholder":
+        if node.name in program.inputs:
+            return NodeInfo(Role.INPUT, path, "an input of the network")
+        return NodeInfo(Role.LIFTED, path, "a parameter, buffer or constant")
+    if isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat):
+        return NodeInfo(Role.SHAPE, path, "an integer computed from shapes")
+    operands = [info(operand).role for operand in node.all_input_nodes]
+    if node.op == "call_module":
+        return _classify_module(program, node, path)
+    if all(role in _FIXED for role in operands) and not _has_effect(node):
+        return NodeInfo(Role.STATIC, path, "computed from parameters alone")
+    if node.target in WEIGHTS:
+        return _classify_weight(program, node, path)
+    if _computed_sizes(node):
+        return NodeInfo(Role.DIGITAL, path, "its sizes are computed from the input's shape")
+    if node.target in WIRING:
+        kind = WIRING[node.target].kind_of(node)
+        if kind:
+            return NodeInfo(Role.WIRING, path, f"linear without weights ({kind})", kind)
+    activation = activation_of(node)
+    if activation is not None:
+        return NodeInfo(Role.ACTIVATION, path, f"{activation.name} has an energy potential", activation.name)
+    return NodeInfo(Role.DIGITAL, path, digital_reason(node))
+
+
+def _classify_module(program: Program, node: fx.Node, path: str) -> NodeInfo:
+    module = program.graph_module.get_submodule(str(node.target))
+    if isinstance(module, ReboundDropout) and module.kind != "alpha_dropout":
+        return NodeInfo(Role.WIRING, path, "dropout scales by a mask drawn once a forward", "dropout")
+    if isinstance(module, ReboundBatchNorm):
+        return NodeInfo(Role.DIGITAL, path, "batch norm is digital (fold_batchnorm=True folds it in eval mode)")
+    if isinstance(module, ReboundAttention):
+        return NodeInfo(Role.DIGITAL, path, "attention multiplies activations by activations")
+    return NodeInfo(Role.DIGITAL, path, f"{type(module).__name__} has no energy form")
+
+
+def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
+    layer = WEIGHTS[node.target]
+    value, weight, bias = layer.operands(node)
+    owner = _parameter_path(program, weight) or path
+    if info(value).role in _FIXED:
+        return NodeInfo(
+            Role.DIGITAL,
+            owner,
+            "its matrix is an activation and its vector a parameter: not weight-stationary",
+        )
+    if info(weight).role not in _FIXED:
+        return NodeInfo(Role.DIGITAL, owner, "the product of two activations is not weight-stationary")
+    if bias is not None and info(bias).role not in _FIXED:
+        return NodeInfo(Role.DIGITAL, owner, "its bias depends on the input")
+    refused = layer.refusal(node)
+    if refused:
+        return NodeInfo(Role.DIGITAL, owner, refused, "weight")
+    return NodeInfo(Role.WEIGHT, owner, f"{layer.kind} with a static weight", layer.kind)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _computed_sizes(node: fx.Node) -> bool:
+    return any(info(operand).role is Role.SHAPE for operand in node.all_input_nodes)
+
+
+def lifted_sources(node: fx.Node) -> list[fx.Node]:
+    """The placeholders of parameters and buffers that a static node is computed from."""
+    found: dict[fx.Node, None] = {}
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder":
+            found[current] = None
+        else:
+            stack.extend(reversed(current.all_input_nodes))
+    return list(found)
+
+
+def _parameter_path(program: Program, weight: fx.Node) -> str:
+    """Module path of the module that owns the weight."""
+    for source in lifted_sources(weight):
+        target = program.lifted.get(source.name, "")
+        if "." in target:
+            return target.rsplit(".", 1)[0]
+    return ""
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _tensors(node: fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    items = value if isinstance(value, list | tuple) else [value]
+    return [item for item in items if isinstance(item, torch.Tensor)]
+
+
+def _values(program: Program, node: fx.Node) -> int:
+    """Values per sample of a node: its elements divided by the batch size."""
+    total = 0
+    for tensor in _tensors(node):
+        elements = math.prod(_hint(size) for size in tensor.shape)
+        batched = program.batch_symbol is None or any(
+            isinstance(size, torch.SymInt) and program.batch_symbol in str(size.node.expr) for size in tensor.shape
+        )
+        total += elements // program.batch_hint if batched and elements % program.batch_hint == 0 else elements
+    return total
+
+
+def _shape(program: Program, node: fx.Node) -> tuple[int | None, ...]:
+    tensors = _tensors(node)
+    if not tensors:
+        return ()
+    return tuple(
+        None if isinstance(size, torch.SymInt) and str(size.node.expr) == program.batch_symbol else _hint(size)
+        for size in tensors[0].shape
+    )
+
+
+def _target(program: Program, node: fx.Node) -> str:
+    if node.op != "call_module":
+        return target_name(node)
+    module = program.graph_module.get_submodule(str(node.target))
+    return str(getattr(type(module), "operation", type(module).__name__))
+
+
+def _dynamic_inputs(node: fx.Node) -> tuple[str, ...]:
+    """Names of the dynamic values that a node depends on, also through shapes."""
+    names: dict[str, None] = {}
+    for operand in node.all_input_nodes:
+        role = info(operand).role
+        if role is Role.SHAPE:
+            names.update(dict.fromkeys(_dynamic_inputs(operand)))
+        elif role is Role.INPUT:
+            if isinstance(operand.meta.get("val"), torch.Tensor):
+                names[operand.name] = None
+        elif role not in _FIXED:
+            names[operand.name] = None
+    return tuple(names)
+
+
+def _operation(program: Program, node: fx.Node) -> Operation:
+    record = info(node)
+    weights: dict[str, None] = {}
+    for operand in node.all_input_nodes:
+        if info(operand).role in _FIXED:
+            for source in lifted_sources(operand):
+                if source.name in program.lifted:
+                    weights[program.lifted[source.name]] = None
+    rows = cols = 0
+    groups = positions = 1
+    bias = False
+    if record.role is Role.WEIGHT:
+        layer = WEIGHTS[node.target]
+        value, _, bias_node = layer.operands(node)
+        rows, cols, groups = layer.matrix(node)
+        produced = _values(program, value if layer.transposed else node)
+        positions = max(1, produced // ((rows if layer.transposed else cols) * groups))
+        bias = bias_node is not None
+    return Operation(
+        name=node.name,
+        role=record.role,
+        path=record.path,
+        target=_target(program, node),
+        inputs=_dynamic_inputs(node),
+        values=_values(program, node),
+        shape=_shape(program, node),
+        reason=record.reason,
+        kind=record.kind,
+        weights=tuple(weights),
+        rows=rows,
+        cols=cols,
+        groups=groups,
+        positions=positions,
+        bias=bias,
+    )

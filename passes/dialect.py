@@ -1,0 +1,265 @@
+"""The dialect: which ATen operations are weight-stationary, wiring, activation or digital.
+
+One table per role. A new operation is a line here and, where it joins a block, one in `lower`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ffebm_compiler.runtime import activations
+from ffebm_compiler.runtime.activations import Activation
+
+__all__ = [
+    "WEIGHTS",
+    "WIRING",
+    "WIRING_KINDS",
+    "WeightForm",
+    "WiringForm",
+    "activation_of",
+    "digital_reason",
+    "target_name",
+]
+
+aten = torch.ops.aten
+
+WIRING_KINDS = ("add", "reshape", "concat", "scale", "avg_pool", "max_pool")
+"""What `block_ops` may name. `dropout` and copies always join: they are the identity on the chip."""
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """How to read one weight-stationary operation."""
+
+    kind: str
+    value: int
+    """Position of the dynamic operand."""
+    weight: int
+    bias: int | None
+    matrix_of: Callable[[fx.Node, torch.Size], tuple[int, int, int]]
+    """Rows, columns and groups from the node and its weight's shape."""
+    transposed: bool = False
+    """The matrix is applied at every input position, not every output position."""
+    refuse: Callable[[fx.Node], str] = lambda node: ""
+
+    def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """The dynamic operand, the weight and the bias."""
+        value, weight = node.args[self.value], node.args[self.weight]
+        bias = _argument(node, self.bias, "bias") if self.bias is not None else None
+        assert isinstance(value, fx.Node)
+        assert isinstance(weight, fx.Node)
+        return value, weight, bias if isinstance(bias, fx.Node) else None
+
+    def matrix(self, node: fx.Node) -> tuple[int, int, int]:
+        """(rows, columns, groups) of the weight matrix of one group."""
+        weight = node.args[self.weight]
+        assert isinstance(weight, fx.Node)
+        return self.matrix_of(node, weight.meta["val"].shape)
+
+    def refusal(self, node: fx.Node) -> str:
+        """Why this very node cannot be an analog layer, or nothing."""
+        return self.refuse(node)
+
+
+def _argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _linear_matrix(node: fx.Node, shape: torch.Size) -> tuple[int, int, int]:
+    return int(shape[-1]), int(shape[0]), 1
+
+
+def _product_matrix(node: fx.Node, shape: torch.Size) -> tuple[int, int, int]:
+    return int(shape[0]), int(shape[-1]), 1
+
+
+def _conv_matrix(node: fx.Node, shape: torch.Size) -> tuple[int, int, int]:
+    groups = _argument(node, 6, "groups", 1)
+    assert isinstance(groups, int)
+    return int(shape[1:].numel()), int(shape[0]) // groups, groups
+
+
+def _conv_transpose_matrix(node: fx.Node, shape: torch.Size) -> tuple[int, int, int]:
+    groups = _argument(node, 6, "groups", 1)
+    assert isinstance(groups, int)
+    return int(shape[0]) // groups, int(shape[1:].numel()), groups
+
+
+def _matmul_refusal(node: fx.Node) -> str:
+    weight, value = node.args[1], node.args[0]
+    assert isinstance(weight, fx.Node)
+    assert isinstance(value, fx.Node)
+    if weight.meta["val"].dim() != 2 or value.meta["val"].dim() < 2:
+        return "a batched product by parameters is not one matrix"
+    return ""
+
+
+def _addmm_refusal(node: fx.Node) -> str:
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return "addmm with a scale is not built yet"
+    return ""
+
+
+def _padding_refusal(node: fx.Node) -> str:
+    padding = _argument(node, 4, "padding", "valid")
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    dilation = _argument(node, 5, "dilation", [1])
+    assert isinstance(dilation, list | tuple)
+    kernel = weight.meta["val"].shape[2:]
+    dilations = list(dilation) * (len(kernel) if len(dilation) == 1 else 1)
+    if padding == "same" and any((int(k) - 1) * int(d) % 2 for k, d in zip(kernel, dilations, strict=True)):
+        return "its padding is asymmetric ('same' with an even kernel)"
+    return ""
+
+
+_LINEAR = WeightForm("linear", 0, 1, 2, _linear_matrix)
+_MATMUL = WeightForm("linear", 0, 1, None, _product_matrix, refuse=_matmul_refusal)
+_ADDMM = WeightForm("linear", 1, 2, 0, _product_matrix, refuse=_addmm_refusal)
+_CONV = WeightForm("conv", 0, 1, 2, _conv_matrix)
+_CONV_PADDING = WeightForm("conv", 0, 1, 2, _conv_matrix, refuse=_padding_refusal)
+_CONV_TRANSPOSE = WeightForm("conv_transpose", 0, 1, 2, _conv_transpose_matrix, transposed=True)
+
+WEIGHTS: Mapping[object, WeightForm] = {
+    aten.linear.default: _LINEAR,
+    aten.matmul.default: _MATMUL,
+    aten.mm.default: _MATMUL,
+    aten.addmm.default: _ADDMM,
+    aten.conv1d.default: _CONV,
+    aten.conv2d.default: _CONV,
+    aten.conv3d.default: _CONV,
+    aten.conv1d.padding: _CONV_PADDING,
+    aten.conv2d.padding: _CONV_PADDING,
+    aten.conv3d.padding: _CONV_PADDING,
+    aten.conv_transpose1d.default: _CONV_TRANSPOSE,
+    aten.conv_transpose2d.input: _CONV_TRANSPOSE,
+    aten.conv_transpose3d.input: _CONV_TRANSPOSE,
+}
+
+
+@dataclass(frozen=True)
+class WiringForm:
+    """How to read one operation that is linear in its values and has no weights."""
+
+    kind: str
+    accepts: Callable[[fx.Node], bool] = lambda node: True
+
+    def kind_of(self, node: fx.Node) -> str:
+        """The wiring kind of this very node, or nothing where it is not wiring."""
+        return self.kind if self.accepts(node) else ""
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """A sum of two values of equal shape, or of a value and a number."""
+    first, second = node.args[0], node.args[1]
+    if not isinstance(first, fx.Node) or node.kwargs.get("alpha", 1) != 1:
+        return False
+    if not isinstance(second, fx.Node):
+        return isinstance(second, int | float)
+    return _floating(first) and _floating(second)
+
+
+def _is_scaling(node: fx.Node) -> bool:
+    return isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int | float) and _floating(node)
+
+
+def _is_plain_div(node: fx.Node) -> bool:
+    return _is_scaling(node) and "rounding_mode" not in node.kwargs
+
+
+def _is_cat(node: fx.Node) -> bool:
+    items = node.args[0]
+    return isinstance(items, list | tuple) and all(isinstance(item, fx.Node) and _floating(item) for item in items)
+
+
+def _floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _has_dims(node: fx.Node) -> bool:
+    return len(node.args) > 1 and node.args[1] is not None and _floating(node) and "dtype" not in node.kwargs
+
+
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.movedim.intlist,
+    aten.movedim.int,
+)
+_COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
+_AVG_POOLS = (
+    aten.avg_pool1d.default,
+    aten.avg_pool2d.default,
+    aten.avg_pool3d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)
+
+WIRING: Mapping[object, WiringForm] = {
+    **{target: WiringForm("reshape", _floating) for target in _RESHAPES},
+    **{target: WiringForm("copy", _floating) for target in _COPIES},
+    **{target: WiringForm("avg_pool") for target in _AVG_POOLS},
+    aten.mean.dim: WiringForm("avg_pool", _has_dims),
+    aten.add.Tensor: WiringForm("add", _is_sum),
+    aten.sub.Tensor: WiringForm("add", _is_sum),
+    aten.mul.Tensor: WiringForm("scale", _is_scaling),
+    aten.div.Tensor: WiringForm("scale", _is_plain_div),
+    aten.neg.default: WiringForm("scale", _floating),
+    aten.cat.default: WiringForm("concat", _is_cat),
+}
+
+
+def target_name(node: fx.Node) -> str:
+    """Short name of a node's operation, e.g. `conv2d`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def activation_of(node: fx.Node) -> Activation | None:
+    """The activation that a node applies, or None."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+        return None
+    if not isinstance(node.args[0], fx.Node) or not _floating(node):
+        return None
+    rest = node.args[1:]
+    if any(isinstance(argument, fx.Node) for argument in (*rest, *node.kwargs.values())):
+        return None
+    return activations.from_aten(target_name(node), tuple(rest), dict(node.kwargs))
+
+
+def digital_reason(node: fx.Node) -> str:
+    """Why an operation that is in none of the tables is computed digitally."""
+    name = target_name(node)
+    if node.target is operator.getitem:
+        return "it picks one of several digital results"
+    if "attention" in name or name in ("bmm", "baddbmm", "einsum"):
+        return "the product of two activations is not weight-stationary"
+    if name.startswith("embedding"):
+        return "a table lookup is not a matrix product"
+    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return "a recurrent layer is one fused operation"
+    if "norm" in name:
+        return "normalisation divides by statistics of its input"
+    if name.startswith(("max_pool", "adaptive_max_pool")):
+        return "max pooling is not linear"
+    return f"{name} has no energy form"

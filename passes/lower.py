@@ -1,0 +1,168 @@
+"""Lower: a program and its plan become an fx graph of energy blocks and feedforward blocks.
+
+The lowered graph takes the source's parameters and buffers and the network's inputs, in the
+captured order, and calls one module per block. Static operations (folded or transposed weights)
+stay in the lowered graph itself, between the parameters and the blocks that read them.
+
+Promise: with feedback off, the lowered graph computes what the captured graph computes.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from ffebm_compiler.ir import Program, Role, info
+from ffebm_compiler.passes.lower_block import lower_block
+from ffebm_compiler.passes.partition import quotient_order
+from ffebm_compiler.plan import Plan
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.feedforward import FeedforwardBlock
+
+__all__ = ["Lowered", "lower"]
+
+_FIXED = (Role.LIFTED, Role.STATIC)
+
+
+@dataclass
+class Lowered:
+    """The lowered graph and where its parts are."""
+
+    graph_module: fx.GraphModule
+    energy: dict[str, EnergyBlock]
+    feedforward: dict[str, FeedforwardBlock]
+
+
+def lower(program: Program, plan: Plan) -> Lowered:
+    """Build the graph of blocks."""
+    return _Lowering(program, plan).run()
+
+
+class _Lowering:
+    def __init__(self, program: Program, plan: Plan) -> None:
+        self.program = program
+        self.plan = plan
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.by_name = {node.name: node for node in program.graph.nodes}
+        self.energy: dict[str, EnergyBlock] = {}
+        self.feedforward: dict[str, FeedforwardBlock] = {}
+
+    def run(self) -> Lowered:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node.name not in self.program.constants:
+                fresh = self.graph.placeholder(node.name)
+                fresh.meta = dict(node.meta)
+                self.env[node] = fresh
+        for node in self.program.graph.nodes:
+            if node.name in self.program.constants:
+                self.root.register_buffer(node.name, self.program.constants[node.name], persistent=False)
+                self.env[node] = self.graph.get_attr(node.name)
+                self.env[node].meta = dict(node.meta)
+        blocks = [list(block.operations) for block in self.plan.blocks]
+        parts = [list(part.operations) for part in self.plan.digital_parts]
+        for place in quotient_order(self.plan.graph, [*blocks, *parts]):
+            assert isinstance(place, int)
+            if place < len(blocks):
+                self._energy_block(self.plan.blocks[place].name, blocks[place])
+            else:
+                self._feedforward_block(self.plan.digital_parts[place - len(blocks)].name, parts[place - len(blocks)])
+        output = next(node for node in self.program.graph.nodes if node.op == "output")
+        self.graph.output(fx.map_arg(output.args[0], self._value))
+        self.graph.lint()
+        return Lowered(fx.GraphModule(self.root, self.graph, "Lowered"), self.energy, self.feedforward)
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        """The lowered node of a value; static operations and shapes are emitted when first read."""
+        if node in self.env:
+            return self.env[node]
+        fresh = self.graph.node_copy(node, self._value)
+        fresh.meta = dict(node.meta)
+        self.env[node] = fresh
+        return fresh
+
+    def _read_outside(self, nodes: list[fx.Node]) -> set[fx.Node]:
+        inside = set(nodes)
+        return {node for node in nodes if any(not _reads_inside(user, inside) for user in node.users)}
+
+    def _call(self, name: str, module: nn.Module, operands: list[fx.Node], outputs: list[fx.Node]) -> None:
+        self.root.add_module(name, module)
+        call = self.graph.call_module(name, tuple(operands))
+        call.meta["val"] = tuple(node.meta.get("val") for node in outputs)
+        for index, node in enumerate(outputs):
+            fresh = self.graph.call_function(operator.getitem, (call, index))
+            fresh.meta = dict(node.meta)
+            self.env[node] = fresh
+
+    def _energy_block(self, name: str, names: list[str]) -> None:
+        nodes = [self.by_name[operation] for operation in names]
+        lowered = lower_block(self.program, name, nodes, self._read_outside(nodes))
+        block = EnergyBlock(lowered.program)
+        self.energy[name] = block
+        operands = [self._value(node) for node in (*lowered.inputs, *lowered.weights)]
+        self._call(name, block, operands, list(lowered.outputs))
+
+    def _feedforward_block(self, name: str, names: list[str]) -> None:
+        nodes = [self.by_name[operation] for operation in names]
+        inside = set(nodes)
+        graph = fx.Graph()
+        root = nn.Module()
+        env: dict[fx.Node, fx.Node] = {}
+        operands: list[fx.Node] = []
+
+        def local(node: fx.Node) -> fx.Node:
+            if node in env:
+                return env[node]
+            if info(node).role is Role.SHAPE:  # integers are computed where they are used
+                env[node] = graph.node_copy(node, local)
+                env[node].meta = dict(node.meta)
+                return env[node]
+            raise AssertionError(f"{node.name} is no operand of {name}")
+
+        for node in _operands(nodes, inside):
+            env[node] = graph.placeholder(node.name)
+            env[node].meta = dict(node.meta)
+            operands.append(node)
+        for node in nodes:
+            env[node] = graph.node_copy(node, local)
+            env[node].meta = dict(node.meta)
+            if node.op == "call_module":
+                root.add_module(str(node.target), self.program.graph_module.get_submodule(str(node.target)))
+        outside = self._read_outside(nodes)
+        outputs = [node for node in nodes if node in outside]
+        graph.output(tuple(env[node] for node in outputs))
+        graph.lint()
+        block = FeedforwardBlock(root, graph, "FeedforwardBlock")
+        self.feedforward[name] = block
+        self._call(name, block, [self._value(node) for node in operands], outputs)
+
+
+def _reads_inside(user: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a user of a value is in the same part; a shape is where its readers are."""
+    if user in inside:
+        return True
+    if info(user).role is Role.SHAPE:
+        return all(_reads_inside(reader, inside) for reader in user.users)
+    return False
+
+
+def _operands(nodes: list[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
+    """What the nodes of a part read from outside, through shapes too, each once."""
+    found: dict[fx.Node, None] = {}
+    stack = [operand for node in nodes for operand in node.all_input_nodes]
+    seen: set[fx.Node] = set()
+    for node in stack:
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            if current in seen or current in inside:
+                continue
+            seen.add(current)
+            if info(current).role is Role.SHAPE:
+                pending.extend(current.all_input_nodes)
+            else:
+                found[current] = None
+    return list(found)

@@ -1,0 +1,382 @@
+"""Lower one block: the nodes of an energy block become a `BlockProgram`.
+
+Every activation is a state. Where a layer's output reaches another layer, leaves the block or is
+read twice without an activation in between, it gets a state with the identity as activation, so
+that each path of a drive holds one weight-stationary layer.
+
+Promise: run feedforward, the program computes what the nodes compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ffebm_compiler.errors import FFEBMError
+from ffebm_compiler.ir import Program, Role, info
+from ffebm_compiler.passes.dialect import WEIGHTS, activation_of
+from ffebm_compiler.runtime.activations import Identity
+from ffebm_compiler.runtime.operators import (
+    Concat,
+    Convolution,
+    Linear,
+    Mask,
+    Operator,
+    Permute,
+    Reshape,
+    Scale,
+    Sum,
+    Wiring,
+    slice_of,
+)
+from ffebm_compiler.runtime.program import BlockProgram, Instruction, Layer
+
+__all__ = ["LoweredBlock", "lower_block"]
+
+aten = torch.ops.aten
+_FIXED = (Role.LIFTED, Role.STATIC)
+
+
+@dataclass(frozen=True)
+class LoweredBlock:
+    """A block program and the nodes that its operands and results are."""
+
+    program: BlockProgram
+    inputs: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+def lower_block(program: Program, name: str, nodes: list[fx.Node], outside: set[fx.Node]) -> LoweredBlock:
+    """Build the program of a block.
+
+    Args:
+        program: the captured network.
+        name: the block's name.
+        nodes: its nodes, in topological order.
+        outside: those of its nodes that are read outside the block.
+    """
+    return _Builder(program, name, nodes, outside).build()
+
+
+class _Builder:
+    def __init__(self, program: Program, name: str, nodes: list[fx.Node], outside: set[fx.Node]) -> None:
+        self.program = program
+        self.name = name
+        self.nodes = nodes
+        self.inside = set(nodes)
+        self.outside = outside
+        self.inputs: dict[fx.Node, int] = {}
+        self.weights: dict[fx.Node, int] = {}
+
+    def build(self) -> LoweredBlock:
+        states = self._states()
+        outputs = [node for node in self.nodes if node in self.outside]
+        for node in self.nodes:  # registers of inputs come first, in a fixed order
+            for operand in _value_operands(node):
+                if operand not in self.inside:
+                    self.inputs.setdefault(operand, len(self.inputs))
+        register = dict(self.inputs)
+        for state in states:
+            register[state] = len(register)
+        counter = [len(register)]
+        layers = []
+        for state in states:
+            activation = activation_of(state) if info(state).role is Role.ACTIVATION else None
+            drive = _value_operands(state)[0] if activation is not None else state
+            instructions: list[Instruction] = []
+            local: dict[fx.Node, int] = {}
+            where = self._emit(drive, state if activation is None else None, register, local, instructions, counter)
+            layers.append(
+                Layer(
+                    self._layer_name(drive, state),
+                    activation or Identity(),
+                    tuple(instructions),
+                    where,
+                    register[state],
+                )
+            )
+        readout: list[Instruction] = []
+        shared: dict[fx.Node, int] = {}
+        results = tuple(self._emit(node, None, register, shared, readout, counter) for node in outputs)
+        block = BlockProgram(
+            name=self.name,
+            inputs=len(self.inputs),
+            weights=len(self.weights),
+            layers=tuple(layers),
+            readout=tuple(readout),
+            outputs=results,
+            batched=self._batched(states),
+        )
+        return LoweredBlock(block, tuple(self.inputs), tuple(self.weights), tuple(outputs))
+
+    def _states(self) -> list[fx.Node]:
+        """The nodes whose value is a state, in topological order."""
+        states = {node for node in self.nodes if info(node).role is Role.ACTIVATION}
+        while True:
+            open_ = self._open(states)
+            found = next((node for node in self.nodes if open_[node] and self._must_settle(node)), None)
+            if found is None:
+                return [node for node in self.nodes if node in states]
+            states.add(self._anchor(found, open_))
+
+    def _open(self, states: set[fx.Node]) -> dict[fx.Node, bool]:
+        """Whether a node's value comes from a layer without a state in between."""
+        open_: dict[fx.Node, bool] = {}
+        for node in self.nodes:
+            fed = any(open_.get(operand, False) for operand in _value_operands(node))
+            open_[node] = node not in states and (info(node).role is Role.WEIGHT or fed)
+        return open_
+
+    def _must_settle(self, node: fx.Node) -> bool:
+        users = [user for user in node.users if user in self.inside]
+        if node in self.outside or len(users) > 1:
+            return True
+        return any(info(user).role is Role.WEIGHT for user in users)
+
+    def _anchor(self, node: fx.Node, open_: dict[fx.Node, bool]) -> fx.Node:
+        """Back through reshapes to the value itself: the state is what the layer computes."""
+        while info(node).kind in ("reshape", "copy", "dropout"):
+            operand = _value_operands(node)[0]
+            if not open_.get(operand, False) or len(operand.users) > 1:
+                break
+            node = operand
+        return node
+
+    def _layer_name(self, drive: fx.Node, state: fx.Node) -> str:
+        """Module path of the last layer that feeds the drive."""
+        stack, seen = [drive], set()
+        while stack:
+            node = stack.pop(0)
+            if node in seen or node not in self.inside:
+                continue
+            seen.add(node)
+            if info(node).role is Role.WEIGHT:
+                return info(node).path or node.name
+            if info(node).role is not Role.ACTIVATION:
+                stack.extend(_value_operands(node))
+        return info(state).path or state.name
+
+    def _emit(
+        self,
+        node: fx.Node,
+        root: fx.Node | None,
+        register: dict[fx.Node, int],
+        local: dict[fx.Node, int],
+        instructions: list[Instruction],
+        counter: list[int],
+    ) -> int:
+        """Emit the instructions of a value; returns its register. `root` is expanded, not read."""
+        if node is not root and node in register:
+            return register[node]
+        if node in local:
+            return local[node]
+        operands = tuple(
+            self._emit(operand, None, register, local, instructions, counter) for operand in _value_operands(node)
+        )
+        if info(node).kind == "copy":
+            local[node] = operands[0]
+            return operands[0]
+        operator, weights = self._operator(node)
+        local[node] = counter[0]
+        counter[0] += 1
+        indices = tuple(
+            None if weight is None else self.weights.setdefault(weight, len(self.weights)) for weight in weights
+        )
+        instructions.append(Instruction(operator, operands, indices, local[node]))
+        return local[node]
+
+    def _operator(self, node: fx.Node) -> tuple[Operator, tuple[fx.Node | None, ...]]:
+        if node.op == "call_module":
+            return Mask(self.program.graph_module.get_submodule(str(node.target))), ()
+        if node.target in WEIGHTS:
+            form = WEIGHTS[node.target]
+            _, weight, bias = form.operands(node)
+            if form.kind == "linear":
+                return Linear(), (self._out_in(node, weight), bias)
+            return _convolution(node), (weight, bias)
+        return _wiring(node), ()
+
+    def _out_in(self, node: fx.Node, weight: fx.Node) -> fx.Node:
+        """The weight as (out, in): that of a product x @ W is transposed by a static operation."""
+        if node.target is aten.linear.default:
+            return weight
+        graph = self.program.graph
+        for user in weight.users:
+            if user.target is aten.t.default and info(user).role is Role.STATIC:
+                return user
+        with graph.inserting_after(weight):
+            transposed = graph.call_function(aten.t.default, (weight,))
+        transposed.meta["val"] = weight.meta["val"].t()
+        transposed.meta["ffebm"] = info(weight).__class__(Role.STATIC, info(weight).path, "a weight, transposed")
+        return transposed
+
+    def _batched(self, states: list[fx.Node]) -> bool:
+        """Whether the leading dimension of all states and inputs counts the same independent samples."""
+        sizes = {str(node.meta["val"].shape[0]) if node.meta["val"].dim() > 1 else "" for node in states}
+        sizes |= {str(node.meta["val"].shape[0]) if node.meta["val"].dim() > 1 else "" for node in self.inputs}
+        sizes |= {str(node.meta["val"].shape[0]) if node.meta["val"].dim() > 1 else "" for node in self.nodes}
+        return len(sizes) == 1 and "" not in sizes and not any(_mixes_leading(node) for node in self.nodes)
+
+
+def _value_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands of a node that are values: all but a layer's weight and bias."""
+    if info(node).role is Role.WEIGHT:
+        return [WEIGHTS[node.target].operands(node)[0]]
+    return list(node.all_input_nodes) if node.target is not aten.cat.default else list(node.args[0])  # type: ignore[arg-type]
+
+
+def _mixes_leading(node: fx.Node) -> bool:
+    """Whether wiring moves the leading dimension (a reshape that keeps its size keeps it)."""
+    rank = node.args[0].meta["val"].dim() if node.args and isinstance(node.args[0], fx.Node) else 0
+    arguments = node.args[1:]
+    if node.target is aten.permute.default:
+        dims = arguments[0]
+        return isinstance(dims, list | tuple) and bool(dims[0] != 0)
+    if node.target in (aten.transpose.int, aten.select.int, aten.slice.Tensor, aten.narrow.default):
+        last = 2 if node.target is aten.transpose.int else 1
+        return any(isinstance(dim, int) and dim % rank == 0 for dim in (arguments or (0,))[:last])
+    if node.target is aten.t.default:
+        return True
+    if node.target in (aten.movedim.int, aten.movedim.intlist):
+        return True
+    if node.target is aten.cat.default:
+        dim = arguments[0] if arguments else 0
+        items = node.args[0]
+        assert isinstance(items, list | tuple)
+        assert isinstance(items[0], fx.Node)
+        assert isinstance(dim, int)
+        return bool(dim % items[0].meta["val"].dim() == 0)
+    if node.target is aten.mean.dim:
+        dims = arguments[0]
+        return isinstance(dims, list | tuple) and any(isinstance(d, int) and d % rank == 0 for d in dims)
+    return False
+
+
+def _ints(value: Any, count: int) -> tuple[int, ...]:
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    numbers = tuple(int(item) for item in items)
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+def _convolution(node: fx.Node) -> Convolution:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    rank = weight.meta["val"].dim() - 2
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    settings = {
+        argument.name: node.args[index]
+        if index < len(node.args)
+        else node.kwargs.get(argument.name, argument.default_value)
+        for index, argument in enumerate(schema)
+    }
+    stride, dilation = _ints(settings["stride"], rank), _ints(settings["dilation"], rank)
+    groups = settings["groups"]
+    assert isinstance(groups, int)
+    if info(node).kind == "conv_transpose":
+        padding, extra = _ints(settings["padding"], rank), _ints(settings["output_padding"], rank)
+        arguments: tuple[object, ...] = (stride, padding, extra, groups, dilation)
+        return Convolution(_TRANSPOSED[rank], arguments, stride, padding, dilation, True, extra, groups)
+    padding = _padding(settings["padding"], weight.meta["val"].shape[2:], dilation)
+    return Convolution(
+        _CONVOLUTIONS[rank],
+        (stride, settings["padding"] if isinstance(settings["padding"], str) else padding, dilation, groups),
+        stride,
+        padding,
+        dilation,
+        False,
+        (0,) * rank,
+        groups,
+    )
+
+
+def _padding(padding: object, kernel: torch.Size, dilation: tuple[int, ...]) -> tuple[int, ...]:
+    if padding == "valid":
+        return (0,) * len(kernel)
+    if padding == "same":
+        return tuple((int(k) - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
+    return _ints(padding, len(kernel))
+
+
+_FUNCTIONS: dict[object, Callable[..., torch.Tensor]] = {
+    aten.avg_pool1d.default: F.avg_pool1d,
+    aten.avg_pool2d.default: F.avg_pool2d,
+    aten.avg_pool3d.default: F.avg_pool3d,
+    aten.adaptive_avg_pool1d.default: F.adaptive_avg_pool1d,
+    aten.adaptive_avg_pool2d.default: F.adaptive_avg_pool2d,
+    aten.adaptive_avg_pool3d.default: F.adaptive_avg_pool3d,
+    aten.mean.dim: torch.mean,
+    aten.select.int: torch.select,
+    aten.slice.Tensor: slice_of,
+    aten.narrow.default: torch.narrow,
+    aten.movedim.int: torch.movedim,
+    aten.movedim.intlist: torch.movedim,
+}
+_RESHAPES: dict[object, Callable[..., torch.Tensor]] = {
+    aten.view.default: torch.reshape,
+    aten.reshape.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
+    aten.flatten.using_ints: torch.flatten,
+    aten.unflatten.int: torch.unflatten,
+    aten.squeeze.dim: torch.squeeze,
+    aten.squeeze.dims: torch.squeeze,
+    aten.unsqueeze.default: torch.unsqueeze,
+}
+
+
+def _plain(value: object) -> object:
+    """Lists become tuples, so that an operator is hashable and comparable."""
+    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _wiring(node: fx.Node) -> Operator:
+    arguments = tuple(_plain(argument) for argument in node.args[1:])
+    keywords = tuple((key, _plain(value)) for key, value in node.kwargs.items())
+    if node.target in _RESHAPES:
+        return Reshape(_RESHAPES[node.target], arguments, keywords)
+    if node.target in _FUNCTIONS:
+        return Wiring(_FUNCTIONS[node.target], arguments, keywords)
+    if node.target in (aten.permute.default, aten.transpose.int, aten.t.default):
+        return Permute(_dims(node))
+    if node.target in (aten.add.Tensor, aten.sub.Tensor):
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        second = node.args[1]
+        if isinstance(second, fx.Node):
+            # x + x has one operand in `all_input_nodes`.
+            return Scale(1 + sign) if second is node.args[0] else Sum((1.0, sign))
+        return Sum((1.0,), sign * float(second))  # type: ignore[arg-type]
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        number = float(node.args[1])  # type: ignore[arg-type]
+        return Scale(number if node.target is aten.mul.Tensor else 1 / number)
+    if node.target is aten.neg.default:
+        return Scale(-1.0)
+    if node.target is aten.cat.default:
+        dim = arguments[0] if arguments else 0
+        assert isinstance(dim, int)
+        return Concat(dim)
+    raise FFEBMError(f"no operator for wiring {node.target}: annotate and lower disagree")
+
+
+def _dims(node: fx.Node) -> tuple[int, ...]:
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    rank = value.meta["val"].dim()
+    if node.target is aten.permute.default:
+        return tuple(dim % rank for dim in _ints(node.args[1], 1))
+    first, second = (0, 1) if node.target is aten.t.default else _ints(node.args[1:3], 1)
+    dims = list(range(rank))
+    dims[first % rank], dims[second % rank] = dims[second % rank], dims[first % rank]
+    return tuple(dims)

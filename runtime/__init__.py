@@ -1,0 +1,1 @@
+"""Energies, equilibria and their gradients: what a converted network runs on."""

@@ -1,0 +1,275 @@
+"""Block programs: an energy block as data, and its evaluation.
+
+A block has L layers in topological order. Layer l has a state s_l, an activation σ_l and a drive
+
+    d_l = d_l(s_1, ..., s_{l−1}, x; θ),
+
+a short straight-line program of `Operator`s over numbered registers: the block's inputs x come
+first, then the states, then temporaries. A drive is affine in (s, x) jointly, which is what the
+deviation coordinates and the gradients rely on.
+
+`Frame` evaluates a program for given inputs and weights: drives, their Jacobian-vector products
+J_l v and their transposes J_lᵀ p. What depends on the inputs alone is evaluated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.operators import Operator
+
+__all__ = ["BlockProgram", "Frame", "Instruction", "Layer"]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """register[output] = operator(register[operands]; weight[weights])."""
+
+    operator: Operator
+    operands: tuple[int, ...]
+    weights: tuple[int | None, ...]
+    output: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One state of a block, with its activation and the program of its drive."""
+
+    name: str
+    activation: Activation
+    instructions: tuple[Instruction, ...]
+    drive: int
+    """Register of the drive."""
+    state: int
+    """Register of the state."""
+
+
+@dataclass(frozen=True)
+class BlockProgram:
+    """An energy block: its layers in topological order and what it hands out.
+
+    `readout` computes the outputs from states and inputs; it is ordinary digital wiring and is
+    differentiated by autograd.
+    """
+
+    name: str
+    inputs: int
+    weights: int
+    layers: tuple[Layer, ...]
+    readout: tuple[Instruction, ...]
+    outputs: tuple[int, ...]
+    batched: bool = True
+    """Whether the leading dimension of every state counts independent samples."""
+    upstream: tuple[tuple[int, ...], ...] = field(init=False)
+    """For each layer, the layers whose states its drive reads."""
+    downstream: tuple[tuple[int, ...], ...] = field(init=False)
+    depths: tuple[int, ...] = field(init=False)
+    """Length of the longest path of states to each layer."""
+    from_states: Mapping[int, bool] = field(init=False, repr=False)
+    """Whether a register depends on a state of the same block."""
+    from_inputs: Mapping[int, bool] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Derive the dependences."""
+        layer_of = {layer.state: index for index, layer in enumerate(self.layers)}
+        on_states = dict.fromkeys(range(self.inputs), False) | dict.fromkeys(layer_of, True)
+        on_inputs = dict.fromkeys(range(self.inputs), True) | dict.fromkeys(layer_of, False)
+        upstream: list[tuple[int, ...]] = []
+        for layer in self.layers:
+            leaves: dict[int, None] = {}
+            if layer.drive in layer_of:
+                leaves[layer_of[layer.drive]] = None
+            for instruction in layer.instructions:
+                on_states[instruction.output] = any(on_states[r] for r in instruction.operands)
+                on_inputs[instruction.output] = any(on_inputs[r] for r in instruction.operands)
+                leaves.update((layer_of[r], None) for r in instruction.operands if r in layer_of)
+            upstream.append(tuple(sorted(leaves)))
+        downstream = [
+            tuple(m for m, leaves in enumerate(upstream) if index in leaves) for index in range(len(self.layers))
+        ]
+        depths: list[int] = []
+        for above in upstream:
+            depths.append(1 + max((depths[k] for k in above), default=-1))
+        for name, value in (
+            ("upstream", tuple(upstream)),
+            ("downstream", tuple(downstream)),
+            ("depths", tuple(depths)),
+            ("from_states", on_states),
+            ("from_inputs", on_inputs),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether any state feeds another: without that, the block is its source's layers exactly."""
+        return any(self.upstream)
+
+    @property
+    def visible(self) -> tuple[int, ...]:
+        """The layers whose states the readout reads."""
+        registers = set(self.outputs).union(*(i.operands for i in self.readout))
+        return tuple(index for index, layer in enumerate(self.layers) if layer.state in registers)
+
+
+class Frame:
+    """One evaluation of a block program: inputs, weights, and what depends on them alone."""
+
+    def __init__(
+        self,
+        program: BlockProgram,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor | None],
+        drawn: dict[int, Tensor | None] | None = None,
+        shapes: dict[int, torch.Size] | None = None,
+    ) -> None:
+        self.program = program
+        self.inputs = tuple(inputs)
+        self.weights = tuple(weights)
+        self.drawn = drawn if drawn is not None else {}
+        self.shapes = shapes if shapes is not None else {}
+        self.shapes.update({index: value.shape for index, value in enumerate(inputs)})
+        self._fixed: dict[int, Tensor] = dict(enumerate(self.inputs))
+
+    def _weights(self, instruction: Instruction) -> list[Tensor | None]:
+        if instruction.operator.draws:
+            return [self.drawn[instruction.output]]
+        return [None if index is None else self.weights[index] for index in instruction.weights]
+
+    def _run(self, instruction: Instruction, registers: Mapping[int, Tensor]) -> Tensor:
+        values = [registers[r] for r in instruction.operands]
+        if instruction.operator.draws and instruction.output not in self.drawn:
+            self.drawn[instruction.output] = instruction.operator.draw(values)
+        result = instruction.operator.apply(values, self._weights(instruction))
+        self.shapes[instruction.output] = result.shape
+        return result
+
+    def registers(self, index: int, states: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """Every register that the drive of a layer needs, evaluated at the given states."""
+        layer = self.program.layers[index]
+        registers = dict(self._fixed)
+        for other, state in zip(self.program.layers, states, strict=False):
+            if state is not None:
+                registers[other.state] = state
+                self.shapes[other.state] = state.shape
+        for instruction in layer.instructions:
+            if instruction.output in registers:
+                continue
+            value = self._run(instruction, registers)
+            registers[instruction.output] = value
+            if not self.program.from_states[instruction.output]:
+                self._fixed[instruction.output] = value
+        return registers
+
+    def drive(self, index: int, states: Sequence[Tensor | None]) -> Tensor:
+        """d_l(s, x; θ)."""
+        return self.registers(index, states)[self.program.layers[index].drive]
+
+    def tangent_registers(self, index: int, deviations: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """Every register of J_l v; one that does not vary is absent."""
+        layer = self.program.layers[index]
+        registers: dict[int, Tensor] = {}
+        for other, deviation in zip(self.program.layers, deviations, strict=True):
+            if deviation is not None:
+                registers[other.state] = deviation
+        for instruction in layer.instructions:
+            values = [registers.get(r) for r in instruction.operands]
+            if all(value is None for value in values):
+                continue
+            shapes = [self.shapes[r] for r in instruction.operands]
+            registers[instruction.output] = instruction.operator.tangent(values, self._weights(instruction), shapes)
+        return registers
+
+    def tangent(self, index: int, deviations: Sequence[Tensor | None]) -> Tensor | None:
+        """J_l v, or None where it is zero."""
+        return self.tangent_registers(index, deviations).get(self.program.layers[index].drive)
+
+    def pullback(
+        self,
+        index: int,
+        cotangent: Tensor,
+        *,
+        states: bool = False,
+        inputs: bool = False,
+        registers: Mapping[int, Tensor] | None = None,
+        gradients: list[Tensor | None] | None = None,
+        needed: Sequence[bool] = (),
+        bias: bool = True,
+    ) -> dict[int, Tensor]:
+        """J_lᵀ p on the states and/or the inputs that the drive reads.
+
+        With `registers` (the operands' values) also adds ∂⟨p, d_l⟩/∂θ to `gradients`.
+
+        Returns:
+            Register of each state or input asked for -> its part of J_lᵀ p.
+        """
+        program = self.program
+        layer = program.layers[index]
+        pending: dict[int, Tensor] = {layer.drive: cotangent}
+        for instruction in reversed(layer.instructions):
+            arriving = pending.pop(instruction.output, None)
+            if arriving is None:
+                continue
+            weights = self._weights(instruction)
+            if gradients is not None and registers is not None and any(w is not None for w in instruction.weights):
+                self._weigh(instruction, arriving, weights, registers, gradients, needed, bias)
+            wanted = [
+                (states and program.from_states[r]) or (inputs and program.from_inputs[r]) for r in instruction.operands
+            ]
+            if gradients is not None:
+                wanted = [w or self._below(index, r) for w, r in zip(wanted, instruction.operands, strict=True)]
+            if not any(wanted):
+                continue
+            shapes = [self.shapes[r] for r in instruction.operands]
+            parts = instruction.operator.adjoint(arriving, weights, shapes, wanted)
+            for register, part, want in zip(instruction.operands, parts, wanted, strict=True):
+                if want and part is not None:
+                    pending[register] = pending[register] + part if register in pending else part
+        layer_states = {other.state for other in program.layers}
+        return {
+            register: value
+            for register, value in pending.items()
+            if (states and register in layer_states) or (inputs and register < program.inputs)
+        }
+
+    def _weigh(
+        self,
+        instruction: Instruction,
+        cotangent: Tensor,
+        weights: Sequence[Tensor | None],
+        registers: Mapping[int, Tensor],
+        gradients: list[Tensor | None],
+        needed: Sequence[bool],
+        bias: bool,
+    ) -> None:
+        if any(r not in registers for r in instruction.operands):
+            return
+        values = [registers[r] for r in instruction.operands]
+        mask = [index is not None and needed[index] for index in instruction.weights]
+        found = instruction.operator.weight_gradients(values, cotangent, weights, mask, bias)
+        for index, gradient in zip(instruction.weights, found, strict=True):
+            if index is not None and gradient is not None:
+                present = gradients[index]
+                gradients[index] = gradient if present is None else present + gradient
+
+    def _below(self, index: int, register: int) -> bool:
+        """Whether a register of a drive is computed with weights (of the same drive)."""
+        for instruction in self.program.layers[index].instructions:
+            if instruction.output == register:
+                return any(w is not None for w in instruction.weights) or any(
+                    self._below(index, r) for r in instruction.operands
+                )
+        return False
+
+    def read(self, states: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """The block's outputs from the states of its visible layers (by layer index)."""
+        registers = dict(enumerate(self.inputs))
+        for index, state in states.items():
+            registers[self.program.layers[index].state] = state
+        for instruction in self.program.readout:
+            registers[instruction.output] = self._run(instruction, registers)
+        return tuple(registers[r] for r in self.program.outputs)

@@ -1,0 +1,214 @@
+"""Solvers: how the states of a block are brought to a fixed point.
+
+A problem is x_l = f_l(x) for l = 1..L (`FixedPoint`); a solver is three methods, `init`, `step`
+and `finished`, and one loop, `relax`, serves them all. A step returns the largest relative
+change of a layer, max_l ‖Δx_l‖/‖x_l‖, which is what is compared with `rtol`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning, InputError
+
+__all__ = ["Anderson", "FixedPoint", "GaussSeidel", "Settled", "Solver", "relax"]
+
+Order = Literal["forward", "backward", "even_odd"]
+
+
+class FixedPoint(ABC):
+    """A fixed-point problem over the layers of a block."""
+
+    values: list[Tensor | None]
+    """Present value of each layer; None is zero and not reached yet."""
+
+    @abstractmethod
+    def update(self, index: int) -> Tensor | None:
+        """f_l at the present values, without storing it."""
+
+    def store(self, index: int, value: Tensor | None) -> None:
+        """Make `value` the present one of a layer."""
+        self.values[index] = value
+
+    def order(self) -> list[int]:
+        """The order in which a sweep carries information fastest."""
+        return list(range(len(self.values)))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a relaxation ended."""
+
+    sweeps: int
+    residual: float
+    """Largest relative change of a layer in the last sweep."""
+    converged: bool
+    reason: str
+    """A sentence with a remedy where it did not converge."""
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A way to settle; frozen settings, no state of its own."""
+
+    rtol: float | None = None
+    """Largest relative change of a layer at which it stops; None: by dtype and certificate."""
+    max_sweeps: int = 2000
+    on_failure: Literal["error", "warn"] = "error"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.rtol is not None and not (isinstance(self.rtol, float | int) and 0 < self.rtol < 1):
+            raise InputError(f"rtol is {self.rtol!r}; expected a number between 0 and 1, or None for the default")
+        if not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:
+            raise InputError(f"max_sweeps is {self.max_sweeps!r}; expected a positive integer")
+        if self.on_failure not in ("error", "warn"):
+            raise InputError(f"on_failure is {self.on_failure!r}; expected 'error' or 'warn'")
+
+    @abstractmethod
+    def init(self, problem: FixedPoint) -> object:
+        """The solver's memory at the start."""
+
+    @abstractmethod
+    def step(self, problem: FixedPoint, memory: object) -> Tensor:
+        """One sweep; returns the largest relative change of a layer (a scalar tensor)."""
+
+    def finished(self, change: float, rtol: float) -> bool:
+        """Whether that change ends the relaxation."""
+        return change <= rtol
+
+
+def _change(old: Tensor | None, new: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(new)
+    if old is None:
+        return torch.ones_like(norm) * (norm > 0)
+    return torch.linalg.vector_norm(new - old) / (norm + torch.finfo(new.dtype).tiny)
+
+
+def _sweep(problem: FixedPoint, order: Sequence[int]) -> Tensor:
+    changes = []
+    for index in order:
+        new = problem.update(index)
+        if new is None:
+            continue
+        changes.append(_change(problem.values[index], new.detach()).detach())
+        problem.store(index, new)
+    if not changes:
+        return torch.zeros(())
+    return torch.stack(changes).max()
+
+
+@dataclass(frozen=True)
+class GaussSeidel(Solver):
+    """Sweeps over the layers, each update using the newest neighbours.
+
+    `order="auto"` is the problem's own: forward in a free phase, backward in a nudged one (a
+    forward sweep would need L sweeps to carry the nudge to the first layer). `"even_odd"` is
+    the asynchronous schedule of Nest & Ernoult (2024, arXiv 2409.03306).
+    """
+
+    schedule: Literal["auto", "forward", "backward", "even_odd"] = "auto"
+
+    def init(self, problem: FixedPoint) -> object:
+        """The order of the updates."""
+        count = len(problem.values)
+        orders = {
+            "auto": problem.order(),
+            "forward": list(range(count)),
+            "backward": list(reversed(range(count))),
+            "even_odd": [*range(0, count, 2), *range(1, count, 2)],
+        }
+        if self.schedule not in orders:
+            raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
+        return orders[self.schedule]
+
+    def step(self, problem: FixedPoint, memory: object) -> Tensor:
+        """One sweep."""
+        assert isinstance(memory, list)
+        return _sweep(problem, memory)
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """Anderson acceleration of Gauss–Seidel sweeps (Walker & Ni, 2011).
+
+    With x_i the last iterates, g_i what a sweep makes of them and f_i = g_i − x_i, the next
+    iterate is Σ α_i g_i, α minimising ‖Σ α_i f_i‖ under Σ α_i = 1. It pays where the loop gain
+    is near one; at small gain plain sweeps are cheaper.
+    """
+
+    memory: int = 5
+    regularisation: float = 1e-10
+
+    def init(self, problem: FixedPoint) -> object:
+        """Empty history."""
+        history: list[tuple[Tensor, Tensor]] = []
+        return history
+
+    def step(self, problem: FixedPoint, memory: object) -> Tensor:
+        """One sweep and the mixing."""
+        assert isinstance(memory, list)
+        before = list(problem.values)
+        change = _sweep(problem, problem.order())
+        after = [value for value in problem.values if value is not None]
+        if any(value is None for value in before) or len(after) != len(before):
+            return change
+        old = torch.cat([value.reshape(-1) for value in before if value is not None])
+        new = torch.cat([value.reshape(-1) for value in after])
+        memory.append((new, new - old))
+        del memory[: -self.memory]
+        if len(memory) < 2:
+            return change
+        residuals = torch.stack([f for _, f in memory]).detach().double()
+        gram = residuals @ residuals.t()
+        gram = gram + self.regularisation * gram.diagonal().max() * torch.eye(
+            len(memory), dtype=gram.dtype, device=gram.device
+        )
+        alpha = torch.linalg.solve(gram, torch.ones(len(memory), dtype=gram.dtype, device=gram.device))
+        alpha = (alpha / alpha.sum()).to(new.dtype)
+        mixed = sum((a * g for a, (g, _) in zip(alpha, memory, strict=True)), torch.zeros_like(new))
+        offset = 0
+        for index, value in enumerate(after):
+            problem.store(index, mixed[offset : offset + value.numel()].view_as(value))
+            offset += value.numel()
+        return change
+
+
+def relax(problem: FixedPoint, solver: Solver, rtol: float, subject: str, hint: str) -> Settled:
+    """Run a solver on a problem until it is finished.
+
+    Args:
+        problem: holds its values, which are changed in place.
+        solver: the method and its limits.
+        rtol: largest relative change of a layer at which to stop.
+        subject: what settles, for messages, e.g. "free phase of block_1".
+        hint: what to change where it does not.
+
+    Raises:
+        ConvergenceError: after `max_sweeps`, or as soon as a value is not finite.
+    """
+    memory = solver.init(problem)
+    residual = math.inf
+    for sweep in range(1, solver.max_sweeps + 1):
+        residual = float(solver.step(problem, memory))
+        if solver.finished(residual, rtol):
+            return Settled(sweep, residual, True, "")
+        if not math.isfinite(residual):
+            break
+    if math.isfinite(residual):
+        reason = f"{subject} did not settle in {sweep} sweeps (relative residual {residual:.2e}, asked for {rtol:.0e})"
+    else:
+        reason = f"{subject} diverged: its states are not finite after {sweep} sweeps"
+    reason = f"{reason}; {hint}"
+    if solver.on_failure == "error" or not math.isfinite(residual):
+        raise ConvergenceError(reason)
+    warnings.warn(reason, ConvergenceWarning, stacklevel=2)
+    return Settled(sweep, residual, False, reason)

@@ -22,6 +22,7 @@ from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
 from ffebm_compiler.passes.free_shapes import free_shapes
 from ffebm_compiler.passes.functionalize import functionalize
+from ffebm_compiler.passes.inline_regions import inline_regions
 from ffebm_compiler.passes.lower import lower
 from ffebm_compiler.passes.planning import make_plan
 from ffebm_compiler.passes.rebind import rebind
@@ -37,6 +38,7 @@ Pass = Callable[[Program], Program]
 def passes_for(options: PlanOptions) -> list[Pass]:
     """The passes between capture and annotate, in order."""
     return [
+        inline_regions,
         functionalize,
         free_shapes,
         rebind,

@@ -42,6 +42,8 @@ def rebind(program: Program) -> Program:
         operands: tuple[object, ...] = ()
         if node.target is torch.ops.aten.batch_norm.default:
             x, weight, bias, mean, variance, training, momentum, eps = node.args[:8]
+            if training and mean is None:
+                continue  # by the batch's own statistics in both modes (weight standardisation, too)
             bound = ReboundBatchNorm(owner, bool(training), float(momentum), float(eps))
             operands = (x, weight, bias, mean, variance)
         elif node.target is torch.ops.aten.instance_norm.default and node.args[3] is not None:

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ffebm_compiler as ffebm
+
 __all__ = [
+    "CASES",
     "DCHN",
     "MLP",
+    "Branches",
+    "Case",
     "ConvBlock",
+    "Convolutions",
     "DigitsCNN",
+    "Joined",
+    "Projections",
+    "Residual",
+    "Skip",
+    "Tied",
+    "converted",
     "dchn",
     "dchn_reference",
     "digits_cnn",
     "mlp",
+    "noise",
     "seeded",
     "transformer",
     "warmed",
 ]
 
+Activation = Callable[[], nn.Module]
 M = TypeVar("M", bound=nn.Module)
 _REFERENCE = Path(__file__).parent / "data" / "dchn_avgpool.npz"
 
@@ -38,7 +54,7 @@ def seeded(build: Callable[[], M], seed: int = 0) -> M:
 
 
 def warmed(model: M, *inputs: Tensor) -> M:
-    """The model in eval mode after one batch in train mode: running statistics and affine parameters as after training."""
+    """The model in eval mode after one batch in train mode, with statistics as after training."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
         for module in model.modules():
@@ -53,7 +69,7 @@ def warmed(model: M, *inputs: Tensor) -> M:
 class ConvBlock(nn.Module):
     """Two convolutions with batch norm and a shortcut: the identity, or a projection where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, activation: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, activation: Activation = nn.ReLU) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -73,7 +89,7 @@ class ConvBlock(nn.Module):
 class DigitsCNN(nn.Module):
     """A residual CNN for 8×8 images: stem, identity block, projection block, pooling, classifier."""
 
-    def __init__(self, width: int = 4, activation: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(self, width: int = 4, activation: Activation = nn.ReLU) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
@@ -92,9 +108,9 @@ class DigitsCNN(nn.Module):
 class MLP(nn.Module):
     """Four linears with an activation between them."""
 
-    def __init__(self, sizes: tuple[int, ...] = (8, 12, 10, 9, 5), activation: type[nn.Module] = nn.ReLU) -> None:
+    def __init__(self, sizes: tuple[int, ...] = (8, 12, 10, 9, 5), activation: Activation = nn.ReLU) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,12 +119,114 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+class Residual(nn.Module):
+    """A residual addition inside a block: y = c(σ(b(σ(a(x))) + a'(x)))."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 7), nn.Linear(7, 4)
+        self.side = nn.Linear(6, 7)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.b(self.activation(self.a(x)))
+        return self.c(self.activation(inner + self.side(x)))
+
+
+class Skip(nn.Module):
+    """A skip from one state over another: y = c(σ(b(s) + s)), s = σ(a(x)); then a shift and a scale."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 7), nn.Linear(7, 4)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.activation(self.a(x))
+        return self.c(0.5 * self.activation(self.b(s) + s) - 0.25)
+
+
+class Projections(nn.Module):
+    """Query, key and value from one input, joined by signed additions and read by one linear."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 5, bias=False), nn.Linear(6, 5), nn.Linear(6, 5)
+        self.out = nn.Linear(5, 4)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = self.activation
+        return self.out(act(self.q(x)) + act(self.k(x)) - act(self.v(x)))
+
+
+class Branches(nn.Module):
+    """Two residual branches from one state: y = e(σ(b(s) + d(σ(c(s))) + s))."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 7), nn.Linear(7, 7), nn.Linear(7, 5), nn.Linear(5, 7)
+        self.e = nn.Linear(7, 4)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.activation(self.a(x))
+        return self.e(self.activation(self.b(s) + self.d(self.activation(self.c(s))) + s))
+
+
+class Joined(nn.Module):
+    """Branches of different width joined by concatenation, one of them as it is."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 5), nn.Linear(6, 3), nn.Linear(5 + 3 + 6, 4)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat([self.activation(self.a(x)), self.activation(self.b(x)), x], 1))
+
+
+class Tied(nn.Module):
+    """One weight in two layers of a block, once as it is and once transposed."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.activation(self.shared(x))
+        s = self.activation(self.shared(s))
+        s = self.activation(s @ self.shared.weight)
+        return self.head(s)
+
+
+class Convolutions(nn.Module):
+    """Strided, dilated, grouped and transposed convolutions, average pooling and a flatten in one block."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.b = nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2, bias=False)
+        self.c = nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1)
+        self.pool = nn.AvgPool2d(2)
+        self.head = nn.Linear(3 * 9, 4)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.activation(self.a(x))
+        s = self.activation(self.b(s))
+        s = self.activation(self.c(s))
+        return self.head(self.pool(s).flatten(1))
+
+
 class DCHN(nn.Module):
     """The deep convolutional Hopfield network of the reference file, as an ordinary feedforward module."""
 
     def __init__(self, widths: tuple[int, ...] = (3, 16, 32, 64, 64), classes: int = 10) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.pool = nn.AvgPool2d(2)
         self.clamp = nn.Hardtanh(0.0, 1.0)
         self.dense = nn.Linear(widths[-1] * 4, classes)
@@ -139,7 +257,7 @@ def dchn() -> DCHN:
     return model
 
 
-def digits_cnn(activation: type[nn.Module] = nn.ReLU) -> tuple[DigitsCNN, Tensor]:
+def digits_cnn(activation: Activation = nn.ReLU) -> tuple[DigitsCNN, Tensor]:
     """The small CNN after one batch in train mode, in eval mode, and a batch of inputs."""
     x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     return warmed(seeded(lambda: DigitsCNN(4, activation)), x), x
@@ -156,7 +274,57 @@ def transformer(dropout: float = 0.0, activation: Callable[[Tensor], Tensor] = F
     return seeded(build).eval(), x
 
 
-def mlp(activation: type[nn.Module] = nn.ReLU) -> tuple[MLP, Tensor]:
+def mlp(activation: Activation = nn.ReLU) -> tuple[MLP, Tensor]:
     """The plain MLP and a batch of inputs."""
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
     return seeded(lambda: MLP(activation=activation)), x
+
+
+def noise(*shape: int, seed: int = 5) -> Tensor:
+    """A fixed normal tensor."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network for the gradient tests: how it is made and converted."""
+
+    build: Callable[[Activation], nn.Module]
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    layers: int = 2
+    """States of its largest block."""
+
+    def make(self, activation: Activation) -> tuple[nn.Module, Tensor]:
+        """The model in eval mode and a batch of inputs."""
+        x = noise(*self.shape)
+        return warmed(seeded(lambda: self.build(activation)), x), x
+
+
+def _encoder(activation: Activation) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, activation(), batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+_WIDE = ffebm.Hardware(layers_per_block=8)
+CASES = {
+    "mlp": Case(lambda activation: MLP(activation=activation), (6, 8), layers=4),
+    "cnn": Case(lambda activation: DigitsCNN(3, activation), (4, 1, 8, 8), {"fold_batchnorm": True}, layers=3),
+    "transformer": Case(_encoder, (2, 3, 8)),
+    "residual": Case(Residual, (5, 6), layers=3),
+    "skip": Case(Skip, (5, 6), {"block_ops": ("add", "reshape", "scale")}, layers=3),
+    "projections": Case(Projections, (5, 6), layers=4),
+    "branches": Case(Branches, (5, 6), {"hardware": _WIDE}, layers=4),
+    "joined": Case(Joined, (5, 6), {"block_ops": ("add", "reshape", "concat")}, layers=3),
+    "tied": Case(Tied, (5, 6), layers=4),
+    "convolutions": Case(Convolutions, (3, 2, 6, 6), {"block_ops": ("add", "reshape", "avg_pool")}, layers=4),
+}
+"""Every kind of block that the gradients are tested on."""
+
+
+@cache
+def converted(name: str, activation: Activation) -> tuple[ffebm.HybridModel, Tensor]:
+    """A case converted at the default feedback (do not change it: copy it) and its inputs."""
+    case = CASES[name]
+    model, x = case.make(activation)
+    return ffebm.convert(model, x, **case.options), x

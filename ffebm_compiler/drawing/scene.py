@@ -1,0 +1,242 @@
+"""Scenes: what a picture of a plan shows, as data.
+
+A `Scene` is the quotient DAG of a plan with the words on it: a node for each energy block,
+digital part, network input and network output, and an edge for what flows between them. It
+knows no coordinates, so that every format (SVG, HTML, DOT) draws the same content.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ffebm_compiler.errors import PlanError
+from ffebm_compiler.ir import Operation, Role
+from ffebm_compiler.text import count
+
+if TYPE_CHECKING:
+    from ffebm_compiler.plan import BlockPlan, DigitalPart, Plan
+
+__all__ = [
+    "Domain",
+    "Edge",
+    "Line",
+    "Node",
+    "Scene",
+    "operation_words",
+    "part_lines",
+    "scene_of",
+    "shape_words",
+    "totals_words",
+]
+
+Domain = Literal["analog", "digital", "input", "output"]
+
+_MOST_LINES = 8
+"""Lines of layers or operations shown in one node; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text in a node."""
+
+    text: str
+    style: Literal["plain", "quiet", "warn"] = "plain"
+
+
+@dataclass(frozen=True)
+class Node:
+    """An energy block, a digital part, a network input or the network output."""
+
+    key: str
+    domain: Domain
+    title: str
+    lines: tuple[Line, ...]
+    tooltip: str
+    """Everything about it, also what the lines leave out."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What flows from one node to another."""
+
+    source: str
+    target: str
+    shape: str
+    conversion: str
+    """What crosses a converter on the way, e.g. `DAC 1024`; empty between digital parts."""
+    values: int
+    """Values per sample."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Nodes and edges in a topological order, and the words around them."""
+
+    title: str
+    totals: str
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    rejected: tuple[tuple[str, str], ...]
+    """(module path, reason) of each weight-stationary layer that stayed digital."""
+    notes: tuple[str, ...]
+
+
+def shape_words(shape: tuple[int | None, ...] | list[int | None], values: int) -> str:
+    """A shape for people without its batch axis: `16×8×8`.
+
+    Where the sizes are unknown or do not multiply to the values per sample (an axis that merges
+    the batch with another), the number of values.
+    """
+    sizes = [size for size in shape if size is not None]
+    if not sizes or math.prod(sizes) != values:
+        return _plural(values, "value")
+    return "×".join(map(str, sizes))
+
+
+def totals_words(plan: Plan) -> str:
+    """The plan in one line: blocks, parts, tiles, conversions and the analog share of the work."""
+    tiles = sum(block.tiles for block in plan.blocks)
+    share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
+    return " · ".join(
+        (
+            _plural(len(plan.blocks), "energy block"),
+            _plural(len(plan.digital_parts), "digital part"),
+            _plural(tiles, "tile"),
+            f"{count(plan.conversions)} conversions per sample",
+            f"{share:.1f} % of {count(plan.total_macs)} MACs analog",
+        )
+    )
+
+
+def operation_words(operations: list[Operation]) -> str:
+    """Targets of operations with their counts: `reshape ×7, permute`."""
+    targets = [operation.target for operation in operations]
+    return ", ".join(f"{name} ×{targets.count(name)}" if targets.count(name) > 1 else name for name in set_of(targets))
+
+
+def set_of(items: list[str]) -> list[str]:
+    """The items, each once, in order."""
+    return list(dict.fromkeys(items))
+
+
+def scene_of(plan: Plan) -> Scene:
+    """The scene of a plan.
+
+    Raises:
+        PlanError: where the plan has no operation, or its blocks and parts form a cycle.
+    """
+    if not plan.graph.operations:
+        raise PlanError(
+            f"the plan of {plan.model} has no operation, so there is nothing to draw: make it with ffebm.plan(model, "
+            "example_inputs)"
+        )
+    import networkx
+
+    quotient = plan.to_networkx()
+    if not networkx.is_directed_acyclic_graph(quotient):
+        cycle = " -> ".join(source for source, _ in networkx.find_cycle(quotient))
+        raise PlanError(f"the plan is cyclic ({cycle}): make it again with ffebm.plan()")
+    made = {name: _input_node(name, values) for name, values in plan.graph.inputs.items()}
+    made.update((block.name, _block_node(plan, block)) for block in plan.blocks)
+    made.update((part.name, _part_node(plan, part)) for part in plan.digital_parts)
+    nodes = [made[name] for name in networkx.lexicographical_topological_sort(quotient, key=list(made).index)]
+    domains = {node.key: node.domain for node in nodes}
+    edges = [
+        _edge(plan, domains, source, target, list(data["tensors"]))
+        for source, target, data in quotient.edges(data=True)
+    ]
+    for index, name in enumerate(set_of(list(plan.graph.outputs))):
+        key = f"output {index + 1}" if len(set(plan.graph.outputs)) > 1 else "output"
+        key = key if key not in made else f"{key} of the network"
+        home = plan.home(name) if name in plan.graph else name
+        nodes.append(Node(key, "output", key, (), f"{key}: {name}"))
+        edges.append(_edge(plan, {**domains, key: "output"}, home, key, [name]))
+    return Scene(
+        title=f"{plan.model} on {plan.hardware.name}",
+        totals=totals_words(plan),
+        nodes=tuple(nodes),
+        edges=tuple(edges),
+        rejected=tuple(plan.rejected.items()),
+        notes=plan.notes,
+    )
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def _edge(plan: Plan, domains: dict[str, Domain], source: str, target: str, tensors: list[str]) -> Edge:
+    values = sum(plan.graph.values(name) for name in tensors)
+    if len(tensors) == 1:
+        name = tensors[0]
+        shape = shape_words(plan.graph[name].shape if name in plan.graph else (), values)
+    else:
+        shapes = set_of(
+            [shape_words(plan.graph[t].shape if t in plan.graph else (), plan.graph.values(t)) for t in tensors]
+        )
+        shape = (
+            f"{len(tensors)} × {shapes[0]}" if len(shapes) == 1 else f"{len(tensors)} tensors, {count(values)} values"
+        )
+    crossing = []
+    if domains[source] == "analog":
+        crossing.append(f"ADC {count(values)}")
+    if domains[target] == "analog":
+        crossing.append(f"DAC {count(values)}")
+    return Edge(source, target, shape, ", ".join(crossing), values)
+
+
+def _input_node(name: str, values: int) -> Node:
+    return Node(name, "input", f"{name} · input", (), f"network input {name}: {values} values per sample")
+
+
+def _block_node(plan: Plan, block: BlockPlan) -> Node:
+    operations = [plan.graph[name] for name in block.operations]
+    layers = [op for op in operations if op.role is Role.WEIGHT]
+    others = [op for op in operations if op.role is not Role.WEIGHT]
+    lines = [Line(f"{op.path or op.name}: {op.target} {_matrix(op)}") for op in layers]
+    lines = _shortened(lines, "layers")
+    if others:
+        lines.append(Line(f"with {operation_words(others)}", "quiet"))
+    lines.append(Line(f"{_plural(block.tiles, 'tile')} · DAC {count(block.dac)} · ADC {count(block.adc)}", "quiet"))
+    tooltip = [f"{block.name}: energy block, settles on analog hardware"]
+    tooltip += [f"layer {op.path or op.name}: {op.target} {_matrix(op)}, {count(op.macs)} MACs" for op in layers]
+    tooltip += [f"{_plural(block.tiles, 'tile')}, {block.neurons} neurons, {block.macs} MACs per sample"]
+    tooltip += [f"{block.dac} DAC and {block.adc} ADC values per sample"]
+    return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip))
+
+
+def _part_node(plan: Plan, part: DigitalPart) -> Node:
+    operations = [plan.graph[name] for name in part.operations]
+    tooltip = [f"{part.name}: feedforward block, runs digitally"]
+    tooltip += [f"{op.path or 'the model itself'}: {op.target}" for op in operations]
+    return Node(part.name, "digital", part.name, tuple(part_lines(plan, operations)), "\n".join(tooltip))
+
+
+def part_lines(plan: Plan, operations: list[Operation]) -> list[Line]:
+    """A line for each module path of a digital part; layers that stayed digital come first."""
+    stayed = [op for op in operations if (op.path or op.name) in plan.rejected and op.weights]
+    lines = [Line(f"{op.path or op.name}: {op.target} stayed digital", "warn") for op in stayed]
+    groups: list[tuple[str, list[Operation]]] = []
+    for op in operations:
+        if op in stayed:
+            continue
+        if not groups or groups[-1][0] != op.path:
+            groups.append((op.path, []))
+        groups[-1][1].append(op)
+    lines += [
+        Line(f"{path}: {operation_words(inside)}" if path else operation_words(inside)) for path, inside in groups
+    ]
+    return _shortened(lines, "lines")
+
+
+def _shortened(lines: list[Line], noun: str) -> list[Line]:
+    if len(lines) <= _MOST_LINES:
+        return lines
+    return [*lines[: _MOST_LINES - 1], Line(f"and {len(lines) - _MOST_LINES + 1} more {noun}", "quiet")]
+
+
+def _matrix(operation: Operation) -> str:
+    groups = f" ({operation.groups} groups)" if operation.groups > 1 else ""
+    return f"{operation.rows}×{operation.cols}{groups}"

@@ -145,11 +145,12 @@ class HybridModel(nn.Module):
                 if module.__dict__.get("_owner") is source:
                     module.__dict__["_owner"] = self
         for energy_block in lowered.energy.values():
-            for layer in energy_block.program.layers:
-                for instruction in layer.instructions:
-                    rebound = getattr(instruction.operator, "source", None)
-                    if isinstance(rebound, nn.Module) and rebound.__dict__.get("_owner") is source:
-                        rebound.__dict__["_owner"] = self
+            block_program = energy_block.program
+            drives = [instruction for layer in block_program.layers for instruction in layer.instructions]
+            for instruction in (*drives, *block_program.readout):
+                rebound = getattr(instruction.operator, "source", None)
+                if isinstance(rebound, nn.Module) and rebound.__dict__.get("_owner") is source:
+                    rebound.__dict__["_owner"] = self
         self.__signature__ = inspect.signature(source.forward) if type(source) is not nn.Module else None
 
     # -- structure ---------------------------------------------------------------------------
@@ -378,8 +379,12 @@ class HybridModel(nn.Module):
         return svg_text(self._plan)
 
     def export_onnx(self, path: str | Path, parts: str | None = None) -> Path:
-        """Export the digital parts (`parts="digital"`) as ONNX files with a manifest, into a folder."""
-        from ffebm_compiler.onnx_export import export_digital
+        """Export the digital parts (`parts="digital"`) as ONNX files with a manifest, into a folder.
+
+        Raises:
+            ExportError: where onnx is not installed, an operation has no ONNX form or the path cannot be written.
+        """
+        from ffebm_compiler.onnx import export_digital
 
         if parts is None:
             raise NotYetError("the whole hybrid as one ONNX file is not built yet: use parts='digital'")

@@ -73,7 +73,10 @@ class _Lowering:
         output = next(node for node in self.program.graph.nodes if node.op == "output")
         self.graph.output(fx.map_arg(output.args[0], self._value))
         self.graph.lint()
-        return Lowered(fx.GraphModule(self.root, self.graph, "Lowered"), self.energy, self.feedforward)
+        module = fx.GraphModule(self.root, self.graph, "Lowered")
+        _constants_are_no_state(module)
+        module._register_deepcopy_hook(_constants_are_no_state)
+        return Lowered(module, self.energy, self.feedforward)
 
     def _value(self, node: fx.Node) -> fx.Node:
         """The lowered node of a value; static operations and shapes are emitted when first read."""
@@ -138,6 +141,11 @@ class _Lowering:
         block = FeedforwardBlock(root, graph, "FeedforwardBlock")
         self.feedforward[name] = block
         self._call(name, block, [self._value(node) for node in operands], outputs)
+
+
+def _constants_are_no_state(module: fx.GraphModule) -> None:
+    """Keep the source's constants out of `state_dict`: a `GraphModule` registers them as persistent buffers."""
+    module._non_persistent_buffers_set.update(module._buffers)
 
 
 def _reads_inside(user: fx.Node, inside: set[fx.Node]) -> bool:

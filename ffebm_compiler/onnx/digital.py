@@ -1,0 +1,148 @@
+"""Export of the digital parts: one ONNX file each, the blocks' weights, and the manifest that joins them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.onnx.folder import digest_of, whole_folder
+from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
+from ffebm_compiler.onnx.packages import package
+from ffebm_compiler.onnx.split import part_of
+from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
+from ffebm_compiler.onnx.trace import Trace, clean
+
+__all__ = ["export_digital"]
+
+_LARGE = 1 << 30
+"""Bytes of tensors above which a part keeps them in a file beside it (one protobuf holds 2 GiB)."""
+
+
+def export_digital(hybrid: HybridModel, folder: Path, *, fuse_batchnorm: bool = False) -> Path:
+    """Write one checked ONNX file per feedforward part, the energy blocks' weights, and `manifest.json`.
+
+    The files are in eval mode, whatever mode the hybrid is in, and have a free batch size. The schema
+    of the manifest is in `docs/onnx.md`; `ffebm_compiler.onnx.run(folder, inputs)` executes it.
+
+    Args:
+        hybrid: the hybrid, which is not changed.
+        folder: a new or empty folder, or one of an earlier export, which is replaced.
+        fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: where onnx is not installed, an operation has no ONNX form or the folder cannot be written.
+    """
+    onnx = package("onnx")
+    package("onnxscript")
+    steps = Steps.of(hybrid)
+    with whole_folder(folder) as fresh:
+        files: dict[str, str] = {}
+        for step, model in _models(steps, hybrid, fuse_batchnorm):
+            files[step.name] = _file_name(step, hybrid)
+            _save(onnx, model, fresh / files[step.name])
+        tensors = _tensors(steps)
+        if tensors:
+            save_file(tensors, fresh / WEIGHTS)
+        digests = {item.name: digest_of(item) for item in sorted(fresh.iterdir())}
+        text = json.dumps(manifest_of(hybrid, steps, files, digests), indent=1, allow_nan=False)
+        (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def _models(steps: Steps, hybrid: HybridModel, fuse: bool) -> list[tuple[Step, Any]]:
+    """The ONNX models of all feedforward parts, by one export."""
+    parts = [step for step in steps.steps if not step.energy]
+    if not parts:
+        return []
+    try:
+        return _exported(parts, hybrid, fuse)
+    except ExportError as error:
+        if len(parts) > 1:
+            for step in parts:  # find out which one it was
+                _exported([step], hybrid, fuse)
+        raise ExportError(_blame(parts[0], hybrid, error) if len(parts) == 1 else str(error)) from error
+
+
+def _blame(step: Step, hybrid: HybridModel, error: ExportError) -> str:
+    operations = [hybrid.plan.graph[name] for name in _operations(step, hybrid)]
+    named = ", ".join(dict.fromkeys(f"{item.target} of {item.path or 'the model'}" for item in operations))
+    return f"{step.name} ({named}) cannot be written as ONNX: {error}"
+
+
+def _exported(parts: Sequence[Step], hybrid: HybridModel, fuse: bool) -> list[tuple[Step, Any]]:
+    trace = Trace()
+    ports: list[tuple[list[tuple[str, Value]], list[tuple[str, Value]]]] = []
+    for step in parts:
+        inputs: list[tuple[str, Value]] = []
+
+        def read(value: Value, step: Step = step, inputs: list[tuple[str, Value]] = inputs) -> Any:
+            inputs.append((f"{step.name}.in{len(inputs)}", value))
+            return trace.input(*inputs[-1])
+
+        results = trace.feedforward(step, [trace.operand(operand, read) for operand in step.operands])
+        outputs = [(f"{step.name}.out{index}", value) for index, value in enumerate(step.outputs)]
+        for (name, _), node in zip(outputs, results, strict=True):
+            trace.output(name, node)
+        ports.append((inputs, outputs))
+    try:
+        joint = trace.export(fuse).model_proto
+    except ExportError as error:
+        if len(parts) == 1:
+            raise ExportError(_blame(parts[0], hybrid, error)) from error
+        raise
+    clean(joint)
+    models = []
+    for step, (inputs, outputs) in zip(parts, ports, strict=True):
+        model = part_of(joint, step.name, inputs, outputs)
+        model.metadata_props.add(key="ffebm.part", value=step.name)
+        model.metadata_props.add(key="ffebm.operations", value=", ".join(_operations(step, hybrid)))
+        models.append((step, model))
+    return models
+
+
+def _operations(step: Step, hybrid: HybridModel) -> tuple[str, ...]:
+    return next(part.operations for part in hybrid.plan.digital_parts if part.name == step.name)
+
+
+def _file_name(step: Step, hybrid: HybridModel) -> str:
+    """Name of the part and of what it computes, e.g. `digital_1_batch_norm_relu.onnx`."""
+    kinds = dict.fromkeys(hybrid.plan.graph[name].target for name in _operations(step, hybrid))
+    words: list[str] = []
+    for kind in kinds:
+        if len("_".join([*words, kind])) > 60:
+            words.append("etc")
+            break
+        words.append(kind)
+    plain = "".join(letter if letter.isalnum() else "_" for letter in "_".join(words))
+    return f"{step.name}_{plain}.onnx"
+
+
+def _save(onnx: Any, model: Any, path: Path) -> None:
+    if model.ByteSize() > _LARGE:
+        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+    else:
+        onnx.save_model(model, str(path))
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # onnx raises several kinds
+        raise ExportError(f"{path.name} does not pass onnx.checker ({error}): please report the model") from error
+
+
+def _tensors(steps: Steps) -> dict[str, Tensor]:
+    """What the energy blocks and the outputs read of the weights, each once."""
+    found: dict[str, Tensor] = {}
+    operands: list[Operand] = [operand for step in steps.steps if step.energy for operand in step.operands]
+    for operand in [*operands, *steps.outputs]:
+        if operand.tensor is not None:
+            found[operand.key] = operand.tensor.detach().to("cpu", copy=True).contiguous()
+    return found

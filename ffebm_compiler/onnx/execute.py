@@ -1,0 +1,205 @@
+"""Execute a manifest: feedforward parts in onnxruntime, energy blocks in this package's runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ffebm_compiler.errors import ConvergenceError, ExportError
+from ffebm_compiler.onnx.folder import FORMAT, digest_of
+from ffebm_compiler.onnx.manifest import MANIFEST, SCHEMA, WEIGHTS, seal
+from ffebm_compiler.onnx.packages import package
+from ffebm_compiler.onnx.program_json import program_from_json
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.loop_gain import Certificate
+from ffebm_compiler.runtime.solvers import GaussSeidel
+
+__all__ = ["Exported", "Inputs", "load", "run"]
+
+Inputs = Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
+"""One tensor or array, a sequence of them in the order of the forward, or by the names in the manifest."""
+
+
+def run(folder: str | Path, inputs: Inputs, *, threads: int | None = None) -> list[Tensor]:
+    """Execute an export made with `hybrid.export_onnx(folder, parts="digital")`.
+
+    Args:
+        folder: the exported folder.
+        inputs: the network's tensors.
+        threads: threads of onnxruntime; None is its default.
+
+    Returns:
+        The network's outputs, flattened, on the CPU.
+
+    Raises:
+        ExportError: where a file is missing, was changed or lies outside of the folder, or an input does not fit.
+        ConvergenceError: where a block does not settle.
+    """
+    return load(folder, threads=threads).run(inputs)
+
+
+def load(folder: str | Path, *, threads: int | None = None) -> Exported:
+    """Read and check an export once, to run it many times; arguments and errors are those of `run`."""
+    return Exported(Path(folder), threads)
+
+
+class Exported:
+    """An export, checked and ready to run."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self.folder = folder
+        self.manifest = _manifest(folder)
+        for name, digest in self.manifest["files"].items():
+            _check_file(folder, name, digest)
+        try:
+            self._tensors = load_file(folder / WEIGHTS) if WEIGHTS in self.manifest["files"] else {}
+            self._steps = [self._build(step, threads) for step in self.manifest["steps"]]
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise ExportError(
+                f"{folder / MANIFEST} is malformed ({type(error).__name__}: {error}): export again"
+            ) from error
+
+    def _build(self, step: Mapping[str, Any], threads: int | None) -> Any:
+        if step["kind"] == "energy":
+            return self._energy(step)
+        if step["file"] not in self.manifest["files"]:
+            raise ExportError(f"{step['name']} names the file {step['file']!r}, which the manifest does not list")
+        runtime = package("onnxruntime")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            return runtime.InferenceSession(
+                str(self.folder / step["file"]), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises several kinds
+            raise ExportError(f"onnxruntime cannot load {step['file']} ({error}): export again") from error
+
+    def _energy(self, step: Mapping[str, Any]) -> EnergyBlock:
+        program = program_from_json(step["name"], step["program"])
+        scales = tuple(float(scale) for scale in step["scales"])
+        if len(scales) != len(program.layers) or len(step["inputs"]) != program.inputs:
+            raise ValueError(f"{step['name']} has {len(scales)} scales and {len(step['inputs'])} inputs")
+        settling = step["settling"]
+        block = EnergyBlock(program)
+        block.feedback = step["feedback"]
+        radius = step["spectral_radius"]
+        block.certificate = Certificate((), scales, float("inf") if radius is None else float(radius))
+        block.solver = GaussSeidel(
+            rtol=settling["rtol"],
+            max_sweeps=settling["max_sweeps"],
+            on_failure=settling["on_failure"],
+            schedule=settling["schedule"],
+        )
+        return block
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        """Execute it; see `run` of this module."""
+        values = self._inputs(inputs)
+        for step, work in zip(self.manifest["steps"], self._steps, strict=True):
+            if isinstance(work, EnergyBlock):
+                operands = [self._operand(item, values) for item in (*step["inputs"], *step["weights"])]
+                with torch.no_grad():
+                    results: Sequence[Tensor] = self._settled(step, work, operands)
+            else:
+                results = _part(step, work, values)
+            values.update(zip(step["outputs"], results, strict=True))
+        outputs = [self._operand(item, values) for item in self.manifest["outputs"]]
+        return [output for output in outputs if output is not None]
+
+    def _settled(
+        self, step: Mapping[str, Any], block: EnergyBlock, operands: Sequence[Tensor | None]
+    ) -> Sequence[Tensor]:
+        try:
+            return block(*operands)
+        except ConvergenceError:
+            raise
+        except RuntimeError as error:
+            raise ExportError(f"{step['name']} does not fit its inputs ({error}): export again") from error
+
+    def _operand(self, item: Mapping[str, str] | None, values: Mapping[str, Tensor]) -> Tensor | None:
+        if item is None:
+            return None
+        found = values.get(item["value"]) if "value" in item else self._tensors.get(item["tensor"])
+        if found is None:
+            raise ExportError(f"the manifest reads {next(iter(item.values()))!r}, which nothing gives: export again")
+        return found
+
+    def _inputs(self, inputs: Inputs) -> dict[str, Tensor]:
+        names = self.manifest["inputs"]
+        if isinstance(inputs, Tensor | np.ndarray):
+            inputs = [inputs]
+        if isinstance(inputs, Mapping):
+            given = dict(inputs)
+        else:
+            given = dict(zip(names, inputs, strict=False)) if len(inputs) == len(names) else {}
+        if set(given) != set(names):
+            found = ", ".join(inputs) if isinstance(inputs, Mapping) else f"{len(inputs)} tensors"
+            raise ExportError(f"the export takes {len(names)} inputs ({', '.join(names)}), got {found or 'none'}")
+        sizes: dict[str, int] = {}
+        return {name: self._checked(name, given[name], sizes) for name in names}
+
+    def _checked(self, name: str, item: Any, sizes: dict[str, int]) -> Tensor:
+        spec = self.manifest["values"][name]
+        value = item.detach().cpu() if isinstance(item, Tensor) else torch.as_tensor(np.asarray(item))
+        dtype = getattr(torch, spec["dtype"])
+        if value.is_floating_point() != dtype.is_floating_point:
+            raise ExportError(f"input {name!r} has dtype {value.dtype}, expected {dtype}: convert it")
+        fits = value.dim() == len(spec["shape"])
+        for found, size in zip(value.shape, spec["shape"], strict=False):
+            # A plain name has one value everywhere; what an expression gives is left to the parts.
+            expected = sizes.setdefault(size, found) if isinstance(size, str) and size.isidentifier() else size
+            fits = fits and (found == expected or isinstance(expected, str))
+        if not fits:
+            shape = ", ".join(str(size) for size in spec["shape"])
+            raise ExportError(f"input {name!r} has shape {tuple(value.shape)}, expected ({shape}): reshape it")
+        return value.to(dtype)
+
+
+def _part(step: Mapping[str, Any], session: Any, values: Mapping[str, Tensor]) -> list[Tensor]:
+    feed = {name: values[name].contiguous().numpy() for name in step["inputs"]}
+    try:
+        return [torch.from_numpy(np.array(result)) for result in session.run(step["outputs"], feed)]
+    except Exception as error:  # onnxruntime raises several kinds
+        raise ExportError(f"onnxruntime cannot run {step['name']} ({error}): check the inputs' shapes") from error
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be read ({error.strerror or error}): name a folder that "
+            "hybrid.export_onnx(folder, parts='digital') wrote"
+        ) from error
+    except ValueError as error:
+        raise ExportError(f"{path} is not JSON ({error}): export again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ExportError(f"{path} is no manifest of ffebm-compiler: export with parts='digital'")
+    if manifest.get("schema") != SCHEMA:
+        raise ExportError(f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: export again")
+    files = manifest.get("files")
+    for name in files if isinstance(files, dict) else ():
+        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise ExportError(f"{path} names the file {name!r}, which is outside of its folder: refused")
+    if manifest.get("sha256") != seal(manifest):
+        raise ExportError(f"{path} was changed after the export (its SHA-256 differs): export again")
+    return manifest
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise ExportError(f"{path} is missing (or is a link): the export is incomplete; export again")
+    if digest_of(path) != digest:
+        raise ExportError(f"{path} was changed after the export (its SHA-256 differs): export again")

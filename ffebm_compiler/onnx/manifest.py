@@ -1,0 +1,134 @@
+"""The manifest: how the exported parts and the energy blocks are joined (`docs/onnx.md` has the schema)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.onnx.folder import FORMAT
+from ffebm_compiler.onnx.packages import OPSET
+from ffebm_compiler.onnx.program_json import program_to_json
+from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.solvers import GaussSeidel
+
+__all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "manifest_of", "seal", "settling_of"]
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+SCHEMA = 1
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own `sha256`: it detects accidental and careless changes."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
+    """When and how the free phase of a block stops, as its solver would."""
+    solver = block.active_solver
+    schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
+    return {
+        "rtol": block._rtol(getattr(torch, dtype)),
+        "max_sweeps": solver.max_sweeps,
+        "schedule": "forward" if schedule == "auto" else schedule,
+        "on_failure": solver.on_failure,
+    }
+
+
+def manifest_of(
+    hybrid: HybridModel, steps: Steps, files: Mapping[str, str], digests: Mapping[str, str]
+) -> dict[str, Any]:
+    """The manifest of an export.
+
+    Args:
+        hybrid: what is exported.
+        steps: its steps.
+        files: name of each feedforward part -> its ONNX file.
+        digests: name of each file -> its SHA-256.
+    """
+    produced = [*steps.inputs, *(value for step in steps.steps for value in step.outputs)]
+    plan = hybrid.plan
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "opset": OPSET,
+        "model": plan.model,
+        "mode": "eval",
+        "fingerprint": plan.fingerprint,
+        "hardware": plan.hardware.to_dict(),
+        "inputs": [value.name for value in steps.inputs],
+        "outputs": [_operand(operand) for operand in steps.outputs],
+        "values": {value.name: {"dtype": value.dtype, "shape": list(value.shape)} for value in produced},
+        "steps": [
+            _energy_step(hybrid, step) if step.energy else _feedforward_step(hybrid, step, files[step.name])
+            for step in steps.steps
+        ],
+        "files": dict(digests),
+    }
+    manifest["sha256"] = seal(manifest)
+    return manifest
+
+
+def _operand(operand: Operand) -> dict[str, str] | None:
+    if operand.value is not None:
+        return {"value": operand.value.name}
+    return {"tensor": operand.key} if operand.tensor is not None else None
+
+
+def _names(values: tuple[Value, ...]) -> list[str]:
+    return [value.name for value in values]
+
+
+def _feedforward_step(hybrid: HybridModel, step: Step, file: str) -> dict[str, Any]:
+    part = next(part for part in hybrid.plan.digital_parts if part.name == step.name)
+    read = dict.fromkeys(operand.value.name for operand in step.operands if operand.value is not None)
+    return {
+        "kind": "feedforward",
+        "name": step.name,
+        "file": file,
+        "inputs": list(read),
+        "outputs": _names(step.outputs),
+        "operations": [
+            {"name": name, "operation": hybrid.plan.graph[name].target, "module": hybrid.plan.graph[name].path}
+            for name in part.operations
+        ],
+    }
+
+
+def _energy_step(hybrid: HybridModel, step: Step) -> dict[str, Any]:
+    block = step.module
+    assert isinstance(block, EnergyBlock)
+    plan = hybrid.plan.block(step.name)
+    certificate = block.certificate
+    radius = certificate.radius if certificate is not None else 0.0
+    count = block.program.inputs
+    dtype = next((value.dtype for value in step.outputs), "float32")
+    return {
+        "kind": "energy",
+        "name": step.name,
+        "inputs": [_operand(operand) for operand in step.operands[:count]],
+        "weights": [_operand(operand) for operand in step.operands[count:]],
+        "outputs": _names(step.outputs),
+        "layers": list(plan.layers),
+        "parameters": list(plan.weights),
+        "tiles": plan.tiles,
+        "dac": plan.dac,
+        "adc": plan.adc,
+        "neurons": plan.neurons,
+        "macs": plan.macs,
+        "coupled": block.program.coupled,
+        "feedback": block.feedback,
+        "loop_gain": block.loop_gain if math.isfinite(block.loop_gain) else None,
+        "spectral_radius": radius if math.isfinite(radius) else None,
+        "scales": list(block.scales),
+        "settling": settling_of(block, dtype),
+        "program": program_to_json(block.program),
+    }

@@ -1,0 +1,161 @@
+"""Steps: a hybrid as the sequence of its parts and blocks, with named values between them.
+
+This is what the manifest writes down and what both exporters read: every value has a name, a
+dtype and a shape whose free sizes are named (`"batch"`, or an expression such as `"5*batch"`),
+and every operand of a step is such a value or a tensor that depends on the weights alone.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.hybrid import HybridModel, _static_value
+from ffebm_compiler.runtime.block import EnergyBlock
+
+__all__ = ["Operand", "Step", "Steps", "Value"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that passes between steps."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    """Sizes; a free one is the name of a size or an expression of such names."""
+    example: tuple[int, ...]
+    """The sizes with numbers for the free ones."""
+
+    def zeros(self) -> Tensor:
+        """A tensor of this dtype and of the example sizes."""
+        return torch.zeros(self.example, dtype=getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a step reads: a value, or a tensor known at export; neither is an operand left out (no bias)."""
+
+    value: Value | None = None
+    tensor: Tensor | None = None
+    key: str = ""
+    """Name of the tensor: the source's own, or `static.<node>` where it is computed from several."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of an energy block or of a feedforward part."""
+
+    name: str
+    module: nn.Module
+    operands: tuple[Operand, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def energy(self) -> bool:
+        """Whether it is an energy block."""
+        return isinstance(self.module, EnergyBlock)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A hybrid's inputs, steps in order, and outputs."""
+
+    inputs: tuple[Value, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[Operand, ...]
+
+    @classmethod
+    def of(cls, hybrid: HybridModel) -> Steps:
+        """Read the lowered graph of a hybrid, with its present weights.
+
+        Raises:
+            ExportError: for a network that takes or returns what is no tensor.
+        """
+        return _Reader(hybrid).read()
+
+
+class _Reader:
+    def __init__(self, hybrid: HybridModel) -> None:
+        self.hybrid = hybrid
+        run = hybrid.get_submodule("_ffebm")
+        assert isinstance(run, fx.GraphModule)
+        self.run = run
+        self.names: dict[str, str] = {}
+        self.values: dict[fx.Node, Value] = {}
+        self.known: dict[fx.Node, Tensor | None] = {}
+        self.keys: dict[fx.Node, str] = {}
+
+    def read(self) -> Steps:
+        placeholders = [node for node in self.run.graph.nodes if node.op == "placeholder"]
+        lifted = self.hybrid._lifted
+        for node, name, tensor in zip(placeholders, lifted, self.hybrid._tensors(), strict=False):
+            self.known[node], self.keys[node] = tensor.detach(), name
+        inputs = []
+        for node in placeholders[len(lifted) :]:
+            if isinstance(node.meta.get("val"), Tensor):
+                self.values[node] = self._value(node.name, node.meta["val"])
+                inputs.append(self.values[node])
+        steps = [self._step(node) for node in self.run.graph.nodes if node.op == "call_module"]
+        output = next(node for node in self.run.graph.nodes if node.op == "output")
+        return Steps(tuple(inputs), tuple(steps), tuple(self._operand(item, "the network") for item in output.args[0]))
+
+    def _step(self, call: fx.Node) -> Step:
+        name = str(call.target)
+        module = self.run.get_submodule(name)
+        picks = {node.args[1]: node for node in call.users if node.target is operator.getitem}
+        values = call.meta["val"]
+        outputs = []
+        for index, (label, value) in enumerate(zip(self._output_names(name, module, len(values)), values, strict=True)):
+            outputs.append(self._value(label, value))
+            if index in picks:
+                self.values[picks[index]] = outputs[-1]
+        return Step(name, module, tuple(self._operand(item, name) for item in call.args), tuple(outputs))
+
+    def _output_names(self, name: str, module: nn.Module, count: int) -> tuple[str, ...]:
+        """The operations that compute the outputs, by their names in the plan."""
+        if isinstance(module, fx.GraphModule):
+            results = next(node for node in module.graph.nodes if node.op == "output").args[0]
+            return tuple(str(node) for node in results)
+        names = self.hybrid.plan.block(name).outputs
+        return names if len(names) == count else tuple(f"{name}.{index}" for index in range(count))
+
+    def _operand(self, item: Any, reader: str) -> Operand:
+        if item is None:
+            return Operand()
+        if not isinstance(item, fx.Node):
+            raise ExportError(f"{reader} reads or returns {item!r}, which is no tensor: return tensors only")
+        if item in self.values:
+            return Operand(value=self.values[item])
+        tensor = _static_value(self.run, item, self.known)
+        if tensor is None:
+            raise ExportError(
+                f"{reader} reads or returns {item.name!r}, which is no tensor: give the network tensors only, and "
+                "return no sizes"
+            )
+        return Operand(tensor=tensor.detach(), key=self.keys.get(item, f"static.{item.name}"))
+
+    def _value(self, name: str, value: Tensor) -> Value:
+        shape: list[int | str] = []
+        example = []
+        for size in value.shape:
+            if isinstance(size, torch.SymInt):
+                expression = size.node.expr
+                symbols = {symbol: self._size_name(str(symbol)) for symbol in expression.free_symbols}
+                shape.append(str(expression.subs({symbol: type(symbol)(text) for symbol, text in symbols.items()})))
+                hint = size.node.hint
+                example.append(int(hint) if hint is not None else int(expression.subs(dict.fromkeys(symbols, 3))))
+            else:
+                shape.append(int(size))
+                example.append(int(size))
+        return Value(name, str(value.dtype).removeprefix("torch."), tuple(shape), tuple(example))
+
+    def _size_name(self, symbol: str) -> str:
+        if symbol not in self.names:
+            self.names[symbol] = "batch" if not self.names else f"size_{len(self.names)}"
+        return self.names[symbol]

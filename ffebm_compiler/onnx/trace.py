@@ -1,0 +1,199 @@
+"""Trace: steps of a hybrid become one ONNX model, by `torch.onnx.export`.
+
+The steps are copied into one fx graph whose parameters are its buffers, under the source's names,
+and whose batch norm and dropout are in eval mode: the hybrid itself is not touched. One export
+for many parts costs little more than one for a single part.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.onnx.packages import OPSET, package
+from ffebm_compiler.onnx.steps import Operand, Step, Value
+
+__all__ = ["MODULE_KEY", "Trace", "clean"]
+
+MODULE_KEY = "ffebm.module"
+"""Metadata key of a node: path of the source's module that it comes from."""
+
+
+class Trace:
+    """An fx graph that steps are copied into, and its export."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.inputs: list[tuple[str, Value]] = []
+        self.outputs: list[tuple[str, fx.Node]] = []
+        self._buffers: dict[str, fx.Node] = {}
+
+    def input(self, name: str, value: Value) -> fx.Node:
+        """A new input of the model."""
+        node = self.graph.placeholder(f"input_{len(self.inputs)}")
+        self.inputs.append((name, value))
+        return node
+
+    def output(self, name: str, node: fx.Node) -> None:
+        """A new output of the model."""
+        self.outputs.append((name, node))
+
+    def operand(self, operand: Operand, of: Callable[[Value], fx.Node]) -> fx.Node | None:
+        """The node of an operand; a known tensor becomes a buffer, once."""
+        if operand.value is not None:
+            return of(operand.value)
+        if operand.tensor is None:
+            return None
+        if operand.key not in self._buffers:
+            *path, leaf = operand.key.split(".")
+            owner = self.root
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_buffer(leaf, operand.tensor)
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_before(first):
+                self._buffers[operand.key] = self.graph.get_attr(operand.key)
+        return self._buffers[operand.key]
+
+    def feedforward(self, step: Step, operands: Sequence[fx.Node | None]) -> list[fx.Node]:
+        """Copy a feedforward part, in eval mode; returns the nodes of its outputs."""
+        part = step.module
+        assert isinstance(part, fx.GraphModule)
+        placeholders = [node for node in part.graph.nodes if node.op == "placeholder"]
+        known: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
+        for node in part.graph.nodes:
+            if node.op == "output":
+                return [known[result] for result in node.args[0]]
+            if node.op == "placeholder":
+                continue
+            known[node] = self.graph.node_copy(node, known.__getitem__)
+            if node.op == "call_module":
+                target = f"{step.name}_{node.target}"
+                self.root.add_module(target, _evaluated(part.get_submodule(str(node.target))))
+                known[node].target = target
+        raise AssertionError(f"{step.name} has no output node")
+
+    def module(self, name: str, module: nn.Module, operands: Sequence[fx.Node | None], outputs: int) -> list[fx.Node]:
+        """Call a module that returns a tuple; returns the nodes of its outputs."""
+        self.root.add_module(name, module)
+        call = self.graph.call_module(name, tuple(operands))
+        return [self.graph.call_function(_pick, (call, index)) for index in range(outputs)]
+
+    def export(self, fuse: bool = False) -> Any:
+        """The ONNX program (`torch.onnx.ONNXProgram`).
+
+        Args:
+            fuse: let onnxscript's optimizer rewrite the graph (it fuses batch norm into convolutions).
+
+        Raises:
+            ExportError: where an operation has no ONNX form, or a free size does not stay free.
+        """
+        package("onnx")
+        package("onnxscript")
+        self._placeholders_first()
+        self.graph.output(tuple(node for _, node in self.outputs))
+        self.graph.lint()
+        module = fx.GraphModule(self.root, self.graph, "Part")
+        free = torch.export.Dim.DYNAMIC
+        shapes = tuple(
+            {dim: free for dim, size in enumerate(value.shape) if isinstance(size, str)} for _, value in self.inputs
+        )
+        try:
+            with _quiet(), torch.no_grad():
+                return torch.onnx.export(
+                    module,
+                    tuple(value.zeros() for _, value in self.inputs),
+                    dynamo=True,
+                    dynamic_shapes=shapes,
+                    input_names=[name for name, _ in self.inputs],
+                    output_names=[name for name, _ in self.outputs],
+                    optimize=fuse,
+                    opset_version=OPSET,
+                    verbose=False,
+                )
+        except Exception as error:  # the exporter raises many kinds
+            raise ExportError(_first_cause(error)) from error
+
+    def _placeholders_first(self) -> None:
+        first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
+        if first is None:
+            return
+        seen_other = False
+        for node in list(self.graph.nodes):
+            if node.op != "placeholder":
+                seen_other = True
+            elif seen_other:
+                first.prepend(node)
+
+
+def _pick(values: Sequence[Tensor], index: int) -> Tensor:
+    return values[index]
+
+
+def _evaluated(module: nn.Module) -> nn.Module:
+    """A shallow copy of a re-bound operation that follows a module in eval mode."""
+    twin = copy.copy(module)
+    twin.__dict__ = dict(module.__dict__)
+    if "_owner" in twin.__dict__:
+        twin.__dict__["_owner"] = nn.Identity().eval()
+    twin.training = False
+    return twin
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes that the exporter and `torch.export` address to their own developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_cause(error: BaseException) -> str:
+    """The sentence of the exception that started it, without colours and advice to exporter developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+def clean(model: Any) -> None:
+    """Remove stack traces, paths and exporter records; keep each node's module path."""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    model.graph.doc_string = ""
+    for info in [*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer]:
+        del info.metadata_props[:]
+        info.doc_string = ""
+    for node in model.graph.node:
+        kept = {item.key: item.value for item in node.metadata_props}
+        node.doc_string = ""
+        path = kept.get(MODULE_KEY) or _module_path(kept.get("pkg.torch.onnx.name_scopes", ""))
+        del node.metadata_props[:]
+        if path:
+            node.metadata_props.add(key=MODULE_KEY, value=path)
+
+
+def _module_path(scopes: str) -> str:
+    """The innermost module of a list such as `['', 'layers.0', 'layers.0.norm', 'add']`."""
+    names = re.findall(r"'([^']*)'", scopes)
+    return names[-2] if len(names) > 1 else ""

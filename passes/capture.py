@@ -219,9 +219,9 @@ def _explained(
 
 
 def _where(source: nn.Module, error: BaseException) -> str:
-    """Module path and line of the innermost frame of the model's own code."""
+    """Path of the innermost module, and the innermost line of the model's own code (not of torch)."""
     names = {id(module): name for name, module in source.named_modules()}
-    found = ""
+    path, place, own = "", "", False
     for frame, line in traceback.walk_tb(error.__traceback__):
         names_of_locals = frame.f_code.co_varnames
         owner = frame.f_locals.get(names_of_locals[0]) if names_of_locals else None
@@ -229,8 +229,10 @@ def _where(source: nn.Module, error: BaseException) -> str:
             if frame.f_code.co_filename.endswith("torch/nn/modules/module.py"):
                 continue
             path = names[id(owner)] or type(source).__name__
-            found = f" in module {path!r} ({frame.f_code.co_filename}, line {line})"
-    return found
+            foreign = type(owner).__module__.startswith("torch.")
+            if not (foreign and own):
+                place, own = f"{frame.f_code.co_filename}, line {line}", not foreign
+    return f" in module {path!r} ({place})" if path else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import UnsupportedError
 
-__all__ = ["Activation", "clamp_step", "in_double", "infinite_outside", "sigmoid_step"]
+__all__ = ["Activation", "clamp_step", "clamp_stepper", "in_double", "infinite_outside", "sigmoid_step"]
 
 
 class Activation(ABC):
@@ -74,6 +74,10 @@ class Activation(ABC):
         """h σ(h) − Λ(h), which is G(σ(h)) where σ is monotone and is defined for every activation."""
         return in_double(lambda x: x * self.value(x) - self.primitive(x), h)
 
+    def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
+        """k ↦ quotient(h, k, t), with what depends on h and t alone computed once."""
+        return lambda k: self.quotient(h, k, t)
+
     @abstractmethod
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         """[σ(h + t k) − σ(h)] / t without cancellation; tends to σ'(h) k as t → 0.
@@ -94,25 +98,31 @@ def infinite_outside(f: Callable[[Tensor], Tensor], s: Tensor, lo: float, hi: fl
 
 
 def clamp_step(h: Tensor, k: Tensor, t: float, lo: float, hi: float) -> Tensor:
-    """The step quotient of σ(h) = clamp(h, lo, hi); `lo` and `hi` may be infinite.
+    """The step quotient of σ(h) = clamp(h, lo, hi); `lo` and `hi` may be infinite."""
+    return clamp_stepper(h, t, lo, hi)(k)
+
+
+def clamp_stepper(h: Tensor, t: float, lo: float, hi: float) -> Callable[[Tensor], Tensor]:
+    """k ↦ the step quotient of σ(h) = clamp(h, lo, hi).
 
     With s = σ(h): clip k + (h − s)/t to [(lo − s)/t, (hi − s)/t], the bounds swapped for t < 0.
     One bound b alone needs fewer kernels: with u = (b − h)/t, u⁺ = max(u, 0) and u⁻ = min(u, 0), it is
     max(k − u⁺, u⁻) where t points away from a lower bound or at an upper one, else min(k − u⁻, u⁺).
     """
     if lo == -inf and hi == inf:
-        return k.clone()
+        return torch.clone
     if lo > -inf and hi < inf:
         s = h.clamp(lo, hi)
-        moved = torch.add(k, h - s, alpha=1 / t)
+        beyond = (h - s).mul_(1 / t)
         first, last = (lo, hi) if t > 0 else (hi, lo)
-        return moved.clamp(s.sub(first).mul_(-1 / t), s.sub(last).mul_(-1 / t))
+        least, most = s.sub(first).mul_(-1 / t), s.sub(last).mul_(-1 / t)
+        return lambda k: (k + beyond).clamp(least, most)
     bound = lo if lo > -inf else hi
     u = h.mul(-1 / t) if bound == 0 else h.sub(bound).mul_(-1 / t)
-    # In place where autograd allows it: on a CPU the fresh allocations are a third of the time.
+    above, below = u.relu(), u.clamp_max(0)
     if (t > 0) == (lo > -inf):
-        return torch.maximum(k - u.relu(), u.clamp_max_(0))
-    return torch.minimum(k + u.neg().relu_(), u.clamp_min_(0))
+        return lambda k: torch.maximum(k - above, below)
+    return lambda k: torch.minimum(k - below, above)
 
 
 def sigmoid_step(a: Tensor, b: Tensor, difference: Tensor, t: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from typing import cast
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.activation_base import Activation, clamp_step, in_double, infinite_outside
+from ffebm_compiler.runtime.activation_base import Activation, clamp_step, clamp_stepper, in_double, infinite_outside
 
 __all__ = [
     "CELU",
@@ -72,6 +73,9 @@ class _Clamp(Activation):
 
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         return clamp_step(h, k, t, self.lo, self.hi)
+
+    def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
+        return clamp_stepper(h, t, self.lo, self.hi)
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ __all__ = ["EnergyBlock", "Equilibrium", "default_rtol"]
 
 
 def default_rtol(dtype: torch.dtype, certified: bool) -> float:
-    """Relative change of a layer at which a phase stops.
+    """Relative error of a layer at which a phase stops.
 
-    With a certificate a sweep contracts by the loop gain, so that the error left is smaller than
-    the last change; without one the iteration goes on to what the dtype resolves.
+    With a certificate the error that is left is bounded by the last change; without one there is
+    only the change to look at, and the iteration goes on to what the dtype resolves.
     """
     if dtype == torch.float64:
         return 1e-12
     if dtype == torch.float32:
-        return 1e-5 if certified else 1e-6
+        return 1e-4 if certified else 1e-6
     return 1e-2
 
 
@@ -140,11 +140,16 @@ class EnergyBlock(nn.Module):
             "recertify() if the weights have changed since, or allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
         )
 
+    def _contraction(self) -> float | None:
+        """κ where the block is certified: a Gauss–Seidel sweep contracts by about ρ² (Young 1954)."""
+        if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:
+            return None
+        return self.certificate.loop_gain
+
     def _rtol(self, dtype: torch.dtype) -> float:
         if self.active_solver.rtol is not None:
             return self.active_solver.rtol
-        certified = not isinstance(self.feedback, str) and self.certificate is not None and self.certificate.certified
-        return default_rtol(dtype, certified)
+        return default_rtol(dtype, self._contraction() is not None)
 
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]:
         """Settle the free phase of a frame.
@@ -158,7 +163,9 @@ class EnergyBlock(nn.Module):
             return phase, Settled(0, 0.0, True, "")
         rtol = self._rtol(phase.values[0].dtype if phase.values[0] is not None else torch.float32)
         try:
-            settled = relax(phase, self.active_solver, rtol, f"free phase of {self.name}", self._hint())
+            settled = relax(
+                phase, self.active_solver, rtol, f"free phase of {self.name}", self._hint(), self._contraction()
+            )
         except ConvergenceError:
             self._blame(frame)
             raise
@@ -181,6 +188,18 @@ class EnergyBlock(nn.Module):
                     f"weight {index} of {self.name}, of shape {tuple(weight.shape)}, holds NaN or infinite values: "
                     "training may have diverged; lower the learning rate or reload a checkpoint"
                 )
+
+    def laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The tensors in the memory layout in which this block's sweeps are fastest.
+
+        Convolutions on a CPU are up to twice as fast on channels-last tensors, and a settling
+        block runs each of its own many times.
+        """
+        if not self.program.convolutional or any(t is not None and t.device.type != "cpu" for t in tensors):
+            return tuple(tensors)
+        return tuple(
+            t.contiguous(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t for t in tensors
+        )
 
     def settle(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Equilibrium:
         """The equilibrium for given inputs and weights, without gradients."""
@@ -234,7 +253,7 @@ class EnergyBlock(nn.Module):
             phase, self.last = FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
             states = _complete(phase.values)
         else:
-            states = tuple(_Settle.apply(self, frame, *inputs, *weights))  # type: ignore[no-untyped-call]
+            states = tuple(_Settle.apply(self, frame.drawn, *inputs, *weights))  # type: ignore[no-untyped-call]
         self.states = tuple(state.detach() for state in states)
         return frame.read({index: states[index] for index in program.visible})
 
@@ -248,7 +267,10 @@ class _Settle(torch.autograd.Function):
     """(inputs, weights) -> settled states; backward asks the block's estimator."""
 
     @staticmethod
-    def forward(ctx: Any, block: EnergyBlock, frame: Frame, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, block: EnergyBlock, drawn: dict[int, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        tensors = block.laid_out(tensors)
+        inputs = [value for value in tensors[: block.program.inputs] if value is not None]
+        frame = Frame(block.program, inputs, tensors[block.program.inputs :], drawn)
         phase, block.last = block.relax(frame)
         states, preactivations = _complete(phase.values), _complete(phase.preactivations)
         ctx.block, ctx.sweeps = block, block.last.sweeps
@@ -279,6 +301,7 @@ class _Settle(torch.autograd.Function):
             preactivations=_complete(saved[count + layers :]),
             solver=block.active_solver,
             rtol=block._rtol(states[0].dtype),
+            contraction=block._contraction(),
             hint=block._hint(),
             free_sweeps=ctx.sweeps,
             inputs_needed=tuple(needed[: program.inputs]),

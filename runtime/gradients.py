@@ -49,6 +49,8 @@ class Situation:
     preactivations: tuple[Tensor, ...]
     solver: Solver
     rtol: float
+    contraction: float | None
+    """Factor by which a sweep contracts, where certified."""
     hint: str
     """What to change where a phase does not settle."""
     free_sweeps: int
@@ -99,12 +101,15 @@ def _amplitudes(at: Situation, errors: Sequence[Tensor | None]) -> Tensor | None
 
 
 def _square(value: Tensor, batched: bool) -> Tensor:
-    """‖value‖², per sample or in total, accumulated in float64: δ may be as small as 1e-20."""
-    dims = tuple(range(1, value.dim())) if batched else tuple(range(value.dim()))
+    """‖value‖², per sample or in total, in float64 where there is one: δ may be as small as 1e-20."""
     wide = value.dtype if value.device.type == "mps" else torch.float64
+    dims = tuple(range(1, value.dim())) if batched else tuple(range(value.dim()))
     if not dims:
         return value.to(wide).square()
-    return torch.linalg.vector_norm(value, dim=dims, dtype=wide).square()
+    norm = torch.linalg.vector_norm(value, dim=dims)
+    if value.dtype != wide and bool((norm < 1e-12).any()):  # the squares may have underflowed
+        norm = torch.linalg.vector_norm(value, dim=dims, dtype=wide)
+    return norm.to(wide).square()
 
 
 def _scaled(errors: Sequence[Tensor | None], amplitude: Tensor, inverse: bool = False) -> list[Tensor | None]:
@@ -124,7 +129,7 @@ def _contract(at: Situation, currents: Sequence[Tensor | None], middle: Sequence
     wants_weights = any(at.weights_needed)
     for index in range(len(program.layers)):
         current = currents[index]
-        registers = frame.registers(index, middle) if wants_weights else None
+        registers = frame.operand_registers(index, middle) if wants_weights else None
         if current is not None:
             parts = frame.pullback(
                 index,
@@ -146,7 +151,7 @@ def _contract(at: Situation, currents: Sequence[Tensor | None], middle: Sequence
             frame.pullback(
                 index,
                 middle[index],
-                registers=frame.tangent_registers(index, deviations),
+                registers=frame.tangent_registers(index, deviations, program.operand_instructions[index]),
                 gradients=weights,
                 needed=at.weights_needed,
                 bias=False,
@@ -195,16 +200,15 @@ class EquilibriumPropagation(Estimator):
             sweeps += settled.sweeps
             phases.append(phase.values)
         if len(phases) == 1:
-            mean = phases[0]
-            offsets = [None if u is None else u * (signs[0] * self.beta / 2) for u in mean]
+            mean, spread, half = phases[0], phases[0], signs[0] * self.beta / 2
         else:
-            mean = [None if p is None or n is None else (p + n) / 2 for p, n in zip(*phases, strict=True)]
-            offsets = [
-                None if p is None or n is None else (p - n) * (self.beta / 2) for p, n in zip(*phases, strict=True)
-            ]
+            pairs = list(zip(*phases, strict=True))
+            mean = [None if p is None or n is None else (p + n) / 2 for p, n in pairs]
+            spread = [None if p is None or n is None else p - n for p, n in pairs]
+            half = self.beta / 2
         middle = [
-            state if offset is None else torch.add(state, offset, alpha=1 / scale)
-            for state, offset, scale in zip(at.states, offsets, at.scales, strict=True)
+            state if offset is None else torch.add(state, offset, alpha=half / scale)
+            for state, offset, scale in zip(at.states, spread, at.scales, strict=True)
         ]
         gradients = _contract(at, _scaled(mean, amplitude, inverse=True), middle)
         gradients.sweeps = sweeps
@@ -283,4 +287,6 @@ def estimator_of(gradient: object) -> Estimator:
 
 
 def _settle(phase: NudgedPhase | AdjointPhase, at: Situation, subject: str) -> Settled:
-    return relax(phase, at.solver, at.rtol, subject, at.hint)
+    # Deviations need fewer digits than states: their error enters the gradient relatively, not over β.
+    rtol = at.rtol if at.solver.rtol is not None or at.contraction is None else min(10 * at.rtol, 1e-2)
+    return relax(phase, at.solver, rtol, subject, at.hint, at.contraction)

@@ -165,7 +165,10 @@ class Convolution(Operator):
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
         """The transposed convolution, of the input's shape."""
-        shape_only = cotangent.new_empty(1).expand(shapes[0])
+        # Only its shape is read. (An expanded tensor would be copied.)
+        shape_only = torch.empty(
+            shapes[0], dtype=cotangent.dtype, device=cotangent.device, memory_format=_format_of(cotangent)
+        )
         return [self._backward(cotangent, shape_only, _given(weights[0]), [True, False, False])[0]]
 
     def weight_gradients(
@@ -362,6 +365,12 @@ def slice_of(value: Tensor, dim: int = 0, start: int | None = None, end: int | N
     index: list[slice] = [slice(None)] * value.dim()
     index[dim] = slice(start, end, step)
     return value[tuple(index)]
+
+
+def _format_of(value: Tensor) -> torch.memory_format:
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _given(value: Tensor | None) -> Tensor:

@@ -33,6 +33,7 @@ class _Phase(FixedPoint):
         self.frame = frame
         self.scales = tuple(scales)
         self.values = values
+        self.scratch = {}
         self._version = [0] * len(values)
         self._pulled: dict[int, tuple[int, dict[int, Tensor]]] = {}
 
@@ -101,7 +102,7 @@ class _ErrorPhase(_Phase):
     ) -> None:
         super().__init__(frame, scales, [None] * len(preactivations))
         self.preactivations = tuple(preactivations)
-        self.nudges = tuple(nudges)
+        self._drive = [None if nudge is None else -nudge for nudge in nudges]
 
     def order(self) -> list[int]:
         """Backward: the nudge reaches the first layer in one sweep."""
@@ -109,8 +110,7 @@ class _ErrorPhase(_Phase):
 
     def force(self, index: int) -> Tensor | None:
         """K_l, or None where nothing has arrived yet."""
-        nudge = self.nudges[index]
-        total = None if nudge is None else -nudge
+        total = self._drive[index]
         for _, pulled in self.pulled(index):
             total = pulled if total is None else total + pulled
         scale = self.scales[index]
@@ -145,15 +145,15 @@ class NudgedPhase(_ErrorPhase):
         beta: float,
     ) -> None:
         super().__init__(frame, scales, preactivations, nudges)
-        self.beta = beta
+        self._steppers = [
+            layer.activation.stepper(h, beta / scale)
+            for layer, h, scale in zip(frame.program.layers, preactivations, scales, strict=True)
+        ]
 
     def update(self, index: int) -> Tensor | None:
         """u_l from the finite difference of σ_l."""
         force = self.force(index)
-        if force is None:
-            return None
-        activation = self.frame.program.layers[index].activation
-        return activation.quotient(self.preactivations[index], force, self.beta / self.scales[index])
+        return None if force is None else self._steppers[index](force)
 
 
 class AdjointPhase(_ErrorPhase):

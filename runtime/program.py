@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.activations import Activation
-from ffebm_compiler.runtime.operators import Operator
+from ffebm_compiler.runtime.operators import Convolution, Operator
 
 __all__ = ["BlockProgram", "Frame", "Instruction", "Layer"]
 
@@ -70,6 +70,8 @@ class BlockProgram:
     downstream: tuple[tuple[int, ...], ...] = field(init=False)
     depths: tuple[int, ...] = field(init=False)
     """Length of the longest path of states to each layer."""
+    operand_instructions: tuple[tuple[Instruction, ...], ...] = field(init=False, repr=False)
+    """For each layer, the instructions that compute the operands of its weights."""
     from_states: Mapping[int, bool] = field(init=False, repr=False)
     """Whether a register depends on a state of the same block."""
     from_inputs: Mapping[int, bool] = field(init=False, repr=False)
@@ -99,6 +101,7 @@ class BlockProgram:
             ("upstream", tuple(upstream)),
             ("downstream", tuple(downstream)),
             ("depths", tuple(depths)),
+            ("operand_instructions", tuple(_operand_instructions(layer) for layer in self.layers)),
             ("from_states", on_states),
             ("from_inputs", on_inputs),
         ):
@@ -110,10 +113,31 @@ class BlockProgram:
         return any(self.upstream)
 
     @property
+    def convolutional(self) -> bool:
+        """Whether any drive holds a two-dimensional convolution."""
+        return any(
+            isinstance(i.operator, Convolution) and len(i.operator.stride) == 2
+            for layer in self.layers
+            for i in layer.instructions
+        )
+
+    @property
     def visible(self) -> tuple[int, ...]:
         """The layers whose states the readout reads."""
         registers = set(self.outputs).union(*(i.operands for i in self.readout))
         return tuple(index for index, layer in enumerate(self.layers) if layer.state in registers)
+
+
+def _operand_instructions(layer: Layer) -> tuple[Instruction, ...]:
+    needed: set[int] = set()
+    kept = []
+    for instruction in reversed(layer.instructions):
+        if instruction.output in needed:
+            kept.append(instruction)
+            needed.update(instruction.operands)
+        if any(weight is not None for weight in instruction.weights):
+            needed.update(instruction.operands)
+    return tuple(reversed(kept))
 
 
 class Frame:
@@ -169,14 +193,27 @@ class Frame:
         """d_l(s, x; θ)."""
         return self.registers(index, states)[self.program.layers[index].drive]
 
-    def tangent_registers(self, index: int, deviations: Sequence[Tensor | None]) -> dict[int, Tensor]:
-        """Every register of J_l v; one that does not vary is absent."""
+    def operand_registers(self, index: int, states: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """The registers that the weights of a layer's drive multiply, at the given states."""
+        registers = dict(self._fixed)
+        for other, state in zip(self.program.layers, states, strict=False):
+            if state is not None:
+                registers[other.state] = state
+        for instruction in self.program.operand_instructions[index]:
+            if instruction.output not in registers:
+                registers[instruction.output] = self._run(instruction, registers)
+        return registers
+
+    def tangent_registers(
+        self, index: int, deviations: Sequence[Tensor | None], instructions: Sequence[Instruction] | None = None
+    ) -> dict[int, Tensor]:
+        """Every register of J_l v (or those of some instructions); one that does not vary is absent."""
         layer = self.program.layers[index]
         registers: dict[int, Tensor] = {}
         for other, deviation in zip(self.program.layers, deviations, strict=True):
             if deviation is not None:
                 registers[other.state] = deviation
-        for instruction in layer.instructions:
+        for instruction in layer.instructions if instructions is None else instructions:
             values = [registers.get(r) for r in instruction.operands]
             if all(value is None for value in values):
                 continue

@@ -2,7 +2,8 @@
 
 A problem is x_l = f_l(x) for l = 1..L (`FixedPoint`); a solver is three methods, `init`, `step`
 and `finished`, and one loop, `relax`, serves them all. A step returns the largest relative
-change of a layer, max_l ‖Δx_l‖/‖x_l‖, which is what is compared with `rtol`.
+change of a layer, max_l ‖Δx_l‖/‖x_l‖. Where a sweep is certified to contract by κ, the error that is left is at most
+κ/(1 − κ) times that; it (else the change itself) is what is compared with `rtol`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class FixedPoint(ABC):
 
     values: list[Tensor | None]
     """Present value of each layer; None is zero and not reached yet."""
+    scratch: dict[object, Tensor]
+    """Buffers for differences, kept over the sweeps."""
 
     @abstractmethod
     def update(self, index: int) -> Tensor | None:
@@ -49,7 +52,8 @@ class Settled:
 
     sweeps: int
     residual: float
-    """Largest relative change of a layer in the last sweep."""
+    """Largest relative error of a layer: the change of the last sweep, times κ/(1 − κ) where the
+    block is certified to contract by κ, which bounds the distance to the equilibrium."""
     converged: bool
     reason: str
     """A sentence with a remedy where it did not converge."""
@@ -60,7 +64,7 @@ class Solver(ABC):
     """A way to settle; frozen settings, no state of its own."""
 
     rtol: float | None = None
-    """Largest relative change of a layer at which it stops; None: by dtype and certificate."""
+    """Largest relative error of a layer at which it stops; None: by dtype and certificate."""
     max_sweeps: int = 2000
     on_failure: Literal["error", "warn"] = "error"
 
@@ -81,16 +85,20 @@ class Solver(ABC):
     def step(self, problem: FixedPoint, memory: object) -> Tensor:
         """One sweep; returns the largest relative change of a layer (a scalar tensor)."""
 
-    def finished(self, change: float, rtol: float) -> bool:
-        """Whether that change ends the relaxation."""
-        return change <= rtol
+    def finished(self, residual: float, rtol: float) -> bool:
+        """Whether that residual ends the relaxation."""
+        return residual <= rtol
 
 
-def _change(old: Tensor | None, new: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(new)
+def _change(problem: FixedPoint, old: Tensor | None, new: Tensor) -> Tensor:
+    """‖new − old‖/‖new‖; a value that was not reached before has changed by all of it."""
     if old is None:
-        return torch.ones_like(norm) * (norm > 0)
-    return torch.linalg.vector_norm(new - old) / (norm + torch.finfo(new.dtype).tiny)
+        return new.new_ones((), dtype=torch.float32)
+    key = (new.shape, new.stride())
+    if key not in problem.scratch:
+        problem.scratch[key] = torch.empty_like(new)
+    difference = torch.sub(new, old, out=problem.scratch[key])
+    return torch.linalg.vector_norm(difference) / (torch.linalg.vector_norm(new) + torch.finfo(new.dtype).tiny)
 
 
 def _sweep(problem: FixedPoint, order: Sequence[int]) -> Tensor:
@@ -99,7 +107,8 @@ def _sweep(problem: FixedPoint, order: Sequence[int]) -> Tensor:
         new = problem.update(index)
         if new is None:
             continue
-        changes.append(_change(problem.values[index], new.detach()).detach())
+        old = problem.values[index]
+        changes.append(_change(problem, None if old is None else old.detach(), new.detach()))
         problem.store(index, new)
     if not changes:
         return torch.zeros(())
@@ -182,23 +191,27 @@ class Anderson(Solver):
         return change
 
 
-def relax(problem: FixedPoint, solver: Solver, rtol: float, subject: str, hint: str) -> Settled:
+def relax(
+    problem: FixedPoint, solver: Solver, rtol: float, subject: str, hint: str, contraction: float | None = None
+) -> Settled:
     """Run a solver on a problem until it is finished.
 
     Args:
         problem: holds its values, which are changed in place.
         solver: the method and its limits.
-        rtol: largest relative change of a layer at which to stop.
+        rtol: largest relative error of a layer at which to stop.
         subject: what settles, for messages, e.g. "free phase of block_1".
         hint: what to change where it does not.
+        contraction: factor κ < 1 by which a sweep contracts, where certified.
 
     Raises:
         ConvergenceError: after `max_sweeps`, or as soon as a value is not finite.
     """
     memory = solver.init(problem)
     residual = math.inf
+    left = 1.0 if contraction is None else contraction / (1 - contraction)
     for sweep in range(1, solver.max_sweeps + 1):
-        residual = float(solver.step(problem, memory))
+        residual = float(solver.step(problem, memory)) * left
         if solver.finished(residual, rtol):
             return Settled(sweep, residual, True, "")
         if not math.isfinite(residual):

@@ -157,7 +157,10 @@ def _export(
         for leaf in pytree.tree_leaves((wide_args, wide_kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == max(size, 2):
                 shapes[leaf] = {0: Dim.AUTO}
-        spec = shapes.dynamic_shapes(source, wide_args, wide_kwargs)
+        try:
+            spec = shapes.dynamic_shapes(source, wide_args, wide_kwargs)
+        except Exception as error:  # arguments that the forward does not take
+            raise _explained(source, args, kwargs, error) from error
         return _try_export(source, wide_args, wide_kwargs, spec), ""
     except CaptureError:
         exported = _try_export(source, args, kwargs, None)

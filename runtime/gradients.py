@@ -3,8 +3,8 @@
 Let L be the loss, δ = ∂L/∂s at the settled states. Each estimator finds error currents u (and a
 midpoint m of the states) and hands them to one contraction,
 
-    −g_θ   = Σ_l ∂_θ[ ⟨u_l, d_l(m, x)⟩ + ⟨m_l, Σ_k (c_l/c_k) J_{lk} u_k⟩ ],
-    −δ_x   = Σ_l (∂d_l/∂x)ᵀ u_l ,
+    g_θ   = Σ_l ∂_θ[ ⟨e_l, d_l(m, x)⟩ + ⟨m_l, Σ_k (c_l/c_k) J_{lk} e_k⟩ ],
+    δ_x   = Σ_l (∂d_l/∂x)ᵀ e_l ,        e = −u,
 
 which for equilibrium propagation is exactly [∂E(s⁺) − ∂E(s⁻)]/(difference of β), expanded so
 that nothing cancels: u = c v̄ with v̄ the mean deviation and m the midpoint of the two states.
@@ -112,9 +112,8 @@ def _square(value: Tensor, batched: bool) -> Tensor:
     return norm.to(wide).square()
 
 
-def _scaled(errors: Sequence[Tensor | None], amplitude: Tensor, inverse: bool = False) -> list[Tensor | None]:
-    """Errors times (or divided by) their sample's amplitude; zero stays zero."""
-    factor = torch.where(amplitude > 0, 1 / amplitude, amplitude) if inverse else amplitude
+def _scaled(errors: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """Errors times the factor of their sample."""
     return [
         None if error is None else error * factor.reshape(factor.shape + (1,) * (error.dim() - factor.dim()))
         for error in errors
@@ -122,7 +121,7 @@ def _scaled(errors: Sequence[Tensor | None], amplitude: Tensor, inverse: bool = 
 
 
 def _contract(at: Situation, currents: Sequence[Tensor | None], middle: Sequence[Tensor]) -> Gradients:
-    """The contraction of the module's docstring."""
+    """The contraction of the module's docstring; `currents` are e = −u."""
     frame, program = at.frame, at.frame.program
     weights: list[Tensor | None] = [None] * program.weights
     inputs: list[Tensor | None] = [None] * program.inputs
@@ -142,11 +141,7 @@ def _contract(at: Situation, currents: Sequence[Tensor | None], middle: Sequence
             for register, part in parts.items():
                 present = inputs[register]
                 inputs[register] = part if present is None else present + part
-        upstream = program.upstream[index]
-        deviations = [
-            None if value is None or k not in upstream else value * (at.scales[index] / at.scales[k])
-            for k, value in enumerate(currents)
-        ]
+        ratio, deviations = frame.deviations(index, currents, at.scales)
         if wants_weights and any(value is not None for value in deviations):
             frame.pullback(
                 index,
@@ -155,10 +150,11 @@ def _contract(at: Situation, currents: Sequence[Tensor | None], middle: Sequence
                 gradients=weights,
                 needed=at.weights_needed,
                 bias=False,
+                factor=ratio,
             )
     return Gradients(
-        [None if g is None or not n else -g for g, n in zip(inputs, at.inputs_needed, strict=True)],
-        [None if g is None or not n else -g for g, n in zip(weights, at.weights_needed, strict=True)],
+        [g if n else None for g, n in zip(inputs, at.inputs_needed, strict=True)],
+        [g if n else None for g, n in zip(weights, at.weights_needed, strict=True)],
     )
 
 
@@ -190,12 +186,12 @@ class EquilibriumPropagation(Estimator):
         amplitude = _amplitudes(at, errors)
         if amplitude is None:
             return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
-        nudges = _scaled(errors, amplitude)
+        drives = _scaled(errors, -amplitude)
         signs = {"positive": (1.0,), "negative": (-1.0,), "centered": (1.0, -1.0)}[self.variant]
         phases = []
         sweeps = 0
         for sign in signs:
-            phase = NudgedPhase(at.frame, at.scales, at.preactivations, nudges, sign * self.beta)
+            phase = NudgedPhase(at.frame, at.scales, at.preactivations, drives, sign * self.beta)
             settled = _settle(phase, at, f"nudged phase (β = {sign * self.beta:+g}) of {at.name}")
             sweeps += settled.sweeps
             phases.append(phase.values)
@@ -210,7 +206,8 @@ class EquilibriumPropagation(Estimator):
             state if offset is None else torch.add(state, offset, alpha=half / scale)
             for state, offset, scale in zip(at.states, spread, at.scales, strict=True)
         ]
-        gradients = _contract(at, _scaled(mean, amplitude, inverse=True), middle)
+        restored = torch.where(amplitude > 0, -1 / amplitude, amplitude)
+        gradients = _contract(at, _scaled(mean, restored), middle)
         gradients.sweeps = sweeps
         return gradients
 
@@ -227,6 +224,7 @@ class ImplicitDifferentiation(Estimator):
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Solve the adjoint system and contract at the free state."""
+        # Driven by +δ the system gives e = −u at once.
         phase = AdjointPhase(at.frame, at.scales, at.preactivations, errors)
         settled = _settle(phase, at, f"adjoint system of {at.name}")
         gradients = _contract(at, phase.values, at.states)

@@ -91,18 +91,18 @@ class FreePhase(_Phase):
 
 
 class _ErrorPhase(_Phase):
-    """Error currents u driven by δ at a settled state."""
+    """Error currents u at a settled state, driven by −δ (or −u by δ: the adjoint phase is linear)."""
 
     def __init__(
         self,
         frame: Frame,
         scales: Sequence[float],
         preactivations: Sequence[Tensor],
-        nudges: Sequence[Tensor | None],
+        drives: Sequence[Tensor | None],
     ) -> None:
         super().__init__(frame, scales, [None] * len(preactivations))
         self.preactivations = tuple(preactivations)
-        self._drive = [None if nudge is None else -nudge for nudge in nudges]
+        self._drive = tuple(drives)
 
     def order(self) -> list[int]:
         """Backward: the nudge reaches the first layer in one sweep."""
@@ -113,21 +113,8 @@ class _ErrorPhase(_Phase):
         total = self._drive[index]
         for _, pulled in self.pulled(index):
             total = pulled if total is None else total + pulled
-        scale = self.scales[index]
-        upstream = self.frame.program.upstream[index]
-        ratios = {scale / self.scales[k] for k in upstream if self.values[k] is not None}
-        if not ratios:
-            return total
-        if len(ratios) == 1:
-            ratio = ratios.pop()
-            part = self.frame.tangent(index, self.values)
-        else:
-            ratio = 1.0
-            scaled = [
-                None if value is None or k not in upstream else value * (scale / self.scales[k])
-                for k, value in enumerate(self.values)
-            ]
-            part = self.frame.tangent(index, scaled)
+        ratio, deviations = self.frame.deviations(index, self.values, self.scales)
+        part = self.frame.tangent(index, deviations)
         if part is None:
             return total
         return part * ratio if total is None else torch.add(total, part, alpha=ratio)
@@ -141,10 +128,10 @@ class NudgedPhase(_ErrorPhase):
         frame: Frame,
         scales: Sequence[float],
         preactivations: Sequence[Tensor],
-        nudges: Sequence[Tensor | None],
+        drives: Sequence[Tensor | None],
         beta: float,
     ) -> None:
-        super().__init__(frame, scales, preactivations, nudges)
+        super().__init__(frame, scales, preactivations, drives)
         self._steppers = [
             layer.activation.stepper(h, beta / scale)
             for layer, h, scale in zip(frame.program.layers, preactivations, scales, strict=True)
@@ -164,9 +151,9 @@ class AdjointPhase(_ErrorPhase):
         frame: Frame,
         scales: Sequence[float],
         preactivations: Sequence[Tensor],
-        nudges: Sequence[Tensor | None],
+        drives: Sequence[Tensor | None],
     ) -> None:
-        super().__init__(frame, scales, preactivations, nudges)
+        super().__init__(frame, scales, preactivations, drives)
         layers = frame.program.layers
         self.slopes = [layer.activation.derivative(h) for layer, h in zip(layers, preactivations, strict=True)]
 

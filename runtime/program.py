@@ -193,6 +193,17 @@ class Frame:
         """d_l(s, x; θ)."""
         return self.registers(index, states)[self.program.layers[index].drive]
 
+    def deviations(
+        self, index: int, values: Sequence[Tensor | None], scales: Sequence[float]
+    ) -> tuple[float, list[Tensor | None]]:
+        """r and w with r J_l w = Σ_k (c_l/c_k) J_{lk} u_k; values are copied only where the c_k differ."""
+        upstream = self.program.upstream[index]
+        ratios = {k: scales[index] / scales[k] for k in upstream if values[k] is not None}
+        if len(set(ratios.values())) <= 1:
+            kept = [value if k in ratios else None for k, value in enumerate(values)]
+            return next(iter(ratios.values()), 1.0), kept
+        return 1.0, [None if value is None or k not in ratios else value * ratios[k] for k, value in enumerate(values)]
+
     def operand_registers(self, index: int, states: Sequence[Tensor | None]) -> dict[int, Tensor]:
         """The registers that the weights of a layer's drive multiply, at the given states."""
         registers = dict(self._fixed)
@@ -236,10 +247,11 @@ class Frame:
         gradients: list[Tensor | None] | None = None,
         needed: Sequence[bool] = (),
         bias: bool = True,
+        factor: float = 1.0,
     ) -> dict[int, Tensor]:
         """J_lᵀ p on the states and/or the inputs that the drive reads.
 
-        With `registers` (the operands' values) also adds ∂⟨p, d_l⟩/∂θ to `gradients`.
+        With `registers` (the operands' values) also adds `factor` ∂⟨p, d_l⟩/∂θ to `gradients`.
 
         Returns:
             Register of each state or input asked for -> its part of J_lᵀ p.
@@ -253,7 +265,7 @@ class Frame:
                 continue
             weights = self._weights(instruction)
             if gradients is not None and registers is not None and any(w is not None for w in instruction.weights):
-                self._weigh(instruction, arriving, weights, registers, gradients, needed, bias)
+                self._weigh(instruction, arriving, weights, registers, gradients, needed, bias, factor)
             wanted = [
                 (states and program.from_states[r]) or (inputs and program.from_inputs[r]) for r in instruction.operands
             ]
@@ -282,6 +294,7 @@ class Frame:
         gradients: list[Tensor | None],
         needed: Sequence[bool],
         bias: bool,
+        factor: float,
     ) -> None:
         if any(r not in registers for r in instruction.operands):
             return
@@ -291,7 +304,10 @@ class Frame:
         for index, gradient in zip(instruction.weights, found, strict=True):
             if index is not None and gradient is not None:
                 present = gradients[index]
-                gradients[index] = gradient if present is None else present + gradient
+                if present is None:
+                    gradients[index] = gradient if factor == 1 else gradient * factor
+                else:
+                    gradients[index] = torch.add(present, gradient, alpha=factor)
 
     def _below(self, index: int, register: int) -> bool:
         """Whether a register of a drive is computed with weights (of the same drive)."""

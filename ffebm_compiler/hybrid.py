@@ -27,7 +27,7 @@ from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.signature import CallForm
 
 if TYPE_CHECKING:
-    from ffebm_compiler.checks import Comparison
+    from ffebm_compiler.checks import Comparison, GradientReport
     from ffebm_compiler.ir import Program
     from ffebm_compiler.passes.lower import Lowered
 
@@ -367,16 +367,25 @@ class HybridModel(nn.Module):
 
         save_svg(self._plan, path)
 
-    def save_html(self, path: str | Path) -> None:
-        """Draw the partition as one self-contained HTML page; an existing file is replaced."""
-        from ffebm_compiler.drawing import save_html
+    def save_html(
+        self, path: str | Path, *, comparison: Comparison | None = None, gradients: GradientReport | None = None
+    ) -> None:
+        """Draw the partition as one self-contained, interactive HTML page; an existing file is replaced.
 
-        save_html(self._plan, path)
+        Loop gains can be shown on the blocks; `comparison` (from `compare(x)`) adds each block's
+        deviation, `gradients` (from `check_gradients`) the agreement of its gradients.
+        """
+        from ffebm_compiler.drawing import deviation_overlay, gradient_overlay, save_html
+
+        overlays = [] if comparison is None else [deviation_overlay(self._plan, comparison)]
+        if gradients is not None:
+            overlays.append(gradient_overlay(self._plan, gradients))
+        save_html(self._plan, path, self, overlays)
 
     def _repr_html_(self) -> str:
-        from ffebm_compiler.drawing import svg_text
+        from ffebm_compiler.drawing import notebook_html
 
-        return svg_text(self._plan)
+        return notebook_html(self._plan, self)
 
     def export_onnx(self, path: str | Path, parts: str | None = None) -> Path:
         """Export the digital parts (`parts="digital"`) as ONNX files with a manifest, into a folder.

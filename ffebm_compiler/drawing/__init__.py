@@ -1,6 +1,18 @@
 """Pictures of a partition: what is analog, what is digital, and what crosses between them."""
 
-from ffebm_compiler.drawing.files import save_html, save_svg
+from ffebm_compiler.drawing.files import html_text, notebook_html, save_html, save_side_by_side, save_svg
+from ffebm_compiler.drawing.overlay import Overlay, deviation_overlay, gradient_overlay, loop_gain_overlay
 from ffebm_compiler.drawing.svg import svg_text
 
-__all__ = ["save_html", "save_svg", "svg_text"]
+__all__ = [
+    "Overlay",
+    "deviation_overlay",
+    "gradient_overlay",
+    "html_text",
+    "loop_gain_overlay",
+    "notebook_html",
+    "save_html",
+    "save_side_by_side",
+    "save_svg",
+    "svg_text",
+]

@@ -1,17 +1,23 @@
-"""Writing pictures to files."""
+"""Pictures as files and in notebooks."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffebm_compiler.drawing.svg import plain, svg_text
+from ffebm_compiler.drawing.overlay import Overlay, loop_gain_overlay
+from ffebm_compiler.drawing.page import page_text
+from ffebm_compiler.drawing.record import record_of
+from ffebm_compiler.drawing.svg import svg_text
 from ffebm_compiler.errors import ExportError, InputError
 
 if TYPE_CHECKING:
+    from ffebm_compiler.hybrid import HybridModel
     from ffebm_compiler.plan import Plan
 
-__all__ = ["save_html", "save_svg", "write_picture"]
+__all__ = ["html_text", "notebook_html", "save_html", "save_side_by_side", "save_svg", "write_picture"]
 
 
 def save_svg(plan: Plan, path: str | Path) -> None:
@@ -24,18 +30,51 @@ def save_svg(plan: Plan, path: str | Path) -> None:
     write_picture(svg_text(plan), path)
 
 
-def save_html(plan: Plan, path: str | Path) -> None:
-    """Draw a plan as one self-contained HTML page; an existing file is replaced.
+def html_text(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[Overlay] = ()) -> str:
+    """The interactive page of a plan; `hybrid` adds loop gains and sweeps.
 
     Raises:
         PlanError: where the plan has no operation or is cyclic.
-        ExportError: where the path cannot be written.
+        ExportError: where the layout library is missing.
     """
-    title = plain(f"{plan.model} on {plan.hardware.name}")
-    write_picture(
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>\n'
-        f"<body>{svg_text(plan)}</body></html>\n",
-        path,
+    shown = [*([loop_gain_overlay(hybrid)] if hybrid is not None and plan.blocks else []), *overlays]
+    return page_text([record_of(plan, hybrid, shown)], f"{plan.model} on {plan.hardware.name}")
+
+
+def save_html(
+    plan: Plan, path: str | Path, hybrid: HybridModel | None = None, overlays: Sequence[Overlay] = ()
+) -> None:
+    """Write the interactive page, one self-contained file; an existing file is replaced.
+
+    Raises:
+        PlanError: where the plan has no operation or is cyclic.
+        ExportError: where the path cannot be written or the layout library is missing.
+    """
+    write_picture(html_text(plan, hybrid, overlays), path)
+
+
+def save_side_by_side(first: Plan, second: Plan, path: str | Path) -> None:
+    """Write two plans beside each other in one page, e.g. for two kinds of hardware; an existing file is replaced.
+
+    Raises:
+        PlanError: where a plan has no operation or is cyclic.
+        ExportError: where the path cannot be written or the layout library is missing.
+    """
+    title = f"{first.model} on {first.hardware.name} and {second.model} on {second.hardware.name}"
+    write_picture(page_text([record_of(first), record_of(second)], title), path)
+
+
+def notebook_html(plan: Plan, hybrid: HybridModel | None = None, height: int = 620) -> str:
+    """The interactive page inside a sandboxed frame, which cannot reach the notebook around it.
+
+    Raises:
+        PlanError: where the plan has no operation or is cyclic.
+        ExportError: where the layout library is missing.
+    """
+    page = html.escape(html_text(plan, hybrid), quote=True)
+    return (
+        f'<iframe sandbox="allow-scripts allow-downloads" srcdoc="{page}" title="partition of the network" '
+        f'style="width:100%;height:{height}px;border:1px solid #ccc" loading="lazy"></iframe>'
     )
 
 

@@ -1,0 +1,96 @@
+"""Overlays: measured numbers on the blocks of a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ffebm_compiler.errors import InputError
+
+if TYPE_CHECKING:
+    from ffebm_compiler.checks import Comparison, GradientReport
+    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.plan import Plan
+
+__all__ = ["Overlay", "deviation_overlay", "gradient_overlay", "loop_gain_overlay"]
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A number for each energy block."""
+
+    name: str
+    sentence: str
+    """What is measured, for people; it is shown when the overlay is chosen."""
+    values: Mapping[str, float]
+    """Block name -> value."""
+    logarithmic: bool = False
+    """Whether bars compare orders of magnitude (over six of them) instead of values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON values: text and length of a bar (0 to 1) for each block."""
+        finite = [abs(value) for value in self.values.values() if math.isfinite(value)]
+        top = max(finite, default=0.0) or 1.0
+        return {
+            "name": self.name,
+            "sentence": self.sentence,
+            "values": {
+                block: {"text": f"{self.name} {value:.3g}", "share": self._share(value, top)}
+                for block, value in self.values.items()
+            },
+        }
+
+    def _share(self, value: float, top: float) -> float:
+        if not math.isfinite(value):
+            return 1.0
+        if not self.logarithmic:
+            return abs(value) / top
+        return 0.0 if value == 0 else max(0.0, 1 + math.log10(abs(value) / top) / 6)
+
+
+def deviation_overlay(plan: Plan, comparison: Comparison) -> Overlay:
+    """Each block's relative deviation from the source, from `hybrid.compare(x)`.
+
+    Raises:
+        InputError: where the comparison is of another plan.
+    """
+    _same(plan, set(comparison.blocks), "comparison")
+    sentence = f"deviation from the source, ‖hybrid − source‖/‖source‖; {comparison.output:.3g} at the output"
+    return Overlay("deviation", sentence, dict(comparison.blocks))
+
+
+def gradient_overlay(plan: Plan, report: GradientReport, estimator: str = "ep") -> Overlay:
+    """Each block's largest 1 − cos(gradient, float64 unrolled), from `check_gradients`.
+
+    Raises:
+        InputError: where the report holds no parameter of the plan's blocks, or not the estimator.
+    """
+    report.worst(estimator)
+    values = {}
+    for block in plan.blocks:
+        cosines = [report[name][estimator].cosine for name in block.weights if name in report.agreements]
+        if cosines:
+            values[block.name] = max(0.0, 1 - min(cosines))
+    if not values:
+        raise InputError(
+            "the gradient report names no weight of the plan's blocks: make both from the same hybrid, with "
+            "ffebm.check_gradients(hybrid, inputs, loss_fn)"
+        )
+    sentence = f"largest 1 − cosine of a weight's {estimator} gradient against float64 unrolled, on a logarithmic scale"
+    return Overlay(f"1 − cos {estimator}", sentence, values, logarithmic=True)
+
+
+def loop_gain_overlay(hybrid: HybridModel) -> Overlay:
+    """Each block's certified loop gain κ = ρ²."""
+    values = {block.name: float(block.loop_gain) for block in hybrid.blocks}
+    return Overlay("loop gain", "loop gain κ = ρ², below 1 a block is certain to settle; 0 without feedback", values)
+
+
+def _same(plan: Plan, names: set[str], what: str) -> None:
+    known = {block.name for block in plan.blocks}
+    if not names <= known:
+        raise InputError(
+            f"the {what} names {min(names - known)!r}, which is no block of the plan: make both from the same hybrid"
+        )

@@ -1,0 +1,124 @@
+"""The interactive picture: one HTML page that needs no server, no network and no other file.
+
+Layout is dagre's, in the edition that netron ships in its wheel: of the packages that pip
+installs it is the one with a layered layout under a permissive licence that is maintained
+(looked at in November 2026: netron 9.3, MIT, pure Python, no dependencies, 105 kB of readable
+JavaScript; pyvis and gravis ship vis-network, which lays out no compound graph and draws on a
+canvas without keyboard or SVG, and were last released in 2023 and 2021; plotly has no layered
+layout; the elk family is not permissive). Panning, zooming by scrolling, focus and folding are
+the browser's own. The library is read from the installed package when the page is written.
+
+Every name of a model reaches the page inside a JSON block, in which `<`, `>` and `&` are
+escaped, and is shown as a text node. A content security policy allows the page's own script by
+its hash and nothing else: no other script, no network.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ffebm_compiler.drawing.svg import plain
+from ffebm_compiler.errors import ExportError
+
+__all__ = ["page_text"]
+
+_SCRIPTS = ("page_tree.js", "page_picture.js", "page_panel.js", "page_app.js")
+_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]")
+
+_NOTICE = """\
+/* Layout: dagre (https://github.com/dagrejs/dagre), Copyright (c) 2012-2014 Chris Pettitt, in the edition of
+netron (https://github.com/lutzroeder/netron), Copyright (c) Lutz Roeder. Both under the MIT License:
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions: The above copyright notice and
+this permission notice shall be included in all copies or substantial portions of the Software. THE SOFTWARE IS PROVIDED
+"AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
+MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE. */
+"""
+
+
+def page_text(records: Sequence[Mapping[str, Any]], title: str) -> str:
+    """The page for one record, or for several side by side.
+
+    Raises:
+        ExportError: where the installed netron does not have the layout library.
+    """
+    script = _layout_library() + "\n" + "\n".join(_own(name) for name in _SCRIPTS)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
+    )
+    data = json.dumps(_visible(list(records)), ensure_ascii=False, separators=(",", ":"))
+    for letter, escape in _UNSAFE.items():
+        data = data.replace(letter, escape)
+    return "\n".join(
+        (
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            '<head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
+            f"<title>{plain(title)}</title>",
+            f'<style id="colours">{_own("page_colours.css")}</style>',
+            f'<style id="picture">{_own("page_picture.css")}</style>',
+            f"<style>{_own('page.css')}</style>",
+            "</head>",
+            "<body>",
+            "<noscript>This picture needs JavaScript; save_svg() writes one that does not.</noscript>",
+            f'<script type="application/json" id="data">{data}</script>',
+            f'<script type="module">{script}</script>',
+            "</body>",
+            "</html>",
+            "",
+        )
+    )
+
+
+def _visible(value: Any) -> Any:
+    """JSON values with control characters and changes of direction in texts made visible."""
+    if isinstance(value, str):
+        return _HIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, Mapping):
+        return {_visible(key): _visible(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible(item) for item in value]
+    return value
+
+
+def _own(name: str) -> str:
+    return resources.files("ffebm_compiler.drawing").joinpath(name).read_text(encoding="utf-8")
+
+
+def _layout_library() -> str:
+    """dagre from the installed netron, an ES module that exports `layout`; netron itself is not imported."""
+    found = importlib.util.find_spec("netron")
+    folders = list(found.submodule_search_locations or ()) if found is not None else []
+    file = Path(folders[0]) / "dagre.js" if folders else None
+    if file is None or not file.is_file():
+        raise ExportError(
+            "the interactive picture takes its layout from the package netron, which is not installed or lacks "
+            "dagre.js: pip install 'netron>=8.4', or use save_svg()"
+        )
+    source = file.read_text(encoding="utf-8")
+    if not re.search(r"^export const \{[^}]*\blayout\b", source, re.MULTILINE) or re.search(
+        "</script", source, re.IGNORECASE
+    ):
+        raise ExportError(
+            f"{file} does not export the function `layout`, so this version of netron cannot be used: pip install "
+            "'netron>=8.4,<10', or use save_svg()"
+        )
+    return _NOTICE + source

@@ -1,0 +1,135 @@
+// The side panel: everything known about one item, as text. Names are only ever set as text nodes.
+
+function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith('on')) {
+      element.addEventListener(key.slice(2), value);
+    } else {
+      element.setAttribute(key, value);
+    }
+  }
+  element.append(...children);
+  return element;
+}
+
+function table(columns, rows) {
+  return el('div', { class: 'scroll' }, el('table', {},
+    el('thead', {}, el('tr', {}, ...columns.map((name) => el('th', { scope: 'col' }, name)))),
+    el('tbody', {}, ...rows.map((cells) => el('tr', {}, ...cells.map((cell) => el('td', {}, cell)))))));
+}
+
+function facts(pairs) {
+  return el('dl', {}, ...pairs.filter(([, value]) => value !== '').flatMap(([name, value]) => [el('dt', {}, name), el('dd', {}, String(value))]));
+}
+
+function section(title, ...children) {
+  return el('section', {}, el('h3', {}, title), ...children);
+}
+
+function list(items) {
+  return el('ul', {}, ...items.map((item) => el('li', {}, item)));
+}
+
+class Panel {
+  constructor(tree, goTo) {
+    this.tree = tree;
+    this.goTo = goTo;
+    this.body = el('div', { class: 'panel-body' });
+    this.close = el('button', { type: 'button', class: 'close', 'aria-label': 'close the panel', title: 'close (Esc)' }, '×');
+    this.element = el('aside', { class: 'panel', 'aria-label': 'details', hidden: '' }, this.close, this.body);
+  }
+
+  show(...children) {
+    this.body.replaceChildren(...children);
+    this.element.hidden = false;
+    this.body.scrollTop = 0;
+  }
+
+  link(item, text) {
+    return el('button', { type: 'button', class: 'link', onclick: () => this.goTo(item) }, text);
+  }
+
+  item(item) {
+    if (item.record) {
+      this.home(item);
+    } else if (item.op) {
+      this.operation(item);
+    } else if (item.kind === 'group') {
+      this.show(this.head(item, `${plural(item.ops.length, 'operation')} of ${item.path || 'the model itself'}`), this.operations(item.ops));
+    } else if (item.kind === 'port') {
+      this.show(this.head(item, 'What flows here comes from, or goes to, another part of the network.'), this.link(item.target, `go to ${item.target.title}`));
+    } else {
+      const values = item.input ? item.input.values : this.tree.values(item.source);
+      this.show(this.head(item, `${plural(count(values), 'value')} per sample`));
+    }
+  }
+
+  head(item, sentence) {
+    return el('header', {}, el('p', { class: `badge ${item.domain}` }, item.domain), el('h2', {}, item.title), el('p', {}, sentence));
+  }
+
+  home(item) {
+    const record = item.record;
+    const parts = [this.head(item, record.sentence), facts(record.facts)];
+    const stayed = item.ops.map((op) => this.tree.data.ops[op]).filter((op) => op.stayed);
+    if (stayed.length) {
+      parts.push(section('Stayed digital', list(stayed.map((op) => `${op.path || op.name}: ${op.reason}`))));
+    }
+    if (record.layers.length) {
+      parts.push(section('Layers', table(['layer', 'operation', 'matrix', 'tiles', 'MACs'], record.layers)));
+    }
+    if (record.measured.length) {
+      parts.push(section('Measured', facts(record.measured)));
+    }
+    if (record.weights.length) {
+      parts.push(section('Parameters', list(record.weights)));
+    }
+    parts.push(this.operations(item.ops));
+    this.show(...parts);
+  }
+
+  operation(item) {
+    const op = item.op;
+    const home = item.home;
+    this.show(
+      this.head(item, op.reason),
+      facts([
+        ['module', op.path || 'the model itself'], ['name in the graph', op.name], ['output', op.shape],
+        ['values per sample', count(op.values)], ['MACs per sample', op.macs ? count(op.macs) : ''],
+        ['weights', op.weights.join(', ')],
+      ]),
+      el('p', {}, 'in ', this.link(home, home.title)),
+      section('Reads', list(op.in.map((source) => {
+        const from = source < 0 ? this.tree.inputs[-1 - source] : this.tree.byId.get(`op:${source}`);
+        return this.link(from, source < 0 ? from.title : `${from.op.path ? `${from.op.path}: ` : ''}${from.title}`);
+      }))),
+    );
+  }
+
+  operations(ops) {
+    const rows = ops.map((index) => {
+      const op = this.tree.data.ops[index];
+      return el('li', {}, this.link(this.tree.byId.get(`op:${index}`), op.target), ` ${op.path} · ${op.shape}`, el('small', {}, op.reason));
+    });
+    return section('Operations', el('ul', { class: 'operations' }, ...rows));
+  }
+
+  found(query, items) {
+    const shown = items.slice(0, 60);
+    const name = (item) => (item.op ? `${item.op.path ? `${item.op.path}: ` : ''}${item.title}` : item.title);
+    const rows = shown.map((item) => el('li', {}, this.link(item, name(item)), el('span', { class: `where ${item.domain}` }, ` ${item.home.title}`)));
+    const more = items.length > shown.length ? [el('p', {}, `and ${items.length - shown.length} more`)] : [];
+    this.show(el('header', {}, el('h2', {}, `${items.length} found`), el('p', {}, `for “${query}”`)), el('ul', { class: 'found' }, ...rows), ...more);
+  }
+
+  stayed() {
+    const { rejected, ops } = this.tree.data;
+    const rows = rejected.map(([path, reason]) => {
+      const op = ops.findIndex((one) => one.stayed && (one.path || one.name) === path);
+      return el('li', {}, op < 0 ? path : this.link(this.tree.byId.get(`op:${op}`), path), el('p', {}, reason));
+    });
+    const none = el('p', {}, 'Every weight-stationary layer is analog.');
+    this.show(el('header', {}, el('h2', {}, 'Stayed digital'), el('p', {}, `${plural(rejected.length, 'weight-stationary layer')} that could have been analog`)), rows.length ? el('ul', {}, ...rows) : none);
+  }
+}

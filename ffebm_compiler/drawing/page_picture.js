@@ -1,0 +1,230 @@
+// The picture: each open container is laid out on its own by dagre and drawn as nested SVG groups.
+
+const SVG = 'http://www.w3.org/2000/svg';
+const HEAD = 22;
+const ROW = 15;
+const PAD = 12;
+const MANY = 500;
+
+function shorten(text, most = 58) {
+  return text.length <= most ? text : `${text.slice(0, most / 2 - 1)}…${text.slice(text.length - most / 2)}`;
+}
+
+class Picture {
+  constructor(tree, svg, onPick) {
+    this.tree = tree;
+    this.svg = svg;
+    this.onPick = onPick;
+    this.cache = new Map();
+    this.elements = new Map();
+    this.overlay = null;
+    this.selected = null;
+    this.context = document.createElement('canvas').getContext('2d');
+  }
+
+  width(text, size, bold = false) {
+    this.context.font = `${bold ? '600 ' : ''}${size}px system-ui, sans-serif`;
+    return this.context.measureText(text).width;
+  }
+
+  title(item) {
+    const word = item.depth === 1 && item.kind !== 'port' ? { analog: ' · analog', digital: ' · digital' }[item.domain] ?? '' : '';
+    return shorten(`${word === ' · analog' ? '∿ ' : ''}${item.title}${word}`);
+  }
+
+  measured(item) {
+    return this.overlay && item.depth === 1 && item.record ? this.overlay.values[item.record.title] : undefined;
+  }
+
+  lines(item) {
+    const lines = item.lines.map((line) => ({ ...line, text: shorten(line.text) }));
+    const value = this.measured(item);
+    return value === undefined ? lines : [...lines, { text: value.text, style: 'measured' }];
+  }
+
+  // Size, and for an open item the layout of what is inside.
+  lay(item) {
+    const state = item.open ? this.state(item) : 'closed';
+    const key = `${state}|${this.overlay?.name ?? ''}`;
+    const known = this.cache.get(item.id);
+    if (known && known.key === key) {
+      return known;
+    }
+    const laid = item.open ? this.layInside(item) : this.layLeaf(item);
+    laid.key = key;
+    this.cache.set(item.id, laid);
+    return laid;
+  }
+
+  state(item) {
+    return item.items.filter((inner) => inner.open).map((inner) => `${inner.id}(${this.state(inner)})`).join(',') || 'open';
+  }
+
+  layLeaf(item) {
+    const lines = this.lines(item);
+    const port = item.kind === 'port';
+    const title = this.width(this.title(item), port ? 11 : 12, true) + (item.items ? 16 : 0);
+    const widest = Math.max(title, ...lines.map((line) => this.width(line.text, 11, line.style === 'warn')));
+    const bar = lines.some((line) => line.style === 'measured') ? 8 : 0;
+    return { width: widest + (port ? 18 : 26), height: (port ? 22 : HEAD + 8) + ROW * lines.length + bar };
+  }
+
+  layInside(item) {
+    const { ports, edges } = this.tree.edges(item);
+    const items = [...item.items, ...ports];
+    const nodes = items.map((inner) => {
+      const { width, height } = this.lay(inner);
+      return { v: inner.id, width, height };
+    });
+    const links = edges.map((edge) => {
+      const labels = this.tree.labels(edge);
+      return {
+        v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels,
+        width: Math.max(...labels.map((text) => this.width(text, 10))) + 4, height: 13 * labels.length,
+      };
+    });
+    const settings = { nodesep: 22, ranksep: 34, edgesep: 16, rankdir: 'TB' };
+    if (nodes.length > MANY) {
+      settings.ranker = 'tight-tree';
+    }
+    if (nodes.length) {
+      layout(nodes, links, settings, {});
+    }
+    const box = { left: 0, top: 0, right: 0, bottom: 0 };
+    const grow = (x, y, width, height) => {
+      box.left = Math.min(box.left, x - width / 2);
+      box.right = Math.max(box.right, x + width / 2);
+      box.top = Math.min(box.top, y - height / 2);
+      box.bottom = Math.max(box.bottom, y + height / 2);
+    };
+    nodes.forEach((node) => grow(node.x, node.y, node.width, node.height));
+    links.forEach((link) => {
+      link.points.forEach((point) => grow(point.x, point.y, 0, 0));
+      if (link.x !== undefined) {
+        grow(link.x, link.y, link.width, link.height);
+      }
+    });
+    const top = item.up ? HEAD + 14 + (this.measured(item) === undefined ? 0 : ROW) : 0;
+    const least = this.width(this.title(item), 12, true) + 60;
+    const width = Math.max(box.right - box.left + 2 * PAD, item.up ? least : 0);
+    const shift = { x: (width - (box.right - box.left)) / 2 - box.left, y: top + PAD - box.top };
+    return { items, nodes, links, shift, width, height: box.bottom - box.top + top + 2 * PAD };
+  }
+
+  draw() {
+    const laid = this.lay(this.tree.root);
+    this.elements.clear();
+    const root = this.make('g', { class: 'root' });
+    this.drawInside(this.tree.root, laid, root);
+    this.svg.replaceChildren(root);
+    this.size = { width: Math.ceil(laid.width), height: Math.ceil(laid.height) };
+    this.svg.setAttribute('viewBox', `0 0 ${this.size.width} ${this.size.height}`);
+    this.mark();
+  }
+
+  make(name, attributes, text) {
+    const element = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) {
+      element.setAttribute(key, value);
+    }
+    if (text !== undefined) {
+      element.textContent = text;
+    }
+    return element;
+  }
+
+  drawInside(item, laid, parent) {
+    const group = this.make('g', { transform: `translate(${laid.shift.x.toFixed(1)},${laid.shift.y.toFixed(1)})` });
+    const within = item.home?.domain === 'analog';
+    laid.links.forEach((link) => this.drawEdge(link, group, within));
+    laid.items.forEach((inner, index) => this.drawItem(inner, laid.nodes[index], group));
+    parent.appendChild(group);
+  }
+
+  drawEdge(link, parent, within) {
+    const points = link.points;
+    const last = points[points.length - 1];
+    let path = `M${points[0].x.toFixed(1)},${points[0].y.toFixed(1)}`;
+    for (let index = 1; index < points.length; index++) {
+      const [a, b] = [points[index - 1], points[index]];
+      const end = index === points.length - 1 ? b.y - 5 : b.y;
+      const middle = ((a.y + end) / 2).toFixed(1);
+      path += `C${a.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${end.toFixed(1)}`;
+    }
+    const crossing = link.edge.adc || link.edge.dac;
+    const group = this.make('g', { class: crossing ? 'edge crossing' : within ? 'edge within' : 'edge' });
+    group.appendChild(this.make('path', { d: path, class: 'wire' }));
+    group.appendChild(this.make('path', { d: `M${last.x.toFixed(1)},${last.y.toFixed(1)}l-4,-7h8z`, class: 'tip' }));
+    link.labels.forEach((text, index) => {
+      const y = link.y - link.height / 2 + 10 + 13 * index;
+      group.appendChild(this.make('text', { x: (link.x - link.width / 2).toFixed(1), y: y.toFixed(1), class: 'label' }, text));
+    });
+    parent.appendChild(group);
+  }
+
+  drawItem(item, node, parent) {
+    const laid = this.lay(item);
+    const { width, height } = laid;
+    const classes = ['node', item.domain, item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : ''];
+    const group = this.make('g', {
+      class: classes.filter(Boolean).join(' '), transform: `translate(${(node.x - width / 2).toFixed(1)},${(node.y - height / 2).toFixed(1)})`,
+      tabindex: '-1', role: 'button', 'aria-label': this.spoken(item), 'data-id': item.id,
+    });
+    if (item.items) {
+      group.setAttribute('aria-expanded', String(item.open));
+    }
+    const round = item.kind === 'port' || ['input', 'output'].includes(item.domain) ? 11 : item.domain === 'analog' ? (item.kind ? 7 : 14) : 0;
+    group.appendChild(this.make('rect', { width, height, rx: round, class: 'box' }));
+    if (item.domain === 'analog' && !item.kind) {
+      group.appendChild(this.make('rect', { x: 3.5, y: 3.5, width: width - 7, height: height - 7, rx: round - 3.5, class: 'inner' }));
+    }
+    const centre = item.open ? 14 : width / 2;
+    const anchor = item.open ? 'start' : 'middle';
+    const sign = item.items ? (item.open ? '▾ ' : '▸ ') : '';
+    const y = item.kind === 'port' ? 15 : HEAD - 3;
+    group.appendChild(this.make('text', { x: centre, y, class: 'title', 'text-anchor': anchor }, sign + this.title(item)));
+    const lines = item.open ? this.lines(item).filter((line) => line.style === 'measured') : this.lines(item);
+    lines.forEach((line, index) => {
+      group.appendChild(this.make('text', { x: centre, y: HEAD - 3 + ROW * (index + 1), class: `line ${line.style}`, 'text-anchor': anchor }, line.text));
+    });
+    this.drawBar(item, width, height, group);
+    group.addEventListener('click', (event) => {
+      event.stopPropagation();
+      this.onPick(item, group);
+    });
+    if (item.open) {
+      this.drawInside(item, laid, group);
+    }
+    this.elements.set(item.id, group);
+    parent.appendChild(group);
+  }
+
+  drawBar(item, width, height, group) {
+    const value = this.measured(item);
+    if (value !== undefined && !item.open) {
+      group.appendChild(this.make('rect', { x: 10, y: height - 10, width: width - 20, height: 4, class: 'track' }));
+      group.appendChild(this.make('rect', { x: 10, y: height - 10, width: (width - 20) * value.share, height: 4, class: 'bar' }));
+    }
+  }
+
+  spoken(item) {
+    const kind = item.domain === 'analog' && !item.kind ? 'analog energy block' : item.domain;
+    return [item.title, kind, ...item.lines.map((line) => line.text)].join(', ');
+  }
+
+  // Show selection, search hits and the filter by classes alone.
+  mark() {
+    for (const [id, element] of this.elements) {
+      const item = this.tree.byId.get(id);
+      const hit = item && this.hits ? this.hits.has(item) : false;
+      const kept = item && this.kept ? this.kept(item) : true;
+      element.classList.toggle('selected', id === this.selected);
+      element.classList.toggle('hit', hit);
+      element.classList.toggle('dimmed', !kept);
+      element.setAttribute('tabindex', id === this.selected ? '0' : '-1');
+    }
+    if (!this.elements.has(this.selected)) {
+      this.elements.values().next().value?.setAttribute('tabindex', '0');
+    }
+  }
+}

@@ -1,0 +1,180 @@
+// The hierarchy of a plan: blocks and digital parts -> module paths -> operations.
+// An item is {id, domain, title, lines, items, ops, up, open, home, depth}; `items` is null for a leaf.
+
+function plural(number, noun) {
+  return `${number} ${noun}${number === 1 ? '' : 's'}`;
+}
+
+function count(value) {
+  for (const [size, unit] of [[1e9, ' G'], [1e6, ' M'], [1e4, ' k']]) {
+    if (value >= size) {
+      return `${Number((value / (unit === ' k' ? 1e3 : size)).toPrecision(3))}${unit}`;
+    }
+  }
+  return String(value);
+}
+
+class Tree {
+  constructor(data) {
+    this.data = data;
+    this.byId = new Map();
+    this.root = { id: 'root', items: [], up: null, open: true, depth: 0, ops: data.ops.map((_, index) => index) };
+    this.chains = data.ops.map(() => []);
+    this.inputs = data.inputs.map((input) => this.add(this.root, {
+      id: `input:${input.name}`, domain: 'input', title: `${input.name} · input`, lines: [], ops: [], input,
+    }));
+    data.homes.forEach((home, index) => this.addHome(home, index));
+    this.outputs = data.outputs.map((source, index) => this.add(this.root, {
+      id: `output:${index}`, domain: 'output', title: data.outputs.length > 1 ? `output ${index + 1}` : 'output',
+      lines: [], ops: [], source,
+    }));
+    this.users = data.ops.map(() => []);
+    data.ops.forEach((op, index) => op.in.forEach((source) => source >= 0 && this.users[source].push(index)));
+  }
+
+  add(up, item) {
+    const made = { items: null, open: false, up, depth: up.depth + 1, home: up.home ?? null, ...item };
+    made.home = made.home ?? made;
+    up.items = up.items ?? [];
+    up.items.push(made);
+    this.byId.set(made.id, made);
+    return made;
+  }
+
+  addHome(home, index) {
+    const item = this.add(this.root, {
+      id: `home:${index}`, domain: home.domain, title: home.title, lines: home.lines, ops: home.ops, record: home,
+      stayed: home.ops.some((op) => this.data.ops[op].stayed),
+    });
+    const groups = new Map();
+    for (const op of home.ops) {
+      const path = this.data.ops[op].path;
+      groups.set(path, [...(groups.get(path) ?? []), op]);
+    }
+    for (const [path, ops] of groups) {
+      const chain = [item];
+      let up = item;
+      if (ops.length > 1 && groups.size > 1) {
+        up = this.add(item, {
+          id: `group:${index}:${path}`, domain: home.domain, title: path || 'the model itself', ops, kind: 'group',
+          lines: [{ text: this.words(ops), style: 'quiet' }], path, stayed: ops.some((op) => this.data.ops[op].stayed),
+        });
+        chain.push(up);
+      }
+      for (const op of ops) {
+        const record = this.data.ops[op];
+        const leaf = this.add(up, {
+          id: `op:${op}`, domain: home.domain, title: record.target, ops: [op], op: record, kind: 'op',
+          lines: up === item && record.path ? [{ text: record.path, style: 'quiet' }] : [], stayed: record.stayed,
+        });
+        this.chains[op] = [...chain, leaf];
+      }
+    }
+  }
+
+  words(ops) {
+    const counts = new Map();
+    for (const op of ops) {
+      const target = this.data.ops[op].target;
+      counts.set(target, (counts.get(target) ?? 0) + 1);
+    }
+    return [...counts].map(([target, times]) => (times > 1 ? `${target} ×${times}` : target)).join(', ');
+  }
+
+  homeOf(source) {
+    return source < 0 ? this.inputs[-1 - source] : this.chains[source][0];
+  }
+
+  // What flows between the items directly inside a container; what enters or leaves it gets a port of its own.
+  edges(container) {
+    const ports = new Map();
+    const edges = new Map();
+    const inside = new Set(container.ops);
+    const port = (kind, home) => {
+      const id = `${kind}:${container.id}:${home.id}`;
+      if (!ports.has(id)) {
+        ports.set(id, {
+          id, domain: home.domain, kind: 'port', title: `${kind} ${home.title}`, lines: [], items: null, home, target: home,
+        });
+      }
+      return ports.get(id);
+    };
+    const connect = (from, to, source, crossing) => {
+      const key = `${from.id}\n${to.id}`;
+      const edge = edges.get(key) ?? { from, to, sources: new Set(), dac: 0, adc: 0 };
+      if (!edge.sources.has(source)) {
+        edge.sources.add(source);
+        edge.adc += crossing && this.homeOf(source).domain === 'analog' ? this.values(source) : 0;
+        edge.dac += crossing && crossing.domain === 'analog' ? this.values(source) : 0;
+      }
+      edges.set(key, edge);
+    };
+    const at = container.depth;
+    for (const op of container.ops) {
+      const mine = this.chains[op][at];
+      for (const source of this.data.ops[op].in) {
+        const home = this.homeOf(source);
+        const crossing = home === this.chains[op][0] ? null : this.chains[op][0];
+        if (container === this.root || inside.has(source)) {
+          const from = source < 0 ? home : this.chains[source][at];
+          if (from !== mine) {
+            connect(from, mine, source, crossing);
+          }
+        } else {
+          connect(port('from', home), mine, source, crossing);
+        }
+      }
+      if (container !== this.root) {
+        for (const user of this.users[op]) {
+          if (!inside.has(user)) {
+            const home = this.chains[user][0];
+            connect(mine, port('to', home), op, home === this.chains[op][0] ? null : home);
+          }
+        }
+      }
+    }
+    for (const output of this.outputs) {
+      if (container === this.root) {
+        connect(this.homeOf(output.source), output, output.source, output);
+      } else if (inside.has(output.source)) {
+        connect(this.chains[output.source][at], port('to', output), output.source, output);
+      }
+    }
+    return { ports: [...ports.values()], edges: [...edges.values()] };
+  }
+
+  values(source) {
+    return source < 0 ? this.data.inputs[-1 - source].values : this.data.ops[source].values;
+  }
+
+  labels(edge) {
+    const sources = [...edge.sources];
+    const shapes = [...new Set(sources.map((source) => this.shape(source)))];
+    const total = sources.reduce((sum, source) => sum + this.values(source), 0);
+    const many = shapes.length === 1 ? `${sources.length} × ${shapes[0]}` : `${sources.length} tensors, ${plural(count(total), 'value')}`;
+    const crossing = [edge.adc ? `ADC ${count(edge.adc)}` : '', edge.dac ? `DAC ${count(edge.dac)}` : ''];
+    return [sources.length === 1 ? shapes[0] : many, crossing.filter(Boolean).join(', ')].filter(Boolean);
+  }
+
+  shape(source) {
+    return source < 0 ? plural(count(this.values(source)), 'value') : this.data.ops[source].shape;
+  }
+
+  // Operations, module paths, blocks that contain every word of the query.
+  search(query) {
+    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+    const fits = (text) => words.every((word) => text.toLowerCase().includes(word));
+    if (!words.length) {
+      return [];
+    }
+    const found = [];
+    for (const item of this.byId.values()) {
+      const op = item.op;
+      const text = op ? `${op.path} ${op.target} ${op.name} ${op.weights.join(' ')}` : `${item.title} ${item.path ?? ''}`;
+      if (fits(text)) {
+        found.push(item);
+      }
+    }
+    return found;
+  }
+}

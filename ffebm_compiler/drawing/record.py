@@ -1,0 +1,157 @@
+"""A plan as the JSON record that the interactive page reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ffebm_compiler.drawing.overlay import Overlay
+from ffebm_compiler.drawing.scene import Node, scene_of, set_of, shape_words
+from ffebm_compiler.ir import Operation, Role
+from ffebm_compiler.text import count
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid import BoundBlock, HybridModel
+    from ffebm_compiler.plan import BlockPlan, Plan
+
+__all__ = ["record_of"]
+
+
+def record_of(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[Overlay] = ()) -> dict[str, Any]:
+    """Everything that the page shows of a plan, as JSON values.
+
+    Raises:
+        PlanError: where the plan has no operation or is cyclic.
+    """
+    scene = scene_of(plan)
+    index = {op.name: position for position, op in enumerate(plan.graph.operations)}
+    index.update((name, -1 - position) for position, name in enumerate(plan.graph.inputs))
+    bound = {block.name: block for block in hybrid.blocks} if hybrid is not None else {}
+    blocks = {block.name: block for block in plan.blocks}
+    homes = [
+        _block(plan, blocks[node.key], node, index, bound.get(node.key))
+        if node.key in blocks
+        else _part(plan, node, index)
+        for node in scene.nodes
+        if node.domain in ("analog", "digital")
+    ]
+    tiles = sum(block.tiles for block in plan.blocks)
+    share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
+    totals = [
+        (str(len(plan.blocks)), "energy blocks"),
+        (str(len(plan.digital_parts)), "digital parts"),
+        (count(tiles), "tiles"),
+        (count(sum(block.dac for block in plan.blocks)), "DAC values"),
+        (count(sum(block.adc for block in plan.blocks)), "ADC values per sample"),
+        (f"{share:.1f} %", f"of {count(plan.total_macs)} MACs analog"),
+    ]
+    return {
+        "title": scene.title,
+        "totals": totals,
+        "notes": list(plan.notes),
+        "rejected": list(plan.rejected.items()),
+        "inputs": [{"name": name, "values": values} for name, values in plan.graph.inputs.items()],
+        "outputs": [index[name] for name in set_of(list(plan.graph.outputs))],
+        "homes": homes,
+        "ops": [_operation(plan, op, index) for op in plan.graph.operations],
+        "overlays": [overlay.to_dict() for overlay in overlays],
+    }
+
+
+def _operation(plan: Plan, op: Operation, index: dict[str, int]) -> dict[str, Any]:
+    return {
+        "name": op.name,
+        "target": op.target,
+        "path": op.path,
+        "in": [index[name] for name in op.inputs],
+        "shape": shape_words(op.shape, op.values),
+        "values": op.values,
+        "macs": op.macs,
+        "weights": list(op.weights),
+        "reason": plan._explain_operation(op),
+        "stayed": bool(op.weights) and (op.path or op.name) in plan.rejected and plan.home(op.name) in _parts(plan),
+    }
+
+
+def _parts(plan: Plan) -> set[str]:
+    return {part.name for part in plan.digital_parts}
+
+
+def _home(node: Node, operations: Sequence[str], index: dict[str, int]) -> dict[str, Any]:
+    return {
+        "title": node.title,
+        "domain": node.domain,
+        "lines": [asdict(line) for line in node.lines],
+        "ops": [index[name] for name in operations],
+        "layers": [],
+        "weights": [],
+        "measured": [],
+    }
+
+
+def _part(plan: Plan, node: Node, index: dict[str, int]) -> dict[str, Any]:
+    part = next(part for part in plan.digital_parts if part.name == node.key)
+    return {
+        **_home(node, part.operations, index),
+        "sentence": "Feedforward block: runs digitally, one operation after the other.",
+        "facts": [("operations", str(len(part.operations)))],
+        "weights": set_of([weight for name in part.operations for weight in plan.graph[name].weights]),
+    }
+
+
+def _block(plan: Plan, block: BlockPlan, node: Node, index: dict[str, int], bound: BoundBlock | None) -> dict[str, Any]:
+    layers = [plan.graph[name] for name in block.operations if plan.graph[name].role is Role.WEIGHT]
+    settles = (
+        "settles its layers together" if len(layers) > 1 else "is one layer, without feedback: exactly the source's"
+    )
+    facts = [
+        ("tiles", f"{count(block.tiles)}{_utilisation(plan, block, layers)}"),
+        ("DAC values per sample", count(block.dac)),
+        ("ADC values per sample", count(block.adc)),
+        ("neurons", count(block.neurons)),
+        ("MACs per sample", count(block.macs)),
+        ("reads", ", ".join(block.inputs)),
+        ("gives", ", ".join(block.outputs)),
+    ]
+    return {
+        **_home(node, block.operations, index),
+        "sentence": f"Energy block: {settles}.",
+        "facts": facts,
+        "layers": [
+            (op.path or op.name, op.target, f"{op.rows}×{op.cols}", count(_tiles(plan, op)), count(op.macs))
+            for op in layers
+        ],
+        "weights": list(block.weights),
+        "measured": _measured(bound) if bound is not None else [],
+    }
+
+
+def _tiles(plan: Plan, op: Operation) -> int:
+    return plan.hardware.tiles(max(op.rows, 1), max(op.cols, 1), op.groups, max(op.positions, 1))
+
+
+def _utilisation(plan: Plan, block: BlockPlan, layers: Sequence[Operation]) -> str:
+    """Share of the devices of its tiles that hold a weight."""
+    hardware = plan.hardware
+    if hardware.tile_rows is None or hardware.tile_cols is None or not block.tiles:
+        return ""
+    copies = [op.positions if hardware.conv_mapping == "unrolled" else 1 for op in layers]
+    weights = sum(op.rows * op.cols * op.groups * n for op, n in zip(layers, copies, strict=True))
+    devices = block.tiles * hardware.tile_rows * hardware.tile_cols
+    return f", {100 * weights * hardware.devices_per_weight / devices:.1f} % of their devices used"
+
+
+def _measured(bound: BoundBlock) -> list[tuple[str, str]]:
+    certificate, last = bound.certificate, bound.module.last
+    rows = []
+    if certificate is None:
+        rows.append(("loop gain", "0, it has no feedback"))
+    else:
+        rows.append(("loop gain κ", f"{certificate.loop_gain:.3g}"))
+        rows.append(("spectral radius ρ", f"{certificate.radius:.3g}"))
+        rows.append(("settles", "certified" if certificate.certified else "not certified, measured instead"))
+    if last is not None and last.sweeps:
+        rows.append(("sweeps in the last forward", str(last.sweeps)))
+        rows.append(("residual", f"{last.residual:.2e}"))
+    return rows

@@ -68,7 +68,7 @@ def test_top_level_copies_are_not_importable() -> None:
 def test_wheel_holds_every_module(wheel: Path) -> None:
     drawing = ROOT / "ffebm_compiler" / "drawing"
     expected = {"ffebm_compiler/py.typed"}
-    expected.update(f"ffebm_compiler/drawing/{file.name}" for file in drawing.iterdir() if file.suffix in (".css", ".js"))
+    expected.update(f"ffebm_compiler/drawing/{file.name}" for file in drawing.glob("*.[cj]s*"))
     for folder, name in TOP_FOLDERS.items():
         for file in (ROOT / folder).rglob("*.py"):
             expected.add(name.replace(".", "/") + "/" + file.relative_to(ROOT / folder).as_posix())

@@ -1,0 +1,87 @@
+"""The demo's ONNX stage: export a hybrid's digital parts and compare onnxruntime with the hybrid."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ffebm_compiler import onnx
+from ffebm_compiler.errors import ExportError, UnsupportedError
+from ffebm_compiler.hybrid import HybridModel
+
+__all__ = ["onnx_deviations", "require_onnx"]
+
+
+def require_onnx() -> None:
+    """Check that what exports and runs ONNX files is installed.
+
+    Raises:
+        UnsupportedError: where a package is not.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UnsupportedError(f"the demo needs {name}, which is not installed: pip install 'ffebm-compiler[demo]'")
+
+
+def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> tuple[dict[str, float], float]:
+    """Export the digital parts and run them on what the hybrid feeds them for `x`.
+
+    Returns:
+        Of each digital part, and of the whole export chained, max |onnx − hybrid| / max |hybrid|.
+
+    Raises:
+        UnsupportedError: where onnx, onnxscript or onnxruntime is not installed.
+        ExportError: where a file does not take what the hybrid feeds the part.
+    """
+    require_onnx()
+    import onnxruntime
+
+    folder = hybrid.export_onnx(folder, parts="digital")
+    record, output = _recorded(hybrid, x)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    found = {}
+    for step in manifest["steps"]:
+        if step["kind"] != "feedforward":
+            continue
+        session = onnxruntime.InferenceSession(str(folder / step["file"]), providers=["CPUExecutionProvider"])
+        fed, expected = record[step["name"]]
+        if len(fed) != len(step["inputs"]):
+            raise ExportError(f"{step['file']} takes {len(step['inputs'])} inputs, the hybrid feeds it {len(fed)}")
+        results = session.run(None, {name: value.numpy() for name, value in zip(step["inputs"], fed, strict=True)})
+        found[step["name"]] = max(
+            _deviation(torch.from_numpy(have), want) for have, want in zip(results, expected, strict=True)
+        )
+    (chained,) = onnx.run(folder, x, threads=1)
+    return found, _deviation(chained, output)
+
+
+def _recorded(hybrid: HybridModel, x: Tensor) -> tuple[dict[str, tuple[list[Tensor], list[Tensor]]], Tensor]:
+    """What enters and leaves each digital part, without the weights that it reads, and the output."""
+    record: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    own = {id(tensor) for tensor in (*hybrid.parameters(), *hybrid.buffers())}
+
+    def keep(name: str) -> Any:
+        def hook(_: object, args: tuple[Any, ...], outputs: Any) -> None:
+            fed = {id(t): t for t in pytree.tree_leaves(args) if isinstance(t, Tensor) and id(t) not in own}
+            record[name] = (list(fed.values()), pytree.tree_leaves(outputs))
+
+        return hook
+
+    hooks = [part.register_forward_hook(keep(name)) for name, part in hybrid.feedforward_blocks.items()]
+    try:
+        with torch.no_grad():
+            return record, hybrid(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _deviation(found: Tensor, expected: Tensor) -> float:
+    scale = float(expected.abs().max())
+    return float((found - expected).abs().max()) / (scale or 1.0)

@@ -387,19 +387,27 @@ class HybridModel(nn.Module):
 
         return notebook_html(self._plan, self)
 
-    def export_onnx(self, path: str | Path, parts: str | None = None) -> Path:
-        """Export the digital parts (`parts="digital"`) as ONNX files with a manifest, into a folder.
+    def export_onnx(self, path: str | Path, parts: str | None = None, *, fuse_batchnorm: bool = False) -> Path:
+        """Export the whole hybrid as one ONNX file, or its digital parts into a folder.
+
+        Both are in eval mode, whatever mode the hybrid is in, and leave the batch size free; see `docs/onnx.md`.
+
+        Args:
+            path: the file; with `parts="digital"` the folder.
+            parts: None for the whole hybrid, with each energy block an ONNX function that settles;
+                `"digital"` for one file per feedforward part and a manifest.
+            fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
 
         Raises:
             ExportError: where onnx is not installed, an operation has no ONNX form or the path cannot be written.
+            InputError: for another value of `parts`.
         """
-        from ffebm_compiler.onnx import export_digital
+        from ffebm_compiler.onnx import export_digital, export_whole
 
-        if parts is None:
-            raise NotYetError("the whole hybrid as one ONNX file is not built yet: use parts='digital'")
-        if parts != "digital":
+        if parts not in (None, "digital"):
             raise InputError(f"parts is {parts!r}; expected 'digital', or nothing for the whole hybrid")
-        return export_digital(self, Path(path))
+        export = export_whole if parts is None else export_digital
+        return export(self, Path(path), fuse_batchnorm=fuse_batchnorm)
 
     def save(self, path: str | Path) -> None:
         """Save plan and weights."""

@@ -1,5 +1,6 @@
 """ONNX: export of the digital parts or of a whole hybrid, and execution of what was exported.
 
+    hybrid.export_onnx("hybrid.onnx")
     hybrid.export_onnx("out/", parts="digital")
     outputs = ffebm_compiler.onnx.run("out/", x)
 
@@ -8,5 +9,6 @@ Needs the extra `ffebm-compiler[onnx]`; importing this module does not.
 
 from ffebm_compiler.onnx.digital import export_digital
 from ffebm_compiler.onnx.execute import Exported, load, run
+from ffebm_compiler.onnx.whole import export_whole
 
-__all__ = ["Exported", "export_digital", "load", "run"]
+__all__ = ["Exported", "export_digital", "export_whole", "load", "run"]

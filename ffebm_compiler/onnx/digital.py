@@ -95,15 +95,16 @@ def _exported(parts: Sequence[Step], hybrid: HybridModel, fuse: bool) -> list[tu
             trace.output(name, node)
         ports.append((inputs, outputs))
     try:
-        joint = trace.export(fuse).model_proto
+        joint = trace.export(fuse).model
     except ExportError as error:
         if len(parts) == 1:
             raise ExportError(_blame(parts[0], hybrid, error)) from error
         raise
     clean(joint)
+    proto = package("onnx_ir").to_proto(joint)
     models = []
     for step, (inputs, outputs) in zip(parts, ports, strict=True):
-        model = part_of(joint, step.name, inputs, outputs)
+        model = part_of(proto, step.name, inputs, outputs)
         model.metadata_props.add(key="ffebm.part", value=step.name)
         model.metadata_props.add(key="ffebm.operations", value=", ".join(_operations(step, hybrid)))
         models.append((step, model))

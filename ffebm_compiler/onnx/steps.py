@@ -20,6 +20,9 @@ from ffebm_compiler.runtime.block import EnergyBlock
 
 __all__ = ["Operand", "Step", "Steps", "Value"]
 
+_FREE = 6
+"""The number that stands for a free size while tracing, where the capture's own is 1."""
+
 
 @dataclass(frozen=True)
 class Value:
@@ -31,10 +34,12 @@ class Value:
     """Sizes; a free one is the name of a size or an expression of such names."""
     example: tuple[int, ...]
     """The sizes with numbers for the free ones."""
+    doubled: tuple[int, ...]
+    """The sizes with twice those numbers."""
 
-    def zeros(self) -> Tensor:
+    def zeros(self, doubled: bool = False) -> Tensor:
         """A tensor of this dtype and of the example sizes."""
-        return torch.zeros(self.example, dtype=getattr(torch, self.dtype))
+        return torch.zeros(self.doubled if doubled else self.example, dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class _Reader:
         assert isinstance(run, fx.GraphModule)
         self.run = run
         self.names: dict[str, str] = {}
+        self.hints: dict[str, int] = {}
         self.values: dict[fx.Node, Value] = {}
         self.known: dict[fx.Node, Tensor | None] = {}
         self.keys: dict[fx.Node, str] = {}
@@ -142,18 +148,22 @@ class _Reader:
 
     def _value(self, name: str, value: Tensor) -> Value:
         shape: list[int | str] = []
-        example = []
+        examples: tuple[list[int], list[int]] = ([], [])
         for size in value.shape:
-            if isinstance(size, torch.SymInt):
-                expression = size.node.expr
-                symbols = {symbol: self._size_name(str(symbol)) for symbol in expression.free_symbols}
-                shape.append(str(expression.subs({symbol: type(symbol)(text) for symbol, text in symbols.items()})))
-                hint = size.node.hint
-                example.append(int(hint) if hint is not None else int(expression.subs(dict.fromkeys(symbols, 3))))
-            else:
+            if not isinstance(size, torch.SymInt):
                 shape.append(int(size))
-                example.append(int(size))
-        return Value(name, str(value.dtype).removeprefix("torch."), tuple(shape), tuple(example))
+                for example in examples:
+                    example.append(int(size))
+                continue
+            expression = size.node.expr
+            names = {symbol: type(symbol)(self._size_name(str(symbol))) for symbol in expression.free_symbols}
+            shape.append(str(expression.subs(names)))
+            if expression.is_Symbol and isinstance(size.node.hint, int) and size.node.hint > 1:
+                self.hints.setdefault(str(expression), size.node.hint)
+            for factor, example in enumerate(examples, start=1):
+                numbers = {symbol: factor * self.hints.get(str(symbol), _FREE) for symbol in names}
+                example.append(int(expression.subs(numbers)))
+        return Value(name, str(value.dtype).removeprefix("torch."), tuple(shape), *map(tuple, examples))
 
     def _size_name(self, symbol: str) -> str:
         if symbol not in self.names:

@@ -177,20 +177,20 @@ def _first_cause(error: BaseException) -> str:
 
 
 def clean(model: Any) -> None:
-    """Remove stack traces, paths and exporter records; keep each node's module path."""
-    del model.metadata_props[:]
-    del model.graph.metadata_props[:]
-    model.graph.doc_string = ""
-    for info in [*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer]:
-        del info.metadata_props[:]
-        info.doc_string = ""
-    for node in model.graph.node:
-        kept = {item.key: item.value for item in node.metadata_props}
-        node.doc_string = ""
-        path = kept.get(MODULE_KEY) or _module_path(kept.get("pkg.torch.onnx.name_scopes", ""))
-        del node.metadata_props[:]
-        if path:
-            node.metadata_props.add(key=MODULE_KEY, value=path)
+    """Remove stack traces, paths and exporter records from an `onnx_ir.Model`; keep each node's module path."""
+    graph = model.graph
+    for holder in (model, graph, *graph.inputs, *graph.initializers.values()):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+    for node in graph.all_nodes():
+        path = _module_path(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        kept = {key: value for key, value in node.metadata_props.items() if key.startswith("ffebm.")}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept | ({MODULE_KEY: path} if path and not kept else {}))
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            value.doc_string = None
 
 
 def _module_path(scopes: str) -> str:

@@ -1,0 +1,134 @@
+"""Emit: a straight line of ONNX nodes that is written from Python, with constants and static shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.onnx.packages import package
+
+__all__ = ["Names", "Shape", "Writer"]
+
+Shape = tuple[int | None, ...]
+"""Sizes of a value; None is one that is free."""
+
+
+class Names:
+    """Fresh names for the values of one function."""
+
+    def __init__(self) -> None:
+        self._counter = count()
+
+    def fresh(self, stem: str) -> str:
+        """A name that was not given before."""
+        return f"{stem}_{next(self._counter)}"
+
+
+class Writer:
+    """A list of ONNX nodes under construction.
+
+    Args:
+        names: shared by a function and the bodies inside it.
+        dtype: NumPy name of the floating dtype, `"float32"` or `"float64"`.
+        outside: the writer of the enclosing scope, which constants are hoisted to.
+    """
+
+    def __init__(self, names: Names, dtype: str, outside: Writer | None = None) -> None:
+        self.names = names
+        self.dtype = dtype
+        self.nodes: list[Any] = []
+        self.weight_shapes: dict[str, tuple[int, ...]] = outside.weight_shapes if outside is not None else {}
+        self._outside = outside
+        self._turned: dict[str, str] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def op(self, kind: str, *operands: str, stem: str = "", **attributes: Any) -> str:
+        """Append a node with one output; returns the output's name."""
+        name = self.names.fresh(stem or kind.lower())
+        self.nodes.append(package("onnx").helper.make_node(kind, list(operands), [name], **attributes))
+        return name
+
+    def constant(self, array: np.ndarray[Any, Any]) -> str:
+        """The name of a constant; equal ones are written once, outside of loops."""
+        if self._outside is not None:
+            return self._outside.constant(array)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            tensor = package("onnx").numpy_helper.from_array(array)
+            self._constants[key] = self.op("Constant", value=tensor, stem="const")
+        return self._constants[key]
+
+    def number(self, value: float) -> str:
+        """A floating scalar."""
+        return self.constant(np.array(value, dtype=self.dtype))
+
+    def ints(self, values: Sequence[int]) -> str:
+        """A vector of integers."""
+        return self.constant(np.array(values, dtype=np.int64))
+
+    def setting(self, name: str, kind: str) -> str:
+        """The value of an attribute of the enclosing function: `kind` is `"float"` or `"int"`."""
+        onnx = package("onnx")
+        node = onnx.helper.make_node("Constant", [], [self.names.fresh(name)])
+        attribute = node.attribute.add(name=f"value_{kind}", ref_attr_name=name)
+        attribute.type = onnx.AttributeProto.FLOAT if kind == "float" else onnx.AttributeProto.INT
+        self.nodes.append(node)
+        if kind == "float" and self.dtype != "float32":
+            return self.op("Cast", node.output[0], to=self.elem_type)
+        return str(node.output[0])
+
+    def turned(self, weight: str) -> str:
+        """The transpose of a weight matrix, computed once, outside of loops."""
+        if self._outside is not None:
+            return self._outside.turned(weight)
+        if weight not in self._turned:
+            self._turned[weight] = self.op("Transpose", weight, perm=[1, 0])
+        return self._turned[weight]
+
+    def kernel_of(self, weight: str) -> tuple[int, ...]:
+        """The kernel sizes of a convolution's weight."""
+        return self.weight_shapes[weight][2:]
+
+    @property
+    def elem_type(self) -> int:
+        """ONNX's number of the floating dtype."""
+        return int(package("onnx").helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype)))
+
+    def scaled(self, value: str, factor: float) -> str:
+        """factor · value."""
+        return value if factor == 1 else self.op("Mul", value, self.number(factor))
+
+    def added(self, values: Sequence[str]) -> str:
+        """The sum of one or more values of one shape."""
+        total = values[0]
+        for value in values[1:]:
+            total = self.op("Add", total, value)
+        return total
+
+    def reshaped(self, value: str, before: Shape, after: Shape) -> str:
+        """The value in another shape: sizes that are free are copied or inferred.
+
+        Raises:
+            ExportError: where several sizes are free and not in their old places.
+        """
+        if before == after and None not in before[1:]:
+            return value
+        target = list[int]()
+        for index, size in enumerate(after):
+            kept = size is None and before[: index + 1] == after[: index + 1]
+            target.append(0 if kept else -1 if size is None else size)
+        if sum(size == -1 for size in target) > 1:
+            raise ExportError(f"a reshape from {before} to {after} has several free sizes: fix all but the batch")
+        return self.op("Reshape", value, self.ints(target))
+
+    def padded(self, value: str, rank: int, dim: int, before: int, after: int) -> str:
+        """The value with zeros before and after along one dimension."""
+        if not before and not after:
+            return value
+        pads = [0] * (2 * rank)
+        pads[dim], pads[rank + dim] = before, after
+        return self.op("Pad", value, self.ints(pads))

@@ -1,0 +1,313 @@
+"""An energy block as an ONNX function: a `Loop` that settles the free phase.
+
+    s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m ,   γ_{l,m} = c_m/c_l
+
+The states start at their feedforward values. One pass of the body is one Gauss–Seidel sweep of
+`runtime.phases.FreePhase`; it ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
+at most `rtol`, or after `max_sweeps`. What depends on the inputs alone is computed before the loop.
+An ONNX function cannot raise: the outputs of a block that did not settle are NaN.
+
+Blocks of one structure share one function; γ, `rtol` and `max_sweeps` are attributes of the call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.onnx.activation_nodes import activation_nodes
+from ffebm_compiler.onnx.emit import Names, Shape, Writer
+from ffebm_compiler.onnx.manifest import settling_of
+from ffebm_compiler.onnx.operator_nodes import adjoint_nodes, apply_nodes
+from ffebm_compiler.onnx.packages import OPSET, package
+from ffebm_compiler.onnx.program_json import program_to_json
+from ffebm_compiler.onnx.steps import Step
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.phases import FreePhase
+from ffebm_compiler.runtime.program import BlockProgram, Frame, Instruction
+
+__all__ = ["DOMAIN", "BlockFunction", "block_function"]
+
+DOMAIN = "ffebm.energy"
+"""The ONNX domain of the functions; a vendor's kernel of this domain may replace them."""
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class BlockFunction:
+    """A function and the attributes of the call of one block."""
+
+    name: str
+    proto: Any
+    attributes: Mapping[str, float | int]
+
+
+def block_function(step: Step) -> BlockFunction:
+    """The function of an energy block.
+
+    Raises:
+        ExportError: for an operator or activation that has no ONNX form, with the layer's module path.
+    """
+    block = step.module
+    assert isinstance(block, EnergyBlock)
+    dtype = step.outputs[0].dtype
+    if dtype not in ("float32", "float64"):
+        raise ExportError(
+            f"{step.name} computes in {dtype}: export hybrid.float(), which onnxruntime's CPU kernels run"
+        )
+    return _Builder(step, block, dtype).build()
+
+
+def _shapes(step: Step, block: EnergyBlock) -> dict[int, Shape]:
+    """Shape of every register; a size that changes with the free sizes is None."""
+    found: list[dict[int, torch.Size]] = []
+    for doubled in (False, True):
+        tensors = [
+            operand.value.zeros(doubled) if operand.value is not None else operand.tensor for operand in step.operands
+        ]
+        count = block.program.inputs
+        inputs = [tensor for tensor in tensors[:count] if tensor is not None]
+        with torch.no_grad():
+            frame = Frame(block.program, inputs, tensors[count:])
+            states = FreePhase(frame, (1.0,) * len(block.program.layers)).values
+            shapes = dict(frame.shapes)
+            for layer, state in zip(block.program.layers, states, strict=True):
+                assert state is not None
+                shapes[layer.state] = state.shape
+            frame.read({index: state for index, state in enumerate(states) if state is not None})
+            found.append(shapes | frame.shapes)
+    return {
+        register: tuple(a if a == b else None for a, b in zip(shape, found[1][register], strict=True))
+        for register, shape in found[0].items()
+    }
+
+
+@dataclass
+class _Builder:
+    step: Step
+    block: EnergyBlock
+    dtype: str
+    main: Writer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.program: BlockProgram = self.block.program
+        self.shapes = _shapes(self.step, self.block)
+        self.main = Writer(Names(), self.dtype)
+        self.weights = [f"w{index}" for index in range(self.program.weights)]
+        for name, operand in zip(self.weights, self.step.operands[self.program.inputs :], strict=True):
+            tensor: Tensor | None = operand.tensor
+            if tensor is None:
+                raise ExportError(f"a weight of {self.step.name} depends on the network's input: force it digital")
+            self.main.weight_shapes[name] = tuple(tensor.shape)
+        self.settling = settling_of(self.block, self.dtype)
+        self.coupled = self.program.coupled and self.block.enabled
+        self.gammas = {
+            (index, later): f"gamma_{index}_{later}"
+            for index in range(len(self.program.layers))
+            for later in self.program.downstream[index]
+            if self.coupled
+        }
+
+    def build(self) -> BlockFunction:
+        onnx = package("onnx")
+        inputs = [f"x{index}" for index in range(self.program.inputs)]
+        outputs = [f"y{index}" for index in range(len(self.program.outputs))]
+        fixed = dict(enumerate(inputs))
+        states = self._feedforward(fixed)
+        settled = ""
+        if self.coupled:
+            states, settled = self._loop(fixed, states)
+        registers = fixed | {layer.state: state for layer, state in zip(self.program.layers, states, strict=True)}
+        for instruction in self.program.readout:
+            registers[instruction.output] = self._apply(self.main, instruction, registers, self.program.name)
+        for name, register in zip(outputs, self.program.outputs, strict=True):
+            value = registers[register]
+            if settled and self.settling["on_failure"] == "error":
+                value = self.main.op("Where", settled, value, self.main.number(float("nan")))
+            self.main.nodes.append(onnx.helper.make_node("Identity", [value], [name]))
+        attributes = self._attributes()
+        name = f"EnergyBlock_{self._digest()}"
+        proto = onnx.helper.make_function(
+            DOMAIN,
+            name,
+            [*inputs, *self.weights],
+            outputs,
+            self.main.nodes,
+            [onnx.helper.make_opsetid("", OPSET)],
+            attributes=list(attributes),
+            doc_string=f"{len(self.program.layers)} layers, settled by Gauss-Seidel sweeps" if self.coupled else "",
+        )
+        return BlockFunction(name, proto, attributes)
+
+    def _attributes(self) -> dict[str, float | int]:
+        if not self.coupled:
+            return {}
+        scales = self.block.scales
+        return {
+            "rtol": float(self.settling["rtol"]),
+            "max_sweeps": int(self.settling["max_sweeps"]),
+            **{name: scales[later] / scales[index] for (index, later), name in self.gammas.items()},
+        }
+
+    def _digest(self) -> str:
+        """By structure: blocks that differ in weights, γ and tolerances alone share a function."""
+        structure = program_to_json(self.program)
+        for layer in structure["layers"]:
+            del layer["name"]
+        key = [
+            structure,
+            sorted(self.shapes.items()),
+            [self.main.weight_shapes[name] for name in self.weights],
+            self.dtype,
+            self.coupled,
+            self.settling["schedule"],
+            self.settling["on_failure"],
+        ]
+        return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _feedforward(self, fixed: dict[int, str]) -> list[str]:
+        """The states without feedback; fills in the registers that depend on the inputs alone."""
+        states: list[str] = []
+        for index, layer in enumerate(self.program.layers):
+            registers = dict(fixed) | self._by_register(states)
+            drive = self._drive(self.main, index, registers)
+            for instruction in layer.instructions:
+                if not self.program.from_states[instruction.output]:
+                    fixed[instruction.output] = registers[instruction.output]
+            states.append(self._activate(self.main, index, drive))
+        return states
+
+    def _by_register(self, states: Sequence[str]) -> dict[int, str]:
+        return {layer.state: state for layer, state in zip(self.program.layers, states, strict=False)}
+
+    def _drive(self, writer: Writer, index: int, registers: dict[int, str]) -> str:
+        layer = self.program.layers[index]
+        for instruction in layer.instructions:
+            if instruction.output not in registers:
+                registers[instruction.output] = self._apply(writer, instruction, registers, layer.name)
+        return registers[layer.drive]
+
+    def _apply(self, writer: Writer, instruction: Instruction, registers: Mapping[int, str], owner: str) -> str:
+        try:
+            return apply_nodes(
+                writer,
+                instruction.operator,
+                [registers[register] for register in instruction.operands],
+                self._weights(instruction),
+                [self.shapes[register] for register in instruction.operands],
+                self.shapes[instruction.output],
+            )
+        except ExportError as error:
+            raise ExportError(f"{self.step.name}, layer {owner}: {error}") from error
+
+    def _weights(self, instruction: Instruction) -> list[str | None]:
+        return [None if index is None else self.weights[index] for index in instruction.weights]
+
+    def _activate(self, writer: Writer, index: int, value: str) -> str:
+        layer = self.program.layers[index]
+        try:
+            return activation_nodes(writer, layer.activation, value)
+        except ExportError as error:
+            raise ExportError(f"{self.step.name}, layer {layer.name}: {error}") from error
+
+    def _loop(self, fixed: Mapping[int, str], states: Sequence[str]) -> tuple[list[str], str]:
+        """The settled states, and whether they settled."""
+        onnx = package("onnx")
+        names = self.main.names
+        body = Writer(names, self.dtype, outside=self.main)
+        gammas = {key: self.main.setting(name, "float") for key, name in self.gammas.items()}
+        rtol = self.main.setting("rtol", "float")
+        sweeps = self.main.setting("max_sweeps", "int")
+        carried = [names.fresh("s") for _ in states]
+        present = list(carried)
+        pulled: dict[str, dict[int, str]] = {}
+        changes = []
+        for index in self._order():
+            before = present[index]
+            registers = dict(fixed) | self._by_register(present)
+            terms = [self._drive(body, index, registers)]
+            for later in self.program.downstream[index]:
+                if present[later] not in pulled:
+                    pulled[present[later]] = self._pullback(body, later, present[later])
+                part = pulled[present[later]].get(self.program.layers[index].state)
+                if part is not None:
+                    terms.append(body.op("Mul", part, gammas[index, later]))
+            present[index] = self._activate(body, index, body.added(terms))
+            changes.append(self._change(body, before, present[index]))
+        residual = body.op("Max", *changes) if len(changes) > 1 else changes[0]
+        more = body.op("Greater", residual, rtol)
+        finals = [state if state not in carried else body.op("Identity", state, stem="kept") for state in present]
+        kind, info = self.main.elem_type, onnx.helper.make_tensor_value_info
+        graph = onnx.helper.make_graph(
+            body.nodes,
+            "sweep",
+            [
+                info(names.fresh("sweep"), onnx.TensorProto.INT64, []),
+                info(names.fresh("go_on"), onnx.TensorProto.BOOL, []),
+                *(info(name, kind, None) for name in carried),
+                info(names.fresh("before"), kind, []),
+            ],
+            [
+                info(more, onnx.TensorProto.BOOL, []),
+                *(info(name, kind, None) for name in finals),
+                info(residual, kind, []),
+            ],
+        )
+        results = [names.fresh("settled") for _ in states]
+        last = names.fresh("residual")
+        go_on = self.main.constant(np.array(True))
+        start = self.main.number(float("inf"))
+        self.main.nodes.append(
+            onnx.helper.make_node("Loop", [sweeps, go_on, *states, start], [*results, last], body=graph)
+        )
+        return results, self.main.op("LessOrEqual", last, rtol)
+
+    def _order(self) -> list[int]:
+        count = len(self.program.layers)
+        if self.settling["schedule"] == "backward":
+            return list(reversed(range(count)))
+        if self.settling["schedule"] == "even_odd":
+            return [*range(0, count, 2), *range(1, count, 2)]
+        return list(range(count))
+
+    def _change(self, writer: Writer, before: str, after: str) -> str:
+        norm = writer.op("ReduceL2", after, keepdims=0)
+        moved = writer.op("ReduceL2", writer.op("Sub", after, before), keepdims=0)
+        tiny = writer.number(float(np.finfo(self.dtype).tiny))
+        return writer.op("Div", moved, writer.op("Add", norm, tiny))
+
+    def _pullback(self, writer: Writer, index: int, cotangent: str) -> dict[int, str]:
+        """Register of each state that the drive of a layer reads -> its part of J_lᵀ p."""
+        layer = self.program.layers[index]
+        pending: dict[int, list[str]] = {layer.drive: [cotangent]}
+        for instruction in reversed(layer.instructions):
+            if instruction.output not in pending:
+                continue
+            wanted = [self.program.from_states[register] for register in instruction.operands]
+            arriving = writer.added(pending.pop(instruction.output))
+            if not any(wanted):
+                continue
+            try:
+                parts = adjoint_nodes(
+                    writer,
+                    instruction.operator,
+                    arriving,
+                    self._weights(instruction),
+                    [self.shapes[register] for register in instruction.operands],
+                    self.shapes[instruction.output],
+                    wanted,
+                )
+            except ExportError as error:
+                raise ExportError(f"{self.step.name}, layer {layer.name}: {error}") from error
+            for register, part, want in zip(instruction.operands, parts, wanted, strict=True):
+                if want and part is not None:
+                    pending.setdefault(register, []).append(part)
+        return {register: writer.added(parts) for register, parts in pending.items()}

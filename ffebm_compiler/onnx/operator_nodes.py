@@ -1,0 +1,259 @@
+"""The operators of drives as ONNX nodes: applied (`apply_nodes`) and transposed (`adjoint_nodes`).
+
+The transpose is the feedback path: ConvTranspose for a convolution, a product by W for a linear
+layer, zero padding for a slice, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.onnx.emit import Shape, Writer
+from ffebm_compiler.onnx.pool_nodes import mean_adjoint, mean_apply, pool_adjoint, pool_apply, pool_of
+from ffebm_compiler.runtime.operators import (
+    Concat,
+    Convolution,
+    Linear,
+    Mask,
+    Operator,
+    Permute,
+    Reshape,
+    Scale,
+    Sum,
+    Wiring,
+    slice_of,
+)
+
+__all__ = ["adjoint_nodes", "apply_nodes"]
+
+Weights = Sequence[str | None]
+
+
+def apply_nodes(
+    writer: Writer, operator: Operator, values: Sequence[str], weights: Weights, shapes: Sequence[Shape], result: Shape
+) -> str:
+    """A x + b.
+
+    Args:
+        writer: where the nodes go.
+        operator: the operator.
+        values: names of its operands.
+        weights: names of its weights.
+        shapes: shapes of its operands.
+        result: shape of its result.
+
+    Raises:
+        ExportError: for an operator that has no ONNX form here.
+    """
+    if isinstance(operator, Linear):
+        return _linear(writer, values[0], weights, shapes[0])
+    if isinstance(operator, Convolution):
+        _check_conv(operator, shapes[0])
+        kind = "ConvTranspose" if operator.transposed else "Conv"
+        extra = {"output_padding": list(operator.output_padding)} if operator.transposed else {}
+        operands = [values[0], str(weights[0]), *([weights[1]] if weights[1] else [])]
+        return writer.op(kind, *operands, **_conv_settings(operator), **extra)
+    if isinstance(operator, Sum):
+        terms = [writer.scaled(value, factor) for value, factor in zip(values, operator.factors, strict=True)]
+        total = writer.added(terms)
+        return writer.op("Add", total, writer.number(operator.constant)) if operator.constant else total
+    if isinstance(operator, Scale):
+        return writer.scaled(values[0], operator.factor)
+    if isinstance(operator, Mask):
+        return values[0]
+    if isinstance(operator, Concat):
+        return writer.op("Concat", *values, axis=operator.dim % len(result))
+    if isinstance(operator, Permute):
+        return writer.op("Transpose", values[0], perm=[dim % len(result) for dim in operator.dims])
+    if isinstance(operator, Reshape):
+        return writer.reshaped(values[0], shapes[0], result)
+    return _wiring(operator)[0](writer, operator, values[0], shapes[0], result)
+
+
+def adjoint_nodes(
+    writer: Writer,
+    operator: Operator,
+    cotangent: str,
+    weights: Weights,
+    shapes: Sequence[Shape],
+    result: Shape,
+    needed: Sequence[bool],
+) -> list[str | None]:
+    """Aᵀ p for each operand that is needed; arguments and errors as of `apply_nodes`."""
+    if isinstance(operator, Linear):
+        return [writer.op("MatMul", cotangent, str(weights[0]))]
+    if isinstance(operator, Convolution):
+        return [_conv_adjoint(writer, operator, cotangent, str(weights[0]), shapes[0], result)]
+    if isinstance(operator, Sum):
+        return [
+            writer.scaled(_unbroadcast(writer, cotangent, result, shape), factor) if wanted else None
+            for factor, shape, wanted in zip(operator.factors, shapes, needed, strict=True)
+        ]
+    if isinstance(operator, Scale):
+        return [writer.scaled(cotangent, operator.factor)]
+    if isinstance(operator, Mask):
+        return [cotangent]
+    if isinstance(operator, Concat):
+        return _concat_adjoint(writer, operator.dim % len(result), cotangent, shapes, needed)
+    if isinstance(operator, Permute):
+        dims = [dim % len(result) for dim in operator.dims]
+        return [writer.op("Transpose", cotangent, perm=sorted(range(len(dims)), key=dims.__getitem__))]
+    if isinstance(operator, Reshape):
+        return [writer.reshaped(cotangent, result, shapes[0])]
+    return [_wiring(operator)[1](writer, operator, cotangent, shapes[0], result)]
+
+
+def _linear(writer: Writer, value: str, weights: Weights, shape: Shape) -> str:
+    bias = [weights[1]] if weights[1] else []
+    if len(shape) == 2:
+        return writer.op("Gemm", value, str(weights[0]), *bias, transB=1)
+    turned = writer.turned(str(weights[0]))
+    product = writer.op("MatMul", value, turned)
+    return writer.op("Add", product, *bias) if bias else product
+
+
+def _check_conv(operator: Convolution, shape: Shape) -> None:
+    if len(shape) != len(operator.stride) + 2:
+        raise ExportError(
+            f"a convolution of an input without a batch dimension, {shape}, has no ONNX form: unsqueeze it"
+        )
+
+
+def _conv_settings(operator: Convolution) -> dict[str, Any]:
+    return {
+        "strides": list(operator.stride),
+        "pads": [*operator.padding, *operator.padding],
+        "dilations": list(operator.dilation),
+        "group": operator.groups,
+    }
+
+
+def _conv_adjoint(
+    writer: Writer, operator: Convolution, cotangent: str, weight: str, shape: Shape, result: Shape
+) -> str:
+    _check_conv(operator, shape)
+    if operator.transposed:  # its weight is already that of the convolution that it transposes
+        return writer.op("Conv", cotangent, weight, **_conv_settings(operator))
+    kernel = writer.kernel_of(weight)
+    extra = []
+    for before, after, size, stride, padding, dilation in zip(
+        shape[2:], result[2:], kernel, operator.stride, operator.padding, operator.dilation, strict=True
+    ):
+        if before is None or after is None:
+            raise ExportError("the image size of a convolution in an energy block is free: fix all sizes but the batch")
+        extra.append(before - ((after - 1) * stride - 2 * padding + dilation * (size - 1) + 1))
+    return writer.op("ConvTranspose", cotangent, weight, **_conv_settings(operator), output_padding=extra)
+
+
+def _unbroadcast(writer: Writer, value: str, shape: Shape, target: Shape) -> str:
+    """The sum over what was broadcast from `target` to `shape`."""
+    if shape == target:
+        return value
+    missing = len(shape) - len(target)
+    axes = [*range(missing)]
+    axes += [index + missing for index, size in enumerate(target) if size == 1 and shape[index + missing] != 1]
+    summed = writer.op("ReduceSum", value, writer.ints(axes), keepdims=1)
+    return writer.op("Squeeze", summed, writer.ints(range(missing))) if missing else summed
+
+
+def _concat_adjoint(
+    writer: Writer, dim: int, cotangent: str, shapes: Sequence[Shape], needed: Sequence[bool]
+) -> list[str | None]:
+    pieces: list[str | None] = []
+    start = 0
+    for shape, wanted in zip(shapes, needed, strict=True):
+        end = start + _fixed(shape, dim)
+        bounds = (writer.ints([start]), writer.ints([end]), writer.ints([dim]))
+        pieces.append(writer.op("Slice", cotangent, *bounds) if wanted else None)
+        start = end
+    return pieces
+
+
+def _fixed(shape: Shape, dim: int) -> int:
+    size = shape[dim]
+    if size is None:
+        raise ExportError(f"dimension {dim} of a value of shape {shape} is free where an energy block needs its size")
+    return size
+
+
+def _arguments(operator: Wiring, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
+    given = dict(zip(names, operator.arguments, strict=False)) | dict(operator.keywords)
+    return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
+
+
+def _slice_bounds(operator: Wiring, shape: Shape) -> tuple[int, int, int]:
+    if operator.function is torch.narrow:
+        dim, start, length = _arguments(operator, ("dim", "start", "length"), (0, 0, 0))
+        end, step = start + length, 1
+    else:
+        dim, start, end, step = _arguments(operator, ("dim", "start", "end", "step"), (0, None, None, 1))
+    dim %= len(shape)
+    if step != 1:
+        raise ExportError(f"a slice with step {step} inside an energy block has no ONNX form here")
+    first, last, _ = slice(start, end).indices(_fixed(shape, dim))
+    return dim, first, last
+
+
+def _slice_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, result: Shape) -> str:
+    dim, start, end = _slice_bounds(operator, shape)
+    return writer.op("Slice", value, writer.ints([start]), writer.ints([end]), writer.ints([dim]))
+
+
+def _slice_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
+    dim, start, end = _slice_bounds(operator, shape)
+    return writer.padded(cotangent, len(shape), dim, start, _fixed(shape, dim) - end)
+
+
+def _select_place(operator: Wiring, shape: Shape) -> tuple[int, int]:
+    dim, index = _arguments(operator, ("dim", "index"), (0, 0))
+    dim %= len(shape)
+    return dim, index % _fixed(shape, dim)
+
+
+def _select_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, result: Shape) -> str:
+    dim, index = _select_place(operator, shape)
+    piece = writer.op("Slice", value, writer.ints([index]), writer.ints([index + 1]), writer.ints([dim]))
+    return writer.op("Squeeze", piece, writer.ints([dim]))
+
+
+def _select_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
+    dim, index = _select_place(operator, shape)
+    piece = writer.op("Unsqueeze", cotangent, writer.ints([dim]))
+    return writer.padded(piece, len(shape), dim, index, _fixed(shape, dim) - index - 1)
+
+
+def _moved(operator: Wiring, rank: int) -> list[int]:
+    tags = torch.empty(tuple(range(2, rank + 2)), device="meta")
+    return [size - 2 for size in torch.movedim(tags, *operator.arguments, **dict(operator.keywords)).shape]
+
+
+def _move_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, result: Shape) -> str:
+    return writer.op("Transpose", value, perm=_moved(operator, len(shape)))
+
+
+def _move_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
+    order = _moved(operator, len(shape))
+    return writer.op("Transpose", cotangent, perm=sorted(range(len(order)), key=order.__getitem__))
+
+
+_Nodes = Callable[[Writer, Any, str, Shape, Shape], str]
+_WIRING: Mapping[object, tuple[_Nodes, _Nodes]] = {
+    slice_of: (_slice_apply, _slice_adjoint),
+    torch.narrow: (_slice_apply, _slice_adjoint),
+    torch.select: (_select_apply, _select_adjoint),
+    torch.movedim: (_move_apply, _move_adjoint),
+    torch.mean: (mean_apply, mean_adjoint),
+}
+
+
+def _wiring(operator: Operator) -> tuple[_Nodes, _Nodes]:
+    if isinstance(operator, Wiring):
+        if operator.function in _WIRING:
+            return _WIRING[operator.function]
+        if pool_of(operator) is not None:
+            return pool_apply, pool_adjoint
+    raise ExportError(f"{operator!r} inside an energy block has no ONNX form")

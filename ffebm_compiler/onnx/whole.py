@@ -1,0 +1,139 @@
+"""Export of a whole hybrid as one ONNX file that plain onnxruntime runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.onnx.folder import whole_files
+from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
+from ffebm_compiler.onnx.packages import package
+from ffebm_compiler.onnx.steps import Step, Steps, Value
+from ffebm_compiler.onnx.trace import Trace, clean
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.phases import FreePhase
+from ffebm_compiler.runtime.program import Frame
+
+__all__ = ["export_whole"]
+
+_LARGE = 1 << 30
+"""Bytes of tensors above which they go to a file beside the model (one protobuf holds 2 GiB)."""
+
+
+class _Symbol(nn.Module):
+    """Stands for an energy block while tracing: one node of our domain."""
+
+    def __init__(self, block: EnergyBlock, function: BlockFunction, metadata: Mapping[str, str]) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block
+        self._function = function
+        self._metadata = dict(metadata)
+
+    def forward(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        """The node; the feedforward values give dtypes and shapes and are removed as dead code."""
+        program = self.__dict__["_block"].program
+        frame = Frame(program, operands[: program.inputs], operands[program.inputs :])
+        states = FreePhase(frame, (1.0,) * len(program.layers)).values
+        like = frame.read({index: state for index, state in enumerate(states) if state is not None})
+        results = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{self._function.name}",
+            operands,
+            attrs=dict(self._function.attributes),
+            dtypes=[value.dtype for value in like],
+            shapes=[value.shape for value in like],
+            version=VERSION,
+            metadata_props=self._metadata,
+        )
+        return tuple(results)
+
+
+def export_whole(hybrid: HybridModel, path: Path, *, fuse_batchnorm: bool = False) -> Path:
+    """Write the whole hybrid, in eval mode, as one checked ONNX file with a free batch size.
+
+    Each energy block is a function of the domain `ffebm.energy` whose body settles it; its outputs are
+    NaN where it does not settle. Tensors go to `<file>.data` beside it where they are large.
+
+    Args:
+        hybrid: the hybrid, which is not changed.
+        path: the file, which is replaced.
+        fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: where onnx is not installed, an operation has no ONNX form or the path cannot be written.
+    """
+    onnx = package("onnx")
+    package("onnxscript")
+    steps = Steps.of(hybrid)
+    functions = {step.name: block_function(step) for step in steps.steps if step.energy}
+    program = _trace(hybrid, steps, functions).export(fuse_batchnorm)
+    model = program.model
+    _finish(model, hybrid, functions)
+    ir = package("onnx_ir")
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    with whole_files(path) as folder:
+        file = folder / path.name
+        ir.save(model, str(file), external_data=f"{path.name}.data" if size > _LARGE else None)
+        try:
+            onnx.checker.check_model(str(file), full_check=True)
+        except Exception as error:  # onnx raises several kinds
+            raise ExportError(f"the file does not pass onnx.checker ({error}): please report the model") from error
+    return path
+
+
+def _trace(hybrid: HybridModel, steps: Steps, functions: Mapping[str, BlockFunction]) -> Trace:
+    trace = Trace()
+    nodes: dict[str, fx.Node] = {value.name: trace.input(value.name, value) for value in steps.inputs}
+
+    def node_of(value: Value) -> fx.Node:
+        return nodes[value.name]
+
+    for step in steps.steps:
+        operands = [trace.operand(operand, node_of) for operand in step.operands]
+        if step.energy:
+            assert isinstance(step.module, EnergyBlock)
+            symbol = _Symbol(step.module, functions[step.name], _metadata(hybrid, step))
+            results = trace.module(step.name, symbol, operands, len(step.outputs))
+        else:
+            results = trace.feedforward(step, operands)
+        nodes.update({value.name: node for value, node in zip(step.outputs, results, strict=True)})
+    for index, operand in enumerate(steps.outputs):
+        node = trace.operand(operand, node_of)
+        assert node is not None
+        trace.output(f"output_{index}", node)
+    return trace
+
+
+def _metadata(hybrid: HybridModel, step: Step) -> dict[str, str]:
+    plan = hybrid.plan.block(step.name)
+    assert isinstance(step.module, EnergyBlock)
+    return {
+        "ffebm.block": step.name,
+        "ffebm.layers": ", ".join(plan.layers),
+        "ffebm.tiles": str(plan.tiles),
+        "ffebm.loop_gain": f"{step.module.loop_gain:.6g}",
+        "ffebm.feedback": str(step.module.feedback),
+    }
+
+
+def _finish(model: Any, hybrid: HybridModel, functions: Mapping[str, BlockFunction]) -> None:
+    """Add the functions, name things and remove what the exporter notes for itself."""
+    ir = package("onnx_ir")
+    clean(model)
+    for function in functions.values():
+        body = ir.serde.deserialize_function(function.proto)
+        model.functions[body.identifier()] = body
+    if functions:
+        model.graph.opset_imports[DOMAIN] = VERSION
+    model.graph.name = hybrid.plan.model
+    model.producer_name = "ffebm-compiler"
+    model.producer_version = None
+    model.metadata_props.update({"ffebm.model": hybrid.plan.model, "ffebm.mode": "eval"})

@@ -54,7 +54,7 @@ def apply_nodes(
     if isinstance(operator, Convolution):
         _check_conv(operator, shapes[0])
         kind = "ConvTranspose" if operator.transposed else "Conv"
-        extra = {"output_padding": list(operator.output_padding)} if operator.transposed else {}
+        extra: dict[str, Any] = {"output_padding": list(operator.output_padding)} if operator.transposed else {}
         operands = [values[0], str(weights[0]), *([weights[1]] if weights[1] else [])]
         return writer.op(kind, *operands, **_conv_settings(operator), **extra)
     if isinstance(operator, Sum):

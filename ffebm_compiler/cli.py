@@ -1,0 +1,267 @@
+"""The command `ffebm`: demo, plan, convert, check, draw, export."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.utils._pytree as pytree
+import typer
+from rich.console import Console
+from torch import Tensor
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.cli_errors import Commands, show_warning
+from ffebm_compiler.cli_models import hardware_of
+from ffebm_compiler.cli_options import (
+    BlockOps,
+    Feedback,
+    Fold,
+    Force,
+    ForceAnalog,
+    ForceDigital,
+    HardwareName,
+    Inputs,
+    Model,
+    OnUnsupported,
+    Seed,
+    Weights,
+    check_free,
+    converted,
+    names_of,
+    prepared,
+)
+
+__all__ = ["main"]
+
+main = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compile PyTorch networks to feedforward-tied energy-based models, the model class of hybrid analog/digital "
+    "accelerators. Start with [bold]ffebm demo[/bold], or with [bold]ffebm plan[/bold] on your own model.",
+    epilog="Exit codes: 0 done, 1 a target of the demo or of check was missed, 2 an error, in one line on stderr.",
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ffebm-compiler {ffebm.__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the log and warnings of other packages.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    if not verbose:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", ffebm.FFEBMWarning)
+    warnings.showwarning = show_warning
+
+
+@main.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder: new, empty, or of an earlier demo.")] = Path(
+        "out/demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and batches.")] = 0,
+    epochs: Annotated[int, typer.Option("--epochs", help="Epochs of backpropagation.")] = 8,
+    ep_epochs: Annotated[int, typer.Option("--ep-epochs", help="Epochs of equilibrium propagation.")] = 5,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Add a table of accuracy against loop gain.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the final table only.")] = False,
+) -> None:
+    """Train a small CNN on digits, convert, check, fine-tune with EP, draw and export it (a minute).
+
+    Ends with a table of numbers and targets; exit code 1 if one was missed.
+    """
+    from ffebm_compiler.demo import DemoSettings, run_demo
+
+    if not run_demo(DemoSettings(out, seed, epochs, ep_epochs, sweep), Console(), quiet):
+        raise typer.Exit(1)
+
+
+@main.command()
+def plan(
+    model: Model,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    hardware: HardwareName = "crossbar-256",
+    fold_batchnorm: Fold = False,
+    block_ops: BlockOps = "add,reshape",
+    force_digital: ForceDigital = None,
+    force_analog: ForceAnalog = None,
+    on_unsupported: OnUnsupported = "digital",
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON to this file.")] = None,
+    force: Force = False,
+    explain: Annotated[
+        list[str] | None, typer.Option("--explain", "-e", help="Say where this module or parameter goes, and why.")
+    ] = None,
+) -> None:
+    """Print how a model is split into energy blocks and digital parts; nothing is built.
+
+    Example: ffebm plan timm:resnet18 --input 1x3x64x64 --fold-batchnorm --explain layer4.0.conv1
+    """
+    check_free(out, force)
+    module, args, kwargs = prepared(model, inputs, weights, seed)
+    made = ffebm.plan(
+        module,
+        args,
+        kwargs,
+        hardware=hardware_of(hardware),
+        fold_batchnorm=fold_batchnorm,
+        block_ops=names_of(block_ops),
+        force_digital=force_digital or (),
+        force_analog=force_analog or (),
+        on_unsupported=on_unsupported,
+    )
+    if out is not None:
+        made.to_json(out)
+    if explain:
+        for path in explain:
+            typer.echo(f"{path}: {made.explain(path)}")
+    else:
+        typer.echo(json.dumps(made.to_dict(), indent=1) if as_json else str(made))
+
+
+@main.command()
+def convert(
+    model: Model,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    hardware: HardwareName = "crossbar-256",
+    feedback: Feedback = "0.1",
+    fold_batchnorm: Fold = False,
+    block_ops: BlockOps = "add,reshape",
+    force_digital: ForceDigital = None,
+    force_analog: ForceAnalog = None,
+    on_unsupported: OnUnsupported = "digital",
+    seed: Seed = 0,
+) -> None:
+    """Convert a model, run it on random input and print what each block does and how far it is from the source.
+
+    Example: ffebm convert mypackage.models:resnet --input 1x3x32x32 --feedback 0.3
+    """
+    hybrid, args, kwargs = converted(
+        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
+        on_unsupported, seed,
+    )  # fmt: skip
+    comparison = hybrid.compare(*args, **kwargs)
+    typer.echo(hybrid.summary())
+    typer.echo(str(comparison))
+
+
+@main.command()
+def check(
+    model: Model,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    hardware: HardwareName = "crossbar-256",
+    feedback: Feedback = "0.1",
+    fold_batchnorm: Fold = False,
+    block_ops: BlockOps = "add,reshape",
+    force_digital: ForceDigital = None,
+    force_analog: ForceAnalog = None,
+    on_unsupported: OnUnsupported = "digital",
+    seed: Seed = 0,
+    min_cosine: Annotated[
+        float | None, typer.Option("--min-cosine", help="Exit with 1 where EP's cosine is below this anywhere.")
+    ] = None,
+) -> None:
+    """Compare the gradients of EP and implicit differentiation with unrolled ones in float64, on random input.
+
+    Example: ffebm check ffebm_compiler.demo_models:DigitsCNN --input 4x1x8x8 --fold-batchnorm --min-cosine 0.999
+    """
+    hybrid, args, kwargs = converted(
+        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
+        on_unsupported, seed,
+    )  # fmt: skip
+    given = dict(zip(inspect.signature(hybrid).parameters, args, strict=False)) | kwargs if kwargs else args
+    report = ffebm.check_gradients(hybrid, given, _random_loss)
+    typer.echo(str(report))
+    name, agreement = report.worst("ep")
+    typer.echo(f"worst cosine of ep: {agreement.cosine:.6f} ({name})")
+    if min_cosine is not None and not agreement.cosine >= min_cosine:
+        raise typer.Exit(1)
+
+
+@main.command()
+def draw(
+    model: Model,
+    inputs: Inputs = None,
+    weights: Weights = None,
+    hardware: HardwareName = "crossbar-256",
+    feedback: Feedback = "0.1",
+    fold_batchnorm: Fold = False,
+    block_ops: BlockOps = "add,reshape",
+    force_digital: ForceDigital = None,
+    force_analog: ForceAnalog = None,
+    on_unsupported: OnUnsupported = "digital",
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .html or .svg.")] = Path("partition.html"),
+    force: Force = False,
+) -> None:
+    """Draw what is analog, what is digital and what crosses between them, as a page or a picture.
+
+    Example: ffebm draw torchvision:resnet50 --fold-batchnorm --out resnet50.html
+    """
+    if out.suffix.lower() not in (".html", ".svg"):
+        raise ffebm.InputError(f"--out is {str(out)!r}; expected a file that ends in .html or .svg")
+    check_free(out, force)
+    hybrid, _, _ = converted(
+        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
+        on_unsupported, seed,
+    )  # fmt: skip
+    save = hybrid.save_html if out.suffix.lower() == ".html" else hybrid.save_svg
+    save(out)
+    typer.echo(f"wrote {out}")
+
+
+@main.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder: new, empty, or of an earlier export.")],
+    inputs: Inputs = None,
+    weights: Weights = None,
+    hardware: HardwareName = "crossbar-256",
+    feedback: Feedback = "0.1",
+    fold_batchnorm: Fold = False,
+    block_ops: BlockOps = "add,reshape",
+    force_digital: ForceDigital = None,
+    force_analog: ForceAnalog = None,
+    on_unsupported: OnUnsupported = "digital",
+    seed: Seed = 0,
+) -> None:
+    """Write every digital part as an ONNX file, the blocks' weights, and a manifest that joins them.
+
+    Example: ffebm export mypackage.models:resnet --input 1x3x32x32 --weights trained.pt --out onnx/
+    """
+    hybrid, _, _ = converted(
+        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
+        on_unsupported, seed,
+    )  # fmt: skip
+    folder = hybrid.export_onnx(out, parts="digital")
+    typer.echo(f"wrote {len(hybrid.plan.digital_parts)} digital parts and manifest.json to {folder}")
+
+
+def _random_loss(outputs: Any) -> Tensor:
+    """Mean of ⟨output, r⟩ over the outputs, r normal and fixed."""
+    found = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not found:
+        raise ffebm.InputError("the model returns no floating-point tensor, so that there is no gradient to check")
+    generator = torch.Generator().manual_seed(1)
+    terms = [(leaf * torch.randn(leaf.shape, generator=generator).to(leaf)).mean() for leaf in found]
+    return torch.stack(terms).sum()

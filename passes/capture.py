@@ -129,14 +129,22 @@ def check_finite(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
+    """A deep copy; results of earlier calls that a module caches as attributes are copied without their history."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for leaf in pytree.tree_leaves([value for key, value in vars(module).items() if key not in _REGISTERED]):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"the model {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); the converter "
-            "works on a copy so that the source stays as it is: make it deep-copyable (no open files, no graph "
-            "tensors as attributes)"
+            "works on a copy so that the source stays as it is: make it deep-copyable (no open files, no locks)"
         ) from error
+
+
+_REGISTERED = ("_parameters", "_modules")
 
 
 def _export(

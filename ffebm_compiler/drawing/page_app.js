@@ -15,7 +15,7 @@ class View {
     this.picture = new Picture(this.tree, this.svg, (item) => this.pick(item));
     place.append(
       el('header', { class: 'top' }, el('h1', {}, data.title), this.totals(), this.toolbar()),
-      el('main', {}, this.stage, this.panel.element), this.legend(),
+      el('main', {}, this.stage, this.legend(), this.panel.element),
     );
     this.panel.close.addEventListener('click', () => this.shut());
     this.stage.addEventListener('keydown', (event) => this.key(event));
@@ -89,7 +89,19 @@ class View {
     this.picture.mark();
     this.guide.open = false;
     this.panel.item(item);
-    this.picture.elements.get(item.id)?.focus({ preventScroll: true });
+    const element = this.picture.elements.get(item.id);
+    element?.focus({ preventScroll: true });
+    this.uncover(element);
+  }
+
+  // Scroll where the head of an item lies outside of the window or below the panel.
+  uncover(element) {
+    const [head, stage] = [element?.getBoundingClientRect(), this.stage.getBoundingClientRect()];
+    const panel = this.panel.element.getBoundingClientRect();
+    const end = panel.left <= stage.left && !this.panel.element.hidden ? panel.top : stage.bottom;
+    if (head && (head.top < stage.top || head.top + 60 > end)) {
+      this.stage.scrollBy(0, head.top - stage.top - 40);
+    }
   }
 
   // Draw again with the top of one item where it was on the screen.
@@ -112,6 +124,7 @@ class View {
     this.panel.item(item);
     const element = this.picture.elements.get(item.id);
     element?.scrollIntoView({ block: 'center', inline: 'center' });
+    this.uncover(element);
     if (document.activeElement !== this.query) {
       element?.focus({ preventScroll: true });
     }

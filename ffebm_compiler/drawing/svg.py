@@ -1,8 +1,9 @@
 """A plan as one static SVG picture, for papers, reports and notebooks.
 
 It is plain SVG 1.1 with presentation attributes only: no script, no style sheet, no font that a
-viewer must have. Analog and digital differ by colour (Okabe and Ito's colours for every kind of
-sight) and by shape: energy blocks are rounded with a double outline, digital parts are square.
+viewer must have. Analog and digital differ by colour (blue and orange, which every kind of colour
+vision tells apart) and by shape: energy blocks are rounded with a double outline, digital parts are
+square.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["COLOURS", "plain", "svg_text"]
 
 COLOURS = {
-    "analog": ("#ddeefb", "#0072b2"),
-    "digital": ("#fdf0d5", "#b26a00"),
+    "analog": ("#ddeefb", "#0066a1"),
+    "digital": ("#fdf0d5", "#8a5200"),
     "input": ("#f1f1f1", "#6b6b6b"),
     "output": ("#f1f1f1", "#6b6b6b"),
 }

@@ -1,0 +1,267 @@
+"""Pictures of plans: content, geometry, inert names, files."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from xml.etree import ElementTree
+
+import networkx
+import pytest
+from drawing_cases import chain_plan
+from networks import digits_cnn, mlp, transformer
+
+import ffebm_compiler as ffebm
+from ffebm_compiler import drawing
+from ffebm_compiler.drawing.layout import layered
+from ffebm_compiler.drawing.scene import scene_of, shape_words
+from ffebm_compiler.ir import OperationGraph
+from ffebm_compiler.plan import Plan, PlanOptions
+
+NASTY = "</script><script>document.title='owned'</script>\"'&<b>\u202eé\x07\x00层"
+
+
+def words(svg: str) -> list[str]:
+    return [
+        "".join(element.itertext()) for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    ]
+
+
+def data_of(page: str) -> list[dict[str, object]]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+# -- scene -------------------------------------------------------------------------------------
+
+
+def test_the_scene_holds_every_block_part_input_and_output_once() -> None:
+    plan = ffebm.plan(*digits_cnn())
+    nodes = [node.key for node in scene_of(plan).nodes]
+    expected = (
+        {b.name for b in plan.blocks} | {p.name for p in plan.digital_parts} | set(plan.graph.inputs) | {"output"}
+    )
+    assert set(nodes) == expected
+    assert len(nodes) == len(expected)
+
+
+def test_edges_carry_what_crosses_the_converters() -> None:
+    plan = ffebm.plan(*digits_cnn())
+    edges = scene_of(plan).edges
+    for block in plan.blocks:
+        into = [edge for edge in edges if edge.target == block.name]
+        assert sum(edge.values for edge in into) == block.dac
+        assert all("DAC" in edge.conversion for edge in into)
+    digital = {part.name for part in plan.digital_parts}
+    assert all(not edge.conversion for edge in edges if {edge.source, edge.target} <= digital)
+
+
+def test_shapes_leave_the_batch_out_and_are_not_claimed_where_they_do_not_fit() -> None:
+    assert shape_words((None, 16, 8, 8), 1024) == "16×8×8"
+    assert shape_words((10, None, 64), 640) == "10×64"
+    assert shape_words((40, 64), 640) == "640 values"
+    assert shape_words((), 1) == "1 value"
+
+
+# -- layout ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_layout_has_no_overlap_and_every_edge_goes_down(seed: int) -> None:
+    graph = networkx.gnp_random_graph(18, 0.16, seed=seed, directed=True)
+    edges = {(f"n{a}", f"n{b}"): (50.0, 28.0) for a, b in graph.edges if a < b}
+    sizes = {f"n{i}": (60.0 + 13 * (i % 5), 30.0 + 9 * (i % 3)) for i in graph.nodes}
+    layout = layered(sizes, edges)
+    for a, b in combinations(sizes, 2):
+        (ax, ay), (bx, by) = layout.centres[a], layout.centres[b]
+        apart_x = abs(ax - bx) >= (sizes[a][0] + sizes[b][0]) / 2
+        apart_y = abs(ay - by) >= (sizes[a][1] + sizes[b][1]) / 2
+        assert apart_x or apart_y
+    for (source, target), route in layout.routes.items():
+        heights = [y for _, y in route.points]
+        assert heights == sorted(heights)
+        assert route.points[0][0] == layout.centres[source][0]
+        assert route.points[-1][0] == layout.centres[target][0]
+        assert all(0 <= x <= layout.width for x, _ in route.points)
+
+
+def test_layout_of_a_plain_chain_is_one_straight_column() -> None:
+    layout = layered(dict.fromkeys("abcd", (40.0, 20.0)), dict.fromkeys(("ab", "bc", "cd"), (10.0, 10.0)))
+    assert {round(x, 6) for x, _ in layout.centres.values()} == {20.0}
+
+
+# -- SVG ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", [mlp, digits_cnn, transformer])
+def test_svg_names_every_block_layer_and_total(network: object) -> None:
+    plan = ffebm.plan(*network())  # type: ignore[operator]
+    text = "\n".join(words(drawing.svg_text(plan)))
+    for block in plan.blocks:
+        assert f"{block.name} · analog" in text
+        for layer in block.layers:
+            assert f"{layer}: " in text
+        assert f"DAC {block.dac}" in text
+    for part in plan.digital_parts:
+        assert f"{part.name} · digital" in text
+    assert f"{len(plan.blocks)} energy block" in text
+
+
+def test_svg_is_the_same_every_time_and_needs_nothing_else() -> None:
+    plan = ffebm.plan(*digits_cnn())
+    svg = drawing.svg_text(plan)
+    assert svg == drawing.svg_text(Plan.from_dict(plan.to_dict()))
+    assert not re.search(r"<script|<style|<image|href|url\(", svg)
+
+
+def test_svg_says_what_stayed_digital_and_why() -> None:
+    text = " ".join(words(drawing.svg_text(chain_plan(3, rejected=(1,)))))
+    assert "layers.1.linear: linear stayed digital" in text
+    assert "stayed digital: layers.1.linear: it needs 65 tiles, a core has 64" in text
+
+
+def test_names_are_inert_in_svg() -> None:
+    svg = drawing.svg_text(chain_plan(2, prefix=NASTY, model=NASTY))
+    root = ElementTree.fromstring(svg)
+    assert {element.tag.split("}")[1] for element in root.iter()} <= {"svg", "title", "rect", "g", "path", "text"}
+    assert "\u202e" not in svg
+
+
+def test_a_thousand_blocks_are_drawn_in_seconds() -> None:
+    assert drawing.svg_text(chain_plan(1000)).count("· analog</text>") == 1000
+
+
+# -- HTML --------------------------------------------------------------------------------------
+
+
+def test_page_holds_every_operation_with_its_reason() -> None:
+    plan = chain_plan(4, rejected=(2,))
+    (record,) = data_of(drawing.html_text(plan))
+    ops = record["ops"]
+    assert [op["name"] for op in ops] == [op.name for op in plan.graph.operations]
+    assert all(op["reason"] for op in ops)
+    assert [op["path"] for op in ops if op["stayed"]] == ["layers.2.linear"]
+    held = sorted(index for home in record["homes"] for index in home["ops"])
+    assert held == list(range(len(ops)))
+
+
+def test_page_needs_no_other_file_and_allows_no_other_script() -> None:
+    page = drawing.html_text(chain_plan(2))
+    assert not re.search(r"""(src|href)=["'](?!data:,)""", page)
+    assert "default-src 'none'; script-src 'sha256-" in page
+    assert "MIT License" in page
+
+
+def test_names_cannot_leave_the_data_of_the_page() -> None:
+    page = drawing.html_text(chain_plan(2, prefix=NASTY, model=NASTY))
+    assert page.count("<script") == 2
+    assert page.count("</script") == 2
+    (record,) = data_of(page)
+    assert "</script><script>document.title='owned'</script>\"'&<b>\ufffdé\ufffd\ufffd层" in record["title"]
+
+
+def test_tiles_of_the_layers_sum_to_the_block_and_devices_are_counted() -> None:
+    plan = ffebm.plan(*digits_cnn())
+    (record,) = data_of(drawing.html_text(plan))
+    for home in record["homes"]:
+        if home["domain"] == "analog":
+            block = plan.block(home["title"])
+            assert sum(int(layer[3]) for layer in home["layers"]) == block.tiles
+    assert chain_plan(1).blocks[0].tiles == 1
+    (small,) = data_of(drawing.html_text(chain_plan(1)))
+    # 64·64 weights of two devices on one tile of 256·256.
+    assert small["homes"][0]["facts"][0] == ["tiles", "1, 12.5 % of their devices used"]
+
+
+def test_notebook_output_is_a_sandboxed_frame_with_the_page() -> None:
+    output = ffebm.convert(*mlp())._repr_html_()
+    frame = re.fullmatch(r'<iframe sandbox="([^"]*)" srcdoc="([^"]*)"[^<]*></iframe>', output)
+    assert frame
+    assert set(frame[1].split()) == {"allow-scripts", "allow-downloads"}
+    assert html.unescape(frame[2]).startswith("<!DOCTYPE html>")
+
+
+def test_overlays_show_what_was_measured(tmp_path: Path) -> None:
+    model, inputs = mlp()
+    hybrid = ffebm.convert(model, inputs)
+    comparison = hybrid.compare(inputs)
+    gradients = ffebm.check_gradients(hybrid, inputs, lambda y: y.square().mean())
+    hybrid(inputs)
+    hybrid.save_html(tmp_path / "page.html", comparison=comparison, gradients=gradients)
+    (record,) = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))
+    gain, deviation, agreement = record["overlays"]
+    block = hybrid.blocks[0]
+    assert gain["values"][block.name]["text"] == f"loop gain {block.loop_gain:.3g}"
+    assert deviation["values"][block.name]["text"] == f"deviation {comparison.blocks[block.name]:.3g}"
+    worst = max(1 - gradients[name]["ep"].cosine for name in block.plan.weights)
+    assert agreement["values"][block.name]["text"] == f"1 − cos ep {max(worst, 0.0):.3g}"
+    measured = dict(record["homes"][0]["measured"])
+    assert measured["loop gain κ"] == f"{block.loop_gain:.3g}"
+    assert measured["sweeps in the last forward"] == str(comparison.sweeps[block.name])
+
+
+def test_overlay_bars_are_shares_of_the_largest_value() -> None:
+    linear = drawing.Overlay("x", "", {"a": 1.0, "b": 0.25, "c": float("nan")}).to_dict()["values"]
+    assert [linear[name]["share"] for name in "abc"] == [1.0, 0.25, 1.0]
+    powers = drawing.Overlay("x", "", {"a": 1.0, "b": 1e-3, "c": 0.0, "d": 1e-9}, logarithmic=True).to_dict()["values"]
+    assert [round(powers[name]["share"], 9) for name in "abcd"] == [1.0, 0.5, 0.0, 0.0]
+
+
+def test_an_overlay_of_another_model_is_refused() -> None:
+    comparison = ffebm.Comparison({"block_9": 0.1}, 0.1, {}, {})
+    with pytest.raises(ffebm.InputError, match=r"names 'block_9', which is no block of the plan"):
+        drawing.deviation_overlay(chain_plan(2), comparison)
+    with pytest.raises(ffebm.InputError, match=r"names no weight of the plan's blocks"):
+        drawing.gradient_overlay(chain_plan(2), _report("other.weight"))
+
+
+def _report(name: str) -> ffebm.GradientReport:
+    from ffebm_compiler.checks import Agreement
+
+    return ffebm.GradientReport({name: dict.fromkeys(("ep", "implicit", "unrolled"), Agreement(1.0, 0.0))})
+
+
+def test_two_plans_beside_each_other(tmp_path: Path) -> None:
+    drawing.save_side_by_side(chain_plan(2, model="First"), chain_plan(3, model="Second"), tmp_path / "two.html")
+    records = data_of((tmp_path / "two.html").read_text(encoding="utf-8"))
+    assert [record["title"] for record in records] == ["First on test", "Second on test"]
+
+
+# -- bad input ---------------------------------------------------------------------------------
+
+
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "p.svg"
+    path.write_text("old" * 100_000)
+    drawing.save_svg(chain_plan(1), path)
+    assert path.read_text(encoding="utf-8") == drawing.svg_text(chain_plan(1))
+
+
+@pytest.mark.parametrize("save", [drawing.save_svg, drawing.save_html])
+def test_a_path_that_cannot_be_written_is_named(save: object, tmp_path: Path) -> None:
+    with pytest.raises(ffebm.ExportError, match=r"missing.p: No such file or directory; give a file name"):
+        save(chain_plan(1), tmp_path / "missing" / "p")  # type: ignore[operator]
+    with pytest.raises(ffebm.ExportError, match=r"Is a directory|Permission denied"):
+        save(chain_plan(1), tmp_path)  # type: ignore[operator]
+    with pytest.raises(ffebm.InputError, match="path is None; expected the name of a file"):
+        save(chain_plan(1), None)  # type: ignore[operator]
+
+
+def test_an_empty_graph_is_refused() -> None:
+    full = chain_plan(1)
+    empty = Plan(
+        "Empty", full.hardware, PlanOptions(), (), (), {}, {}, (), ("",), OperationGraph({"x": 1}, (), ("x",))
+    )  # fmt: skip
+    for draw in (drawing.svg_text, drawing.html_text, drawing.notebook_html):
+        with pytest.raises(ffebm.PlanError, match="the plan of Empty has no operation, so there is nothing to draw"):
+            draw(empty)
+
+
+def test_a_missing_layout_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ffebm.ExportError, match=r"takes its layout from the package netron, which is not installed"):
+        drawing.html_text(chain_plan(1))

@@ -1,0 +1,373 @@
+"""The interactive page in a real browser: opened from disk, with the network off.
+
+Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver); skipped without.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from drawing_cases import chain_plan
+from networks import digits_cnn, transformer
+
+import ffebm_compiler as ffebm
+from ffebm_compiler import drawing
+
+webdriver = pytest.importorskip("selenium.webdriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
+
+SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
+NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&层"
+
+
+class Browser:
+    """A window with what the tests ask of it."""
+
+    def __init__(self, driver: Any, downloads: Path) -> None:
+        self.driver = driver
+        self.downloads = downloads
+
+    def open(self, path: Path, size: str = "desktop") -> None:
+        width, height = SIZES[size]
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == "phone"}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get(path.as_uri())
+        assert self.js("return document.documentElement.dataset.ready") is not None
+
+    def js(self, code: str, *arguments: object) -> Any:
+        return self.driver.execute_script(code, *arguments)
+
+    def click(self, name: str) -> None:
+        """Click the head of a node by its title, as a pointer does: whatever lies there on the screen."""
+        found = self.js(
+            "const titles = [...document.querySelectorAll('g.node > .title')];"
+            "const title = titles.find((t) => t.textContent.includes(arguments[0]));"
+            "if (!title) return 'no node';"
+            "title.scrollIntoView({block: 'center', inline: 'center'});"
+            "const box = title.getBoundingClientRect();"
+            "const at = document.elementFromPoint(box.left + box.width / 2, box.top + box.height / 2);"
+            "if (at.closest('g.node') !== title.parentElement) return 'covered by ' + at.outerHTML.slice(0, 80);"
+            "at.dispatchEvent(new MouseEvent('click', {bubbles: true}));",
+            name,
+        )
+        assert found is None, f"{name}: {found}"
+
+    def titles(self) -> list[str]:
+        return self.js("return [...document.querySelectorAll('g.node > .title')].map((t) => t.textContent)")
+
+    def panel(self) -> str:
+        return self.js("const p = document.querySelector('.panel'); return p.hidden ? '' : p.innerText")
+
+    def press(self, keys: str) -> None:
+        self.driver.switch_to.active_element.send_keys(keys)
+
+    def button(self, name: str) -> None:
+        self.driver.find_element("css selector", f".tools [name={name}]").click()
+
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=http://127.0.0.1:9",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    downloads = tmp_path_factory.mktemp("downloads")
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
+    try:
+        yield Browser(driver, downloads)
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    made = {
+        "cnn": ffebm.plan(*digits_cnn()),
+        "transformer": ffebm.plan(*transformer()),
+        "rejected": chain_plan(6, rejected=(2, 4)),
+        "nasty": chain_plan(3, prefix=NASTY, model=NASTY, rejected=(1,)),
+    }
+    for name, plan in made.items():
+        drawing.save_html(plan, folder / f"{name}.html")
+    return {name: folder / f"{name}.html" for name in made}
+
+
+@pytest.fixture(autouse=True)
+def no_console_errors(browser: Browser) -> Iterator[None]:
+    browser.errors()
+    yield
+    assert browser.errors() == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["cnn", "transformer", "rejected"])
+def test_opens_with_blocks_and_parts_only_and_loads_nothing(
+    browser: Browser, pages: dict[str, Path], name: str, size: str
+) -> None:
+    browser.open(pages[name], size)
+    record = browser.js("return JSON.parse(document.getElementById('data').textContent)[0]")
+    titles = browser.titles()
+    assert len(titles) == len(record["homes"]) + len(record["inputs"]) + len(record["outputs"])
+    for home in record["homes"]:
+        assert any(home["title"] in title for title in titles)
+    assert browser.js("return performance.getEntriesByType('resource').length") == 0
+    # The page itself never scrolls sideways: the picture scrolls inside it.
+    assert browser.js("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_click_opens_a_block_in_place_and_a_second_one_closes_it(
+    browser: Browser, pages: dict[str, Path], size: str
+) -> None:
+    browser.open(pages["transformer"], size)
+    before = browser.titles()
+    browser.click("block_3 · analog")
+    opened = browser.titles()
+    assert any("from digital_3" in title for title in opened)
+    assert "▸ layers.0" in opened
+    assert "gelu" not in opened
+    browser.click("▸ layers.0")
+    assert {"gelu", "add"} <= set(browser.titles())
+    assert "layers.0" in browser.panel()
+    assert "block_3" in browser.panel()
+    assert (
+        browser.js("return document.querySelector('[aria-expanded=true] > .title').textContent")
+        == "▾ ∿ block_3 · analog"
+    )
+    browser.click("block_3 · analog")
+    assert browser.titles() == before
+
+
+def test_nodes_never_overlap_when_open(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["transformer"])
+    browser.button("expand")
+    overlaps = browser.js(
+        "const nodes = [...document.querySelectorAll('g.node')];"
+        "const box = new Map(nodes.map((n) => [n, n.querySelector('.box').getBoundingClientRect()]));"
+        "let found = [];"
+        "for (const a of nodes) for (const b of nodes) {"
+        "  if (a === b || a.parentElement !== b.parentElement) continue;"
+        "  const [p, q] = [box.get(a), box.get(b)];"
+        "  if (p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)"
+        "    found.push(a.dataset.id + ' ' + b.dataset.id);"
+        "} return found;"
+    )
+    assert overlaps == []
+    outside = browser.js(
+        "return [...document.querySelectorAll('g.node g.node')].filter((n) => {"
+        "  const [p, q] = [n.querySelector('.box').getBoundingClientRect(),"
+        "    n.parentElement.closest('g.node').querySelector('.box').getBoundingClientRect()];"
+        "  return p.left < q.left || p.right > q.right || p.top < q.top || p.bottom > q.bottom;"
+        "}).map((n) => n.dataset.id)"
+    )
+    assert outside == []
+    browser.button("collapse")
+    assert not any("from" in title for title in browser.titles())
+
+
+def test_text_fits_its_box(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["transformer"])
+    browser.button("expand")
+    too_wide = browser.js(
+        "return [...document.querySelectorAll('g.node')].filter((n) => [...n.querySelectorAll(':scope > text')]"
+        ".some((t) => t.getBBox().width > n.querySelector('.box').width.baseVal.value)).map((n) => n.dataset.id)"
+    )
+    assert too_wide == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_panel_tells_layers_tiles_conversions_and_reasons(browser: Browser, pages: dict[str, Path], size: str) -> None:
+    browser.open(pages["rejected"], size)
+    browser.click("block_1 · analog")
+    text = browser.panel()
+    for expected in (
+        "layers.0.linear",
+        "64×64",
+        "12.5 % of their devices used",
+        "DAC values per sample",
+        "layers.0.linear.weight",
+    ):
+        assert expected in text
+    browser.driver.find_element("css selector", ".panel .close").click()
+    assert browser.panel() == ""
+    browser.click("digital_3 · digital")
+    assert "layers.2.linear: digital: it needs 65 tiles, a core has 64" in browser.panel()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_search_finds_a_module_path_opens_it_and_dims_the_rest(
+    browser: Browser, pages: dict[str, Path], size: str
+) -> None:
+    browser.open(pages["transformer"], size)
+    browser.driver.find_element("name", "search").send_keys("layers.1 self_attn linear")
+    assert "found" in browser.panel()
+    dimmed = browser.js("return document.querySelectorAll('g.node.dimmed').length")
+    assert 0 < dimmed < len(browser.titles())
+    browser.press("\ue007")
+    assert browser.js("return document.querySelector('g.node.selected > .title').textContent") == "linear"
+    assert "layers.1.self_attn" in browser.panel()
+    visible = browser.js(
+        "const [a, b, p] = ['g.node.selected .box', '.stage', '.panel']"
+        "  .map((selector) => document.querySelector(selector).getBoundingClientRect());"
+        "return a.top >= b.top - 1 && a.top + 10 <= (p.left <= b.left ? p.top : b.bottom)"
+    )
+    assert visible
+    browser.driver.find_element("name", "search").clear()
+    browser.driver.find_element("name", "search").send_keys("nothing like this")
+    assert "0 found" in browser.panel()
+
+
+def test_filter_shows_what_stayed_digital_with_reasons(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["rejected"])
+    assert browser.js("return document.querySelector('[name=stayed]').textContent") == "stayed digital (2)"
+    browser.button("stayed")
+    kept = browser.js("return [...document.querySelectorAll('g.node:not(.dimmed) > .title')].map((t) => t.textContent)")
+    assert [title.split()[1] for title in kept] == ["digital_3", "digital_5"]
+    assert "layers.2.linear" in browser.panel()
+    assert "it needs 65 tiles" in browser.panel()
+    browser.button("stayed")
+    assert browser.js("return document.querySelectorAll('g.node.dimmed').length") == 0
+
+
+def test_keyboard_alone_is_enough(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["rejected"])
+    browser.js("document.querySelector('g.node[tabindex=\"0\"]').focus()")
+    browser.press("\ue015")
+    assert browser.js("return document.activeElement.dataset.id") == "home:0"
+    browser.press("\ue014")
+    assert browser.js("return document.activeElement.getAttribute('aria-expanded')") == "true"
+    assert "block_1" in browser.panel()
+    browser.press("\ue00c")
+    assert browser.panel() == ""
+    browser.press("\ue012")
+    assert browser.js("return document.activeElement.getAttribute('aria-expanded')") == "false"
+    browser.press("/")
+    assert browser.js("return document.activeElement.name") == "search"
+    assert browser.js("return document.activeElement.value") == ""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_is_readable_in_both_themes(browser: Browser, pages: dict[str, Path], theme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": theme}]
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    try:
+        browser.open(pages["rejected"])
+        worst = browser.js(
+            "const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});"
+            "const light = (c) => { canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);"
+            "  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((v) => v / 255)"
+            "    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));"
+            "  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };"
+            "const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);"
+            "return Math.min(...[...document.querySelectorAll('g.node > text')].map((t) => ratio("
+            "  light(getComputedStyle(t).fill), light(getComputedStyle(t.parentElement.querySelector('.box')).fill))))"
+        )
+        assert worst >= 4.5
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_picture_downloads_as_svg_that_stands_alone(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["cnn"])
+    browser.click("block_2 · analog")
+    browser.button("svg")
+    path = browser.downloads / "partition.svg"
+    for _ in range(100):
+        if path.exists():
+            break
+        browser.driver.execute_async_script("setTimeout(arguments[0], 50)")
+    text = path.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert any("block_2 · analog" in line for line in texts)
+    assert "var(--" not in text
+    assert "#0066a1" in text
+
+
+def test_names_with_markup_stay_text(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["nasty"])
+    browser.button("expand")
+    browser.click("digital_2 · digital")
+    browser.button("stayed")
+    browser.driver.find_element("name", "search").send_keys("script")
+    assert NASTY in browser.driver.title
+    assert browser.js("return document.querySelectorAll('script').length") == 2
+    assert browser.js("return document.querySelectorAll('img').length") == 0
+    assert NASTY in browser.js("return document.querySelector('.panel').textContent")
+
+
+def test_overlays_are_chosen_from_a_list(browser: Browser, tmp_path: Path) -> None:
+    overlay = drawing.Overlay("deviation", "how far", {"block_1": 0.5, "block_2": 0.25})
+    drawing.save_html(chain_plan(2), tmp_path / "page.html", overlays=[overlay])
+    browser.open(tmp_path / "page.html")
+    assert browser.js("return document.querySelectorAll('.bar').length") == 0
+    browser.js("const s = document.querySelector('select'); s.value = '0'; s.dispatchEvent(new Event('change'))")
+    assert browser.js("return [...document.querySelectorAll('.measured')].map((t) => t.textContent)") == [
+        "deviation 0.5",
+        "deviation 0.25",
+    ]
+    widths = browser.js(
+        "const wide = (element) => Number(element.getAttribute('width'));"
+        "return [...document.querySelectorAll('.bar')].map((bar) => wide(bar) / wide(bar.previousSibling))"
+    )
+    assert widths == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_two_plans_stand_beside_each_other(browser: Browser, tmp_path: Path, size: str) -> None:
+    drawing.save_side_by_side(chain_plan(2, model="First"), chain_plan(3, model="Second"), tmp_path / "two.html")
+    browser.open(tmp_path / "two.html", size)
+    assert browser.js("return [...document.querySelectorAll('h1')].map((h) => h.textContent)") == [
+        "First on test",
+        "Second on test",
+    ]
+    assert browser.js(
+        "return [...document.querySelectorAll('.stage')].every((s) => s.clientWidth > 150 && s.clientHeight > 150)"
+    )
+
+
+def test_three_thousand_operations_open_closed_and_a_block_still_opens(browser: Browser, tmp_path: Path) -> None:
+    drawing.save_html(chain_plan(1000, rejected=tuple(range(0, 1000, 2))), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    assert len(browser.titles()) == 1502
+    browser.click("block_7 · analog")
+    assert any(title.startswith("▾") for title in browser.titles())
+
+
+def test_notebook_frame_runs_apart_from_the_notebook(browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "notebook.html").write_text(
+        f"<!DOCTYPE html><title>notebook</title><body>{drawing.notebook_html(chain_plan(2))}</body>", encoding="utf-8"
+    )
+    browser.driver.get((tmp_path / "notebook.html").as_uri())
+    frame = browser.driver.find_element("tag name", "iframe")
+    assert browser.js("return arguments[0].contentDocument", frame) is None
+    browser.driver.switch_to.frame(frame)
+    try:
+        assert any("block_1" in title for title in browser.titles())
+        browser.click("block_1 · analog")
+        assert "layers.0.linear" in browser.panel()
+    finally:
+        browser.driver.switch_to.default_content()
+
+
+def test_screenshot_is_not_blank(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["cnn"])
+    shot = base64.b64decode(browser.driver.get_screenshot_as_base64())
+    assert len(shot) > 20_000

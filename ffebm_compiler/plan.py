@@ -15,12 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffebm_compiler.errors import NotYetError, PlanError
+from ffebm_compiler.errors import FFEBMError, PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 
 if TYPE_CHECKING:
     import networkx
+
+    from ffebm_compiler.plan_compare import PlanDiff
+    from ffebm_compiler.plan_placement import TilePlacement
 
 __all__ = ["BlockPlan", "DigitalPart", "Placement", "Plan", "PlanOptions", "fingerprint"]
 
@@ -118,6 +121,14 @@ class Plan:
         """Name of the block or digital part of an operation."""
         return self._home[operation]
 
+    def layers_of(self, path: str) -> list[Operation]:
+        """The weight-stationary layers of a module path."""
+        return [
+            op
+            for op in self.graph.operations
+            if op.role is Role.WEIGHT and (op.path == path or op.path.startswith(f"{path}.") or op.name == path)
+        ]
+
     def block(self, name: str) -> BlockPlan:
         """The block of that name.
 
@@ -165,8 +176,11 @@ class Plan:
         layers = [op for op in inside if op.role is Role.WEIGHT]
         if layers:
             inside = layers
-        if not inside:
+        prefix = f"{path}." if path else ""
+        if not layers and any(name.startswith(prefix) for name in self.modules if name != path):
             return self._explain_container(path)
+        if not inside:
+            return "digital: it runs no operation of its own in the captured graph"
         sentences = dict.fromkeys(self._explain_operation(op) for op in inside)
         return "; ".join(sentences)
 
@@ -197,19 +211,66 @@ class Plan:
 
     def _explain_container(self, path: str) -> str:
         prefix = f"{path}." if path else ""
-        below = [op for op in self.graph.operations if op.path.startswith(prefix)]
+        below = [op for op in self.graph.operations if op.path == path or op.path.startswith(prefix)]
         if not below:
             return "digital: it runs no operation of its own in the captured graph"
-        analog = sum(any(self.home(op.name) == block.name for block in self.blocks) for op in below)
-        homes = dict.fromkeys(self.home(op.name) for op in below)
-        names = ", ".join(list(homes)[:6]) + (", ..." if len(homes) > 6 else "")
-        return f"{'analog and digital' if 0 < analog < len(below) else 'analog' if analog else 'digital'}: {len(below)} operations in {names}"
+        names = {block.name for block in self.blocks}
+        analog = sum(self.home(op.name) in names for op in below)
+        domain = "analog and digital" if 0 < analog < len(below) else "analog" if analog else "digital"
+        homes = list(dict.fromkeys(self.home(op.name) for op in below))
+        shown = ", ".join(homes[:6]) + (", ..." if len(homes) > 6 else "")
+        return f"{domain}: {len(below)} operation{'s' if len(below) > 1 else ''} in {shown}"
 
     def move(self, path: str, where: str) -> Plan:
-        """A new, validated plan with a layer moved."""
-        raise NotYetError(
-            "Plan.move is not built yet: use force_digital / force_analog of plan() and convert() until it is"
-        )
+        """A new plan with a layer, or all layers of a module, moved.
+
+        What follows a layer in its block (activations, wiring) moves with it, and what would lie on
+        a way out of the new block and back into it joins the block, if it may.
+
+        Args:
+            path: module path of a layer, or of a module that holds some.
+            where: `"digital"`, `"analog"` (a block of its own), or the name of a block.
+
+        Raises:
+            PlanError: where there is no such layer or block, or the new plan would be over capacity,
+                cyclic or against `force_digital` / `force_analog`, with the numbers.
+        """
+        from ffebm_compiler.passes.partition_edit import move
+
+        return move(self, path, where)
+
+    def validate(self) -> None:
+        """Check that the plan is complete, acyclic, within capacity and free of contradictions.
+
+        Raises:
+            PlanError: naming the block, part or layer, what it says and what it should say.
+        """
+        from ffebm_compiler.plan_check import check_plan
+
+        check_plan(self)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What is different in another plan for the same model; `print` it.
+
+        Raises:
+            PlanError: if the other plan has none of this plan's layers.
+        """
+        from ffebm_compiler.plan_compare import diff_plans
+
+        return diff_plans(self, other)
+
+    def advice(self) -> tuple[str, ...]:
+        """What would save conversions or place more layers, each partitioned again to get the number."""
+        from ffebm_compiler.plan_compare import advise
+
+        return advise(self)
+
+    def placement(self) -> TilePlacement:
+        """Which tile of which core holds which rows and columns of which weight, and how full they are."""
+        from ffebm_compiler.plan_placement import place_layers
+
+        layers = [[op for n in b.operations if (op := self.graph[n]).role is Role.WEIGHT] for b in self.blocks]
+        return place_layers(layers, self.hardware)
 
     def to_networkx(self) -> networkx.DiGraph[str]:
         """The quotient DAG: a node per block and digital part, values per sample on the edges."""
@@ -255,30 +316,41 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`, validated.
+
+        A block may give its name and operations alone: the rest follows from them.
 
         Raises:
-            PlanError: where a key is missing or malformed, or the schema is another.
+            PlanError: where a key is missing or malformed, the schema is another, or the plan is
+                incomplete, cyclic, over capacity or contradicts itself.
         """
         if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA:
             found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
             raise PlanError(f"not a plan of schema {_SCHEMA} (found {found!r}): make it again with ffebm.plan()")
         try:
-            return cls(
+            graph = OperationGraph.from_dict(data["graph"])
+            hardware = Hardware.from_dict(data["hardware"])
+            plan = cls(
                 model=data["model"],
-                hardware=Hardware.from_dict(data["hardware"]),
+                hardware=hardware,
                 options=PlanOptions(**_tuples(data["options"])),
-                blocks=tuple(BlockPlan(**_tuples(item)) for item in data["blocks"]),
+                blocks=_blocks(data["blocks"], graph, hardware),
                 digital_parts=tuple(DigitalPart(**_tuples(item)) for item in data["digital_parts"]),
                 weights={name: Placement(**item) for name, item in data["weights"].items()},
                 rejected=dict(data["rejected"]),
                 notes=tuple(data["notes"]),
                 modules=tuple(data["modules"]),
-                graph=OperationGraph.from_dict(data["graph"]),
+                graph=graph,
                 fingerprint=data["fingerprint"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except PlanError:
+            raise
+        except KeyError as error:
+            raise PlanError(f"the plan has no {error.args[0]!r}: make it again with ffebm.plan()") from error
+        except (FFEBMError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the plan is malformed ({type(error).__name__}: {error}): make it again") from error
+        plan.validate()
+        return plan
 
     def to_json(self, path: str | Path) -> None:
         """Write the plan; an existing file is replaced.
@@ -311,6 +383,22 @@ class Plan:
         from ffebm_compiler.text import plan_text
 
         return plan_text(self)
+
+
+def _blocks(items: Any, graph: OperationGraph, hardware: Hardware) -> tuple[BlockPlan, ...]:
+    """Blocks of a file; one that gives no more than name and operations is completed."""
+    from ffebm_compiler.passes.planning import describe_block
+
+    users = graph.users()
+    order = {op.name: index for index, op in enumerate(graph.operations)}
+    blocks = []
+    for item in items:
+        unknown = [name for name in item["operations"] if name not in graph]
+        if unknown:
+            raise PlanError(f"{item['name']} holds {unknown[0]!r}, which is no operation of the plan's graph")
+        full = asdict(describe_block(graph, hardware, users, order, item["name"], item["operations"]))
+        blocks.append(BlockPlan(**_tuples({**full, **item})))
+    return tuple(blocks)
 
 
 def _tuples(item: Mapping[str, Any]) -> dict[str, Any]:

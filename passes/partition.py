@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ffebm_compiler.errors import PlanError
@@ -29,7 +29,16 @@ from ffebm_compiler.passes.partition_search import improve
 from ffebm_compiler.passes.partition_state import State
 from ffebm_compiler.passes.partition_waves import waves_and_cuts
 
-__all__ = ["Partition", "conversions", "partition", "quotient_order"]
+__all__ = [
+    "Partition",
+    "conversions",
+    "digital_parts",
+    "pack_cores",
+    "partition",
+    "quotient_order",
+    "tiles_of",
+    "too_large",
+]
 
 _EFFORT, _EFFORT_EACH = 300_000, 12
 """Operations that the improvement may look at: a base, and so many for each operation of the network."""
@@ -76,7 +85,7 @@ def partition(
     order = sorted(state.load, key=lambda block: state.span[block])
     blocks = [[names[v] for v in sorted(state.members(block))] for block in order]
     blocks = _within_cores(graph, hardware, blocks, rejected)
-    return Partition(blocks, _digital_parts(graph, blocks), rejected)
+    return Partition(blocks, digital_parts(graph, blocks), rejected)
 
 
 def tiles_of(operation: Operation, hardware: Hardware) -> int:
@@ -107,37 +116,54 @@ def conversions(graph: OperationGraph, members: Collection[str], users: Mapping[
     return sum(graph.values(name) for name in entering), leaving
 
 
+def pack_cores(tiles: Sequence[int], hardware: Hardware, order: Sequence[int]) -> list[int | None]:
+    """The core of each block: blocks in the given order, each on the first core with room.
+
+    Where `cores` is None, a new core is taken when none has room; else None says that none has.
+    """
+    capacity = math.inf if hardware.tiles_per_core is None else hardware.tiles_per_core
+    used: list[int] = []
+    homes: list[int | None] = [None] * len(tiles)
+    for index in order:
+        core = next((core for core, taken in enumerate(used) if taken + tiles[index] <= capacity), None)
+        if core is None:
+            if hardware.cores is not None and len(used) == hardware.cores:
+                continue
+            core = len(used)
+            used.append(0)
+        used[core] += tiles[index]
+        homes[index] = core
+    return homes
+
+
 def _within_cores(
     graph: OperationGraph, hardware: Hardware, blocks: list[list[str]], rejected: dict[str, str]
 ) -> list[list[str]]:
-    """Keep the blocks that fit the cores: most MACs per tile first, first fit decreasing."""
+    """Keep the blocks that fit the cores: most MACs per tile first."""
     if hardware.cores is None:
         return blocks
     layers = [[graph[name] for name in block if graph[name].role is Role.WEIGHT] for block in blocks]
     tiles = [sum(tiles_of(layer, hardware) for layer in members) for members in layers]
     value = [sum(layer.macs for layer in members) / max(1, size) for members, size in zip(layers, tiles, strict=True)]
-    capacity = math.inf if hardware.tiles_per_core is None else hardware.tiles_per_core
-    free = [capacity] * hardware.cores
-    kept = set()
-    for index in sorted(range(len(blocks)), key=lambda i: (-value[i], i)):
-        core = next((c for c, room in enumerate(free) if room >= tiles[index]), None)
+    homes = pack_cores(tiles, hardware, sorted(range(len(blocks)), key=lambda index: (-value[index], index)))
+    full = "the only core is full" if hardware.cores == 1 else f"the {hardware.cores} cores are full"
+    for index, core in enumerate(homes):
         if core is None:
             for layer in layers[index]:
                 rejected[layer.name] = (
-                    f"the {hardware.cores} cores are full: its block needs {tiles[index]} tiles and other blocks "
-                    "do more multiply-accumulates per tile"
+                    f"{full}: its block needs {tiles[index]} tiles and other blocks do more multiply-accumulates "
+                    "per tile"
                 )
-            continue
-        free[core] -= tiles[index]
-        kept.add(index)
-    return [block for index, block in enumerate(blocks) if index in kept]
+    return [block for block, core in zip(blocks, homes, strict=True) if core is not None]
 
 
-def quotient_order(graph: OperationGraph, blocks: list[list[str]]) -> list[str | int]:
+def quotient_order(
+    graph: OperationGraph, blocks: Sequence[Sequence[str]], names: Sequence[str] | None = None
+) -> list[str | int]:
     """Digital operations (by name) and blocks (by index) in an order in which they can run.
 
     Raises:
-        PlanError: where the blocks form a cycle, naming a block in it.
+        PlanError: where the blocks form a cycle, naming one on it (by `names`, or by number).
     """
     home: dict[str, str | int] = {}
     for index, block in enumerate(blocks):
@@ -170,8 +196,16 @@ def quotient_order(graph: OperationGraph, blocks: list[list[str]]) -> list[str |
             if not missing[follower]:
                 heapq.heappush(heap, (first[follower], str(follower), follower))
     if len(order) < len(missing):
-        stuck = sorted(place for place, count in missing.items() if count and isinstance(place, int))
-        name = f"block {stuck[0] + 1}" if stuck else "a digital operation"
+        # Backwards from a place that waits, one comes to a cycle.
+        waits = sorted((place for place, count in missing.items() if count), key=first.__getitem__)
+        before = {follower: place for place in waits for follower in followers.get(place, ())}
+        place = waits[0]
+        seen: list[str | int] = []
+        while place not in seen:
+            seen.append(place)
+            place = before[place]
+        on_cycle = [p for p in seen[seen.index(place) :] if isinstance(p, int)]
+        name = (names[min(on_cycle)] if names else f"block {min(on_cycle) + 1}") if on_cycle else "a digital operation"
         raise PlanError(
             f"the blocks form a cycle through {name}: a value would have to leave a block and come back into it; "
             "split the block or move one of its layers to the digital side"
@@ -179,7 +213,7 @@ def quotient_order(graph: OperationGraph, blocks: list[list[str]]) -> list[str |
     return order
 
 
-def _digital_parts(graph: OperationGraph, blocks: list[list[str]]) -> list[list[str]]:
+def digital_parts(graph: OperationGraph, blocks: list[list[str]]) -> list[list[str]]:
     """Digital operations in as few parts as the order of the blocks allows."""
     home = {name: index for index, block in enumerate(blocks) for name in block}
     level: dict[str | int, int] = {}

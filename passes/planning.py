@@ -7,7 +7,7 @@ is in exactly one block or in `rejected`, and each operation is in exactly one b
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hardware import Hardware
@@ -16,7 +16,9 @@ from ffebm_compiler.passes.dialect import WIRING_KINDS
 from ffebm_compiler.passes.partition import Partition, conversions, partition, tiles_of, too_large
 from ffebm_compiler.plan import BlockPlan, DigitalPart, Placement, Plan, PlanOptions, fingerprint
 
-__all__ = ["make_plan", "matches"]
+__all__ = ["describe", "describe_block", "make_plan", "matches", "plan_notes"]
+
+FORCED = "force_digital asks for it"
 
 
 def make_plan(
@@ -41,9 +43,7 @@ def make_plan(
             f"the model {type(program.source).__name__} has no weight-stationary layer: nothing in it multiplies an "
             "activation by a fixed weight (linear, convolution), so there is nothing to make analog"
         )
-    forced = {
-        op.name: "force_digital asks for it" for op in graph.operations if matches(op.path, options.force_digital)
-    }
+    forced = {op.name: FORCED for op in graph.operations if matches(op.path, options.force_digital)}
     for op in layers:
         if matches(op.path, options.force_analog):
             if op.name in forced:
@@ -55,8 +55,17 @@ def make_plan(
         if op.kind == "weight" and matches(op.path, options.force_analog):
             raise UnsupportedError(f"force_analog asks for {op.path!r}, but {op.reason}")
     result = partition(graph, hardware, options.block_ops, forced)
-    plan = _describe(program, graph, hardware, options, result, modules)
-    unwanted = {path: why for path, why in plan.rejected.items() if why != "force_digital asks for it"}
+    plan = describe(
+        graph,
+        hardware,
+        options,
+        result,
+        model=type(program.source).__name__,
+        modules=modules,
+        parameters=[name for name, parameter in program.source.named_parameters() if parameter.dim() >= 2],
+        notes=program.notes,
+    )
+    unwanted = {path: why for path, why in plan.rejected.items() if why != FORCED}
     if unwanted and on_unsupported == "error":
         listed = "; ".join(f"{path}: {why}" for path, why in list(unwanted.items())[:5])
         raise UnsupportedError(
@@ -91,61 +100,82 @@ def _check_options(options: PlanOptions, modules: Sequence[str], on_unsupported:
                 )
 
 
-def _describe(
-    program: Program,
+def describe(
     graph: OperationGraph,
     hardware: Hardware,
     options: PlanOptions,
     result: Partition,
-    modules: tuple[str, ...],
+    *,
+    model: str,
+    modules: Sequence[str],
+    parameters: Sequence[str],
+    notes: Sequence[str] = (),
+    names: Sequence[str] | None = None,
 ) -> Plan:
+    """The plan of a partition: loads, conversions, placements and reasons.
+
+    Args:
+        graph, hardware, options: what was partitioned, for what and how.
+        result: which operation is where.
+        model: the model's class name.
+        modules: every module path of the model.
+        parameters: every parameter of two or more dimensions.
+        notes: what else the person should know.
+        names: the blocks' names; None numbers them.
+    """
     users = graph.users()
+    order = {op.name: index for index, op in enumerate(graph.operations)}
+    names = names or [f"block_{index + 1}" for index in range(len(result.blocks))]
     blocks = tuple(
-        _block(graph, hardware, users, f"block_{index + 1}", members, result.rejected)
-        for index, members in enumerate(result.blocks)
+        describe_block(graph, hardware, users, order, name, members)
+        for name, members in zip(names, result.blocks, strict=True)
     )
-    parts = tuple(DigitalPart(f"digital_{index + 1}", tuple(names)) for index, names in enumerate(result.digital))
+    parts = tuple(DigitalPart(f"digital_{index + 1}", tuple(members)) for index, members in enumerate(result.digital))
     rejected = {
         graph[name].path or name: reason for name, reason in result.rejected.items() if graph[name].role is Role.WEIGHT
     }
     rejected.update({op.path or op.name: op.reason for op in graph.operations if op.kind == "weight"})
-    notes = list(program.notes)
-    sharing = [
-        block.name for block in blocks if sum(graph[name].kind.startswith("conv") for name in block.operations) > 1
-    ]
-    if sharing and hardware.conv_mapping == "im2col":
-        notes.append(
-            f"{len(sharing)} blocks settle several convolutions together; with conv_mapping='im2col' one set of "
-            "tiles serves all output positions in turn, while settling needs every position at once: "
-            "conv_mapping='unrolled' counts the tiles for that"
-        )
     return Plan(
-        model=type(program.source).__name__,
+        model=model,
         hardware=hardware,
         options=options,
         blocks=blocks,
         digital_parts=parts,
-        weights=_placements(program, graph, blocks, result),
+        weights=_placements(parameters, graph, blocks, result.rejected),
         rejected=rejected,
-        notes=tuple(notes),
-        modules=modules,
+        notes=(*notes, *plan_notes(blocks, graph, hardware)),
+        modules=tuple(modules),
         graph=graph,
         fingerprint=fingerprint(graph),
     )
 
 
-def _block(
+def plan_notes(blocks: Sequence[BlockPlan], graph: OperationGraph, hardware: Hardware) -> tuple[str, ...]:
+    """What the blocks themselves give reason to say."""
+    sharing = [
+        block.name for block in blocks if sum(graph[name].kind.startswith("conv") for name in block.operations) > 1
+    ]
+    if not sharing or hardware.conv_mapping != "im2col":
+        return ()
+    return (
+        f"{len(sharing)} blocks settle several convolutions together; with conv_mapping='im2col' one set of "
+        "tiles serves all output positions in turn, while settling needs every position at once: "
+        "conv_mapping='unrolled' counts the tiles for that",
+    )
+
+
+def describe_block(
     graph: OperationGraph,
     hardware: Hardware,
-    users: dict[str, list[str]],
+    users: Mapping[str, list[str]],
+    order: Mapping[str, int],
     name: str,
-    members: list[str],
-    rejected: dict[str, str],
+    members: Sequence[str],
 ) -> BlockPlan:
-    order = {op.name: index for index, op in enumerate(graph.operations)}
+    """Loads and conversions of one block; `order` is the position of each operation in the graph."""
     members = sorted(members, key=order.__getitem__)
     inside = set(members)
-    layers: list[Operation] = [graph[m] for m in members if graph[m].role is Role.WEIGHT and m not in rejected]
+    layers: list[Operation] = [graph[m] for m in members if graph[m].role is Role.WEIGHT]
     dac, adc = conversions(graph, members, users)
     outputs = set(graph.outputs)
     return BlockPlan(
@@ -164,7 +194,7 @@ def _block(
 
 
 def _placements(
-    program: Program, graph: OperationGraph, blocks: tuple[BlockPlan, ...], result: Partition
+    parameters: Sequence[str], graph: OperationGraph, blocks: tuple[BlockPlan, ...], rejected: Mapping[str, str]
 ) -> dict[str, Placement]:
     home = {name: block.name for block in blocks for name in block.operations}
     readers: dict[str, list[Operation]] = {}
@@ -172,9 +202,7 @@ def _placements(
         for weight in op.weights:
             readers.setdefault(weight, []).append(op)
     placements = {}
-    for name, parameter in program.source.named_parameters():
-        if parameter.dim() < 2:
-            continue
+    for name in parameters:
         reading = readers.get(name, [])
         analog = [op for op in reading if op.name in home and op.role is Role.WEIGHT]
         if analog:
@@ -184,7 +212,7 @@ def _placements(
             placements[name] = Placement(home[analog[0].name], f"the weight of {places}{shared}")
         elif reading:
             op = reading[0]
-            placements[name] = Placement(None, result.rejected.get(op.name, op.reason))
+            placements[name] = Placement(None, rejected.get(op.name, op.reason))
         else:
             placements[name] = Placement(None, "no operation of the captured graph reads it")
     return placements

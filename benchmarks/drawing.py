@@ -25,7 +25,7 @@ import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from drawing_cases import chain_plan  # noqa: E402
+from drawing_cases import chain_plan
 
 
 class Bottleneck(nn.Module):
@@ -70,6 +70,7 @@ class ResNet50(nn.Module):
 
 
 def plans() -> dict[str, ffebm.Plan]:
+    """The networks that are drawn."""
     layer = nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
     return {
@@ -80,6 +81,7 @@ def plans() -> dict[str, ffebm.Plan]:
 
 
 def browser() -> webdriver.Chrome:
+    """A headless Chromium."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,860"):
@@ -99,6 +101,7 @@ return performance.now() - before;
 
 
 def main() -> None:
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
     repeat = parser.parse_args().repeat
@@ -119,8 +122,9 @@ def main() -> None:
                 opened.append(time.perf_counter() - start)
                 clicked.append(driver.execute_script(OPEN) / 1000)
             nodes = driver.execute_script("return document.querySelectorAll('g.node').length")
+            size = path.stat().st_size / 1000
             print(
-                f"| {name:24} | {len(plan.graph.operations)} | {nodes} | {path.stat().st_size / 1000:.0f} kB | {wrote:.2f} s "
+                f"| {name:24} | {len(plan.graph.operations)} | {nodes} | {size:.0f} kB | {wrote:.2f} s "
                 f"| {statistics.median(opened):.2f} s | {statistics.median(clicked):.2f} s |"
             )
     driver.quit()

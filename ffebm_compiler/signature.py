@@ -55,7 +55,7 @@ class CallForm:
                 continue
             value = node.meta.get("val")
             if isinstance(value, Tensor):
-                shape = tuple(None if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
+                shape = tuple(None if _is_free(size) else int(size) for size in value.shape)
                 leaves.append(_Leaf(node.name, shape, value.is_floating_point(), None))
             else:
                 leaves.append(_Leaf(node.name, None, False, value))
@@ -105,6 +105,11 @@ class CallForm:
     def result(self, outputs: Any) -> Any:
         """The outputs in the source's structure."""
         return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+
+def _is_free(size: int | torch.SymInt) -> bool:
+    """Whether a size may vary: the exporter leaves symbols that it found to be one number."""
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def _shape(shape: tuple[int | None, ...] | None) -> str:

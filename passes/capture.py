@@ -169,10 +169,20 @@ def _export(
             spec = shapes.dynamic_shapes(source, wide_args, wide_kwargs)
         except Exception as error:  # arguments that the forward does not take
             raise _explained(source, args, kwargs, error) from error
-        return _try_export(source, wide_args, wide_kwargs, spec), ""
+        exported = _try_export(source, wide_args, wide_kwargs, spec)
+        if _batch_is_free(exported):
+            return exported, ""
     except CaptureError:
-        exported = _try_export(source, args, kwargs, None)
-        return exported, f"the batch size is fixed at {size}: the model does not trace with a free one"
+        pass
+    exported = _try_export(source, args, kwargs, None)
+    return exported, f"the batch size is fixed at {size}: the model does not trace with a free one"
+
+
+def _batch_is_free(exported: ExportedProgram) -> bool:
+    """Whether the leading size of the first input stayed a symbol: `len(x)` makes it a constant without a word."""
+    inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    symbol, _ = _batch(exported.graph_module, inputs)
+    return symbol is not None
 
 
 def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -295,7 +305,7 @@ def _batch(graph_module: fx.GraphModule, inputs: list[str]) -> tuple[str | None,
         if not isinstance(value, torch.Tensor) or not value.dim():
             continue
         size = value.shape[0]
-        if isinstance(size, torch.SymInt):
+        if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
             return str(size.node.expr), int(size.node.hint)
         return None, int(size)
     return None, 1

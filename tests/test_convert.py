@@ -312,6 +312,46 @@ def test_example_batch_of_one_leaves_the_batch_free() -> None:
     torch.testing.assert_close(hybrid(x)[:1], hybrid(x[:1]), rtol=1e-4, atol=1e-5)
 
 
+class Length(nn.Module):
+    """Reads the batch by len(), which the exporter takes for a constant; a second input of a fixed size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        y = torch.relu(self.linear(x)).reshape(len(x), -1)
+        return y if table is None else y + table.sum(0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batch_that_cannot_be_free_is_fixed_with_a_note(batch: int) -> None:
+    model = seeded(Length)
+    x = noise(batch, 4)
+    hybrid = ffebm.convert(model, x)
+    assert f"the batch size is fixed at {batch}: the model does not trace with a free one" in hybrid.plan.notes
+    torch.testing.assert_close(hybrid(x), model(x))
+    with pytest.raises(ffebm.InputError, match=rf"shape \(6, 4\), expected \({batch}, 4\)"):
+        hybrid(noise(6, 4))
+
+
+def test_input_that_only_happens_to_have_the_size_of_the_batch() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.linear(torch.relu(self.linear(x)) @ mask)
+
+    model = seeded(Masked)
+    hybrid = ffebm.convert(model, (noise(4, 4), noise(4, 4, seed=6)), hardware=SINGLE)
+    x, mask = noise(7, 4), noise(4, 4, seed=8)
+    torch.testing.assert_close(hybrid(x, mask), model(x, mask))
+    with pytest.raises(ffebm.InputError, match=r"shape \(5, 4\), expected \(4, 4\)"):
+        hybrid(x, noise(5, 4))
+
+
 def test_several_inputs_keywords_and_dictionaries() -> None:
     model = seeded(Mapping)
     x, other, index = noise(4, 6), noise(4, 4, seed=6), torch.tensor([1, 0, 8, 3])

@@ -233,7 +233,7 @@ def draw(
 @main.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder: new, empty, or of an earlier export.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="FILE.onnx: the whole hybrid. Else a folder.")],
     inputs: Inputs = None,
     weights: Weights = None,
     hardware: HardwareName = "crossbar-256",
@@ -244,15 +244,23 @@ def export(
     force_analog: ForceAnalog = None,
     on_unsupported: OnUnsupported = "digital",
     seed: Seed = 0,
+    force: Force = False,
 ) -> None:
-    """Write every digital part as an ONNX file, the blocks' weights, and a manifest that joins them.
+    """Write ONNX: the whole hybrid as one file, or every digital part, the blocks' weights and a manifest.
+
+    A folder must be new, empty, or of an earlier export; an existing file is replaced with --force only.
 
     Example: ffebm export mypackage.models:resnet --input 1x3x32x32 --weights trained.pt --out onnx/
     """
+    whole = out.suffix.lower() == ".onnx"
+    check_free(out if whole else None, force)
     hybrid, _, _ = converted(
         model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
         on_unsupported, seed,
     )  # fmt: skip
+    if whole:
+        typer.echo(f"wrote the whole hybrid to {hybrid.export_onnx(out)}")
+        return
     folder = hybrid.export_onnx(out, parts="digital")
     typer.echo(f"wrote {len(hybrid.plan.digital_parts)} digital parts and manifest.json to {folder}")
 

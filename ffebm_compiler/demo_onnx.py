@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ffebm_compiler import onnx
 from ffebm_compiler.errors import ExportError, UnsupportedError
 from ffebm_compiler.hybrid import HybridModel
 
-__all__ = ["onnx_deviations", "require_onnx"]
+__all__ = ["Deviations", "onnx_deviations", "require_onnx"]
 
 
 def require_onnx() -> None:
@@ -29,19 +30,26 @@ def require_onnx() -> None:
             raise UnsupportedError(f"the demo needs {name}, which is not installed: pip install 'ffebm-compiler[demo]'")
 
 
-def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> tuple[dict[str, float], float]:
-    """Export the digital parts and run them on what the hybrid feeds them for `x`.
+@dataclass(frozen=True)
+class Deviations:
+    """max |onnx − hybrid| / max |hybrid|."""
 
-    Returns:
-        Of each digital part, and of the whole export chained, max |onnx − hybrid| / max |hybrid|.
+    parts: dict[str, float]
+    """Of each digital part, on what the hybrid feeds it."""
+    chained: float
+    """Of the output, from the digital parts in onnxruntime and the energy blocks in this package."""
+    whole: float
+    """Of the output, from the whole hybrid as one file in onnxruntime."""
+
+
+def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> Deviations:
+    """Export the digital parts to `folder` and the whole hybrid to `folder`.onnx, and run both for `x`.
 
     Raises:
         UnsupportedError: where onnx, onnxscript or onnxruntime is not installed.
         ExportError: where a file does not take what the hybrid feeds the part.
     """
     require_onnx()
-    import onnxruntime
-
     folder = hybrid.export_onnx(folder, parts="digital")
     record, output = _recorded(hybrid, x)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -49,7 +57,7 @@ def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> tuple[dict[
     for step in manifest["steps"]:
         if step["kind"] != "feedforward":
             continue
-        session = onnxruntime.InferenceSession(str(folder / step["file"]), providers=["CPUExecutionProvider"])
+        session = _session(folder / step["file"])
         fed, expected = record[step["name"]]
         if len(fed) != len(step["inputs"]):
             raise ExportError(f"{step['file']} takes {len(step['inputs'])} inputs, the hybrid feeds it {len(fed)}")
@@ -58,7 +66,17 @@ def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> tuple[dict[
             _deviation(torch.from_numpy(have), want) for have, want in zip(results, expected, strict=True)
         )
     (chained,) = onnx.run(folder, x, threads=1)
-    return found, _deviation(chained, output)
+    session = _session(hybrid.export_onnx(folder.with_suffix(".onnx")))
+    (whole,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return Deviations(found, _deviation(chained, output), _deviation(torch.from_numpy(whole), output))
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _recorded(hybrid: HybridModel, x: Tensor) -> tuple[dict[str, tuple[list[Tensor], list[Tensor]]], Tensor]:

@@ -76,9 +76,16 @@ def _hoist(
 
 
 def _minus_one(node: fx.Node) -> None:
-    sizes = node.args[1]
-    if not isinstance(sizes, list | tuple):
+    given, value = node.args[1], node.meta.get("val")
+    if not isinstance(given, list | tuple):
         return
+    sizes = list(given)
+    if isinstance(value, torch.Tensor) and value.dim() == len(sizes):
+        # `view(x.size(0), -1)`: what the -1 stands for is known, so that it is free for the computed size.
+        sizes = [
+            known if size == -1 and isinstance(known, int) else size
+            for size, known in zip(sizes, value.shape, strict=True)
+        ]
     computed = [index for index, size in enumerate(sizes) if isinstance(size, fx.Node)]
     if len(computed) == 1 and -1 not in sizes and 0 not in sizes:
         node.args = (node.args[0], [-1 if index == computed[0] else size for index, size in enumerate(sizes)])

@@ -11,7 +11,10 @@ and linear convergence (in the norm weighted by c/Lip the update is a contractio
 
 Norms are measured on the actual operator (the convolution with its padding and stride) by
 Golub–Kahan–Lanczos bidiagonalisation, which approaches the largest singular value from below;
-`MARGIN` is added for what is missing.
+`MARGIN` is added for what is missing. It may rest for a few steps where its random start has
+next to nothing of the largest singular vector: it stops after `_PATIENCE` steps without progress
+(on 150 random matrices and convolutions none was then short by more than 0.1 %, after one step 8 %
+were short by more than the margin, the worst by 2 %).
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ from ffebm_compiler.runtime.program import BlockProgram, Frame
 __all__ = ["MARGIN", "Certificate", "certify", "edge_norms", "gain_for", "scales_for"]
 
 MARGIN = 1.005
-"""Factor on every measured norm; the iteration stops when a step changes it by less than 0.1 %."""
+"""Factor on every measured norm; the iteration stops when `_PATIENCE` steps change it by less than 0.1 %."""
 
 _STEPS = 40
 _TOLERANCE = 1e-3
+_PATIENCE = 8
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def _norm(frame: Frame, earlier: int, later: int, like: Tensor) -> float:
     left: Tensor | None = None
     diagonal: list[float] = []
     above: list[float] = []
+    history: list[float] = []
     beta, sigma = 0.0, 0.0
     state = program.layers[earlier].state
     with torch.no_grad():
@@ -105,11 +110,10 @@ def _norm(frame: Frame, earlier: int, later: int, like: Tensor) -> float:
             alpha = float(torch.linalg.vector_norm(image))
             diagonal.append(alpha)
             bidiagonal = np.diag(diagonal) + np.diag(above, 1)
-            previous, sigma = (
-                sigma,
-                float(np.linalg.norm(bidiagonal, 2)) if np.isfinite(bidiagonal).all() else math.inf,
-            )
-            if alpha == 0 or not math.isfinite(sigma) or sigma - previous <= _TOLERANCE * sigma:
+            sigma = float(np.linalg.norm(bidiagonal, 2)) if np.isfinite(bidiagonal).all() else math.inf
+            history.append(sigma)
+            rested = len(history) > _PATIENCE and sigma - history[-1 - _PATIENCE] <= _TOLERANCE * sigma
+            if alpha == 0 or not math.isfinite(sigma) or rested:
                 break
             left = image / alpha
             back = frame.pullback(later, left, states=True)[state] - alpha * right

@@ -265,3 +265,29 @@ def test_a_missing_layout_library_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ffebm.ExportError, match=r"takes its layout from the package netron, which is not installed"):
         drawing.html_text(chain_plan(1))
+
+
+# -- other tools -------------------------------------------------------------------------------
+
+
+def test_dot_has_every_node_and_edge_and_no_open_quote() -> None:
+    plan = chain_plan(3, prefix=NASTY + "\\", rejected=(1,))
+    text = drawing.dot_text(plan)
+    scene = scene_of(plan)
+    # A quoted string of DOT: anything but a bare quote, with escaped characters.
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "Q", text)
+    assert '"' not in bare
+    assert bare.count("Q -> Q [label=Q") == len(scene.edges)
+    assert len(re.findall(r"^  Q \[label=Q, shape", bare, re.MULTILINE)) == len(scene.nodes)
+
+
+def test_model_explorer_reads_every_operation_under_its_block() -> None:
+    plan = ffebm.plan(*digits_cnn())
+    collection = json.loads(drawing.model_explorer_text(plan))
+    (graph,) = collection["graphs"]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"]) == len(plan.graph.operations) + len(plan.graph.inputs) + 1
+    for op in plan.graph.operations:
+        assert nodes[op.name]["namespace"].split("/")[0] == plan.home(op.name)
+        assert [edge["sourceNodeId"] for edge in nodes[op.name]["incomingEdges"]] == list(op.inputs)
+    assert all(edge["sourceNodeId"] in nodes for node in nodes.values() for edge in node["incomingEdges"])

@@ -1,5 +1,6 @@
 """Pictures of a partition: what is analog, what is digital, and what crosses between them."""
 
+from ffebm_compiler.drawing.exchange import dot_text, model_explorer_text
 from ffebm_compiler.drawing.files import html_text, notebook_html, save_html, save_side_by_side, save_svg
 from ffebm_compiler.drawing.overlay import Overlay, deviation_overlay, gradient_overlay, loop_gain_overlay
 from ffebm_compiler.drawing.svg import svg_text
@@ -7,9 +8,11 @@ from ffebm_compiler.drawing.svg import svg_text
 __all__ = [
     "Overlay",
     "deviation_overlay",
+    "dot_text",
     "gradient_overlay",
     "html_text",
     "loop_gain_overlay",
+    "model_explorer_text",
     "notebook_html",
     "save_html",
     "save_side_by_side",

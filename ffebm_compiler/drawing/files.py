@@ -53,15 +53,19 @@ def save_html(
     write_picture(html_text(plan, hybrid, overlays), path)
 
 
-def save_side_by_side(first: Plan, second: Plan, path: str | Path) -> None:
+def save_side_by_side(first: Plan, second: Plan, path: str | Path, titles: tuple[str, str] | None = None) -> None:
     """Write two plans beside each other in one page, e.g. for two kinds of hardware; an existing file is replaced.
+
+    `titles` stand above them, e.g. ("before", "after").
 
     Raises:
         PlanError: where a plan has no operation or is cyclic.
         ExportError: where the path cannot be written or the layout library is missing.
     """
-    title = f"{first.model} on {first.hardware.name} and {second.model} on {second.hardware.name}"
-    write_picture(page_text([record_of(first), record_of(second)], title), path)
+    records = [record_of(first), record_of(second)]
+    for record, title in zip(records, titles or (), strict=False):
+        record["title"] = f"{title}: {record['title']}"
+    write_picture(page_text(records, " and ".join(record["title"] for record in records)), path)
 
 
 def notebook_html(plan: Plan, hybrid: HybridModel | None = None, height: int = 620) -> str:

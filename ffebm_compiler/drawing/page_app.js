@@ -23,6 +23,8 @@ class View {
     this.dragging();
     this.picture.draw();
     this.fit();
+    // Open where it covers nothing.
+    this.guide.open = (this.stage.clientWidth - this.picture.size.width * this.scale) / 2 > 350 && this.stage.clientHeight > 450;
   }
 
   totals() {
@@ -72,7 +74,6 @@ class View {
       el('ul', {}, ...rows.map(([name, text]) => el('li', {}, swatch(name), ` ${text}`))),
       el('p', {}, 'Click or Enter opens and closes; arrow keys move; / searches; + − 0 zoom; Esc closes the panel.'),
       ...this.data.notes.map((note) => el('p', { class: 'note' }, `note: ${note}`)));
-    box.open = window.innerWidth > 700 && window.innerHeight > 500;
     return box;
   }
 

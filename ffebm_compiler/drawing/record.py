@@ -39,9 +39,9 @@ def record_of(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[
     tiles = sum(block.tiles for block in plan.blocks)
     share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     totals = [
-        (str(len(plan.blocks)), "energy blocks"),
-        (str(len(plan.digital_parts)), "digital parts"),
-        (count(tiles), "tiles"),
+        _counted(len(plan.blocks), "energy block"),
+        _counted(len(plan.digital_parts), "digital part"),
+        _counted(tiles, "tile"),
         (count(sum(block.dac for block in plan.blocks)), "DAC values"),
         (count(sum(block.adc for block in plan.blocks)), "ADC values per sample"),
         (f"{share:.1f} %", f"of {count(plan.total_macs)} MACs analog"),
@@ -57,6 +57,10 @@ def record_of(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[
         "ops": [_operation(plan, op, index) for op in plan.graph.operations],
         "overlays": [overlay.to_dict() for overlay in overlays],
     }
+
+
+def _counted(number: int, noun: str) -> tuple[str, str]:
+    return count(number), noun if number == 1 else f"{noun}s"
 
 
 def _operation(plan: Plan, op: Operation, index: dict[str, int]) -> dict[str, Any]:

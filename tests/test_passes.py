@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from networks import CASES, converted, digits_cnn, mlp, noise, seeded, transformer, warmed
 from torch import Tensor, nn
@@ -129,9 +129,13 @@ def test_functionalize_computes_what_in_place_steps_compute(steps: list[tuple[st
     assert not mutable
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps_of(("relu_", "tanh_", "add_", "view", "transpose", "slice", "select", "assign", "linear")))
 def test_functionalize_computes_what_writes_through_views_compute(steps: list[tuple[str, int, int]]) -> None:
+    try:
+        seeded(lambda: Chain(steps))(noise(4, 4))
+    except RuntimeError:  # torch refuses a value and its own transpose as operands of a write
+        reject()
     found, expected, _ = functional(steps)
     torch.testing.assert_close(found, expected)
 

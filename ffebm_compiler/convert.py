@@ -26,6 +26,8 @@ from ffebm_compiler.passes.inline_regions import inline_regions
 from ffebm_compiler.passes.lower import lower
 from ffebm_compiler.passes.planning import make_plan
 from ffebm_compiler.passes.rebind import rebind
+from ffebm_compiler.passes.recognise_activations import recognise_activations
+from ffebm_compiler.passes.split_large import split_large
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
@@ -42,6 +44,7 @@ def passes_for(options: PlanOptions) -> list[Pass]:
         functionalize,
         free_shapes,
         rebind,
+        recognise_activations,
         *([fold_batchnorm] if options.fold_batchnorm else []),
     ]
 
@@ -57,7 +60,12 @@ class _Front:
 
 
 def _front(
-    model: object, example_inputs: object, kwargs: Mapping[str, Any] | None, options: PlanOptions, shapes: Any
+    model: object,
+    example_inputs: object,
+    kwargs: Mapping[str, Any] | None,
+    options: PlanOptions,
+    shapes: Any,
+    hardware: Hardware,
 ) -> _Front:
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     if not isinstance(args, tuple | list):
@@ -76,7 +84,11 @@ def _front(
     for step in passes_for(options):
         program = step(program)
         verify(program)
-    return _Front(program, annotate(program), tuple(args), named)
+    graph = annotate(program)
+    if split_large(program, graph, hardware, options.force_digital):
+        verify(program)
+        graph = annotate(program)
+    return _Front(program, graph, tuple(args), named)
 
 
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -102,7 +114,7 @@ def plan(
     """
     options = PlanOptions(tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog))
     fabric = resolve_hardware(hardware)
-    front = _front(model, example_inputs, kwargs, options, dynamic_shapes)
+    front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
     return make_plan(front.program, front.graph, fabric, options, on_unsupported)
 
 
@@ -162,8 +174,8 @@ def convert(
     options = PlanOptions(tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog))
     if plan is not None:
         options = plan.options
-    fabric = resolve_hardware(hardware)
-    front = _front(model, example_inputs, kwargs, options, dynamic_shapes)
+    fabric = resolve_hardware(hardware) if plan is None else plan.hardware
+    front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
     if plan is None:
         plan = make_plan(front.program, front.graph, fabric, options, on_unsupported)
     elif plan.fingerprint != fingerprint(front.graph):
@@ -171,6 +183,8 @@ def convert(
             f"the plan was made for another model or input shape (fingerprint {plan.fingerprint}, this model has "
             f"{fingerprint(front.graph)}): make it again with ffebm.plan()"
         )
+    else:
+        plan.validate()
     hybrid = HybridModel(front.program, plan, lower(front.program, plan))
     hybrid.configure(feedback=feedback, estimator=estimator, solver=solver)
     hybrid.calibrate(*front.args, **front.kwargs)

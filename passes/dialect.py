@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from ffebm_compiler.runtime import activations
-from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.activations import Activation, QuickGELU, Softsign, quick_gelu
 
 __all__ = [
     "WEIGHTS",
@@ -219,6 +220,9 @@ WIRING: Mapping[object, WiringForm] = {
     **{target: WiringForm("copy", _floating) for target in _COPIES},
     **{target: WiringForm("avg_pool") for target in _AVG_POOLS},
     aten.mean.dim: WiringForm("avg_pool", _has_dims),
+    aten.max_pool1d.default: WiringForm("max_pool", _floating),
+    aten.max_pool2d.default: WiringForm("max_pool", _floating),
+    aten.max_pool3d.default: WiringForm("max_pool", _floating),
     aten.add.Tensor: WiringForm("add", _is_sum),
     aten.sub.Tensor: WiringForm("add", _is_sum),
     aten.mul.Tensor: WiringForm("scale", _is_scaling),
@@ -226,6 +230,10 @@ WIRING: Mapping[object, WiringForm] = {
     aten.neg.default: WiringForm("scale", _floating),
     aten.cat.default: WiringForm("concat", _is_cat),
 }
+
+
+_RECOGNISED: Mapping[object, Activation] = {F.softsign: Softsign(), quick_gelu: QuickGELU()}
+"""Activations without an ATen operation, as `recognise_activations` writes them."""
 
 
 def target_name(node: fx.Node) -> str:
@@ -237,9 +245,11 @@ def target_name(node: fx.Node) -> str:
 
 def activation_of(node: fx.Node) -> Activation | None:
     """The activation that a node applies, or None."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.args:
+    if not node.args or not isinstance(node.args[0], fx.Node) or not _floating(node):
         return None
-    if not isinstance(node.args[0], fx.Node) or not _floating(node):
+    if node.target in _RECOGNISED:
+        return _RECOGNISED[node.target]
+    if not isinstance(node.target, torch._ops.OpOverload):
         return None
     rest = node.args[1:]
     if any(isinstance(argument, fx.Node) for argument in (*rest, *node.kwargs.values())):

@@ -26,6 +26,7 @@ from ffebm_compiler.runtime.operators import (
     Convolution,
     Linear,
     Mask,
+    MaxPool,
     Operator,
     Permute,
     Reshape,
@@ -325,6 +326,11 @@ _FUNCTIONS: dict[object, Callable[..., torch.Tensor]] = {
     aten.movedim.int: torch.movedim,
     aten.movedim.intlist: torch.movedim,
 }
+_MAX_POOLS: dict[object, int] = {
+    aten.max_pool1d.default: 1,
+    aten.max_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+}
 _RESHAPES: dict[object, Callable[..., torch.Tensor]] = {
     aten.view.default: torch.reshape,
     aten.reshape.default: torch.reshape,
@@ -347,6 +353,8 @@ def _wiring(node: fx.Node) -> Operator:
     keywords = tuple((key, _plain(value)) for key, value in node.kwargs.items())
     if node.target in _RESHAPES:
         return Reshape(_RESHAPES[node.target], arguments, keywords)
+    if node.target in _MAX_POOLS:
+        return MaxPool(_MAX_POOLS[node.target], arguments)
     if node.target in _FUNCTIONS:
         return Wiring(_FUNCTIONS[node.target], arguments, keywords)
     if node.target in (aten.permute.default, aten.transpose.int, aten.t.default):

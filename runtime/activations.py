@@ -30,11 +30,13 @@ from ffebm_compiler.runtime.activations_smooth import (
     GELU,
     LogSigmoid,
     Mish,
+    QuickGELU,
     Sigmoid,
     SiLU,
     Softplus,
     Softsign,
     Tanh,
+    quick_gelu,
 )
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "LeakyReLU",
     "LogSigmoid",
     "Mish",
+    "QuickGELU",
     "ReLU",
     "SiLU",
     "Sigmoid",
@@ -60,6 +63,7 @@ __all__ = [
     "Softsign",
     "Tanh",
     "from_aten",
+    "quick_gelu",
 ]
 
 ALL: tuple[Activation, ...] = (
@@ -88,6 +92,7 @@ ALL: tuple[Activation, ...] = (
     LogSigmoid(),
     SiLU(),
     Mish(),
+    QuickGELU(),
     GELU(),
     GELU("tanh"),
 )

@@ -24,7 +24,7 @@ from ffebm_compiler.runtime.activation_base import (
     sigmoid_step,
 )
 
-__all__ = ["GELU", "LogSigmoid", "Mish", "SiLU", "Sigmoid", "Softplus", "Softsign", "Tanh"]
+__all__ = ["GELU", "LogSigmoid", "Mish", "QuickGELU", "SiLU", "Sigmoid", "Softplus", "Softsign", "Tanh", "quick_gelu"]
 
 
 class _Smooth(Activation):
@@ -430,3 +430,37 @@ def _gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
     off = n / (4 * n * n - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return tuple(zip((0.5 * nodes + 0.5).tolist(), vectors[0].square().tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class QuickGELU(Activation):
+    """σ(h) = h S(α h) = SiLU(α h)/α with α = 1.702, the gate that stands for Φ in CLIP and others.
+
+    Not monotone. All of it is SiLU's, with h scaled: Λ(h) = Λ_SiLU(α h)/α².
+    """
+
+    alpha: float = 1.702
+    name = "quick_gelu"
+    monotone = False
+    smooth = True
+
+    @property
+    def lipschitz(self) -> float:
+        return SiLU().lipschitz
+
+    def value(self, h: Tensor) -> Tensor:
+        return h * torch.sigmoid(self.alpha * h)
+
+    def derivative(self, h: Tensor) -> Tensor:
+        return SiLU().derivative(self.alpha * h)
+
+    def primitive(self, h: Tensor) -> Tensor:
+        return SiLU().primitive(self.alpha * h) / self.alpha**2
+
+    def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
+        return SiLU().quotient(self.alpha * h, self.alpha * k, t) / self.alpha
+
+
+def quick_gelu(h: Tensor) -> Tensor:
+    """QuickGELU as a function: the target of a recognised `h * sigmoid(1.702 * h)`."""
+    return QuickGELU().value(h)

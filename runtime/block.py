@@ -94,10 +94,11 @@ class EnergyBlock(nn.Module):
 
     def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
         """Remember these inputs' shapes, measure the operator norms and set the feedback."""
-        states = self.program.batched
-        self._like = [
-            value.new_zeros((1, *value.shape[1:]) if states and value.dim() else value.shape) for value in inputs
-        ]
+        self._like = [value[:1] if self.program.batched and value.dim() else value for value in inputs]
+        generator = torch.Generator().manual_seed(0)
+        for index, value in enumerate(self._like):
+            drawn = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
+            self._like[index] = drawn if value.is_floating_point() else torch.zeros_like(value)
         self.recertify(weights)
 
     def recertify(self, weights: Sequence[Tensor | None]) -> None:
@@ -119,7 +120,8 @@ class EnergyBlock(nn.Module):
             frame = Frame(self.program, like, weights)
             states = _complete(FreePhase(frame, (1.0,) * len(self.program.layers)).values)
             # Random masks are left out of the measured norm; `edge_norms` adds their gain as a bound.
-            frame.drawn.update(dict.fromkeys(frame.drawn))
+            masks = {i.output for layer in self.program.layers for i in layer.instructions if i.operator.draws}
+            frame.drawn.update(dict.fromkeys(masks))
             self.certificate = certify(self.program, edge_norms(frame, states), self.feedback)
 
     def set_feedback(self, feedback: float | str) -> None:
@@ -291,7 +293,7 @@ class _Settle(torch.autograd.Function):
         count = program.inputs + program.weights
         layers = len(program.layers)
         inputs = [value for value in saved[: program.inputs] if value is not None]
-        frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes)
+        frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
         states = _complete(saved[count : count + layers])
         needed = ctx.needs_input_grad[2:]
         situation = Situation(

@@ -251,7 +251,7 @@ class Unrolled(Estimator):
                 None if t is None else t.detach().requires_grad_(n)
                 for t, n in zip(at.frame.weights, at.weights_needed, strict=True)
             ]
-            frame = Frame(at.frame.program, inputs, weights, at.frame.drawn)
+            frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
             phase = FreePhase(frame, at.scales)
             for _ in range(at.free_sweeps):
                 for index in range(len(phase.values)):

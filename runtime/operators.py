@@ -25,6 +25,7 @@ __all__ = [
     "Convolution",
     "Linear",
     "Mask",
+    "MaxPool",
     "Operator",
     "Permute",
     "Reshape",
@@ -41,7 +42,9 @@ class Operator(ABC):
     """A map y = A(θ) x + b(θ), linear in its value operands."""
 
     draws: bool = False
-    """Whether the operator draws a random constant, once a forward."""
+    """Whether the operator holds a constant that it draws once a forward (a mask)."""
+    selects: bool = False
+    """Whether that constant is chosen anew at every evaluation of a free phase (max pooling's winners)."""
 
     @abstractmethod
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
@@ -69,7 +72,7 @@ class Operator(ABC):
         return [None] * len(weights)
 
     def draw(self, values: Sequence[Tensor]) -> Tensor | None:
-        """The random constant of this forward, where the operator `draws`."""
+        """The constant of this forward, where the operator `draws` or `selects`."""
         return None
 
     def gain(self, certain: float) -> float:
@@ -358,6 +361,44 @@ class Mask(Operator):
         """1/(1 − p): what a mask can add to the norm in train mode."""
         rate = float(self.source.rate)
         return certain / (1 - rate) if rate < 1 else math.inf
+
+
+@dataclass(frozen=True)
+class MaxPool(Operator):
+    """Max pooling, y = S x with S the selection of the present winners.
+
+    It is linear only while the winners stay: a free phase chooses them at every evaluation, the
+    nudged phases hold those of the equilibrium. A winner that would switch under a finite nudge
+    is not seen, which is why it is not in `block_ops` by default.
+    """
+
+    dims: int
+    arguments: tuple[Any, ...]
+    selects = True
+
+    def draw(self, values: Sequence[Tensor]) -> Tensor | None:
+        """Indices of the winners."""
+        function = {1: F.max_pool1d_with_indices, 2: F.max_pool2d_with_indices, 3: F.max_pool3d_with_indices}[self.dims]
+        indices: Tensor = function(values[0].detach(), *self.arguments)[1]
+        return indices
+
+    def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
+        """The winners' values."""
+        indices = _given(weights[0])
+        flat = values[0].flatten(-self.dims)
+        return flat.gather(-1, indices.flatten(-self.dims)).reshape(indices.shape)
+
+    def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
+        """The winners' values."""
+        return self.apply([_given(values[0])], weights)
+
+    def adjoint(
+        self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """P at the winners, zero elsewhere."""
+        indices = _given(weights[0]).flatten(-self.dims)
+        zeros = cotangent.new_zeros(shapes[0]).flatten(-self.dims)
+        return [zeros.scatter_add(-1, indices, cotangent.flatten(-self.dims)).reshape(shapes[0])]
 
 
 def slice_of(value: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:

@@ -150,23 +150,27 @@ class Frame:
         weights: Sequence[Tensor | None],
         drawn: dict[int, Tensor | None] | None = None,
         shapes: dict[int, torch.Size] | None = None,
+        frozen: bool = False,
     ) -> None:
         self.program = program
         self.inputs = tuple(inputs)
         self.weights = tuple(weights)
         self.drawn = drawn if drawn is not None else {}
+        """Masks and winners, by register; `frozen` keeps the winners of the equilibrium."""
+        self.frozen = frozen
         self.shapes = shapes if shapes is not None else {}
         self.shapes.update({index: value.shape for index, value in enumerate(inputs)})
         self._fixed: dict[int, Tensor] = dict(enumerate(self.inputs))
 
     def _weights(self, instruction: Instruction) -> list[Tensor | None]:
-        if instruction.operator.draws:
+        if instruction.operator.draws or instruction.operator.selects:
             return [self.drawn[instruction.output]]
         return [None if index is None else self.weights[index] for index in instruction.weights]
 
     def _run(self, instruction: Instruction, registers: Mapping[int, Tensor]) -> Tensor:
         values = [registers[r] for r in instruction.operands]
-        if instruction.operator.draws and instruction.output not in self.drawn:
+        operator, known = instruction.operator, instruction.output in self.drawn
+        if (operator.draws and not known) or (operator.selects and not (known and self.frozen)):
             self.drawn[instruction.output] = instruction.operator.draw(values)
         result = instruction.operator.apply(values, self._weights(instruction))
         self.shapes[instruction.output] = result.shape

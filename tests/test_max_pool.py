@@ -1,0 +1,44 @@
+"""Max pooling inside an energy block, as `block_ops` allows it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ffebm_compiler as ffebm
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Tanh(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Hardtanh(0, 1),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+
+
+def test_it_stays_digital_by_default() -> None:
+    plan = ffebm.plan(_network(), torch.randn(2, 2, 8, 8))
+    assert len(plan.blocks) == 3
+    assert "max_pool" in plan.explain("1")
+
+
+@pytest.mark.parametrize("feedback", [1e-6, 0.1, 0.4])
+def test_it_joins_on_request(feedback: float) -> None:
+    torch.manual_seed(1)
+    model, x = _network(), torch.randn(6, 2, 8, 8)
+    hybrid = ffebm.convert(model, x, block_ops=("add", "reshape", "max_pool"), feedback=feedback)
+    assert len(hybrid.plan.blocks) == 1
+    with hybrid.feedforward_mode():
+        torch.testing.assert_close(hybrid(x), model(x), rtol=1e-5, atol=1e-6)
+    if feedback < 1e-3:
+        torch.testing.assert_close(hybrid(x), model(x), rtol=1e-3, atol=1e-4)
+    report = ffebm.check_gradients(hybrid, x, lambda output: output.square().mean())
+    for estimator in ("ep", "implicit", "unrolled"):
+        assert report.worst(estimator)[1].cosine > 0.999

@@ -206,13 +206,15 @@ def _built(name: str, build: Any) -> nn.Module:
     if isinstance(build, nn.Module):
         return build
     if not callable(build):
-        raise InputError(f"{name} is a {type(build).__name__}; expected a callable that returns a torch.nn.Module")
+        raise InputError(
+            f"{name} is of type {type(build).__name__}; expected a callable that returns a torch.nn.Module"
+        )
     try:
         model = build()
     except Exception as error:  # it runs the user's code
         raise InputError(f"{name} failed when it was called without arguments ({_first_line(error)})") from error
     if not isinstance(model, nn.Module):
-        raise InputError(f"{name} returned a {type(model).__name__}; expected a torch.nn.Module")
+        raise InputError(f"{name} returned an object of type {type(model).__name__}; expected a torch.nn.Module")
     return model
 
 

@@ -346,7 +346,7 @@ class Plan:
         except PlanError:
             raise
         except KeyError as error:
-            raise PlanError(f"the plan has no {error.args[0]!r}: make it again with ffebm.plan()") from error
+            raise PlanError(f"the plan is malformed (KeyError: it has no {error.args[0]!r}): make it again") from error
         except (FFEBMError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"the plan is malformed ({type(error).__name__}: {error}): make it again") from error
         plan.validate()

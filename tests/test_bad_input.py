@@ -314,10 +314,10 @@ def test_contradicting_and_impossible_placements() -> None:
         force_digital="head",
         force_analog=("he*",),
     )
-    small = ffebm.Hardware(tile_rows=8, tile_cols=8, tiles_per_core=2)
+    small = ffebm.Hardware(tile_rows=4, tile_cols=8, tiles_per_core=2)  # 9 rows of one 3×3 kernel fit no core
     fails(
         ffebm.UnsupportedError,
-        r"force_analog asks for 'block1\.conv1', but it needs 5 tiles and a core has 2: use a larger core",
+        r"force_analog asks for 'block1\.conv1', but it needs 9 tiles and a core has 2: use a larger core",
         ffebm.convert,
         model,
         x,

@@ -1,0 +1,234 @@
+"""Split: a layer larger than a core becomes several layers that each fit one.
+
+    y = W x + b   becomes   y = concat_i( Σ_j W[i, j] x[j] + b[i] )
+
+over ranges i of output channels, as few as possible. Where even one column of the matrix is
+longer than a core, ranges j of input channels are split too, and their partial sums are added
+digitally (or in the block, where `add` may join). A grouped convolution is split between its
+groups first. The weights stay the source's own: a part reads a slice of them. A layer of
+`force_digital` is left whole.
+
+Promise: the graph computes what it computed, up to the order of the additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
+from ffebm_compiler.passes.dialect import WEIGHTS
+from ffebm_compiler.passes.partition import too_large
+from ffebm_compiler.passes.planning import matches
+
+__all__ = ["split_large"]
+
+aten = torch.ops.aten
+_MOST = 256
+"""Parts that a layer is split into at most; one that needs more stays digital."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a split needs to know of a layer: channels of one group and devices behind each of them."""
+
+    groups: int
+    inputs: int
+    """Input channels of a group."""
+    outputs: int
+    """Output channels of a group."""
+    rows: int
+    """Rows of the matrix for one input channel."""
+    cols: int
+    """Columns of the matrix for one output channel."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Sizes of the parts: so many groups each, or within one group so many inputs and outputs each."""
+
+    groups: int
+    inputs: int
+    outputs: int
+
+
+def split_large(program: Program, graph: OperationGraph, hardware: Hardware, keep: Sequence[str] = ()) -> bool:
+    """Split every layer that is larger than a core.
+
+    Args:
+        program: the annotated network; its graph is changed.
+        graph: its operations, as `annotate` gave them.
+        hardware: the capacities.
+        keep: glob patterns on module paths of layers to leave whole.
+
+    Returns:
+        Whether anything was split: then the graph has to be annotated again.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    changed = False
+    for op in graph.operations:
+        if op.role is not Role.WEIGHT or not too_large(op, hardware) or matches(op.path, keep):
+            continue
+        node = nodes[op.name]
+        shape = _shape(node, op)
+        cut = None if shape is None else _cut(op, shape, hardware)
+        if shape is None or cut is None:
+            continue
+        parts = _Splitting(program, node).run(shape, cut)
+        program.note(
+            f"layer {op.path or op.name!r} is larger than a core ({too_large(op, hardware)}) and split into {parts} "
+            "layers"
+        )
+        changed = True
+    if changed:
+        program.graph.lint()
+    return changed
+
+
+def _shape(node: fx.Node, op: Operation) -> _Shape | None:
+    """Channels of a layer; None for one whose operands are not of the usual rank."""
+    form = WEIGHTS[node.target]
+    value, weight, bias = form.operands(node)
+    size = weight.meta["val"].shape
+    if bias is not None and bias.meta["val"].dim() != 1:
+        return None
+    if form.kind == "linear":
+        return _Shape(1, op.rows, op.cols, 1, 1)
+    if value.meta["val"].dim() != len(size):
+        return None
+    kernel = int(size[2:].numel())
+    if form.kind == "conv_transpose":
+        return _Shape(op.groups, op.rows, op.cols // kernel, 1, kernel)
+    return _Shape(op.groups, op.rows // kernel, op.cols, kernel, 1)
+
+
+def _cut(op: Operation, shape: _Shape, hardware: Hardware) -> _Cut | None:
+    """The fewest parts that each fit a core; None where there are none."""
+    per_output = op.values // (shape.groups * shape.outputs)
+
+    def fits(groups: int, inputs: int, outputs: int) -> bool:
+        tiles = hardware.tiles(inputs * shape.rows, outputs * shape.cols, groups, op.positions)
+        return (hardware.tiles_per_core is None or tiles <= hardware.tiles_per_core) and (
+            hardware.neurons_per_block is None or per_output * groups * outputs <= hardware.neurons_per_block
+        )
+
+    if fits(1, shape.inputs, shape.outputs):
+        groups = _most(shape.groups, lambda count: fits(count, shape.inputs, shape.outputs))
+        return _Cut(groups, shape.inputs, shape.outputs) if -(-shape.groups // groups) <= _MOST else None
+    best: tuple[int, _Cut] | None = None
+    for parts in range(1, min(shape.inputs, _MOST) + 1):
+        inputs = -(-shape.inputs // parts)
+        if not fits(1, inputs, 1):
+            continue
+        outputs = _most(shape.outputs, lambda count, inputs=inputs: fits(1, inputs, count))  # type: ignore[misc]
+        total = shape.groups * -(-shape.inputs // inputs) * -(-shape.outputs // outputs)
+        if best is None or total < best[0]:
+            best = (total, _Cut(1, inputs, outputs))
+        if outputs == shape.outputs:
+            break
+    return best[1] if best is not None and best[0] <= _MOST else None
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest count up to a limit that fits, where one does; parts are then made equal."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return -(-limit // -(-limit // low))
+
+
+def _ranges(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, step):
+        yield start, min(size, start + step)
+
+
+class _Splitting:
+    """The rewriting of one layer."""
+
+    def __init__(self, program: Program, node: fx.Node) -> None:
+        self.graph = program.graph
+        self.node = node
+        self.form = WEIGHTS[node.target]
+        self.value, self.weight, self.bias = self.form.operands(node)
+        self.slices: dict[tuple[fx.Node, int, int, int], fx.Node] = {}
+
+    def run(self, shape: _Shape, cut: _Cut) -> int:
+        """Replace the layer; returns the number of parts."""
+        parts = 0
+        pieces: list[fx.Node] = []
+        with self.graph.inserting_before(self.node):
+            for first, last in _ranges(shape.groups, cut.groups):
+                for start, stop in _ranges(shape.outputs, cut.outputs):
+                    terms = [
+                        self._part(shape, (first, last), rows, (start, stop))
+                        for rows in _ranges(shape.inputs, cut.inputs)
+                    ]
+                    parts += len(terms)
+                    total = terms[0]
+                    for term in terms[1:]:
+                        total = self._emit(aten.add.Tensor, total, term)
+                    pieces.append(total)
+            rank = self.node.meta["val"].dim()
+            axis = rank - 1 if self.form.kind == "linear" else 1
+            whole = self._emit(aten.cat.default, pieces, axis) if len(pieces) > 1 else pieces[0]
+        self.node.replace_all_uses_with(whole)
+        self.graph.erase_node(self.node)
+        return parts
+
+    def _part(
+        self, shape: _Shape, groups: tuple[int, int], inputs: tuple[int, int], outputs: tuple[int, int]
+    ) -> fx.Node:
+        """One part: the channels given, of the groups given."""
+        count = groups[1] - groups[0]
+        read = (groups[0] * shape.inputs + inputs[0], (groups[1] - 1) * shape.inputs + inputs[1])
+        written = (groups[0] * shape.outputs + outputs[0], (groups[1] - 1) * shape.outputs + outputs[1])
+        linear = self.form.kind == "linear"
+        value = self._slice(self.value, self.value.meta["val"].dim() - 1 if linear else 1, *read)
+        weight = self.weight
+        if self.node.target is aten.linear.default:
+            weight = self._slice(self._slice(weight, 0, *written), 1, *inputs)
+        elif linear:
+            weight = self._slice(self._slice(weight, 0, *inputs), 1, *outputs)
+        elif self.form.kind == "conv_transpose":
+            weight = self._slice(self._slice(weight, 0, *read), 1, *outputs)
+        else:
+            weight = self._slice(self._slice(weight, 0, *written), 1, *inputs)
+        bias = None
+        if self.bias is not None and inputs[0] == 0:
+            bias = self._slice(self.bias, 0, *written)
+        arguments = list(self.node.args)
+        target = self.node.target
+        if target is aten.addmm.default and bias is None:
+            return self._emit(aten.mm.default, value, weight)
+        arguments[self.form.value], arguments[self.form.weight] = value, weight
+        if self.form.bias is not None and len(arguments) > self.form.bias:
+            arguments[self.form.bias] = bias
+        if not linear and len(arguments) > 6:
+            arguments[6] = count
+        return self._emit(target, *arguments, keywords=dict(self.node.kwargs))
+
+    def _slice(self, node: fx.Node, axis: int, start: int, stop: int) -> fx.Node:
+        if start == 0 and stop == int(node.meta["val"].shape[axis]):
+            return node
+        key = (node, axis, start, stop)
+        if key not in self.slices:
+            self.slices[key] = self._emit(aten.slice.Tensor, node, axis, start, stop)
+        return self.slices[key]
+
+    def _emit(self, target: object, *args: object, keywords: dict[str, object] | None = None) -> fx.Node:
+        fresh = self.graph.call_function(target, args, keywords or {})  # type: ignore[arg-type]
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in self.node.meta:
+                fresh.meta[key] = self.node.meta[key]
+        values = fx.map_arg(args, lambda node: node.meta["val"])
+        with self.weight.meta["val"].fake_mode:
+            fresh.meta["val"] = target(*values, **(keywords or {}))  # type: ignore[operator]
+        return fresh

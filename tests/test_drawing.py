@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import sys
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
@@ -291,3 +292,65 @@ def test_model_explorer_reads_every_operation_under_its_block() -> None:
         assert nodes[op.name]["namespace"].split("/")[0] == plan.home(op.name)
         assert [edge["sourceNodeId"] for edge in nodes[op.name]["incomingEdges"]] == list(op.inputs)
     assert all(edge["sourceNodeId"] in nodes for node in nodes.values() for edge in node["incomingEdges"])
+
+
+# -- PNG, PDF and plots ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_image_has_its_format_and_takes_any_name(tmp_path: Path, suffix: str, start: bytes) -> None:
+    path = tmp_path / f"partition.{suffix}"
+    drawing.save_image(chain_plan(3, prefix="層$x_{$ " + NASTY, rejected=(1,)), path)
+    assert path.read_bytes().startswith(start)
+
+
+def test_png_shows_the_colours_of_both_domains(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    plan = ffebm.plan(*digits_cnn())
+    drawing.save_image(plan, tmp_path / "p.png", dpi=96)
+    pixels = (imread(tmp_path / "p.png")[..., :3] * 255).round().astype(int)
+    width, height = re.search(r'width="(\d+)" height="(\d+)"', drawing.svg_text(plan)).groups()  # type: ignore[union-attr]
+    assert abs(pixels.shape[0] - int(height)) <= 1
+    assert abs(pixels.shape[1] - int(width)) <= 1
+    for fill, _ in (drawing.svg.COLOURS[domain] for domain in ("analog", "digital")):
+        colour = [int(fill[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == colour).all(-1).sum() > 5000
+
+
+def test_image_refuses_other_formats_and_resolutions(tmp_path: Path) -> None:
+    with pytest.raises(ffebm.InputError, match=r"expected a file name that ends in \.png or \.pdf"):
+        drawing.save_image(chain_plan(1), tmp_path / "p.gif")
+    with pytest.raises(ffebm.InputError, match="dpi is 0; expected a positive number"):
+        drawing.save_image(chain_plan(1), tmp_path / "p.png", dpi=0)
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ffebm.ExportError, match=r"need matplotlib: pip install 'ffebm-compiler\[plots\]'"):
+        drawing.save_image(chain_plan(1), tmp_path / "p.png")
+
+
+def test_plots_show_the_measured_numbers() -> None:
+    model, inputs = mlp()
+    hybrid = ffebm.convert(model, inputs)
+    comparison = hybrid.compare(inputs)
+    bars = drawing.plot_deviation(comparison).axes[0].patches
+    assert [bar.get_width() for bar in bars] == list(comparison.blocks.values())
+    report = ffebm.check_gradients(hybrid, inputs, lambda y: y.square().mean())
+    line = drawing.plot_gradients(report).axes[0].lines[0]
+    assert list(line.get_xdata()) == [max(1 - row["ep"].cosine, 1e-16) for row in report.agreements.values()]
+    before = hybrid.blocks[0].loop_gain
+    measured = drawing.feedback_sweep(hybrid, lambda h: h.compare(inputs).output, (0.3, 0.01, 0.1))
+    assert hybrid.blocks[0].loop_gain == before
+    assert measured[0.01] < measured[0.1] < measured[0.3]
+    assert list(drawing.plot_feedback(measured, source=0.0).axes[0].lines[0].get_xdata()) == [0.01, 0.1, 0.3]
+
+
+def test_plots_of_nothing_are_refused() -> None:
+    with pytest.raises(ffebm.InputError, match="holds no energy block"):
+        drawing.plot_deviation(ffebm.Comparison({}, 0.0, {}, {}))
+    with pytest.raises(ffebm.InputError, match="holds no parameter"):
+        drawing.plot_gradients(ffebm.GradientReport({}))
+    with pytest.raises(ffebm.InputError, match="nothing was measured"):
+        drawing.plot_feedback({})

@@ -192,9 +192,9 @@ def _footer(scene: Scene) -> tuple[str, float, float]:
         _text(42.0, 13.0, "energy block: analog, settles to an equilibrium", _SMALL, anchor="start"),
         _outline("digital", 0.0, 26.0, 34.0, 18.0),
         _text(42.0, 39.0, "digital part: runs forward", _SMALL, anchor="start"),
-        f'<path d="M0,61h34" stroke="{_EDGE}" stroke-width="1.4"/>',
+        f'<path d="M0,61h34" fill="none" stroke="{_EDGE}" stroke-width="1.4"/>',
         _text(42.0, 65.0, "crosses a converter: DAC and ADC values per sample", _SMALL, anchor="start"),
-        f'<path d="M0,81h34" stroke="{_EDGE}" stroke-width="1.4" stroke-dasharray="5 3"/>',
+        f'<path d="M0,81h34" fill="none" stroke="{_EDGE}" stroke-width="1.4" stroke-dasharray="5 3"/>',
         _text(42.0, 85.0, "stays digital", _SMALL, anchor="start"),
     ]
     rows = [(f"stayed digital: {path}: {reason}", _WARN) for path, reason in scene.rejected[:10]]

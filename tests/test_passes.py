@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,29 @@ def run(program: Program, *inputs: Tensor) -> Any:
 
 def targets(program: Program) -> list[Any]:
     return [node.target for node in program.graph.nodes if node.op in ("call_function", "call_module")]
+
+
+# -- imports -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+LAYERS = {
+    "runtime": ("errors", "runtime"),
+    "passes": ("errors", "hardware", "ir", "plan", "runtime", "passes"),
+}
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_imports_point_one_way(folder: str) -> None:
+    files = list((ROOT / folder).glob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module is None or module.split(".")[0] != "ffebm_compiler":
+                continue
+            assert module.split(".")[1] in LAYERS[folder], f"{path.name} imports {module}"
+            if folder == "passes":
+                assert module not in ("ffebm_compiler.runtime.solvers", "ffebm_compiler.runtime.gradients"), path.name
 
 
 # -- capture and functionalize -------------------------------------------------------------------

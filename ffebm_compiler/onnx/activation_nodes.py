@@ -22,6 +22,7 @@ from ffebm_compiler.runtime.activations import (
     LeakyReLU,
     LogSigmoid,
     Mish,
+    QuickGELU,
     ReLU,
     Sigmoid,
     SiLU,
@@ -116,6 +117,7 @@ _TABLE: Mapping[type[Activation], Callable[[Writer, Any, str], str]] = {
     Softplus: _softplus,
     LogSigmoid: lambda writer, _, h: writer.op("Neg", _softplus_of(writer, writer.op("Neg", h))),
     SiLU: lambda writer, _, h: writer.op("Mul", h, writer.op("Sigmoid", h)),
+    QuickGELU: lambda writer, a, h: writer.op("Mul", h, writer.op("Sigmoid", writer.scaled(h, a.alpha))),
     Mish: _mish,
     GELU: _gelu,
 }

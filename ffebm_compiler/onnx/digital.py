@@ -17,7 +17,7 @@ from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
-from ffebm_compiler.onnx.trace import Trace, clean
+from ffebm_compiler.onnx.trace import Trace
 
 __all__ = ["export_digital"]
 
@@ -95,12 +95,11 @@ def _exported(parts: Sequence[Step], hybrid: HybridModel, fuse: bool) -> list[tu
             trace.output(name, node)
         ports.append((inputs, outputs))
     try:
-        joint = trace.export(fuse).model
+        joint = trace.export(fuse)
     except ExportError as error:
         if len(parts) == 1:
             raise ExportError(_blame(parts[0], hybrid, error)) from error
         raise
-    clean(joint)
     proto = package("onnx_ir").to_proto(joint)
     models = []
     for step, (inputs, outputs) in zip(parts, ports, strict=True):

@@ -117,6 +117,10 @@ class Writer:
         """
         if before == after and None not in before[1:]:
             return value
+        if [size for size in before if size != 1] == [size for size in after if size != 1]:
+            ones = [[index for index, size in enumerate(shape) if size == 1] for shape in (before, after)]
+            flat = self.op("Squeeze", value, self.ints(ones[0])) if ones[0] else value
+            return self.op("Unsqueeze", flat, self.ints(ones[1])) if ones[1] else flat
         target = list[int]()
         for index, size in enumerate(after):
             kept = size is None and before[: index + 1] == after[: index + 1]

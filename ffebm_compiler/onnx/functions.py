@@ -4,10 +4,11 @@
 
 The states start at their feedforward values. One pass of the body is one Gauss–Seidel sweep of
 `runtime.phases.FreePhase`; it ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
-at most `rtol`, or after `max_sweeps`. What depends on the inputs alone is computed before the loop.
-An ONNX function cannot raise: the outputs of a block that did not settle are NaN.
+at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. What depends on the inputs
+alone is computed before the loop. An ONNX function cannot raise: the outputs of a block that did
+not settle are NaN.
 
-Blocks of one structure share one function; γ, `rtol` and `max_sweeps` are attributes of the call.
+Blocks of one structure share one function; γ and the limits are attributes of the call.
 """
 
 from __future__ import annotations
@@ -151,11 +152,14 @@ class _Builder:
         if not self.coupled:
             return {}
         scales = self.block.scales
-        return {
-            "rtol": float(self.settling["rtol"]),
+        attributes: dict[str, float | int] = {
+            "largest_change": float(self.settling["largest_change"]),
+            "min_sweeps": int(self.settling["min_sweeps"]),
             "max_sweeps": int(self.settling["max_sweeps"]),
-            **{name: scales[later] / scales[index] for (index, later), name in self.gammas.items()},
         }
+        for (index, later), name in self.gammas.items():
+            attributes[name] = scales[later] / scales[index]
+        return attributes
 
     def _digest(self) -> str:
         """By structure: blocks that differ in weights, γ and tolerances alone share a function."""
@@ -224,8 +228,10 @@ class _Builder:
         names = self.main.names
         body = Writer(names, self.dtype, outside=self.main)
         gammas = {key: self.main.setting(name, "float") for key, name in self.gammas.items()}
-        rtol = self.main.setting("rtol", "float")
-        sweeps = self.main.setting("max_sweeps", "int")
+        limit = self.main.setting("largest_change", "float")
+        least, most = self.main.setting("min_sweeps", "int"), self.main.setting("max_sweeps", "int")
+        before_least = self.main.op("Sub", least, self.main.constant(np.array(1, dtype=np.int64)))
+        sweep = names.fresh("sweep")
         carried = [names.fresh("s") for _ in states]
         present = list(carried)
         pulled: dict[str, dict[int, str]] = {}
@@ -243,14 +249,14 @@ class _Builder:
             present[index] = self._activate(body, index, body.added(terms))
             changes.append(self._change(body, before, present[index]))
         residual = body.op("Max", *changes) if len(changes) > 1 else changes[0]
-        more = body.op("Greater", residual, rtol)
+        more = body.op("Or", body.op("Greater", residual, limit), body.op("Less", sweep, before_least))
         finals = [state if state not in carried else body.op("Identity", state, stem="kept") for state in present]
         kind, info = self.main.elem_type, onnx.helper.make_tensor_value_info
         graph = onnx.helper.make_graph(
             body.nodes,
             "sweep",
             [
-                info(names.fresh("sweep"), onnx.TensorProto.INT64, []),
+                info(sweep, onnx.TensorProto.INT64, []),
                 info(names.fresh("go_on"), onnx.TensorProto.BOOL, []),
                 *(info(name, kind, None) for name in carried),
                 info(names.fresh("before"), kind, []),
@@ -266,9 +272,9 @@ class _Builder:
         go_on = self.main.constant(np.array(True))
         start = self.main.number(float("inf"))
         self.main.nodes.append(
-            onnx.helper.make_node("Loop", [sweeps, go_on, *states, start], [*results, last], body=graph)
+            onnx.helper.make_node("Loop", [most, go_on, *states, start], [*results, last], body=graph)
         )
-        return results, self.main.op("LessOrEqual", last, rtol)
+        return results, self.main.op("LessOrEqual", last, limit)
 
     def _order(self) -> list[int]:
         count = len(self.program.layers)

@@ -32,11 +32,24 @@ def seal(manifest: Mapping[str, Any]) -> str:
 
 
 def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
-    """When and how the free phase of a block stops, as its solver would."""
+    """When and how the free phase of a block stops, as `runtime.solvers.relax` stops it.
+
+    It stops after a sweep, the `min_sweeps`-th or a later one, in which no layer changed by more than
+    `largest_change` (relative): where a sweep contracts by κ, the error that is left is at most κ/(1 − κ) times
+    the change, so that this is `rtol` · (1 − κ)/κ, and no block is done before about 0.6 of the sweeps that κ predicts.
+    """
     solver = block.active_solver
+    rtol, contraction = block._rtol(getattr(torch, dtype)), block._contraction()
+    change, earliest = rtol, 1
+    if contraction:
+        change = rtol * (1 - contraction) / contraction
+        earliest = math.floor(0.6 * math.log(rtol) / math.log(contraction)) + 1
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
     return {
-        "rtol": block._rtol(getattr(torch, dtype)),
+        "rtol": rtol,
+        "contraction": contraction,
+        "largest_change": change,
+        "min_sweeps": max(1, min(earliest, solver.max_sweeps)),
         "max_sweeps": solver.max_sweeps,
         "schedule": "forward" if schedule == "auto" else schedule,
         "on_failure": solver.on_failure,

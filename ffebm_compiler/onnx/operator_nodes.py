@@ -185,7 +185,8 @@ def _arguments(operator: Wiring, names: Sequence[str], defaults: Sequence[Any]) 
     return [given.get(name, default) for name, default in zip(names, defaults, strict=True)]
 
 
-def _slice_bounds(operator: Wiring, shape: Shape) -> tuple[int, int, int]:
+def _slice_bounds(operator: Wiring, shape: Shape) -> tuple[int, int, int] | None:
+    """(dimension, start, end), or None for a slice that takes everything."""
     if operator.function is torch.narrow:
         dim, start, length = _arguments(operator, ("dim", "start", "length"), (0, 0, 0))
         end, step = start + length, 1
@@ -194,17 +195,29 @@ def _slice_bounds(operator: Wiring, shape: Shape) -> tuple[int, int, int]:
     dim %= len(shape)
     if step != 1:
         raise ExportError(f"a slice with step {step} inside an energy block has no ONNX form here")
+    if not start and (end is None or end >= _EVERYTHING):
+        return None
     first, last, _ = slice(start, end).indices(_fixed(shape, dim))
     return dim, first, last
 
 
+_EVERYTHING = 2**62
+"""`torch.export` writes an open end as the largest integer."""
+
+
 def _slice_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, result: Shape) -> str:
-    dim, start, end = _slice_bounds(operator, shape)
+    bounds = _slice_bounds(operator, shape)
+    if bounds is None:
+        return value
+    dim, start, end = bounds
     return writer.op("Slice", value, writer.ints([start]), writer.ints([end]), writer.ints([dim]))
 
 
 def _slice_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
-    dim, start, end = _slice_bounds(operator, shape)
+    bounds = _slice_bounds(operator, shape)
+    if bounds is None:
+        return cotangent
+    dim, start, end = bounds
     return writer.padded(cotangent, len(shape), dim, start, _fixed(shape, dim) - end)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ffebm_compiler.onnx.packages import IR_VERSION, package
 from ffebm_compiler.onnx.steps import Value
 
-__all__ = ["Port", "free_dims", "part_of"]
+__all__ = ["Port", "part_of"]
 
 Port = tuple[str, Value]
 """Name of an input or output in the joint model, and the value that it is."""
@@ -68,13 +68,6 @@ def _free(graph: Any, names: dict[str, str], taken: set[str]) -> None:
 def _info(onnx: Any, value: Value) -> Any:
     kind = onnx.helper.np_dtype_to_tensor_dtype(value.zeros().numpy().dtype)
     return onnx.helper.make_tensor_value_info(value.name, kind, list(value.shape))
-
-
-def free_dims(info: Any, value: Value) -> None:
-    """Write the names of the free sizes of a value into its declaration."""
-    for dim, size in zip(info.type.tensor_type.shape.dim, value.shape, strict=True):
-        if isinstance(size, str):
-            dim.dim_param = size
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

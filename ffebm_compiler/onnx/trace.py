@@ -21,8 +21,9 @@ from torch import Tensor, fx, nn
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.steps import Operand, Step, Value
+from ffebm_compiler.runtime.feedforward import ReboundDropout
 
-__all__ = ["MODULE_KEY", "Trace", "clean"]
+__all__ = ["MODULE_KEY", "Trace"]
 
 MODULE_KEY = "ffebm.module"
 """Metadata key of a node: path of the source's module that it comes from."""
@@ -45,7 +46,9 @@ class Trace:
         return node
 
     def output(self, name: str, node: fx.Node) -> None:
-        """A new output of the model."""
+        """A new output of the model; an input, a tensor or another output that is handed on is copied."""
+        if node.op in ("placeholder", "get_attr") or any(node is known for _, known in self.outputs):
+            node = self.graph.call_function(torch.ops.aten.clone.default, (node,))
         self.outputs.append((name, node))
 
     def operand(self, operand: Operand, of: Callable[[Value], fx.Node]) -> fx.Node | None:
@@ -78,6 +81,9 @@ class Trace:
                 return [known[result] for result in node.args[0]]
             if node.op == "placeholder":
                 continue
+            if node.op == "call_module" and isinstance(part.get_submodule(str(node.target)), ReboundDropout):
+                known[node] = known[node.args[0]]
+                continue
             known[node] = self.graph.node_copy(node, known.__getitem__)
             if node.op == "call_module":
                 target = f"{step.name}_{node.target}"
@@ -92,7 +98,7 @@ class Trace:
         return [self.graph.call_function(_pick, (call, index)) for index in range(outputs)]
 
     def export(self, fuse: bool = False) -> Any:
-        """The ONNX program (`torch.onnx.ONNXProgram`).
+        """The ONNX model (`onnx_ir.Model`), without what the exporter notes for itself.
 
         Args:
             fuse: let onnxscript's optimizer rewrite the graph (it fuses batch norm into convolutions).
@@ -112,7 +118,7 @@ class Trace:
         )
         try:
             with _quiet(), torch.no_grad():
-                return torch.onnx.export(
+                program = torch.onnx.export(
                     module,
                     tuple(value.zeros() for _, value in self.inputs),
                     dynamo=True,
@@ -125,6 +131,10 @@ class Trace:
                 )
         except Exception as error:  # the exporter raises many kinds
             raise ExportError(_first_cause(error)) from error
+        assert program is not None  # it is None for the old exporter alone
+        _clean(program.model)
+        _name_sizes(program.model, [value for _, value in self.inputs])
+        return program.model
 
     def _placeholders_first(self) -> None:
         first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
@@ -176,7 +186,7 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
-def clean(model: Any) -> None:
+def _clean(model: Any) -> None:
     """Remove stack traces, paths and exporter records from an `onnx_ir.Model`; keep each node's module path."""
     graph = model.graph
     for holder in (model, graph, *graph.inputs, *graph.initializers.values()):
@@ -191,6 +201,20 @@ def clean(model: Any) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
             value.doc_string = None
+
+
+def _name_sizes(model: Any, inputs: Sequence[Value]) -> None:
+    """Call the free sizes by their names in the manifest."""
+    names: dict[str, str] = {}
+    for found, value in zip(model.graph.inputs, inputs, strict=True):
+        for dim, size in zip(found.shape, value.shape, strict=True):
+            if isinstance(size, str) and size.isidentifier():
+                names[str(dim.value)] = size
+    values = [*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)]
+    for value in values:
+        for index, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and dim.value is not None:
+                value.shape[index] = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(dim.value))
 
 
 def _module_path(scopes: str) -> str:

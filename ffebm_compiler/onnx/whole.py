@@ -15,7 +15,7 @@ from ffebm_compiler.onnx.folder import whole_files
 from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.steps import Step, Steps, Value
-from ffebm_compiler.onnx.trace import Trace, clean
+from ffebm_compiler.onnx.trace import Trace
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.phases import FreePhase
 from ffebm_compiler.runtime.program import Frame
@@ -74,8 +74,7 @@ def export_whole(hybrid: HybridModel, path: Path, *, fuse_batchnorm: bool = Fals
     package("onnxscript")
     steps = Steps.of(hybrid)
     functions = {step.name: block_function(step) for step in steps.steps if step.energy}
-    program = _trace(hybrid, steps, functions).export(fuse_batchnorm)
-    model = program.model
+    model = _trace(hybrid, steps, functions).export(fuse_batchnorm)
     _finish(model, hybrid, functions)
     ir = package("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
@@ -125,9 +124,8 @@ def _metadata(hybrid: HybridModel, step: Step) -> dict[str, str]:
 
 
 def _finish(model: Any, hybrid: HybridModel, functions: Mapping[str, BlockFunction]) -> None:
-    """Add the functions, name things and remove what the exporter notes for itself."""
+    """Add the functions and name things."""
     ir = package("onnx_ir")
-    clean(model)
     for function in functions.values():
         body = ir.serde.deserialize_function(function.proto)
         model.functions[body.identifier()] = body

@@ -1,0 +1,86 @@
+"""What README.md prints works as printed, and what it names exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ffebm_compiler.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-W", "error::UserWarning", *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_example_runs_as_printed(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) <= 12
+    done = python("-c", block, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "block_1" in done.stdout
+    assert "gradients against float64 unrolled" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(path: Path, tmp_path: Path) -> None:
+    assert f".venv/bin/python examples/{path.name}" in path.read_text(encoding="utf-8"), "its command stands on top"
+    arguments = [str(tmp_path / "pictures")] if path.name == "draw_demo.py" else []
+    done = python(str(path), *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_quickstart_is_the_printed_example() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    quickstart = (ROOT / "examples" / "quickstart.py").read_text(encoding="utf-8")
+    for line in filter(None, block.splitlines()):
+        assert line in quickstart
+
+
+def test_links_and_pictures_exist() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if not target.startswith("http")]
+    assert "docs/pictures/demo-folded.svg" in targets
+    for target in [*targets, *re.findall(r"`(tests/\w+\.py|examples/\w+\.py|benchmarks/\w+\.py)`", README)]:
+        assert (ROOT / target).is_file(), target
+
+
+def test_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\S+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    lines = re.findall(r"^ffebm (\w+)(.*)$", README, re.MULTILINE)
+    assert len(lines) >= 5
+    for command, rest in lines:
+        # `--weights` and the model are the reader's own: only the options are checked.
+        shown = CliRunner().invoke(main, [command, "--help"], env={"COLUMNS": "200", **os.environ})
+        assert shown.exit_code == 0
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in shown.output, f"ffebm {command} has no {option}"
+
+
+def test_printed_check_command_passes() -> None:
+    (line,) = re.findall(r"^ffebm (check .*)$", README, re.MULTILINE)
+    result = CliRunner().invoke(main, line.split())
+    assert result.exit_code == 0, result.output
+
+
+def test_demo_table_has_every_row_of_the_demo() -> None:
+    demo = (ROOT / "ffebm_compiler" / "demo.py").read_text(encoding="utf-8")
+    table = README[README.index("demo:begin") : README.index("demo:end")]
+    rows = re.findall(r'Row\.(?:least|most)\(\s*f?"([^"]+)"', demo)
+    assert len(rows) >= 12
+    for row in rows:
+        assert re.sub(r"^\{.*?\} ", "", row) in table

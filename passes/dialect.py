@@ -183,6 +183,12 @@ def _floating(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def _is_zero_pad(node: fx.Node) -> bool:
+    constant = node.target is aten.constant_pad_nd.default or _argument(node, 2, "mode", "constant") == "constant"
+    value = _argument(node, 2 if node.target is aten.constant_pad_nd.default else 3, "value", 0)
+    return _floating(node) and constant and not value
+
+
 def _has_dims(node: fx.Node) -> bool:
     return len(node.args) > 1 and node.args[1] is not None and _floating(node) and "dtype" not in node.kwargs
 
@@ -218,6 +224,8 @@ _AVG_POOLS = (
 WIRING: Mapping[object, WiringForm] = {
     **{target: WiringForm("reshape", _floating) for target in _RESHAPES},
     **{target: WiringForm("copy", _floating) for target in _COPIES},
+    aten.constant_pad_nd.default: WiringForm("reshape", _is_zero_pad),
+    aten.pad.default: WiringForm("reshape", _is_zero_pad),
     **{target: WiringForm("avg_pool") for target in _AVG_POOLS},
     aten.mean.dim: WiringForm("avg_pool", _has_dims),
     aten.max_pool1d.default: WiringForm("max_pool", _floating),

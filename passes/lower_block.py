@@ -353,6 +353,8 @@ def _wiring(node: fx.Node) -> Operator:
     keywords = tuple((key, _plain(value)) for key, value in node.kwargs.items())
     if node.target in _RESHAPES:
         return Reshape(_RESHAPES[node.target], arguments, keywords)
+    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
+        return Wiring(F.pad, arguments[:1])
     if node.target in _MAX_POOLS:
         return MaxPool(_MAX_POOLS[node.target], arguments)
     if node.target in _FUNCTIONS:

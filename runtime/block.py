@@ -117,7 +117,9 @@ class EnergyBlock(nn.Module):
             like = [
                 value.to(first) if first is not None and value.is_floating_point() else value for value in self._like
             ]
-            frame = Frame(self.program, like, weights)
+            operands = self.laid_out([*like, *weights])
+            inputs = [value for value in operands[: len(like)] if value is not None]
+            frame = Frame(self.program, inputs, operands[len(like) :])
             states = _complete(FreePhase(frame, (1.0,) * len(self.program.layers)).values)
             # Random masks are left out of the measured norm; `edge_norms` adds their gain as a bound.
             masks = {i.output for layer in self.program.layers for i in layer.instructions if i.operator.draws}

@@ -90,7 +90,7 @@ def _norm(frame: Frame, earlier: int, later: int, like: Tensor) -> float:
     program = frame.program
     generator = torch.Generator().manual_seed(0)
     dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
-    right = torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device, like.dtype)
+    right = torch.empty_like(like).copy_(torch.randn(like.shape, generator=generator, dtype=dtype))
     right = right / torch.linalg.vector_norm(right)
     slots: list[Tensor | None] = [None] * len(program.layers)
     left: Tensor | None = None

@@ -1,0 +1,66 @@
+"""Explicit padding: `padding="same"` with an even kernel becomes a zero pad and a plain convolution.
+
+An asymmetric padding has no place in a convolution's own arguments, and the transpose of the
+convolution needs it there.
+
+Promise: the graph computes the same values; every convolution's padding is symmetric.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ffebm_compiler.ir import Program
+
+__all__ = ["explicit_padding"]
+
+aten = torch.ops.aten
+
+_PLAIN = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+
+
+def explicit_padding(program: Program) -> Program:
+    """Split every convolution whose `"same"` padding is asymmetric."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target not in _PLAIN:
+            continue
+        value, weight, bias, stride, padding, dilation, groups = _arguments(node)
+        assert isinstance(value, fx.Node)
+        assert isinstance(weight, fx.Node)
+        kernel = [int(size) for size in weight.meta["val"].shape[2:]]
+        assert isinstance(dilation, list | tuple)
+        steps = [int(d) for d in dilation] * (len(kernel) if len(dilation) == 1 else 1)
+        totals = [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
+        if padding != "same" or not any(total % 2 for total in totals):
+            continue
+        # torch pads the odd element at the end; the last dimension comes first.
+        sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+        with graph.inserting_before(node):
+            padded = graph.call_function(aten.constant_pad_nd.default, (value, sides))
+            padded.meta = dict(node.meta)
+            with value.meta["val"].fake_mode:
+                padded.meta["val"] = aten.constant_pad_nd.default(value.meta["val"], sides)
+            plain = graph.call_function(
+                _PLAIN[node.target],
+                (padded, weight, bias, list(stride), [0] * len(kernel), list(steps), groups),
+            )
+        plain.meta = dict(node.meta)
+        node.replace_all_uses_with(plain)
+        graph.erase_node(node)
+    graph.lint()
+    return program
+
+
+def _arguments(node: fx.Node) -> list:  # type: ignore[type-arg]
+    """All arguments of a convolution, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    return [
+        node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        for index, argument in enumerate(schema)
+    ]

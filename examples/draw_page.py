@@ -53,7 +53,8 @@ def screenshots(folder: Path) -> None:
         "Emulation.setDeviceMetricsOverride", {"width": 1280, "height": 860, "deviceScaleFactor": 1, "mobile": False}
     )
     click = (
-        "const title = [...document.querySelectorAll('g.node > .title')].find((t) => t.textContent.includes(arguments[0]));"
+        "const titles = [...document.querySelectorAll('g.node > .title')];"
+        "const title = titles.find((one) => one.textContent.includes(arguments[0]));"
         "title.dispatchEvent(new MouseEvent('click', {bubbles: true}));"
     )
     try:

@@ -6,6 +6,7 @@ Needs Chromium and its driver (Debian: apt-get install chromium chromium-driver)
 from __future__ import annotations
 
 import base64
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from networks import digits_cnn, transformer
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
+from ffebm_compiler.ir import OperationGraph
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -328,6 +330,22 @@ def test_overlays_are_chosen_from_a_list(browser: Browser, tmp_path: Path) -> No
         "return [...document.querySelectorAll('.bar')].map((bar) => wide(bar) / wide(bar.previousSibling))"
     )
     assert widths == pytest.approx([1.0, 0.5])
+
+
+def test_a_plan_without_blocks_and_an_input_that_is_an_output(browser: Browser, tmp_path: Path) -> None:
+    plan = chain_plan(2, rejected=(0, 1))
+    graph = OperationGraph({"x": 64, "unused": 3}, plan.graph.operations, (*plan.graph.outputs, "x"))
+    drawing.save_html(dataclasses.replace(plan, graph=graph), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    titles = [title.removeprefix("▸ ") for title in browser.titles()]
+    assert sorted(titles) == [
+        "digital_1 · digital", "digital_2 · digital", "output 1", "output 2", "unused · input", "x · input",
+    ]  # fmt: skip
+    browser.click("output 2")
+    assert "64 values per sample" in browser.panel()
+    browser.button("expand")
+    assert "to output 1" in browser.titles()
+    assert "0 energy blocks" in browser.js("return document.querySelector('.totals').textContent")
 
 
 @pytest.mark.parametrize("size", SIZES)

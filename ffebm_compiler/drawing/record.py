@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ffebm_compiler.drawing.overlay import Overlay
 from ffebm_compiler.drawing.scene import Node, scene_of, set_of, shape_words
 from ffebm_compiler.ir import Operation, Role
@@ -106,9 +108,7 @@ def _part(plan: Plan, node: Node, index: dict[str, int]) -> dict[str, Any]:
 
 def _block(plan: Plan, block: BlockPlan, node: Node, index: dict[str, int], bound: BoundBlock | None) -> dict[str, Any]:
     layers = [plan.graph[name] for name in block.operations if plan.graph[name].role is Role.WEIGHT]
-    settles = (
-        "settles its layers together" if len(layers) > 1 else "is one layer, without feedback: exactly the source's"
-    )
+    settles = "its layers settle together" if len(layers) > 1 else "one layer, without feedback: exactly the source's"
     facts = [
         ("tiles", f"{count(block.tiles)}{_utilisation(plan, block, layers)}"),
         ("DAC values per sample", count(block.dac)),
@@ -146,6 +146,10 @@ def _utilisation(plan: Plan, block: BlockPlan, layers: Sequence[Operation]) -> s
     return f", {100 * weights * hardware.devices_per_weight / devices:.1f} % of their devices used"
 
 
+def _dtype(bound: BoundBlock) -> torch.dtype:
+    return next((weight.dtype for weight in bound.weights if weight is not None), torch.float32)
+
+
 def _measured(bound: BoundBlock) -> list[tuple[str, str]]:
     certificate, last = bound.certificate, bound.module.last
     rows = []
@@ -154,7 +158,8 @@ def _measured(bound: BoundBlock) -> list[tuple[str, str]]:
     else:
         rows.append(("loop gain κ", f"{certificate.loop_gain:.3g}"))
         rows.append(("spectral radius ρ", f"{certificate.radius:.3g}"))
-        rows.append(("settles", "certified" if certificate.certified else "not certified, measured instead"))
+        predicted = certificate.sweeps(bound.module._rtol(_dtype(bound)))
+        rows.append(("sweeps predicted", "unknown, no certificate" if predicted is None else str(predicted)))
     if last is not None and last.sweeps:
         rows.append(("sweeps in the last forward", str(last.sweeps)))
         rows.append(("residual", f"{last.residual:.2e}"))

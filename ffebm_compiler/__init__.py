@@ -27,6 +27,7 @@ from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
 from ffebm_compiler.runtime.solvers import Anderson, GaussSeidel
+from ffebm_compiler.storage import load
 
 __version__ = "0.1.0"
 
@@ -56,5 +57,6 @@ __all__ = [
     "check_gradients",
     "convert",
     "hardware_presets",
+    "load",
     "plan",
 ]

@@ -32,6 +32,7 @@ from ffebm_compiler.passes.split_large import split_large
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.storage import Conversion
 
 __all__ = ["convert", "plan"]
 
@@ -188,6 +189,7 @@ def convert(
     else:
         plan.validate()
     hybrid = HybridModel(front.program, plan, lower(front.program, plan))
+    hybrid.conversion = Conversion.of(front.args, front.kwargs, dynamic_shapes)
     hybrid.configure(feedback=feedback, estimator=estimator, solver=solver)
     hybrid.calibrate(*front.args, **front.kwargs)
     hybrid.verify_feedforward(model, front.args, front.kwargs)

@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from ffebm_compiler.errors import FFEBMError, InputError, NotYetError, UnsupportedError
+from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.plan import BlockPlan, Plan
 from ffebm_compiler.runtime.block import EnergyBlock, Equilibrium
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
@@ -28,8 +28,10 @@ from ffebm_compiler.signature import CallForm
 
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
+    from ffebm_compiler.costs_report import CostReport
     from ffebm_compiler.ir import Program
     from ffebm_compiler.passes.lower import Lowered
+    from ffebm_compiler.storage import Conversion
 
 __all__ = ["BoundBlock", "HybridModel"]
 
@@ -139,6 +141,8 @@ class HybridModel(nn.Module):
         self._feedforward = dict(lowered.feedforward)
         self._call_form = CallForm.of(program)
         self._lifted = tuple(program.lifted.values())
+        self.conversion: Conversion | None = None
+        """What `convert` was called with; `save` stores it."""
         self.training = source.training
         for block in lowered.feedforward.values():
             for module in block.modules():
@@ -342,9 +346,15 @@ class HybridModel(nn.Module):
 
         return summary_text(self)
 
-    def cost_report(self) -> Any:
-        """Modelled energy and latency per block."""
-        raise NotYetError("cost_report() is announced but not built yet: plan.blocks has tiles and conversions")
+    def cost_report(self) -> CostReport:
+        """Modelled energy and latency per sample, with the sweeps that the loop gains predict; `print` it.
+
+        Raises:
+            HardwareError: where `costs` of the hardware names a constant that the model does not have.
+        """
+        from ffebm_compiler.costs_report import cost_report_of
+
+        return cost_report_of(self)
 
     def to_digital(self) -> nn.Module:
         """A plain module of the source's class with the present weights.
@@ -410,10 +420,14 @@ class HybridModel(nn.Module):
         return export(self, Path(path), fuse_batchnorm=fuse_batchnorm)
 
     def save(self, path: str | Path) -> None:
-        """Save plan and weights."""
-        raise NotYetError(
-            "save() is announced but not built yet: use torch.save(hybrid.state_dict(), ...) and plan.to_json()"
-        )
+        """Save plan, settings and weights into a folder (JSON and safetensors); `ffebm.load` reads it.
+
+        Raises:
+            ExportError: where the path cannot be written, or holds something else.
+        """
+        from ffebm_compiler.storage import save
+
+        save(self, path)
 
 
 def _static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:

@@ -7,7 +7,7 @@ class View {
     this.data = data;
     this.tree = new Tree(data);
     this.svg = document.createElementNS(SVG, 'svg');
-    this.svg.setAttribute('role', 'group');
+    this.svg.setAttribute('role', 'tree');
     this.svg.setAttribute('aria-label', `partition of ${data.title}; arrow keys move, Enter opens`);
     this.stage = el('div', { class: 'stage' }, this.svg);
     this.panel = new Panel(this.tree, (item) => this.reveal(item));

@@ -83,7 +83,7 @@ class Panel {
       parts.push(section('Measured', facts(record.measured)));
     }
     if (record.weights.length) {
-      parts.push(section('Parameters', list(record.weights)));
+      parts.push(section('Parameters and statistics', list(record.weights)));
     }
     parts.push(this.operations(item.ops));
     this.show(...parts);

@@ -168,7 +168,7 @@ class Picture {
     const classes = ['node', item.domain, item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : ''];
     const group = this.make('g', {
       class: classes.filter(Boolean).join(' '), transform: `translate(${(node.x - width / 2).toFixed(1)},${(node.y - height / 2).toFixed(1)})`,
-      tabindex: '-1', role: 'button', 'aria-label': this.spoken(item), 'data-id': item.id,
+      tabindex: '-1', role: 'treeitem', 'aria-label': this.spoken(item), 'data-id': item.id,
     });
     if (item.items) {
       group.setAttribute('aria-expanded', String(item.open));
@@ -222,6 +222,7 @@ class Picture {
       element.classList.toggle('hit', hit);
       element.classList.toggle('dimmed', !kept);
       element.setAttribute('tabindex', id === this.selected ? '0' : '-1');
+      element.setAttribute('aria-selected', String(id === this.selected));
     }
     if (!this.elements.has(this.selected)) {
       this.elements.values().next().value?.setAttribute('tabindex', '0');

@@ -22,6 +22,7 @@ from ffebm_compiler.ir import Operation, OperationGraph, Role
 if TYPE_CHECKING:
     import networkx
 
+    from ffebm_compiler.costs_report import CostReport
     from ffebm_compiler.plan_compare import PlanDiff
     from ffebm_compiler.plan_placement import TilePlacement
 
@@ -271,6 +272,22 @@ class Plan:
 
         layers = [[op for n in b.operations if (op := self.graph[n]).role is Role.WEIGHT] for b in self.blocks]
         return place_layers(layers, self.hardware)
+
+    def cost_report(self, *, feedback: float = 0.1, rtol: float = 1e-4, nudged_phases: int = 1) -> CostReport:
+        """Modelled energy and latency per sample, without building the hybrid; `print` it.
+
+        Args:
+            feedback: the loop gain κ that the sweeps of a phase are predicted from.
+            rtol: relative change at which a phase stops.
+            nudged_phases: 1 for one-sided equilibrium propagation, 2 for centered.
+
+        Raises:
+            InputError: for an argument out of range.
+            HardwareError: where `costs` of the hardware names a constant that the model does not have.
+        """
+        from ffebm_compiler.costs_report import cost_report
+
+        return cost_report(self, feedback=feedback, rtol=rtol, nudged_phases=nudged_phases)
 
     def to_networkx(self) -> networkx.DiGraph[str]:
         """The quotient DAG: a node per block and digital part, values per sample on the edges."""

@@ -228,7 +228,7 @@ class _Splitting:
         for key in ("nn_module_stack", "stack_trace"):
             if key in self.node.meta:
                 fresh.meta[key] = self.node.meta[key]
-        values = fx.map_arg(args, lambda node: node.meta["val"])
+        values: tuple[object, ...] = fx.map_arg(args, lambda node: node.meta["val"])  # type: ignore[type-var]
         with self.weight.meta["val"].fake_mode:
             fresh.meta["val"] = target(*values, **(keywords or {}))  # type: ignore[operator]
         return fresh

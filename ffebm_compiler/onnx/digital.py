@@ -19,7 +19,7 @@ from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
 
-__all__ = ["export_digital"]
+__all__ = ["export_digital", "part_models"]
 
 _LARGE = 1 << 30
 """Bytes of tensors above which a part keeps them in a file beside it (one protobuf holds 2 GiB)."""
@@ -47,7 +47,7 @@ def export_digital(hybrid: HybridModel, folder: Path, *, fuse_batchnorm: bool = 
     steps = Steps.of(hybrid)
     with whole_folder(folder) as fresh:
         files: dict[str, str] = {}
-        for step, model in _models(steps, hybrid, fuse_batchnorm):
+        for step, model in part_models(steps, hybrid, fuse_batchnorm):
             files[step.name] = _file_name(step, hybrid)
             _save(onnx, model, fresh / files[step.name])
         tensors = _tensors(steps)
@@ -59,8 +59,12 @@ def export_digital(hybrid: HybridModel, folder: Path, *, fuse_batchnorm: bool = 
     return folder
 
 
-def _models(steps: Steps, hybrid: HybridModel, fuse: bool) -> list[tuple[Step, Any]]:
-    """The ONNX models of all feedforward parts, by one export."""
+def part_models(steps: Steps, hybrid: HybridModel, fuse: bool) -> list[tuple[Step, Any]]:
+    """The ONNX models of all feedforward parts, by one export.
+
+    Raises:
+        ExportError: naming the part and the modules whose operations have no ONNX form.
+    """
     parts = [step for step in steps.steps if not step.energy]
     if not parts:
         return []

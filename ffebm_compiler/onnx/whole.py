@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.onnx.digital import part_models
 from ffebm_compiler.onnx.folder import whole_files
 from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
 from ffebm_compiler.onnx.packages import package
@@ -74,7 +75,11 @@ def export_whole(hybrid: HybridModel, path: Path, *, fuse_batchnorm: bool = Fals
     package("onnxscript")
     steps = Steps.of(hybrid)
     functions = {step.name: block_function(step) for step in steps.steps if step.energy}
-    model = _trace(hybrid, steps, functions).export(fuse_batchnorm)
+    try:
+        model = _trace(hybrid, steps, functions).export(fuse_batchnorm)
+    except ExportError:
+        part_models(steps, hybrid, fuse_batchnorm)  # names the part, where it is one
+        raise
     _finish(model, hybrid, functions)
     ir = package("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

@@ -391,6 +391,46 @@ def test_states_and_gradients_are_those_of_a_brute_force_equilibrium(case: str, 
         assert slope == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5, abs=1e-8), name
 
 
+@pytest.mark.parametrize("case", HAND_WRITTEN)
+@pytest.mark.parametrize("variant", ["positive", "negative", "centered"])
+def test_ep_at_finite_beta_is_the_difference_of_two_brute_force_equilibria(case: str, variant: str) -> None:
+    """g = [∂E(s⁺) − ∂E(s⁻)]/Δβ as it is written in the literature, with a nudge of the size of hardware's."""
+    build, energy, sizes = HAND_WRITTEN[case]
+    model = seeded(lambda: build(nn.Tanh)).double()
+    x = noise(1, 6).double().requires_grad_()
+    beta = 0.3
+    hybrid = ffebm.convert(
+        model,
+        x.detach(),
+        feedback=0.4,
+        gradient=ffebm.EquilibriumPropagation(beta=beta, variant=variant),
+        **CASES[case].options,
+    )
+    found = gradients(hybrid, x)
+    scales = hybrid.blocks[0].module.scales
+    frozen = copy.deepcopy(model).requires_grad_(False)
+
+    def settled(strength: float, force: Tensor) -> list[Tensor]:
+        return minimum(
+            lambda states: energy(frozen, x.detach(), states, scales) + strength * (force * states[-1]).sum(), sizes, 1
+        )
+
+    free = settled(0.0, torch.zeros(1, sizes[-1]).double())
+    output = free[-1].clone().requires_grad_()
+    (error,) = torch.autograd.grad(squared_error(output), output)
+    amplitude = free[-1].norm() / error.norm()  # the nudge is relative to the state
+    up, down = {"positive": (beta, 0.0), "negative": (0.0, -beta), "centered": (beta, -beta)}[variant]
+    leaves = {**dict(model.named_parameters()), "x": x}
+
+    def slopes(strength: float) -> tuple[Tensor, ...]:
+        states = settled(strength, amplitude * error) if strength else free
+        return torch.autograd.grad(energy(model, x, states, scales), list(leaves.values()))
+
+    for name, high, low in zip(leaves, slopes(up), slopes(down), strict=True):
+        expected = (high - low) / ((up - down) * amplitude)
+        assert (found[name] - expected).norm() <= 1e-8 * expected.norm(), name
+
+
 def _plain_states(model: nn.Module, x: Tensor, case: str) -> list[Tensor]:
     if case == "residual":
         s1 = torch.tanh(model.a(x))

@@ -29,6 +29,7 @@ from ffebm_compiler.signature import CallForm
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
     from ffebm_compiler.costs_report import CostReport
+    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.ir import Program
     from ffebm_compiler.passes.lower import Lowered
     from ffebm_compiler.storage import Conversion
@@ -339,6 +340,15 @@ class HybridModel(nn.Module):
         from ffebm_compiler.checks import compare
 
         return compare(self, args, kwargs)
+
+    def diagnose(self, *args: Any, sweeps: int = 12, **kwargs: Any) -> Diagnosis:
+        """How each block settles on given inputs: ρ, sweeps, residual and energy at every sweep.
+
+        `sweeps` is the number of sweeps recorded, whatever the tolerance.
+        """
+        from ffebm_compiler.diagnosis import diagnose
+
+        return diagnose(self, args, kwargs, sweeps)
 
     def summary(self) -> str:
         """The plan, and loop gain, sweeps, solver and estimator of every block, as text."""

@@ -1,0 +1,48 @@
+"""`hybrid.diagnose`: residuals fall as the certificate says, and the energy falls to a minimum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ffebm_compiler as ffebm
+
+
+@pytest.mark.parametrize("feedback", [0.05, 0.4])
+def test_relaxation_of_a_monotone_block(feedback: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 9), nn.Sigmoid(), nn.Linear(9, 4)).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    hybrid = ffebm.convert(model, x, feedback=feedback)
+    block = hybrid.diagnose(x, sweeps=15)["block_1"]
+    assert block.radius**2 == pytest.approx(feedback, rel=1e-3)
+    assert len(block.residuals) == 15
+    assert len(block.energies) == 16
+    assert block.monotone
+    # Gauss-Seidel updates are exact minimisations over one layer: the energy never rises.
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(block.energies, block.energies[1:], strict=False))
+    assert block.energies[0] > block.energies[-1]
+    assert 0 < block.rate <= feedback * 1.05
+    assert block.predicted is not None
+    assert block.sweeps <= block.predicted
+    assert "tanh" not in str(hybrid.diagnose(x))
+    assert "block_1" in str(hybrid.diagnose(x))
+
+
+def test_a_block_of_one_layer_has_nothing_to_settle() -> None:
+    hybrid = ffebm.convert(nn.Linear(3, 2), torch.randn(2, 3))
+    block = hybrid.diagnose(torch.randn(4, 3))["block_1"]
+    assert block.residuals == ()
+    assert block.radius == 0
+    assert block.predicted == 0
+
+
+def test_it_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 4))
+    hybrid = ffebm.convert(model, torch.randn(5, 6)).train()
+    before = {name: tensor.clone() for name, tensor in hybrid.state_dict().items()}
+    hybrid.diagnose(torch.randn(5, 6))
+    assert hybrid.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hybrid.state_dict().items())

@@ -30,6 +30,20 @@ SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&层"
 
 
+OVERLAPS = (
+    "const nodes = [...document.querySelectorAll('g.node')];"
+    "const box = new Map(nodes.map((n) => [n, n.querySelector('.box').getBoundingClientRect()]));"
+    "let found = [];"
+    "for (const a of nodes) for (const b of nodes) {"
+    "  if (a === b || a.parentElement !== b.parentElement) continue;"
+    "  const [p, q] = [box.get(a), box.get(b)];"
+    "  if (p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)"
+    "    found.push(a.dataset.id + ' ' + b.dataset.id);"
+    "} return found;"
+)
+"""Nodes that lie on a sibling."""
+
+
 class Browser:
     """A window with what the tests ask of it."""
 
@@ -160,17 +174,7 @@ def test_a_click_opens_a_block_in_place_and_a_second_one_closes_it(
 def test_nodes_never_overlap_when_open(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["transformer"])
     browser.button("expand")
-    overlaps = browser.js(
-        "const nodes = [...document.querySelectorAll('g.node')];"
-        "const box = new Map(nodes.map((n) => [n, n.querySelector('.box').getBoundingClientRect()]));"
-        "let found = [];"
-        "for (const a of nodes) for (const b of nodes) {"
-        "  if (a === b || a.parentElement !== b.parentElement) continue;"
-        "  const [p, q] = [box.get(a), box.get(b)];"
-        "  if (p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)"
-        "    found.push(a.dataset.id + ' ' + b.dataset.id);"
-        "} return found;"
-    )
+    overlaps = browser.js(OVERLAPS)
     assert overlaps == []
     outside = browser.js(
         "return [...document.querySelectorAll('g.node g.node')].filter((n) => {"
@@ -365,8 +369,25 @@ def test_three_thousand_operations_open_closed_and_a_block_still_opens(browser: 
     drawing.save_html(chain_plan(1000, rejected=tuple(range(0, 1000, 2))), tmp_path / "page.html")
     browser.open(tmp_path / "page.html")
     assert len(browser.titles()) == 1502
-    browser.click("block_7 · analog")
-    assert any(title.startswith("▾") for title in browser.titles())
+    for block in ("block_7", "block_9", "block_200"):
+        browser.click(f"{block} · analog")
+        assert f"▾ ∿ {block} · analog" in browser.titles()
+    assert browser.js(OVERLAPS) == []
+    # Every edge begins at the bottom of a node and ends at the top of one.
+    loose = browser.js(
+        "const near = (a, b) => Math.abs(a - b) < 1;"
+        "const root = document.querySelector('.root > g');"
+        "const boxes = [...root.querySelectorAll(':scope > g.node')].map((n) => {"
+        "  const [x, y] = n.getAttribute('transform').match(/[-\\d.]+/g).map(Number);"
+        "  const [w, h] = ['width', 'height'].map((k) => Number(n.querySelector('.box').getAttribute(k)));"
+        "  return {left: x, right: x + w, top: y, bottom: y + h}; });"
+        "return [...root.querySelectorAll(':scope > g.edge')].filter((e) => {"
+        "  const d = e.querySelector('.wire').getAttribute('d').match(/[-\\d.]+/g).map(Number);"
+        "  const [u, v, x, y] = [d[0], d[1], d.at(-2), d.at(-1) + 5];"
+        "  return !(boxes.some((b) => near(v, b.bottom) && u >= b.left - 1 && u <= b.right + 1)"
+        "    && boxes.some((b) => near(y, b.top) && x >= b.left - 1 && x <= b.right + 1)); }).length"
+    )
+    assert loose == 0
 
 
 def test_notebook_frame_runs_apart_from_the_notebook(browser: Browser, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ class Picture {
     this.svg = svg;
     this.onPick = onPick;
     this.cache = new Map();
+    this.bases = new Map();
     this.elements = new Map();
     this.overlay = null;
     this.selected = null;
@@ -72,24 +73,8 @@ class Picture {
   layInside(item) {
     const { ports, edges } = this.tree.edges(item);
     const items = [...item.items, ...ports];
-    const nodes = items.map((inner) => {
-      const { width, height } = this.lay(inner);
-      return { v: inner.id, width, height };
-    });
-    const links = edges.map((edge) => {
-      const labels = this.tree.labels(edge);
-      return {
-        v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels,
-        width: Math.max(...labels.map((text) => this.width(text, 10))) + 4, height: 13 * labels.length,
-      };
-    });
-    const settings = { nodesep: 22, ranksep: 34, edgesep: 16, rankdir: 'TB' };
-    if (nodes.length > MANY) {
-      settings.ranker = 'tight-tree';
-    }
-    if (nodes.length) {
-      layout(nodes, links, settings, {});
-    }
+    const opened = items.filter((inner) => inner.open);
+    const { nodes, links } = items.length > MANY ? this.stretched(item, items, edges, opened) : this.arranged(items, edges, (inner) => this.lay(inner));
     const box = { left: 0, top: 0, right: 0, bottom: 0 };
     const grow = (x, y, width, height) => {
       box.left = Math.min(box.left, x - width / 2);
@@ -109,6 +94,66 @@ class Picture {
     const width = Math.max(box.right - box.left + 2 * PAD, item.up ? least : 0);
     const shift = { x: (width - (box.right - box.left)) / 2 - box.left, y: top + PAD - box.top };
     return { items, nodes, links, shift, width, height: box.bottom - box.top + top + 2 * PAD };
+  }
+
+  // Positions by dagre.
+  arranged(items, edges, sizeOf) {
+    const nodes = items.map((inner) => {
+      const { width, height } = sizeOf(inner);
+      return { v: inner.id, width, height };
+    });
+    const links = edges.map((edge) => {
+      const labels = this.tree.labels(edge);
+      return {
+        v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels,
+        width: Math.max(...labels.map((text) => this.width(text, 10))) + 4, height: 13 * labels.length,
+      };
+    });
+    const settings = { nodesep: 22, ranksep: 34, edgesep: 16, rankdir: 'TB' };
+    if (nodes.length > MANY) {
+      settings.ranker = 'tight-tree';
+    }
+    if (nodes.length) {
+      layout(nodes, links, settings, {});
+    }
+    return { nodes, links };
+  }
+
+  // A large picture is laid out once, closed; what opens pushes the rest down and aside, which takes no new layout.
+  stretched(item, items, edges, opened) {
+    const key = `${item.id}|${this.overlay?.name ?? ''}`;
+    if (!this.bases.has(key)) {
+      this.bases.set(key, this.arranged(items, edges, (inner) => this.layLeaf(inner)));
+    }
+    const base = this.bases.get(key);
+    const nodes = base.nodes.map((node) => ({ ...node }));
+    const links = base.links.map((link) => ({ ...link, points: link.points.map((point) => ({ ...point })) }));
+    const byId = new Map(nodes.map((node) => [node.v, node]));
+    for (const inner of opened) {
+      const node = byId.get(inner.id);
+      const { width, height } = this.lay(inner);
+      const [x, y, half] = [node.x, node.y, node.height / 2];
+      const [wider, higher] = [Math.max(0, width - node.width) / 2, height - node.height];
+      const moved = (at) => ({ x: Math.abs(at.y - y) <= half ? Math.sign(at.x - x) * wider : 0, y: at.y > y ? higher : 0 });
+      const shifts = new Map(nodes.map((other) => [other.v, moved(other)]));
+      for (const link of links) {
+        link.points.forEach((point, index) => {
+          const end = index === 0 ? link.v : index === link.points.length - 1 ? link.w : null;
+          const shift = end === inner.id ? { x: 0, y: index === 0 ? higher : 0 } : end ? shifts.get(end) : moved(point);
+          point.x += shift.x;
+          point.y += shift.y;
+        });
+        if (link.y > y) {
+          link.y += higher;
+        }
+      }
+      for (const other of nodes) {
+        other.x += other === node ? 0 : shifts.get(other.v).x;
+        other.y += other === node ? higher / 2 : shifts.get(other.v).y;
+      }
+      Object.assign(node, { width, height });
+    }
+    return { nodes, links };
   }
 
   draw() {

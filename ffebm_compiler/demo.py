@@ -67,6 +67,8 @@ class _Variant:
     gradients: GradientReport
     tuned: float = 0.0
     history: list[float] = field(default_factory=list)
+    losses: tuple[float, float] = (0.0, 0.0)
+    """On the training set, before and after the fine-tuning."""
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -130,10 +132,15 @@ def _run(settings: DemoSettings, console: Console, quiet: bool) -> bool:
     steps.title("4. Fine-tune by equilibrium propagation")
     for variant in (kept, folded):
         what = f"EP, batch norm {variant.name}"
-        variant.history = _train(variant.hybrid, data, settings.ep_epochs, 5e-4, 0.0, steps, what)
+        before = _training_loss(variant.hybrid, data)
+        variant.history = _train(variant.hybrid, data, settings.ep_epochs, 1e-4, 0.0, steps, what)
+        variant.losses = (before, _training_loss(variant.hybrid, data))
         variant.hybrid.eval()
         variant.tuned = accuracy(variant.hybrid, data.x_test, data.y_test)
-        steps.say(f"batch norm {variant.name}: {variant.converted:.2f} % -> {variant.tuned:.2f} %")
+        steps.say(
+            f"batch norm {variant.name}: accuracy {variant.converted:.2f} % -> {variant.tuned:.2f} %, "
+            f"loss on the training set {before:.4f} -> {variant.losses[1]:.4f}"
+        )
 
     steps.title("5. Export to ONNX and run in onnxruntime")
     exported: dict[str, Deviations] = {}
@@ -162,6 +169,7 @@ def _run(settings: DemoSettings, console: Console, quiet: bool) -> bool:
     ]
     more = {
         "history": {variant.name: variant.history for variant in (kept, folded)},
+        "losses": {variant.name: variant.losses for variant in (kept, folded)},
         "blocks": {variant.name: [list(b.layers) for b in variant.hybrid.plan.blocks] for variant in (kept, folded)},
         "onnx": {name: asdict(found) for name, found in exported.items()},
         "sweep": sweep,
@@ -212,6 +220,13 @@ def _train(
                 model.recertify()
             history.append(accuracy(model, data.x_test, data.y_test))
     return history
+
+
+def _training_loss(model: nn.Module, data: Digits) -> float:
+    """Mean cross-entropy on the training set, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        return float(functional.cross_entropy(model(data.x_train), data.y_train))
 
 
 def _gradients(hybrid: HybridModel, data: Digits) -> GradientReport:

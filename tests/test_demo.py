@@ -63,6 +63,12 @@ def test_demo_reaches_its_accuracies(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
+def test_demo_fine_tuning_lowers_the_loss(finished: tuple[Path, str]) -> None:
+    before, after = results(finished)["losses"]["folded"]
+    assert after < 0.8 * before
+
+
+@pytest.mark.slow
 def test_demo_gradients(finished: tuple[Path, str]) -> None:
     assert value(finished, "EP gradient, worst cosine, kept") >= 0.999
     assert value(finished, "EP gradient, worst cosine, folded") >= 0.999

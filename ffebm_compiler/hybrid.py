@@ -144,6 +144,9 @@ class HybridModel(nn.Module):
         self._lifted = tuple(program.lifted.values())
         self.conversion: Conversion | None = None
         """What `convert` was called with; `save` stores it."""
+        self.recertify_every: int | None = 100
+        """Training forwards after which the loop gains are measured again; None: never by itself."""
+        self._forwards = 0
         self.training = source.training
         for block in lowered.feedforward.values():
             for module in block.modules():
@@ -196,6 +199,10 @@ class HybridModel(nn.Module):
             ConvergenceError: where a block does not settle.
         """
         leaves = self._call_form.leaves(args, kwargs)
+        if self.training and torch.is_grad_enabled() and self.recertify_every:
+            self._forwards += 1
+            if self._forwards % self.recertify_every == 0:
+                self.recertify()
         outputs = self._modules[_RUN](*self._tensors(), *leaves)  # type: ignore[misc]
         return self._call_form.result(outputs)
 
@@ -278,7 +285,8 @@ class HybridModel(nn.Module):
     def recertify(self) -> None:
         """Measure the loop gains of the present weights and set the feedback again.
 
-        Call it after training by hand; `load_state_dict` does it by itself.
+        Done by itself every `recertify_every` training forwards and by `load_state_dict`; call it
+        after other changes of the weights.
         """
         for name, block in self._energy.items():
             block.recertify(self.operands_of(name)[1])

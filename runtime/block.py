@@ -12,10 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from ffebm_compiler.errors import ConvergenceError, FFEBMError, InputError
 from ffebm_compiler.runtime.energy import hopfield_energy
-from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator, Situation
+from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.loop_gain import Certificate, certify, edge_norms
 from ffebm_compiler.runtime.phases import FreePhase
 from ffebm_compiler.runtime.program import BlockProgram, Frame
+from ffebm_compiler.runtime.situation import Situation
 from ffebm_compiler.runtime.solvers import GaussSeidel, Settled, Solver, relax
 
 __all__ = ["EnergyBlock", "Equilibrium", "default_rtol"]

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.conjugate import solve_adjoint
 from ffebm_compiler.runtime.phases import AdjointPhase, FreePhase, NudgedPhase
 from ffebm_compiler.runtime.program import Frame
-from ffebm_compiler.runtime.solvers import Settled, Solver, relax
+from ffebm_compiler.runtime.situation import Situation
+from ffebm_compiler.runtime.solvers import Settled, relax
 
 __all__ = [
     "EquilibriumPropagation",
@@ -37,30 +39,6 @@ __all__ = [
     "Unrolled",
     "estimator_of",
 ]
-
-
-@dataclass(frozen=True)
-class Situation:
-    """A settled block at which a gradient is asked for."""
-
-    frame: Frame
-    scales: tuple[float, ...]
-    states: tuple[Tensor, ...]
-    preactivations: tuple[Tensor, ...]
-    solver: Solver
-    rtol: float
-    contraction: float | None
-    """Factor by which a sweep contracts, where certified."""
-    hint: str
-    """What to change where a phase does not settle."""
-    free_sweeps: int
-    inputs_needed: tuple[bool, ...]
-    weights_needed: tuple[bool, ...]
-
-    @property
-    def name(self) -> str:
-        """The block's name."""
-        return self.frame.program.name
 
 
 @dataclass
@@ -216,20 +194,48 @@ class EquilibriumPropagation(Estimator):
 class ImplicitDifferentiation(Estimator):
     """Implicit differentiation: H λ = −δ with H = ∂²E/∂s², then g_θ = ∂²E/∂θ∂s λ.
 
-    The adjoint system is solved by the block's own solver in the form u_l = σ_l'(h_l) K_l, which
-    contracts wherever the block's loop gain is below one, monotone activations or not.
+    `method="sweeps"` solves the adjoint system by the block's own solver in the form
+    u_l = σ_l'(h_l) K_l, which contracts wherever the loop gain is below one, monotone activations
+    or not. `"cg"` uses conjugate gradients on the symmetric form, which needs fewer steps where the
+    loop gain is near one, and falls back to sweeps where H turns out to be indefinite. `"auto"`
+    takes sweeps below a certified loop gain of 0.5 and for non-monotone activations, else `"cg"`.
     """
 
+    method: Literal["auto", "sweeps", "cg"] = "auto"
     name = "implicit"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.method not in ("auto", "sweeps", "cg"):
+            raise InputError(f"method is {self.method!r}; expected 'auto', 'sweeps' or 'cg'")
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Solve the adjoint system and contract at the free state."""
+        if not any(error is not None for error in errors):
+            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+        if self._conjugate(at):
+            solution, steps = solve_adjoint(at, errors, _rtol(at))
+            if solution is not None:
+                gradients = _contract(at, solution, at.states)
+                gradients.sweeps = steps
+                return gradients
         # Driven by +δ the system gives e = −u at once.
         phase = AdjointPhase(at.frame, at.scales, at.preactivations, errors)
         settled = _settle(phase, at, f"adjoint system of {at.name}")
         gradients = _contract(at, phase.values, at.states)
         gradients.sweeps = settled.sweeps
         return gradients
+
+    def _conjugate(self, at: Situation) -> bool:
+        monotone = all(layer.activation.monotone for layer in at.frame.program.layers)
+        if self.method == "cg" and not monotone:
+            raise InputError(
+                f"{at.name} has an activation that is not monotone, so that its adjoint system is not positive "
+                "definite: use ImplicitDifferentiation(method='auto') or 'sweeps'"
+            )
+        if self.method == "auto":
+            return monotone and (at.contraction is None or at.contraction > 0.5)
+        return self.method == "cg"
 
 
 @dataclass(frozen=True)
@@ -285,6 +291,9 @@ def estimator_of(gradient: object) -> Estimator:
 
 
 def _settle(phase: NudgedPhase | AdjointPhase, at: Situation, subject: str) -> Settled:
-    # Deviations need fewer digits than states: their error enters the gradient relatively, not over β.
-    rtol = at.rtol if at.solver.rtol is not None or at.contraction is None else min(10 * at.rtol, 1e-2)
-    return relax(phase, at.solver, rtol, subject, at.hint, at.contraction)
+    return relax(phase, at.solver, _rtol(at), subject, at.hint, at.contraction)
+
+
+def _rtol(at: Situation) -> float:
+    """Deviations need fewer digits than states: their error enters the gradient relatively, not over β."""
+    return at.rtol if at.solver.rtol is not None or at.contraction is None else min(10 * at.rtol, 1e-2)

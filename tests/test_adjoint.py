@@ -1,0 +1,98 @@
+"""Conjugate gradients and sweeps solve the same adjoint system; certificates follow training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+
+
+class Residual(nn.Module):
+    """A block that is a graph: two branches and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        return torch.sigmoid(h + self.b(torch.tanh(h)) + self.c(x))
+
+
+COUNTS: dict[str, list[int]] = {}
+
+
+class Counted(ffebm.ImplicitDifferentiation):
+    """Implicit differentiation that notes its steps."""
+
+    def gradients(self, at: Any, errors: Any) -> Any:
+        result = super().gradients(at, errors)
+        COUNTS.setdefault(self.method, []).append(result.sweeps)
+        return result
+
+
+def _gradients(hybrid: ffebm.HybridModel, x: Tensor) -> list[Tensor]:
+    hybrid.zero_grad()
+    hybrid(x).square().mean().backward()
+    return [p.grad.clone() for p in hybrid.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("feedback", [0.1, 0.6, 0.95])
+def test_both_methods_agree_with_unrolled(feedback: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    hybrid = ffebm.convert(Residual().double(), x, feedback=feedback, gradient="unrolled")
+    expected = _gradients(hybrid, x)
+    for method in ("auto", "sweeps", "cg"):
+        hybrid.set_gradient(ffebm.ImplicitDifferentiation(method=method))
+        for found, want in zip(_gradients(hybrid, x), expected, strict=True):
+            assert float((found - want).norm() / want.norm()) < 1e-8, method
+
+
+def test_conjugate_gradients_need_fewer_steps_at_high_gain() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    hybrid = ffebm.convert(Residual().double(), x, feedback=0.95)
+    steps = {}
+    for method in ("sweeps", "cg"):
+        estimator = Counted(method=method)
+        hybrid.set_gradient(estimator)
+        _gradients(hybrid, x)
+        (steps[method],) = COUNTS.pop(method)
+    assert steps["cg"] < steps["sweeps"]
+
+
+def test_guards() -> None:
+    with pytest.raises(ffebm.InputError, match="expected 'auto', 'sweeps' or 'cg'"):
+        ffebm.ImplicitDifferentiation(method="magic")
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    hybrid = ffebm.convert(model, torch.randn(3, 4), gradient=ffebm.ImplicitDifferentiation(method="cg"))
+    with pytest.raises(ffebm.InputError, match="block_1 has an activation that is not monotone"):
+        hybrid(torch.randn(3, 4)).sum().backward()
+
+
+def test_certificates_follow_training() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    hybrid = ffebm.convert(model, torch.randn(3, 4)).train()
+    hybrid.recertify_every = 3
+    before = hybrid.blocks[0].certificate
+    with torch.no_grad():
+        hybrid.get_parameter("2.weight").mul_(5)
+    for _ in range(2):
+        hybrid(torch.randn(3, 4))
+    assert hybrid.blocks[0].certificate == before
+    hybrid(torch.randn(3, 4))
+    after = hybrid.blocks[0].certificate
+    assert after is not None
+    assert before is not None
+    assert after.norms[0][2] == pytest.approx(5 * before.norms[0][2], rel=1e-3)
+    assert after.loop_gain == pytest.approx(0.1, rel=1e-3)
+    hybrid.recertify_every = None
+    for _ in range(4):
+        hybrid(torch.randn(3, 4))
+    assert hybrid.blocks[0].certificate == after

@@ -40,7 +40,7 @@ __all__ = [
     "too_large",
 ]
 
-_EFFORT, _EFFORT_EACH = 300_000, 12
+_EFFORT, _EFFORT_EACH = 120_000, 12
 """Operations that the improvement may look at: a base, and so many for each operation of the network."""
 
 

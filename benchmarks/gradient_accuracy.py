@@ -101,7 +101,9 @@ def main() -> None:
     torch.set_num_threads(1)
     model = network(options.trained)
     rows = []
-    print(f"{'loop gain':>9} {'nudge':>16}  " + "  ".join(f"{name + ' cosine':>15} {'error':>8}" for name in ESTIMATORS))
+    print(
+        f"{'loop gain':>9} {'nudge':>16}  " + "  ".join(f"{name + ' cosine':>15} {'error':>8}" for name in ESTIMATORS)
+    )
     cases: list[tuple[float, Any, str]] = [(k, "ep", "default") for k in (0.01, 0.03, 0.1, 0.3, 0.5)]
     for beta in (1e-3, 1e-2, 1e-1):
         for variant in ("positive", "centered"):

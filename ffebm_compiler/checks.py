@@ -61,11 +61,11 @@ def compare(hybrid: HybridModel, args: tuple[Any, ...], kwargs: Mapping[str, Any
     Without feedback it computes its source's function, which `convert` has verified.
     """
     with hybrid._evaluating():
-        with hybrid.recording() as settled:
-            output = hybrid(*args, **kwargs)
-        sweeps = {block.name: block.module.last.sweeps if block.module.last else 0 for block in hybrid.blocks}
         with hybrid.feedforward_mode(), hybrid.recording() as plain:
             expected = hybrid(*args, **kwargs)
+        with hybrid.recording() as settled:  # last, so that the blocks' states and sweeps are the settled ones
+            output = hybrid(*args, **kwargs)
+        sweeps = {block.name: block.module.last.sweeps if block.module.last else 0 for block in hybrid.blocks}
     return Comparison(
         blocks={name: _relative(settled[name][1], plain[name][1]) for name in settled},
         output=_relative(output, expected),

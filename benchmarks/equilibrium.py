@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import time
@@ -40,7 +41,7 @@ class DCHN(nn.Module):
     def __init__(self, width: float) -> None:
         super().__init__()
         sizes = [3, *(round(width * size) for size in (128, 256, 512, 512))]
-        pairs = zip(sizes, sizes[1:], strict=False)
+        pairs = itertools.pairwise(sizes)
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in pairs)
         self.head = nn.Linear(4 * sizes[-1], 10)
         with torch.no_grad():  # small enough for symmetric feedback, as trained Hopfield networks are
@@ -82,7 +83,7 @@ def plain_step(model: DCHN, x: Tensor, labels: Tensor, beta: float = 0.2) -> lis
         return states
 
     with torch.no_grad():
-        shapes = [up_shape for up_shape in _shapes(model, x)]
+        shapes = list(_shapes(model, x))
         free = settle([x.new_zeros(shape) for shape in shapes], SWEEPS[0], 0.0)
         plus, minus = settle(free, SWEEPS[1], beta), settle(free, SWEEPS[2], -beta)
     parameters = list(model.parameters())

@@ -186,9 +186,9 @@ def _transformers(name: str) -> NamedModel:
 
     model = _built(f"transformers:{name}", build)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size, channels = getattr(model.config, "image_size", 224), getattr(model.config, "num_channels", 3)
-        height, width = (size, size) if isinstance(size, int) else size
-        return NamedModel(model, (f"1x{channels}x{height}x{width}",))
+        size, channels = getattr(model.config, "image_size", None), getattr(model.config, "num_channels", None)
+        side = size if isinstance(size, int) else 224
+        return NamedModel(model, (f"1x{channels if isinstance(channels, int) else 3}x{side}x{side}",))
     return NamedModel(model, ("1x16:int64",))
 
 

@@ -150,6 +150,10 @@ def convert(
     force_analog: ForceAnalog = None,
     on_unsupported: OnUnsupported = "digital",
     seed: Seed = 0,
+    costs: Annotated[bool, typer.Option("--costs", help="Add the modelled energy and latency.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Save the hybrid to this folder, for ffebm.load.")
+    ] = None,
 ) -> None:
     """Convert a model, run it on random input and print what each block does and how far it is from the source.
 
@@ -159,9 +163,15 @@ def convert(
         model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
         on_unsupported, seed,
     )  # fmt: skip
+    if out is not None:
+        hybrid.save(out)
     comparison = hybrid.compare(*args, **kwargs)
     typer.echo(hybrid.summary())
     typer.echo(str(comparison))
+    if costs:
+        typer.echo(str(hybrid.cost_report()))
+    if out is not None:
+        typer.echo(f"saved to {out}")
 
 
 @main.command()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli import main
-from ffebm_compiler.demo_models import DigitsCNN
+from ffebm_compiler.demo_models import DigitsCNN, digits_mlp
 
 FFEBM = Path(sys.executable).with_name("ffebm")
 CNN = ["ffebm_compiler.demo_models:DigitsCNN", "--input", "1x1x8x8"]
@@ -168,6 +168,15 @@ def test_convert_shows_blocks_and_deviation() -> None:
     assert "equilibria" in text
     assert "deviation from the source" in text
     assert "0.3" in text
+
+
+def test_convert_saves_and_counts_costs(tmp_path: Path) -> None:
+    text = done("convert", *MLP, "--costs", "--out", "saved")
+    assert text.endswith("saved to saved\n")
+    assert "modelled" in text
+    loaded = ffebm.load(tmp_path / "saved", digits_mlp())
+    assert [block.name for block in loaded.blocks] == ["block_1"]
+    assert "their_models.py" in refused("convert", *MLP, "--out", "their_models.py")
 
 
 def test_convert_loads_weights(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ Blocks must form an acyclic quotient graph within the hardware's capacity, with 
 boundary conversions (a DAC value for every input of a block, an ADC value for every output, per
 sample), then the fewest blocks. Three steps, each in a file of its own:
 
-1. `partition_waves`: waves of Kahn's algorithm, and the best cuts of each wave by dynamic
-   programming. Acyclic by construction.
+1. `partition_waves`: two starts, both acyclic by construction: waves of Kahn's algorithm with the
+   best cuts of each wave by dynamic programming, and filling one block after the other.
 2. `partition_search`: merge blocks, move operations, take small neighbourhoods apart and build
-   them again, while the objective falls.
+   them again, while the objective falls. The better of the two results is taken.
 3. `partition_state`: the cost and the proof of acyclicity that the search keeps up to date.
 
 Then blocks are assigned to cores; where those are a budget, the least valuable blocks (MACs per
@@ -27,7 +27,7 @@ from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition_search import improve
 from ffebm_compiler.passes.partition_state import State
-from ffebm_compiler.passes.partition_waves import waves_and_cuts
+from ffebm_compiler.passes.partition_waves import next_fit, waves_and_cuts
 
 __all__ = [
     "Partition",
@@ -40,8 +40,8 @@ __all__ = [
     "too_large",
 ]
 
-_EFFORT, _EFFORT_EACH = 120_000, 12
-"""Operations that the improvement may look at: a base, and so many for each operation of the network."""
+_EFFORT, _EFFORT_EACH = 80_000, 8
+"""Operations that the improvement of one start may look at: a base, and so many for each operation of the network."""
 
 
 @dataclass
@@ -74,13 +74,18 @@ def partition(
             reason = too_large(operation, hardware)
             if reason:
                 rejected[operation.name] = reason
-    state = State(graph, hardware, frozenset(block_ops) | {"dropout", "copy"}, frozenset(rejected))
-    for segment in waves_and_cuts(state):
-        block = state.new_block()
-        for v in segment:
-            state.put(v, block)
-    state.start()
-    improve(state, _EFFORT + _EFFORT_EACH * state.size)
+    kinds = frozenset(block_ops) | {"dropout", "copy"}
+    states = []
+    for start in (waves_and_cuts, next_fit):
+        state = State(graph, hardware, kinds, frozenset(rejected))
+        for segment in start(state):
+            block = state.new_block()
+            for v in segment:
+                state.put(v, block)
+        state.start()
+        improve(state, _EFFORT + _EFFORT_EACH * state.size)
+        states.append(state)
+    state = min(states, key=State.objective)
     names = [operation.name for operation in graph.operations]
     order = sorted(state.load, key=lambda block: state.span[block])
     blocks = [[names[v] for v in sorted(state.members(block))] for block in order]

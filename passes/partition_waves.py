@@ -13,7 +13,7 @@ import heapq
 
 from ffebm_compiler.passes.partition_state import State
 
-__all__ = ["waves_and_cuts"]
+__all__ = ["next_fit", "waves_and_cuts"]
 
 _LOOK_BACK = 48
 """Units that a segment is searched over; longer segments are searched over runs of units."""
@@ -21,7 +21,40 @@ _LOOK_BACK = 48
 
 def waves_and_cuts(state: State) -> list[list[int]]:
     """Operations of each block, acyclic and within capacity."""
-    return [segment for wave in _waves(state) for segment in _cut(state, wave)]
+    segments = []
+    for wave in _waves(state):
+        # Depth first or in the order of the graph: neither is always better.
+        _, best = min((_cut(state, order) for order in (wave, sorted(wave))), key=lambda found: found[0])
+        segments += best
+    return segments
+
+
+def next_fit(state: State) -> list[list[int]]:
+    """Another start: fill one block after the other in the order of the graph.
+
+    A block is closed when a layer does not fit, or depends on the block through something outside of it.
+    """
+    blocks: list[list[int]] = []
+    inside: set[int] = set()
+    after: set[int] = set()
+    load = (0, 0, 0)
+    for v in range(state.size):
+        late = any(u in after for u in state.operands[v])
+        fed = any(u in inside for u in state.operands[v])
+        if state.layer[v]:
+            more = state.weight[v]
+            load = (load[0] + more[0], load[1] + more[1], load[2] + more[2])
+            if not blocks or late or not _within(load, state.capacity):
+                blocks.append([])
+                inside, after, load = set(), set(), more
+            blocks[-1].append(v)
+            inside.add(v)
+        elif state.joins[v] and fed and not late:
+            blocks[-1].append(v)
+            inside.add(v)
+        elif fed or late:
+            after.add(v)
+    return blocks
 
 
 def _waves(state: State) -> list[list[int]]:
@@ -69,8 +102,8 @@ def _waves(state: State) -> list[list[int]]:
     return waves
 
 
-def _cut(state: State, wave: list[int]) -> list[list[int]]:
-    """The wave's best cut into consecutive segments within capacity."""
+def _cut(state: State, wave: list[int]) -> tuple[tuple[int, int], list[list[int]]]:
+    """The wave's best cut into consecutive segments within capacity, after its (conversions, segments)."""
     units: list[list[int]] = []
     for v in wave:
         if state.layer[v] or not units:
@@ -90,7 +123,7 @@ def _cut(state: State, wave: list[int]) -> list[list[int]]:
         start = best[end][2]
         segments.append([v for unit in units[start:end] for v in unit])
         end = start
-    return segments[::-1]
+    return best[-1][:2], segments[::-1]
 
 
 def _load(state: State, unit: list[int]) -> tuple[int, int, int]:

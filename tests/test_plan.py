@@ -20,6 +20,7 @@ from torch import nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import FFEBMError, InputError, PlanError, UnsupportedError
+from ffebm_compiler.ir import Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition import Partition, partition
 from ffebm_compiler.passes.planning import describe
 from ffebm_compiler.plan import Plan, PlanOptions
@@ -228,9 +229,13 @@ def test_a_layer_that_fits_no_core_cannot_move() -> None:
 
 
 def test_a_layer_that_cannot_be_analog_says_why() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 2, padding="same"), nn.Flatten(), nn.Linear(32, 3))
-    with pytest.raises(PlanError, match=r"'0' cannot be analog: its padding is asymmetric"):
-        ffebm.plan(model, torch.randn(2, 1, 4, 4)).move("0", "analog")
+    refused = Operation("a", Role.DIGITAL, "first", "matmul", ("x",), 4, reason="of its shape", kind="weight")
+    graph = OperationGraph({"x": 4}, (refused,), ("a",))
+    result = partition(graph, ffebm.Hardware())
+    plan = describe(graph, ffebm.Hardware(), PlanOptions(), result, model="M", modules=["", "first"], parameters=[])
+    assert plan.rejected == {"first": "of its shape"}
+    with pytest.raises(PlanError, match="'first' cannot be analog: of its shape"):
+        plan.move("first", "analog")
 
 
 @settings(max_examples=60, deadline=None)

@@ -396,19 +396,29 @@ class HybridModel(nn.Module):
         save_svg(self._plan, path)
 
     def save_html(
-        self, path: str | Path, *, comparison: Comparison | None = None, gradients: GradientReport | None = None
+        self,
+        path: str | Path,
+        *,
+        comparison: Comparison | None = None,
+        gradients: GradientReport | None = None,
+        diagnosis: Diagnosis | None = None,
     ) -> None:
         """Draw the partition as one self-contained, interactive HTML page; an existing file is replaced.
 
         Loop gains can be shown on the blocks; `comparison` (from `compare(x)`) adds each block's
-        deviation, `gradients` (from `check_gradients`) the agreement of its gradients.
+        deviation, `gradients` (from `check_gradients`) the agreement of its gradients, `diagnosis`
+        (from `diagnose(x)`) its residual and energy at every sweep.
+
+        Raises:
+            InputError: where a measurement is of another hybrid.
+            ExportError: where the path cannot be written or the layout library is missing.
         """
         from ffebm_compiler.drawing import deviation_overlay, gradient_overlay, save_html
 
         overlays = [] if comparison is None else [deviation_overlay(self._plan, comparison)]
         if gradients is not None:
             overlays.append(gradient_overlay(self._plan, gradients))
-        save_html(self._plan, path, self, overlays)
+        save_html(self._plan, path, self, overlays, diagnosis)
 
     def _repr_html_(self) -> str:
         from ffebm_compiler.drawing import notebook_html

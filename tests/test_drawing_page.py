@@ -19,6 +19,7 @@ from networks import digits_cnn, transformer
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
+from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
 from ffebm_compiler.ir import OperationGraph
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -334,6 +335,31 @@ def test_overlays_are_chosen_from_a_list(browser: Browser, tmp_path: Path) -> No
         "return [...document.querySelectorAll('.bar')].map((bar) => wide(bar) / wide(bar.previousSibling))"
     )
     assert widths == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_panel_draws_how_a_block_settles_and_its_costs(browser: Browser, tmp_path: Path, size: str) -> None:
+    block = BlockDiagnosis(("layers.0.linear",), 0.3, 4, 2, (0.1, 0.01, float("inf")), (5.0, 4.0, 3.5, 3.4), True)
+    drawing.save_html(chain_plan(1), tmp_path / "page.html", diagnosis=Diagnosis({"block_1": block}))
+    browser.open(tmp_path / "page.html", size)
+    browser.click("block_1 · analog")
+    assert browser.js("return [...document.querySelectorAll('.curve')].map((c) => c.getAttribute('aria-label'))") == [
+        "residual: largest relative change of a layer, from 0.1 to 0.01 over sweeps 1 to 3",
+        "energy, less that of the feedforward values, from 0 to -1.6 over sweeps 0 to 3",
+    ]
+    assert browser.js(
+        "return [...document.querySelectorAll('.curve')].map((c) => c.querySelectorAll('circle').length)"
+    ) == [2, 4]
+    fits = (
+        "return [...document.querySelectorAll('.curve')].every((c) => { const b = c.getBBox();"
+        "  return b.x >= 0 && b.y >= 0 && b.x + b.width <= 348 && b.y + b.height <= 128; })"
+    )
+    assert browser.js(fits)
+    assert "a minimum of E" in browser.panel()
+    assert "same layers digital" in browser.panel()
+    browser.js("[...document.querySelectorAll('.totals .link')][0].click()")
+    assert "Constants and their sources" in browser.panel()
+    assert "adc_pj" in browser.panel()
 
 
 def test_a_plan_without_blocks_and_an_input_that_is_an_output(browser: Browser, tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 from ffebm_compiler.drawing.exchange import dot_text, model_explorer_text
 from ffebm_compiler.drawing.files import html_text, notebook_html, save_html, save_side_by_side, save_svg
-from ffebm_compiler.drawing.overlay import Overlay, deviation_overlay, gradient_overlay, loop_gain_overlay
+from ffebm_compiler.drawing.overlay import (
+    Overlay,
+    deviation_overlay,
+    gradient_overlay,
+    loop_gain_overlay,
+    relaxation_overlay,
+)
 from ffebm_compiler.drawing.plots import feedback_sweep, plot_deviation, plot_feedback, plot_gradients
 from ffebm_compiler.drawing.raster import save_image
 from ffebm_compiler.drawing.svg import svg_text
@@ -20,6 +26,7 @@ __all__ = [
     "plot_deviation",
     "plot_feedback",
     "plot_gradients",
+    "relaxation_overlay",
     "save_html",
     "save_image",
     "save_side_by_side",

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffebm_compiler.drawing.overlay import Overlay, loop_gain_overlay
+from ffebm_compiler.drawing.overlay import Overlay, loop_gain_overlay, relaxation_overlay
 from ffebm_compiler.drawing.page import page_text
 from ffebm_compiler.drawing.record import record_of
 from ffebm_compiler.drawing.svg import svg_text
 from ffebm_compiler.errors import ExportError, InputError
 
 if TYPE_CHECKING:
+    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import HybridModel
     from ffebm_compiler.plan import Plan
 
@@ -30,27 +31,43 @@ def save_svg(plan: Plan, path: str | Path) -> None:
     write_picture(svg_text(plan), path)
 
 
-def html_text(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[Overlay] = ()) -> str:
-    """The interactive page of a plan; `hybrid` adds loop gains and sweeps.
+def html_text(
+    plan: Plan,
+    hybrid: HybridModel | None = None,
+    overlays: Sequence[Overlay] = (),
+    diagnosis: Diagnosis | None = None,
+) -> str:
+    """The interactive page of a plan.
+
+    `hybrid` adds loop gains and sweeps, `diagnosis` (of `hybrid.diagnose(x)`) how each block settles.
 
     Raises:
+        InputError: where the diagnosis is of another plan.
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the layout library is missing.
     """
-    shown = [*([loop_gain_overlay(hybrid)] if hybrid is not None and plan.blocks else []), *overlays]
-    return page_text([record_of(plan, hybrid, shown)], f"{plan.model} on {plan.hardware.name}")
+    shown = [loop_gain_overlay(hybrid)] if hybrid is not None and plan.blocks else []
+    if diagnosis is not None and plan.blocks:
+        shown.append(relaxation_overlay(plan, diagnosis))
+    record = record_of(plan, hybrid, [*shown, *overlays], diagnosis)
+    return page_text([record], f"{plan.model} on {plan.hardware.name}")
 
 
 def save_html(
-    plan: Plan, path: str | Path, hybrid: HybridModel | None = None, overlays: Sequence[Overlay] = ()
+    plan: Plan,
+    path: str | Path,
+    hybrid: HybridModel | None = None,
+    overlays: Sequence[Overlay] = (),
+    diagnosis: Diagnosis | None = None,
 ) -> None:
     """Write the interactive page, one self-contained file; an existing file is replaced.
 
     Raises:
+        InputError: where the diagnosis is of another plan.
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the path cannot be written or the layout library is missing.
     """
-    write_picture(html_text(plan, hybrid, overlays), path)
+    write_picture(html_text(plan, hybrid, overlays, diagnosis), path)
 
 
 def save_side_by_side(first: Plan, second: Plan, path: str | Path, titles: tuple[str, str] | None = None) -> None:

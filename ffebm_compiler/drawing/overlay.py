@@ -11,10 +11,18 @@ from ffebm_compiler.errors import InputError
 
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
+    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import HybridModel
     from ffebm_compiler.plan import Plan
 
-__all__ = ["Overlay", "deviation_overlay", "gradient_overlay", "loop_gain_overlay"]
+__all__ = [
+    "Overlay",
+    "deviation_overlay",
+    "gradient_overlay",
+    "loop_gain_overlay",
+    "relaxation_overlay",
+    "same_blocks",
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def deviation_overlay(plan: Plan, comparison: Comparison) -> Overlay:
     Raises:
         InputError: where the comparison is of another plan.
     """
-    _same(plan, set(comparison.blocks), "comparison")
+    same_blocks(plan, set(comparison.blocks), "comparison")
     sentence = f"deviation from the source, ‖hybrid − source‖/‖source‖; {comparison.output:.3g} at the output"
     return Overlay("deviation", sentence, dict(comparison.blocks))
 
@@ -88,7 +96,24 @@ def loop_gain_overlay(hybrid: HybridModel) -> Overlay:
     return Overlay("loop gain", "loop gain κ = ρ², below 1 a block is certain to settle; 0 without feedback", values)
 
 
-def _same(plan: Plan, names: set[str], what: str) -> None:
+def relaxation_overlay(plan: Plan, diagnosis: Diagnosis) -> Overlay:
+    """By what factor each block's residual shrinks per sweep, from `hybrid.diagnose(x)`.
+
+    Raises:
+        InputError: where the diagnosis is of another plan.
+    """
+    same_blocks(plan, set(diagnosis.blocks), "diagnosis")
+    values = {name: block.rate for name, block in diagnosis.blocks.items()}
+    sentence = "factor by which a block's residual changes per sweep, measured; below 1 it settles, 0 without feedback"
+    return Overlay("rate", sentence, values)
+
+
+def same_blocks(plan: Plan, names: set[str], what: str) -> None:
+    """Refuse what was measured on another plan.
+
+    Raises:
+        InputError: where a name is no block of the plan.
+    """
     known = {block.name for block in plan.blocks}
     if not names <= known:
         raise InputError(

@@ -28,7 +28,12 @@ class View {
   }
 
   totals() {
-    return el('ul', { class: 'totals' }, ...this.data.totals.map(([value, name]) => el('li', {}, el('b', {}, value), ` ${name}`)));
+    const rows = this.data.totals.map(([value, name]) => el('li', {}, el('b', {}, value), ` ${name}`));
+    if (this.data.costs) {
+      const known = this.data.costs.short !== 'unknown';
+      rows.push(el('li', {}, ...(known ? [el('b', {}, this.data.costs.short), ' per inference, '] : []), this.panel.costsLink(known ? 'modelled' : 'modelled costs')));
+    }
+    return el('ul', { class: 'totals' }, ...rows);
   }
 
   toolbar() {

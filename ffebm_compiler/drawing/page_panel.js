@@ -82,11 +82,39 @@ class Panel {
     if (record.measured.length) {
       parts.push(section('Measured', facts(record.measured)));
     }
+    if (record.curves) {
+      parts.push(...this.relaxation(record.curves));
+    }
+    if (record.costs.length) {
+      parts.push(section('Costs per sample, modelled', facts(record.costs), this.costsLink('all costs and their sources')));
+    }
     if (record.weights.length) {
       parts.push(section('Parameters and statistics', list(record.weights)));
     }
     parts.push(this.operations(item.ops));
     this.show(...parts);
+  }
+
+  relaxation(curves) {
+    const until = curves.sweeps;
+    return [section('How it settles', facts(curves.facts),
+      curve('residual: largest relative change of a layer', curves.residuals, { first: 1, logarithmic: true, until }),
+      curve('energy, less that of the feedforward values', curves.energies, { first: 0, logarithmic: false, until }),
+      el('p', { class: 'quiet' }, until ? `The dashed line is where the forward stopped: sweep ${until}.` : ''))];
+  }
+
+  costsLink(text) {
+    return el('button', { type: 'button', class: 'link', onclick: () => this.costs() }, text);
+  }
+
+  costs() {
+    const { rows, constants, uncounted } = this.tree.data.costs;
+    this.show(
+      el('header', {}, el('h2', {}, 'Costs per sample'), el('p', {}, 'Modelled, nothing here is measured. “Digital” is the same layers in digital arithmetic at 45 nm, without memory access.')),
+      table(['', 'hybrid', 'digital'], rows),
+      el('p', {}, uncounted ? `In no total, unknown and the same on both sides: ${uncounted}.` : ''),
+      section('Constants and their sources', el('ul', { class: 'operations' }, ...constants.map(([name, what, value, source]) => el('li', {}, el('b', {}, `${name}: ${value}`), ` ${what}`, el('small', {}, source))))),
+    );
   }
 
   operation(item) {

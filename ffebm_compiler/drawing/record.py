@@ -8,22 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ffebm_compiler.drawing.figures import block_costs, costs_of, curves_of, total_costs
 from ffebm_compiler.drawing.overlay import Overlay
 from ffebm_compiler.drawing.scene import Node, scene_of, set_of, shape_words
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.text import count
 
 if TYPE_CHECKING:
+    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import BoundBlock, HybridModel
     from ffebm_compiler.plan import BlockPlan, Plan
 
 __all__ = ["record_of"]
 
 
-def record_of(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[Overlay] = ()) -> dict[str, Any]:
+def record_of(
+    plan: Plan,
+    hybrid: HybridModel | None = None,
+    overlays: Sequence[Overlay] = (),
+    diagnosis: Diagnosis | None = None,
+) -> dict[str, Any]:
     """Everything that the page shows of a plan, as JSON values.
 
     Raises:
+        InputError: where the diagnosis is of another plan.
         PlanError: where the plan has no operation or is cyclic.
     """
     scene = scene_of(plan)
@@ -31,13 +39,19 @@ def record_of(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[
     index.update((name, -1 - position) for position, name in enumerate(plan.graph.inputs))
     bound = {block.name: block for block in hybrid.blocks} if hybrid is not None else {}
     blocks = {block.name: block for block in plan.blocks}
+    placed = [node for node in scene.nodes if node.domain in ("analog", "digital")]
     homes = [
         _block(plan, blocks[node.key], node, index, bound.get(node.key))
         if node.key in blocks
         else _part(plan, node, index)
-        for node in scene.nodes
-        if node.domain in ("analog", "digital")
+        for node in placed
     ]
+    costs, note = costs_of(plan, hybrid)
+    curves = curves_of(plan, diagnosis)
+    modelled = {} if costs is None else {cost.block: block_costs(cost) for cost in costs.blocks}
+    for node, home in zip(placed, homes, strict=True):
+        home["costs"] = modelled.get(node.key, [])
+        home["curves"] = curves.get(node.key)
     tiles = sum(block.tiles for block in plan.blocks)
     share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     totals = [
@@ -51,7 +65,8 @@ def record_of(plan: Plan, hybrid: HybridModel | None = None, overlays: Sequence[
     return {
         "title": scene.title,
         "totals": totals,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *([note] if note else [])],
+        "costs": None if costs is None else total_costs(costs),
         "rejected": list(plan.rejected.items()),
         "inputs": [{"name": name, "values": values} for name, values in plan.graph.inputs.items()],
         "outputs": [index[name] for name in set_of(list(plan.graph.outputs))],

@@ -1,0 +1,97 @@
+"""What the side panel shows beside the plan: how a block settles, as curves, and the modelled costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ffebm_compiler.drawing.overlay import same_blocks
+from ffebm_compiler.errors import HardwareError
+from ffebm_compiler.text import count
+
+if TYPE_CHECKING:
+    from ffebm_compiler.costs import Quantity
+    from ffebm_compiler.costs_report import BlockCost, CostReport
+    from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
+    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.plan import Plan
+
+__all__ = ["block_costs", "costs_of", "curves_of", "total_costs"]
+
+
+def curves_of(plan: Plan, diagnosis: Diagnosis | None) -> dict[str, dict[str, Any]]:
+    """For each block with feedback: its curves and the facts beside them, as JSON values.
+
+    Raises:
+        InputError: where the diagnosis is of another plan.
+    """
+    if diagnosis is None:
+        return {}
+    same_blocks(plan, set(diagnosis.blocks), "diagnosis")
+    return {name: _curves(block) for name, block in diagnosis.blocks.items() if block.residuals}
+
+
+def _curves(block: BlockDiagnosis) -> dict[str, Any]:
+    start = block.energies[0] if block.energies else 0.0
+    end = "a minimum of E" if block.monotone else "a stationary point of E"
+    predicted = "unknown, no certificate" if block.predicted is None else count(block.predicted)
+    return {
+        "facts": [
+            ("spectral radius ρ", f"{block.radius:.3g}"),
+            ("residual's ratio per sweep", f"{block.rate:.3g}"),
+            ("sweeps predicted", predicted),
+            ("sweeps of the forward", count(block.sweeps)),
+            ("equilibrium", end),
+        ],
+        "sweeps": block.sweeps,
+        # JSON has no infinity: what diverged is a gap in the curve.
+        "residuals": _finite(block.residuals),
+        "energies": _finite([energy - start for energy in block.energies]),
+    }
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def costs_of(plan: Plan, hybrid: HybridModel | None) -> tuple[CostReport | None, str]:
+    """The cost report, with the hybrid's own sweeps if there is one; or None and a note that says why."""
+    try:
+        return (plan.cost_report() if hybrid is None else hybrid.cost_report()), ""
+    except HardwareError as error:
+        return None, f"no costs are shown: {error}"
+
+
+def block_costs(cost: BlockCost) -> list[tuple[str, str]]:
+    """The modelled costs of one block, per sample."""
+    return [
+        ("crossbars", str(cost.analog)),
+        ("DACs and ADCs", str(cost.converters)),
+        ("one inference", str(cost.inference)),
+        ("same layers digital, 45 nm", str(cost.digital)),
+        ("one training step", str(cost.training)),
+        ("latency", str(cost.latency)),
+    ]
+
+
+def total_costs(report: CostReport) -> dict[str, Any]:
+    """The modelled costs of the network, per sample, and every constant with its source, as JSON values."""
+
+    def row(name: str, hybrid: Quantity, digital: Quantity | None) -> tuple[str, str, str]:
+        return name, str(hybrid), "" if digital is None else str(digital)
+
+    missing = ", ".join(f"{name} ×{times}" if times > 1 else name for name, times in report.uncounted.items())
+    return {
+        "short": str(report.inference),
+        "rows": [
+            row("one inference", report.inference, report.digital_inference),
+            row("one training step", report.training, report.digital_training),
+            row("latency", report.latency, None),
+        ],
+        "uncounted": missing,
+        "constants": [
+            (constant.name, constant.what, str(constant.value), constant.source)
+            for constant in report.constants.values()
+        ],
+    }

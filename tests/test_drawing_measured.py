@@ -15,6 +15,7 @@ from networks import mlp
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
 from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
+from ffebm_compiler.plan_compare import sweep
 
 RESIDUALS = (0.1, 0.01, 0.001)
 
@@ -82,3 +83,37 @@ def test_costs_that_cannot_be_modelled_leave_a_note() -> None:
     assert record["costs"] is None
     assert record["homes"][0]["costs"] == []
     assert record["notes"][-1].startswith("no costs are shown: costs names 'adc_pjj'")
+
+
+def test_relaxation_plot_has_a_line_for_each_block_with_feedback() -> None:
+    figure = drawing.plot_relaxation(diagnosis())
+    residuals, energies = figure.axes
+    assert [line.get_label() for line in residuals.lines[:1]] == ["block_1"]
+    assert list(residuals.lines[0].get_ydata()) == list(RESIDUALS)
+    assert (list(residuals.lines[1].get_xdata()), list(residuals.lines[1].get_ydata())) == ([2], [0.01])
+    assert list(energies.lines[0].get_ydata()) == pytest.approx([1.0, 0.6 / 1.6, 0.1 / 1.6, 0.0])
+    assert len(energies.lines) == 1
+
+
+def test_relaxation_plot_leaves_out_what_is_not_finite(tmp_path: Path) -> None:
+    figure = drawing.plot_relaxation(diagnosis((0.1, math.inf, math.nan), (1.0, 2.0, math.inf, math.nan)))
+    figure.savefig(tmp_path / "p.png")
+    assert [math.isnan(value) for value in figure.axes[0].lines[0].get_ydata()] == [False, True, True]
+    with pytest.raises(ffebm.InputError, match="no block of the diagnosis has feedback"):
+        drawing.plot_relaxation(Diagnosis({}))
+
+
+def test_hardware_plot_shows_every_row_and_joins_the_best(tmp_path: Path) -> None:
+    plan = ffebm.plan(*mlp())
+    rows = sweep(plan, {"layers_per_block": [1, 2, 3], "tile_rows": [16, 64]})
+    figure = drawing.plot_hardware(rows)
+    axes = figure.axes[0]
+    assert [tuple(point) for point in axes.collections[0].get_offsets()] == [(r.tiles, r.conversions) for r in rows]
+    assert len(axes.texts) == len({(row.tiles, row.conversions) for row in rows})
+    best = [tuple(point) for point in axes.collections[1].get_offsets()]
+    top = [row for row in rows if row.analog_macs == max(r.analog_macs for r in rows)]
+    assert all(any(b[0] <= row.tiles and b[1] <= row.conversions for b in best) for row in top)
+    assert not any(a != b and a[0] <= b[0] and a[1] <= b[1] for a in best for b in best)
+    figure.savefig(tmp_path / "p.png")
+    with pytest.raises(ffebm.InputError, match="the sweep holds no row"):
+        drawing.plot_hardware([])

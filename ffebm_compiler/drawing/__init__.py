@@ -9,7 +9,14 @@ from ffebm_compiler.drawing.overlay import (
     loop_gain_overlay,
     relaxation_overlay,
 )
-from ffebm_compiler.drawing.plots import feedback_sweep, plot_deviation, plot_feedback, plot_gradients
+from ffebm_compiler.drawing.plots import (
+    feedback_sweep,
+    plot_deviation,
+    plot_feedback,
+    plot_gradients,
+    plot_hardware,
+    plot_relaxation,
+)
 from ffebm_compiler.drawing.raster import save_image
 from ffebm_compiler.drawing.svg import svg_text
 
@@ -26,6 +33,8 @@ __all__ = [
     "plot_deviation",
     "plot_feedback",
     "plot_gradients",
+    "plot_hardware",
+    "plot_relaxation",
     "relaxation_overlay",
     "save_html",
     "save_image",

@@ -1,11 +1,12 @@
-"""Plots with matplotlib (`ffebm-compiler[plots]`): deviation, gradient agreement, accuracy against loop gain.
+"""Plots with matplotlib (`ffebm-compiler[plots]`): deviation, gradients, relaxation, loop gain, design space.
 
 Each function returns a matplotlib `Figure`; `figure.savefig(path)` writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ffebm_compiler.drawing.raster import figure_class
@@ -13,9 +14,18 @@ from ffebm_compiler.errors import InputError
 
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
+    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.plan_compare import SweepRow
 
-__all__ = ["feedback_sweep", "plot_deviation", "plot_feedback", "plot_gradients"]
+__all__ = [
+    "feedback_sweep",
+    "plot_deviation",
+    "plot_feedback",
+    "plot_gradients",
+    "plot_hardware",
+    "plot_relaxation",
+]
 
 _BLUE, _ORANGE, _GREY = "#0066a1", "#8a5200", "#6b6b6b"
 _FLOOR = 1e-16
@@ -111,3 +121,92 @@ def plot_feedback(measured: Mapping[float, float], source: float | None = None, 
     axes.set_ylabel(label)
     axes.legend(frameon=False)
     return figure
+
+
+def plot_relaxation(diagnosis: Diagnosis) -> Any:
+    """Residual and energy of every block along sweeps, from `hybrid.diagnose(x)`.
+
+    The energy is drawn as its distance from that of the last sweep, in shares of the feedforward
+    values' distance, so that blocks of any size compare. Dots mark where the forward stopped.
+
+    Raises:
+        InputError: where no block has feedback.
+        ExportError: where matplotlib is missing.
+    """
+    blocks = {name: block for name, block in diagnosis.blocks.items() if block.residuals}
+    if not blocks:
+        raise InputError("no block of the diagnosis has feedback, so none settles in sweeps: nothing to plot")
+    figure = figure_class()(figsize=(9.6, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, block in blocks.items():
+        sweeps = range(1, len(block.residuals) + 1)
+        (line,) = left.plot(sweeps, [_positive(value) for value in block.residuals], label=name)
+        if 1 <= block.sweeps <= len(block.residuals):
+            left.plot(block.sweeps, _positive(block.residuals[block.sweeps - 1]), "o", color=line.get_color())
+        energies = [energy for energy in block.energies if math.isfinite(energy)]
+        if energies:
+            scale = abs(energies[0] - energies[-1]) or 1.0
+            shares = [(energy - energies[-1]) / scale for energy in block.energies]
+            right.plot(range(len(shares)), shares, ".-", color=line.get_color())
+    left.set_ylabel("residual: largest relative change of a layer")
+    right.set_ylabel("energy above the last sweep's, scaled")
+    left.set_yscale("log")
+    for axes in (left, right):
+        axes.set_xlabel("sweep")
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False, ncols=1 + len(blocks) // 9)
+    return figure
+
+
+def _positive(value: float) -> float:
+    """A value that a logarithmic axis can show; a gap for the others."""
+    return value if math.isfinite(value) and value > 0 else math.nan
+
+
+def plot_hardware(rows: Sequence[SweepRow]) -> Any:
+    """Conversions against tiles for every kind of hardware that `plan_compare.sweep` tried.
+
+    Each point is named by its settings and coloured by the share of the multiply-accumulates that
+    is analog. The ringed points have the largest share, and no other with it beats them in both
+    conversions and tiles.
+
+    Raises:
+        InputError: where nothing was swept.
+        ExportError: where matplotlib is missing.
+    """
+    if not rows:
+        raise InputError("the sweep holds no row: make it with ffebm_compiler.plan_compare.sweep(plan, settings)")
+    figure = figure_class()(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    tiles, values = [row.tiles for row in rows], [row.conversions for row in rows]
+    points = axes.scatter(
+        tiles, values, c=[100 * row.analog_macs for row in rows], cmap="cividis", vmin=0, vmax=100, edgecolors=_GREY
+    )
+    figure.colorbar(points, label="multiply-accumulates that are analog, %")
+    best = best_rows(rows)
+    ring = {"s": 160, "facecolors": "none", "edgecolors": _ORANGE, "linewidths": 1.5}
+    axes.scatter([row.tiles for row in best], [row.conversions for row in best], **ring)
+    named: dict[tuple[int, int], list[str]] = {}
+    for row in rows:
+        text = ", ".join(str(value) for value in row.settings.values())
+        named.setdefault((row.tiles, row.conversions), []).append(text)
+    for point, texts in named.items():
+        if len(named) <= 24 or point in {(row.tiles, row.conversions) for row in best}:
+            text = "\n".join(texts[:3]) + (f"\nand {len(texts) - 3} more" if len(texts) > 3 else "")
+            axes.annotate(text, point, (8, 0), textcoords="offset points", fontsize=8, va="center", parse_math=False)
+    axes.set_title(f"hardware: {', '.join(rows[0].settings)}", fontsize=10, parse_math=False)
+    axes.set_xlabel("tiles")
+    axes.set_ylabel("DAC and ADC values per sample")
+    axes.margins(x=0.22, y=0.12)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def best_rows(rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """Of the rows with the largest analog share, those that no other beats in conversions and tiles, by tiles."""
+    top = max(row.analog_macs for row in rows)
+    best: list[SweepRow] = []
+    for row in sorted(rows, key=lambda one: (one.tiles, one.conversions)):
+        if row.analog_macs == top and (not best or row.conversions < best[-1].conversions):
+            best.append(row)
+    return best

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.onnx import run
 from ffebm_compiler.onnx.activation_nodes import activation_nodes
 from ffebm_compiler.onnx.emit import Names, Writer
 from ffebm_compiler.onnx.manifest import settling_of
@@ -244,6 +245,53 @@ def test_large_models_keep_their_tensors_beside_the_file(
         assert relative(in_onnxruntime(tmp_path / "hybrid.onnx", cnn[1]), cnn[0](cnn[1])) <= 1e-5
 
 
+def test_tensors_computed_from_weights_may_come_first_and_have_any_name(tmp_path: Path) -> None:
+    """A class token is expanded before any input is read; `to` is also a method of every module."""
+
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1, 1, 4))
+            self.register_buffer("positions", torch.arange(6))
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+            return self.last(torch.softmax(tokens, 1) * self.positions.to(torch.float32)[:, None])
+
+    x = networks.noise(3, 5, 4)
+    hybrid = ffebm.convert(networks.seeded(Token), x)
+    hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    hybrid.export_onnx(tmp_path / "parts", parts="digital")
+    for size in (1, 7):
+        inputs = networks.noise(size, 5, 4)
+        with torch.no_grad():
+            expected = hybrid(inputs)
+        assert relative(in_onnxruntime(tmp_path / "hybrid.onnx", inputs), expected) <= 1e-5
+        assert relative(run(tmp_path / "parts", inputs)[0], expected) <= 1e-5
+
+
+def test_a_flattened_sequence_is_unfolded_for_any_batch(tmp_path: Path) -> None:
+    """Two free sizes that are not the same: batch and batch times tokens."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x.reshape(-1, 4)))
+            return self.b(h.reshape(x.shape[0], 5, 6))
+
+    hybrid = ffebm.convert(networks.seeded(Flat), networks.noise(3, 5, 4))
+    assert hybrid.blocks[0].layers == ("a", "b")
+    hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    for size in (1, 7):
+        inputs = networks.noise(size, 5, 4)
+        with torch.no_grad():
+            assert relative(in_onnxruntime(tmp_path / "hybrid.onnx", inputs), hybrid(inputs)) <= 1e-5
+
+
 def test_several_inputs_and_outputs_keep_their_order(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -263,8 +311,6 @@ def test_several_inputs_and_outputs_keep_their_order(tmp_path: Path) -> None:
     for have, want in zip(found, [total, *rest.values()], strict=True):
         assert relative(torch.from_numpy(have), want) <= 1e-5
     hybrid.export_onnx(tmp_path / "parts", parts="digital")
-    from ffebm_compiler.onnx import run
-
     for have, want in zip(run(tmp_path / "parts", (x, y)), [total, *rest.values()], strict=True):
         assert relative(have, want) <= 1e-5
 

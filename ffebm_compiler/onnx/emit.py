@@ -4,17 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.packages import package
 
-__all__ = ["Names", "Shape", "Writer"]
+__all__ = ["Free", "Names", "Shape", "Writer", "fixed"]
 
-Shape = tuple[int | None, ...]
-"""Sizes of a value; None is one that is free."""
+
+class Free(NamedTuple):
+    """A free size, by what it was in two evaluations: equal ones are the same size."""
+
+    first: int
+    second: int
+
+
+Shape = tuple[int | Free, ...]
+"""Sizes of a value, as numbers where they are fixed."""
+
+
+def fixed(shape: Shape, dim: int) -> int:
+    """A size that has to be a number.
+
+    Raises:
+        ExportError: where it is free.
+    """
+    size = shape[dim]
+    if isinstance(size, Free):
+        raise ExportError(
+            f"dimension {dim} of a value of shape {shape} is free where an energy block needs its size: fix all sizes "
+            "but the batch"
+        )
+    return size
 
 
 class Names:
@@ -115,7 +138,7 @@ class Writer:
         Raises:
             ExportError: where several sizes are free and not in their old places.
         """
-        if before == after and None not in before[1:]:
+        if before == after:
             return value
         if [size for size in before if size != 1] == [size for size in after if size != 1]:
             ones = [[index for index, size in enumerate(shape) if size == 1] for shape in (before, after)]
@@ -123,8 +146,8 @@ class Writer:
             return self.op("Unsqueeze", flat, self.ints(ones[1])) if ones[1] else flat
         target = list[int]()
         for index, size in enumerate(after):
-            kept = size is None and before[: index + 1] == after[: index + 1]
-            target.append(0 if kept else -1 if size is None else size)
+            kept = before[: index + 1] == after[: index + 1]
+            target.append(size if not isinstance(size, Free) else 0 if kept else -1)
         if sum(size == -1 for size in target) > 1:
             raise ExportError(f"a reshape from {before} to {after} has several free sizes: fix all but the batch")
         return self.op("Reshape", value, self.ints(target))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.activation_nodes import activation_nodes
-from ffebm_compiler.onnx.emit import Names, Shape, Writer
+from ffebm_compiler.onnx.emit import Free, Names, Shape, Writer
 from ffebm_compiler.onnx.manifest import settling_of
 from ffebm_compiler.onnx.operator_nodes import adjoint_nodes, apply_nodes
 from ffebm_compiler.onnx.packages import OPSET, package
@@ -68,11 +68,11 @@ def block_function(step: Step) -> BlockFunction:
 
 
 def _shapes(step: Step, block: EnergyBlock) -> dict[int, Shape]:
-    """Shape of every register; a size that changes with the free sizes is None."""
+    """Shape of every register; a size that changes with the free sizes is `Free`."""
     found: list[dict[int, torch.Size]] = []
-    for doubled in (False, True):
+    for other in (False, True):
         tensors = [
-            operand.value.zeros(doubled) if operand.value is not None else operand.tensor for operand in step.operands
+            operand.value.zeros(other) if operand.value is not None else operand.tensor for operand in step.operands
         ]
         count = block.program.inputs
         inputs = [tensor for tensor in tensors[:count] if tensor is not None]
@@ -86,7 +86,7 @@ def _shapes(step: Step, block: EnergyBlock) -> dict[int, Shape]:
             frame.read({index: state for index, state in enumerate(states) if state is not None})
             found.append(shapes | frame.shapes)
     return {
-        register: tuple(a if a == b else None for a, b in zip(shape, found[1][register], strict=True))
+        register: tuple(a if a == b else Free(a, b) for a, b in zip(shape, found[1][register], strict=True))
         for register, shape in found[0].items()
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.onnx.emit import Shape, Writer
+from ffebm_compiler.onnx.emit import Free, Shape, Writer, fixed
 from ffebm_compiler.onnx.pool_nodes import mean_adjoint, mean_apply, pool_adjoint, pool_apply, pool_of
 from ffebm_compiler.runtime.operators import (
     Concat,
@@ -143,7 +143,7 @@ def _conv_adjoint(
     for before, after, size, stride, padding, dilation in zip(
         shape[2:], result[2:], kernel, operator.stride, operator.padding, operator.dilation, strict=True
     ):
-        if before is None or after is None:
+        if isinstance(before, Free) or isinstance(after, Free):
             raise ExportError("the image size of a convolution in an energy block is free: fix all sizes but the batch")
         extra.append(before - ((after - 1) * stride - 2 * padding + dilation * (size - 1) + 1))
     return writer.op("ConvTranspose", cotangent, weight, **_conv_settings(operator), output_padding=extra)
@@ -166,18 +166,11 @@ def _concat_adjoint(
     pieces: list[str | None] = []
     start = 0
     for shape, wanted in zip(shapes, needed, strict=True):
-        end = start + _fixed(shape, dim)
+        end = start + fixed(shape, dim)
         bounds = (writer.ints([start]), writer.ints([end]), writer.ints([dim]))
         pieces.append(writer.op("Slice", cotangent, *bounds) if wanted else None)
         start = end
     return pieces
-
-
-def _fixed(shape: Shape, dim: int) -> int:
-    size = shape[dim]
-    if size is None:
-        raise ExportError(f"dimension {dim} of a value of shape {shape} is free where an energy block needs its size")
-    return size
 
 
 def _arguments(operator: Wiring, names: Sequence[str], defaults: Sequence[Any]) -> list[Any]:
@@ -197,7 +190,7 @@ def _slice_bounds(operator: Wiring, shape: Shape) -> tuple[int, int, int] | None
         raise ExportError(f"a slice with step {step} inside an energy block has no ONNX form here")
     if not start and (end is None or end >= _EVERYTHING):
         return None
-    first, last, _ = slice(start, end).indices(_fixed(shape, dim))
+    first, last, _ = slice(start, end).indices(fixed(shape, dim))
     return dim, first, last
 
 
@@ -218,13 +211,13 @@ def _slice_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shap
     if bounds is None:
         return cotangent
     dim, start, end = bounds
-    return writer.padded(cotangent, len(shape), dim, start, _fixed(shape, dim) - end)
+    return writer.padded(cotangent, len(shape), dim, start, fixed(shape, dim) - end)
 
 
 def _select_place(operator: Wiring, shape: Shape) -> tuple[int, int]:
     dim, index = _arguments(operator, ("dim", "index"), (0, 0))
     dim %= len(shape)
-    return dim, index % _fixed(shape, dim)
+    return dim, index % fixed(shape, dim)
 
 
 def _select_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, result: Shape) -> str:
@@ -236,7 +229,7 @@ def _select_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, re
 def _select_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
     dim, index = _select_place(operator, shape)
     piece = writer.op("Unsqueeze", cotangent, writer.ints([dim]))
-    return writer.padded(piece, len(shape), dim, index, _fixed(shape, dim) - index - 1)
+    return writer.padded(piece, len(shape), dim, index, fixed(shape, dim) - index - 1)
 
 
 def _moved(operator: Wiring, rank: int) -> list[int]:

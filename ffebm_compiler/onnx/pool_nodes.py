@@ -10,7 +10,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.onnx.emit import Shape, Writer
+from ffebm_compiler.onnx.emit import Free, Shape, Writer, fixed
 from ffebm_compiler.runtime.operators import Wiring
 
 __all__ = ["mean_adjoint", "mean_apply", "pool_adjoint", "pool_apply", "pool_of"]
@@ -41,9 +41,9 @@ def _pool(operator: Wiring, shape: Shape) -> _Pool:
     rank = pool_of(operator)
     assert rank is not None
     image = shape[2:]
-    if len(shape) != rank + 2 or any(size is None for size in image):
+    if len(shape) != rank + 2 or any(isinstance(size, Free) for size in image):
         raise ExportError(f"average pooling of a value of shape {shape} has no ONNX form: fix all sizes but the batch")
-    sizes = tuple(int(size) for size in image if size is not None)
+    sizes = tuple(fixed(shape, dim) for dim in range(2, len(shape)))
     if operator.function in _ADAPTIVE:
         target = _tuple(operator.arguments[0] if operator.arguments else dict(operator.keywords)["output_size"], rank)
         wanted = tuple(size if aim is None else aim for size, aim in zip(sizes, target, strict=True))
@@ -88,13 +88,12 @@ def pool_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape,
     """Each value spread evenly over its window."""
     pool = _pool(operator, shape)
     scaled = writer.scaled(cotangent, 1 / math.prod(pool.kernel))
-    channels, image, pooled = shape[1], shape[2:], result[2:]
-    if channels is None:
-        raise ExportError(f"the channels of a pooled value of shape {shape} are free: fix all sizes but the batch")
+    channels = fixed(shape, 1)
+    image, pooled = ([fixed(of, dim) for dim in range(2, len(of))] for of in (shape, result))
     if not pool.tiling:
         ones = writer.constant(np.ones((channels, 1, *pool.kernel), dtype=writer.dtype))
         extra = [
-            int(size or 0) - ((int(out or 0) - 1) * stride - 2 * pad + kernel)
+            size - ((out - 1) * stride - 2 * pad + kernel)
             for size, out, stride, pad, kernel in zip(
                 image, pooled, pool.stride, pool.padding, pool.kernel, strict=True
             )
@@ -112,7 +111,6 @@ def pool_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape,
     spread: list[int] = []
     joined: list[int] = []
     for size, kernel in zip(pooled, pool.kernel, strict=True):
-        assert size is not None
         apart += [size, 1]
         spread += [1, kernel]
         joined.append(size * kernel)
@@ -121,7 +119,7 @@ def pool_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape,
         "Reshape", writer.op("Expand", split, writer.ints([1, 1, *spread])), writer.ints([0, channels, *joined])
     )
     for dim, (size, covered) in enumerate(zip(image, joined, strict=True)):
-        full = writer.padded(full, len(shape), dim + 2, 0, int(size or 0) - covered)
+        full = writer.padded(full, len(shape), dim + 2, 0, size - covered)
     return full
 
 
@@ -140,10 +138,8 @@ def mean_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, resul
 def mean_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
     """Each value spread evenly over what it is the mean of."""
     dims, keep = _means(operator, shape)
-    sizes = [shape[dim] for dim in dims]
-    if any(size is None for size in sizes):
-        raise ExportError(f"a mean over a free size of {shape} inside an energy block has no ONNX form")
+    sizes = [fixed(shape, dim) for dim in dims]
     full = cotangent if keep else writer.op("Unsqueeze", cotangent, writer.ints(dims))
-    spread = [int(size or 1) if dim in dims else 1 for dim, size in enumerate(shape)]
-    scaled = writer.scaled(full, 1 / math.prod(int(size or 1) for size in sizes))
+    spread = [fixed(shape, dim) if dim in dims else 1 for dim in range(len(shape))]
+    scaled = writer.scaled(full, 1 / math.prod(sizes))
     return writer.op("Expand", scaled, writer.ints(spread))

@@ -34,12 +34,12 @@ class Value:
     """Sizes; a free one is the name of a size or an expression of such names."""
     example: tuple[int, ...]
     """The sizes with numbers for the free ones."""
-    doubled: tuple[int, ...]
-    """The sizes with twice those numbers."""
+    other: tuple[int, ...]
+    """The sizes with other numbers: each free size is another multiple of the first."""
 
-    def zeros(self, doubled: bool = False) -> Tensor:
+    def zeros(self, other: bool = False) -> Tensor:
         """A tensor of this dtype and of the example sizes."""
-        return torch.zeros(self.doubled if doubled else self.example, dtype=getattr(torch, self.dtype))
+        return torch.zeros(self.other if other else self.example, dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Operand:
     value: Value | None = None
     tensor: Tensor | None = None
     key: str = ""
-    """Name of the tensor: the source's own, or `static.<node>` where it is computed from several."""
+    """Name of the tensor: the source's own, or `static.t_<node>` where it is computed from several."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class _Reader:
                 f"{reader} reads or returns {item.name!r}, which is no tensor: give the network tensors only, and "
                 "return no sizes"
             )
-        return Operand(tensor=tensor.detach(), key=self.keys.get(item, f"static.{item.name}"))
+        return Operand(tensor=tensor.detach(), key=self.keys.get(item, f"static.t_{item.name}"))
 
     def _value(self, name: str, value: Tensor) -> Value:
         shape: list[int | str] = []
@@ -160,8 +160,12 @@ class _Reader:
             shape.append(str(expression.subs(names)))
             if expression.is_Symbol and isinstance(size.node.hint, int) and size.node.hint > 1:
                 self.hints.setdefault(str(expression), size.node.hint)
-            for factor, example in enumerate(examples, start=1):
-                numbers = {symbol: factor * self.hints.get(str(symbol), _FREE) for symbol in names}
+            for other, example in enumerate(examples):
+                numbers = {
+                    symbol: self.hints.get(str(symbol), _FREE)
+                    * (2 + list(self.names).index(str(symbol)) if other else 1)
+                    for symbol in names
+                }
                 example.append(int(expression.subs(numbers)))
         return Value(name, str(value.dtype).removeprefix("torch."), tuple(shape), *map(tuple, examples))
 

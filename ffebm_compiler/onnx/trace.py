@@ -65,8 +65,7 @@ class Trace:
                     owner.add_module(part, nn.Module())
                 owner = owner.get_submodule(part)
             owner.register_buffer(leaf, operand.tensor)
-            first = next(iter(self.graph.nodes))
-            with self.graph.inserting_before(first):
+            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 self._buffers[operand.key] = self.graph.get_attr(operand.key)
         return self._buffers[operand.key]
 

@@ -239,7 +239,7 @@ def _mixes_leading(node: fx.Node) -> bool:
     if node.target is aten.permute.default:
         dims = arguments[0]
         return isinstance(dims, list | tuple) and bool(dims[0] != 0)
-    if node.target in (aten.transpose.int, aten.select.int, aten.slice.Tensor, aten.narrow.default):
+    if node.target in (aten.transpose.int, aten.select.int):  # a slice that keeps the size keeps everything
         last = 2 if node.target is aten.transpose.int else 1
         return any(isinstance(dim, int) and dim % rank == 0 for dim in (arguments or (0,))[:last])
     if node.target is aten.t.default:

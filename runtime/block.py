@@ -113,7 +113,7 @@ class EnergyBlock(nn.Module):
         if not self.program.coupled or not self._like:
             return
         self._check_weights(weights)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self._like[0].device.type, enabled=False):
             first = next((weight for weight in weights if weight is not None), None)
             like = [
                 value.to(first) if first is not None and value.is_floating_point() else value for value in self._like

@@ -367,8 +367,9 @@ class Mask(Operator):
 class MaxPool(Operator):
     """Max pooling, y = S x with S the selection of the present winners.
 
-    It is linear only while the winners stay: a free phase chooses them at every evaluation, the
-    nudged phases hold those of the equilibrium. A winner that would switch under a finite nudge
+    It is linear only while the winners stay: a free phase chooses them at every evaluation (and
+    holds them after 30 sweeps, where a tie would go on for ever), the nudged phases hold those of
+    the equilibrium. A winner that would switch under a finite nudge
     is not seen, which is why it is not in `block_ops` by default.
     """
 

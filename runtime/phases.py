@@ -26,6 +26,10 @@ from ffebm_compiler.runtime.solvers import FixedPoint
 __all__ = ["AdjointPhase", "FreePhase", "NudgedPhase"]
 
 
+_HOLD = 30
+"""Sweeps after which max pooling holds its winners: near a tie they could change places for ever."""
+
+
 class _Phase(FixedPoint):
     """Shared bookkeeping: values, and pulled-back values that are reused while they hold."""
 
@@ -68,6 +72,7 @@ class FreePhase(_Phase):
         super().__init__(frame, scales, [None] * count)
         self.preactivations: list[Tensor | None] = [None] * count
         self._drives: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._updates = 0
         for index, layer in enumerate(frame.program.layers):
             drive = self._drive(index)
             self.preactivations[index] = drive
@@ -83,6 +88,9 @@ class FreePhase(_Phase):
 
     def update(self, index: int) -> Tensor:
         """σ_l(h_l)."""
+        self._updates += 1
+        if self._updates > _HOLD * len(self.values):
+            self.frame.frozen = True
         field = self._drive(index)
         for later, part in self.pulled(index):
             field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])

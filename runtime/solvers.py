@@ -213,7 +213,9 @@ def relax(
     left = 1.0 if contraction is None else contraction / (1 - contraction)
     # The certificate is a worst case: blocks settle in about 0.6 of the sweeps that it predicts, and measuring
     # the change before that is wasted (and a device synchronisation).
-    earliest = 1 if contraction is None else math.floor(0.6 * math.log(rtol) / math.log(contraction)) + 1
+    earliest = 1
+    if contraction:
+        earliest += math.floor(0.6 * math.log(rtol) / math.log(contraction))
     for sweep in range(1, solver.max_sweeps + 1):
         change = solver.step(problem, memory, sweep >= earliest or sweep == solver.max_sweeps)
         if change is None:

@@ -46,3 +46,20 @@ def test_it_changes_nothing() -> None:
     hybrid.diagnose(torch.randn(5, 6))
     assert hybrid.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in hybrid.state_dict().items())
+
+
+def test_a_layer_of_zero_weights_settles_at_once() -> None:
+    """Zero-initialised residual branches (γ = 0 of the last batch norm, folded) have no loop gain at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[2].weight.zero_()
+    x = torch.randn(5, 4)
+    hybrid = ffebm.convert(model, x)
+    assert hybrid.blocks[0].loop_gain == 0
+    assert hybrid.diagnose(x)["block_1"].predicted == 1
+    torch.testing.assert_close(hybrid(x), model(x))
+    hybrid(x).sum().backward()
+    model(x).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(hybrid.get_parameter(name).grad, parameter.grad)

@@ -42,3 +42,21 @@ def test_it_joins_on_request(feedback: float) -> None:
     report = ffebm.check_gradients(hybrid, x, lambda output: output.square().mean())
     for estimator in ("ep", "implicit", "unrolled"):
         assert report.worst(estimator)[1].cosine > 0.999
+
+
+def test_ties_do_not_go_on_for_ever() -> None:
+    """Rectified maps tie at zero in most windows; winners that change places would never settle."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()
+    )
+    with torch.no_grad():
+        model[0].bias.fill_(-1.0)
+    x = torch.randn(8, 3, 17, 17)
+    hybrid = ffebm.convert(model, x, block_ops=("max_pool",), feedback=0.8)
+    assert hybrid.blocks[0].module.program.coupled
+    hybrid(x).square().mean().backward()
+    last = hybrid.blocks[0].module.last
+    assert last is not None
+    assert last.converged
+    assert all(bool(torch.isfinite(p.grad).all()) for p in hybrid.parameters() if p.grad is not None)

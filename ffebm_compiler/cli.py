@@ -31,6 +31,7 @@ from ffebm_compiler.cli_options import (
     OnUnsupported,
     Seed,
     Weights,
+    check_alone,
     check_free,
     converted,
     names_of,
@@ -210,7 +211,11 @@ def check(
 
 @main.command()
 def draw(
-    model: Model,
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="As for plan; or a plan's .json file, of ffebm plan --out, alone."),
+    ],
     inputs: Inputs = None,
     weights: Weights = None,
     hardware: HardwareName = "crossbar-256",
@@ -221,22 +226,28 @@ def draw(
     force_analog: ForceAnalog = None,
     on_unsupported: OnUnsupported = "digital",
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .html or .svg.")] = Path("partition.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .html, .svg, .png, .pdf or .dot.")] = Path(
+        "partition.html"
+    ),
     force: Force = False,
 ) -> None:
     """Draw what is analog, what is digital and what crosses between them, as a page or a picture.
 
     Example: ffebm draw torchvision:resnet50 --fold-batchnorm --out resnet50.html
     """
-    if out.suffix.lower() not in (".html", ".svg"):
-        raise ffebm.InputError(f"--out is {str(out)!r}; expected a file that ends in .html or .svg")
+    from ffebm_compiler.drawing.formats import check_format, save_picture
+
+    check_format(out)
     check_free(out, force)
-    hybrid, _, _ = converted(
-        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
-        on_unsupported, seed,
-    )  # fmt: skip
-    save = hybrid.save_html if out.suffix.lower() == ".html" else hybrid.save_svg
-    save(out)
+    if model.lower().endswith(".json"):
+        check_alone(context, ("model", "out", "force"))
+        save_picture(ffebm.Plan.from_json(model), out)
+    else:
+        hybrid, _, _ = converted(
+            model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
+            on_unsupported, seed,
+        )  # fmt: skip
+        save_picture(hybrid.plan, out, hybrid)
     typer.echo(f"wrote {out}")
 
 

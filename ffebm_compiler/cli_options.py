@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ __all__ = [
     "OnUnsupported",
     "Seed",
     "Weights",
+    "check_alone",
     "check_free",
     "converted",
     "names_of",
@@ -129,3 +131,18 @@ def check_free(path: Path | None, force: bool) -> None:
     """
     if path is not None and path.exists() and not force:
         raise ffebm.InputError(f"{path} exists already: add --force to replace it, or name another file with --out")
+
+
+def check_alone(context: typer.Context, allowed: Sequence[str]) -> None:
+    """Refuse options that mean nothing for a stored plan.
+
+    Raises:
+        InputError: where one is given.
+    """
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name not in allowed and source is not None and source.name == "COMMANDLINE":
+            raise ffebm.InputError(
+                f"{option.opts[0]} is given beside a stored plan, which has its settings already: leave it out, or "
+                "name the model instead of the plan"
+            )

@@ -390,10 +390,16 @@ class HybridModel(nn.Module):
         return digital
 
     def save_svg(self, path: str | Path) -> None:
-        """Draw the partition as an SVG picture; an existing file is replaced."""
-        from ffebm_compiler.drawing import save_svg
+        """Draw the partition as an SVG picture; see `Plan.save_svg`."""
+        self._plan.save_svg(path)
 
-        save_svg(self._plan, path)
+    def save_image(self, path: str | Path, dpi: float = 192.0) -> None:
+        """Draw the partition as a PNG or PDF picture, by the path's suffix; see `Plan.save_image`."""
+        self._plan.save_image(path, dpi)
+
+    def to_dot(self) -> str:
+        """The partition in Graphviz's DOT language; see `Plan.to_dot`."""
+        return self._plan.to_dot()
 
     def save_html(
         self,

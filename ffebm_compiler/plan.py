@@ -314,6 +314,55 @@ class Plan:
                     edge["values"] += self.graph.values(source)
         return quotient
 
+    def save_html(self, path: str | Path) -> None:
+        """Draw the plan as one self-contained, interactive HTML page; an existing file is replaced.
+
+        Raises:
+            PlanError: where the plan has no operation or is cyclic.
+            ExportError: where the path cannot be written or the layout library is missing.
+        """
+        from ffebm_compiler.drawing import save_html
+
+        save_html(self, path)
+
+    def save_svg(self, path: str | Path) -> None:
+        """Draw the plan as an SVG picture; an existing file is replaced.
+
+        Raises:
+            PlanError: where the plan has no operation or is cyclic.
+            ExportError: where the path cannot be written.
+        """
+        from ffebm_compiler.drawing import save_svg
+
+        save_svg(self, path)
+
+    def save_image(self, path: str | Path, dpi: float = 192.0) -> None:
+        """Draw the plan as a PNG or PDF picture, by the path's suffix; an existing file is replaced.
+
+        Raises:
+            InputError: for another suffix, or `dpi` that is not positive.
+            PlanError: where the plan has no operation or is cyclic.
+            ExportError: where matplotlib is missing or the path cannot be written.
+        """
+        from ffebm_compiler.drawing import save_image
+
+        save_image(self, path, dpi)
+
+    def to_dot(self) -> str:
+        """Blocks and digital parts in Graphviz's DOT language.
+
+        Raises:
+            PlanError: where the plan has no operation or is cyclic.
+        """
+        from ffebm_compiler.drawing import dot_text
+
+        return dot_text(self)
+
+    def _repr_html_(self) -> str:
+        from ffebm_compiler.drawing import notebook_html
+
+        return notebook_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""
         return {

@@ -294,7 +294,7 @@ def test_wrong_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (("plan", *MLP, "--weights", "cnn.pt"), "the weights cnn.pt cannot be loaded (RuntimeError"),
         (("convert", *MLP, "--feedback", "much"), "--feedback is 'much'"),
         (("convert", *MLP, "--feedback", "1"), "feedback is 1.0"),
-        (("draw", *MLP, "--out", "picture.bmp"), "ends in .html or .svg"),
+        (("draw", *MLP, "--out", "picture.bmp"), "ends in .html (an interactive page), .svg"),
         (("draw", *MLP, "--out", "none/picture.svg"), "cannot be written"),
         (("export", *MLP, "--out", "."), "holds files that are not of an earlier export"),
         (("export", *MLP), "Missing option '--out'"),

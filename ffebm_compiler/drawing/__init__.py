@@ -2,6 +2,7 @@
 
 from ffebm_compiler.drawing.exchange import dot_text, model_explorer_text
 from ffebm_compiler.drawing.files import html_text, notebook_html, save_html, save_side_by_side, save_svg
+from ffebm_compiler.drawing.formats import save_picture
 from ffebm_compiler.drawing.overlay import (
     Overlay,
     deviation_overlay,
@@ -38,6 +39,7 @@ __all__ = [
     "relaxation_overlay",
     "save_html",
     "save_image",
+    "save_picture",
     "save_side_by_side",
     "save_svg",
     "svg_text",

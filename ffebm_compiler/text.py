@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ffebm_compiler.errors import PlanError
+
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
-    from ffebm_compiler.plan import Plan
+    from ffebm_compiler.plan import BlockPlan, Plan
 
 __all__ = ["count", "plan_text", "summary_text", "table_text"]
 
@@ -51,24 +54,16 @@ def plan_text(plan: Plan) -> str:
     """The plan's table, the digital parts, what was rejected, and the notes."""
     hardware = plan.hardware
     core = "unlimited" if hardware.tiles_per_core is None else str(hardware.tiles_per_core)
-    rows = [
-        (
-            block.name,
-            ", ".join(block.layers),
-            str(block.tiles),
-            count(block.dac),
-            count(block.adc),
-            count(block.macs),
-        )
-        for block in plan.blocks
-    ]
+    rows = [_block_row(group) for group in _alike(plan.blocks)]
     share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     lines = [
-        f"{plan.model} on {hardware.name} ({core} tiles per core): {len(plan.blocks)} energy blocks, "
-        f"{len(plan.digital_parts)} digital parts",
+        f"{plan.model} on {hardware.name} ({core} tiles per core): {_counted(len(plan.blocks), 'energy block')}, "
+        f"{_counted(len(plan.digital_parts), 'digital part')}",
         table_text("", ("block", "layers", "tiles", "DAC", "ADC", "MACs"), rows) if rows else "no energy blocks",
         f"conversions per sample: {plan.conversions}; analog MACs: {share:.1f} % of {count(plan.total_macs)}",
     ]
+    if plan.blocks:
+        lines.append(_fabric_line(plan))
     for part in plan.digital_parts:
         targets = [plan.graph[name].target for name in part.operations]
         shown = ", ".join(f"{t} x{targets.count(t)}" if targets.count(t) > 1 else t for t in dict.fromkeys(targets))
@@ -78,6 +73,40 @@ def plan_text(plan: Plan) -> str:
         lines.extend(f"  {path}: {reason}" for path, reason in plan.rejected.items())
     lines.extend(f"note: {note}" for note in plan.notes)
     return "\n".join(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _alike(blocks: Sequence[BlockPlan]) -> list[list[BlockPlan]]:
+    """Runs of blocks that hold parts of the same layers, as a layer larger than a core leaves them."""
+    return [list(run) for _, run in itertools.groupby(blocks, key=lambda block: dict.fromkeys(block.layers).keys())]
+
+
+def _block_row(group: Sequence[BlockPlan]) -> tuple[str, ...]:
+    """A row of the plan's table; the numbers of several blocks are summed."""
+    name = group[0].name
+    if len(group) > 1:
+        name = f"{name}..{group[-1].name} ({len(group)} blocks)"
+    held = [layer for block in group for layer in block.layers]
+    layers = [f"{path} x{held.count(path)}" if held.count(path) > 1 else path for path in dict.fromkeys(held)]
+    sums = (sum(block.dac for block in group), sum(block.adc for block in group), sum(block.macs for block in group))
+    return (name, ", ".join(layers), str(sum(block.tiles for block in group)), *map(count, sums))
+
+
+def _fabric_line(plan: Plan) -> str:
+    """Tiles and cores that the blocks take, and how full they are."""
+    hardware = plan.hardware
+    try:
+        placed = plan.placement()
+    except PlanError as error:  # edited by hand: the table is what shows where
+        return f"no placement: {error}"
+    of = "" if hardware.cores is None else f" of {hardware.cores}"
+    text = f"{_counted(placed.tiles, 'tile')} on {_counted(placed.cores, 'core')}{of}"
+    if hardware.tile_rows is None and hardware.tile_cols is None:
+        return text
+    return f"{text}; {100 * placed.utilisation:.1f} % of the tiles' devices hold a weight"
 
 
 def summary_text(hybrid: HybridModel) -> str:

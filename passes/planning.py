@@ -19,6 +19,12 @@ from ffebm_compiler.plan import BlockPlan, DigitalPart, Placement, Plan, PlanOpt
 __all__ = ["describe", "describe_block", "make_plan", "matches", "plan_notes"]
 
 FORCED = "force_digital asks for it"
+_UNMULTIPLIED = {
+    "add": "it is added, not multiplied: no matrix product",
+    "concat": "it is joined to other values, not multiplied: no matrix product",
+    "expand": "it is copied to every sample, not multiplied: no matrix product",
+}
+"""Kind or target of an operation that reads a parameter -> why that parameter is in no block."""
 
 
 def make_plan(
@@ -152,16 +158,23 @@ def describe(
 
 def plan_notes(blocks: Sequence[BlockPlan], graph: OperationGraph, hardware: Hardware) -> tuple[str, ...]:
     """What the blocks themselves give reason to say."""
-    sharing = [
-        block.name for block in blocks if sum(graph[name].kind.startswith("conv") for name in block.operations) > 1
-    ]
-    if not sharing or hardware.conv_mapping != "im2col":
-        return ()
-    return (
-        f"{len(sharing)} blocks settle several convolutions together; with conv_mapping='im2col' one set of "
-        "tiles serves all output positions in turn, while settling needs every position at once: "
-        "conv_mapping='unrolled' counts the tiles for that",
-    )
+    notes = []
+    convolutions = [sum(graph[name].kind.startswith("conv") for name in block.operations) for block in blocks]
+    sharing = sum(count > 1 for count in convolutions)
+    if sharing and hardware.conv_mapping == "im2col":
+        notes.append(
+            f"{'1 block settles' if sharing == 1 else f'{sharing} blocks settle'} several convolutions together; with "
+            "conv_mapping='im2col' one set of tiles serves all output positions in turn, while settling needs every "
+            "position at once: conv_mapping='unrolled' counts the tiles for that"
+        )
+    pooling = [block.name for block in blocks if any(graph[name].kind == "max_pool" for name in block.operations)]
+    if pooling:
+        notes.append(
+            f"{', '.join(pooling[:4])}{', ...' if len(pooling) > 4 else ''} {'holds' if len(pooling) == 1 else 'hold'} "
+            "max pooling: its winners can switch under the nudge, and the certificate counts one choice of winners, so "
+            "that it is an estimate (docs/mathematics.md); 'avg_pool' instead has neither limit"
+        )
+    return tuple(notes)
 
 
 def describe_block(
@@ -193,6 +206,10 @@ def describe_block(
     )
 
 
+def _unmultiplied(op: Operation) -> str:
+    return _UNMULTIPLIED.get(op.kind) or _UNMULTIPLIED.get(op.target) or op.reason
+
+
 def _placements(
     parameters: Sequence[str], graph: OperationGraph, blocks: tuple[BlockPlan, ...], rejected: Mapping[str, str]
 ) -> dict[str, Placement]:
@@ -208,11 +225,11 @@ def _placements(
         if analog:
             places = ", ".join(dict.fromkeys(f"{op.path or op.name} in {home[op.name]}" for op in analog))
             others = len(reading) - len(analog)
-            shared = f" and read by {others} digital operations" if others else ""
+            shared = f" and read by {others} digital operation{'s' if others > 1 else ''}" if others else ""
             placements[name] = Placement(home[analog[0].name], f"the weight of {places}{shared}")
         elif reading:
             op = reading[0]
-            placements[name] = Placement(None, rejected.get(op.name, op.reason))
+            placements[name] = Placement(None, rejected.get(op.name) or _unmultiplied(op))
         else:
             placements[name] = Placement(None, "no operation of the captured graph reads it")
     return placements

@@ -75,14 +75,15 @@ def random_plan(seed: int, fabric: int, size: int = 14) -> Plan:
 
 
 GOLDEN = """\
-Residual on crossbar-256 (64 tiles per core): 2 energy blocks, 1 digital parts
+Residual on crossbar-256 (64 tiles per core): 2 energy blocks, 1 digital part
  block    layers                tiles  DAC  ADC    MACs
 ────────────────────────────────────────────────────────
  block_1  stem, body.0, body.2      3   64  256  20.7 k
  block_2  head.1, head.3            2   16    3     152
 conversions per sample: 339; analog MACs: 100.0 % of 20.9 k
+5 tiles on 1 core; 0.3 % of the tiles' devices hold a weight
 digital_1: max_pool2d, flatten
-note: 1 blocks settle several convolutions together; with conv_mapping='im2col' one set of tiles serves all \
+note: 1 block settles several convolutions together; with conv_mapping='im2col' one set of tiles serves all \
 output positions in turn, while settling needs every position at once: conv_mapping='unrolled' counts the tiles \
 for that"""
 
@@ -94,6 +95,60 @@ def squeeze(text: str) -> str:
 
 def test_the_table(plan: Plan) -> None:
     assert squeeze(str(plan)).startswith(squeeze(GOLDEN).rsplit("\n", 1)[0])
+
+
+def test_blocks_of_one_split_layer_are_one_row_with_their_sums() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    hardware = ffebm.Hardware(tile_rows=8, tile_cols=8, tiles_per_core=8, layers_per_block=1, cores=100)
+    plan = ffebm.plan(model, torch.randn(2, 64), hardware=hardware)
+    text = str(plan)
+    row = next(line for line in text.splitlines() if "(16 blocks)" in line)
+    parts = [block for block in plan.blocks if block.layers == ("0",)]
+    assert len(parts) == 16
+    first, last = parts[0].name, parts[-1].name
+    assert squeeze(row) == f"{first}..{last} (16 blocks) 0 x16 128 1024 64 4096"
+    assert "136 tiles on 17 cores of 100; 98.5 % of the tiles' devices hold a weight" in text
+
+
+def test_a_single_part_and_a_single_block_are_singular() -> None:
+    text = str(ffebm.plan(nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)), torch.randn(2, 4), hardware="ideal"))
+    assert ": 1 energy block, 1 digital part\n" in text
+    assert "\n1 tile on 1 core\n" in text
+
+
+def test_a_fabric_that_the_blocks_do_not_fit_is_said_in_the_table(plan: Plan) -> None:
+    small = replace(plan, hardware=replace(plan.hardware, tiles_per_core=3, cores=1))
+    assert "no placement: the blocks take more than 1 cores of 3 tiles" in str(small)
+
+
+def test_max_pooling_in_a_block_is_noted() -> None:
+    plan = residual_plan(block_ops=("add", "reshape", "max_pool"))
+    (note,) = [note for note in plan.notes if "winners" in note]
+    assert note.startswith("block_1 holds max pooling: its winners can switch under the nudge")
+    assert not any("winners" in note for note in residual_plan().notes)
+
+
+class Positions(nn.Module):
+    """Parameters that are added, copied and joined; the layer's alone is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.zeros(5, 4))
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.prompt = nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x) + self.table
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        return torch.cat([self.prompt, x.sum(0)])
+
+
+def test_parameters_that_are_not_multiplied_say_so() -> None:
+    plan = ffebm.plan(Positions(), torch.randn(2, 5, 4))
+    assert plan.explain("table") == "digital: it is added, not multiplied: no matrix product"
+    assert plan.explain("prompt") == "digital: it is joined to other values, not multiplied: no matrix product"
+    assert plan.explain("token") == "digital: it is copied to every sample, not multiplied: no matrix product"
 
 
 @pytest.mark.parametrize(

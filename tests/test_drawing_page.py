@@ -432,6 +432,24 @@ def test_notebook_frame_runs_apart_from_the_notebook(browser: Browser, tmp_path:
         browser.driver.switch_to.default_content()
 
 
+def test_a_frame_that_gets_its_size_late_fits_until_it_is_touched(browser: Browser, tmp_path: Path) -> None:
+    frame = drawing.notebook_html(chain_plan(2)).replace('loading="lazy"', "").replace("sandbox=", "data-was=")
+    (tmp_path / "late.html").write_text(
+        f'<!DOCTYPE html><title>late</title><body><div style="width:10px">{frame}</div></body>', encoding="utf-8"
+    )
+    browser.driver.get((tmp_path / "late.html").as_uri())
+    resize = (
+        "const [pixels, done] = arguments; document.querySelector('div').style.width = `${pixels}px`;"
+        "const inside = document.querySelector('iframe').contentDocument;"
+        "setTimeout(() => done(inside.querySelector('svg[role=tree]').getBoundingClientRect().width), 300);"
+    )
+    narrow = browser.driver.execute_async_script(resize, 10)
+    wide = browser.driver.execute_async_script(resize, 900)
+    assert wide > 1.5 * narrow
+    browser.js("document.querySelector('iframe').contentDocument.querySelector('[name=out]').click()")
+    assert browser.driver.execute_async_script(resize, 880) == pytest.approx(wide / 1.25, rel=0.01)
+
+
 def test_screenshot_is_not_blank(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["cnn"])
     shot = base64.b64decode(browser.driver.get_screenshot_as_base64())

@@ -22,6 +22,16 @@ class View {
     place.addEventListener('keydown', (event) => this.shortcut(event));
     this.dragging();
     this.picture.draw();
+    this.begin();
+    // A notebook may give the frame its size after the script ran; what a reader has touched stays as it is.
+    const late = new ResizeObserver(() => this.begin());
+    late.observe(this.stage);
+    for (const kind of ['pointerdown', 'click', 'keydown', 'wheel']) {
+      place.addEventListener(kind, () => late.disconnect(), { capture: true, once: true, passive: true });
+    }
+  }
+
+  begin() {
     this.fit();
     // Open where it covers nothing.
     this.guide.open = (this.stage.clientWidth - this.picture.size.width * this.scale) / 2 > 350 && this.stage.clientHeight > 450;

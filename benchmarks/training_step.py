@@ -4,15 +4,19 @@
 
 One thread. The variants of a network take turns in one process; each figure is the median over
 the steps of the CPU time of forward and backward, divided by the source's median of the same run.
-Memory is the peak of what a step allocates (`torch.autograd.graph` saved tensors are part of it),
-measured by the allocator's own profile in a separate step.
+Memory (on Linux) is what one step adds to the resident size at its peak, in a process of its own for
+each variant, after a warm-up and with the heap trimmed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,21 +91,54 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 
 
-def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
-    """The source and its hybrids."""
-    two = Hardware(layers_per_block=2)
-    return {
-        "source, backprop": model,
-        "single-layer blocks, ep": ffebm.convert(model, x, hardware=Hardware(layers_per_block=1)),
-        "ep, default": ffebm.convert(model, x, hardware=two),
-        "implicit, default": ffebm.convert(model, x, hardware=two, gradient="implicit"),
-        "unrolled, default": ffebm.convert(model, x, hardware=two, gradient="unrolled"),
-        "ep, feedback 0.3": ffebm.convert(model, x, hardware=two, feedback=0.3),
-        "implicit, feedback 0.3": ffebm.convert(model, x, hardware=two, feedback=0.3, gradient="implicit"),
-        "ep centered, default": ffebm.convert(
-            model, x, hardware=two, gradient=ffebm.EquilibriumPropagation(beta=1e-3, variant="centered")
-        ),
-    }
+CENTERED = ffebm.EquilibriumPropagation(beta=1e-3, variant="centered")
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "source, backprop": None,
+    "single-layer blocks, ep": {"hardware": Hardware(layers_per_block=1)},
+    "ep, default": {},
+    "implicit, default": {"gradient": "implicit"},
+    "unrolled, default": {"gradient": "unrolled"},
+    "ep, feedback 0.3": {"feedback": 0.3},
+    "implicit, feedback 0.3": {"feedback": 0.3, "gradient": "implicit"},
+    "ep, feedback 0.7": {"feedback": 0.7},
+    "ep centered, default": {"gradient": CENTERED},
+}
+
+
+def variant(name: str, model: nn.Module, x: Tensor) -> nn.Module:
+    """The source, or a hybrid of it with blocks of two layers."""
+    settings = VARIANTS[name]
+    return (
+        model if settings is None else ffebm.convert(model, x, **{"hardware": Hardware(layers_per_block=2), **settings})
+    )
+
+
+def _resident(key: str) -> float:
+    """VmRSS or VmHWM of this process, in MB."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1e3
+
+
+def own_memory(network: str, name: str) -> float:
+    """MB that one step of a variant adds to this process at its peak."""
+    torch.manual_seed(0)
+    model, x = NETWORKS[network]()
+    labels = torch.randint(0, 10, (x.shape[0],))
+    candidate = variant(name, model, x)
+    step(candidate, x, labels)
+    candidate.zero_grad(set_to_none=True)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _resident("VmRSS")
+    step(candidate, x, labels)
+    return _resident("VmHWM") - before
+
+
+def memory(network: str, name: str) -> float:
+    """`own_memory` in a fresh process."""
+    command = [sys.executable, "-W", "ignore", __file__, "--memory-of", network, name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def step(model: nn.Module, x: Tensor, labels: Tensor) -> None:
@@ -115,26 +152,28 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model, x = NETWORKS[name]()
     labels = torch.randint(0, 10, (x.shape[0],))
-    models = variants(model, x)
-    times: dict[str, list[float]] = {variant: [] for variant in models}
+    models = {case: variant(case, model, x) for case in VARIANTS}
+    times: dict[str, list[float]] = {case: [] for case in models}
     for turn in range(steps + 1):
-        for variant, candidate in models.items():
+        for case, candidate in models.items():
             started = time.process_time()
             step(candidate, x, labels)
             if turn:  # the first turn warms up
-                times[variant].append(time.process_time() - started)
+                times[case].append(time.process_time() - started)
     base = statistics.median(times["source, backprop"])
+    linux = sys.platform == "linux"
     rows = []
-    for variant, candidate in models.items():
-        seconds = statistics.median(times[variant])
+    for case, candidate in models.items():
+        seconds = statistics.median(times[case])
         blocks = getattr(candidate, "blocks", ()) if isinstance(candidate, ffebm.HybridModel) else ()
         sweeps = [b.module.last.sweeps for b in blocks if b.module.last and b.module.program.coupled]
         rows.append(
             {
-                "variant": variant,
+                "variant": case,
                 "cpu_ms": 1e3 * seconds,
                 "ratio": seconds / base,
                 "free_sweeps": statistics.median(sweeps) if sweeps else 0,
+                "memory_mb": memory(name, case) if linux else None,
             }
         )
     return {"network": name, "rows": rows}
@@ -145,13 +184,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--memory-of", nargs=2, metavar=("NETWORK", "VARIANT"), help="one figure, as the script itself asks"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.memory_of:
+        print(own_memory(*options.memory_of))
+        return
     results = [measure(name, options.steps) for name in NETWORKS]
     for result in results:
-        print(f"\n{result['network']}\n{'variant':28} {'CPU ms':>9} {'ratio':>7} {'sweeps':>7}")
+        print(
+            f"\n{result['network']}\n{'variant':28} {'CPU ms':>9} {'ratio':>7} {'sweeps':>7} {'memory':>9} {'ratio':>7}"
+        )
+        source = result["rows"][0]["memory_mb"]
         for row in result["rows"]:
-            print(f"{row['variant']:28} {row['cpu_ms']:9.1f} {row['ratio']:7.2f} {row['free_sweeps']:7g}")
+            size = f"{row['memory_mb']:6.1f} MB {row['memory_mb'] / source:7.2f}" if source else ""
+            print(f"{row['variant']:28} {row['cpu_ms']:9.1f} {row['ratio']:7.2f} {row['free_sweeps']:7g} {size}")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")

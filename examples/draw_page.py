@@ -2,8 +2,9 @@
 
     .venv/bin/python examples/draw_page.py [FOLDER] [--screenshots]
 
-Writes cnn.html, transformer.html and two-chips.html into FOLDER (default: out/pictures), to be opened in any browser.
-With --screenshots also docs/pictures/page-*.png, which needs Chromium, its driver and selenium.
+Writes cnn.html, transformer.html and two-chips.html, to be opened in any browser, and two plots into FOLDER (default:
+out/pictures). With --screenshots also docs/pictures/page-*.png and plot-*.png, which needs Chromium, its driver and
+selenium.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from torch import nn
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
 from ffebm_compiler.demo_models import DigitsCNN
+from ffebm_compiler.plan_compare import sweep
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 
 
 def write_pages(folder: Path) -> None:
-    """Write the three pages."""
+    """Write the three pages and the two plots."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     images = torch.rand(8, 1, 8, 8)
     cnn = ffebm.convert(DigitsCNN().eval(), images, fold_batchnorm=True)
     gradients = ffebm.check_gradients(cnn, images, lambda scores: scores.logsumexp(1).mean())
-    cnn.save_html(folder / "cnn.html", comparison=cnn.compare(images), gradients=gradients)
+    diagnosis = cnn.diagnose(images)
+    cnn.save_html(folder / "cnn.html", comparison=cnn.compare(images), gradients=gradients, diagnosis=diagnosis)
+    drawing.plot_relaxation(diagnosis).savefig(folder / "plot-relaxation.png")
+    rows = sweep(cnn.plan, {"tile_rows": [64, 128, 256], "layers_per_block": [1, 2, 4]})
+    drawing.plot_hardware(rows).savefig(folder / "plot-hardware.png")
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     tokens = torch.randn(2, 10, 64)
@@ -63,9 +69,12 @@ def screenshots(folder: Path) -> None:
             driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
             driver.get((folder / f"{name}.html").resolve().as_uri())
             driver.execute_script(click, block)
+            driver.execute_script("document.querySelector('.curve')?.closest('section').scrollIntoView()")
             driver.save_screenshot(str(PICTURES / f"page-{name}.png"))
     finally:
         driver.quit()
+    for plot in folder.glob("plot-*.png"):
+        shutil.copy(plot, PICTURES)
 
 
 def main() -> None:
@@ -75,7 +84,7 @@ def main() -> None:
     parser.add_argument("--screenshots", action="store_true")
     chosen = parser.parse_args()
     write_pages(chosen.folder)
-    print(f"wrote {', '.join(str(path) for path in sorted(chosen.folder.glob('*.html')))}")
+    print(f"wrote {', '.join(str(path) for path in sorted(chosen.folder.iterdir()) if path.is_file())}")
     if chosen.screenshots:
         PICTURES.mkdir(parents=True, exist_ok=True)
         screenshots(chosen.folder)

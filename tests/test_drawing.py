@@ -6,6 +6,7 @@ import html
 import json
 import re
 import sys
+from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
@@ -163,6 +164,23 @@ def test_names_cannot_leave_the_data_of_the_page() -> None:
     assert page.count("</script") == 2
     (record,) = data_of(page)
     assert "</script><script>document.title='owned'</script>\"'&<b>\ufffdé\ufffd\ufffd层" in record["title"]
+
+
+def test_names_cannot_leave_the_frame_of_a_notebook() -> None:
+    class Outside(HTMLParser):
+        names: tuple[str, ...] = ()
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.names = (*self.names, tag)
+            assert {name for name, _ in attrs} == {"sandbox", "srcdoc", "title", "style", "loading"}
+
+        def handle_data(self, data: str) -> None:
+            raise AssertionError(f"text beside the frame: {data!r}")
+
+    outside = Outside()
+    outside.feed(drawing.notebook_html(chain_plan(2, prefix=NASTY + "</iframe>", model=NASTY)))
+    outside.close()
+    assert outside.names == ("iframe",)
 
 
 def test_tiles_of_the_layers_sum_to_the_block_and_devices_are_counted() -> None:

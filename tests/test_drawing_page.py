@@ -320,6 +320,19 @@ def test_names_with_markup_stay_text(browser: Browser, pages: dict[str, Path]) -
     assert NASTY in browser.js("return document.querySelector('.panel').textContent")
 
 
+def test_markup_in_the_hardware_and_the_titles_stays_text(browser: Browser, tmp_path: Path) -> None:
+    plan = chain_plan(2)
+    hardware = dataclasses.replace(plan.hardware, name=NASTY, costs={"adc_pj": 1.0})
+    plan = dataclasses.replace(plan, hardware=hardware, notes=(NASTY,))
+    drawing.save_side_by_side(plan, plan, tmp_path / "page.html", (NASTY, "after"))
+    browser.open(tmp_path / "page.html")
+    browser.js("[...document.querySelectorAll('.totals .link')][0].click()")
+    assert f"given in Hardware {NASTY!r}" in browser.js("return document.querySelector('.panel').textContent")
+    assert browser.js("return document.querySelectorAll('script').length") == 2
+    assert browser.js("return document.querySelectorAll('img').length") == 0
+    assert browser.driver.title != "owned"
+
+
 def test_overlays_are_chosen_from_a_list(browser: Browser, tmp_path: Path) -> None:
     overlay = drawing.Overlay("deviation", "how far", {"block_1": 0.5, "block_2": 0.25})
     drawing.save_html(chain_plan(2), tmp_path / "page.html", overlays=[overlay])

@@ -230,14 +230,13 @@ def cost_report_of(hybrid: HybridModel) -> CostReport:
 def _block_cost(
     plan: Plan, block: BlockPlan, sweeps: int | None, phases: int, constants: Mapping[str, Constant]
 ) -> BlockCost:
-    hardware = plan.hardware
     outer, inner = _outer_and_inner(plan, block)
     if not inner:
         sweeps = 1
     dac, adc = constants["dac_pj"].value, constants["adc_pj"].value
     reads = None if sweeps is None else sum(outer.values()) + 2 * sweeps * sum(inner.values())
-    cell = constants["cell_pj"].value * hardware.devices_per_weight
-    analog = unknown("pJ") if reads is None else cell * reads
+    cell = constants["cell_pj"].value
+    analog = unknown("pJ") if sweeps is None else cell * (_cells(plan, outer) + 2 * sweeps * _cells(plan, inner))
     converters = dac * block.dac + adc * block.adc
     back = dac * block.adc + adc * block.dac
     return BlockCost(
@@ -268,6 +267,13 @@ def _outer_and_inner(plan: Plan, block: BlockPlan) -> tuple[dict[str, int], dict
     return outer, inner
 
 
+def _cells(plan: Plan, macs: Mapping[str, int]) -> int:
+    """Devices read once for so many multiply-accumulates of each layer."""
+    return sum(
+        count * plan.hardware.for_layer(plan.graph[name].path).devices_per_weight for name, count in macs.items()
+    )
+
+
 def _latency(
     plan: Plan,
     block: BlockPlan,
@@ -280,9 +286,12 @@ def _latency(
     parallel = constants["converters"].value
     if sweeps is None or not parallel.low:
         return unknown("ns")
-    serial = plan.hardware.conv_mapping == "im2col"
-    reads = sum(plan.graph[name].positions if serial else 1 for name in outer)
-    reads += 2 * sweeps * sum(plan.graph[name].positions if serial else 1 for name in inner)
+    turns = {
+        name: op.positions if plan.hardware.for_layer(op.path).conv_mapping == "im2col" else 1
+        for name in (*outer, *inner)
+        if (op := plan.graph[name])
+    }
+    reads = sum(turns[name] for name in outer) + 2 * sweeps * sum(turns[name] for name in inner)
     return (
         constants["read_ns"].value * reads
         + constants["dac_ns"].value * math.ceil(block.dac / parallel.low)

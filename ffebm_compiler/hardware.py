@@ -7,17 +7,17 @@ capacity means unlimited.
 
 from __future__ import annotations
 
-import json
 import math
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ffebm_compiler.errors import HardwareError
+from ffebm_compiler.hardware_file import read_table
+from ffebm_compiler.hardware_layers import Frozen, checked_overrides, fields_for
 
 __all__ = ["ConvMapping", "Hardware", "hardware_presets", "resolve_hardware"]
 
@@ -25,30 +25,8 @@ ConvMapping = Literal["im2col", "unrolled"]
 
 _CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "layers_per_block", "neurons_per_block")
 _BITS = ("weight_bits", "adc_bits", "dac_bits")
-_OPTIONAL = (*_CAPACITIES, *_BITS, "noise", "costs")
+_OPTIONAL = (*_CAPACITIES, *_BITS, "noise", "costs", "overrides")
 _MAX_BITS = 32
-
-
-class _FrozenCosts(Mapping[str, float]):
-    """A mapping that cannot change, so that `Hardware` can be hashed, copied and pickled."""
-
-    def __init__(self, values: Mapping[str, float]) -> None:
-        self._values = dict(values)
-
-    def __getitem__(self, key: str) -> float:
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._values.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._values)
 
 
 @dataclass(frozen=True)
@@ -74,6 +52,12 @@ class Hardware:
         dac_bits: bits of a digital-to-analog conversion, at a block's inputs. None: not quantised.
         noise: standard deviation of the programmed weights, relative to the largest one. None: no noise.
         costs: constants for the cost report that replace its own, by name. None: its own.
+        bias_row: whether the bias of a layer takes one more row of its matrix, driven by a constant input,
+            instead of being added digitally to what the converters give.
+        overrides: what differs for some layers: glob pattern on module paths -> fields, e.g.
+            `{"layer4.*": {"tile_cols": 512}}`. A layer may have its own `tile_rows`, `tile_cols`,
+            `devices_per_weight`, `conv_mapping` and `bias_row`; `tiles_per_core` counts tiles of any
+            size. None: nothing.
         name: what reports call this fabric.
         source: where these numbers come from.
 
@@ -94,6 +78,8 @@ class Hardware:
     dac_bits: int | None = 8
     noise: float | None = None
     costs: Mapping[str, float] | None = None
+    bias_row: bool = False
+    overrides: Mapping[str, Mapping[str, Any]] | None = None
     name: str = "custom"
     source: str = ""
 
@@ -111,6 +97,12 @@ class Hardware:
             self._set("noise", _non_negative(self.noise, wanted))
         if self.costs is not None:
             self._set("costs", _frozen_costs(self.costs))
+        if not isinstance(self.bias_row, bool):
+            raise HardwareError(
+                f"bias_row must be True (the bias is a row of its layer) or False; got {self.bias_row!r}"
+            )
+        if self.overrides is not None:
+            self._set("overrides", Frozen({p: self._own(p, v) for p, v in checked_overrides(self.overrides).items()}))
         if not isinstance(self.name, str) or not self.name.strip():
             raise HardwareError(f"name must be a text that is not empty, got {self.name!r}: it heads the reports")
         if not isinstance(self.source, str):
@@ -142,10 +134,20 @@ class Hardware:
         copies = positions if self.conv_mapping == "unrolled" else 1
         return groups * down * across * copies
 
+    def for_layer(self, path: str) -> Hardware:
+        """The fabric as the layer of a module path has it: itself without `overrides`, else what they make of it.
+
+        Raises:
+            HardwareError: where two patterns match the layer and disagree.
+        """
+        return replace(self, overrides=None, **fields_for(self.overrides, path)) if self.overrides else self
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; `from_dict` makes an equal object of them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["costs"] = None if self.costs is None else dict(self.costs)
+        if self.overrides is not None:
+            values["overrides"] = {pattern: dict(own) for pattern, own in self.overrides.items()}
         return values
 
     @classmethod
@@ -176,11 +178,19 @@ class Hardware:
             HardwareError: the file cannot be read or parsed, or describes no hardware; names file and key.
         """
         path = Path(path)
-        values = _read_table(path)
+        values = read_table(path, _OPTIONAL)
         try:
             return cls.from_dict({"name": path.stem, **values})
         except HardwareError as error:
             raise HardwareError(f"{path}: {error}") from error
+
+    def _own(self, pattern: str, values: Mapping[str, Any]) -> Frozen:
+        """The fields of one override, checked as those of a fabric are."""
+        try:
+            checked = Hardware(**values)
+        except HardwareError as error:
+            raise HardwareError(f"overrides[{pattern!r}]: {error}") from error
+        return Frozen({field: getattr(checked, field) for field in values})
 
     def _set(self, field: str, value: object) -> None:
         object.__setattr__(self, field, value)  # the class is frozen
@@ -269,7 +279,7 @@ def _non_negative(value: object, wanted: str) -> float:
     return number
 
 
-def _frozen_costs(costs: object) -> _FrozenCosts:
+def _frozen_costs(costs: object) -> Frozen:
     if not isinstance(costs, Mapping):
         raise HardwareError(f"costs must be a mapping of names to numbers or None, got {type(costs).__name__}")
     values = {}
@@ -277,24 +287,4 @@ def _frozen_costs(costs: object) -> _FrozenCosts:
         if not isinstance(key, str):
             raise HardwareError(f"costs must have texts as names, got {key!r}")
         values[key] = _non_negative(value, f"costs[{key!r}] must be a finite number of at least 0")
-    return _FrozenCosts(values)
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    """The top-level table of a TOML or JSON file, with TOML's "none" turned into None."""
-    suffix = path.suffix.lower()
-    if suffix not in (".toml", ".json"):
-        raise HardwareError(f"{path}: a hardware file must end in .toml or .json")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HardwareError(f"{path}: cannot be read ({error})") from error
-    try:
-        table = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise HardwareError(f"{path}: not valid {suffix[1:].upper()} ({error})") from error
-    if not isinstance(table, dict):
-        raise HardwareError(f"{path}: expected an object of hardware fields, got {type(table).__name__}")
-    if suffix == ".toml":
-        table = {key: None if key in _OPTIONAL and value == "none" else value for key, value in table.items()}
-    return table
+    return Frozen(values)

@@ -11,9 +11,10 @@ from dataclasses import fields
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Role
 from ffebm_compiler.passes.partition import pack_cores, quotient_order
-from ffebm_compiler.passes.planning import describe_block, matches
+from ffebm_compiler.passes.planning import describe_block
 from ffebm_compiler.plan import BlockPlan, DigitalPart, Plan, fingerprint
 
 __all__ = ["check_plan"]

@@ -47,6 +47,7 @@ class LayerPlacement:
     first: int
     """Number of its first tile in the core."""
     rows: int
+    """Rows of one group's matrix, with the bias where it takes a row."""
     cols: int
     groups: int
     positions: int
@@ -55,6 +56,7 @@ class LayerPlacement:
     across: int
     """Tiles along the columns of one group."""
     hardware: Hardware
+    """The fabric as this layer has it."""
 
     @property
     def count(self) -> int:
@@ -159,21 +161,23 @@ def place_layers(blocks: Sequence[Sequence[Operation]], hardware: Hardware) -> T
         assert core is not None
         members.setdefault(core, []).append(index)
         for op in layers:
-            positions = op.positions if hardware.conv_mapping == "unrolled" else 1
+            fabric = hardware.for_layer(op.path)
+            positions = op.positions if fabric.conv_mapping == "unrolled" else 1
             per_group = tiles_of(op, hardware) // (op.groups * positions)
-            down = 1 if hardware.tile_rows is None else -(-op.rows // hardware.tile_rows)
+            rows = op.rows + int(op.bias and fabric.bias_row)
+            down = 1 if fabric.tile_rows is None else -(-rows // fabric.tile_rows)
             placed.append(
                 LayerPlacement(
                     layer=op.path or op.name,
                     core=core,
                     first=used.get(core, 0),
-                    rows=op.rows,
+                    rows=rows,
                     cols=op.cols,
                     groups=op.groups,
                     positions=positions,
                     down=down,
                     across=per_group // down,
-                    hardware=hardware,
+                    hardware=fabric,
                 )
             )
             used[core] = used.get(core, 0) + placed[-1].count

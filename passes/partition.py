@@ -26,7 +26,7 @@ from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition_search import improve
-from ffebm_compiler.passes.partition_state import State
+from ffebm_compiler.passes.partition_state import State, tiles_of
 from ffebm_compiler.passes.partition_waves import next_fit, waves_and_cuts
 
 __all__ = [
@@ -91,11 +91,6 @@ def partition(
     blocks = [[names[v] for v in sorted(state.members(block))] for block in order]
     blocks = _within_cores(graph, hardware, blocks, rejected)
     return Partition(blocks, digital_parts(graph, blocks), rejected)
-
-
-def tiles_of(operation: Operation, hardware: Hardware) -> int:
-    """Tiles that one weight-stationary operation takes."""
-    return hardware.tiles(operation.rows, operation.cols, operation.groups, operation.positions)
 
 
 def too_large(operation: Operation, hardware: Hardware) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 
 from ffebm_compiler.errors import PlanError
+from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.passes.partition import Partition, digital_parts, tiles_of, too_large
 from ffebm_compiler.passes.partition_state import DIGITAL, State
-from ffebm_compiler.passes.planning import describe, matches, plan_notes
+from ffebm_compiler.passes.planning import describe, plan_notes
 from ffebm_compiler.plan import Plan
 
 __all__ = ["move"]

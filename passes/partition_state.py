@@ -19,11 +19,18 @@ from collections.abc import Collection, Iterable
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import OperationGraph, Role
+from ffebm_compiler.ir import Operation, OperationGraph, Role
 
 __all__ = ["DIGITAL", "State"]
 
 DIGITAL = -1
+
+
+def tiles_of(operation: Operation, hardware: Hardware) -> int:
+    """Tiles that one weight-stationary operation takes."""
+    fabric = hardware.for_layer(operation.path)
+    bias = operation.bias and fabric.bias_row
+    return fabric.tiles(operation.rows, operation.cols, operation.groups, operation.positions, bias)
 
 
 class State:
@@ -55,9 +62,7 @@ class State:
         self.passes_on = [op.kind in ("reshape", "copy", "dropout") for op in operations]
         """Operations that a block gains nothing from where they are at its rim."""
         self.weight = [
-            (1, hardware.tiles(op.rows, op.cols, op.groups, op.positions), op.values)
-            if self.layer[index]
-            else (0, 0, 0)
+            (1, tiles_of(op, hardware), op.values) if self.layer[index] else (0, 0, 0)
             for index, op in enumerate(operations)
         ]
         self.capacity = tuple(

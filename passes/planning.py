@@ -6,11 +6,11 @@ is in exactly one block or in `rejected`, and each operation is in exactly one b
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 
-from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.errors import HardwareError, InputError, UnsupportedError
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware_layers import matches, unmatched
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WIRING_KINDS
 from ffebm_compiler.passes.partition import Partition, conversions, partition, tiles_of, too_large
@@ -38,6 +38,7 @@ def make_plan(
 
     Raises:
         InputError: for a pattern that matches nothing, contradicting patterns or unknown `block_ops`.
+        HardwareError: for an override that matches no layer, or two that disagree on one.
         UnsupportedError: for a model without weight-stationary layers, a layer of `force_analog`
             that cannot be analog, or any rejected layer with `on_unsupported="error"`.
     """
@@ -48,6 +49,12 @@ def make_plan(
         raise UnsupportedError(
             f"the model {type(program.source).__name__} has no weight-stationary layer: nothing in it multiplies an "
             "activation by a fixed weight (linear, convolution), so there is nothing to make analog"
+        )
+    paths = list(dict.fromkeys(op.path for op in layers))
+    for pattern in unmatched(hardware.overrides, paths):
+        raise HardwareError(
+            f"the override {pattern!r} of hardware {hardware.name!r} matches no weight-stationary layer; the "
+            f"layers are {', '.join(paths[:8])}{', ...' if len(paths) > 8 else ''}"
         )
     forced = {op.name: FORCED for op in graph.operations if matches(op.path, options.force_digital)}
     for op in layers:
@@ -79,13 +86,6 @@ def make_plan(
             "force_digital, or pass on_unsupported='digital'"
         )
     return plan
-
-
-def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a module path or a module that holds it matches one of the glob patterns."""
-    parts = path.split(".")
-    ancestors = [".".join(parts[: count + 1]) for count in range(len(parts))]
-    return any(fnmatch.fnmatchcase(ancestor, pattern) for pattern in patterns for ancestor in ancestors)
 
 
 def _check_options(options: PlanOptions, modules: Sequence[str], on_unsupported: str) -> None:
@@ -159,9 +159,14 @@ def describe(
 def plan_notes(blocks: Sequence[BlockPlan], graph: OperationGraph, hardware: Hardware) -> tuple[str, ...]:
     """What the blocks themselves give reason to say."""
     notes = []
-    convolutions = [sum(graph[name].kind.startswith("conv") for name in block.operations) for block in blocks]
-    sharing = sum(count > 1 for count in convolutions)
-    if sharing and hardware.conv_mapping == "im2col":
+    convolutions = [
+        [op for name in block.operations if (op := graph[name]).kind.startswith("conv")] for block in blocks
+    ]
+    sharing = sum(
+        len(layers) > 1 and any(hardware.for_layer(op.path).conv_mapping == "im2col" for op in layers)
+        for layers in convolutions
+    )
+    if sharing:
         notes.append(
             f"{'1 block settles' if sharing == 1 else f'{sharing} blocks settle'} several convolutions together; with "
             "conv_mapping='im2col' one set of tiles serves all output positions in turn, while settling needs every "

@@ -20,10 +20,10 @@ import torch
 from torch import fx
 
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WEIGHTS
 from ffebm_compiler.passes.partition import too_large
-from ffebm_compiler.passes.planning import matches
 
 __all__ = ["split_large"]
 
@@ -108,10 +108,12 @@ def _shape(node: fx.Node, op: Operation) -> _Shape | None:
 
 def _cut(op: Operation, shape: _Shape, hardware: Hardware) -> _Cut | None:
     """The fewest parts that each fit a core; None where there are none."""
+    hardware = hardware.for_layer(op.path)
+    bias = op.bias and hardware.bias_row
     per_output = op.values // (shape.groups * shape.outputs)
 
     def fits(groups: int, inputs: int, outputs: int) -> bool:
-        tiles = hardware.tiles(inputs * shape.rows, outputs * shape.cols, groups, op.positions)
+        tiles = hardware.tiles(inputs * shape.rows, outputs * shape.cols, groups, op.positions, bias)
         return (hardware.tiles_per_core is None or tiles <= hardware.tiles_per_core) and (
             hardware.neurons_per_block is None or per_output * groups * outputs <= hardware.neurons_per_block
         )

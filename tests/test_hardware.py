@@ -26,6 +26,16 @@ small = st.integers(1, 12)
 capacity = st.none() | st.integers(1, 10**9)
 bits = st.none() | st.integers(1, 32)
 amount = st.floats(0, 1e300)
+own_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "tile_rows": capacity,
+        "tile_cols": capacity,
+        "devices_per_weight": st.integers(1, 8),
+        "conv_mapping": st.sampled_from(["im2col", "unrolled"]),
+        "bias_row": st.booleans(),
+    },
+).filter(bool)
 hardwares = st.builds(
     Hardware,
     **dict.fromkeys(CAPACITIES, capacity),
@@ -34,6 +44,8 @@ hardwares = st.builds(
     conv_mapping=st.sampled_from(["im2col", "unrolled"]),
     noise=st.none() | amount,
     costs=st.none() | st.dictionaries(st.text(max_size=5), amount, max_size=3),
+    bias_row=st.booleans(),
+    overrides=st.none() | st.dictionaries(st.text(min_size=1, max_size=5), own_fields, max_size=3),
     name=st.text(min_size=1, max_size=8).filter(str.strip),
     source=st.text(max_size=8),
 )
@@ -133,6 +145,8 @@ def test_defaults_are_the_published_interface() -> None:
         "dac_bits": 8,
         "noise": None,
         "costs": None,
+        "bias_row": False,
+        "overrides": None,
         "name": "custom",
         "source": "",
     }
@@ -313,6 +327,81 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(HardwareError, match=r"a\.json: cannot be read \(.*utf-8"):
         Hardware.from_file(tmp_path / "a.json")
+
+
+def test_a_layer_has_its_own_fields() -> None:
+    hardware = Hardware(overrides={"layer4.*": {"tile_cols": 512}, "*.conv2": {"devices_per_weight": 1}})
+    assert hardware.for_layer("layer4.0.conv2") == replace(
+        hardware, overrides=None, tile_cols=512, devices_per_weight=1
+    )
+    assert hardware.for_layer("layer4.0.conv1").devices_per_weight == 2
+    assert hardware.for_layer("fc") == Hardware()
+    assert Hardware().for_layer("fc") == Hardware()
+
+
+def test_overrides_are_a_frozen_copy() -> None:
+    own = {"tile_cols": np.int64(512)}
+    hardware = Hardware(overrides={"fc": own})  # type: ignore[dict-item]
+    own["tile_cols"] = np.int64(3)
+    assert repr(hardware.overrides) == "{'fc': {'tile_cols': 512}}"
+    assert hash(hardware) == hash(Hardware(overrides={"fc": {"tile_cols": 512}})) != hash(Hardware())
+    with pytest.raises(TypeError, match="item assignment"):
+        hardware.overrides["fc"]["tile_cols"] = 2  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("fc", 1)], "overrides must map patterns of module paths to fields, .* got list"),
+        ({3: {"tile_cols": 1}}, "overrides must have patterns of module paths as keys, .* got 3"),
+        ({"": {"tile_cols": 1}}, "overrides must have patterns of module paths as keys, .* got ''"),
+        ({"fc": 512}, r"overrides\['fc'\] must map fields to values, .* got 512"),
+        ({"fc": {}}, r"overrides\['fc'\] must map fields to values, .* got {}"),
+        ({"fc": {"tile_col": 5}}, r"overrides\['fc'\] cannot set 'tile_col': did you mean 'tile_cols'\?"),
+        (
+            {"fc": {"cores": 5}},
+            r"overrides\['fc'\] cannot set 'cores': a layer may have tile_rows, tile_cols, .*bias_row",
+        ),
+        ({"fc": {"tile_cols": 0}}, r"overrides\['fc'\]: tile_cols must be a whole number of at least 1.* got 0"),
+        ({"fc": {"bias_row": 1}}, r"overrides\['fc'\]: bias_row must be True .* or False; got 1"),
+    ],
+)
+def test_malformed_overrides_are_named(overrides: Any, message: str) -> None:
+    with pytest.raises(HardwareError, match=message):
+        Hardware(overrides=overrides)
+
+
+def test_overrides_that_disagree_are_refused_where_they_meet() -> None:
+    hardware = Hardware(overrides={"layer4.*": {"tile_cols": 512}, "*.conv1": {"tile_cols": 128, "tile_rows": 4}})
+    assert hardware.for_layer("layer1.conv1").tile_cols == 128
+    message = (
+        "the overrides 'layer4.*' and '*.conv1' both match layer 'layer4.conv1' and give tile_cols as 512 and 128: "
+        "make one of the patterns narrower"
+    )
+    with pytest.raises(HardwareError, match=re.escape(message)):
+        hardware.for_layer("layer4.conv1")
+
+
+def test_overrides_that_agree_may_meet() -> None:
+    hardware = Hardware(overrides={"a*": {"tile_cols": 8}, "*a": {"tile_cols": 8}})
+    assert hardware.for_layer("aa").tile_cols == 8
+
+
+def test_overrides_from_toml(tmp_path: Path) -> None:
+    file = tmp_path / "chip.toml"
+    file.write_text('bias_row = true\n[overrides."layer4.*"]\ntile_cols = 512\ntile_rows = "none"\n')
+    expected = Hardware(bias_row=True, overrides={"layer4.*": {"tile_cols": 512, "tile_rows": None}}, name="chip")
+    assert Hardware.from_file(file) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["overrides = 3", "[overrides]\nfc = 3", "[overrides.fc]\ntile_cols = 0", '[overrides.fc]\nname = "x"']
+)
+def test_bad_overrides_of_a_file_name_it(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "chip.toml"
+    file.write_text(text)
+    with pytest.raises(HardwareError, match=r"chip\.toml: overrides"):
+        Hardware.from_file(file)
 
 
 def test_presets_have_sources_and_their_own_names() -> None:

@@ -368,6 +368,7 @@ def test_the_panel_draws_how_a_block_settles_and_its_costs(browser: Browser, tmp
         "  return b.x >= 0 && b.y >= 0 && b.x + b.width <= 348 && b.y + b.height <= 128; })"
     )
     assert browser.js(fits)
+    assert "The forward stopped at sweep 2, the dashed line." in browser.panel()
     assert "a minimum of E" in browser.panel()
     assert "same layers digital" in browser.panel()
     browser.js("[...document.querySelectorAll('.totals .link')][0].click()")

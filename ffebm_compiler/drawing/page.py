@@ -30,7 +30,14 @@ from ffebm_compiler.errors import ExportError
 
 __all__ = ["page_text"]
 
-_SCRIPTS = ("page_tree.js", "page_picture.js", "page_curves.js", "page_panel.js", "page_app.js")
+_SCRIPTS = (
+    "page_tree.js",
+    "page_picture.js",
+    "page_curves.js",
+    "page_export.js",
+    "page_panel.js",
+    "page_app.js",
+)
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]")
 

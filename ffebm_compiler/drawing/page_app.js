@@ -286,32 +286,10 @@ class View {
     }, { passive: false });
   }
 
-  // The picture as a file of its own: its style rules with the colours of the light theme filled in.
-  svgText() {
-    const copy = this.svg.cloneNode(true);
-    const { width, height } = this.picture.size;
-    copy.setAttribute('xmlns', SVG);
-    copy.setAttribute('width', String(width));
-    copy.setAttribute('height', String(height));
-    for (const element of copy.querySelectorAll('.selected, .dimmed, .hit')) {
-      element.classList.remove('selected', 'dimmed', 'hit');
-    }
-    const colours = new Map([...document.getElementById('colours').textContent.matchAll(/(--[a-z-]+):\s*light-dark\(([^,]+),/g)].map((match) => [match[1], match[2].trim()]));
-    const rules = document.getElementById('picture').textContent.replace(/var\((--[a-z-]+)\)/g, (whole, name) => colours.get(name) ?? whole);
-    const style = document.createElementNS(SVG, 'style');
-    style.textContent = rules;
-    const title = document.createElementNS(SVG, 'title');
-    title.textContent = `${this.data.title}: ${this.data.totals.map((pair) => pair.join(' ')).join(', ')}`;
-    const paper = document.createElementNS(SVG, 'rect');
-    paper.setAttribute('width', String(width));
-    paper.setAttribute('height', String(height));
-    paper.setAttribute('fill', '#ffffff');
-    copy.prepend(title, style, paper);
-    return new XMLSerializer().serializeToString(copy);
-  }
-
   download() {
-    const address = URL.createObjectURL(new Blob([this.svgText()], { type: 'image/svg+xml' }));
+    const title = `${this.data.title}: ${this.data.totals.map((pair) => pair.join(' ')).join(', ')}`;
+    const text = standAlone(this.svg, this.picture.size, title);
+    const address = URL.createObjectURL(new Blob([text], { type: 'image/svg+xml' }));
     const link = el('a', { href: address, download: 'partition.svg' });
     document.body.append(link);
     link.click();

@@ -160,6 +160,11 @@ def test_a_click_opens_a_block_in_place_and_a_second_one_closes_it(
     assert any("from digital_3" in title for title in opened)
     assert "▸ layers.0" in opened
     assert "gelu" not in opened
+    # Its title is on the screen, also where the block is wider than the window.
+    assert browser.js(
+        "const title = document.querySelector('[aria-expanded=true] > .title').getBoundingClientRect();"
+        "return title.left >= 0 && title.right <= window.innerWidth"
+    )
     browser.click("▸ layers.0")
     assert {"gelu", "add"} <= set(browser.titles())
     assert "layers.0" in browser.panel()

@@ -118,6 +118,9 @@ class View {
     if (head && (head.top < stage.top || head.top + 60 > end)) {
       this.stage.scrollBy(0, head.top - stage.top - 40);
     }
+    if (head && head.left < stage.left) {
+      this.stage.scrollBy(head.left - stage.left - 8, 0);
+    }
   }
 
   // Draw again with the top of one item where it was on the screen.

@@ -28,8 +28,10 @@ from ffebm_compiler.cli_options import (
     HardwareName,
     Inputs,
     Model,
+    NoVerify,
     OnUnsupported,
     Seed,
+    Tolerance,
     Weights,
     check_alone,
     check_free,
@@ -266,24 +268,25 @@ def export(
     on_unsupported: OnUnsupported = "digital",
     seed: Seed = 0,
     force: Force = False,
+    no_verify: NoVerify = False,
+    tolerance: Tolerance = 1e-4,
 ) -> None:
     """Write ONNX: the whole hybrid as one file, or every digital part, the blocks' weights and a manifest.
 
-    A folder must be new, empty, or of an earlier export; an existing file is replaced with --force only.
+    A folder must be new, empty, or of an earlier export; an existing file is replaced with --force only. What was
+    written is run in onnxruntime and compared with the hybrid, at two batch sizes. Everything is in eval mode.
 
     Example: ffebm export mypackage.models:resnet --input 1x3x32x32 --weights trained.pt --out onnx/
     """
-    whole = out.suffix.lower() == ".onnx"
-    check_free(out if whole else None, force)
-    hybrid, _, _ = converted(
+    from ffebm_compiler.cli_export import write_onnx
+
+    check_free(out if out.suffix.lower() == ".onnx" else None, force)
+    hybrid, args, kwargs = converted(
         model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
         on_unsupported, seed,
     )  # fmt: skip
-    if whole:
-        typer.echo(f"wrote the whole hybrid to {hybrid.export_onnx(out)}")
-        return
-    folder = hybrid.export_onnx(out, parts="digital")
-    typer.echo(f"wrote {len(hybrid.plan.digital_parts)} digital parts and manifest.json to {folder}")
+    for line in write_onnx(hybrid, out, args, kwargs, None if no_verify else tolerance):
+        typer.echo(line)
 
 
 def _random_loss(outputs: Any) -> Tensor:

@@ -24,8 +24,10 @@ __all__ = [
     "HardwareName",
     "Inputs",
     "Model",
+    "NoVerify",
     "OnUnsupported",
     "Seed",
+    "Tolerance",
     "Weights",
     "check_alone",
     "check_free",
@@ -71,6 +73,12 @@ OnUnsupported = Annotated[
 ]
 Feedback = Annotated[str, typer.Option("--feedback", "-f", help="Loop gain between 0 and 1, or symmetric.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.", min=0)]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not run what was written in onnxruntime beside the hybrid.")
+]
+Tolerance = Annotated[
+    float, typer.Option("--tolerance", help="Largest relative deviation of outputs; more is an error.", min=0.0)
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ _LARGE = 1 << 30
 """Bytes of tensors above which a part keeps them in a file beside it (one protobuf holds 2 GiB)."""
 
 
-def export_digital(hybrid: HybridModel, folder: Path, *, fuse_batchnorm: bool = False) -> Path:
+def export_digital(
+    hybrid: HybridModel,
+    folder: Path,
+    *,
+    fuse_batchnorm: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Path:
     """Write one checked ONNX file per feedforward part, the energy blocks' weights, and `manifest.json`.
 
     The files are in eval mode, whatever mode the hybrid is in, and have a free batch size. The schema
@@ -35,6 +41,7 @@ def export_digital(hybrid: HybridModel, folder: Path, *, fuse_batchnorm: bool = 
         hybrid: the hybrid, which is not changed.
         folder: a new or empty folder, or one of an earlier export, which is replaced.
         fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
+        progress: called with what is done next: once, then for each part and for the manifest.
 
     Returns:
         The folder.
@@ -44,12 +51,15 @@ def export_digital(hybrid: HybridModel, folder: Path, *, fuse_batchnorm: bool = 
     """
     onnx = package("onnx")
     package("onnxscript")
+    progress("tracing")
     steps = Steps.of(hybrid)
     with whole_folder(folder) as fresh:
         files: dict[str, str] = {}
         for step, model in part_models(steps, hybrid, fuse_batchnorm):
+            progress(f"writing {step.name}")
             files[step.name] = _file_name(step, hybrid)
             _save(onnx, model, fresh / files[step.name])
+        progress("writing the manifest")
         tensors = _tensors(steps)
         if tensors:
             save_file(tensors, fresh / WEIGHTS)

@@ -22,7 +22,7 @@ from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import GaussSeidel
 
-__all__ = ["Exported", "Inputs", "load", "run"]
+__all__ = ["Exported", "Inputs", "load", "run", "session_of"]
 
 Inputs = Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
 """One tensor or array, a sequence of them in the order of the forward, or by the names in the manifest."""
@@ -51,6 +51,23 @@ def load(folder: str | Path, *, threads: int | None = None) -> Exported:
     return Exported(Path(folder), threads)
 
 
+def session_of(path: Path, threads: int | None = None) -> Any:
+    """An onnxruntime session of one file, on the CPU.
+
+    Raises:
+        ExportError: where onnxruntime is not installed or cannot load the file.
+    """
+    runtime = package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises several kinds
+        raise ExportError(f"onnxruntime cannot load {path.name} ({error}): export again") from error
+
+
 class Exported:
     """An export, checked and ready to run."""
 
@@ -72,17 +89,7 @@ class Exported:
             return self._energy(step)
         if step["file"] not in self.manifest["files"]:
             raise ExportError(f"{step['name']} names the file {step['file']!r}, which the manifest does not list")
-        runtime = package("onnxruntime")
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            return runtime.InferenceSession(
-                str(self.folder / step["file"]), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises several kinds
-            raise ExportError(f"onnxruntime cannot load {step['file']} ({error}): export again") from error
+        return session_of(self.folder / step["file"], threads)
 
     def _energy(self, step: Mapping[str, Any]) -> EnergyBlock:
         program = program_from_json(step["name"], step["program"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,13 @@ class _Symbol(nn.Module):
         return tuple(results)
 
 
-def export_whole(hybrid: HybridModel, path: Path, *, fuse_batchnorm: bool = False) -> Path:
+def export_whole(
+    hybrid: HybridModel,
+    path: Path,
+    *,
+    fuse_batchnorm: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Path:
     """Write the whole hybrid, in eval mode, as one checked ONNX file with a free batch size.
 
     Each energy block is a function of the domain `ffebm.energy` whose body settles it; its outputs are
@@ -64,6 +70,7 @@ def export_whole(hybrid: HybridModel, path: Path, *, fuse_batchnorm: bool = Fals
         hybrid: the hybrid, which is not changed.
         path: the file, which is replaced.
         fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
+        progress: called with what is done next, twice.
 
     Returns:
         The path.
@@ -73,6 +80,7 @@ def export_whole(hybrid: HybridModel, path: Path, *, fuse_batchnorm: bool = Fals
     """
     onnx = package("onnx")
     package("onnxscript")
+    progress("tracing")
     steps = Steps.of(hybrid)
     functions = {step.name: block_function(step) for step in steps.steps if step.energy}
     try:
@@ -80,6 +88,7 @@ def export_whole(hybrid: HybridModel, path: Path, *, fuse_batchnorm: bool = Fals
     except ExportError:
         part_models(steps, hybrid, fuse_batchnorm)  # names the part, where it is one
         raise
+    progress("writing")
     _finish(model, hybrid, functions)
     ir = package("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

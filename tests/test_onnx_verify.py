@@ -1,0 +1,130 @@
+"""`ffebm export` as a real process, and the verification that it does."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import networks
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.onnx import verify
+from ffebm_compiler.onnx.verify import TOLERANCE, deviation
+
+FFEBM = Path(sys.executable).with_name("ffebm")
+CNN = ["ffebm_compiler.demo_models:DigitsCNN", "--input", "2x1x8x8"]
+
+
+def export(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(FFEBM), "export", *CNN, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+@pytest.mark.parametrize("out", ["parts", "all.onnx"])
+def test_export_verifies_what_it_wrote(tmp_path: Path, out: str) -> None:
+    result = export(tmp_path, "--out", out)
+    assert (result.returncode, result.stderr) == (0, "")
+    first, second = result.stdout.splitlines()
+    assert re.fullmatch(rf"wrote .*, in eval mode, to {out}", first)
+    found = re.fullmatch(
+        r"verified in onnxruntime at batch 2 and 5: largest relative deviation (\S+) \(tolerance 1.0e-04\)", second
+    )
+    assert found is not None
+    assert 0 < float(found[1]) < 1e-5
+
+
+def test_a_deviation_above_the_tolerance_is_an_error_in_one_line(tmp_path: Path) -> None:
+    result = export(tmp_path, "--out", "all.onnx", "--tolerance", "1e-12")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"error: all.onnx was written, but deviates from the hybrid by \S+ in onnxruntime at batch [25] \(relative; "
+        r"the tolerance is 1.0e-12\): raise the tolerance .*\n",
+        result.stderr,
+    )
+    assert (tmp_path / "all.onnx").is_file()
+
+
+def test_a_terminal_gets_a_bar_and_no_verify_leaves_it_out(tmp_path: Path) -> None:
+    result = export(tmp_path, "--out", "parts", "--no-verify", FORCE_COLOR="1")
+    assert (result.returncode, result.stdout.count("\n")) == (0, 1)
+    assert "verified" not in result.stdout
+    plain = re.sub(r"\x1b\[[0-9;?]*\w", "", result.stderr)
+    assert "━" in plain
+    assert re.search(r"0/\d+", plain)
+    assert "tracing" in plain
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+@pytest.mark.parametrize("parts", [None, "digital"])
+def test_two_batch_sizes_are_compared(tmp_path: Path, name: str, parts: str | None) -> None:
+    model, x = networks.digits_cnn() if name == "cnn" else networks.transformer(0.1)
+    hybrid = ffebm.convert(model, x)
+    path = hybrid.export_onnx(tmp_path / "out", parts=parts)
+    stages: list[str] = []
+    found = verify(hybrid, path, (x,), progress=stages.append)
+    assert list(found) == [len(x), len(x) + 3]
+    assert stages == [f"verifying batch {size}" for size in found]
+    assert max(found.values()) <= 1e-5 < TOLERANCE
+
+
+def test_other_weights_are_noticed(tmp_path: Path) -> None:
+    model, x = networks.mlp()
+    hybrid = ffebm.convert(model, x)
+    path = hybrid.export_onnx(tmp_path / "all.onnx")
+    with torch.no_grad():
+        next(hybrid.parameters()).add_(0.01)
+    with pytest.raises(ffebm.ExportError, match=r"all.onnx was written, but deviates from the hybrid by"):
+        verify(hybrid, path, (x,))
+
+
+def test_values_that_are_no_numbers_are_noticed(tmp_path: Path) -> None:
+    model, x = networks.mlp()
+    hybrid = ffebm.convert(model, x)
+    path = hybrid.export_onnx(tmp_path / "all.onnx")
+    proto = onnx.load(path)
+    proto.graph.initializer[0].CopyFrom(
+        onnx.numpy_helper.from_array(
+            float("nan") * onnx.numpy_helper.to_array(proto.graph.initializer[0]), proto.graph.initializer[0].name
+        )
+    )
+    onnx.save(proto, path)
+    with pytest.raises(ffebm.ExportError, match=r"gives other values than numbers in onnxruntime at batch"):
+        verify(hybrid, path, (x,))
+
+
+def test_inputs_by_name_integers_and_a_fixed_batch(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.last = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+            return self.last(self.embedding(tokens)) * scale
+
+    tokens, scale = torch.tensor([[9, 1], [3, 0]]), networks.noise(2, 2, 1)
+    given = {"scale": scale, "tokens": tokens}
+    hybrid = ffebm.convert(networks.seeded(Masked), (), given)
+    assert list(verify(hybrid, hybrid.export_onnx(tmp_path / "a.onnx"), (), given)) == [2, 5]
+    fixed = ffebm.convert(networks.seeded(Masked), (tokens, scale), dynamic_shapes=None)
+    assert list(verify(fixed, fixed.export_onnx(tmp_path / "b", parts="digital"), (tokens, scale))) == [2]
+
+
+def test_the_deviation_is_of_floating_outputs_where_there_are_any() -> None:
+    one, two = torch.tensor([1.0]), torch.tensor([2.0])
+    number = torch.tensor([4])
+    assert deviation([two, number], [one, number + 1]) == 1.0
+    assert deviation([number], [number + 1]) == pytest.approx(0.2)

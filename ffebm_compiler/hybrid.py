@@ -434,7 +434,8 @@ class HybridModel(nn.Module):
     def export_onnx(self, path: str | Path, parts: str | None = None, *, fuse_batchnorm: bool = False) -> Path:
         """Export the whole hybrid as one ONNX file, or its digital parts into a folder.
 
-        Both are in eval mode, whatever mode the hybrid is in, and leave the batch size free; see `docs/onnx.md`.
+        Both are in eval mode, whatever mode the hybrid is in (with an `FFEBMWarning` where train mode computes
+        something else), and leave the batch size free; see `docs/onnx.md`.
 
         Args:
             path: the file; with `parts="digital"` the folder.

@@ -183,7 +183,8 @@ def test_train_mode_hybrid_exports_in_eval_mode_and_is_left_alone(tmp_path: Path
         expected = hybrid.eval()(x)
     hybrid.train()
     before = {key: value.clone() for key, value in hybrid.state_dict().items()}
-    hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    with pytest.warns(ffebm.FFEBMWarning, match=r"is in train mode \(batch_norm of \w+.*call hybrid.eval\(\)"):
+        hybrid.export_onnx(tmp_path / "hybrid.onnx")
     assert all(module.training for module in hybrid.modules() if isinstance(module, nn.BatchNorm2d))
     assert all(torch.equal(value, before[key]) for key, value in hybrid.state_dict().items())
     assert relative(in_onnxruntime(tmp_path / "hybrid.onnx", x), expected) <= 1e-5

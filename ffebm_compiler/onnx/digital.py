@@ -14,6 +14,7 @@ from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx.folder import digest_of, whole_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
+from ffebm_compiler.onnx.mode import warn_of_train_mode
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
@@ -34,7 +35,8 @@ def export_digital(
 ) -> Path:
     """Write one checked ONNX file per feedforward part, the energy blocks' weights, and `manifest.json`.
 
-    The files are in eval mode, whatever mode the hybrid is in, and have a free batch size. The schema
+    The files are in eval mode, whatever mode the hybrid is in (with an `FFEBMWarning` where it matters), and have a
+    free batch size. The schema
     of the manifest is in `docs/onnx.md`; `ffebm_compiler.onnx.run(folder, inputs)` executes it.
 
     Args:
@@ -51,6 +53,7 @@ def export_digital(
     """
     onnx = package("onnx")
     package("onnxscript")
+    warn_of_train_mode(hybrid)
     progress("tracing")
     steps = Steps.of(hybrid)
     with whole_folder(folder) as fresh:

@@ -14,6 +14,7 @@ from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx.digital import part_models
 from ffebm_compiler.onnx.folder import whole_files
 from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
+from ffebm_compiler.onnx.mode import warn_of_train_mode
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.steps import Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
@@ -80,6 +81,7 @@ def export_whole(
     """
     onnx = package("onnx")
     package("onnxscript")
+    warn_of_train_mode(hybrid)
     progress("tracing")
     steps = Steps.of(hybrid)
     functions = {step.name: block_function(step) for step in steps.steps if step.energy}

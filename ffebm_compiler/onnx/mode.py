@@ -1,0 +1,41 @@
+"""Mode: exports are in eval mode, and say so where the hybrid is in train mode and that makes a difference."""
+
+from __future__ import annotations
+
+import warnings
+
+from ffebm_compiler.errors import FFEBMWarning
+from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.runtime.feedforward import (
+    ReboundAttention,
+    ReboundBatchNorm,
+    ReboundDropout,
+    ReboundInstanceNorm,
+)
+
+__all__ = ["warn_of_train_mode"]
+
+
+def warn_of_train_mode(hybrid: HybridModel) -> None:
+    """Issue an `FFEBMWarning` that names the modules which compute something else in train mode, if any are in it."""
+    names = {id(module): name or "the model" for name, module in hybrid.named_modules()}
+    found: dict[str, str] = {}
+    for module in hybrid.get_submodule("_ffebm").modules():
+        if isinstance(module, ReboundBatchNorm | ReboundInstanceNorm):
+            differs = not module.always
+        elif isinstance(module, ReboundDropout | ReboundAttention):
+            differs = module.rate > 0
+        else:
+            continue
+        if differs and module.active:
+            found[names.get(id(module.owner), "the model")] = module.operation
+    if not found:
+        return
+    listed = [f"{operation} of {path}" for path, operation in found.items()]
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    warnings.warn(
+        f"the hybrid is in train mode ({', '.join(listed[:3])}{more}), the export is in eval mode, with running "
+        "statistics and without dropout: call hybrid.eval() first to leave out this warning",
+        FFEBMWarning,
+        stacklevel=4,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli_errors import Commands, show_warning
-from ffebm_compiler.cli_models import hardware_of
 from ffebm_compiler.cli_options import (
     BlockOps,
     Feedback,
@@ -36,9 +34,8 @@ from ffebm_compiler.cli_options import (
     check_alone,
     check_free,
     converted,
-    names_of,
-    prepared,
 )
+from ffebm_compiler.cli_plan import plan
 
 __all__ = ["main"]
 
@@ -95,49 +92,7 @@ def demo(
         raise typer.Exit(1)
 
 
-@main.command()
-def plan(
-    model: Model,
-    inputs: Inputs = None,
-    weights: Weights = None,
-    hardware: HardwareName = "crossbar-256",
-    fold_batchnorm: Fold = False,
-    block_ops: BlockOps = "add,reshape",
-    force_digital: ForceDigital = None,
-    force_analog: ForceAnalog = None,
-    on_unsupported: OnUnsupported = "digital",
-    seed: Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON to this file.")] = None,
-    force: Force = False,
-    explain: Annotated[
-        list[str] | None, typer.Option("--explain", "-e", help="Say where this module or parameter goes, and why.")
-    ] = None,
-) -> None:
-    """Print how a model is split into energy blocks and digital parts; nothing is built.
-
-    Example: ffebm plan timm:resnet18 --input 1x3x64x64 --fold-batchnorm --explain layer4.0.conv1
-    """
-    check_free(out, force)
-    module, args, kwargs = prepared(model, inputs, weights, seed)
-    made = ffebm.plan(
-        module,
-        args,
-        kwargs,
-        hardware=hardware_of(hardware),
-        fold_batchnorm=fold_batchnorm,
-        block_ops=names_of(block_ops),
-        force_digital=force_digital or (),
-        force_analog=force_analog or (),
-        on_unsupported=on_unsupported,
-    )
-    if out is not None:
-        made.to_json(out)
-    if explain:
-        for path in explain:
-            typer.echo(f"{path}: {made.explain(path)}")
-    else:
-        typer.echo(json.dumps(made.to_dict(), indent=1) if as_json else str(made))
+main.command()(plan)
 
 
 @main.command()

@@ -13,7 +13,7 @@ from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Role
-from ffebm_compiler.passes.partition import pack_cores, quotient_order
+from ffebm_compiler.passes.partition import core_homes, quotient_order
 from ffebm_compiler.passes.planning import describe_block
 from ffebm_compiler.plan import BlockPlan, DigitalPart, Plan, fingerprint
 
@@ -125,7 +125,7 @@ def _check_cores(plan: Plan) -> None:
     if hardware.cores is None:
         return
     tiles = [block.tiles for block in plan.blocks]
-    if None in pack_cores(tiles, hardware, sorted(range(len(tiles)), key=lambda index: (-tiles[index], index))):
+    if None in core_homes(tiles, [block.macs for block in plan.blocks], hardware):
         raise PlanError(
             f"the blocks need more than the {hardware.cores} cores of {hardware.tiles_per_core} tiles "
             f"({sum(tiles)} tiles in all): move a layer to the digital side"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,12 +205,18 @@ class SweepRow:
     """Share of the weight-stationary multiply-accumulates that is analog."""
 
 
-def sweep(plan: Plan, settings: Mapping[str, Sequence[Any]]) -> list[SweepRow]:
+def sweep(
+    plan: Plan, settings: Mapping[str, Sequence[Any]], replan: Callable[[Hardware], Plan] | None = None
+) -> list[SweepRow]:
     """Partition a plan's network for every combination of hardware settings.
 
     Args:
         plan: a plan of the network; its hardware gives what is not swept.
         settings: field of `Hardware` -> the values to try, e.g. `{"tile_rows": [64, 128, 256]}`.
+        replan: plans the model anew, e.g. `lambda fabric: ffebm.plan(model, x, hardware=fabric)`. A plan alone
+            has no model to split: its split layers stay split as they are, and one too large for a point stays digital.
+            With it, points where layers are larger than a core, and all points of a plan with split layers, are
+            planned anew, which captures the model each time.
 
     Returns:
         A row for each combination, in order, the last setting changing fastest.
@@ -220,28 +226,45 @@ def sweep(plan: Plan, settings: Mapping[str, Sequence[Any]]) -> list[SweepRow]:
     """
     from itertools import product
 
-    from ffebm_compiler.plan_placement import place_layers
-
     base = plan.hardware.to_dict()
+    for name, choices in settings.items():
+        if isinstance(choices, str | bytes):
+            raise HardwareError(f"sweep needs a list of values for {name!r}, got {choices!r}")
     rows = []
+    split = _has_parts(plan.graph)
     for values in product(*settings.values()):
         chosen = dict(zip(settings, values, strict=True))
-        for name, choices in settings.items():
-            if isinstance(choices, str | bytes):
-                raise HardwareError(f"sweep needs a list of values for {name!r}, got {choices!r}")
         fabric = Hardware.from_dict({**base, **chosen})
-        result = _again(plan, fabric)
-        layers = [[plan.graph[n] for n in block if plan.graph[n].role is Role.WEIGHT] for block in result.blocks]
-        placement = place_layers(layers, fabric)
-        rows.append(
-            SweepRow(
-                chosen,
-                len(result.blocks),
-                _total(plan.graph, result.blocks),
-                placement.tiles,
-                placement.cores,
-                placement.utilisation,
-                _macs(plan.graph, result.blocks) / plan.total_macs if plan.total_macs else 0.0,
-            )
-        )
+        if replan is not None and (
+            split or any(op.role is Role.WEIGHT and too_large(op, fabric) for op in plan.graph.operations)
+        ):
+            fresh = replan(fabric)
+            graph, blocks = fresh.graph, [block.operations for block in fresh.blocks]
+        else:
+            graph, blocks = plan.graph, [tuple(block) for block in _again(plan, fabric).blocks]
+        rows.append(_sweep_row(chosen, graph, fabric, blocks))
     return rows
+
+
+def _sweep_row(
+    settings: Mapping[str, Any], graph: OperationGraph, fabric: Hardware, blocks: Sequence[Sequence[str]]
+) -> SweepRow:
+    from ffebm_compiler.plan_placement import place_layers
+
+    placed = place_layers([[op for n in block if (op := graph[n]).role is Role.WEIGHT] for block in blocks], fabric)
+    macs = sum(op.macs for op in graph.operations if op.role is Role.WEIGHT)
+    return SweepRow(
+        settings,
+        len(blocks),
+        _total(graph, blocks),
+        placed.tiles,
+        placed.cores,
+        placed.utilisation,
+        _macs(graph, blocks) / macs if macs else 0.0,
+    )
+
+
+def _has_parts(graph: OperationGraph) -> bool:
+    """Whether a layer may have been split: a module with several layers."""
+    paths = [op.path for op in graph.operations if op.role is Role.WEIGHT]
+    return len(set(paths)) < len(paths)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import Operation
-from ffebm_compiler.passes.partition import pack_cores, tiles_of
+from ffebm_compiler.passes.partition import core_homes, tiles_of
 
 __all__ = ["CorePlacement", "LayerPlacement", "Tile", "TilePlacement", "place_layers"]
 
@@ -151,9 +151,10 @@ def place_layers(blocks: Sequence[Sequence[Operation]], hardware: Hardware) -> T
         PlanError: where `hardware.cores` are too few.
     """
     sizes = [sum(tiles_of(layer, hardware) for layer in layers) for layers in blocks]
-    homes = pack_cores(sizes, hardware, sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)))
+    homes = core_homes(sizes, [sum(layer.macs for layer in layers) for layers in blocks], hardware)
     if None in homes:
-        raise PlanError(f"the blocks take more than {hardware.cores} cores of {hardware.tiles_per_core} tiles")
+        number = "the only core" if hardware.cores == 1 else f"the {hardware.cores} cores"
+        raise PlanError(f"the blocks do not fit {number} of {hardware.tiles_per_core} tiles")
     used: dict[int, int] = {}
     members: dict[int, list[int]] = {}
     placed = []

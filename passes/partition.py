@@ -32,6 +32,7 @@ from ffebm_compiler.passes.partition_waves import next_fit, waves_and_cuts
 __all__ = [
     "Partition",
     "conversions",
+    "core_homes",
     "digital_parts",
     "pack_cores",
     "partition",
@@ -136,6 +137,16 @@ def pack_cores(tiles: Sequence[int], hardware: Hardware, order: Sequence[int]) -
     return homes
 
 
+def core_homes(tiles: Sequence[int], macs: Sequence[int], hardware: Hardware) -> list[int | None]:
+    """The core of each block: largest first; where that leaves one out, most multiply-accumulates per tile first."""
+    homes = pack_cores(tiles, hardware, sorted(range(len(tiles)), key=lambda index: (-tiles[index], index)))
+    if None not in homes:
+        return homes
+    return pack_cores(
+        tiles, hardware, sorted(range(len(tiles)), key=lambda index: (-macs[index] / max(1, tiles[index]), index))
+    )
+
+
 def _within_cores(
     graph: OperationGraph, hardware: Hardware, blocks: list[list[str]], rejected: dict[str, str]
 ) -> list[list[str]]:
@@ -144,8 +155,7 @@ def _within_cores(
         return blocks
     layers = [[graph[name] for name in block if graph[name].role is Role.WEIGHT] for block in blocks]
     tiles = [sum(tiles_of(layer, hardware) for layer in members) for members in layers]
-    value = [sum(layer.macs for layer in members) / max(1, size) for members, size in zip(layers, tiles, strict=True)]
-    homes = pack_cores(tiles, hardware, sorted(range(len(blocks)), key=lambda index: (-value[index], index)))
+    homes = core_homes(tiles, [sum(layer.macs for layer in members) for members in layers], hardware)
     full = "the only core is full" if hardware.cores == 1 else f"the {hardware.cores} cores are full"
     for index, core in enumerate(homes):
         if core is None:

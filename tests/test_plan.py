@@ -118,7 +118,7 @@ def test_a_single_part_and_a_single_block_are_singular() -> None:
 
 def test_a_fabric_that_the_blocks_do_not_fit_is_said_in_the_table(plan: Plan) -> None:
     small = replace(plan, hardware=replace(plan.hardware, tiles_per_core=3, cores=1))
-    assert "no placement: the blocks take more than 1 cores of 3 tiles" in str(small)
+    assert "no placement: the blocks do not fit the only core of 3 tiles" in str(small)
 
 
 def test_max_pooling_in_a_block_is_noted() -> None:

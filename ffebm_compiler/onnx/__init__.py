@@ -4,13 +4,25 @@
     hybrid.export_onnx("out/", parts="digital")
     outputs = ffebm_compiler.onnx.run("out/", x)
     ffebm_compiler.onnx.verify(hybrid, "hybrid.onnx", (x,))
+    ffebm_compiler.onnx.quantise("out/", x, into="int8/")
 
 Needs the extra `ffebm-compiler[onnx]`; importing this module does not.
 """
 
 from ffebm_compiler.onnx.digital import export_digital
 from ffebm_compiler.onnx.execute import Exported, load, run
+from ffebm_compiler.onnx.quantise import Quantised, QuantisedPart, quantise
 from ffebm_compiler.onnx.verify import verify
 from ffebm_compiler.onnx.whole import export_whole
 
-__all__ = ["Exported", "export_digital", "export_whole", "load", "run", "verify"]
+__all__ = [
+    "Exported",
+    "Quantised",
+    "QuantisedPart",
+    "export_digital",
+    "export_whole",
+    "load",
+    "quantise",
+    "run",
+    "verify",
+]

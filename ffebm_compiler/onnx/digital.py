@@ -20,7 +20,7 @@ from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
 
-__all__ = ["export_digital", "part_models"]
+__all__ = ["export_digital", "part_models", "save_part"]
 
 _LARGE = 1 << 30
 """Bytes of tensors above which a part keeps them in a file beside it (one protobuf holds 2 GiB)."""
@@ -61,7 +61,7 @@ def export_digital(
         for step, model in part_models(steps, hybrid, fuse_batchnorm):
             progress(f"writing {step.name}")
             files[step.name] = _file_name(step, hybrid)
-            _save(onnx, model, fresh / files[step.name])
+            save_part(onnx, model, fresh / files[step.name])
         progress("writing the manifest")
         tensors = _tensors(steps)
         if tensors:
@@ -144,7 +144,8 @@ def _file_name(step: Step, hybrid: HybridModel) -> str:
     return f"{step.name}_{plain}.onnx"
 
 
-def _save(onnx: Any, model: Any, path: Path) -> None:
+def save_part(onnx: Any, model: Any, path: Path) -> None:
+    """Write a model and check it; tensors go beside it where they are large."""
     if model.ByteSize() > _LARGE:
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
     else:

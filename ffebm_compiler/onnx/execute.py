@@ -111,6 +111,12 @@ class Exported:
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         """Execute it; see `run` of this module."""
+        values = self.values(inputs)
+        outputs = [self._operand(item, values) for item in self.manifest["outputs"]]
+        return [output for output in outputs if output is not None]
+
+    def values(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Execute it; returns every value that passes between steps, by its name in the manifest."""
         values = self._inputs(inputs)
         for step, work in zip(self.manifest["steps"], self._steps, strict=True):
             if isinstance(work, EnergyBlock):
@@ -120,8 +126,7 @@ class Exported:
             else:
                 results = _part(step, work, values)
             values.update(zip(step["outputs"], results, strict=True))
-        outputs = [self._operand(item, values) for item in self.manifest["outputs"]]
-        return [output for output in outputs if output is not None]
+        return values
 
     def _settled(
         self, step: Mapping[str, Any], block: EnergyBlock, operands: Sequence[Tensor | None]

@@ -54,10 +54,11 @@ class Hardware:
         costs: constants for the cost report that replace its own, by name. None: its own.
         bias_row: whether the bias of a layer takes one more row of its matrix, driven by a constant input,
             instead of being added digitally to what the converters give.
+        groups_share_tiles: whether a convolution's groups lie along a tile's diagonal, as many as fit; else apart.
         overrides: what differs for some layers: glob pattern on module paths -> fields, e.g.
             `{"layer4.*": {"tile_cols": 512}}`. A layer may have its own `tile_rows`, `tile_cols`,
-            `devices_per_weight`, `conv_mapping` and `bias_row`; `tiles_per_core` counts tiles of any
-            size. None: nothing.
+            `devices_per_weight`, `conv_mapping`, `bias_row` and `groups_share_tiles`; `tiles_per_core`
+            counts tiles of any size. None: nothing.
         name: what reports call this fabric.
         source: where these numbers come from.
 
@@ -79,6 +80,7 @@ class Hardware:
     noise: float | None = None
     costs: Mapping[str, float] | None = None
     bias_row: bool = False
+    groups_share_tiles: bool = False
     overrides: Mapping[str, Mapping[str, Any]] | None = None
     name: str = "custom"
     source: str = ""
@@ -97,10 +99,9 @@ class Hardware:
             self._set("noise", _non_negative(self.noise, wanted))
         if self.costs is not None:
             self._set("costs", _frozen_costs(self.costs))
-        if not isinstance(self.bias_row, bool):
-            raise HardwareError(
-                f"bias_row must be True (the bias is a row of its layer) or False; got {self.bias_row!r}"
-            )
+        for field in ("bias_row", "groups_share_tiles"):
+            if not isinstance(getattr(self, field), bool):
+                raise HardwareError(f"{field} must be True or False; got {getattr(self, field)!r}")
         if self.overrides is not None:
             self._set("overrides", Frozen({p: self._own(p, v) for p, v in checked_overrides(self.overrides).items()}))
         if not isinstance(self.name, str) or not self.name.strip():
@@ -114,7 +115,8 @@ class Hardware:
             tiles = groups · ⌈rows / tile_rows⌉ · ⌈cols · devices_per_weight / tile_cols⌉
 
         times `positions` where `conv_mapping` is "unrolled". A quotient by an unlimited side is 1: without
-        limits there is one tile per group (and position). Groups never share a tile.
+        limits there is one tile per group (and position). With `groups_share_tiles`, ⌈groups / n⌉ tiles hold
+        n = min(⌊tile_rows / rows⌋, ⌊tile_cols / (cols · devices_per_weight)⌋) groups each, where n is more than 1.
 
         Args:
             rows: inputs of one group: in_features, or k_h · k_w · C_in / groups.
@@ -132,7 +134,15 @@ class Hardware:
         down = _ceil_div(rows + int(bias), self.tile_rows)
         across = _ceil_div(cols * self.devices_per_weight, self.tile_cols)
         copies = positions if self.conv_mapping == "unrolled" else 1
-        return groups * down * across * copies
+        return -(-groups // self.groups_per_tile(rows, cols, groups, bias)) * down * across * copies
+
+    def groups_per_tile(self, rows: int, cols: int, groups: int = 1, bias: bool = False) -> int:
+        """Groups of one layer that lie on one tile: 1 without `groups_share_tiles`; arguments as those of `tiles`."""
+        if not self.groups_share_tiles:
+            return 1
+        down = groups if self.tile_rows is None else self.tile_rows // (rows + int(bias))
+        across = groups if self.tile_cols is None else self.tile_cols // (cols * self.devices_per_weight)
+        return max(1, min(groups, down, across))
 
     def for_layer(self, path: str) -> Hardware:
         """The fabric as the layer of a module path has it: itself without `overrides`, else what they make of it.

@@ -16,7 +16,7 @@ from ffebm_compiler.errors import HardwareError
 
 __all__ = ["PER_LAYER", "Frozen", "checked_overrides", "fields_for", "matches", "unmatched"]
 
-PER_LAYER = ("tile_rows", "tile_cols", "devices_per_weight", "conv_mapping", "bias_row")
+PER_LAYER = ("tile_rows", "tile_cols", "devices_per_weight", "conv_mapping", "bias_row", "groups_share_tiles")
 """Fields of `Hardware` that a layer may have of its own; the others belong to a core or to the fabric."""
 
 

@@ -3,7 +3,8 @@
 A layer's matrix of rows × cols weights (per group, per unrolled position) is cut into a grid of
 tiles of `tile_rows` rows and ⌊tile_cols / devices_per_weight⌋ weights. The tiles of a block lie
 one after the other on one core; blocks are put on cores largest first, each on the first core
-with room, so that several small blocks share a core.
+with room, so that several small blocks share a core. Where groups share tiles, their matrices lie
+along a tile's diagonal.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Tile:
     """Number of the tile in its core, from 0."""
     layer: str
     group: int
+    """The group that it holds, or the first of those along its diagonal."""
     position: int
     """Output position that it serves with `conv_mapping="unrolled"`; 0 otherwise."""
     rows: tuple[int, int]
@@ -36,6 +38,8 @@ class Tile:
     """First column of the group's matrix and the one after the last."""
     utilisation: float
     """Devices that hold a weight, of all devices of the tile."""
+    groups: int = 1
+    """Groups that it holds, one after the other along its diagonal."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class LayerPlacement:
     """Tiles along the columns of one group."""
     hardware: Hardware
     """The fabric as this layer has it."""
+    per_tile: int = 1
+    """Groups on one tile, where they share tiles."""
 
     @property
     def count(self) -> int:
         """Tiles of the layer."""
-        return self.down * self.across * self.groups * self.positions
+        return self.down * self.across * -(-self.groups // self.per_tile) * self.positions
 
     @property
     def devices(self) -> int:
@@ -71,8 +77,8 @@ class LayerPlacement:
     @property
     def tile_devices(self) -> int:
         """Devices of one of its tiles; an unlimited side is as long as the matrix."""
-        rows = self.hardware.tile_rows or self.rows
-        return rows * (self.hardware.tile_cols or self.cols * self.hardware.devices_per_weight)
+        rows = self.hardware.tile_rows or self.rows * self.per_tile
+        return rows * (self.hardware.tile_cols or self.cols * self.hardware.devices_per_weight * self.per_tile)
 
     def tiles(self) -> Iterator[Tile]:
         """Every tile, position by position, group by group, row by row of the grid."""
@@ -82,14 +88,15 @@ class LayerPlacement:
         wide = self.hardware.tile_cols or self.cols * each
         index = self.first
         for position in range(self.positions):
-            for group in range(self.groups):
+            for group in range(0, self.groups, self.per_tile):
+                held = min(self.per_tile, self.groups - group)
                 for i in range(self.down):
                     for j in range(self.across):
                         rows = (i * high, min(self.rows, (i + 1) * high))
                         lines = (j * wide, min(self.cols * each, (j + 1) * wide))
-                        used = (rows[1] - rows[0]) * (lines[1] - lines[0]) / self.tile_devices
+                        used = (rows[1] - rows[0]) * (lines[1] - lines[0]) * held / self.tile_devices
                         cols = (lines[0] // each, -(-lines[1] // each))
-                        yield Tile(self.core, index, self.layer, group, position, rows, cols, used)
+                        yield Tile(self.core, index, self.layer, group, position, rows, cols, used, held)
                         index += 1
 
 
@@ -164,8 +171,9 @@ def place_layers(blocks: Sequence[Sequence[Operation]], hardware: Hardware) -> T
         for op in layers:
             fabric = hardware.for_layer(op.path)
             positions = op.positions if fabric.conv_mapping == "unrolled" else 1
-            per_group = tiles_of(op, hardware) // (op.groups * positions)
             rows = op.rows + int(op.bias and fabric.bias_row)
+            per_tile = fabric.groups_per_tile(rows, op.cols, op.groups)
+            per_group = tiles_of(op, hardware) // (-(-op.groups // per_tile) * positions)
             down = 1 if fabric.tile_rows is None else -(-rows // fabric.tile_rows)
             placed.append(
                 LayerPlacement(
@@ -179,6 +187,7 @@ def place_layers(blocks: Sequence[Sequence[Operation]], hardware: Hardware) -> T
                     down=down,
                     across=per_group // down,
                     hardware=fabric,
+                    per_tile=per_tile,
                 )
             )
             used[core] = used.get(core, 0) + placed[-1].count

@@ -34,6 +34,7 @@ own_fields = st.fixed_dictionaries(
         "devices_per_weight": st.integers(1, 8),
         "conv_mapping": st.sampled_from(["im2col", "unrolled"]),
         "bias_row": st.booleans(),
+        "groups_share_tiles": st.booleans(),
     },
 ).filter(bool)
 hardwares = st.builds(
@@ -45,6 +46,7 @@ hardwares = st.builds(
     noise=st.none() | amount,
     costs=st.none() | st.dictionaries(st.text(max_size=5), amount, max_size=3),
     bias_row=st.booleans(),
+    groups_share_tiles=st.booleans(),
     overrides=st.none() | st.dictionaries(st.text(min_size=1, max_size=5), own_fields, max_size=3),
     name=st.text(min_size=1, max_size=8).filter(str.strip),
     source=st.text(max_size=8),
@@ -122,6 +124,28 @@ def test_without_limits_a_group_is_one_tile() -> None:
     assert replace(ideal, conv_mapping="unrolled").tiles(9, 1, groups=32, positions=100) == 3200
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols", "groups", "bias", "tiles"),
+    [(9, 1, 100, False, 4), (9, 1, 100, True, 4), (9, 8, 100, False, 7), (200, 1, 3, False, 3), (300, 1, 3, False, 6)],
+)
+def test_groups_that_share_tiles_lie_along_the_diagonal(
+    rows: int, cols: int, groups: int, bias: bool, tiles: int
+) -> None:
+    hardware = Hardware(groups_share_tiles=True)  # of 9 rows, 28 fit; with a bias 25; of 16 columns, 16
+    assert hardware.tiles(rows, cols, groups, bias=bias) == tiles
+    assert replace(hardware, tile_rows=None, tile_cols=None).tiles(rows, cols, groups) == 1
+
+
+@given(rows=small, cols=small, groups=small, tile_rows=st.none() | small, tile_cols=st.none() | small)
+def test_shared_tiles_are_never_more(
+    rows: int, cols: int, groups: int, tile_rows: int | None, tile_cols: int | None
+) -> None:
+    own = Hardware(tile_rows=tile_rows, tile_cols=tile_cols)
+    shared = replace(own, groups_share_tiles=True)
+    assert shared.tiles(rows, cols, groups) <= own.tiles(rows, cols, groups)
+    assert shared.tiles(rows, cols, 1) == own.tiles(rows, cols, 1)
+
+
 @pytest.mark.parametrize("name", ["rows", "cols", "groups", "positions"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "3"])
 def test_tiles_refuses_what_is_no_count(name: str, value: Any) -> None:
@@ -146,6 +170,7 @@ def test_defaults_are_the_published_interface() -> None:
         "noise": None,
         "costs": None,
         "bias_row": False,
+        "groups_share_tiles": False,
         "overrides": None,
         "name": "custom",
         "source": "",
@@ -363,7 +388,11 @@ def test_overrides_are_a_frozen_copy() -> None:
             r"overrides\['fc'\] cannot set 'cores': a layer may have tile_rows, tile_cols, .*bias_row",
         ),
         ({"fc": {"tile_cols": 0}}, r"overrides\['fc'\]: tile_cols must be a whole number of at least 1.* got 0"),
-        ({"fc": {"bias_row": 1}}, r"overrides\['fc'\]: bias_row must be True .* or False; got 1"),
+        (
+            {"fc": {"groups_share_tiles": None}},
+            r"overrides\['fc'\]: groups_share_tiles must be True or False; got None",
+        ),
+        ({"fc": {"bias_row": 1}}, r"overrides\['fc'\]: bias_row must be True or False; got 1"),
     ],
 )
 def test_malformed_overrides_are_named(overrides: Any, message: str) -> None:

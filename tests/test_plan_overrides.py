@@ -111,3 +111,24 @@ def test_a_sweep_keeps_the_overrides() -> None:
     plan = planned(replace(SMALL, overrides={"head": {"tile_rows": 16}}))
     rows = sweep(plan, {"tile_rows": [8, 16]})
     assert [row.tiles for row in rows] == [4 + 4 + 2, 2 + 2 + 2]
+
+
+@pytest.mark.parametrize("side", [8, 16, None])
+@pytest.mark.parametrize("bias_row", [False, True])
+def test_groups_that_share_tiles_are_placed_and_not_split(side: int | None, bias_row: bool) -> None:
+    model, x = (
+        nn.Sequential(nn.Conv2d(12, 24, (1, 3), groups=6), nn.Conv2d(24, 24, (3, 1), groups=24)),
+        torch.randn(2, 12, 5, 5),
+    )
+    fabric = Hardware(tile_rows=side, tile_cols=side, tiles_per_core=20, devices_per_weight=1, bias_row=bias_row)
+    plan = ffebm.plan(model, x, hardware=replace(fabric, groups_share_tiles=True))
+    plan.validate()
+    assert len(ffebm.plan(model, x, hardware=fabric).layers_of("1")) == 2
+    for op in (op for op in plan.graph.operations if op.rows):
+        layer = plan.placement().layer(op.path)
+        held = list(layer.tiles())
+        assert len(plan.layers_of(op.path)) == 1
+        assert len(held) == layer.count == tiles_of(op, plan.hardware) < op.groups or layer.per_tile == 1
+        assert sum(tile.groups for tile in held) == op.groups * layer.down * layer.across
+        assert all(0 < tile.utilisation <= 1 for tile in held)
+        assert sum(tile.utilisation * layer.tile_devices for tile in held) == pytest.approx(layer.devices)

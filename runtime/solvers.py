@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning, InputError
 
-__all__ = ["Anderson", "FixedPoint", "GaussSeidel", "Settled", "Solver", "relax"]
+__all__ = ["Anderson", "FixedPoint", "GaussSeidel", "Settled", "Solver", "relax", "stopping_rule"]
 
 Order = Literal["forward", "backward", "even_odd"]
 
@@ -192,6 +192,21 @@ class Anderson(Solver):
         return change
 
 
+def stopping_rule(rtol: float, contraction: float | None) -> tuple[int, float]:
+    """(first sweep whose change is measured, factor from the change to the error that is left).
+
+    Where a sweep contracts by κ the error left is at most κ/(1 − κ) times its change. The certificate is
+    a worst case: blocks settle in about 0.6 of the sweeps that it predicts. Measuring the change before
+    that is wasted (and a device synchronisation).
+    """
+    if contraction is None:
+        return 1, 1.0
+    if not contraction:
+        return 1, 0.0
+    predicted = math.log(rtol) / math.log(contraction)
+    return math.floor(0.6 * predicted) + 1, contraction / (1 - contraction)
+
+
 def relax(
     problem: FixedPoint, solver: Solver, rtol: float, subject: str, hint: str, contraction: float | None = None
 ) -> Settled:
@@ -210,12 +225,7 @@ def relax(
     """
     memory = solver.init(problem)
     residual = math.inf
-    left = 1.0 if contraction is None else contraction / (1 - contraction)
-    # The certificate is a worst case: blocks settle in about 0.6 of the sweeps that it predicts, and measuring
-    # the change before that is wasted (and a device synchronisation).
-    earliest = 1
-    if contraction:
-        earliest += math.floor(0.6 * math.log(rtol) / math.log(contraction))
+    earliest, left = stopping_rule(rtol, contraction)
     for sweep in range(1, solver.max_sweeps + 1):
         change = solver.step(problem, memory, sweep >= earliest or sweep == solver.max_sweeps)
         if change is None:

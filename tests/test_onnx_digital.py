@@ -23,6 +23,7 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.onnx import load, run
 from ffebm_compiler.onnx.manifest import seal
 from ffebm_compiler.onnx.steps import Steps
+from ffebm_compiler.runtime.solvers import stopping_rule
 
 
 class SequenceFirst(nn.Module):
@@ -188,6 +189,16 @@ def test_manifest_says_what_a_back_end_needs(cnn: tuple[ffebm.HybridModel, Tenso
         read = step["inputs"] if step["kind"] == "feedforward" else [item["value"] for item in step["inputs"]]
         assert set(read) <= known <= set(manifest["values"])
         known |= set(step["outputs"])
+
+
+def test_blocks_stop_by_the_runtimes_rule(exported: Any) -> None:
+    manifest = json.loads((exported[-1] / "manifest.json").read_text())
+    for step in manifest["steps"]:
+        if step["kind"] == "energy":
+            settling = step["settling"]
+            earliest, factor = stopping_rule(settling["rtol"], settling["contraction"])
+            assert settling["min_sweeps"] == earliest
+            assert settling["largest_change"] == pytest.approx(settling["rtol"] / (factor or 1))
 
 
 def test_parts_are_named_after_what_they_compute(cnn: tuple[ffebm.HybridModel, Tensor, Path]) -> None:

@@ -16,7 +16,7 @@ from ffebm_compiler.onnx.packages import OPSET
 from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.solvers import GaussSeidel
+from ffebm_compiler.runtime.solvers import GaussSeidel, stopping_rule
 
 __all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "manifest_of", "seal", "settling_of"]
 
@@ -35,20 +35,16 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     """When and how the free phase of a block stops, as `runtime.solvers.relax` stops it.
 
     It stops after a sweep, the `min_sweeps`-th or a later one, in which no layer changed by more than
-    `largest_change` (relative): where a sweep contracts by κ, the error that is left is at most κ/(1 − κ) times
-    the change, so that this is `rtol` · (1 − κ)/κ, and no block is done before about 0.6 of the sweeps that κ predicts.
+    `largest_change` (relative): `rtol` over the factor of `runtime.solvers.stopping_rule`.
     """
     solver = block.active_solver
     rtol, contraction = block._rtol(getattr(torch, dtype)), block._contraction()
-    change, earliest = rtol, 1
-    if contraction:
-        change = rtol * (1 - contraction) / contraction
-        earliest = math.floor(0.6 * math.log(rtol) / math.log(contraction)) + 1
+    earliest, factor = stopping_rule(rtol, contraction)
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
     return {
         "rtol": rtol,
         "contraction": contraction,
-        "largest_change": change,
+        "largest_change": rtol / factor if factor else rtol,
         "min_sweeps": max(1, min(earliest, solver.max_sweeps)),
         "max_sweeps": solver.max_sweeps,
         "schedule": "forward" if schedule == "auto" else schedule,

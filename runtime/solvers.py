@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,38 +159,72 @@ class Anderson(Solver):
     memory: int = 5
     regularisation: float = 1e-10
 
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        super().__post_init__()
+        if not isinstance(self.memory, int) or self.memory < 2:
+            raise InputError(f"memory is {self.memory!r}; expected an integer of at least 2")
+
     def init(self, problem: FixedPoint) -> object:
         """Empty history."""
-        history: list[tuple[Tensor, Tensor]] = []
-        return history
+        return _History(self.memory, self.regularisation)
 
     def step(self, problem: FixedPoint, memory: object, measure: bool = True) -> Tensor | None:
-        """One sweep and the mixing."""
-        assert isinstance(memory, list)
+        """The mixing of what came before, and one sweep from there.
+
+        A relaxation so ends with a sweep, whose states and pre-activations belong together.
+        """
+        assert isinstance(memory, _History)
+        mixed = memory.mixed()
+        if mixed is not None:
+            for index, value in enumerate(problem.values):
+                assert value is not None
+                part, mixed = mixed[: value.numel()], mixed[value.numel() :]
+                problem.store(index, part.view_as(value))
         before = list(problem.values)
         change = _sweep(problem, problem.order(), measure)
-        after = [value for value in problem.values if value is not None]
-        if any(value is None for value in before) or len(after) != len(before):
-            return change
-        old = torch.cat([value.reshape(-1) for value in before if value is not None])
-        new = torch.cat([value.reshape(-1) for value in after])
-        memory.append((new, new - old))
-        del memory[: -self.memory]
-        if len(memory) < 2:
-            return change
-        residuals = torch.stack([f for _, f in memory]).detach().double()
-        gram = residuals @ residuals.t()
-        gram = gram + self.regularisation * gram.diagonal().max() * torch.eye(
-            len(memory), dtype=gram.dtype, device=gram.device
-        )
-        alpha = torch.linalg.solve(gram, torch.ones(len(memory), dtype=gram.dtype, device=gram.device))
-        alpha = (alpha / alpha.sum()).to(new.dtype)
-        mixed = sum((a * g for a, (g, _) in zip(alpha, memory, strict=True)), torch.zeros_like(new))
-        offset = 0
-        for index, value in enumerate(after):
-            problem.store(index, mixed[offset : offset + value.numel()].view_as(value))
-            offset += value.numel()
+        if all(value is not None for value in before):
+            memory.add(before, problem.values)
         return change
+
+
+class _History:
+    """The last sweeps of Anderson acceleration: g_i, f_i = g_i − x_i, and the products ⟨f_i, f_j⟩."""
+
+    def __init__(self, size: int, regularisation: float) -> None:
+        self.size = size
+        self.regularisation = regularisation
+        self.made: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+        self.gram = np.zeros((0, 0))
+
+    def add(self, before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> None:
+        """Note a sweep."""
+        new = torch.cat([value.detach().reshape(-1) for value in after if value is not None])
+        residual = new - torch.cat([value.detach().reshape(-1) for value in before if value is not None])
+        if len(self.made) == self.size:
+            del self.made[0], self.residuals[0]
+            self.gram = self.gram[1:, 1:]
+        self.made.append(new)
+        self.residuals.append(residual)
+        row = [float(torch.dot(residual, other)) for other in self.residuals]
+        grown = np.zeros((len(row), len(row)))
+        grown[:-1, :-1] = self.gram
+        grown[-1, :] = grown[:, -1] = row
+        self.gram = grown
+
+    def mixed(self) -> Tensor | None:
+        """Σ α_i g_i; None before there are two sweeps to mix."""
+        count = len(self.made)
+        if count < 2 or not np.isfinite(self.gram).all() or not self.gram.diagonal().all():
+            return None
+        system = self.gram + self.regularisation * self.gram.diagonal().max() * np.eye(count)
+        alpha = np.linalg.solve(system, np.ones(count))
+        alpha /= alpha.sum()
+        total = self.made[0] * float(alpha[0])
+        for weight, made in zip(alpha[1:], self.made[1:], strict=True):
+            total.add_(made, alpha=float(weight))
+        return total
 
 
 def stopping_rule(rtol: float, contraction: float | None) -> tuple[int, float]:
@@ -197,14 +232,14 @@ def stopping_rule(rtol: float, contraction: float | None) -> tuple[int, float]:
 
     Where a sweep contracts by κ the error left is at most κ/(1 − κ) times its change. The certificate is
     a worst case: blocks settle in about 0.6 of the sweeps that it predicts. Measuring the change before
-    that is wasted (and a device synchronisation).
+    that is wasted (and a device synchronisation), so that up to two sweeps go by without.
     """
     if contraction is None:
         return 1, 1.0
     if not contraction:
         return 1, 0.0
     predicted = math.log(rtol) / math.log(contraction)
-    return math.floor(0.6 * predicted) + 1, contraction / (1 - contraction)
+    return min(math.floor(0.6 * predicted) + 1, 3), contraction / (1 - contraction)
 
 
 def relax(

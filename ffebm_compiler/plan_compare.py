@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,7 +172,28 @@ def _large_layers(plan: Plan) -> list[str]:
             sentences.append(f"{op.path or op.name} stays digital: {too_large(op, hardware)}")
     if len(large) > 8:
         sentences.append(f"{len(large) - 8} more layers are larger than a core")
-    return sentences
+    return [*sentences, *_split_groups(plan)]
+
+
+def _split_groups(plan: Plan) -> list[str]:
+    """A sentence where convolutions are split that would take fewer tiles if their groups shared them."""
+    hardware, found, apart, together = plan.hardware, set(), 0, 0
+    parts = Counter(op.path for op in plan.graph.operations if op.role is Role.WEIGHT)
+    for op in plan.graph.operations:
+        if op.role is not Role.WEIGHT or op.groups == 1 or parts[op.path] == 1:
+            continue
+        fabric = replace(hardware.for_layer(op.path), overrides=None)
+        shared = tiles_of(op, replace(fabric, groups_share_tiles=True))
+        if shared < tiles_of(op, fabric):
+            found.add(op.path)
+            apart, together = apart + tiles_of(op, fabric), together + shared
+    if not found:
+        return []
+    what = "1 grouped convolution is" if len(found) == 1 else f"{len(found)} grouped convolutions are"
+    return [
+        f"{what} split into several blocks because every group has tiles of its own, {apart} in all; on a fabric with "
+        f"groups_share_tiles=True the same parts would take {together}, and whole layers would fit a core"
+    ]
 
 
 def _tile_steps(plan: Plan) -> list[int]:

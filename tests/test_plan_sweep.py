@@ -119,3 +119,17 @@ def test_blocks_that_fit_the_cores_in_one_order_alone_have_a_placement() -> None
     assert plan.placement().cores == 2
     (row,) = sweep(plan, {"cores": [2]})
     assert (row.tiles, row.cores, row.analog_macs) == (16, 2, 1.0)
+
+
+def test_advice_names_what_sharing_tiles_would_bring() -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 40, 1), nn.ReLU(), nn.Conv2d(40, 40, 3, groups=40)), torch.randn(1, 4, 5, 5)
+    (sentence,) = [
+        text for text in ffebm.plan(model, x, hardware=Hardware(tiles_per_core=16)).advice() if "share" in text
+    ]
+    assert sentence == (
+        "1 grouped convolution is split into several blocks because every group has tiles of its own, 40 in all; on a "
+        "fabric with groups_share_tiles=True the same parts would take 3, and whole layers would fit a core"
+    )
+    shared = ffebm.plan(model, x, hardware=Hardware(tiles_per_core=16, groups_share_tiles=True))
+    assert (len(shared.blocks), shared.placement().tiles) == (1, 3)
+    assert not [text for text in shared.advice() if "share" in text]

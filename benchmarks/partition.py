@@ -2,11 +2,12 @@
 
     python benchmarks/partition.py small [--count 500] [--operations 12]
     python benchmarks/partition.py scale
-    python benchmarks/partition.py zoo [--only 'resnet*' ...]
+    python benchmarks/partition.py zoo [--only 'timm:resnet*' ...] [--share]
 
 The exact optimum is a mixed-integer program solved by HiGHS (scipy). The naive greedy takes the
 operations in the order of the captured graph and fills a block until the next layer does not fit
-or would make a cycle. Each section takes `--out FILE.json`.
+or would make a cycle. "No limit" is the partition of the same graph without capacities: what the digital
+operations alone force. `--share` lets the groups of a convolution share tiles. Each section takes `--out FILE.json`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,24 @@ from ffebm_compiler.ir import OperationGraph, Role
 from ffebm_compiler.passes.partition import conversions, partition, tiles_of, too_large
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
+
+
+FAMILIES = {
+    "depthwise CNNs": "*mobilenet* *efficientnet* *mnasnet* *ghostnet* *rexnet* *xception* *shufflenet*",
+    "ConvNeXt, mixers without attention": "*convnext* *mixer* *mlp* *poolformer* *fastvit*",
+    "ResNets and other CNNs with batch norm": "*res*net* *resnext* *regnet* *vgg*_bn *densenet* *dla* *hrnet* "
+    "*darknet* *repvgg* *selecsls* *dpn* *inception* *googlenet*",
+    "CNNs without batch norm": "*vgg* *alexnet* *squeezenet* *nfnet* *resnetv2_50x1_bit",
+}
+"""Family -> patterns of names; the rest are transformers."""
+
+
+def family(name: str) -> str:
+    """The family of a network of the zoo."""
+    if "_bit" in name:
+        return "CNNs without batch norm"
+    found = (f for f, patterns in FAMILIES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns.split()))
+    return next(found, "transformers, with attention")
 
 
 def naive_greedy(graph: OperationGraph, hardware: Hardware, kinds: Collection[str]) -> list[list[str]]:
@@ -120,22 +139,25 @@ def scale() -> list[dict[str, Any]]:
     return rows
 
 
-def zoo(patterns: list[str]) -> list[dict[str, Any]]:
+def zoo(patterns: list[str], share: bool = False) -> list[dict[str, Any]]:
     """Real networks with folded batch norm against the naive greedy."""
     from zoo_models import MODELS, load_torchvision
 
     import ffebm_compiler as ffebm
 
     load_torchvision()
+    unlimited = Hardware(tiles_per_core=None, layers_per_block=None)
     rows: list[dict[str, Any]] = []
     print(
-        f"{'network':34} {'layers':>6} {'blocks':>6} {'greedy':>6} {'conversions':>12} {'greedy':>12} {'saved':>6}    s"
+        f"{'network':34} {'layers':>6} {'blocks':>6} {'greedy':>6} {'conversions':>12} {'greedy':>12} {'saved':>6} "
+        f"{'no limit':>12}    s"
     )
+    fabric = Hardware(groups_share_tiles=share, name="crossbar-256")
     for name in MODELS:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             continue
         model, args, kwargs = MODELS[name]()
-        plan = ffebm.plan(model.eval(), args, kwargs, fold_batchnorm=True)
+        plan = ffebm.plan(model.eval(), args, kwargs, fold_batchnorm=True, hardware=fabric)
         start = time.process_time()
         found = partition(plan.graph, plan.hardware).blocks
         seconds = time.process_time() - start
@@ -147,18 +169,26 @@ def zoo(patterns: list[str]) -> list[dict[str, Any]]:
             "greedy_blocks": len(greedy),
             "conversions": total(plan.graph, found),
             "greedy": total(plan.graph, greedy),
+            "no_limit": total(plan.graph, partition(plan.graph, unlimited).blocks),
             "seconds": seconds,
         }
         rows.append(row)
         print(
             f"{name:34} {row['layers']:6} {row['blocks']:6} {row['greedy_blocks']:6} {row['conversions']:12} "
-            f"{row['greedy']:12} {100 * (1 - row['conversions'] / row['greedy']):5.1f}% {seconds:5.2f}",
+            f"{row['greedy']:12} {saving(row['conversions'], row['greedy'])} {row['no_limit']:12} {seconds:5.2f}",
             flush=True,
         )
-    ours, theirs = sum(row["conversions"] for row in rows), sum(row["greedy"] for row in rows)
-    saved = 100 * (1 - ours / theirs)
-    print(f"{len(rows)} networks: {ours} conversions per sample, naive greedy {theirs}: {saved:.1f} % fewer")
+    print(f"\n{'family':40} {'networks':>8} {'conversions':>12} {'greedy':>12} {'saved':>6} {'no limit':>12}")
+    for name in (*dict.fromkeys(family(row["network"]) for row in rows), "all"):
+        chosen = [row for row in rows if name in ("all", family(row["network"]))]
+        ours, theirs, floor = (sum(row[key] for row in chosen) for key in ("conversions", "greedy", "no_limit"))
+        print(f"{name:40} {len(chosen):8} {ours:12} {theirs:12} {saving(ours, theirs)} {floor:12}")
     return rows
+
+
+def saving(ours: int, theirs: int) -> str:
+    """How much fewer, in percent."""
+    return f"{100 * (1 - ours / theirs):5.1f}%"
 
 
 def main() -> None:
@@ -168,6 +198,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--operations", type=int, default=12)
     parser.add_argument("--only", nargs="*", default=["*"])
+    parser.add_argument("--share", action="store_true", help="groups of a convolution share tiles")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.section == "small":
@@ -175,7 +206,7 @@ def main() -> None:
     elif options.section == "scale":
         rows = scale()
     else:
-        rows = zoo(options.only)
+        rows = zoo(options.only, options.share)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(rows, indent=1) + "\n")

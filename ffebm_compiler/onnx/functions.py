@@ -20,20 +20,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.activation_nodes import activation_nodes
-from ffebm_compiler.onnx.emit import Free, Names, Shape, Writer
+from ffebm_compiler.onnx.emit import Names, Writer
 from ffebm_compiler.onnx.manifest import settling_of
 from ffebm_compiler.onnx.operator_nodes import adjoint_nodes, apply_nodes
 from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.program_json import program_to_json
+from ffebm_compiler.onnx.shapes import register_shapes
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.phases import FreePhase
-from ffebm_compiler.runtime.program import BlockProgram, Frame, Instruction
+from ffebm_compiler.runtime.program import BlockProgram, Instruction
 
 __all__ = ["DOMAIN", "BlockFunction", "block_function"]
 
@@ -67,30 +66,6 @@ def block_function(step: Step) -> BlockFunction:
     return _Builder(step, block, dtype).build()
 
 
-def _shapes(step: Step, block: EnergyBlock) -> dict[int, Shape]:
-    """Shape of every register; a size that changes with the free sizes is `Free`."""
-    found: list[dict[int, torch.Size]] = []
-    for other in (False, True):
-        tensors = [
-            operand.value.zeros(other) if operand.value is not None else operand.tensor for operand in step.operands
-        ]
-        count = block.program.inputs
-        inputs = [tensor for tensor in tensors[:count] if tensor is not None]
-        with torch.no_grad():
-            frame = Frame(block.program, inputs, tensors[count:])
-            states = FreePhase(frame, (1.0,) * len(block.program.layers)).values
-            shapes = dict(frame.shapes)
-            for layer, state in zip(block.program.layers, states, strict=True):
-                assert state is not None
-                shapes[layer.state] = state.shape
-            frame.read({index: state for index, state in enumerate(states) if state is not None})
-            found.append(shapes | frame.shapes)
-    return {
-        register: tuple(a if a == b else Free(a, b) for a, b in zip(shape, found[1][register], strict=True))
-        for register, shape in found[0].items()
-    }
-
-
 @dataclass
 class _Builder:
     step: Step
@@ -100,7 +75,7 @@ class _Builder:
 
     def __post_init__(self) -> None:
         self.program: BlockProgram = self.block.program
-        self.shapes = _shapes(self.step, self.block)
+        self.shapes = register_shapes(self.step, self.block)
         self.main = Writer(Names(), self.dtype)
         self.weights = [f"w{index}" for index in range(self.program.weights)]
         for name, operand in zip(self.weights, self.step.operands[self.program.inputs :], strict=True):

@@ -32,6 +32,7 @@ from ffebm_compiler.runtime.activations import (
     LeakyReLU,
     LogSigmoid,
     Mish,
+    QuickGELU,
     ReLU,
     Sigmoid,
     SiLU,
@@ -116,6 +117,8 @@ def reference(a: Activation) -> Callable[[Any], Any]:
             return lambda x: -log_one_plus_exp(-x)
         case SiLU():
             return lambda x: x * logistic(x)
+        case QuickGELU(alpha):
+            return lambda x: x * logistic(mpf(alpha) * x)
         case Mish():
             return lambda x: x * mpmath.tanh(log_one_plus_exp(x))
         case GELU("none"):
@@ -150,6 +153,7 @@ SOURCES: list[tuple[Activation, Callable[[Tensor], Tensor]]] = [
     (LogSigmoid(), nn.LogSigmoid()),
     (SiLU(), nn.SiLU()),
     (Mish(), nn.Mish()),
+    (QuickGELU(), lambda x: x * torch.sigmoid(1.702 * x)),
     (GELU(), nn.GELU()),
     (GELU("tanh"), nn.GELU("tanh")),
 ]
@@ -452,7 +456,7 @@ def test_from_aten_is_none_for_what_is_not_covered(
 
 def test_names_are_aten_operators() -> None:
     assert Hardtanh(0, 6).name == "relu6"
-    assert all(hasattr(torch.ops.aten, a.name) for a in ALL if not isinstance(a, Identity | Softsign))
+    assert all(hasattr(torch.ops.aten, a.name) for a in ALL if not isinstance(a, Identity | Softsign | QuickGELU))
 
 
 def test_relu_quotient_matches_the_definition_in_plain_terms() -> None:

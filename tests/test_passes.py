@@ -74,7 +74,7 @@ def targets(program: Program) -> list[Any]:
 ROOT = Path(__file__).parents[1]
 LAYERS = {
     "runtime": ("errors", "runtime"),
-    "passes": ("errors", "hardware", "ir", "plan", "runtime", "passes"),
+    "passes": ("errors", "hardware", "hardware_layers", "ir", "plan", "runtime", "passes"),
 }
 
 

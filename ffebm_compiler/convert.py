@@ -63,7 +63,7 @@ class _Front:
 
 
 def _front(
-    model: object,
+    model: nn.Module | ExportedProgram,
     example_inputs: object,
     kwargs: Mapping[str, Any] | None,
     options: PlanOptions,
@@ -78,11 +78,6 @@ def _front(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InputError(f"kwargs must be a dictionary of the forward's keyword arguments, got {type(kwargs).__name__}")
     named = dict(kwargs or {})
-    if not isinstance(model, nn.Module | ExportedProgram):
-        raise InputError(
-            f"convert needs a torch.nn.Module, got {type(model).__name__}: pass the model object itself, not its "
-            "class, its weights or a function"
-        )
     program = capture(model, tuple(args), named, shapes)
     for step in passes_for(options):
         program = step(program)

@@ -106,24 +106,10 @@ def _addmm_refusal(node: fx.Node) -> str:
     return ""
 
 
-def _padding_refusal(node: fx.Node) -> str:
-    padding = _argument(node, 4, "padding", "valid")
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    dilation = _argument(node, 5, "dilation", [1])
-    assert isinstance(dilation, list | tuple)
-    kernel = weight.meta["val"].shape[2:]
-    dilations = list(dilation) * (len(kernel) if len(dilation) == 1 else 1)
-    if padding == "same" and any((int(k) - 1) * int(d) % 2 for k, d in zip(kernel, dilations, strict=True)):
-        return "its padding is asymmetric ('same' with an even kernel)"
-    return ""
-
-
 _LINEAR = WeightForm("linear", 0, 1, 2, _linear_matrix)
 _MATMUL = WeightForm("linear", 0, 1, None, _product_matrix, refuse=_matmul_refusal)
 _ADDMM = WeightForm("linear", 1, 2, 0, _product_matrix, refuse=_addmm_refusal)
 _CONV = WeightForm("conv", 0, 1, 2, _conv_matrix)
-_CONV_PADDING = WeightForm("conv", 0, 1, 2, _conv_matrix, refuse=_padding_refusal)
 _CONV_TRANSPOSE = WeightForm("conv_transpose", 0, 1, 2, _conv_transpose_matrix, transposed=True)
 
 WEIGHTS: Mapping[object, WeightForm] = {
@@ -134,9 +120,9 @@ WEIGHTS: Mapping[object, WeightForm] = {
     aten.conv1d.default: _CONV,
     aten.conv2d.default: _CONV,
     aten.conv3d.default: _CONV,
-    aten.conv1d.padding: _CONV_PADDING,
-    aten.conv2d.padding: _CONV_PADDING,
-    aten.conv3d.padding: _CONV_PADDING,
+    aten.conv1d.padding: _CONV,
+    aten.conv2d.padding: _CONV,
+    aten.conv3d.padding: _CONV,
     aten.conv_transpose1d.default: _CONV_TRANSPOSE,
     aten.conv_transpose2d.input: _CONV_TRANSPOSE,
     aten.conv_transpose3d.input: _CONV_TRANSPOSE,

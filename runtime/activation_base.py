@@ -9,14 +9,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from math import inf
 
 import torch
 from torch import Tensor
 
-from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.errors import InputError, UnsupportedError
 
-__all__ = ["Activation", "clamp_step", "clamp_stepper", "in_double", "infinite_outside", "sigmoid_step"]
+__all__ = [
+    "Activation",
+    "clamp_step",
+    "clamp_stepper",
+    "gauss_legendre",
+    "in_double",
+    "infinite_outside",
+    "longest",
+    "sigmoid_step",
+]
 
 
 class Activation(ABC):
@@ -47,6 +57,15 @@ class Activation(ABC):
     @abstractmethod
     def smooth(self) -> bool:
         """Whether σ is continuously differentiable."""
+
+    @property
+    def holomorphic(self) -> bool:
+        """Whether σ extends holomorphically to a neighbourhood of the real line.
+
+        Then `complex_quotient` is defined. Never for the activations made of pieces (ReLU, ELU, Softsign, …),
+        even the smooth ones: where two pieces meet they have no common extension.
+        """
+        return False
 
     @abstractmethod
     def value(self, h: Tensor) -> Tensor:
@@ -85,6 +104,36 @@ class Activation(ABC):
         `h` and `k` are float32 or float64 of one shape, `t` is nonzero, of either sign (1e-12 to 1e3 in
         size), and t k must be finite. The error is a few units of round-off of lipschitz · |k|.
         """
+
+    def complex_quotient(self, h: Tensor, k: Tensor, t: complex) -> Tensor:
+        """[σ(h + t k) − σ(h)] / t for a complex nudge, as holomorphic equilibrium propagation takes it.
+
+        `h` is real (float32 or float64), `k` complex of the same shape, t ≠ 0; the result has the dtype of k
+        and is computed in complex128 without cancellation, for small |t| too: the error is below 1e-12 of
+        |k| max(lipschitz, |σ'(h + t k)|). It is meaningful while |Im(t k)| is inside the strip around the real
+        line on which σ is holomorphic: tanh π/2; sigmoid, log_sigmoid, silu π; softplus π/β; quick_gelu π/α;
+        mish 3π/4; gelu "tanh" 2.754…; gelu has no limit, and that accuracy up to 8. Outside, beyond a pole or
+        a branch cut, it is some finite number.
+
+        Source: Laborieux & Zenke, 2022, arXiv 2209.00530.
+
+        Raises:
+            UnsupportedError: where σ is not `holomorphic`.
+            InputError: for a real k.
+        """
+        if not self.holomorphic:
+            raise UnsupportedError(
+                f"{self!r} is not holomorphic: made of pieces, it has no complex-differentiable extension, and so "
+                "no value at the complex pre-activations of holomorphic equilibrium propagation; use "
+                "EquilibriumPropagation(variant='centered'), or a holomorphic activation such as SiLU() or Tanh()"
+            )
+        if not k.is_complex():
+            raise InputError(f"k is {k.dtype}; expected complex64 or complex128 (for a real step there is quotient)")
+        return (self._complex_step(h.double(), t * k.to(torch.complex128)) / t).to(k.dtype)
+
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        """σ(h + w) − σ(h) for float64 h and complex128 w, where σ is holomorphic."""
+        raise NotImplementedError
 
 
 def in_double(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -133,3 +182,20 @@ def sigmoid_step(a: Tensor, b: Tensor, difference: Tensor, t: float) -> Tensor:
     """
     rise = torch.copysign(torch.expm1(-difference.abs()), difference)
     return torch.sigmoid(torch.maximum(a, b)) * torch.sigmoid(-torch.minimum(a, b)) * rise.mul(1 / t)
+
+
+def longest(k: Tensor) -> float:
+    """max |k| of a real tensor, 0 for an empty one."""
+    if k.numel() == 0:
+        return 0.0
+    least, most = torch.aminmax(k.detach())  # on a CPU a twentieth of the time of vector_norm(k, inf)
+    return max(-float(least), float(most))
+
+
+@lru_cache
+def gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
+    """Nodes and weights on [0, 1], from the Jacobi matrix of the polynomials (Golub & Welsch, 1969)."""
+    n = torch.arange(1, count, dtype=torch.float64)
+    off = n / (4 * n * n - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return tuple(zip((0.5 * nodes + 0.5).tolist(), vectors[0].square().tolist(), strict=True))

@@ -38,6 +38,7 @@ class Identity(Activation):
     lipschitz = 1.0
     monotone = True
     smooth = True
+    holomorphic = True
 
     def value(self, h: Tensor) -> Tensor:
         return h
@@ -52,6 +53,9 @@ class Identity(Activation):
         return 0.5 * s * s
 
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
+        return k.clone()
+
+    def complex_quotient(self, h: Tensor, k: Tensor, t: complex) -> Tensor:
         return k.clone()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from math import erf, exp, inf, log, pi, sqrt
 from typing import cast
 
@@ -19,9 +18,19 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.activation_base import (
     Activation,
     clamp_step,
+    gauss_legendre,
     in_double,
     infinite_outside,
+    longest,
     sigmoid_step,
+)
+from ffebm_compiler.runtime.activations_complex import (
+    log1p,
+    logistic,
+    logistic_rise,
+    mish_gate_and_rise,
+    normal_cdf_aside,
+    softplus_rise,
 )
 
 __all__ = ["GELU", "LogSigmoid", "Mish", "QuickGELU", "SiLU", "Sigmoid", "Softplus", "Softsign", "Tanh", "quick_gelu"]
@@ -37,12 +46,13 @@ class _Smooth(Activation):
     """
 
     smooth = True
+    holomorphic = True
 
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
-        longest = _longest(k) * abs(t)
-        if longest > self._small_step(h.dtype):
+        size = longest(k) * abs(t)
+        if size > self._small_step(h.dtype):
             return self._any_quotient(h, k, t)
-        if longest * longest <= 24 * torch.finfo(h.dtype).eps:
+        if size * size <= 24 * torch.finfo(h.dtype).eps:
             return self._tangent(torch.add(h, k, alpha=0.5 * t), k)
         first, last = 0.5 - 0.5 / sqrt(3), 0.5 + 0.5 / sqrt(3)
         ends = (self._tangent(torch.add(h, k, alpha=t * x), k) for x in (first, last))
@@ -59,14 +69,6 @@ class _Smooth(Activation):
     @abstractmethod
     def _any_quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         """The quotient for steps of every size."""
-
-
-def _longest(k: Tensor) -> float:
-    """max |k|, 0 for an empty tensor."""
-    if k.numel() == 0:
-        return 0.0
-    least, most = torch.aminmax(k.detach())  # on a CPU a twentieth of the time of vector_norm(k, inf)
-    return max(-float(least), float(most))
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Sigmoid(_Smooth):
         step = t * k
         return sigmoid_step(h, h + step, step, t)
 
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        return logistic_rise(h, h + w, w)
+
 
 @dataclass(frozen=True)
 class Tanh(_Smooth):
@@ -123,6 +128,9 @@ class Tanh(_Smooth):
     def _any_quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         start, step = 2 * h, 2 * t * k
         return 2 * sigmoid_step(start, start + step, step, t)
+
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        return 2 * logistic_rise(2 * h, 2 * (h + w), 2 * w)
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,8 @@ class Softplus(_Smooth):
     """σ(h) = log(1 + e^{βh})/β, Λ(h) = D(βh)/β², G(s) = h s − Λ(h) at h = log(e^{βs} − 1)/β for s ≥ 0.
 
     Torch returns h itself for βh > threshold, a jump of less than e^{−threshold}/β. Value and derivative
-    have it; the primitive, the potential and the quotient, where it would be divided by t, do not.
+    have it; the primitive, the potential and the quotients, where it would be divided by t, do not: what is
+    extended to complex arguments is the formula.
     """
 
     beta: float = 1.0
@@ -195,6 +204,9 @@ class Softplus(_Smooth):
     def _any_quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         return _softplus_step(self.beta * h, self.beta * k, t) / self.beta
 
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        return softplus_rise(self.beta * h, self.beta * w) / self.beta
+
 
 @dataclass(frozen=True)
 class LogSigmoid(_Smooth):
@@ -221,6 +233,9 @@ class LogSigmoid(_Smooth):
 
     def _any_quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         return -_softplus_step(-h, -k, t)
+
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        return -softplus_rise(-h, -w)
 
 
 @dataclass(frozen=True)
@@ -250,6 +265,9 @@ class SiLU(_Smooth):
         step = t * k
         moved = h + step
         return k * torch.sigmoid(moved) + h * sigmoid_step(h, moved, step, t)
+
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        return w * logistic(h + w) + h * logistic_rise(h, h + w, w)
 
 
 @dataclass(frozen=True)
@@ -286,6 +304,10 @@ class Mish(_Smooth):
         start, end = 2 * _softplus(h), 2 * _softplus(torch.add(h, k, alpha=t))
         gate = 2 * sigmoid_step(start, end, 2 * t * _softplus_step(h, k, t), t)
         return k * torch.tanh(0.5 * end) + h * gate
+
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        gate, rise = mish_gate_and_rise(h, w)
+        return w * gate + h * rise
 
 
 @dataclass(frozen=True)
@@ -337,6 +359,16 @@ class GELU(_Smooth):
         end, rise = _gelu_argument(moved), step * (1 + 0.044715 * slope) * (2 * sqrt(2 / pi))
         return k * torch.sigmoid(end) + h * sigmoid_step(_gelu_argument(h), end, rise, t)
 
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        moved = h + w
+        if self.approximate == "none":  # to h + Re w first, then in the imaginary direction
+            x = moved.real
+            aside = normal_cdf_aside(x, moved.imag)
+            return w * (_normal_cdf(x) + aside) + h * (_normal_cdf_step(h, w.real, 1.0) + aside)
+        end, slope = _gelu_argument(moved), h * h + h * moved + moved * moved  # (b³ − a³)/(b − a)
+        rise = w * (1 + 0.044715 * slope) * (2 * sqrt(2 / pi))
+        return w * logistic(end) + h * logistic_rise(_gelu_argument(h), end, rise)
+
 
 def _sigmoid_tangent(x: Tensor, k: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.aten.sigmoid_backward(k, torch.sigmoid(x)))
@@ -347,7 +379,7 @@ def _softplus(z: Tensor) -> Tensor:
     if not z.is_complex():
         return z.relu() + torch.log1p(torch.exp(-z.abs()))
     positive = z.real > 0
-    return torch.where(positive, z, 0) + torch.log1p(torch.exp(torch.where(positive, -z, z)))
+    return torch.where(positive, z, 0) + log1p(torch.exp(torch.where(positive, -z, z)))
 
 
 def _softplus_step(h: Tensor, k: Tensor, t: float) -> Tensor:
@@ -370,7 +402,7 @@ def _softplus_primitive(z: Tensor) -> Tensor:
     w + w²/4 + Σ_n B_{2n} w^{2n+1}/(2n+1)! in Bernoulli numbers, whose terms fall by (|w|/2π)² each.
     """
     positive = z.real > 0
-    w = torch.log1p(torch.exp(torch.where(positive, -z, z)))
+    w = log1p(torch.exp(torch.where(positive, -z, z)))
     square, series = w * w, torch.zeros_like(w)
     for divisor in reversed(_DILOGARITHM_DIVISORS):
         series = series * square + 1 / divisor
@@ -417,19 +449,10 @@ def _gelu_tanh_primitive(h: Tensor) -> Tensor:
     size = h.abs()
     inner = size.clamp(max=8)
     even = 0.25 * (size.square() - inner.square())
-    for node, weight in _gauss_legendre(64):
+    for node, weight in gauss_legendre(64):
         u = inner * node
         even = even + inner * weight * 0.5 * u * torch.tanh(0.5 * _gelu_argument(u))
     return 0.25 * h.square() + torch.copysign(even, h)
-
-
-@lru_cache
-def _gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
-    """Nodes and weights on [0, 1], from the Jacobi matrix of the polynomials (Golub & Welsch, 1969)."""
-    n = torch.arange(1, count, dtype=torch.float64)
-    off = n / (4 * n * n - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
-    return tuple(zip((0.5 * nodes + 0.5).tolist(), vectors[0].square().tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -443,6 +466,7 @@ class QuickGELU(Activation):
     name = "quick_gelu"
     monotone = False
     smooth = True
+    holomorphic = True
 
     @property
     def lipschitz(self) -> float:
@@ -459,6 +483,9 @@ class QuickGELU(Activation):
 
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         return SiLU().quotient(self.alpha * h, self.alpha * k, t) / self.alpha
+
+    def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
+        return SiLU()._complex_step(self.alpha * h, self.alpha * w) / self.alpha
 
 
 def quick_gelu(h: Tensor) -> Tensor:

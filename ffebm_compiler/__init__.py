@@ -25,8 +25,10 @@ from ffebm_compiler.errors import (
 from ffebm_compiler.hardware import Hardware, hardware_presets
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.plan import Plan
+from ffebm_compiler.runtime.anderson import Anderson
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
-from ffebm_compiler.runtime.solvers import Anderson, GaussSeidel
+from ffebm_compiler.runtime.newton import NewtonCG
+from ffebm_compiler.runtime.solvers import GaussSeidel
 from ffebm_compiler.storage import load
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __all__ = [
     "HybridModel",
     "ImplicitDifferentiation",
     "InputError",
+    "NewtonCG",
     "NotYetError",
     "Plan",
     "PlanError",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffebm_compiler.runtime.energy import hopfield_energy
-from ffebm_compiler.runtime.phases import FreePhase
+from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.program import Frame
 from ffebm_compiler.text import table_text
 
@@ -108,7 +108,7 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
     return BlockDiagnosis(
         layers=block.layers,
         radius=certificate.radius if certificate is not None else 0.0,
-        predicted=certificate.sweeps(module._rtol(dtype)) if certificate is not None else 0,
+        predicted=certificate.sweeps(module.free_rtol(dtype)) if certificate is not None else 0,
         sweeps=module.last.sweeps if module.last is not None else 0,
         residuals=tuple(residuals),
         energies=tuple(energies),

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import ExportError, InputError
 from ffebm_compiler.plan import Plan
+from ffebm_compiler.runtime.anderson import Anderson
 from ffebm_compiler.runtime.gradients import (
     EquilibriumPropagation,
     Estimator,
     ImplicitDifferentiation,
     Unrolled,
 )
-from ffebm_compiler.runtime.solvers import Anderson, GaussSeidel, Solver
+from ffebm_compiler.runtime.newton import NewtonCG
+from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
@@ -41,7 +43,7 @@ _FILES = ("hybrid.json", "plan.json", "weights.safetensors")
 _ESTIMATORS: dict[str, type[Estimator]] = {
     kind.__name__: kind for kind in (EquilibriumPropagation, ImplicitDifferentiation, Unrolled)
 }
-_SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson)}
+_SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def summary_text(hybrid: HybridModel) -> str:
     for block in hybrid.blocks:
         module = block.module
         certificate = block.certificate
-        rtol = module._rtol(next((w.dtype for w in block.weights if w is not None), torch.float32))
+        rtol = module.free_rtol(next((w.dtype for w in block.weights if w is not None), torch.float32))
         predicted = certificate.sweeps(rtol) if certificate is not None else 0
         rows.append(
             (

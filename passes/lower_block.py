@@ -105,6 +105,7 @@ class _Builder:
         readout: list[Instruction] = []
         shared: dict[fx.Node, int] = {}
         results = tuple(self._emit(node, None, register, shared, readout, counter) for node in outputs)
+        batched = self._batched(states)
         block = BlockProgram(
             name=self.name,
             inputs=len(self.inputs),
@@ -112,7 +113,8 @@ class _Builder:
             layers=tuple(layers),
             readout=tuple(readout),
             outputs=results,
-            batched=self._batched(states),
+            batched=batched,
+            resizable=batched and self.program.batch_symbol is not None,
         )
         return LoweredBlock(block, tuple(self.inputs), tuple(self.weights), tuple(outputs))
 

@@ -1,38 +1,26 @@
-"""Energy blocks as modules: settle forward, and one `torch.autograd.Function` for the gradient."""
+"""Energy blocks as modules: what an energy-based part of a hybrid is, knows and hands out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from ffebm_compiler.errors import ConvergenceError, FFEBMError, InputError
+from ffebm_compiler.errors import FFEBMError, InputError
+from ffebm_compiler.runtime.chaining import Settle
 from ffebm_compiler.runtime.energy import hopfield_energy
+from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.loop_gain import Certificate, certify, edge_norms
-from ffebm_compiler.runtime.phases import FreePhase
 from ffebm_compiler.runtime.program import BlockProgram, Frame
-from ffebm_compiler.runtime.situation import Situation
-from ffebm_compiler.runtime.solvers import GaussSeidel, Settled, Solver, relax
+from ffebm_compiler.runtime.relaxation import Settled, relax
+from ffebm_compiler.runtime.solver_choice import Choice, choose
+from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.runtime.tolerances import error_rtol, free_rtol
 
-__all__ = ["EnergyBlock", "Equilibrium", "default_rtol"]
-
-
-def default_rtol(dtype: torch.dtype, certified: bool) -> float:
-    """Relative error of a layer at which a phase stops.
-
-    With a certificate the error that is left is bounded by the last change; without one there is
-    only the change to look at, and the iteration goes on to what the dtype resolves.
-    """
-    if dtype == torch.float64:
-        return 1e-12
-    if dtype == torch.float32:
-        return 1e-4 if certified else 1e-6
-    return 1e-2
+__all__ = ["EnergyBlock", "Equilibrium"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +34,8 @@ class Equilibrium:
     sweeps: int
     residual: float
     converged: bool
+    unsettled: tuple[int, ...] = ()
+    """The samples that did not settle."""
 
 
 class EnergyBlock(nn.Module):
@@ -65,11 +55,11 @@ class EnergyBlock(nn.Module):
         self.certificate: Certificate | None = None
         self.enabled = True
         """False runs the block feedforward (γ = 0), as the source does."""
-        self.states: tuple[Tensor, ...] = ()
-        """States of the last forward, detached."""
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._like: list[Tensor] = []
+        self._preactivations: tuple[Tensor, ...] = ()
+        self._shapes: dict[int, torch.Size] = {}
 
     @property
     def name(self) -> str:
@@ -89,9 +79,37 @@ class EnergyBlock(nn.Module):
         return self.certificate.loop_gain if self.certificate is not None else 0.0
 
     @property
+    def states(self) -> tuple[Tensor, ...]:
+        """States of the last forward, detached; empty before the first."""
+        layers = self.program.layers
+        return tuple(layer.activation.value(field) for layer, field in zip(layers, self._preactivations, strict=False))
+
+    def remember(self, frame: Frame, preactivations: Sequence[Tensor]) -> None:
+        """Keep what the states of this forward follow from."""
+        self._preactivations = tuple(field.detach() for field in preactivations)
+        self._shapes = dict(frame.shapes)
+
+    def _start(self, frame: Frame) -> tuple[Tensor, ...] | None:
+        """The last states, for a warm start, where they belong to inputs of these shapes."""
+        if self.active_solver.start == "feedforward" or not self._preactivations:
+            return None
+        like = frame.inputs[0]
+        known = all(self._shapes.get(index) == value.shape for index, value in enumerate(frame.inputs))
+        same = self._preactivations[0].dtype == like.dtype and self._preactivations[0].device == like.device
+        if not (known and same) or any(i.operator.draws for layer in self.program.layers for i in layer.instructions):
+            return None
+        frame.shapes.update(self._shapes)
+        return self.states
+
+    @property
+    def chosen(self) -> Choice:
+        """The solver of this block and why it is that one."""
+        return choose(self.program, self.contraction, self.solver)
+
+    @property
     def active_solver(self) -> Solver:
-        """The solver given, or the default."""
-        return self.solver or GaussSeidel()
+        """The solver given, or the one chosen for this block."""
+        return self.chosen.solver
 
     def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
         """Remember these inputs' shapes, measure the operator norms and set the feedback."""
@@ -121,7 +139,7 @@ class EnergyBlock(nn.Module):
             operands = self.laid_out([*like, *weights])
             inputs = [value for value in operands[: len(like)] if value is not None]
             frame = Frame(self.program, inputs, operands[len(like) :])
-            states = _complete(FreePhase(frame, (1.0,) * len(self.program.layers)).values)
+            states, _ = FreePhase(frame, (1.0,) * len(self.program.layers)).settled()
             # Random masks are left out of the measured norm; `edge_norms` adds their gain as a bound.
             masks = {i.output for layer in self.program.layers for i in layer.instructions if i.operator.draws}
             frame.drawn.update(dict.fromkeys(masks))
@@ -133,7 +151,8 @@ class EnergyBlock(nn.Module):
         if self.certificate is not None:
             self.certificate = certify(self.program, self.certificate.norms, feedback)
 
-    def _hint(self) -> str:
+    def hint(self) -> str:
+        """What to change where the block does not settle."""
         gain = self.loop_gain
         if isinstance(self.feedback, str):
             return (
@@ -145,16 +164,20 @@ class EnergyBlock(nn.Module):
             "recertify() if the weights have changed since, or allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
         )
 
-    def _contraction(self) -> float | None:
+    @property
+    def contraction(self) -> float | None:
         """κ where the block is certified: a Gauss–Seidel sweep contracts by about ρ² (Young 1954)."""
         if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:
             return None
         return self.certificate.loop_gain
 
-    def _rtol(self, dtype: torch.dtype) -> float:
-        if self.active_solver.rtol is not None:
-            return self.active_solver.rtol
-        return default_rtol(dtype, self._contraction() is not None)
+    def free_rtol(self, dtype: torch.dtype) -> float:
+        """Relative error at which the free phase stops."""
+        return self.active_solver.rtol or free_rtol(dtype, self.contraction is not None)
+
+    def error_rtol(self, dtype: torch.dtype) -> float:
+        """Relative error at which nudged phases and adjoint systems stop."""
+        return self.active_solver.rtol or error_rtol(dtype, self.contraction is not None)
 
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]:
         """Settle the free phase of a frame.
@@ -163,17 +186,22 @@ class EnergyBlock(nn.Module):
             ConvergenceError: naming the block, its loop gain, the residual and what to change.
             InputError: where an input or a weight of the block is NaN.
         """
-        phase = FreePhase(frame, self.scales)
         if not self.program.coupled or not self.enabled:
-            return phase, Settled(0, 0.0, True, "")
-        rtol = self._rtol(phase.values[0].dtype if phase.values[0] is not None else torch.float32)
-        try:
-            settled = relax(
-                phase, self.active_solver, rtol, f"free phase of {self.name}", self._hint(), self._contraction()
-            )
-        except ConvergenceError:
-            self._blame(frame)
-            raise
+            return FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
+        solver, contraction = self.active_solver, self.contraction
+        frame.coarse = solver.precision == "bfloat16" and contraction is not None
+        start = self._start(frame)
+        phase = FreePhase(frame, self.scales, start)
+        rtol = self.free_rtol(frame.inputs[0].dtype if phase.values[0] is None else phase.values[0].dtype)
+        settled = relax(
+            phase,
+            solver,
+            rtol,
+            f"free phase of {self.name}",
+            self.hint,
+            contraction,
+            blame=lambda: self._blame(frame),
+        )
         return phase, settled
 
     def _blame(self, frame: Frame) -> None:
@@ -210,13 +238,37 @@ class EnergyBlock(nn.Module):
         """The equilibrium for given inputs and weights, without gradients."""
         with torch.no_grad():
             phase, settled = self.relax(Frame(self.program, inputs, weights))
-        return Equilibrium(
-            _complete(phase.values),
-            _complete(phase.preactivations),
-            settled.sweeps,
-            settled.residual,
-            settled.converged,
-        )
+        return Equilibrium(*phase.settled(), settled.sweeps, settled.residual, settled.converged, settled.unsettled)
+
+    def residual(
+        self,
+        inputs: Sequence[Tensor],
+        weights: Sequence[Tensor | None],
+        states: Sequence[Tensor],
+    ) -> float:
+        """max_l ‖σ_l(h_l(s)) − s_l‖/‖s_l‖: how far states are from satisfying the equilibrium equation.
+
+        Raises:
+            InputError: for another number of states.
+        """
+        self._check_states(states)
+        with torch.no_grad():
+            frame = Frame(self.program, inputs, weights)
+            FreePhase(frame, self.scales)  # for the shapes
+            phase = FreePhase(frame, self.scales, states)
+            worst = 0.0
+            for index, state in enumerate(states):
+                size = float(torch.linalg.vector_norm(state))
+                distance = float(torch.linalg.vector_norm(phase.update(index) - state))
+                worst = max(worst, distance / size if size else distance)
+        return worst
+
+    def _check_states(self, states: Sequence[Tensor]) -> None:
+        if len(states) != len(self.program.layers):
+            raise InputError(
+                f"{self.name} has {len(self.program.layers)} states, got {len(states)}: pass one per layer, as "
+                "settle() returns them"
+            )
 
     def energy(
         self,
@@ -226,11 +278,7 @@ class EnergyBlock(nn.Module):
         preactivations: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """E(s; θ, x), summed over the batch; see `runtime.energy`."""
-        if len(states) != len(self.program.layers):
-            raise InputError(
-                f"{self.name} has {len(self.program.layers)} states, got {len(states)}: pass one per layer, as "
-                "settle() returns them"
-            )
+        self._check_states(states)
         return hopfield_energy(Frame(self.program, inputs, weights), self.scales, states, preactivations)
 
     def forward(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
@@ -256,63 +304,8 @@ class EnergyBlock(nn.Module):
         if not program.coupled or not self.enabled:
             # Without feedback the equilibrium is the source's own layers: autograd is exact.
             phase, self.last = FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
-            states = _complete(phase.values)
-        else:
-            states = tuple(_Settle.apply(self, frame.drawn, *inputs, *weights))  # type: ignore[no-untyped-call]
-        self.states = tuple(state.detach() for state in states)
-        return frame.read({index: states[index] for index in program.visible})
-
-
-def _complete(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    assert all(value is not None for value in values)
-    return tuple(value for value in values if value is not None)
-
-
-class _Settle(torch.autograd.Function):
-    """(inputs, weights) -> settled states; backward asks the block's estimator."""
-
-    @staticmethod
-    def forward(ctx: Any, block: EnergyBlock, drawn: dict[int, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        tensors = block.laid_out(tensors)
-        inputs = [value for value in tensors[: block.program.inputs] if value is not None]
-        frame = Frame(block.program, inputs, tensors[block.program.inputs :], drawn)
-        phase, block.last = block.relax(frame)
-        states, preactivations = _complete(phase.values), _complete(phase.preactivations)
-        ctx.block, ctx.sweeps = block, block.last.sweeps
-        ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
-        ctx.scales, ctx.estimator = block.scales, block.estimator
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *states, *preactivations)
-        hidden = [state for index, state in enumerate(states) if index not in block.program.visible]
-        ctx.mark_non_differentiable(*hidden)
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
-        block: EnergyBlock = ctx.block
-        program = block.program
-        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-        count = program.inputs + program.weights
-        layers = len(program.layers)
-        inputs = [value for value in saved[: program.inputs] if value is not None]
-        frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
-        states = _complete(saved[count : count + layers])
-        needed = ctx.needs_input_grad[2:]
-        situation = Situation(
-            frame=frame,
-            scales=ctx.scales,
-            states=states,
-            preactivations=_complete(saved[count + layers :]),
-            solver=block.active_solver,
-            rtol=block._rtol(states[0].dtype),
-            contraction=block._contraction(),
-            hint=block._hint(),
-            free_sweeps=ctx.sweeps,
-            inputs_needed=tuple(needed[: program.inputs]),
-            weights_needed=tuple(needed[program.inputs :]),
-        )
-        if all(error is None for error in errors):
-            return (None,) * (count + 2)
-        gradients = ctx.estimator.gradients(situation, errors)
-        return (None, None, *gradients.inputs, *gradients.weights)
+            states, preactivations = phase.settled()
+            self.remember(frame, preactivations)
+            return frame.read({index: states[index] for index in program.visible})
+        visible = Settle.apply(self, frame.drawn, *inputs, *weights)  # type: ignore[no-untyped-call]
+        return frame.read(dict(zip(program.visible, visible, strict=True)))

@@ -7,29 +7,48 @@ v = D (B v + δ) for e = c v (the error current −u). With v = D^½ w it is sym
 
 and positive definite where the equilibrium is a strict minimum; its spectrum lies in 1 ± ρ.
 (Hestenes & Stiefel 1952.)
+
+Newton's step for x = f(x) is the same system: (1 − D B) Δ = r has Δ = r + v with v = D (B v + B r).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.phases import AdjointPhase
-from ffebm_compiler.runtime.situation import Situation
+__all__ = ["LinearResponse", "newton_step", "solve_adjoint"]
 
-__all__ = ["solve_adjoint"]
+
+class LinearResponse(Protocol):
+    """The linear response of a block at a state: an `AdjointPhase` without a drive of its own."""
+
+    scales: tuple[float, ...]
+    slopes: list[Tensor]
+    """σ_l'(h_l)."""
+
+    def store(self, index: int, value: Tensor | None) -> None:
+        """Make `value` the present error current of a layer."""
+
+    def force(self, index: int) -> Tensor | None:
+        """(B u/c)_l at the present error currents."""
 
 
 def solve_adjoint(
-    at: Situation, errors: Sequence[Tensor | None], rtol: float
+    phase: LinearResponse, errors: Sequence[Tensor | None], rtol: float, max_steps: int
 ) -> tuple[list[Tensor | None] | None, int]:
-    """(e, steps) for the errors δ; None where the system is not positive definite or does not converge."""
-    nothing: list[Tensor | None] = [None] * len(errors)
-    phase = AdjointPhase(at.frame, at.scales, at.preactivations, nothing)
-    outer = [torch.sqrt(slope * scale) for slope, scale in zip(phase.slopes, at.scales, strict=True)]  # (c σ')^½
-    inner = [root / scale for root, scale in zip(outer, at.scales, strict=True)]  # (σ'/c)^½
+    """(e, steps) for the errors δ; None where the system is not positive definite or does not converge.
+
+    Args:
+        phase: the block's linear response at a state, without a drive of its own; its values are overwritten.
+        errors: δ_l, None for zero.
+        rtol: largest norm of the residual relative to that of the right-hand side.
+        max_steps: at most so many.
+    """
+    outer = [torch.sqrt(slope * scale) for slope, scale in zip(phase.slopes, phase.scales, strict=True)]  # (c σ')^½
+    inner = [root / scale for root, scale in zip(outer, phase.scales, strict=True)]  # (σ'/c)^½
 
     def matrix(w: list[Tensor]) -> list[Tensor]:
         for index, (root, part) in enumerate(zip(outer, w, strict=True)):
@@ -48,7 +67,7 @@ def solve_adjoint(
     direction = [part.clone() for part in right]
     size = _dot(residual, residual)
     goal = rtol * rtol * size
-    for step in range(1, at.solver.max_sweeps + 1):
+    for step in range(1, max_steps + 1):
         if size <= goal:
             return [root * part for root, part in zip(outer, w, strict=True)], step - 1
         image = matrix(direction)
@@ -62,7 +81,26 @@ def solve_adjoint(
         before, size = size, _dot(residual, residual)
         for way, back in zip(direction, residual, strict=True):
             way.mul_(size / before).add_(back)
-    return None, at.solver.max_sweeps
+    return None, max_steps
+
+
+def newton_step(
+    phase: LinearResponse, residuals: Sequence[Tensor], factors: Sequence[float], rtol: float, max_steps: int
+) -> list[Tensor] | None:
+    """Δ with (1 − ∂f) Δ = r for a phase whose values times `factors` are error currents u (1), or states (c).
+
+    None where the system is not positive definite or conjugate gradients do not converge.
+    """
+    for index, (residual, factor) in enumerate(zip(residuals, factors, strict=True)):
+        phase.store(index, residual if factor == 1 else residual * factor)
+    forces = [phase.force(index) for index in range(len(residuals))]
+    found, _ = solve_adjoint(phase, forces, rtol, max_steps)
+    if found is None:
+        return None
+    return [
+        residual if part is None else torch.add(residual, part, alpha=1 / factor)
+        for residual, part, factor in zip(residuals, found, factors, strict=True)
+    ]
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -43,6 +43,8 @@ class Operator(ABC):
 
     draws: bool = False
     """Whether the operator holds a constant that it draws once a forward (a mask)."""
+    product: bool = False
+    """Whether it is a product of its one operand with a weight, which may be computed in bfloat16."""
     selects: bool = False
     """Whether that constant is chosen anew at every evaluation of a free phase (max pooling's winners)."""
 
@@ -87,6 +89,8 @@ def _rows(value: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Linear(Operator):
     """y = x Wᵀ + b; x: (..., in), W: (out, in), b: (out,)."""
+
+    product = True
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """A x + b."""
@@ -136,6 +140,7 @@ class Convolution(Operator):
     transposed: bool = False
     output_padding: tuple[int, ...] = (0,)
     groups: int = 1
+    product = True
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """W ∗ x + b."""
@@ -204,8 +209,10 @@ class Sum(Operator):
 
     def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
         """The sum of the operands that vary, without the constant."""
-        shape = torch.broadcast_shapes(*shapes)
-        return self._combine([value for value in values if value is not None], values).expand(shape)
+        combined = self._combine([value for value in values if value is not None], values)
+        if all(shape == combined.shape for shape in shapes):
+            return combined
+        return combined.expand(torch.broadcast_shapes(*shapes))
 
     def _combine(self, values: Sequence[Tensor], slots: Sequence[Tensor | None] | None = None) -> Tensor:
         factors = [f for f, slot in zip(self.factors, slots or values, strict=True) if slot is not None]

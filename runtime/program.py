@@ -23,7 +23,7 @@ from torch import Tensor
 from ffebm_compiler.runtime.activations import Activation
 from ffebm_compiler.runtime.operators import Convolution, Operator
 
-__all__ = ["BlockProgram", "Frame", "Instruction", "Layer"]
+__all__ = ["BlockProgram", "Frame", "Instruction", "Layer", "take_rows"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class BlockProgram:
     outputs: tuple[int, ...]
     batched: bool = True
     """Whether the leading dimension of every state counts independent samples."""
+    resizable: bool = False
+    """Whether it can also be evaluated for some of its samples, or for several copies of them."""
     upstream: tuple[tuple[int, ...], ...] = field(init=False)
     """For each layer, the layers whose states its drive reads."""
     downstream: tuple[tuple[int, ...], ...] = field(init=False)
@@ -75,6 +77,8 @@ class BlockProgram:
     from_states: Mapping[int, bool] = field(init=False, repr=False)
     """Whether a register depends on a state of the same block."""
     from_inputs: Mapping[int, bool] = field(init=False, repr=False)
+    states: frozenset[int] = field(init=False, repr=False)
+    """Registers of the states."""
 
     def __post_init__(self) -> None:
         """Derive the dependences."""
@@ -104,6 +108,7 @@ class BlockProgram:
             ("operand_instructions", tuple(_operand_instructions(layer) for layer in self.layers)),
             ("from_states", on_states),
             ("from_inputs", on_inputs),
+            ("states", frozenset(layer_of)),
         ):
             object.__setattr__(self, name, value)
 
@@ -161,6 +166,38 @@ class Frame:
         self.shapes = shapes if shapes is not None else {}
         self.shapes.update({index: value.shape for index, value in enumerate(inputs)})
         self._fixed: dict[int, Tensor] = dict(enumerate(self.inputs))
+        self.coarse = False
+        """Whether products of what depends on states are computed in bfloat16."""
+        self._rounded: dict[int, Tensor] = {}
+
+    @property
+    def samples(self) -> int | None:
+        """Number of independent samples, where the block can be evaluated for some of them alone."""
+        return self.inputs[0].shape[0] if self.program.resizable and self.inputs else None
+
+    def narrowed(self, rows: Tensor) -> Frame:
+        """The same block for some of the samples."""
+        samples = self.samples
+        drawn = {k: None if value is None else take_rows(value, rows) for k, value in self.drawn.items()}
+        inputs = [take_rows(value, rows) for value in self.inputs]
+        shapes = {register: torch.Size((len(rows), *shape[1:])) for register, shape in self.shapes.items()}
+        assert samples is not None
+        frame = Frame(self.program, inputs, self.weights, drawn, shapes, self.frozen)
+        frame.coarse = self.coarse
+        return frame
+
+    def repeated(self, copies: int) -> Frame:
+        """The same block for several copies of the samples, one after another; for tangents and pullbacks only."""
+        if copies == 1:
+            return self
+        drawn = {
+            k: None if value is None else value.repeat(copies, *[1] * (value.dim() - 1))
+            for k, value in self.drawn.items()
+        }
+        shapes = {register: torch.Size((copies * shape[0], *shape[1:])) for register, shape in self.shapes.items()}
+        frame = Frame(self.program, (), self.weights, drawn, shapes, frozen=True)
+        frame.coarse, frame._rounded = self.coarse, self._rounded
+        return frame
 
     def _weights(self, instruction: Instruction) -> list[Tensor | None]:
         if instruction.operator.draws or instruction.operator.selects:
@@ -172,9 +209,21 @@ class Frame:
         operator, known = instruction.operator, instruction.output in self.drawn
         if (operator.draws and not known) or (operator.selects and not (known and self.frozen)):
             self.drawn[instruction.output] = instruction.operator.draw(values)
-        result = instruction.operator.apply(values, self._weights(instruction))
+        coarse = self.coarse and operator.product and self.program.from_states[instruction.output]
+        if coarse:
+            result = operator.apply(_rounded(values), self._rounded_weights(instruction)).to(values[0].dtype)
+        else:
+            result = operator.apply(values, self._weights(instruction))
         self.shapes[instruction.output] = result.shape
         return result
+
+    def _rounded_weights(self, instruction: Instruction) -> list[Tensor | None]:
+        """Its weights in bfloat16, rounded once."""
+        for index in instruction.weights:
+            weight = None if index is None else self.weights[index]
+            if index is not None and weight is not None and index not in self._rounded:
+                self._rounded[index] = weight.to(torch.bfloat16)
+        return [None if index is None else self._rounded.get(index) for index in instruction.weights]
 
     def registers(self, index: int, states: Sequence[Tensor | None]) -> dict[int, Tensor]:
         """Every register that the drive of a layer needs, evaluated at the given states."""
@@ -233,7 +282,13 @@ class Frame:
             if all(value is None for value in values):
                 continue
             shapes = [self.shapes[r] for r in instruction.operands]
-            registers[instruction.output] = instruction.operator.tangent(values, self._weights(instruction), shapes)
+            operator = instruction.operator
+            if self.coarse and operator.product:
+                dtype = next(value.dtype for value in values if value is not None)
+                rounded = operator.tangent(_rounded(values), self._rounded_weights(instruction), shapes)
+                registers[instruction.output] = rounded.to(dtype)
+            else:
+                registers[instruction.output] = operator.tangent(values, self._weights(instruction), shapes)
         return registers
 
     def tangent(self, index: int, deviations: Sequence[Tensor | None]) -> Tensor | None:
@@ -278,15 +333,19 @@ class Frame:
             if not any(wanted):
                 continue
             shapes = [self.shapes[r] for r in instruction.operands]
-            parts = instruction.operator.adjoint(arriving, weights, shapes, wanted)
+            if self.coarse and instruction.operator.product and gradients is None:
+                rounded = self._rounded_weights(instruction)
+                found = instruction.operator.adjoint(arriving.to(torch.bfloat16), rounded, shapes, wanted)
+                parts = [None if part is None else part.to(arriving.dtype) for part in found]
+            else:
+                parts = instruction.operator.adjoint(arriving, weights, shapes, wanted)
             for register, part, want in zip(instruction.operands, parts, wanted, strict=True):
                 if want and part is not None:
                     pending[register] = pending[register] + part if register in pending else part
-        layer_states = {other.state for other in program.layers}
         return {
             register: value
             for register, value in pending.items()
-            if (states and register in layer_states) or (inputs and register < program.inputs)
+            if (states and register in program.states) or (inputs and register < program.inputs)
         }
 
     def _weigh(
@@ -330,3 +389,13 @@ class Frame:
         for instruction in self.program.readout:
             registers[instruction.output] = self._run(instruction, registers)
         return tuple(registers[r] for r in self.program.outputs)
+
+
+def take_rows(value: Tensor, rows: Tensor) -> Tensor:
+    """The given rows along the leading dimension."""
+    return value.index_select(0, rows.to(value.device))
+
+
+def _rounded(values: Sequence[Tensor | None]) -> list[Tensor]:
+    """The operand of a product in bfloat16."""
+    return [value.to(torch.bfloat16) for value in values if value is not None]

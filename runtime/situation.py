@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.program import Frame
+from ffebm_compiler.runtime.program import Frame, take_rows
 from ffebm_compiler.runtime.solvers import Solver
 
 __all__ = ["Situation"]
@@ -22,9 +24,10 @@ class Situation:
     preactivations: tuple[Tensor, ...]
     solver: Solver
     rtol: float
+    """Relative error of the error currents at which their phase stops."""
     contraction: float | None
     """Factor by which a sweep contracts, where certified."""
-    hint: str
+    hint: Callable[[], str]
     """What to change where a phase does not settle."""
     free_sweeps: int
     inputs_needed: tuple[bool, ...]
@@ -34,3 +37,29 @@ class Situation:
     def name(self) -> str:
         """The block's name."""
         return self.frame.program.name
+
+    def without(self, lost: Sequence[int], errors: Sequence[Tensor | None]) -> tuple[Situation, list[Tensor | None]]:
+        """The situation and the errors of the other samples: those that diverged have no part in the gradient."""
+        rows = self._others(lost)
+        kept = replace(
+            self,
+            frame=self.frame.narrowed(rows),
+            states=tuple(take_rows(state, rows) for state in self.states),
+            preactivations=tuple(take_rows(field, rows) for field in self.preactivations),
+        )
+        return kept, [None if error is None else take_rows(error, rows) for error in errors]
+
+    def spread(self, gradients: Sequence[Tensor | None], lost: Sequence[int]) -> list[Tensor | None]:
+        """Gradients of the other samples' inputs among zeros for those that diverged."""
+        rows = self._others(lost)
+        return [
+            None
+            if gradient is None
+            else gradient.new_zeros(value.shape).index_copy_(0, rows.to(gradient.device), gradient)
+            for value, gradient in zip(self.frame.inputs, gradients, strict=True)
+        ]
+
+    def _others(self, lost: Sequence[int]) -> Tensor:
+        samples = self.frame.samples
+        assert samples is not None
+        return torch.tensor([row for row in range(samples) if row not in set(lost)])

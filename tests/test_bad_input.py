@@ -361,7 +361,7 @@ def test_unknown_settings(options: dict[str, Any], message: str) -> None:
         (lambda: ffebm.EquilibriumPropagation(variant="both"), r"variant is 'both'"),
         (lambda: ffebm.GaussSeidel(rtol=0.0), r"rtol is 0\.0"),
         (lambda: ffebm.GaussSeidel(max_sweeps=0), r"max_sweeps is 0; expected a positive integer"),
-        (lambda: ffebm.Anderson(on_failure="ignore"), r"on_failure is 'ignore'; expected 'error' or 'warn'"),
+        (lambda: ffebm.Anderson(on_failure="ignore"), r"on_failure is 'ignore'; expected 'isolate', 'error' or 'warn'"),
     ],
     ids=["beta zero", "beta negative", "variant", "rtol", "sweeps", "failure"],
 )
@@ -479,7 +479,7 @@ def test_bounded_oscillation_is_an_error_too() -> None:
         for layer in model.layers:
             layer.weight.mul_(9)
     x = noise(6, 8)
-    hybrid = ffebm.convert(model, x, feedback="symmetric", solver=ffebm.GaussSeidel(max_sweeps=3))
+    hybrid = ffebm.convert(model, x, feedback="symmetric", solver=ffebm.GaussSeidel(max_sweeps=3, on_failure="error"))
     fails(ffebm.ConvergenceError, r"did not settle in 3 sweeps.*loop gain", hybrid, x)
 
 

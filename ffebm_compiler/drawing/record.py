@@ -173,7 +173,7 @@ def _measured(bound: BoundBlock) -> list[tuple[str, str]]:
     else:
         rows.append(("loop gain κ", f"{certificate.loop_gain:.3g}"))
         rows.append(("spectral radius ρ", f"{certificate.radius:.3g}"))
-        predicted = certificate.sweeps(bound.module._rtol(_dtype(bound)))
+        predicted = certificate.sweeps(bound.module.free_rtol(_dtype(bound)))
         rows.append(("sweeps predicted", "unknown, no certificate" if predicted is None else str(predicted)))
     if last is not None and last.sweeps:
         rows.append(("sweeps in the last forward", str(last.sweeps)))

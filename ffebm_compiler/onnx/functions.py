@@ -3,7 +3,7 @@
     s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m ,   γ_{l,m} = c_m/c_l
 
 The states start at their feedforward values. One pass of the body is one Gauss–Seidel sweep of
-`runtime.phases.FreePhase`; it ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
+`runtime.free_phase.FreePhase`; it ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
 at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. What depends on the inputs
 alone is computed before the loop. An ONNX function cannot raise: the outputs of a block that did
 not settle are NaN.
@@ -106,7 +106,7 @@ class _Builder:
             registers[instruction.output] = self._apply(self.main, instruction, registers, self.program.name)
         for name, register in zip(outputs, self.program.outputs, strict=True):
             value = registers[register]
-            if settled and self.settling["on_failure"] == "error":
+            if settled and self.settling["on_failure"] != "warn":
                 value = self.main.op("Where", settled, value, self.main.number(float("nan")))
             self.main.nodes.append(onnx.helper.make_node("Identity", [value], [name]))
         attributes = self._attributes()

@@ -7,7 +7,7 @@ import torch
 from ffebm_compiler.onnx.emit import Free, Shape
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.phases import FreePhase
+from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.program import Frame
 
 __all__ = ["register_shapes"]

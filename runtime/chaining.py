@@ -1,0 +1,91 @@
+"""BP-EP chaining: one `torch.autograd.Function` for an energy block.
+
+Forward settles the free phase; backward receives δ = ∂L/∂s at the block's outputs from autograd and
+hands back what the block's gradient estimator makes of it (Nest & Ernoult 2024, arXiv 2409.03306).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ffebm_compiler.runtime.program import Frame
+from ffebm_compiler.runtime.situation import Situation
+
+if TYPE_CHECKING:
+    from ffebm_compiler.runtime.block import EnergyBlock
+
+__all__ = ["Settle"]
+
+
+class Settle(torch.autograd.Function):
+    """(inputs, weights) -> settled states of the visible layers; backward asks the block's estimator.
+
+    Pre-activations are saved. States are so only where σ costs more than a pass over memory, or where they are
+    handed out, and so are in memory anyway: a hidden state of a clamp is made again from its pre-activation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, block: EnergyBlock, drawn: dict[int, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        program = block.program
+        tensors = block.laid_out(tensors)
+        inputs = [value for value in tensors[: program.inputs] if value is not None]
+        frame = Frame(program, inputs, tensors[program.inputs :], drawn)
+        phase, block.last = block.relax(frame)
+        states, preactivations = phase.settled()
+        block.remember(frame, preactivations)
+        ctx.block, ctx.last = block, block.last
+        ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
+        ctx.scales, ctx.estimator = block.scales, block.estimator
+        ctx.set_materialize_grads(False)
+        kept = [
+            state if index in program.visible or layer.activation.smooth else None
+            for index, (layer, state) in enumerate(zip(program.layers, states, strict=True))
+        ]
+        ctx.save_for_backward(*tensors, *kept, *preactivations)
+        return tuple(states[index] for index in program.visible)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
+        block: EnergyBlock = ctx.block
+        program = block.program
+        saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+        count = program.inputs + program.weights
+        if all(error is None for error in visible):
+            return (None,) * (count + 2)
+        layers = len(program.layers)
+        inputs = [value for value in saved[: program.inputs] if value is not None]
+        frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
+        preactivations = tuple(value for value in saved[count + layers :] if value is not None)
+        states = tuple(
+            layer.activation.value(field) if state is None else state
+            for layer, state, field in zip(program.layers, saved[count : count + layers], preactivations, strict=True)
+        )
+        errors: list[Tensor | None] = [None] * layers
+        for index, error in zip(program.visible, visible, strict=True):
+            errors[index] = error
+        needed = ctx.needs_input_grad[2:]
+        situation = Situation(
+            frame=frame,
+            scales=ctx.scales,
+            states=states,
+            preactivations=preactivations,
+            solver=block.active_solver,
+            rtol=block.error_rtol(states[0].dtype),
+            contraction=block.contraction,
+            hint=block.hint,
+            free_sweeps=ctx.last.sweeps,
+            inputs_needed=tuple(needed[: program.inputs]),
+            weights_needed=tuple(needed[program.inputs :]),
+        )
+        if ctx.last.lost:
+            gradients = ctx.estimator.gradients(*situation.without(ctx.last.lost, errors))
+            found = situation.spread(gradients.inputs, ctx.last.lost)
+        else:
+            gradients = ctx.estimator.gradients(situation, errors)
+            found = gradients.inputs
+        return (None, None, *found, *gradients.weights)

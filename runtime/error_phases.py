@@ -1,0 +1,225 @@
+"""Error currents at a settled state: equation (2) of `runtime/phases.py`, and its limit β → 0."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.conjugate import newton_step
+from ffebm_compiler.runtime.phases import Phase, narrow
+from ffebm_compiler.runtime.program import Frame, take_rows
+from ffebm_compiler.runtime.solvers import FixedPoint
+
+__all__ = ["AdjointPhase", "NudgedPhase"]
+
+_NEWTON_STEPS = 200
+"""Conjugate-gradient steps within one step of Newton's method."""
+
+
+class _ErrorPhase(Phase):
+    """Error currents u at a settled state, driven by −δ (or −u by δ: the adjoint phase is linear)."""
+
+    def __init__(
+        self,
+        frame: Frame,
+        scales: Sequence[float],
+        preactivations: Sequence[Tensor],
+        drives: Sequence[Tensor | None],
+    ) -> None:
+        super().__init__(frame, scales, [None] * len(preactivations))
+        self.preactivations = tuple(preactivations)
+        self._drive = tuple(drives)
+
+    def order(self) -> list[int]:
+        """Backward: the nudge reaches the first layer in one sweep."""
+        return list(reversed(range(len(self.values))))
+
+    def give_up(self, rows: Tensor) -> None:
+        """Set the error currents of samples to zero: they give no gradient."""
+        for index, value in enumerate(self.values):
+            self.store(index, None if value is None else value.index_fill(0, rows.to(value.device), 0))
+
+    def _narrowed(self, rows: Tensor) -> tuple[Frame, list[Tensor], list[Tensor | None]]:
+        """Frame, pre-activations and drives of some of the samples."""
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        return self.frame.narrowed(rows), fields, narrow(self._drive, rows)
+
+    @abstractmethod
+    def response(self) -> AdjointPhase:
+        """The linear response of the block at its settled state."""
+
+    def correction(self, rtol: float) -> list[Tensor] | None:
+        """Newton's step for u = f(u), by conjugate gradients."""
+        if not all(layer.activation.monotone for layer in self.frame.program.layers):
+            return None
+        residuals = []
+        for index, value in enumerate(self.values):
+            new = self.update(index)
+            if new is None or value is None:
+                return None
+            residuals.append(new - value)
+        return newton_step(self.response(), residuals, [1.0] * len(residuals), rtol, _NEWTON_STEPS)
+
+    def force(self, index: int) -> Tensor | None:
+        """K_l, or None where nothing has arrived yet."""
+        total = self._drive[index]
+        for _, pulled in self.pulled(index):
+            total = pulled if total is None else total + pulled
+        ratio, deviations = self.frame.deviations(index, self.values, self.scales)
+        part = self.frame.tangent(index, deviations)
+        if part is None:
+            return total
+        return part * ratio if total is None else torch.add(total, part, alpha=ratio)
+
+
+class AdjointPhase(_ErrorPhase):
+    """u_l = σ_l'(h_l) K_l."""
+
+    def __init__(
+        self,
+        frame: Frame,
+        scales: Sequence[float],
+        preactivations: Sequence[Tensor],
+        drives: Sequence[Tensor | None],
+        slopes: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(frame, scales, preactivations, drives)
+        layers = frame.program.layers
+        self.slopes = (
+            [layer.activation.derivative(h) for layer, h in zip(layers, preactivations, strict=True)]
+            if slopes is None
+            else list(slopes)
+        )
+
+    def update(self, index: int) -> Tensor | None:
+        """u_l from the derivative of σ_l."""
+        force = self.force(index)
+        return None if force is None else self.slopes[index] * force
+
+    def response(self) -> AdjointPhase:
+        """The same system without its drive."""
+        nothing: list[Tensor | None] = [None] * len(self.values)
+        return AdjointPhase(self.frame, self.scales, self.preactivations, nothing, self.slopes)
+
+    def narrowed(self, rows: Tensor) -> AdjointPhase:
+        """The phase of some of the samples, at their present error currents."""
+        frame, fields, drives = self._narrowed(rows)
+        phase = AdjointPhase(frame, self.scales, fields, drives, [take_rows(slope, rows) for slope in self.slopes])
+        phase.values = narrow(self.values, rows)
+        return phase
+
+
+class NudgedPhase(_ErrorPhase):
+    """Equation (2) for one nudging strength β or for several at once, on a batch that holds them one after another.
+
+    A complex β (holomorphic equilibrium propagation) takes two places in the batch: the real and the
+    imaginary parts of its error currents. The coupling is real, so that only the activations join them.
+    """
+
+    def __init__(
+        self,
+        frame: Frame,
+        scales: Sequence[float],
+        preactivations: Sequence[Tensor],
+        drives: Sequence[Tensor | None],
+        betas: Sequence[complex],
+    ) -> None:
+        self.betas = tuple(betas)
+        self.parts = sum(2 if isinstance(beta, complex) else 1 for beta in betas)
+        self._single, self._given = frame, tuple(drives)
+        super().__init__(frame.repeated(self.parts), scales, preactivations, self._placed(drives))
+        self.samples = frame.samples
+        layers = frame.program.layers
+        self._steppers = [
+            [_stepper(layer.activation, h, beta / scale) for beta in betas]
+            for layer, h, scale in zip(layers, preactivations, scales, strict=True)
+        ]
+
+    def _placed(self, drives: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The drive of every place: −δ is real."""
+        if self.parts == 1:
+            return list(drives)
+        result: list[Tensor | None] = []
+        for drive in drives:
+            places: list[Tensor] = []
+            for beta in self.betas if drive is not None else ():
+                assert drive is not None
+                places += [drive, torch.zeros_like(drive)] if isinstance(beta, complex) else [drive]
+            result.append(torch.cat(places) if places else None)
+        return result
+
+    def update(self, index: int) -> Tensor | None:
+        """u_l from the finite difference of σ_l."""
+        force = self.force(index)
+        if force is None:
+            return None
+        steppers = self._steppers[index]
+        if self.parts == 1:
+            return steppers[0](force)
+        places = iter(force.chunk(self.parts))
+        found: list[Tensor] = []
+        for beta, stepper in zip(self.betas, steppers, strict=True):
+            if isinstance(beta, complex):
+                moved = stepper(torch.complex(next(places), next(places)))
+                found += [moved.real, moved.imag]
+            else:
+                found.append(stepper(next(places)))
+        return torch.cat(found)
+
+    def currents(self) -> list[list[Tensor | None]]:
+        """For each β the error currents u_l; complex for a complex β."""
+        chunks = [[None] * self.parts if value is None else value.chunk(self.parts) for value in self.values]
+        result: list[list[Tensor | None]] = []
+        place = 0
+        for beta in self.betas:
+            wide = 2 if isinstance(beta, complex) else 1
+            result.append([_joined(pieces[place : place + wide]) for pieces in chunks])
+            place += wide
+        return result
+
+    def _all(self, rows: Tensor) -> Tensor:
+        """Rows of the batch at every place."""
+        if self.parts == 1:
+            return rows
+        assert self.samples is not None
+        return torch.cat([rows + place * self.samples for place in range(self.parts)])
+
+    def narrowed(self, rows: Tensor) -> NudgedPhase:
+        """The phase of some of the samples, at their present error currents."""
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        phase = NudgedPhase(self._single.narrowed(rows), self.scales, fields, narrow(self._given, rows), self.betas)
+        phase.values = narrow(self.values, self._all(rows))
+        return phase
+
+    def adopt(self, other: FixedPoint, rows: Tensor) -> None:
+        """Take over the error currents of a narrowed phase."""
+        super().adopt(other, self._all(rows))
+
+    def give_up(self, rows: Tensor) -> None:
+        """Set the error currents of samples to zero: they give no gradient."""
+        super().give_up(self._all(rows))
+
+    def response(self) -> AdjointPhase:
+        """With σ' at the settled state: exact but for the kinks that the nudge crosses."""
+        layers = self.frame.program.layers
+        slopes = [layer.activation.derivative(h) for layer, h in zip(layers, self.preactivations, strict=True)]
+        if self.parts > 1:
+            slopes = [slope.repeat(self.parts, *[1] * (slope.dim() - 1)) for slope in slopes]
+        return AdjointPhase(self.frame, self.scales, self.preactivations, [None] * len(layers), slopes)
+
+
+def _stepper(activation: Activation, h: Tensor, t: complex) -> Callable[[Tensor], Tensor]:
+    if isinstance(t, complex):
+        return lambda k: activation.complex_quotient(h, k, t)
+    return activation.stepper(h, t)
+
+
+def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    if pieces[0] is None or len(pieces) == 1:
+        return pieces[0]
+    assert pieces[1] is not None
+    return torch.complex(pieces[0], pieces[1])

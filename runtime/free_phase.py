@@ -1,0 +1,100 @@
+"""The free phase of an energy block: equation (1) of `runtime/phases.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.runtime.conjugate import newton_step
+from ffebm_compiler.runtime.error_phases import AdjointPhase
+from ffebm_compiler.runtime.phases import Phase, merged, narrow
+from ffebm_compiler.runtime.program import Frame, take_rows
+from ffebm_compiler.runtime.solvers import FixedPoint
+
+__all__ = ["FreePhase"]
+
+_HOLD = 30
+"""Sweeps after which max pooling holds its winners: near a tie they could change places for ever."""
+
+_NEWTON_STEPS = 200
+"""Conjugate-gradient steps within one step of Newton's method."""
+
+
+class FreePhase(Phase):
+    """Equation (1), started from the feedforward values, or from states given."""
+
+    def __init__(self, frame: Frame, scales: Sequence[float], start: Sequence[Tensor] | None = None) -> None:
+        count = len(frame.program.layers)
+        super().__init__(frame, scales, [None] * count if start is None else list(start))
+        self.preactivations: list[Tensor | None] = [None] * count
+        self._drives: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._updates = 0
+        if start is None:
+            for index, layer in enumerate(frame.program.layers):
+                drive = self._drive(index)
+                self.preactivations[index] = drive
+                self.store(index, layer.activation.value(drive))
+
+    def settled(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(states, pre-activations), s_l = σ_l(h_l)."""
+        return _complete(self.values), _complete(self.preactivations)
+
+    def _drive(self, index: int) -> Tensor:
+        key = tuple(self._version[k] for k in self.frame.program.upstream[index])
+        known = self._drives.get(index)
+        if known is None or known[0] != key:
+            known = (key, self.frame.drive(index, self.values))
+            self._drives[index] = known
+        return known[1]
+
+    def update(self, index: int) -> Tensor:
+        """σ_l(h_l)."""
+        self._updates += 1
+        if self._updates > _HOLD * len(self.values):
+            self.frame.frozen = True
+        field = self._drive(index)
+        for later, part in self.pulled(index):
+            field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])
+        self.preactivations[index] = field
+        return self.frame.program.layers[index].activation.value(field)
+
+    def refine(self) -> None:
+        """Forget what was computed in bfloat16."""
+        super().refine()
+        self._drives.clear()
+
+    def narrowed(self, rows: Tensor) -> FreePhase:
+        """The phase of some of the samples, at their present states."""
+        start = [take_rows(value, rows) for value in self.values if value is not None]
+        phase = FreePhase(self.frame.narrowed(rows), self.scales, start)
+        phase.preactivations = narrow(self.preactivations, rows)
+        phase._updates = self._updates
+        return phase
+
+    def adopt(self, other: FixedPoint, rows: Tensor) -> None:
+        """Take over the states and pre-activations of a narrowed phase."""
+        assert isinstance(other, FreePhase)
+        super().adopt(other, rows)
+        for index, value in enumerate(other.preactivations):
+            self.preactivations[index] = merged(self.preactivations[index], value, rows)
+
+    def give_up(self, rows: Tensor) -> None:
+        """Put samples back to their feedforward values."""
+        self.adopt(FreePhase(self.frame.narrowed(rows), self.scales), rows)
+
+    def correction(self, rtol: float) -> list[Tensor] | None:
+        """Semismooth Newton: (1 − σ'(h) B/c) Δ = r, r_l = σ_l(h_l) − s_l, with B/c the coupling of all layers."""
+        layers = self.frame.program.layers
+        if not all(layer.activation.monotone for layer in layers):
+            return None
+        residuals = [self.update(index) - value for index, value in enumerate(self.values) if value is not None]
+        fields = [field for field in self.preactivations if field is not None]
+        response = AdjointPhase(self.frame, self.scales, fields, [None] * len(layers))
+        return newton_step(response, residuals, self.scales, rtol, _NEWTON_STEPS)
+
+
+def _complete(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    assert all(value is not None for value in values)
+    return tuple(value for value in values if value is not None)

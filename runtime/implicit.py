@@ -1,0 +1,105 @@
+"""Gradients of an equilibrium without a nudge: implicit differentiation, and autograd through the sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.conjugate import solve_adjoint
+from ffebm_compiler.runtime.error_phases import AdjointPhase
+from ffebm_compiler.runtime.estimator import Estimator, Gradients, contract
+from ffebm_compiler.runtime.free_phase import FreePhase
+from ffebm_compiler.runtime.program import Frame
+from ffebm_compiler.runtime.relaxation import relax
+from ffebm_compiler.runtime.situation import Situation
+
+__all__ = ["ImplicitDifferentiation", "Unrolled"]
+
+
+@dataclass(frozen=True)
+class ImplicitDifferentiation(Estimator):
+    """Implicit differentiation: H λ = −δ with H = ∂²E/∂s², then g_θ = ∂²E/∂θ∂s λ.
+
+    `method="sweeps"` solves the adjoint system by the block's own solver in the form
+    u_l = σ_l'(h_l) K_l, which contracts wherever the loop gain is below one, monotone activations
+    or not. `"cg"` uses conjugate gradients on the symmetric form, which needs fewer steps where the
+    loop gain is near one, and falls back to sweeps where H turns out to be indefinite. `"auto"`
+    takes sweeps below a certified loop gain of 0.5 and for non-monotone activations, else `"cg"`.
+    """
+
+    method: Literal["auto", "sweeps", "cg"] = "auto"
+    name = "implicit"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.method not in ("auto", "sweeps", "cg"):
+            raise InputError(f"method is {self.method!r}; expected 'auto', 'sweeps' or 'cg'")
+
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Solve the adjoint system and contract at the free state."""
+        if not any(error is not None for error in errors):
+            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+        if self._conjugate(at):
+            response = AdjointPhase(at.frame, at.scales, at.preactivations, [None] * len(errors))
+            solution, steps = solve_adjoint(response, errors, 0.1 * at.rtol, at.solver.max_sweeps)
+            if solution is not None:
+                gradients = contract(at, solution, at.states)
+                gradients.sweeps = steps
+                return gradients
+        # Driven by +δ the system gives e = −u at once.
+        phase = AdjointPhase(at.frame, at.scales, at.preactivations, errors)
+        settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
+        gradients = contract(at, phase.values, at.states)
+        gradients.sweeps = settled.sweeps
+        return gradients
+
+    def _conjugate(self, at: Situation) -> bool:
+        monotone = all(layer.activation.monotone for layer in at.frame.program.layers)
+        if self.method == "cg" and not monotone:
+            raise InputError(
+                f"{at.name} has an activation that is not monotone, so that its adjoint system is not positive "
+                "definite: use ImplicitDifferentiation(method='auto') or 'sweeps'"
+            )
+        if self.method == "auto":
+            return monotone and (at.contraction is None or at.contraction > 0.5)
+        return self.method == "cg"
+
+
+@dataclass(frozen=True)
+class Unrolled(Estimator):
+    """Autograd through the relaxation: the reference for tests, never the default.
+
+    The free phase is run again under autograd, with as many forward sweeps as it took; memory
+    grows with their number.
+    """
+
+    name = "unrolled"
+
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Differentiate the sweeps."""
+        needed = (*at.inputs_needed, *at.weights_needed)
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(n) for t, n in zip(at.frame.inputs, at.inputs_needed, strict=True)]
+            weights = [
+                None if t is None else t.detach().requires_grad_(n)
+                for t, n in zip(at.frame.weights, at.weights_needed, strict=True)
+            ]
+            frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
+            phase = FreePhase(frame, at.scales)
+            for _ in range(at.free_sweeps):
+                for index in range(len(phase.values)):
+                    phase.store(index, phase.update(index))
+        outputs = [(s, e) for s, e in zip(phase.values, errors, strict=True) if e is not None and s is not None]
+        leaves = [t for t, n in zip((*inputs, *weights), needed, strict=True) if n and t is not None]
+        if not outputs or not leaves:
+            return Gradients([None] * len(inputs), [None] * len(weights))
+        found = iter(torch.autograd.grad([s for s, _ in outputs], leaves, [e for _, e in outputs], allow_unused=True))
+        result = [
+            next(found) if n and t is not None else None for t, n in zip((*inputs, *weights), needed, strict=True)
+        ]
+        return Gradients(result[: len(inputs)], result[len(inputs) :], at.free_sweeps)

@@ -1,0 +1,269 @@
+"""The loop in which every solver brings every problem to its fixed point.
+
+Where a sweep is certified to contract by κ, the error that is left after it is at most κ/(1 − κ)
+times its change; that (else the change itself) is what is compared with `rtol`.
+
+Samples of a batch are independent, so that one that does not settle is no reason to stop the
+others: it is set apart, and the status names it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
+from ffebm_compiler.runtime.solvers import FixedPoint, Solver
+
+__all__ = ["Settled", "relax", "stopping_rule"]
+
+_STALL = 100
+"""Measured sweeps without a residual a tenth smaller after which a relaxation counts as oscillating."""
+
+_COARSE = 4e-3
+"""Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, and as much again."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a relaxation ended."""
+
+    sweeps: int
+    residual: float
+    """Largest relative error of a layer: the change of the last sweep, times κ/(1 − κ) where the
+    block is certified to contract by κ, which bounds the distance to the equilibrium."""
+    converged: bool
+    reason: str
+    """A sentence with a remedy where it did not converge."""
+    unsettled: tuple[int, ...] = ()
+    """The samples of the batch that did not settle, where samples are independent."""
+    lost: tuple[int, ...] = ()
+    """Those of them that diverged: their states are those of the start, and they give no gradient."""
+
+
+def stopping_rule(rtol: float, contraction: float | None) -> tuple[int, float]:
+    """(first sweep whose change is measured, factor from the change to the error that is left).
+
+    Where a sweep contracts by κ the error left is at most κ/(1 − κ) times its change. The certificate is
+    a worst case: blocks settle in about 0.6 of the sweeps that it predicts. Measuring the change before
+    that is wasted (and a device synchronisation), so that up to two sweeps go by without.
+    """
+    if contraction is None:
+        return 1, 1.0
+    if not contraction:
+        return 1, 0.0
+    predicted = math.log(rtol) / math.log(contraction)
+    return min(math.floor(0.6 * predicted) + 1, 3), contraction / (1 - contraction)
+
+
+def relax(
+    problem: FixedPoint,
+    solver: Solver,
+    rtol: float,
+    subject: str,
+    hint: Callable[[], str],
+    contraction: float | None = None,
+    blame: Callable[[], None] | None = None,
+) -> Settled:
+    """Run a solver on a problem until it is finished.
+
+    Args:
+        problem: holds its values, which are changed in place.
+        solver: the method and its limits.
+        rtol: largest relative error of a layer at which to stop.
+        subject: what settles, for messages, e.g. "free phase of block_1".
+        hint: says what to change where it does not.
+        contraction: factor κ < 1 by which a sweep contracts, where certified.
+        blame: asked where states are not finite; raises where what came in was not.
+
+    Raises:
+        ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
+    """
+    settled = _Relaxation(problem, solver, rtol, contraction).run()
+    if settled.converged:
+        return settled
+    if settled.lost and blame is not None:
+        blame()
+    samples = problem.samples or 1
+    reason = f"{_sentence(settled, samples, subject, rtol)}; {hint()}"
+    hopeless = len(settled.lost) == samples
+    if (
+        hopeless
+        or solver.on_failure == "error"
+        or (solver.on_failure == "isolate" and len(settled.unsettled) == samples)
+    ):
+        raise ConvergenceError(reason)
+    warnings.warn(reason, ConvergenceWarning, stacklevel=2)
+    return Settled(settled.sweeps, settled.residual, False, reason, settled.unsettled, settled.lost)
+
+
+def _sentence(settled: Settled, samples: int, subject: str, rtol: float) -> str:
+    if len(settled.lost) == samples:
+        return f"{subject} diverged: its states are not finite after {settled.sweeps} sweeps"
+    measured = f"(relative residual {settled.residual:.2e}, asked for {rtol:.0e})"
+    how = settled.reason or f"did not settle in {settled.sweeps} sweeps"
+    if len(settled.unsettled) == samples:
+        return f"{subject} {how} {measured}"
+    parts = []
+    bounded = [row for row in settled.unsettled if row not in settled.lost]
+    if bounded:
+        parts.append(f"{_rows(bounded)} of the {samples} of the batch {how} {measured}")
+    if settled.lost:
+        parts.append(
+            f"{_rows(settled.lost)} of the {samples} of the batch diverged (states as at the start, and no gradient)"
+        )
+    return f"{subject}: {' and '.join(parts)}, while the others settled"
+
+
+def _rows(rows: list[int] | tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return f"sample {shown}" if len(rows) == 1 else f"samples {shown}"
+
+
+class _Relaxation:
+    """One relaxation: the problem, the samples of it that are still running, and how the others ended."""
+
+    def __init__(self, problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None) -> None:
+        self.problem = problem
+        self.solver = solver
+        self.rtol = rtol
+        self.earliest, self.left = stopping_rule(rtol, contraction)
+        self.coarse = _coarse_goal(solver, rtol, contraction)
+        """The error down to which products are in bfloat16; None: not (any more)."""
+        self.per_sample = solver.termination == "sample" and problem.samples is not None
+        self.running = problem
+        """The problem itself, or once some of its samples have ended, the rest of it on values of its own."""
+        self.rows: Tensor | None = None
+        """Which samples those are; None: all."""
+        self.memory = solver.init(problem)
+        self.sweep = 0
+        self.next = self.earliest if self.coarse is None and solver.start == "feedforward" else 1
+        self.measured, self.previous = 0, math.inf
+        self.best, self.since = math.inf, 0
+        self.settled = False
+        self.residual = 0.0
+        self.lost: list[int] = []
+        self.reason = ""
+
+    def run(self) -> Settled:
+        """Sweep until every sample has ended."""
+        while self.sweep < self.solver.max_sweeps:
+            errors = self._step()
+            if errors is not None and self._ended(errors):
+                break
+        return self._status()
+
+    def _step(self) -> Tensor | None:
+        """One sweep; the errors that are left, of the batch or by sample, where they are measured."""
+        self.sweep += 1
+        last = self.sweep == self.solver.max_sweeps
+        by_sample = self.per_sample or (last and self.problem.samples is not None)
+        measure = last or self.per_sample or self.sweep >= self.next
+        change = self.solver.step(self.running, self.memory, measure, by_sample)
+        return None if change is None else change * self.left
+
+    def _ended(self, errors: Tensor) -> bool:
+        """Decide after a measured sweep: whether nothing is left to run."""
+        worst = float(errors.max())
+        if self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
+            if self.coarse is None or self.coarse <= self.rtol:
+                self.settled, self.residual = True, max(self.residual, worst)
+                return True
+            self.coarse = None
+            self.running.refine()
+            self._restart()
+            return False
+        if not errors.dim() and not math.isfinite(worst):
+            if self.problem.samples is None:
+                self.lost = [0]
+                return True
+            errors = self._blame()
+        if errors.dim() and self._retire(errors):
+            return self.rows is not None and not len(self.rows)
+        if self._stalled(worst):
+            if self.problem.samples is None or self.per_sample:
+                self.reason = f"oscillates: its residual falls no further after {self.sweep} sweeps"
+                self.residual = max(self.residual, worst)
+                return True
+            self.per_sample = True  # one sample may be to blame
+            self.best, self.since = math.inf, 0
+        self.next = self.sweep + self._stride(worst)
+        self.measured, self.previous = self.sweep, worst
+        return False
+
+    def _restart(self) -> None:
+        self.memory = self.solver.init(self.running)
+        self.next = self.sweep + 1
+        self.measured, self.previous = 0, math.inf
+
+    def _blame(self) -> Tensor:
+        """Errors by sample where the batch's is not finite: infinite for the samples that diverged."""
+        good = torch.ones(())
+        for value in self.running.values:
+            if value is not None:
+                good = good.to(value.device) * torch.isfinite(
+                    torch.linalg.vector_norm(value.detach().flatten(1), dim=1)
+                )
+        return torch.where(good > 0, self.rtol + 1, math.inf)
+
+    def _retire(self, errors: Tensor) -> bool:
+        """Set apart the samples that have settled or diverged; whether there were any."""
+        gone = ~torch.isfinite(errors)
+        done = errors <= self.rtol if self.coarse is None else torch.zeros_like(gone)
+        if not bool((gone | done).any()):
+            return False
+        rows = torch.arange(len(errors), device=errors.device) if self.rows is None else self.rows
+        if self.rows is not None:
+            self.problem.adopt(self.running, self.rows)
+        self.lost += rows[gone].tolist()
+        if bool(done.any()):
+            self.residual = max(self.residual, float(errors[done].max()))
+        staying = (~(gone | done)).nonzero()[:, 0]
+        self.rows = rows[staying]
+        if len(staying):
+            self.running = self.running.narrowed(staying)
+            self._restart()
+            self.previous = float(errors[staying].max())
+        return True
+
+    def _stalled(self, residual: float) -> bool:
+        if residual < 0.9 * self.best:
+            self.best, self.since = residual, 0
+            return False
+        self.since += 1
+        return self.since >= _STALL
+
+    def _stride(self, residual: float) -> int:
+        """Sweeps until the next one that is worth measuring, from the contraction seen since the last one."""
+        if not self.measured or not 0 < residual < self.previous:
+            return 1
+        goal = self.rtol if self.coarse is None else self.coarse
+        rate = math.log(residual / self.previous) / (self.sweep - self.measured)
+        return max(1, min(math.floor(0.7 * math.log(goal / residual) / rate), 10))
+
+    def _status(self) -> Settled:
+        count = self.problem.samples or 1
+        running = [] if self.settled else list(range(count)) if self.rows is None else self.rows.tolist()
+        running = [row for row in running if row not in self.lost]
+        if self.rows is not None and len(self.rows):
+            self.problem.adopt(self.running, self.rows)
+        if self.lost and len(self.lost) < count:
+            self.problem.give_up(torch.tensor(sorted(self.lost)))
+        if running and not self.reason:
+            self.residual = max(self.residual, self.previous)
+        unsettled = sorted([*self.lost, *running])
+        return Settled(
+            self.sweep, self.residual, not unsettled, self.reason, tuple(unsettled), tuple(sorted(self.lost))
+        )
+
+
+def _coarse_goal(solver: Solver, rtol: float, contraction: float | None) -> float | None:
+    if solver.precision == "full" or contraction is None:
+        return None
+    floor = _COARSE / (1 - contraction)
+    return rtol if rtol >= floor else min(2 * floor, 0.5)

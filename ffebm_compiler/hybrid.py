@@ -198,13 +198,19 @@ class HybridModel(nn.Module):
                 kind of dtype, or that hold NaN.
             ConvergenceError: where a block does not settle.
         """
+        outputs = self._modules[_RUN](*self._operands(args, kwargs))  # type: ignore[misc]
+        return self._call_form.result(outputs)
+
+    # The checks read values and the counter changes with every call: `torch.compile` would compile anew for each.
+    @torch.compiler.disable(reason="inputs are checked and loop gains measured eagerly")  # type: ignore[untyped-decorator]
+    def _operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What the lowered graph takes: the present tensors and the checked inputs; recertifies when it is time to."""
         leaves = self._call_form.leaves(args, kwargs)
         if self.training and torch.is_grad_enabled() and self.recertify_every:
             self._forwards += 1
             if self._forwards % self.recertify_every == 0:
                 self.recertify()
-        outputs = self._modules[_RUN](*self._tensors(), *leaves)  # type: ignore[misc]
-        return self._call_form.result(outputs)
+        return [*self._tensors(), *leaves]
 
     def _tensors(self) -> list[Tensor]:
         """The source's parameters and buffers that the graph reads, in its order."""

@@ -58,6 +58,8 @@ class EnergyBlock(nn.Module):
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._like: list[Tensor] = []
+        self._coupled = program.coupled
+        self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()
         self._shapes: dict[int, torch.Size] = {}
 
@@ -283,6 +285,15 @@ class EnergyBlock(nn.Module):
 
     def forward(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
         """Settle and read out: operands are the block's inputs, then its weights."""
+        return self._eager(*operands) if self._coupled else self._run(*operands)
+
+    # Settling ends when the data say so, in sweeps of products and convolutions: `torch.compile` would trace it anew
+    # for every length and find little to fuse. It compiles what is around such a block, and blocks without feedback.
+    @torch.compiler.disable(reason="an energy block settles eagerly")  # type: ignore[untyped-decorator]
+    def _eager(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        return self._run(*operands)
+
+    def _run(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
         program = self.program
         inputs, weights = operands[: program.inputs], operands[program.inputs :]
         present = [value for value in inputs if value is not None]
@@ -304,8 +315,8 @@ class EnergyBlock(nn.Module):
         if not program.coupled or not self.enabled:
             # Without feedback the equilibrium is the source's own layers: autograd is exact.
             phase, self.last = FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
-            states, preactivations = phase.settled()
-            self.remember(frame, preactivations)
+            states, _ = phase.settled()
+            self._states, self._preactivations = tuple(state.detach() for state in states), ()
             return frame.read({index: states[index] for index in program.visible})
         visible = Settle.apply(self, frame.drawn, *inputs, *weights)  # type: ignore[no-untyped-call]
         return frame.read(dict(zip(program.visible, visible, strict=True)))

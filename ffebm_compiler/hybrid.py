@@ -107,6 +107,14 @@ class BoundBlock:
         """
         return self.module.settle(self._inputs(inputs), self.weights)
 
+    def residual(self, *inputs: Tensor, states: Sequence[Tensor]) -> float:
+        """max_l ‖σ_l(h_l(s)) − s_l‖/‖s_l‖: how far states are from the equilibrium for these inputs.
+
+        Raises:
+            InputError: for another number of inputs or states.
+        """
+        return self.module.residual(self._inputs(inputs), self.weights, states)
+
     def energy(
         self, *inputs: Tensor, states: Sequence[Tensor], preactivations: Sequence[Tensor] | None = None
     ) -> Tensor:
@@ -146,6 +154,8 @@ class HybridModel(nn.Module):
         """What `convert` was called with; `save` stores it."""
         self.recertify_every: int | None = 100
         """Training forwards after which the loop gains are measured again; None: never by itself."""
+        self.project_to: float | None = None
+        """Loop gain to which symmetric blocks are then projected, see `project`; None: not by itself."""
         self._forwards = 0
         self.training = source.training
         for block in lowered.feedforward.values():
@@ -209,7 +219,10 @@ class HybridModel(nn.Module):
         if self.training and torch.is_grad_enabled() and self.recertify_every:
             self._forwards += 1
             if self._forwards % self.recertify_every == 0:
-                self.recertify()
+                if self.project_to is None:
+                    self.recertify()
+                else:
+                    self.project(self.project_to)
         return [*self._tensors(), *leaves]
 
     def _tensors(self) -> list[Tensor]:
@@ -296,6 +309,50 @@ class HybridModel(nn.Module):
         """
         for name, block in self._energy.items():
             block.recertify(self.operands_of(name)[1])
+
+    def project(self, limit: float = 0.9) -> dict[str, float]:
+        """Scale weights down so that every block is certified to settle: a projection, for use after `step()`.
+
+        Where a block's loop gain exceeds `limit`, the operator norms of its coupling weights are capped at the one
+        value τ for which its loop gain is `limit`: a weight of norm above τ is multiplied by τ/‖J‖, the others stay.
+        It is for `feedback="symmetric"`: where the loop gain is given as a number, `recertify` sets the feedback to it
+        whatever the weights are. `project_to` does it by itself.
+
+        Args:
+            limit: the largest loop gain κ = ρ² that is left, in (0, 1).
+
+        Returns:
+            Block name -> loop gain before, for the blocks that were changed.
+
+        Raises:
+            InputError: for another limit, or where a block's coupling has no weight to scale.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1:
+            raise InputError(f"limit is {limit!r}; expected a loop gain strictly between 0 and 1, such as 0.9")
+        changed = {}
+        for name, block in self._energy.items():
+            block.recertify(self.operands_of(name)[1])
+            before = block.loop_gain
+            for index, factor in block.projection(limit).items():
+                with torch.no_grad():
+                    self._parameter_behind(name, index).mul_(factor)
+                changed[name] = before
+            if name in changed:
+                block.recertify(self.operands_of(name)[1])
+        return changed
+
+    def _parameter_behind(self, name: str, index: int) -> Tensor:
+        """The parameter that a weight of a block is, or is a view or a multiple (by a folded batch norm) of."""
+        run = self._modules[_RUN]
+        assert isinstance(run, fx.GraphModule)
+        placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
+        tensors = dict(zip(placeholders, self._tensors(), strict=False))
+        call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
+        node = call.args[self._energy[name].program.inputs + index]
+        while node not in tensors:
+            # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
+            node = node.all_input_nodes[0]
+        return tensors[node]
 
     def verify_feedforward(self, model: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Check that with feedback off the hybrid computes what the source computes.

@@ -125,7 +125,7 @@ def summary_text(hybrid: HybridModel) -> str:
                 "" if certificate is None else f"{certificate.radius:.3g}",
                 "unknown" if predicted is None else str(predicted),
                 "not run" if module.last is None else str(module.last.sweeps),
-                type(module.active_solver).__name__ if certificate is not None else "none needed",
+                type(module.active_solver).__name__ if certificate is not None else "none",
                 module.estimator.name if certificate is not None else "exact",
                 ", ".join(
                     dict.fromkeys(
@@ -146,4 +146,13 @@ def summary_text(hybrid: HybridModel) -> str:
         "stationary only",
     )
     table = table_text("equilibria (sweeps predicted and in the last forward)", columns, rows)
-    return f"{plan_text(hybrid.plan)}\n{table}"
+    return "\n".join([plan_text(hybrid.plan), table, *_solver_lines(hybrid)])
+
+
+def _solver_lines(hybrid: HybridModel) -> list[str]:
+    """Which blocks settle with which solver, and why."""
+    groups: dict[str, list[str]] = {}
+    for block in hybrid.blocks:
+        if block.certificate is not None:
+            groups.setdefault(str(block.module.chosen), []).append(block.name)
+    return [f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}: {why}" for why, names in groups.items()]

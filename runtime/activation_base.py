@@ -170,8 +170,13 @@ def clamp_stepper(h: Tensor, t: float, lo: float, hi: float) -> Callable[[Tensor
     u = h.mul(-1 / t) if bound == 0 else h.sub(bound).mul_(-1 / t)
     above, below = u.relu(), u.clamp_max(0)
     if (t > 0) == (lo > -inf):
-        return lambda k: torch.maximum(k - above, below)
-    return lambda k: torch.minimum(k - below, above)
+        return lambda k: _in_place(torch.maximum, k - above, below)
+    return lambda k: _in_place(torch.minimum, k - below, above)
+
+
+def _in_place(f: Callable[..., Tensor], value: Tensor, other: Tensor) -> Tensor:
+    """f(value, other), over `value` where nothing else needs it."""
+    return f(value, other) if value.requires_grad else f(value, other, out=value)
 
 
 def sigmoid_step(a: Tensor, b: Tensor, difference: Tensor, t: float) -> Tensor:

@@ -15,6 +15,7 @@ from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.loop_gain import Certificate, certify, edge_norms
 from ffebm_compiler.runtime.program import BlockProgram, Frame
+from ffebm_compiler.runtime.projection import projection
 from ffebm_compiler.runtime.relaxation import Settled, relax
 from ffebm_compiler.runtime.solver_choice import Choice, choose
 from ffebm_compiler.runtime.solvers import Solver
@@ -83,11 +84,13 @@ class EnergyBlock(nn.Module):
     @property
     def states(self) -> tuple[Tensor, ...]:
         """States of the last forward, detached; empty before the first."""
+        if not self._preactivations:
+            return self._states
         layers = self.program.layers
-        return tuple(layer.activation.value(field) for layer, field in zip(layers, self._preactivations, strict=False))
+        return tuple(layer.activation.value(field) for layer, field in zip(layers, self._preactivations, strict=True))
 
     def remember(self, frame: Frame, preactivations: Sequence[Tensor]) -> None:
-        """Keep what the states of this forward follow from."""
+        """Keep what the states of this forward follow from: it is in memory anyway, for the gradient."""
         self._preactivations = tuple(field.detach() for field in preactivations)
         self._shapes = dict(frame.shapes)
 
@@ -146,6 +149,18 @@ class EnergyBlock(nn.Module):
             masks = {i.output for layer in self.program.layers for i in layer.instructions if i.operator.draws}
             frame.drawn.update(dict.fromkeys(masks))
             self.certificate = certify(self.program, edge_norms(frame, states), self.feedback)
+
+    def projection(self, limit: float) -> dict[int, float]:
+        """Weight index -> factor that caps the coupling for a loop gain of at most `limit`; empty where it is less.
+
+        A block whose loop gain is set by its feedback is left as it is.
+
+        Raises:
+            InputError: where an edge between two states holds no weight that could be scaled.
+        """
+        if self.certificate is None or self.loop_gain <= limit or not isinstance(self.feedback, str):
+            return {}
+        return projection(self.program, self.certificate, limit)
 
     def set_feedback(self, feedback: float | str) -> None:
         """Set the loop gain κ (or `"symmetric"`), from the norms measured last."""

@@ -79,6 +79,7 @@ class Settle(torch.autograd.Function):
             contraction=block.contraction,
             hint=block.hint,
             free_sweeps=ctx.last.sweeps,
+            free_rtol=block.free_rtol(states[0].dtype),
             inputs_needed=tuple(needed[: program.inputs]),
             weights_needed=tuple(needed[program.inputs :]),
         )

@@ -17,6 +17,7 @@ from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.program import Frame
 from ffebm_compiler.runtime.relaxation import relax
 from ffebm_compiler.runtime.situation import Situation
+from ffebm_compiler.runtime.solvers import GaussSeidel, sweep_layers
 
 __all__ = ["ImplicitDifferentiation", "Unrolled"]
 
@@ -74,8 +75,8 @@ class ImplicitDifferentiation(Estimator):
 class Unrolled(Estimator):
     """Autograd through the relaxation: the reference for tests, never the default.
 
-    The free phase is run again under autograd, with as many forward sweeps as it took; memory
-    grows with their number.
+    The free phase is run again under autograd, with as many forward sweeps as it took, or as sweeps need
+    where it was solved by another method; memory grows with their number.
     """
 
     name = "unrolled"
@@ -91,9 +92,14 @@ class Unrolled(Estimator):
             ]
             frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
             phase = FreePhase(frame, at.scales)
-            for _ in range(at.free_sweeps):
-                for index in range(len(phase.values)):
-                    phase.store(index, phase.update(index))
+            if isinstance(at.solver, GaussSeidel) and at.solver.start == "feedforward":
+                sweeps = at.free_sweeps
+                for _ in range(sweeps):
+                    sweep_layers(phase, phase.order(), measure=False)
+            else:  # another method took those
+                plain = GaussSeidel(max_sweeps=at.solver.max_sweeps, on_failure=at.solver.on_failure)
+                subject = f"unrolled free phase of {at.name}"
+                sweeps = relax(phase, plain, at.free_rtol, subject, at.hint, at.contraction).sweeps
         outputs = [(s, e) for s, e in zip(phase.values, errors, strict=True) if e is not None and s is not None]
         leaves = [t for t, n in zip((*inputs, *weights), needed, strict=True) if n and t is not None]
         if not outputs or not leaves:
@@ -102,4 +108,4 @@ class Unrolled(Estimator):
         result = [
             next(found) if n and t is not None else None for t, n in zip((*inputs, *weights), needed, strict=True)
         ]
-        return Gradients(result[: len(inputs)], result[len(inputs) :], at.free_sweeps)
+        return Gradients(result[: len(inputs)], result[len(inputs) :], sweeps)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.program import BlockProgram, Frame
 
-__all__ = ["MARGIN", "Certificate", "certify", "edge_norms", "gain_for", "scales_for"]
+__all__ = ["MARGIN", "Certificate", "certify", "edge_norms", "gain_for", "radius", "scales_for"]
 
 MARGIN = 1.005
 """Factor on every measured norm; the iteration stops when `_PATIENCE` steps change it by less than 0.1 %."""
@@ -134,7 +134,8 @@ def _matrix(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scal
     return matrix
 
 
-def _radius(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> float:
+def radius(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> float:
+    """ρ(A) for edge norms and scales."""
     matrix = _matrix(program, norms, scales)
     if not np.isfinite(matrix).all():
         return math.inf
@@ -154,13 +155,13 @@ def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loo
     target = math.sqrt(loop_gain)
     # ρ grows with g: bracket on a logarithmic scale, then bisect.
     low = high = 0.0
-    while _radius(program, norms, scales_for(program, math.exp(low))) > target and low > -60:
+    while radius(program, norms, scales_for(program, math.exp(low))) > target and low > -60:
         low -= 2.0
-    while _radius(program, norms, scales_for(program, math.exp(high))) < target and high < 60:
+    while radius(program, norms, scales_for(program, math.exp(high))) < target and high < 60:
         high += 2.0
     for _ in range(60):
         middle = (low + high) / 2
-        if _radius(program, norms, scales_for(program, math.exp(middle))) > target:
+        if radius(program, norms, scales_for(program, math.exp(middle))) > target:
             high = middle
         else:
             low = middle
@@ -171,4 +172,4 @@ def certify(program: BlockProgram, norms: Sequence[tuple[int, int, float]], feed
     """Scales and spectral radius for a loop gain κ, or for `"symmetric"` (γ = 1)."""
     gain = 1.0 if isinstance(feedback, str) else gain_for(program, norms, feedback)
     scales = scales_for(program, gain)
-    return Certificate(tuple(norms), scales, _radius(program, norms, scales))
+    return Certificate(tuple(norms), scales, radius(program, norms, scales))

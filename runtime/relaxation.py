@@ -23,7 +23,7 @@ from ffebm_compiler.runtime.solvers import FixedPoint, Solver
 __all__ = ["Settled", "relax", "stopping_rule"]
 
 _STALL = 100
-"""Measured sweeps without a residual a tenth smaller after which a relaxation counts as oscillating."""
+"""Sweeps without a residual a tenth smaller after which a relaxation is given up."""
 
 _COARSE = 4e-3
 """Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, and as much again."""
@@ -104,7 +104,8 @@ def relax(
 
 def _sentence(settled: Settled, samples: int, subject: str, rtol: float) -> str:
     if len(settled.lost) == samples:
-        return f"{subject} diverged: its states are not finite after {settled.sweeps} sweeps"
+        why = settled.reason or f"its states are not finite after {settled.sweeps} sweeps"
+        return f"{subject} diverged: {why}"
     measured = f"(relative residual {settled.residual:.2e}, asked for {rtol:.0e})"
     how = settled.reason or f"did not settle in {settled.sweeps} sweeps"
     if len(settled.unsettled) == samples:
@@ -145,6 +146,7 @@ class _Relaxation:
         self.next = self.earliest if self.coarse is None and solver.start == "feedforward" else 1
         self.measured, self.previous = 0, math.inf
         self.best, self.since = math.inf, 0
+        self.halfway: Tensor | None = None
         self.settled = False
         self.residual = 0.0
         self.lost: list[int] = []
@@ -165,7 +167,14 @@ class _Relaxation:
         by_sample = self.per_sample or (last and self.problem.samples is not None)
         measure = last or self.per_sample or self.sweep >= self.next
         change = self.solver.step(self.running, self.memory, measure, by_sample)
-        return None if change is None else change * self.left
+        if change is None:
+            return None
+        return self._by_sample(change) * self.left if by_sample else change * self.left
+
+    def _by_sample(self, values: Tensor) -> Tensor:
+        """The largest of what belongs to a sample: a problem may hold several rows of each, one after another."""
+        assert self.running.samples is not None
+        return values.reshape(-1, self.running.samples).amax(0)
 
     def _ended(self, errors: Tensor) -> bool:
         """Decide after a measured sweep: whether nothing is left to run."""
@@ -187,11 +196,10 @@ class _Relaxation:
             return self.rows is not None and not len(self.rows)
         if self._stalled(worst):
             if self.problem.samples is None or self.per_sample:
-                self.reason = f"oscillates: its residual falls no further after {self.sweep} sweeps"
-                self.residual = max(self.residual, worst)
+                self._give_up(worst)
                 return True
             self.per_sample = True  # one sample may be to blame
-            self.best, self.since = math.inf, 0
+            self.best, self.since = math.inf, self.sweep
         self.next = self.sweep + self._stride(worst)
         self.measured, self.previous = self.sweep, worst
         return False
@@ -201,15 +209,16 @@ class _Relaxation:
         self.next = self.sweep + 1
         self.measured, self.previous = 0, math.inf
 
+    def _norms(self) -> Tensor:
+        """The largest norm of a layer, by sample where samples are independent."""
+        values = [value.detach() for value in self.running.values if value is not None]
+        if self.problem.samples is None:
+            return torch.stack([torch.linalg.vector_norm(value) for value in values]).amax()
+        return self._by_sample(torch.stack([torch.linalg.vector_norm(v.flatten(1), dim=1) for v in values]).amax(0))
+
     def _blame(self) -> Tensor:
         """Errors by sample where the batch's is not finite: infinite for the samples that diverged."""
-        good = torch.ones(())
-        for value in self.running.values:
-            if value is not None:
-                good = good.to(value.device) * torch.isfinite(
-                    torch.linalg.vector_norm(value.detach().flatten(1), dim=1)
-                )
-        return torch.where(good > 0, self.rtol + 1, math.inf)
+        return torch.where(torch.isfinite(self._norms()), self.rtol + 1, math.inf)
 
     def _retire(self, errors: Tensor) -> bool:
         """Set apart the samples that have settled or diverged; whether there were any."""
@@ -227,16 +236,33 @@ class _Relaxation:
         self.rows = rows[staying]
         if len(staying):
             self.running = self.running.narrowed(staying)
+            self.halfway = None
             self._restart()
             self.previous = float(errors[staying].max())
         return True
 
     def _stalled(self, residual: float) -> bool:
         if residual < 0.9 * self.best:
-            self.best, self.since = residual, 0
+            self.best, self.since, self.halfway = residual, self.sweep, None
             return False
-        self.since += 1
-        return self.since >= _STALL
+        if self.halfway is None and self.sweep - self.since >= _STALL // 2:
+            self.halfway = self._norms()
+        return self.sweep - self.since >= _STALL
+
+    def _give_up(self, residual: float) -> None:
+        """End what is left: samples that have grown all the while diverge, the others oscillate."""
+        assert self.halfway is not None
+        growing = self._norms() > 1.5 * self.halfway
+        if growing.dim():
+            rows = torch.arange(len(growing), device=growing.device) if self.rows is None else self.rows
+            self.lost += rows[growing].tolist()
+        elif bool(growing):
+            self.lost = [0]
+        self.residual = max(self.residual, residual)
+        if bool(growing.all()):
+            self.reason = f"its states grow without bound after {self.sweep} sweeps"
+        else:
+            self.reason = f"oscillates: its residual falls no further after {self.sweep} sweeps"
 
     def _stride(self, residual: float) -> int:
         """Sweeps until the next one that is worth measuring, from the contraction seen since the last one."""

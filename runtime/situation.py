@@ -30,6 +30,7 @@ class Situation:
     hint: Callable[[], str]
     """What to change where a phase does not settle."""
     free_sweeps: int
+    free_rtol: float
     inputs_needed: tuple[bool, ...]
     weights_needed: tuple[bool, ...]
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ffebm_compiler.runtime.anderson import Anderson
+from ffebm_compiler.runtime.newton import NewtonCG
 from ffebm_compiler.runtime.program import BlockProgram
 from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 
 __all__ = ["Choice", "choose"]
+
+_NEAR_ONE = 0.9
+"""Certified loop gain above which mixing pays for itself."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,18 @@ class Choice:
 
     solver: Solver
     reason: str
+    """A phrase, for the summary."""
+
+    def __str__(self) -> str:
+        """Name and reason."""
+        return f"{type(self.solver).__name__}: {self.reason}"
 
 
 def choose(program: BlockProgram, contraction: float | None, given: Solver | None) -> Choice:
-    """The solver of a block: the one given, or the one that is fastest for its loop gain.
+    """The solver of a block: the one given, or the one that is fastest at its loop gain.
+
+    Measured by `benchmarks/solvers.py`: plain sweeps where they are certified to contract well, Anderson
+    acceleration near a loop gain of one and where nothing is certified (`feedback="symmetric"`).
 
     Args:
         program: the block.
@@ -27,5 +40,14 @@ def choose(program: BlockProgram, contraction: float | None, given: Solver | Non
         given: what the user asked for.
     """
     if given is not None:
+        curved = [layer.activation.name for layer in program.layers if not layer.activation.monotone]
+        if isinstance(given, NewtonCG) and curved:
+            return Choice(given, f"as given; sweeps only, {curved[0]} is not monotone")
         return Choice(given, "as given")
-    return Choice(GaussSeidel(), "default")
+    if not program.coupled:
+        return Choice(GaussSeidel(), "no feedback: computed at once")
+    if contraction is None:
+        return Choice(Anderson(), "how fast sweeps contract is not certified")
+    if contraction > _NEAR_ONE:
+        return Choice(Anderson(), f"a sweep is certified to leave {contraction:.2g} of the error, which is near one")
+    return Choice(GaussSeidel(), f"a sweep is certified to leave {contraction:.2g} of the error")

@@ -1,0 +1,342 @@
+"""How relaxations end: samples that settle, diverge, oscillate or crawl, each for itself."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from networks import converted, noise, seeded
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ffebm_compiler as ffebm
+
+WIDTH = 5
+
+
+class Loop(nn.Module):
+    """σ(W₂ σ(x + b)) with W₂ diagonal: at symmetric feedback every unit is a loop of gain w² of its own."""
+
+    def __init__(self, gains: list[float], activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.activation = activation or nn.ReLU()
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(WIDTH))
+            self.first.bias.zero_()
+            self.second.weight.copy_(torch.diag(torch.tensor(gains)))
+            self.second.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.second(self.activation(self.first(x))))
+
+
+def looped(first: float, **options: Any) -> ffebm.HybridModel:
+    """A hybrid whose unit 0 has gain `first`, at symmetric feedback; the others settle fast."""
+    activation = options.pop("activation", None)
+    model = Loop([first, 0.6, 0.5, 0.4, 0.3], activation).double()
+    return ffebm.convert(model, torch.ones(2, WIDTH).double(), feedback="symmetric", **options)
+
+
+def samples(count: int, sick: set[int]) -> Tensor:
+    """Inputs whose unit 0 is active in the `sick` samples alone."""
+    x = noise(count, WIDTH, seed=3).abs().double() + 0.1
+    x[:, 0] = torch.tensor([1.0 if row in sick else -1.0 for row in range(count)])
+    return x
+
+
+def gradients(hybrid: ffebm.HybridModel, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Outputs, gradient by the input, and by every parameter, of a sum over samples."""
+    hybrid.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    y = hybrid(x)
+    (y * torch.linspace(1, 2, WIDTH, dtype=y.dtype)).square().sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad, [p.grad.clone() for p in hybrid.parameters() if p.grad is not None]
+
+
+ESTIMATORS = [
+    ffebm.EquilibriumPropagation(),
+    ffebm.EquilibriumPropagation(beta=1e-3, variant="centered"),
+    ffebm.EquilibriumPropagation(beta=1e-3, variant="centered", together=True),
+    ffebm.ImplicitDifferentiation("sweeps"),
+    ffebm.ImplicitDifferentiation("cg"),
+    ffebm.Unrolled(),
+]
+SOLVERS = [
+    ffebm.GaussSeidel(),
+    ffebm.GaussSeidel(schedule="even_odd"),
+    ffebm.GaussSeidel(termination="sample"),
+    ffebm.Anderson(),
+    ffebm.NewtonCG(),
+]
+
+
+# -- one sample that diverges --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "estimator", ESTIMATORS, ids=lambda e: f"{e.name}-{getattr(e, 'variant', '')}{getattr(e, 'method', '')}"
+)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: f"{type(s).__name__}-{s.termination}")
+def test_a_diverging_sample_leaves_the_others_unharmed(estimator: Any, solver: Any) -> None:
+    hybrid = looped(1.3, gradient=estimator, solver=solver)
+    x = samples(6, {2})
+    rest = [0, 1, 3, 4, 5]
+    expected, expected_x, expected_weights = gradients(hybrid, x[rest])
+    with pytest.warns(
+        ffebm.ConvergenceWarning, match=r"free phase of block_1: sample 2 of the 6 .* diverged"
+    ) as record:
+        output, found_x, found_weights = gradients(hybrid, x)
+    assert len(record) == 1
+    last = hybrid.blocks[0].module.last
+    assert last is not None
+    assert (last.unsettled, last.lost, last.converged) == ((2,), (2,), False)
+    assert "feedback=0.1" in str(record[0].message)
+    torch.testing.assert_close(output[rest], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found_x[rest], expected_x, rtol=1e-7, atol=1e-9)
+    for found, want in zip(found_weights, expected_weights, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-7, atol=1e-9)
+    # The lost sample keeps its feedforward values and gives no gradient.
+    with torch.no_grad(), hybrid.feedforward_mode():
+        torch.testing.assert_close(output[2:3], hybrid(x[2:3]))
+    assert not found_x[2].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(sick=st.sets(st.integers(0, 7), max_size=8), termination=st.sampled_from(["batch", "sample"]))
+def test_any_set_of_samples_may_diverge(sick: set[int], termination: Any) -> None:
+    hybrid = looped(1.2, solver=ffebm.GaussSeidel(termination=termination))
+    x = samples(8, sick)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ffebm.ConvergenceWarning)
+        if len(sick) == 8:
+            with pytest.raises(ffebm.ConvergenceError, match="free phase of block_1 diverged"):
+                hybrid(x)
+            return
+        output = hybrid(x)
+    healthy = [row for row in range(8) if row not in sick]
+    torch.testing.assert_close(output[healthy], hybrid(x[healthy]), rtol=1e-9, atol=1e-9)
+    if sick:
+        hybrid.blocks[0].module.solver = ffebm.GaussSeidel(on_failure="error")
+        with pytest.raises(ffebm.ConvergenceError, match=r"block_1: samples? [\d, ]+ of the 8 of the batch diverged"):
+            hybrid(x)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_sample_that_diverges_only_when_nudged_gives_no_gradient(together: bool) -> None:
+    # Unit 0 of sample 1 is just below its kink: the nudge towards larger outputs sets it off.
+    estimator = ffebm.EquilibriumPropagation(
+        beta=0.5, variant="centered" if together else "positive", together=together
+    )
+    hybrid = looped(1.3, gradient=estimator)
+    hybrid.blocks[0].module.solver = ffebm.GaussSeidel()
+    x = samples(4, set())
+    x[1, 0] = -1e-3
+
+    def run(rows: list[int]) -> tuple[Tensor, list[Tensor]]:
+        hybrid.zero_grad(set_to_none=True)
+        inputs = x[rows].clone().requires_grad_()
+        (-hybrid(inputs).sum()).backward()
+        assert inputs.grad is not None
+        return inputs.grad, [p.grad.clone() for p in hybrid.parameters() if p.grad is not None]
+
+    rest = [0, 2, 3]
+    expected_x, expected = run(rest)
+    with pytest.warns(ffebm.ConvergenceWarning, match=r"nudged phase \(β = \+0\.5.*\) of block_1: sample 1 of the 4"):
+        found_x, found = run([0, 1, 2, 3])
+    assert not found_x[1].any()
+    torch.testing.assert_close(found_x[rest], expected_x, rtol=1e-9, atol=1e-12)
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-12)
+
+
+# -- slow samples, oscillation ---------------------------------------------------------------------
+
+
+def test_a_slow_sample_is_named_with_its_residual() -> None:
+    hybrid = looped(0.999, solver=ffebm.GaussSeidel(max_sweeps=60))
+    x = samples(5, {3})
+    with pytest.warns(ffebm.ConvergenceWarning, match=r"sample 3 of the 5 of the batch did not settle in 60 sweeps \("):
+        output = hybrid(x)
+    last = hybrid.blocks[0].module.last
+    assert last is not None
+    assert (last.unsettled, last.lost) == ((3,), ())
+    assert 1e-12 < last.residual < 1
+    healthy = [0, 1, 2, 4]
+    torch.testing.assert_close(output[healthy], hybrid(x[healthy]), rtol=1e-9, atol=1e-9)
+    assert output[3, 0] > 1  # on its way to 1/(1 − w²)
+
+
+def test_oscillation_is_recognised_before_the_last_sweep() -> None:
+    # silu falls by up to a tenth: in a loop of gain 225 unit 0 changes between two values for ever.
+    hybrid = looped(15.0, activation=nn.SiLU(), solver=ffebm.GaussSeidel())
+    x = samples(4, set())
+    x[:, 0] = -30.0
+    x[2, 0] = -2.0
+    with pytest.warns(ffebm.ConvergenceWarning, match=r"sample 2 of the 4 of the batch oscillates") as record:
+        output = hybrid(x)
+    last = hybrid.blocks[0].module.last
+    assert last is not None
+    assert last.sweeps < 500
+    assert "feedback" in str(record[0].message)
+    torch.testing.assert_close(output[[0, 1, 3]], hybrid(x[[0, 1, 3]]), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ffebm.ConvergenceError, match="free phase of block_1 oscillates"):
+        hybrid(x[2:3])
+
+
+# -- termination by sample -------------------------------------------------------------------------
+
+
+def test_by_sample_a_result_does_not_depend_on_the_batch() -> None:
+    x = samples(6, {0, 3})
+    apart = {}
+    for termination in ("batch", "sample"):
+        hybrid = looped(0.97, solver=ffebm.GaussSeidel(rtol=1e-2, termination=termination))
+        with torch.no_grad():
+            alone = torch.cat([hybrid(x[row : row + 1]) for row in range(6)])
+            apart[termination] = float((hybrid(x) - alone).abs().max())
+    assert apart["sample"] < 1e-12
+    assert apart["batch"] > 1e-6
+
+
+@pytest.mark.parametrize("case", ["mlp", "branches", "convolutions", "cnn"])
+def test_by_sample_gradients_are_those_of_the_batch(case: str) -> None:
+    hybrid, x = converted(case, nn.Tanh)
+    report = {}
+    for termination in ("batch", "sample"):
+        hybrid.configure(
+            feedback=0.3,
+            estimator=ffebm.EquilibriumPropagation(),
+            solver=ffebm.GaussSeidel(rtol=1e-6, termination=termination),
+        )
+        hybrid.zero_grad()
+        hybrid(x).square().mean().backward()
+        report[termination] = [p.grad.clone() for p in hybrid.parameters() if p.grad is not None]
+    for found, want in zip(report["sample"], report["batch"], strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+class Watched(ffebm.GaussSeidel):
+    """Sweeps that note which of them were measured."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def step(self, problem: Any, memory: Any, measure: bool = True, per_sample: bool = False) -> Any:
+        self.seen.append(measure)
+        return super().step(problem, memory, measure, per_sample)
+
+
+def test_not_every_sweep_is_measured() -> None:
+    """A measured sweep is a synchronisation with the device."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)))
+    for feedback, share in ((0.1, 1 / 3), (0.98, 0.5)):
+        hybrid = ffebm.convert(model, noise(3, 8), feedback=feedback, solver=Watched())
+        Watched.seen.clear()
+        hybrid(noise(3, 8))
+        assert Watched.seen[-1]
+        assert sum(Watched.seen) <= share * len(Watched.seen)
+
+
+# -- warm starts -----------------------------------------------------------------------------------
+
+
+def test_a_warm_start_needs_fewer_sweeps_to_the_same_equilibrium() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)))
+    x = noise(5, 8)
+    cold = ffebm.convert(model, x, feedback=0.9, solver=ffebm.GaussSeidel(rtol=1e-5))
+    warm = ffebm.convert(model, x, feedback=0.9, solver=ffebm.GaussSeidel(rtol=1e-5, start="last"))
+    sweeps = []
+    for step in range(3):
+        moved = x + 1e-4 * step
+        torch.testing.assert_close(warm(moved), cold(moved), rtol=1e-3, atol=1e-4)
+        sweeps.append((warm.blocks[0].module.last.sweeps, cold.blocks[0].module.last.sweeps))
+    assert sweeps[0][0] == sweeps[0][1]
+    assert all(few < many / 2 for few, many in sweeps[1:])
+    # Other shapes start afresh, and gradients do not see where it started.
+    warm(noise(2, 8))
+    for hybrid in (warm, cold):
+        hybrid.zero_grad()
+        for _ in range(2):
+            loss = hybrid(x).square().sum()
+        loss.backward()
+    for found, want in zip(warm.parameters(), cold.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, want.grad, rtol=1e-2, atol=1e-3 * float(want.grad.abs().max()))
+
+
+# -- products in bfloat16 --------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Counts products by the dtype of their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(part in str(func) for part in ("convolution", "mm", "linear")):
+            self.counts[args[-1].dtype if "addmm" in str(func) else args[0].dtype] = (
+                self.counts.get(args[-1].dtype if "addmm" in str(func) else args[0].dtype, 0) + 1
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["mlp", "cnn", "residual"])
+@pytest.mark.parametrize("feedback", [0.1, 0.5])
+def test_bfloat16_sweeps_end_at_the_same_equilibrium(case: str, feedback: float) -> None:
+    hybrid, x = converted(case, nn.ReLU)
+    loss = lambda output: output.square().mean()  # noqa: E731
+    counts = {}
+    for precision in ("full", "bfloat16"):
+        hybrid.configure(
+            feedback=feedback, estimator=ffebm.EquilibriumPropagation(), solver=ffebm.GaussSeidel(precision=precision)
+        )
+        hybrid.set_feedback(feedback)
+        with hybrid.recording() as record, Products() as products:
+            loss(hybrid(x)).backward()
+        counts[precision] = products.counts
+        for block in hybrid.blocks:
+            inputs = record[block.name][0][: block.module.program.inputs]
+            states = block.module.states
+            assert block.module.residual(inputs, block.weights, states) <= 1e-4
+            assert all(state.dtype == torch.float32 for state in states)
+    assert torch.bfloat16 not in counts["full"]
+    assert counts["bfloat16"][torch.bfloat16] > 0
+    assert ffebm.check_gradients(hybrid, x, loss).worst("ep")[1].cosine >= 0.999
+
+
+def test_bfloat16_is_left_out_where_nothing_is_certified() -> None:
+    hybrid = looped(0.8, solver=ffebm.GaussSeidel(precision="bfloat16"))
+    with Products() as products:
+        hybrid(samples(3, set()))
+    assert torch.bfloat16 not in products.counts
+
+
+# -- residuals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["mlp", "cnn", "branches"])
+def test_the_residual_of_an_equilibrium(case: str) -> None:
+    hybrid, x = converted(case, nn.Tanh)
+    hybrid.set_feedback(0.3)
+    with hybrid.recording() as record:
+        hybrid(x)
+    for block in hybrid.blocks:
+        if block.certificate is None:
+            continue
+        operands = record[block.name][0]
+        inputs, weights = operands[: block.module.program.inputs], operands[block.module.program.inputs :]
+        settled = block.module.settle(inputs, weights)
+        assert block.module.residual(inputs, weights, settled.states) <= 1e-4
+        moved = [state + 0.1 for state in settled.states]
+        assert block.module.residual(inputs, weights, moved) > 1e-3
+    with pytest.raises(ffebm.InputError, match=r"block_1 has \d states, got 0"):
+        hybrid.blocks[0].module.residual(inputs, weights, [])

@@ -1,222 +1,210 @@
-"""What an equilibrium and its gradient cost, beside two peers, in one run.
+"""What an equilibrium and its gradient cost, beside peers, in one run.
 
-    python benchmarks/equilibrium.py [--steps 5] [--width 0.25] [--out benchmarks/results/equilibrium.json]
+    python benchmarks/equilibrium.py [--steps 5] [--full] [--out benchmarks/results/equilibrium.json]
+    python benchmarks/equilibrium.py --public-code PATH     # a checkout of rain-neuromorphics/energy-based-learning
+    python benchmarks/equilibrium.py --device cuda [--tf32]
 
-1. A training step of the deep convolutional Hopfield network 3-128-256-512-512-10 (times `--width`),
-   batch 16: ours against a plain enactment of the schedule of the public EP code (60 free, then 20 and
-   20 nudged asynchronous sweeps, classical difference of states, every drive recomputed), which had
-   cosines of 0.17 to 0.99 with the exact gradient where ours are above 0.9999.
-2. A converted residual block of two convolutions against torchdeq's Anderson solver with implicit
-   gradients on the same equations, weights and tolerance, where torchdeq is installed
-   (`pip install --no-deps torchdeq==0.1.0`).
+1. A training step of the deep convolutional Hopfield network 3-128-256-512-512-10 (times `--width`; `--full`: also
+   at 1), symmetric feedback, with average and with max pooling. Ours against
+   - backprop through the feedforward network of the same weights, and autograd through our sweeps (unrolled);
+   - plain EP, the schedule of the public EP code enacted here (60 free, then 20 and 20 nudged asynchronous sweeps,
+     classical difference of states, every drive recomputed). With max pooling and at full width its arithmetic is
+     the 0.570 GMAC per sample and sweep that were counted in that code;
+   - the public code itself with the same weights, where a checkout is given.
+   "worst cosine" is the smallest of a parameter's gradient with the exact one (float64 implicit, settled to 1e-12).
+   With max pooling there are several equilibria, and from zero, where plain EP starts, the network settles to another
+   one than from the feedforward values: there its gradients are not judged.
+2. A converted residual block of two convolutions against torchdeq's Anderson solver with implicit gradients on the
+   same equations, weights and tolerance, where torchdeq is installed (`pip install --no-deps torchdeq==0.1.0`),
+   and against backprop and unrolled.
 
-One thread; the contestants take turns; CPU seconds of forward and backward, medians and ratios.
+One thread, or one GPU; the contestants take turns; medians of forward and backward, memory, and the floor under the
+time: `measuring.py` says how each is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
-import itertools
-import json
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import Contestant, add_options, measure, prepare, relate, show, step_memory, wanted, write
+from peers import DCHN, MARK, SWEEPS, Block, plain_step, public_step, torchdeq_output
+
 import ffebm_compiler as ffebm
 from ffebm_compiler.hardware import Hardware
 
-SWEEPS = (60, 20, 20)
+SIZES = {
+    "cpu": {"batch": 16, "width": 0.25, "channels": 32, "side": 16},
+    "cuda": {"batch": 128, "width": 1.0, "channels": 128, "side": 32},
+}
+OURS = "ours"
+RTOL = 1e-4
+"""Tolerance of both solvers in the second section."""
+
+Build = Callable[[], Contestant]
 
 
-class DCHN(nn.Module):
-    """Convolutions with 2 x 2 average pooling and a clamp to [0, 1], and a linear readout."""
-
-    def __init__(self, width: float) -> None:
-        super().__init__()
-        sizes = [3, *(round(width * size) for size in (128, 256, 512, 512))]
-        pairs = itertools.pairwise(sizes)
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in pairs)
-        self.head = nn.Linear(4 * sizes[-1], 10)
-        with torch.no_grad():  # small enough for symmetric feedback, as trained Hopfield networks are
-            for layer in (*self.convs, self.head):
-                layer.weight.mul_(0.7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The feedforward network that is converted."""
-        for conv in self.convs:
-            x = F.hardtanh(F.avg_pool2d(conv(x), 2), 0, 1)
-        return self.head(x.flatten(1))
+def cosine(found: Iterable[Tensor | None], exact: Iterable[Tensor]) -> float:
+    """The smallest cosine of a gradient with the exact one."""
+    pairs = [(g.double().flatten(), e.double().flatten()) for g, e in zip(found, exact, strict=True) if g is not None]
+    return min(float(F.cosine_similarity(g, e, dim=0)) for g, e in pairs)
 
 
-def plain_step(model: DCHN, x: Tensor, labels: Tensor, beta: float = 0.2) -> list[Tensor]:
-    """Equilibrium propagation as the public code schedules it: nothing cached, classical difference."""
-    convs, head = list(model.convs), model.head
-    target = F.one_hot(labels, 10).to(x)
-
-    def up(states: list[Tensor], index: int) -> Tensor:
-        below = x if index == 0 else states[index - 1]
-        return F.avg_pool2d(convs[index](below), 2)
-
-    def down(states: list[Tensor], index: int) -> Tensor:
-        if index == len(convs) - 1:
-            return (states[-1] @ head.weight).view_as(states[index])
-        spread = F.interpolate(states[index + 1], scale_factor=2, mode="nearest") / 4
-        return F.conv_transpose2d(spread, convs[index + 1].weight, padding=1)
-
-    def settle(states: list[Tensor], sweeps: int, nudge: float) -> list[Tensor]:
-        states = list(states)
-        for _ in range(sweeps):
-            for parity in (0, 1):
-                for index in range(parity, len(states), 2):
-                    if index == len(states) - 1:
-                        free = head(states[index - 1].flatten(1))
-                        states[index] = (free + nudge * target) / (1 + nudge)
-                    else:
-                        states[index] = (up(states, index) + down(states, index)).clamp(0, 1)
-        return states
-
-    with torch.no_grad():
-        shapes = list(_shapes(model, x))
-        free = settle([x.new_zeros(shape) for shape in shapes], SWEEPS[0], 0.0)
-        plus, minus = settle(free, SWEEPS[1], beta), settle(free, SWEEPS[2], -beta)
-    parameters = list(model.parameters())
-    gradients = []
-    for states in (plus, minus):
-        energy = sum(-(states[i] * up(states, i)).sum() for i in range(len(convs)))
-        energy = energy - (states[-1] * head(states[-2].flatten(1))).sum()
-        gradients.append(torch.autograd.grad(energy, parameters))
-    return [(p - m) / (2 * beta * len(x)) for p, m in zip(*gradients, strict=True)]
+def gradients(model: nn.Module, loss: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor | None]:
+    """Gradients of a loss of the model's output, in the order of its parameters."""
+    model.zero_grad(set_to_none=True)
+    loss(model(x)).backward()
+    return [parameter.grad for parameter in model.parameters()]
 
 
-def _shapes(model: DCHN, x: Tensor) -> list[torch.Size]:
-    shapes, side = [], x.shape[-1]
-    for conv in model.convs:
-        side //= 2
-        shapes.append(torch.Size((len(x), conv.out_channels, side, side)))
-    return [*shapes, torch.Size((len(x), 10))]
+def sweeps_of(model: nn.Module) -> float | None:
+    """Free-phase sweeps of a hybrid's last step."""
+    last = model.blocks[0].module.last if isinstance(model, ffebm.HybridModel) else None
+    return last.sweeps if last else None
 
 
-def in_turn(contestants: dict[str, Callable[[], object]], steps: int) -> dict[str, float]:
-    """Median CPU seconds of each contestant, which take turns after one warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(steps + 1):
-        for name, run in contestants.items():
-            started = time.process_time()
-            run()
-            if turn:
-                times[name].append(time.process_time() - started)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+class Exact:
+    """The gradients of a converted model in float64, computed when first asked for."""
+
+    def __init__(
+        self, convert: Callable[..., nn.Module], source: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.convert, self.source, self.x, self.loss = convert, source, x, loss
+        self.known: list[Tensor] = []
+
+    def cosine(self, found: Callable[[], Iterable[Tensor | None]]) -> float:
+        """The smallest cosine with them."""
+        if not self.known:
+            wide = self.convert(copy.deepcopy(self.source).double(), self.x.double(), gradient="implicit")
+            self.known = [g for g in gradients(wide, self.loss, self.x.double()) if g is not None]
+        return cosine(found(), self.known)
+
+    def contestant(self, model: nn.Module) -> Contestant:
+        """A step of the source, which has other gradients, or of a hybrid."""
+        run = partial(gradients, model, self.loss, self.x)
+        if model is self.source:
+            return Contestant(run, model)
+        return Contestant(run, model, partial(sweeps_of, model), partial(self.cosine, run))
 
 
-def hopfield(width: float, steps: int) -> dict[str, Any]:
+def hopfield(options: argparse.Namespace, device: torch.device, width: float, pool: str) -> dict[str, Build]:
     """Section 1."""
     torch.manual_seed(0)
-    model, x, labels = DCHN(width), torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    source = DCHN(width, pool).to(device)
+    x, labels = torch.rand(options.batch, 3, 32, 32).to(device), torch.randint(0, 10, (options.batch,)).to(device)
     big = Hardware(tile_rows=None, tile_cols=None, tiles_per_core=None, layers_per_block=5)
-    hybrid = ffebm.convert(model, x, hardware=big, feedback="symmetric", block_ops=("add", "reshape", "avg_pool"))
+    convert = partial(ffebm.convert, hardware=big, feedback="symmetric", block_ops=("add", "reshape", f"{pool}_pool"))
 
-    def ours() -> None:
-        hybrid.zero_grad()
-        (0.5 * (hybrid(x) - F.one_hot(labels, 10)).square().sum(1).mean()).backward()
+    def loss(output: Tensor) -> Tensor:
+        return 0.5 * (output - F.one_hot(labels, 10)).square().sum(1).mean()
 
-    seconds = in_turn({"plain EP": lambda: plain_step(model, x, labels), "ours": ours}, steps)
-    report = ffebm.check_gradients(
-        hybrid, x, lambda output: 0.5 * (output - F.one_hot(labels, 10)).square().sum(1).mean()
-    )
-    last = hybrid.blocks[0].module.last
-    return {
-        "what": f"DCHN at {width:g} width, batch 16, one training step",
-        "seconds": seconds,
-        "ratio": seconds["ours"] / seconds["plain EP"],
-        "free_sweeps": last.sweeps if last else 0,
-        "worst_cosine": report.worst("ep")[1].cosine,
+    exact = Exact(convert, source, x, loss)
+
+    def enacted(run: Callable[[], list[Tensor]]) -> Contestant:
+        judged = pool == "avg"
+        return Contestant(run, source, lambda: SWEEPS[0], partial(exact.cosine, run) if judged else lambda: None)
+
+    found: dict[str, Build] = {
+        "source, backprop": lambda: exact.contestant(source),
+        OURS: lambda: exact.contestant(convert(source, x)),
+        "unrolled": lambda: exact.contestant(convert(source, x, gradient="unrolled")),
+        "plain EP": lambda: enacted(partial(plain_step, source, x, labels)),
     }
+    if options.public_code:
+        found["public code"] = lambda: enacted(public_step(options.public_code, source, x, labels))
+    return found
 
 
-class Block(nn.Module):
-    """relu(x + conv(relu(conv(x))))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One residual block."""
-        return F.relu(x + self.b(F.relu(self.a(x))))
-
-
-def deep_equilibrium(steps: int, rtol: float = 1e-4) -> dict[str, Any]:
+def residual(options: argparse.Namespace, device: torch.device) -> dict[str, Build]:
     """Section 2."""
-    from torchdeq import get_deq
-
     torch.manual_seed(0)
-    model, x = Block(32), torch.randn(16, 32, 16, 16)
-    hybrid = ffebm.convert(model, x, gradient="implicit", solver=ffebm.GaussSeidel(rtol=rtol))
-    block = hybrid.blocks[0].module
-    gamma = block.scales[1] / block.scales[0]
-    deq = get_deq(f_solver="anderson", b_solver="anderson", f_max_iter=60, b_max_iter=60, f_tol=rtol, b_tol=rtol)
+    source = Block(options.channels).to(device)
+    x = torch.randn(options.batch, options.channels, options.side, options.side).to(device)
 
-    def function(state: Tensor) -> Tensor:
-        first, second = state.chunk(2, 1)
-        feedback = F.conv_transpose2d(second, model.b.weight, padding=1)
-        return torch.cat([F.relu(drive + gamma * feedback), F.relu(x + model.b(first))], 1)
+    def loss(output: Tensor) -> Tensor:
+        return output.square().mean()
 
-    drive = model.a(x)
+    exact = Exact(ffebm.convert, source, x, loss)
 
-    def theirs() -> Tensor:
-        nonlocal drive
-        model.zero_grad()
-        drive = model.a(x)
-        start = torch.cat([F.relu(drive), F.relu(x + model.b(F.relu(drive)))], 1).detach()
-        output: Tensor = deq(function, start)[0][-1].chunk(2, 1)[1]
-        output.square().mean().backward()
-        return output.detach()
+    def ours(gradient: str) -> nn.Module:
+        return ffebm.convert(source, x, gradient=gradient, solver=ffebm.GaussSeidel(rtol=RTOL))
 
-    def ours() -> Tensor:
-        hybrid.zero_grad()
-        output: Tensor = hybrid(x)
-        output.square().mean().backward()
-        return output.detach()
+    def torchdeq() -> Contestant:
+        hybrid = ffebm.convert(source, x)
+        scales = hybrid.blocks[0].module.scales
 
-    difference = float((ours() - theirs()).norm() / theirs().norm())
-    seconds = in_turn({"torchdeq": theirs, "ours": ours}, steps)
-    return {
-        "what": f"a residual block of two convolutions, implicit gradients, tolerance {rtol:g}",
-        "seconds": seconds,
-        "ratio": seconds["ours"] / seconds["torchdeq"],
-        "difference": difference,
+        def run() -> list[Tensor | None]:
+            source.zero_grad(set_to_none=True)
+            loss(torchdeq_output(source, x, scales[1] / scales[0], RTOL)).backward()
+            return [parameter.grad for parameter in source.parameters()]
+
+        return Contestant(run, source, cosine=partial(exact.cosine, run))
+
+    found: dict[str, Build] = {
+        "source, backprop": lambda: exact.contestant(source),
+        OURS: lambda: exact.contestant(ours("implicit")),
+        "unrolled": lambda: exact.contestant(ours("unrolled")),
     }
+    if importlib.util.find_spec("torchdeq"):
+        found["torchdeq"] = torchdeq
+    return found
+
+
+def sections(options: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], dict[str, Build]]]:
+    """What is measured, by title."""
+    widths = [options.width, *([1.0] if options.full and options.width != 1 else [])]
+    found: dict[str, Callable[[], dict[str, Build]]] = {}
+    for width in widths:
+        for pool in ("avg", "max"):
+            title = f"DCHN at {width:g} width, {pool} pooling, batch {options.batch}, one training step"
+            found[title] = partial(hopfield, options, device, width, pool)
+    title = f"a residual block of two convolutions of {options.channels} channels, implicit, tolerance {RTOL:g}"
+    return found | {title: partial(residual, options, device)}
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--width", type=float, default=0.25)
-    parser.add_argument("--out", type=Path)
+    add_options(parser, steps=5)
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--width", type=float, help="of the Hopfield network; 1 is 3-128-256-512-512-10")
+    parser.add_argument("--full", action="store_true", help="also at width 1")
+    parser.add_argument("--channels", type=int, help="of the residual block")
+    parser.add_argument("--side", type=int, help="of the residual block's images")
+    parser.add_argument("--public-code", type=Path, metavar="PATH", help="checkout of energy-based-learning")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = [hopfield(options.width, options.steps)]
-    if importlib.util.find_spec("torchdeq"):
-        results.append(deep_equilibrium(max(options.steps, 9)))
-    else:
+    for key, value in SIZES[options.device].items():
+        setattr(options, key, getattr(options, key) or value)
+    if options.public_code and not (options.public_code / MARK).is_file():
+        parser.exit(2, f"{parser.prog}: --public-code {options.public_code}: there is no {MARK} in it\n")
+    device = prepare(options, parser)
+    asked = sections(options, device)
+    if options.memory_of:
+        title, name = options.memory_of
+        print(step_memory(asked[title]()[name](), device))
+        return
+    tables = []
+    for title, section in asked.items():
+        if not wanted(title, options.table):
+            continue
+        builds = {name: build for name, build in section().items() if name == OURS or wanted(name, options.only)}
+        rows = measure(title, {name: build() for name, build in builds.items()}, options, device)
+        relate(rows, OURS, inverse=True)
+        show(title, rows, options, ratio="ours/it")
+        tables.append({"title": title, "rows": rows})
+    if not importlib.util.find_spec("torchdeq"):
         print("torchdeq is not installed: its comparison is left out")
-    for result in results:
-        print(f"\n{result['what']}")
-        for name, seconds in result["seconds"].items():
-            print(f"  {name:12} {1e3 * seconds:10.1f} CPU ms")
-        rest = {k: v for k, v in result.items() if k not in ("what", "seconds", "ratio")}
-        print(f"  ratio        {result['ratio']:10.3f}    " + ", ".join(f"{k} {v:.6g}" for k, v in rest.items()))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    write(tables, options)
 
 
 if __name__ == "__main__":

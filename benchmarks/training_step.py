@@ -1,24 +1,20 @@
 """One training step of a hybrid against one backprop step of its source.
 
     python benchmarks/training_step.py [--steps 7] [--out benchmarks/results/training_step.json]
+    python benchmarks/training_step.py --device cuda [--tf32]
 
-One thread. The variants of a network take turns in one process; each figure is the median over
-the steps of the CPU time of forward and backward, divided by the source's median of the same run.
-Memory (on Linux) is what one step adds to the resident size at its peak, in a process of its own for
-each variant, after a warm-up and with the heap trimmed.
+One thread, or one GPU. The variants of a network take turns in one process; each figure is the median over the
+steps of the time of forward and backward, beside the source's median of the same run and beside the floor under it:
+`measuring.py` says how each is measured. `--batch`, `--width`, `--depth` and `--side` change the networks.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import re
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import Contestant, add_options, measure, prepare, relate, show, step_memory, wanted, write
+
 import ffebm_compiler as ffebm
 from ffebm_compiler.hardware import Hardware
+
+SIZES = {
+    # Kernels that keep a core, or a GPU, busy, in steps of less than a second.
+    "cpu": {"batch": 32, "width": 32, "depth": 6, "side": 16},
+    "cuda": {"batch": 128, "width": 128, "depth": 6, "side": 32},
+}
+SOURCE = "source, backprop"
 
 
 class Residual(nn.Module):
@@ -85,15 +91,19 @@ class MLPStack(nn.Module):
         return self.head(self.layers(x).mean(1))
 
 
-NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "residual CNN": lambda: (ResidualCNN(), torch.randn(32, 3, 16, 16)),
-    "transformer MLP stack": lambda: (MLPStack(), torch.randn(16, 64, 128)),
+Build = Callable[[argparse.Namespace], tuple[nn.Module, Tensor]]
+NETWORKS: dict[str, Build] = {
+    "residual CNN": lambda o: (ResidualCNN(o.width, o.depth), torch.randn(o.batch, 3, o.side, o.side)),
+    # As many features and half as many samples: (side/2)² tokens, and 4 times the width.
+    "transformer MLP stack": lambda o: (
+        MLPStack(4 * o.width, o.depth),
+        torch.randn(max(1, o.batch // 2), max(1, o.side // 2) ** 2, 4 * o.width),
+    ),
 }
-
 
 CENTERED = ffebm.EquilibriumPropagation(beta=1e-3, variant="centered")
 VARIANTS: dict[str, dict[str, Any] | None] = {
-    "source, backprop": None,
+    SOURCE: None,
     "single-layer blocks, ep": {"hardware": Hardware(layers_per_block=1)},
     "ep, default": {},
     "implicit, default": {"gradient": "implicit"},
@@ -105,105 +115,56 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def variant(name: str, model: nn.Module, x: Tensor) -> nn.Module:
-    """The source, or a hybrid of it with blocks of two layers."""
-    settings = VARIANTS[name]
-    return (
-        model if settings is None else ffebm.convert(model, x, **{"hardware": Hardware(layers_per_block=2), **settings})
-    )
-
-
-def _resident(key: str) -> float:
-    """VmRSS or VmHWM of this process, in MB."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1e3
-
-
-def own_memory(network: str, name: str) -> float:
-    """MB that one step of a variant adds to this process at its peak."""
-    torch.manual_seed(0)
-    model, x = NETWORKS[network]()
-    labels = torch.randint(0, 10, (x.shape[0],))
-    candidate = variant(name, model, x)
-    step(candidate, x, labels)
-    candidate.zero_grad(set_to_none=True)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
-    step(candidate, x, labels)
-    return _resident("VmHWM") - before
-
-
-def memory(network: str, name: str) -> float:
-    """`own_memory` in a fresh process."""
-    command = [sys.executable, "-W", "ignore", __file__, "--memory-of", network, name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def step(model: nn.Module, x: Tensor, labels: Tensor) -> None:
     """Forward and backward."""
     model.zero_grad(set_to_none=True)
     F.cross_entropy(model(x), labels).backward()
 
 
-def measure(name: str, steps: int) -> dict[str, Any]:
-    """CPU times of a network's variants, in turn."""
+def contestant(network: str, name: str, options: argparse.Namespace, device: torch.device) -> Contestant:
+    """The source, or a hybrid of it with blocks of two layers, and its training step on one batch."""
     torch.manual_seed(0)
-    model, x = NETWORKS[name]()
-    labels = torch.randint(0, 10, (x.shape[0],))
-    models = {case: variant(case, model, x) for case in VARIANTS}
-    times: dict[str, list[float]] = {case: [] for case in models}
-    for turn in range(steps + 1):
-        for case, candidate in models.items():
-            started = time.process_time()
-            step(candidate, x, labels)
-            if turn:  # the first turn warms up
-                times[case].append(time.process_time() - started)
-    base = statistics.median(times["source, backprop"])
-    linux = sys.platform == "linux"
-    rows = []
-    for case, candidate in models.items():
-        seconds = statistics.median(times[case])
-        blocks = getattr(candidate, "blocks", ()) if isinstance(candidate, ffebm.HybridModel) else ()
-        sweeps = [b.module.last.sweeps for b in blocks if b.module.last and b.module.program.coupled]
-        rows.append(
-            {
-                "variant": case,
-                "cpu_ms": 1e3 * seconds,
-                "ratio": seconds / base,
-                "free_sweeps": statistics.median(sweeps) if sweeps else 0,
-                "memory_mb": memory(name, case) if linux else None,
-            }
-        )
-    return {"network": name, "rows": rows}
+    source, x = NETWORKS[network](options)
+    source, x, labels = source.to(device), x.to(device), torch.randint(0, 10, (len(x),)).to(device)
+    settings = VARIANTS[name]
+    model = source
+    if settings is not None:
+        model = ffebm.convert(source, x, **{"hardware": Hardware(layers_per_block=2), **settings})
+
+    def sweeps() -> float | None:
+        blocks = model.blocks if isinstance(model, ffebm.HybridModel) else ()
+        taken = [b.module.last.sweeps for b in blocks if b.module.last and b.module.program.coupled]
+        return statistics.median(taken) if taken else None
+
+    return Contestant(partial(step, model, x, labels), model, sweeps)
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--memory-of", nargs=2, metavar=("NETWORK", "VARIANT"), help="one figure, as the script itself asks"
-    )
+    add_options(parser, steps=7)
+    parser.add_argument("--batch", type=int, help="images, and twice the sequences of tokens")
+    parser.add_argument("--width", type=int, help="channels, and a quarter of the features of a token")
+    parser.add_argument("--depth", type=int, help="blocks")
+    parser.add_argument("--side", type=int, help="of the images; sequences have (side/2)² tokens")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    for key, value in SIZES[options.device].items():
+        setattr(options, key, getattr(options, key) or value)
+    device = prepare(options, parser)
     if options.memory_of:
-        print(own_memory(*options.memory_of))
+        network, name = options.memory_of
+        print(step_memory(contestant(network, name, options, device), device))
         return
-    results = [measure(name, options.steps) for name in NETWORKS]
-    for result in results:
-        print(
-            f"\n{result['network']}\n{'variant':28} {'CPU ms':>9} {'ratio':>7} {'sweeps':>7} {'memory':>9} {'ratio':>7}"
-        )
-        source = result["rows"][0]["memory_mb"]
-        for row in result["rows"]:
-            size = f"{row['memory_mb']:6.1f} MB {row['memory_mb'] / source:7.2f}" if source else ""
-            print(f"{row['variant']:28} {row['cpu_ms']:9.1f} {row['ratio']:7.2f} {row['free_sweeps']:7g} {size}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    tables = []
+    for network in NETWORKS:
+        if not wanted(network, options.table):
+            continue
+        names = [name for name in VARIANTS if name == SOURCE or wanted(name, options.only)]
+        rows = measure(network, {name: contestant(network, name, options, device) for name in names}, options, device)
+        relate(rows, SOURCE)
+        show(network, rows, options)
+        tables.append({"title": network, "rows": rows})
+    write(tables, options)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 
@@ -13,6 +18,32 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+ESTIMATORS: dict[str, Any] = {
+    "ep": "ep",
+    "ep centered": ffebm.EquilibriumPropagation(beta=1e-2, variant="centered"),
+    "implicit": "implicit",
+    "implicit, cg": ffebm.ImplicitDifferentiation(method="cg"),
+    "unrolled": "unrolled",
+}
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """Float32 products without TF32, which cuDNN's convolutions use by default."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    assert expected.device.type == "cpu"
+    return float((found.cpu() - expected).norm() / expected.norm())
 
 
 def _network() -> nn.Module:
@@ -56,5 +87,87 @@ def test_autocast_trains() -> None:
             loss = F.cross_entropy(hybrid(x), labels)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] / 2
+
+
+def _smooth() -> nn.Module:
+    """Monotone activations without kinks, so that a rounding error stays one."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Tanh(),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(8 * 64, 32),
+        nn.Softplus(),
+        nn.Linear(32, 10),
+    )
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-7), (torch.float32, 1e-2)])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_training_step_is_that_of_the_cpu(name: str, dtype: torch.dtype, error: float) -> None:
+    x, labels = torch.randn(8, 3, 8, 8, dtype=dtype), torch.randint(0, 10, (8,))
+    here = ffebm.convert(_smooth().to(dtype), x, gradient=ESTIMATORS[name]).train()
+    there = copy.deepcopy(here).cuda()
+    gradients, losses = [], []
+    for hybrid, device in ((here, "cpu"), (there, "cuda")):
+        optimizer = torch.optim.SGD(hybrid.parameters(), 0.1)
+        loss = F.cross_entropy(hybrid(x.to(device)), labels.to(device))
+        loss.backward()
+        gradients.append({key: p.grad.clone() for key, p in hybrid.named_parameters() if p.grad is not None})
+        optimizer.step()
+        losses.append(loss.detach())
+    assert _relative(losses[1], losses[0]) < error
+    assert list(gradients[0]) == list(gradients[1]) == [key for key, _ in here.named_parameters()]
+    for key, expected in gradients[0].items():
+        assert _relative(gradients[1][key], expected) < error, key
+    state = here.state_dict()
+    for key, value in there.state_dict().items():
+        assert value.device.type == "cuda"
+        if value.is_floating_point():
+            assert _relative(value, state[key]) < error, key
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_converted_there_as_here() -> None:
+    x = torch.randn(8, 3, 8, 8)
+    here, there = ffebm.convert(_smooth(), x), ffebm.convert(_smooth().cuda(), x.cuda())
+    assert there.plan.to_dict() == here.plan.to_dict()
+    for mine, other in zip(here.blocks, there.blocks, strict=True):
+        assert other.loop_gain == pytest.approx(mine.loop_gain, rel=1e-3)
+    assert _relative(there(x.cuda()).detach(), here(x).detach()) < 1e-3
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize(("saved", "loaded"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_save_and_load_across_devices(saved: str, loaded: str, tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 8, 8)
+    hybrid = ffebm.convert(_smooth(), x, feedback=0.2, gradient="implicit").to(saved).train()
+    F.cross_entropy(hybrid(x.to(saved)), torch.randint(0, 10, (8,), device=saved)).backward()
+    torch.optim.SGD(hybrid.parameters(), 0.1).step()
+    hybrid.recertify()
+    hybrid.eval().save(tmp_path / "saved")
+    again = ffebm.load(tmp_path / "saved", _smooth().to(loaded))
+    assert {value.device.type for value in again.state_dict().values()} == {loaded}
+    assert not again.training
+    for key, value in hybrid.state_dict().items():
+        assert torch.equal(again.state_dict()[key].cpu(), value.cpu()), key
+    assert _relative(again(x.to(loaded)).detach(), hybrid.cpu()(x).detach()) < 1e-3
+    again.train()
+    F.cross_entropy(again(x.to(loaded)), torch.randint(0, 10, (8,), device=loaded)).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in again.parameters())
+
+
+def test_there_and_back() -> None:
+    x = torch.randn(8, 3, 8, 8)
+    hybrid = ffebm.convert(_smooth(), x).eval()
+    before = hybrid(x).detach()
+    hybrid.cuda()(x.cuda()).sum().backward()
+    assert all(p.grad is not None and p.grad.is_cuda for p in hybrid.parameters())
+    hybrid.cpu()
+    assert torch.equal(hybrid(x).detach(), before)

@@ -49,10 +49,12 @@ class _Smooth(Activation):
     holomorphic = True
 
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
-        size = longest(k) * abs(t)
+        # Looking at k costs a synchronisation with a device: there it is taken to be below 80 for a small t.
+        on_device = h.device.type != "cpu"
+        size = longest(k) * abs(t) if not on_device else 80 * abs(t)
         if size > self._small_step(h.dtype):
             return self._any_quotient(h, k, t)
-        if size * size <= 24 * torch.finfo(h.dtype).eps:
+        if size * size <= 24 * torch.finfo(h.dtype).eps and not on_device:
             return self._tangent(torch.add(h, k, alpha=0.5 * t), k)
         first, last = 0.5 - 0.5 / sqrt(3), 0.5 + 0.5 / sqrt(3)
         ends = (self._tangent(torch.add(h, k, alpha=t * x), k) for x in (first, last))
@@ -253,7 +255,7 @@ class SiLU(_Smooth):
         return F.silu(h)
 
     def derivative(self, h: Tensor) -> Tensor:
-        return torch.sigmoid(h) * (1 + h * torch.sigmoid(-h))
+        return self._tangent(h, torch.ones_like(h))
 
     def primitive(self, h: Tensor) -> Tensor:
         return in_double(lambda x: x * _softplus(x) - _softplus_primitive(x), h)
@@ -286,8 +288,7 @@ class Mish(_Smooth):
         return F.mish(h)
 
     def derivative(self, h: Tensor) -> Tensor:
-        gate = torch.tanh(_softplus(h))
-        return gate + h * (1 - gate.square()) * torch.sigmoid(h)
+        return self._tangent(h, torch.ones_like(h))
 
     def primitive(self, h: Tensor) -> Tensor:
         def product(x: Tensor) -> Tensor:
@@ -335,11 +336,8 @@ class GELU(_Smooth):
         return F.gelu(h, approximate=self.approximate)
 
     def derivative(self, h: Tensor) -> Tensor:
-        if self.approximate == "none":
-            return _normal_cdf(h) + h * _normal_density(h)
-        x = h.clamp(-30, 30)  # the gate is 0 or 1 long before
-        gate = torch.sigmoid(_gelu_argument(x))
-        return gate + x * gate * (1 - gate) * (2 * sqrt(2 / pi)) * (1 + 3 * 0.044715 * x * x)
+        x = h if self.approximate == "none" else h.clamp(-30, 30)  # the gate is 0 or 1 long before, and x³ finite
+        return self._tangent(x, torch.ones_like(h))
 
     def primitive(self, h: Tensor) -> Tensor:
         if self.approximate == "tanh":

@@ -270,9 +270,7 @@ class EnergyBlock(nn.Module):
         """
         self._check_states(states)
         with torch.no_grad():
-            frame = Frame(self.program, inputs, weights)
-            FreePhase(frame, self.scales)  # for the shapes
-            phase = FreePhase(frame, self.scales, states)
+            phase = FreePhase(Frame(self.program, inputs, weights), self.scales, states)
             worst = 0.0
             for index, state in enumerate(states):
                 size = float(torch.linalg.vector_norm(state))

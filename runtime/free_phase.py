@@ -36,6 +36,9 @@ class FreePhase(Phase):
                 drive = self._drive(index)
                 self.preactivations[index] = drive
                 self.store(index, layer.activation.value(drive))
+        elif not frame.evaluated:
+            for index in range(count):  # shapes, and the winners of max pooling, at these states
+                self._drive(index)
 
     def settled(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(states, pre-activations), s_l = σ_l(h_l)."""

@@ -46,8 +46,10 @@ class ImplicitDifferentiation(Estimator):
         if not any(error is not None for error in errors):
             return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
         if self._conjugate(at):
+            # Its residual is of all layers together: the error of the layers far from the output may be larger.
             response = AdjointPhase(at.frame, at.scales, at.preactivations, [None] * len(errors))
-            solution, steps = solve_adjoint(response, errors, 0.1 * at.rtol, at.solver.max_sweeps)
+            goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
+            solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)
             if solution is not None:
                 gradients = contract(at, solution, at.states)
                 gradients.sweeps = steps

@@ -175,6 +175,14 @@ class Frame:
         """Number of independent samples, where the block can be evaluated for some of them alone."""
         return self.inputs[0].shape[0] if self.program.resizable and self.inputs else None
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether every drive has been evaluated once, so that shapes and winners are known."""
+        return all(
+            layer.drive in self.shapes and all(i.output in self.drawn for i in layer.instructions if i.operator.selects)
+            for layer in self.program.layers
+        )
+
     def narrowed(self, rows: Tensor) -> Frame:
         """The same block for some of the samples."""
         samples = self.samples

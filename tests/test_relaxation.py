@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any, ClassVar
 
@@ -40,6 +41,12 @@ def looped(first: float, **options: Any) -> ffebm.HybridModel:
     activation = options.pop("activation", None)
     model = Loop([first, 0.6, 0.5, 0.4, 0.3], activation).double()
     return ffebm.convert(model, torch.ones(2, WIDTH).double(), feedback="symmetric", **options)
+
+
+def own(case: str, activation: type[nn.Module]) -> tuple[ffebm.HybridModel, Tensor]:
+    """A case of `networks` to configure: what is shared with other tests stays as it is."""
+    hybrid, x = converted(case, activation)
+    return copy.deepcopy(hybrid), x
 
 
 def samples(count: int, sick: set[int]) -> Tensor:
@@ -206,7 +213,7 @@ def test_by_sample_a_result_does_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("case", ["mlp", "branches", "convolutions", "cnn"])
 def test_by_sample_gradients_are_those_of_the_batch(case: str) -> None:
-    hybrid, x = converted(case, nn.Tanh)
+    hybrid, x = own(case, nn.Tanh)
     report = {}
     for termination in ("batch", "sample"):
         hybrid.configure(
@@ -292,7 +299,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("case", ["mlp", "cnn", "residual"])
 @pytest.mark.parametrize("feedback", [0.1, 0.5])
 def test_bfloat16_sweeps_end_at_the_same_equilibrium(case: str, feedback: float) -> None:
-    hybrid, x = converted(case, nn.ReLU)
+    hybrid, x = own(case, nn.ReLU)
     loss = lambda output: output.square().mean()  # noqa: E731
     counts = {}
     for precision in ("full", "bfloat16"):
@@ -325,7 +332,7 @@ def test_bfloat16_is_left_out_where_nothing_is_certified() -> None:
 
 @pytest.mark.parametrize("case", ["mlp", "cnn", "branches"])
 def test_the_residual_of_an_equilibrium(case: str) -> None:
-    hybrid, x = converted(case, nn.Tanh)
+    hybrid, x = own(case, nn.Tanh)
     hybrid.set_feedback(0.3)
     with hybrid.recording() as record:
         hybrid(x)

@@ -19,7 +19,7 @@ class Anderson(Solver):
     """Anderson acceleration of Gauss–Seidel sweeps (Walker & Ni, 2011).
 
     With x_i the last iterates, g_i what a sweep makes of them and f_i = g_i − x_i, the next
-    iterate is Σ α_i g_i, α minimising ‖Σ α_i f_i‖ under Σ α_i = 1, for each sample on its own where
+    iterate is Σ α_i g_i (of the layers that a sweep starts from), α minimising ‖Σ α_i f_i‖ under Σ α_i = 1, for each sample on its own where
     samples are independent. It pays where the loop gain is near one; at small gain plain sweeps are
     cheaper.
     """
@@ -35,7 +35,7 @@ class Anderson(Solver):
 
     def init(self, problem: FixedPoint) -> object:
         """Empty history."""
-        return _History(self.memory, self.regularisation, problem.samples)
+        return _History(self.memory, self.regularisation, (problem.samples or 0) * problem.parts)
 
     def step(
         self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False
@@ -45,18 +45,19 @@ class Anderson(Solver):
         A relaxation so ends with a sweep, whose states and pre-activations belong together.
         """
         assert isinstance(memory, _History)
-        mixed = memory.mixed()
+        carried, mixed = problem.carried(), memory.mixed()
         if mixed is not None:
             start = 0
-            for index, value in enumerate(problem.values):
+            for index, last in zip(carried, memory.channels_last, strict=True):
+                value = problem.values[index]
                 assert value is not None
                 width = value.numel() // len(mixed)
-                problem.store(index, _like(mixed[:, start : start + width], value, memory.channels_last[index]))
+                problem.store(index, _like(mixed[:, start : start + width], value, last))
                 start += width
-        before = list(problem.values)
+        before = [problem.values[index] for index in carried]
         change = sweep_layers(problem, problem.order(), measure, per_sample)
         if all(value is not None for value in before):
-            memory.add(before, problem.values)
+            memory.add(before, [problem.values[index] for index in carried])
         return change
 
 
@@ -66,10 +67,10 @@ class _History:
     Everything is kept by rows: a row for each sample, or one for them all.
     """
 
-    def __init__(self, size: int, regularisation: float, samples: int | None) -> None:
+    def __init__(self, size: int, regularisation: float, rows: int) -> None:
         self.size = size
         self.regularisation = regularisation
-        self.rows = samples or 1
+        self.rows = rows or 1
         self.made: list[Tensor] = []
         self.residuals: list[Tensor] = []
         self.gram: Tensor | None = None

@@ -119,8 +119,11 @@ class EquilibriumPropagation(Estimator):
         return found, sweeps
 
     def _pays(self, at: Situation) -> bool:
-        """Whether one larger batch is faster: where an operation costs more to launch than to run."""
-        return at.states[0].device.type != "cpu"
+        """Whether one larger batch is faster: where an operation costs more to launch than to run.
+
+        On a CPU blocks of up to 16 384 values a state were 5 % faster so, those of 200 000 and more 15 % slower.
+        """
+        return at.states[0].device.type != "cpu" or max(state.numel() for state in at.states) <= 1 << 14
 
     def _middle(self, at: Situation, found: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
         """The midpoint of the two states whose energies are compared: s + (β/2)(v⁺ − v⁻), or s ± (β/2) v."""

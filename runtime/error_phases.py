@@ -38,6 +38,10 @@ class _ErrorPhase(Phase):
         """Backward: the nudge reaches the first layer in one sweep."""
         return list(reversed(range(len(self.values))))
 
+    def carried(self) -> list[int]:
+        """The layers that feed later ones: a backward sweep starts from their values alone."""
+        return [index for index, below in enumerate(self.frame.program.downstream) if below]
+
     def give_up(self, rows: Tensor) -> None:
         """Set the error currents of samples to zero: they give no gradient."""
         for index, value in enumerate(self.values):

@@ -40,6 +40,10 @@ class FreePhase(Phase):
             for index in range(count):  # shapes, and the winners of max pooling, at these states
                 self._drive(index)
 
+    def carried(self) -> list[int]:
+        """The layers that feed back into earlier ones: a forward sweep starts from their values alone."""
+        return [index for index, above in enumerate(self.frame.program.upstream) if above]
+
     def settled(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(states, pre-activations), s_l = σ_l(h_l)."""
         return _complete(self.values), _complete(self.preactivations)

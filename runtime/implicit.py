@@ -14,7 +14,6 @@ from ffebm_compiler.runtime.conjugate import solve_adjoint
 from ffebm_compiler.runtime.error_phases import AdjointPhase
 from ffebm_compiler.runtime.estimator import Estimator, Gradients, contract
 from ffebm_compiler.runtime.free_phase import FreePhase
-from ffebm_compiler.runtime.newton import NewtonCG
 from ffebm_compiler.runtime.program import Frame
 from ffebm_compiler.runtime.relaxation import relax
 from ffebm_compiler.runtime.situation import Situation
@@ -30,9 +29,9 @@ class ImplicitDifferentiation(Estimator):
     `method="sweeps"` solves the adjoint system by the block's own solver in the form
     u_l = σ_l'(h_l) K_l, which contracts wherever the loop gain is below one, monotone activations
     or not. `"cg"` uses conjugate gradients on the symmetric form, which needs fewer steps than plain sweeps
-    where the loop gain is near one, and falls back to sweeps where H turns out to be indefinite. `"auto"` takes
-    sweeps, accelerated where the block's solver is (they were faster than conjugate gradients on every block
-    measured, `benchmarks/solvers.py`), and conjugate gradients where that solver is `NewtonCG`.
+    where the loop gain is near one, and falls back to sweeps where H turns out to be indefinite. `"auto"`
+    takes sweeps, accelerated where the block's solver is: they were faster than conjugate gradients on every
+    block measured (`benchmarks/solvers.py`).
     """
 
     method: Literal["auto", "sweeps", "cg"] = "auto"
@@ -70,8 +69,6 @@ class ImplicitDifferentiation(Estimator):
                 f"{at.name} has an activation that is not monotone, so that its adjoint system is not positive "
                 "definite: use ImplicitDifferentiation(method='auto') or 'sweeps'"
             )
-        if self.method == "auto":
-            return monotone and isinstance(at.solver, NewtonCG)
         return self.method == "cg"
 
 

@@ -11,7 +11,7 @@ from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 
 __all__ = ["Choice", "choose"]
 
-_NEAR_ONE = 0.9
+_NEAR_ONE = 0.75
 """Certified loop gain above which mixing pays for itself."""
 
 
@@ -46,8 +46,6 @@ def choose(program: BlockProgram, contraction: float | None, given: Solver | Non
         return Choice(given, "as given")
     if not program.coupled:
         return Choice(GaussSeidel(), "no feedback: computed at once")
-    if any(i.operator.selects for layer in program.layers for i in layer.instructions):
-        return Choice(GaussSeidel(), "the winners of max pooling change from sweep to sweep")
     if contraction is None:
         return Choice(Anderson(), "how fast sweeps contract is not certified")
     if contraction > _NEAR_ONE:

@@ -34,6 +34,9 @@ class FixedPoint(ABC):
     samples: int | None = None
     """Number of independent samples, along the leading dimension of every value; None: they are not independent."""
 
+    parts: int = 1
+    """Rows of a value that belong to each of those samples: part after part, each of all samples."""
+
     @abstractmethod
     def update(self, index: int) -> Tensor | None:
         """f_l at the present values, without storing it."""
@@ -44,6 +47,10 @@ class FixedPoint(ABC):
 
     def order(self) -> list[int]:
         """The order in which a sweep carries information fastest."""
+        return list(range(len(self.values)))
+
+    def carried(self) -> list[int]:
+        """The layers whose values a sweep in that order reads before it updates them: the others follow from these."""
         return list(range(len(self.values)))
 
     @abstractmethod

@@ -4,8 +4,11 @@
 
 Per model: weights placed and refused (counted from the source's parameters), MACs placed, blocks,
 compile time, the deviation from the source with single-layer blocks and at the default feedback,
-sweeps, and whether `backward()` with EP gives finite gradients to every parameter that the
-source trains. Exit status 1 where any of it fails.
+whether the free phase settles, and whether `backward()` with EP gives finite gradients to every
+parameter that the source trains. Exit status 1 where any of it fails.
+
+How the free phase settles is measured twice: with default settings, and with the batch norm folded
+and every kind of wiring allowed inside blocks, which makes more and larger blocks settle.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
+import re
 import sys
 import time
 import traceback
@@ -28,7 +33,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo_models import MODELS, load_torchvision
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.errors import ConvergenceWarning
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.passes.dialect import WIRING_KINDS
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "folded": {"fold_batchnorm": True, "block_ops": WIRING_KINDS},
+}
+"""How the settling is measured; all else is default."""
+
+RESIDUAL = 1e-4
+"""Relative residual that the free phase must reach, or warn."""
 
 
 def _loss(output: Any) -> Tensor:
@@ -53,6 +70,51 @@ def _deviation(found: Any, expected: Any) -> float:
         if isinstance(want, Tensor) and want.is_floating_point():
             worst = max(worst, float((have - want).double().norm() / want.double().norm().clamp_min(1e-12)))
     return worst
+
+
+def settling(hybrid: HybridModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """How one forward in eval mode ends in each block that settles, and the convergence warnings.
+
+    `residual` is not the solver's estimate: it is max_l ‖σ_l(h_l(s)) − s_l‖/‖s_l‖ at the states that it left, evaluated
+    anew, with max pooling's winners those of these states.
+    """
+    hybrid.eval()
+    with warnings.catch_warnings(record=True) as caught, hybrid.recording() as record, torch.no_grad():
+        warnings.simplefilter("always")
+        hybrid(*args, **kwargs)
+    found = []
+    for block in hybrid.blocks:
+        module, program = block.module, block.module.program
+        if not program.coupled:
+            continue
+        assert module.last is not None
+        operands, _ = record[block.name]
+        inputs, weights = operands[: program.inputs], operands[program.inputs :]
+        found.append(
+            {
+                "block": block.name,
+                "sweeps": module.last.sweeps,
+                "converged": module.last.converged,
+                "residual": module.residual(inputs, weights, module.states),
+                "max_pool": any(i.operator.selects for layer in program.layers for i in layer.instructions),
+            }
+        )
+    return {
+        "blocks": found,
+        "warnings": [str(w.message) for w in caught if issubclass(w.category, ConvergenceWarning)],
+    }
+
+
+def _worst(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The block with the largest residual, not a number counting as the largest."""
+    return max(blocks, key=lambda b: math.inf if math.isnan(b["residual"]) else b["residual"])
+
+
+def _silent(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blocks above the residual that is asked for that no warning names."""
+    text = "\n".join(found["warnings"])
+    above = [block for block in found["blocks"] if not block["residual"] <= RESIDUAL]
+    return [block for block in above if not re.search(rf"\b{block['block']}\b", text)]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -87,16 +149,18 @@ def measure(name: str) -> dict[str, Any]:
         "seconds": seconds,
         "deviation_single": alone,
     }
+    row["settling"] = {"default": settling(hybrid, args, kwargs)}
     output = hybrid(*args, **kwargs)
     row["deviation"] = _deviation(output, expected)
-    row["sweeps"] = max((b.module.last.sweeps for b in hybrid.blocks if b.module.last), default=0)
-    row["converged"] = all(b.module.last is None or b.module.last.converged for b in hybrid.blocks)
     _loss(output).backward()
     grads = {n: p.grad for n, p in hybrid.named_parameters()}
     row["without_gradient"] = sorted(
         n for n in trained if grads.get(n) is None or not bool(torch.isfinite(grads[n]).all())
     )
     row["notes"] = list(plan.notes)
+    del hybrid, single, output, grads
+    folded = ffebm.convert(model, args, kwargs, **SETTINGS["folded"])
+    row["settling"]["folded"] = settling(folded, args, kwargs)
     return row
 
 
@@ -109,7 +173,10 @@ def failures(row: dict[str, Any]) -> list[str]:
         missed.append(f"unaccounted weights {row['unaccounted'][:3]}")
     if row["deviation_single"] > 1e-5:
         missed.append(f"single-layer deviation {row['deviation_single']:.1e}")
-    if not row["converged"]:
+    if _silent(row["settling"]["default"]):
+        worst = _worst(_silent(row["settling"]["default"]))
+        missed.append(f"residual {worst['residual']:.1e} in {worst['block']} and no warning")
+    if not all(block["converged"] for block in row["settling"]["default"]["blocks"]):
         missed.append("a block did not converge")
     if row["without_gradient"]:
         missed.append(f"no finite gradient for {row['without_gradient'][:3]}")
@@ -124,8 +191,43 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['model']:44} {row['placed']:4}/{row['matrices']:<4} {share:6.1f}% {row['blocks']:4}"
         f"({row['multi_layer_blocks']:3}) {row['seconds']:7.1f}s {row['deviation_single']:8.1e} "
-        f"{row['deviation']:8.1e} {row['sweeps']:6}"
+        f"{row['deviation']:8.1e}" + "".join(f" {' '.join(_figures(found)):20}" for found in row["settling"].values())
     )
+
+
+def _figures(found: dict[str, Any]) -> tuple[str, str, str]:
+    """Settling blocks, sweeps and residual of a row."""
+    blocks = found["blocks"]
+    if not blocks:
+        return "0", "–", "–"
+    warned = " warned" if found["warnings"] else ""
+    return str(len(blocks)), str(max(b["sweeps"] for b in blocks)), f"{_worst(blocks)['residual']:.0e}{warned}"
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """One sentence for each setting: how many blocks settle, and how well."""
+    rows = [row for row in rows if "settling" in row]
+    sentences = []
+    for setting, how in (("default", "With default settings"), ("folded", "Folded")):
+        blocks = [{**b, "model": row["model"]} for row in rows for b in row["settling"][setting]["blocks"]]
+        networks = len({b["model"] for b in blocks})
+        warned = sum(bool(row["settling"][setting]["warnings"]) for row in rows)
+        sentence = (
+            f"{how}, {len(blocks)} blocks settle in {networks} of {len(rows)} networks and {warned} networks warned"
+        )
+        for kind, some in (
+            ("with max pooling", [b for b in blocks if b["max_pool"]]),
+            ("without max pooling", [b for b in blocks if not b["max_pool"]]),
+        ):
+            if not some:
+                continue
+            worst, above = _worst(some), sum(not b["residual"] <= RESIDUAL for b in some)
+            sentence += (
+                f"; of the {len(some)} {kind}, {above} have a residual above {RESIDUAL:.0e}, the largest "
+                f"{worst['residual']:.1e} ({worst['model']}, {worst['block']})"
+            )
+        sentences.append(f"{sentence}.")
+    return sentences
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -143,22 +245,47 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "gain 0.1. Each model's `backward()` with EP gave finite gradients to every parameter that the source trains,",
         "unless it says so.",
         "",
-        "| model | matrices | MACs | blocks | compile | alone | default | sweeps |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "*Settling*: blocks with feedback, whose states have to settle. *Sweeps*: the most that a free phase took.",
+        "*Residual*: max_l ‖σ_l(h_l(s)) − s_l‖/‖s_l‖ at the states that the free phase left, evaluated anew, the",
+        f"largest over the blocks; it must be at most {RESIDUAL:.0e}, or a `ConvergenceWarning` says that it is not",
+        "(*warned*). In the columns marked *folded*, batch norm is folded and every kind of wiring may be inside a",
+        f"block: `fold_batchnorm=True, block_ops={WIRING_KINDS}`.",
+        "",
+        *summary(rows),
+        "",
+        "| model | matrices | MACs | blocks | compile | alone | default | settling | sweeps | residual "
+        "| settling, folded | sweeps, folded | residual, folded |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        missed = failures(row)
-        if missed:
-            lines.append(f"| {row['model']} | missed: {'; '.join(missed)} | | | | | | |")
+        if "error" in row:
+            lines.append(f"| {row['model']} | missed: {row['error']} {'| ' * 11}|")
             continue
         share = 100 * row["macs_placed"] / max(1, row["macs"])
         lines.append(
             f"| {row['model']} | {row['placed']}/{row['matrices']} | {share:.1f} % | {row['blocks']} "
             f"({row['multi_layer_blocks']}) | {row['seconds']:.1f} s | {row['deviation_single']:.0e} | "
-            f"{row['deviation']:.0e} | {row['sweeps']} |"
+            f"{row['deviation']:.0e} | {' | '.join(_figures(row['settling']['default']))} | "
+            f"{' | '.join(_figures(row['settling']['folded']))} |"
         )
     good = sum(not failures(row) for row in rows)
     lines += ["", f"{good} of {len(rows)} models convert and meet every number."]
+    missed = [f"- {row['model']}: {'; '.join(failures(row))}" for row in rows if "error" not in row and failures(row)]
+    if missed:
+        lines += ["", "Missed:", "", *missed]
+    silent = [
+        f"- {row['model']}: "
+        + ", ".join(f"{b['block']} {b['residual']:.1e}" for b in _silent(row["settling"]["folded"]))
+        for row in rows
+        if "error" not in row and _silent(row["settling"]["folded"])
+    ]
+    if silent:
+        lines += [
+            "",
+            f"Missed when folded, blocks whose residual is above {RESIDUAL:.0e} without a warning:",
+            "",
+            *silent,
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -175,7 +302,7 @@ def main() -> int:
     rows = []
     print(
         f"{'model':44} {'placed':>9} {'MACs':>7} {'blocks':>9} {'compile':>8} {'single':>8} "
-        f"{'default':>8} {'sweeps':>6}"
+        f"{'default':>8} {'settling, sweeps, residual':26} folded"
     )
     for name in MODELS:
         if not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
@@ -194,12 +321,14 @@ def main() -> int:
             print(line(row), flush=True)
         for sentence in missed:
             print(f"  MISSED {name}: {sentence}", flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(rows, indent=1) + "\n")
     if options.table:
         options.table.write_text(markdown(rows), encoding="utf-8")
     bad = sum(bool(failures(row)) for row in rows)
+    for sentence in summary(rows):
+        print(sentence)
     print(f"{len(rows) - bad} of {len(rows)} models convert and meet every number")
     return 1 if bad else 0
 

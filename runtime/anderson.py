@@ -18,10 +18,10 @@ __all__ = ["Anderson"]
 class Anderson(Solver):
     """Anderson acceleration of Gauss–Seidel sweeps (Walker & Ni, 2011).
 
-    With x_i the last iterates, g_i what a sweep makes of them and f_i = g_i − x_i, the next
-    iterate is Σ α_i g_i (of the layers that a sweep starts from), α minimising ‖Σ α_i f_i‖ under Σ α_i = 1, for each sample on its own where
-    samples are independent. It pays where the loop gain is near one; at small gain plain sweeps are
-    cheaper.
+    With x_i the last iterates, g_i what a sweep makes of them and f_i = g_i − x_i, the next iterate is
+    Σ α_i g_i, α minimising ‖Σ α_i f_i‖ under Σ α_i = 1, for each sample on its own where samples are
+    independent, and of the layers from which a sweep starts (the others follow). It pays where sweeps contract
+    slowly; at small loop gain plain sweeps are cheaper.
     """
 
     memory: int = 5

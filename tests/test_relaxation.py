@@ -347,3 +347,48 @@ def test_the_residual_of_an_equilibrium(case: str) -> None:
         assert block.module.residual(inputs, weights, moved) > 1e-3
     with pytest.raises(ffebm.InputError, match=r"block_1 has \d states, got 0"):
         hybrid.blocks[0].module.residual(inputs, weights, [])
+
+
+# -- degenerate errors, NaN on the way -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "estimator", ESTIMATORS, ids=lambda e: f"{e.name}-{getattr(e, 'variant', '')}{getattr(e, 'method', '')}"
+)
+def test_samples_without_an_error_have_no_part_in_the_gradient(estimator: Any) -> None:
+    hybrid = looped(0.7, gradient=estimator)
+    x = samples(5, {0, 1, 2, 3, 4})
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]).double()[:, None]
+
+    def run(rows: list[int], weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+        hybrid.zero_grad(set_to_none=True)
+        inputs = x[rows].clone().requires_grad_()
+        (hybrid(inputs) * weights).square().sum().backward()
+        assert inputs.grad is not None
+        return inputs.grad, [p.grad.clone() for p in hybrid.parameters() if p.grad is not None]
+
+    found_x, found = run([0, 1, 2, 3, 4], mask)
+    expected_x, expected = run([0, 2, 4], mask[[0, 2, 4]])
+    assert not found_x[[1, 3]].any()
+    torch.testing.assert_close(found_x[[0, 2, 4]], expected_x, rtol=1e-6, atol=1e-10)
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-6, atol=1e-10)
+    nothing_x, nothing = run([0, 1, 2, 3, 4], 0 * mask)  # an error of exactly zero everywhere
+    assert not nothing_x.any()
+    assert not any(bool(gradient.any()) for gradient in nothing)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: f"{type(s).__name__}-{s.termination}")
+def test_nan_on_the_way_is_the_sample_s_own(solver: Any) -> None:
+    """Overflow of unit 0 in float32 makes its sample's other units NaN: 0 · ∞ in a matrix product."""
+    hybrid = ffebm.convert(Loop([1e9, 0.6, 0.5, 0.4, 0.3]), torch.ones(2, WIDTH), feedback="symmetric", solver=solver)
+    x = samples(3, {1}).float()
+    with pytest.warns(ffebm.ConvergenceWarning, match=r"block_1: sample 1 of the 3 .* diverged"):
+        output = hybrid(x)
+    last = hybrid.blocks[0].module.last
+    assert last is not None
+    assert last.sweeps < 100
+    assert output.isfinite().all()
+    torch.testing.assert_close(output[[0, 2]], hybrid(x[[0, 2]]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ffebm.ConvergenceError, match="free phase of block_1 diverged: its states are not finite"):
+        hybrid(x[1:2])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.runtime.solvers import GaussSeidel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import zoo
@@ -35,6 +36,61 @@ DOZEN = [
 ]
 
 
+def _two_layers() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU()).eval(), torch.randn(3, 6)
+
+
+def test_the_residual_column_is_that_of_the_equilibrium_equation() -> None:
+    model, x = _two_layers()
+    hybrid = ffebm.convert(model, x, feedback=0.9, solver=GaussSeidel(max_sweeps=1, on_failure="warn"))
+    found = zoo.settling(hybrid, (x,), {})
+    (block,) = hybrid.blocks
+    # The equations of two layers, written down once more.
+    (first, second), (c1, c2) = block.states, block.module.scales
+    with torch.no_grad():
+        updated = (
+            torch.relu(model[0](x) + (c2 / c1) * second @ model[2].weight),
+            torch.relu(model[2](first)),
+        )
+    expected = max(float((new - old).norm() / old.norm()) for new, old in zip(updated, (first, second), strict=True))
+    (row,) = found["blocks"]
+    assert expected > zoo.RESIDUAL
+    assert row["residual"] == pytest.approx(expected, rel=1e-4)
+    assert (row["sweeps"], row["converged"], row["max_pool"]) == (1, False, False)
+    assert len(found["warnings"]) == 1
+    assert zoo._silent(found) == []
+    assert zoo._silent({**found, "warnings": []}) == [row]
+    assert zoo._silent({**found, "warnings": [f"free phase of {row['block']}0 did not settle"]}) == [row]
+
+
+def test_default_settings_reach_the_residual_and_the_table_says_so() -> None:
+    model, x = _two_layers()
+    found = {
+        name: zoo.settling(ffebm.convert(model, x, **settings), (x,), {}) for name, settings in zoo.SETTINGS.items()
+    }
+    for settled in found.values():
+        assert settled["warnings"] == []
+        (block,) = settled["blocks"]
+        assert 0 < block["residual"] <= zoo.RESIDUAL
+        assert block["sweeps"] > 1
+    row = {
+        **dict.fromkeys(("matrices", "placed", "macs", "macs_placed", "blocks", "multi_layer_blocks"), 2),
+        **dict.fromkeys(("seconds", "deviation_single", "deviation"), 0.0),
+        **{"model": "two", "unaccounted": [], "without_gradient": [], "settling": found},
+    }
+    text = zoo.markdown([row, {"model": "none", "error": "CaptureError: no"}])
+    assert "With default settings, 1 blocks settle in 1 of 1 networks and 0 networks warned; of the 1 " in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    worst = found["folded"]["blocks"][0]
+    assert table[2].endswith(f"| 1 | {worst['sweeps']} | {worst['residual']:.0e} |")
+    found["default"]["blocks"][0]["residual"] = float("nan")
+    assert zoo.failures(row) == ["residual nan in block_1 and no warning"]
+    found["folded"]["blocks"][0]["residual"] = 2e-3
+    assert "- two: block_1 2.0e-03" in zoo.markdown([row])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DOZEN)
 def test_every_weight_is_accounted_for_and_trains(name: str) -> None:
@@ -47,6 +103,7 @@ def test_every_weight_is_accounted_for_and_trains(name: str) -> None:
         plan = ffebm.plan(model.eval(), args, kwargs)
     assert zoo.failures(row) == []
     assert row["placed"] + row["refused"] == row["matrices"]
+    assert len(row["settling"]["default"]["blocks"]) <= row["multi_layer_blocks"]
     # Independently of the compiler's own counting: the layers whose forward runs, by a hook.
     ran: set[str] = set()
     names = {module: path for path, module in model.named_modules()}

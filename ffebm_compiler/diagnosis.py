@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffebm_compiler.runtime.energy import hopfield_energy
+from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
-from ffebm_compiler.runtime.program import Frame
 from ffebm_compiler.text import table_text
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import BoundBlock, HybridModel
+    from ffebm_compiler.bound_block import BoundBlock
+    from ffebm_compiler.hybrid import HybridModel
 
 __all__ = ["BlockDiagnosis", "Diagnosis", "diagnose"]
 

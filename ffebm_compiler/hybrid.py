@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
-from ffebm_compiler.plan import BlockPlan, Plan
-from ffebm_compiler.runtime.block import EnergyBlock, Equilibrium
+from ffebm_compiler.plan import Plan
+from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
-from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.signature import CallForm
 
@@ -34,97 +34,10 @@ if TYPE_CHECKING:
     from ffebm_compiler.passes.lower import Lowered
     from ffebm_compiler.storage import Conversion
 
-__all__ = ["BoundBlock", "HybridModel"]
+__all__ = ["HybridModel"]
 
 _RUN = "_ffebm"
 """Name under which the lowered graph is registered; it holds no tensor of the state."""
-
-
-class BoundBlock:
-    """An energy block of a hybrid, with the hybrid's present weights filled in."""
-
-    def __init__(self, hybrid: HybridModel, module: EnergyBlock, plan: BlockPlan) -> None:
-        self._hybrid = hybrid
-        self.module = module
-        self.plan = plan
-
-    def __repr__(self) -> str:
-        """Name, layers and loop gain."""
-        return f"BoundBlock({self.name}: {', '.join(self.layers)}; loop gain {self.loop_gain:.3g})"
-
-    @property
-    def name(self) -> str:
-        """Its name in the plan."""
-        return self.plan.name
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Module paths of its layers."""
-        return self.plan.layers
-
-    @property
-    def states(self) -> tuple[Tensor, ...]:
-        """s_l of the last forward, batch first, one per state of the block; empty before the first."""
-        return self.module.states
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """Module path of the layer that each state belongs to."""
-        return tuple(layer.name for layer in self.module.program.layers)
-
-    @property
-    def loop_gain(self) -> float:
-        """κ = ρ² at the present feedback; 0 for a block without feedback."""
-        return self.module.loop_gain
-
-    @property
-    def certificate(self) -> Certificate | None:
-        """Norms, scales and spectral radius; None for a block without feedback."""
-        return self.module.certificate
-
-    @property
-    def weights(self) -> tuple[Tensor | None, ...]:
-        """Its present weights and biases, in the order in which it takes them."""
-        return self._hybrid.operands_of(self.name)[1]
-
-    def _inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        slots = self._hybrid.operands_of(self.name)[0]
-        given = iter(inputs)
-        open_slots = sum(slot is None for slot in slots)
-        if len(inputs) != open_slots:
-            raise InputError(
-                f"{self.name} takes {open_slots} inputs ({', '.join(self.plan.inputs)}), got {len(inputs)}: pass what "
-                "enters the block, batch first"
-            )
-        return [next(given) if slot is None else slot for slot in slots]
-
-    def settle(self, *inputs: Tensor) -> Equilibrium:
-        """The equilibrium for inputs of the block (batch first), without gradients.
-
-        Raises:
-            InputError: for another number of inputs.
-            ConvergenceError: where it does not settle.
-        """
-        return self.module.settle(self._inputs(inputs), self.weights)
-
-    def residual(self, *inputs: Tensor, states: Sequence[Tensor]) -> float:
-        """max_l ‖σ_l(h_l(s)) − s_l‖/‖s_l‖: how far states are from the equilibrium for these inputs.
-
-        Raises:
-            InputError: for another number of inputs or states.
-        """
-        return self.module.residual(self._inputs(inputs), self.weights, states)
-
-    def energy(
-        self, *inputs: Tensor, states: Sequence[Tensor], preactivations: Sequence[Tensor] | None = None
-    ) -> Tensor:
-        """E(s; θ, x) = Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩], summed over the batch (dimensionless scalar).
-
-        Raises:
-            InputError: for another number of inputs or states.
-            UnsupportedError: for a non-monotone activation without `preactivations`.
-        """
-        return self.module.energy(self._inputs(inputs), self.weights, states, preactivations)
 
 
 class HybridModel(nn.Module):

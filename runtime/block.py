@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.runtime.chaining import Settle
 from ffebm_compiler.runtime.energy import hopfield_energy
+from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.loop_gain import Certificate, certify, edge_norms
-from ffebm_compiler.runtime.program import BlockProgram, Frame
+from ffebm_compiler.runtime.program import BlockProgram
 from ffebm_compiler.runtime.projection import projection
 from ffebm_compiler.runtime.relaxation import Settled, relax
 from ffebm_compiler.runtime.solver_choice import Choice, choose

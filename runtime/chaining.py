@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ffebm_compiler.runtime.program import Frame
+from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.situation import Situation
 
 if TYPE_CHECKING:

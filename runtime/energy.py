@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ffebm_compiler.runtime.program import Frame
+from ffebm_compiler.runtime.frame import Frame
 
 __all__ = ["hopfield_energy"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.activations import Activation
 from ffebm_compiler.runtime.conjugate import newton_step
+from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.phases import Phase, narrow
-from ffebm_compiler.runtime.program import Frame, take_rows
 from ffebm_compiler.runtime.solvers import FixedPoint
 
 __all__ = ["AdjointPhase", "NudgedPhase"]

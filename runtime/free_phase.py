@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.conjugate import newton_step
 from ffebm_compiler.runtime.error_phases import AdjointPhase
+from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.phases import Phase, merged, narrow
-from ffebm_compiler.runtime.program import Frame, take_rows
 from ffebm_compiler.runtime.solvers import FixedPoint
 
 __all__ = ["FreePhase"]

@@ -13,8 +13,8 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.conjugate import solve_adjoint
 from ffebm_compiler.runtime.error_phases import AdjointPhase
 from ffebm_compiler.runtime.estimator import Estimator, Gradients, contract
+from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
-from ffebm_compiler.runtime.program import Frame
 from ffebm_compiler.runtime.relaxation import relax
 from ffebm_compiler.runtime.situation import Situation
 from ffebm_compiler.runtime.solvers import GaussSeidel, sweep_layers

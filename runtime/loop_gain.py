@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.program import BlockProgram, Frame
+from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.program import BlockProgram
 
 __all__ = ["MARGIN", "Certificate", "certify", "edge_norms", "gain_for", "radius", "scales_for"]
 

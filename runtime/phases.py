@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ffebm_compiler.runtime.program import Frame, take_rows
+from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers import FixedPoint
 
 __all__ = ["Phase", "merged", "narrow"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.program import Frame, take_rows
+from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers import Solver
 
 __all__ = ["Situation"]

@@ -28,6 +28,7 @@ from ffebm_compiler.passes.free_shapes import free_shapes
 from ffebm_compiler.passes.functionalize import functionalize
 from ffebm_compiler.passes.rebind import rebind
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
+from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.loop_gain import MARGIN, certify, edge_norms, gain_for, scales_for
 from ffebm_compiler.runtime.operators import (
@@ -43,7 +44,6 @@ from ffebm_compiler.runtime.operators import (
     Wiring,
     slice_of,
 )
-from ffebm_compiler.runtime.program import Frame
 
 aten = torch.ops.aten
 

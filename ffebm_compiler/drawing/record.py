@@ -15,8 +15,9 @@ from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.text import count
 
 if TYPE_CHECKING:
+    from ffebm_compiler.bound_block import BoundBlock
     from ffebm_compiler.diagnosis import Diagnosis
-    from ffebm_compiler.hybrid import BoundBlock, HybridModel
+    from ffebm_compiler.hybrid import HybridModel
     from ffebm_compiler.plan import BlockPlan, Plan
 
 __all__ = ["record_of"]

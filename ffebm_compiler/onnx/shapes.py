@@ -7,8 +7,8 @@ import torch
 from ffebm_compiler.onnx.emit import Free, Shape
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
-from ffebm_compiler.runtime.program import Frame
 
 __all__ = ["register_shapes"]
 

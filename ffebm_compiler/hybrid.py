@@ -303,6 +303,17 @@ class HybridModel(nn.Module):
         for block in self._energy.values():
             block.estimator = estimator
 
+    def set_solver(self, solver: Solver | None) -> None:
+        """Choose how every block settles; None lets each block have the solver that is fastest for it.
+
+        Raises:
+            InputError: for anything but a solver.
+        """
+        if solver is not None and not isinstance(solver, Solver):
+            raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
+        for block in self._energy.values():
+            block.solver = solver
+
     def set_feedback(self, feedback: float | str) -> None:
         """Set the loop gain κ of every block, in (0, 1), or `"symmetric"`."""
         from ffebm_compiler.convert import check_feedback

@@ -175,7 +175,7 @@ class EnergyBlock(nn.Module):
         if isinstance(self.feedback, str):
             return (
                 f"its loop gain at symmetric feedback is {gain:.3g} (below 1 is certain to settle): use "
-                "feedback=0.1, smaller weights or fewer layers per block"
+                "feedback=0.1, smaller weights (hybrid.project()) or fewer layers per block"
             )
         return (
             f"its loop gain was set to {self.feedback:.3g} and certified as {gain:.3g}: lower `feedback`, call "

@@ -151,6 +151,12 @@ def test_the_choice_follows_the_feedback() -> None:
     assert isinstance(plain.blocks[0].module.active_solver, ffebm.GaussSeidel)
     plain.set_feedback(0.97)
     assert isinstance(plain.blocks[0].module.active_solver, ffebm.Anderson)
+    plain.set_solver(ffebm.NewtonCG())
+    assert isinstance(plain.blocks[0].module.active_solver, ffebm.NewtonCG)
+    plain.set_solver(None)
+    assert isinstance(plain.blocks[0].module.active_solver, ffebm.Anderson)
+    with pytest.raises(ffebm.InputError, match="solver is a str; expected a Solver such as GaussSeidel"):
+        plain.set_solver("anderson")  # type: ignore[arg-type]
 
 
 def test_settings_are_checked() -> None:

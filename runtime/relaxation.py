@@ -23,7 +23,7 @@ from ffebm_compiler.runtime.solvers import FixedPoint, Solver
 __all__ = ["Settled", "relax", "stopping_rule"]
 
 _STALL = 100
-"""Sweeps without a residual a tenth smaller after which a relaxation is given up."""
+"""Sweeps without a residual a tenth smaller after which a relaxation is given up; more where `max_sweeps` is large."""
 
 _COARSE = 4e-3
 """Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, and as much again."""
@@ -145,6 +145,7 @@ class _Relaxation:
         self.sweep = 0
         self.next = self.earliest if self.coarse is None and solver.start == "feedforward" else 1
         self.measured, self.previous = 0, math.inf
+        self.patience = max(_STALL, solver.max_sweeps // 20)
         self.best, self.since = math.inf, 0
         self.halfway: Tensor | None = None
         self.settled = False
@@ -245,9 +246,9 @@ class _Relaxation:
         if residual < 0.9 * self.best:
             self.best, self.since, self.halfway = residual, self.sweep, None
             return False
-        if self.halfway is None and self.sweep - self.since >= _STALL // 2:
+        if self.halfway is None and self.sweep - self.since >= self.patience // 2:
             self.halfway = self._norms()
-        return self.sweep - self.since >= _STALL
+        return self.sweep - self.since >= self.patience
 
     def _give_up(self, residual: float) -> None:
         """End what is left: samples that have grown all the while diverge, the others oscillate."""

@@ -1,7 +1,9 @@
 """The loop in which every solver brings every problem to its fixed point.
 
 Where a sweep is certified to contract by κ, the error that is left after it is at most κ/(1 − κ)
-times its change; that (else the change itself) is what is compared with `rtol`.
+times its change; that (else the change itself) is what is compared with `rtol`. Where two sweeps have been
+measured and contracted better than certified, κ is what was seen (Hairer & Wanner 1996, section IV.8, stop
+Newton's method so).
 
 Samples of a batch are independent, so that one that does not settle is no reason to stop the
 others: it is set apart, and the status names it.
@@ -24,6 +26,9 @@ __all__ = ["Settled", "relax", "stopping_rule"]
 
 _STALL = 100
 """Sweeps without a residual a tenth smaller after which a relaxation is given up; more where `max_sweeps` is large."""
+
+_SAFETY = 4 / 3
+"""By how much the contraction seen between two measured sweeps is taken for worse than it was."""
 
 _COARSE = 4e-3
 """Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, and as much again."""
@@ -133,6 +138,7 @@ class _Relaxation:
         self.problem = problem
         self.solver = solver
         self.rtol = rtol
+        self.contraction = contraction
         self.earliest, self.left = stopping_rule(rtol, contraction)
         self.coarse = _coarse_goal(solver, rtol, contraction)
         """The error down to which products are in bfloat16; None: not (any more)."""
@@ -144,7 +150,9 @@ class _Relaxation:
         self.memory = solver.init(problem)
         self.sweep = 0
         self.next = self.earliest if self.coarse is None and solver.start == "feedforward" else 1
-        self.measured, self.previous = 0, math.inf
+        self.measured, self.previous, self.rate = 0, math.inf, 0.0
+        """The last measured sweep, its change, and the contraction of a sweep between the last two; 0: unknown."""
+        self.worst = math.inf
         self.patience = max(_STALL, solver.max_sweeps // 20)
         self.best, self.since = math.inf, 0
         self.halfway: Tensor | None = None
@@ -156,30 +164,43 @@ class _Relaxation:
     def run(self) -> Settled:
         """Sweep until every sample has ended."""
         while self.sweep < self.solver.max_sweeps:
-            errors = self._step()
-            if errors is not None and self._ended(errors):
+            changes = self._step()
+            if changes is not None and self._ended(changes):
                 break
         return self._status()
 
     def _step(self) -> Tensor | None:
-        """One sweep; the errors that are left, of the batch or by sample, where they are measured."""
+        """One sweep; its changes, of the batch or by sample, where they are measured."""
         self.sweep += 1
         last = self.sweep == self.solver.max_sweeps
         by_sample = self.per_sample or (last and self.problem.samples is not None)
         measure = last or self.per_sample or self.sweep >= self.next
         change = self.solver.step(self.running, self.memory, measure, by_sample)
-        if change is None:
-            return None
-        return self._by_sample(change) * self.left if by_sample else change * self.left
+        return change if change is None or not by_sample else self._by_sample(change)
 
     def _by_sample(self, values: Tensor) -> Tensor:
         """The largest of what belongs to a sample: a problem may hold several rows of each, one after another."""
         assert self.running.samples is not None
         return values.reshape(-1, self.running.samples).amax(0)
 
-    def _ended(self, errors: Tensor) -> bool:
+    def _error_left(self, change: float) -> float:
+        """Factor from a change to the error that is left: κ/(1 − κ), with the contraction seen where it is better.
+
+        Sweeps contract at a rate that rises slowly to its limit, so that the rate seen is taken by a third more.
+        """
+        self.rate = 0.0
+        if self.measured and 0 < change < self.previous:
+            self.rate = (change / self.previous) ** (1 / (self.sweep - self.measured))
+            seen = _SAFETY * self.rate
+            if self.solver.steady and self.contraction is not None and seen < self.contraction:
+                return seen / (1 - seen)
+        return self.left
+
+    def _ended(self, changes: Tensor) -> bool:
         """Decide after a measured sweep: whether nothing is left to run."""
-        worst = float(errors.max())
+        change = float(changes.max())
+        errors = changes * self._error_left(change)
+        worst = self.worst = float(errors.max())
         if self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
             if self.coarse is None or self.coarse <= self.rtol:
                 self.settled, self.residual = True, max(self.residual, worst)
@@ -202,13 +223,13 @@ class _Relaxation:
             self.per_sample = True  # one sample may be to blame
             self.best, self.since = math.inf, self.sweep
         self.next = self.sweep + self._stride(worst)
-        self.measured, self.previous = self.sweep, worst
+        self.measured, self.previous = self.sweep, change
         return False
 
     def _restart(self) -> None:
         self.memory = self.solver.init(self.running)
         self.next = self.sweep + 1
-        self.measured, self.previous = 0, math.inf
+        self.measured, self.previous, self.rate = 0, math.inf, 0.0
 
     def _norms(self) -> Tensor:
         """The largest norm of a layer, by sample where samples are independent."""
@@ -239,7 +260,7 @@ class _Relaxation:
             self.running = self.running.narrowed(staying)
             self.halfway = None
             self._restart()
-            self.previous = float(errors[staying].max())
+            self.worst = float(errors[staying].max())
         return True
 
     def _stalled(self, residual: float) -> bool:
@@ -267,11 +288,10 @@ class _Relaxation:
 
     def _stride(self, residual: float) -> int:
         """Sweeps until the next one that is worth measuring, from the contraction seen since the last one."""
-        if not self.measured or not 0 < residual < self.previous:
+        if not 0 < self.rate < 1 or not 0 < residual < math.inf:
             return 1
         goal = self.rtol if self.coarse is None else self.coarse
-        rate = math.log(residual / self.previous) / (self.sweep - self.measured)
-        return max(1, min(math.floor(0.7 * math.log(goal / residual) / rate), 10))
+        return max(1, min(math.floor(0.7 * math.log(goal / residual) / math.log(self.rate)), 10))
 
     def _status(self) -> Settled:
         count = self.problem.samples or 1
@@ -282,7 +302,7 @@ class _Relaxation:
         if self.lost and len(self.lost) < count:
             self.problem.give_up(torch.tensor(sorted(self.lost)))
         if running and not self.reason:
-            self.residual = max(self.residual, self.previous)
+            self.residual = max(self.residual, self.worst)
         unsettled = sorted([*self.lost, *running])
         return Settled(
             self.sweep, self.residual, not unsettled, self.reason, tuple(unsettled), tuple(sorted(self.lost))

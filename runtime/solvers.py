@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -77,6 +77,9 @@ class FixedPoint(ABC):
 @dataclass(frozen=True)
 class Solver(ABC):
     """A way to settle; frozen settings, no state of its own."""
+
+    steady: ClassVar[bool] = False
+    """Whether its steps contract at a steady rate, so that the rate seen tells how much error is left."""
 
     rtol: float | None = None
     """Largest relative error of a layer at which it stops; None: by dtype and certificate."""
@@ -173,6 +176,7 @@ class GaussSeidel(Solver):
     """
 
     schedule: Literal["auto", "forward", "backward", "even_odd"] = "auto"
+    steady = True
 
     def init(self, problem: FixedPoint) -> object:
         """The order of the updates."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.runtime.chaining import Settle
 from ffebm_compiler.runtime.energy import hopfield_energy
 from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.free_phase import FreePhase
+from ffebm_compiler.runtime.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.loop_gain import Certificate, certify, edge_norms
 from ffebm_compiler.runtime.program import BlockProgram
@@ -23,6 +24,8 @@ from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.runtime.tolerances import error_rtol, free_rtol
 
 __all__ = ["EnergyBlock", "Equilibrium"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class EnergyBlock(nn.Module):
         """False runs the block feedforward (γ = 0), as the source does."""
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
+        self._told = False
         self._like: list[Tensor] = []
         self._coupled = program.coupled
         self._states: tuple[Tensor, ...] = ()
@@ -187,6 +191,8 @@ class EnergyBlock(nn.Module):
         """κ where the block is certified: a Gauss–Seidel sweep contracts by about ρ² (Young 1954)."""
         if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:
             return None
+        if self.program.selects:
+            return None
         return self.certificate.loop_gain
 
     def free_rtol(self, dtype: torch.dtype) -> float:
@@ -220,6 +226,15 @@ class EnergyBlock(nn.Module):
             contraction,
             blame=lambda: self._blame(frame),
         )
+        if phase.held and not self._told:
+            self._told = True
+            _log.warning(
+                "%s settled with the winners of its max pooling held after %d sweeps: near a tie the feedback makes "
+                "the winner lose, and a hard choice has no equilibrium there. Leave 'max_pool' out of block_ops, or "
+                "pool averages",
+                self.name,
+                HOLD,
+            )
         return phase, settled
 
     def _blame(self, frame: Frame) -> None:

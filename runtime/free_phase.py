@@ -13,9 +13,9 @@ from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.phases import Phase, merged, narrow
 from ffebm_compiler.runtime.solvers import FixedPoint
 
-__all__ = ["FreePhase"]
+__all__ = ["HOLD", "FreePhase"]
 
-_HOLD = 30
+HOLD = 30
 """Sweeps after which max pooling holds its winners: near a tie they could change places for ever."""
 
 _NEWTON_STEPS = 200
@@ -40,6 +40,11 @@ class FreePhase(Phase):
             for index in range(count):  # shapes, and the winners of max pooling, at these states
                 self._drive(index)
 
+    @property
+    def held(self) -> bool:
+        """Whether winners of max pooling had to be held, where they changed places."""
+        return self.frame.program.selects and self._updates > HOLD * len(self.values)
+
     def carried(self) -> list[int]:
         """The layers that feed back into earlier ones: a forward sweep starts from their values alone."""
         return [index for index, above in enumerate(self.frame.program.upstream) if above]
@@ -59,7 +64,7 @@ class FreePhase(Phase):
     def update(self, index: int) -> Tensor:
         """σ_l(h_l)."""
         self._updates += 1
-        if self._updates > _HOLD * len(self.values):
+        if self._updates > HOLD * len(self.values):
             self.frame.frozen = True
         field = self._drive(index)
         for later, part in self.pulled(index):

@@ -112,6 +112,11 @@ class BlockProgram:
         return any(self.upstream)
 
     @property
+    def selects(self) -> bool:
+        """Whether any drive chooses: max pooling, whose certificate is of one choice of winners."""
+        return any(i.operator.selects for layer in self.layers for i in layer.instructions)
+
+    @property
     def convolutional(self) -> bool:
         """Whether any drive holds a two-dimensional convolution."""
         return any(

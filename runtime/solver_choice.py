@@ -46,6 +46,10 @@ def choose(program: BlockProgram, contraction: float | None, given: Solver | Non
         return Choice(given, "as given")
     if not program.coupled:
         return Choice(GaussSeidel(), "no feedback: computed at once")
+    if program.selects:
+        return Choice(
+            GaussSeidel(), "max pooling has several equilibria, and sweeps reach the one nearest to the start"
+        )
     if contraction is None:
         return Choice(Anderson(), "how fast sweeps contract is not certified")
     if contraction > _NEAR_ONE:

@@ -44,7 +44,7 @@ def test_it_joins_on_request(feedback: float) -> None:
         assert report.worst(estimator)[1].cosine > 0.999
 
 
-def test_ties_do_not_go_on_for_ever() -> None:
+def test_ties_do_not_go_on_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     """Rectified maps tie at zero in most windows; winners that change places would never settle."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -55,8 +55,13 @@ def test_ties_do_not_go_on_for_ever() -> None:
     x = torch.randn(8, 3, 17, 17)
     hybrid = ffebm.convert(model, x, block_ops=("max_pool",), feedback=0.8)
     assert hybrid.blocks[0].module.program.coupled
-    hybrid(x).square().mean().backward()
+    for _ in range(2):
+        hybrid(x).square().mean().backward()
     last = hybrid.blocks[0].module.last
     assert last is not None
     assert last.converged
+    # A certificate of one choice of winners is none, and who relies on the equilibrium is told, once.
+    assert hybrid.blocks[0].module.contraction is None
+    (record,) = [record for record in caplog.records if record.name == "ffebm_compiler.runtime.block"]
+    assert "block_1 settled with the winners of its max pooling held after 30 sweeps" in record.getMessage()
     assert all(bool(torch.isfinite(p.grad).all()) for p in hybrid.parameters() if p.grad is not None)

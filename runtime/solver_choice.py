@@ -11,9 +11,6 @@ from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 
 __all__ = ["Choice", "choose"]
 
-_NEAR_ONE = 0.75
-"""Certified loop gain above which mixing pays for itself."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -31,8 +28,8 @@ class Choice:
 def choose(program: BlockProgram, contraction: float | None, given: Solver | None) -> Choice:
     """The solver of a block: the one given, or the one that is fastest at its loop gain.
 
-    Measured by `benchmarks/solvers.py`: plain sweeps where they are certified to contract well, Anderson
-    acceleration near a loop gain of one and where nothing is certified (`feedback="symmetric"`).
+    Measured by `benchmarks/solvers.py`: plain sweeps where they are certified to contract, which they do far
+    better than certified, and Anderson acceleration where nothing is certified (`feedback="symmetric"`).
 
     Args:
         program: the block.
@@ -52,6 +49,4 @@ def choose(program: BlockProgram, contraction: float | None, given: Solver | Non
         )
     if contraction is None:
         return Choice(Anderson(), "how fast sweeps contract is not certified")
-    if contraction > _NEAR_ONE:
-        return Choice(Anderson(), f"a sweep is certified to leave {contraction:.2g} of the error, which is near one")
     return Choice(GaussSeidel(), f"a sweep is certified to leave {contraction:.2g} of the error")

@@ -131,7 +131,7 @@ def test_newton_sweeps_where_there_is_no_minimum() -> None:
     ("feedback", "solver", "reason"),
     [
         (0.1, "GaussSeidel", r"a sweep is certified to leave 0\.1 of the error"),
-        (0.95, "Anderson", r"a sweep is certified to leave 0\.95 of the error, which is near one"),
+        (0.95, "GaussSeidel", r"a sweep is certified to leave 0\.95 of the error"),
         ("symmetric", "Anderson", "how fast sweeps contract is not certified"),
     ],
 )
@@ -149,7 +149,7 @@ def test_the_summary_says_which_solver_and_why(feedback: Any, solver: str, reaso
 def test_the_choice_follows_the_feedback() -> None:
     plain = ffebm.convert(seeded(lambda: layers([1.0, 1.0, 1.0], nn.Tanh())), noise(2, 8).double())
     assert isinstance(plain.blocks[0].module.active_solver, ffebm.GaussSeidel)
-    plain.set_feedback(0.97)
+    plain.set_feedback("symmetric")
     assert isinstance(plain.blocks[0].module.active_solver, ffebm.Anderson)
     plain.set_solver(ffebm.NewtonCG())
     assert isinstance(plain.blocks[0].module.active_solver, ffebm.NewtonCG)

@@ -227,15 +227,24 @@ class EnergyBlock(nn.Module):
             blame=lambda: self._blame(frame),
         )
         if phase.held and not self._told:
+            self._tell(frame, phase.settled()[0])
+        return phase, settled
+
+    def _tell(self, frame: Frame, states: Sequence[Tensor]) -> None:
+        """Log it, once, where states with held winners of max pooling are no equilibrium with winners chosen anew."""
+        masks = {i.output for layer in self.program.layers for i in layer.instructions if i.operator.draws}
+        drawn = {register: value for register, value in frame.drawn.items() if register in masks}
+        residual = self._residual(Frame(self.program, frame.inputs, frame.weights, drawn), states)
+        if residual > 1e-4:
             self._told = True
             _log.warning(
-                "%s settled with the winners of its max pooling held after %d sweeps: near a tie the feedback makes "
-                "the winner lose, and a hard choice has no equilibrium there. Leave 'max_pool' out of block_ops, or "
-                "pool averages",
+                "%s settled with the winners of its max pooling held after %d sweeps (relative residual %.1e with "
+                "winners chosen anew): near a tie the feedback makes the winner lose, and a hard choice has no "
+                "equilibrium there. Leave 'max_pool' out of block_ops, or pool averages",
                 self.name,
                 HOLD,
+                residual,
             )
-        return phase, settled
 
     def _blame(self, frame: Frame) -> None:
         """Say so where the block diverged because it was fed NaN."""
@@ -285,8 +294,11 @@ class EnergyBlock(nn.Module):
             InputError: for another number of states.
         """
         self._check_states(states)
+        return self._residual(Frame(self.program, inputs, weights), states)
+
+    def _residual(self, frame: Frame, states: Sequence[Tensor]) -> float:
         with torch.no_grad():
-            phase = FreePhase(Frame(self.program, inputs, weights), self.scales, states)
+            phase = FreePhase(frame, self.scales, states)
             worst = 0.0
             for index, state in enumerate(states):
                 size = float(torch.linalg.vector_norm(state))

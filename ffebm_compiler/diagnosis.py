@@ -87,7 +87,6 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
     module = block.module
     program, certificate = module.program, block.certificate
     count = program.inputs
-    monotone = all(layer.activation.monotone for layer in program.layers)
     residuals: list[float] = []
     energies: list[float] = []
     if program.coupled:
@@ -113,7 +112,7 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
         sweeps=module.last.sweeps if module.last is not None else 0,
         residuals=tuple(residuals),
         energies=tuple(energies),
-        monotone=monotone,
+        monotone=program.monotone,
     )
 
 

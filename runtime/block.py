@@ -106,7 +106,7 @@ class EnergyBlock(nn.Module):
         like = frame.inputs[0]
         known = all(self._shapes.get(index) == value.shape for index, value in enumerate(frame.inputs))
         same = self._preactivations[0].dtype == like.dtype and self._preactivations[0].device == like.device
-        if not (known and same) or any(i.operator.draws for layer in self.program.layers for i in layer.instructions):
+        if not (known and same) or self.program.masks:
             return None
         frame.shapes.update(self._shapes)
         return self.states
@@ -151,8 +151,7 @@ class EnergyBlock(nn.Module):
             frame = Frame(self.program, inputs, operands[len(like) :])
             states, _ = FreePhase(frame, (1.0,) * len(self.program.layers)).settled()
             # Random masks are left out of the measured norm; `edge_norms` adds their gain as a bound.
-            masks = {i.output for layer in self.program.layers for i in layer.instructions if i.operator.draws}
-            frame.drawn.update(dict.fromkeys(masks))
+            frame.drawn.update(dict.fromkeys(self.program.masks))
             self.certificate = certify(self.program, edge_norms(frame, states), self.feedback)
 
     def projection(self, limit: float) -> dict[int, float]:
@@ -191,7 +190,7 @@ class EnergyBlock(nn.Module):
         """κ where the block is certified: a Gauss–Seidel sweep contracts by about ρ² (Young 1954)."""
         if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:
             return None
-        if self.program.selects:
+        if self.program.selects:  # certified for one choice of winners only
             return None
         return self.certificate.loop_gain
 
@@ -232,8 +231,7 @@ class EnergyBlock(nn.Module):
 
     def _tell(self, frame: Frame, states: Sequence[Tensor]) -> None:
         """Log it, once, where states with held winners of max pooling are no equilibrium with winners chosen anew."""
-        masks = {i.output for layer in self.program.layers for i in layer.instructions if i.operator.draws}
-        drawn = {register: value for register, value in frame.drawn.items() if register in masks}
+        drawn = {register: value for register, value in frame.drawn.items() if register in self.program.masks}
         residual = self._residual(Frame(self.program, frame.inputs, frame.weights, drawn), states)
         if residual > 1e-4:
             self._told = True

@@ -21,6 +21,9 @@ from torch import Tensor
 
 __all__ = ["LinearResponse", "newton_step", "solve_adjoint"]
 
+_NEWTON_STEPS = 200
+"""Conjugate-gradient steps within one step of Newton's method."""
+
 
 class LinearResponse(Protocol):
     """The linear response of a block at a state: an `AdjointPhase` without a drive of its own."""
@@ -85,7 +88,7 @@ def solve_adjoint(
 
 
 def newton_step(
-    phase: LinearResponse, residuals: Sequence[Tensor], factors: Sequence[float], rtol: float, max_steps: int
+    phase: LinearResponse, residuals: Sequence[Tensor], factors: Sequence[float], rtol: float
 ) -> list[Tensor] | None:
     """Δ with (1 − ∂f) Δ = r for a phase whose values times `factors` are error currents u (1), or states (c).
 
@@ -94,7 +97,7 @@ def newton_step(
     for index, (residual, factor) in enumerate(zip(residuals, factors, strict=True)):
         phase.store(index, residual if factor == 1 else residual * factor)
     forces = [phase.force(index) for index in range(len(residuals))]
-    found, _ = solve_adjoint(phase, forces, rtol, max_steps)
+    found, _ = solve_adjoint(phase, forces, rtol, _NEWTON_STEPS)
     if found is None:
         return None
     return [

@@ -16,9 +16,6 @@ from ffebm_compiler.runtime.solvers import FixedPoint
 
 __all__ = ["AdjointPhase", "NudgedPhase"]
 
-_NEWTON_STEPS = 200
-"""Conjugate-gradient steps within one step of Newton's method."""
-
 
 class _ErrorPhase(Phase):
     """Error currents u at a settled state, driven by −δ (or −u by δ: the adjoint phase is linear)."""
@@ -47,18 +44,13 @@ class _ErrorPhase(Phase):
         for index, value in enumerate(self.values):
             self.store(index, None if value is None else value.index_fill(0, rows.to(value.device), 0))
 
-    def _narrowed(self, rows: Tensor) -> tuple[Frame, list[Tensor], list[Tensor | None]]:
-        """Frame, pre-activations and drives of some of the samples."""
-        fields = [take_rows(value, rows) for value in self.preactivations]
-        return self.frame.narrowed(rows), fields, narrow(self._drive, rows)
-
     @abstractmethod
     def response(self) -> AdjointPhase:
         """The linear response of the block at its settled state."""
 
     def correction(self, rtol: float) -> list[Tensor] | None:
         """Newton's step for u = f(u), by conjugate gradients."""
-        if not all(layer.activation.monotone for layer in self.frame.program.layers):
+        if not self.frame.program.monotone:
             return None
         residuals = []
         for index, value in enumerate(self.values):
@@ -66,7 +58,7 @@ class _ErrorPhase(Phase):
             if new is None or value is None:
                 return None
             residuals.append(new - value)
-        return newton_step(self.response(), residuals, [1.0] * len(residuals), rtol, _NEWTON_STEPS)
+        return newton_step(self.response(), residuals, [1.0] * len(residuals), rtol)
 
     def force(self, index: int) -> Tensor | None:
         """K_l, or None where nothing has arrived yet."""
@@ -111,8 +103,10 @@ class AdjointPhase(_ErrorPhase):
 
     def narrowed(self, rows: Tensor) -> AdjointPhase:
         """The phase of some of the samples, at their present error currents."""
-        frame, fields, drives = self._narrowed(rows)
-        phase = AdjointPhase(frame, self.scales, fields, drives, [take_rows(slope, rows) for slope in self.slopes])
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        slopes = [take_rows(slope, rows) for slope in self.slopes]
+        drives = narrow(self._drive, rows)
+        phase = AdjointPhase(self.frame.narrowed(rows), self.scales, fields, drives, slopes)
         phase.values = narrow(self.values, rows)
         return phase
 

@@ -18,9 +18,6 @@ __all__ = ["HOLD", "FreePhase"]
 HOLD = 30
 """Sweeps after which max pooling holds its winners: near a tie they could change places for ever."""
 
-_NEWTON_STEPS = 200
-"""Conjugate-gradient steps within one step of Newton's method."""
-
 
 class FreePhase(Phase):
     """Equation (1), started from the feedforward values, or from states given."""
@@ -99,12 +96,12 @@ class FreePhase(Phase):
     def correction(self, rtol: float) -> list[Tensor] | None:
         """Semismooth Newton: (1 − σ'(h) B/c) Δ = r, r_l = σ_l(h_l) − s_l, with B/c the coupling of all layers."""
         layers = self.frame.program.layers
-        if not all(layer.activation.monotone for layer in layers):
+        if not self.frame.program.monotone:
             return None
         residuals = [self.update(index) - value for index, value in enumerate(self.values) if value is not None]
         fields = [field for field in self.preactivations if field is not None]
         response = AdjointPhase(self.frame, self.scales, fields, [None] * len(layers))
-        return newton_step(response, residuals, self.scales, rtol, _NEWTON_STEPS)
+        return newton_step(response, residuals, self.scales, rtol)
 
 
 def _complete(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

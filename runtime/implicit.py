@@ -63,8 +63,7 @@ class ImplicitDifferentiation(Estimator):
         return gradients
 
     def _conjugate(self, at: Situation) -> bool:
-        monotone = all(layer.activation.monotone for layer in at.frame.program.layers)
-        if self.method == "cg" and not monotone:
+        if self.method == "cg" and not at.frame.program.monotone:
             raise InputError(
                 f"{at.name} has an activation that is not monotone, so that its adjoint system is not positive "
                 "definite: use ImplicitDifferentiation(method='auto') or 'sweeps'"

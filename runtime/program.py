@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ffebm_compiler.runtime.activations import Activation
 from ffebm_compiler.runtime.operators import Convolution, Operator
@@ -111,7 +112,17 @@ class BlockProgram:
         """Whether any state feeds another: without that, the block is its source's layers exactly."""
         return any(self.upstream)
 
-    @property
+    @cached_property
+    def monotone(self) -> bool:
+        """Whether all activations are: an equilibrium is then a minimum of the energy, else a stationary point."""
+        return all(layer.activation.monotone for layer in self.layers)
+
+    @cached_property
+    def masks(self) -> frozenset[int]:
+        """The registers of random masks, drawn once a forward."""
+        return frozenset(i.output for layer in self.layers for i in layer.instructions if i.operator.draws)
+
+    @cached_property
     def selects(self) -> bool:
         """Whether any drive chooses: max pooling, whose certificate is of one choice of winners."""
         return any(i.operator.selects for layer in self.layers for i in layer.instructions)

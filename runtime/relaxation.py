@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def relax(
     ):
         raise ConvergenceError(reason)
     warnings.warn(reason, ConvergenceWarning, stacklevel=2)
-    return Settled(settled.sweeps, settled.residual, False, reason, settled.unsettled, settled.lost)
+    return replace(settled, reason=reason)
 
 
 def _sentence(settled: Settled, samples: int, subject: str, rtol: float) -> str:

@@ -64,7 +64,7 @@ class EnergyBlock(nn.Module):
         """How the last forward's free phase ended."""
         self._told = False
         self._like: list[Tensor] = []
-        self._coupled = program.coupled
+        self._coupled = program.coupled  # a plain bool: torch.compile would guard on the whole program
         self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()
         self._shapes: dict[int, torch.Size] = {}

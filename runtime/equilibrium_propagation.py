@@ -94,7 +94,7 @@ class EquilibriumPropagation(Estimator):
         restored = torch.where(amplitude > 0, -1 / amplitude, amplitude)
         mean = [_weighted(parts, betas) for parts in zip(*found, strict=True)]
         currents = _scaled(mean, restored)
-        if all(isinstance(beta, float) for beta, _ in betas):
+        if not any(isinstance(beta, complex) for beta, _ in betas):
             gradients = contract(at, currents, self._middle(at, found))
         else:
             gradients = contract(at, currents, at.states)

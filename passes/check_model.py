@@ -1,0 +1,58 @@
+"""Check a model before it is captured: what is no ordinary eager module, or holds no finite numbers, is refused.
+
+Promise: whatever is refused is refused with its name and what to do, before anything slow happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from ffebm_compiler.errors import InputError
+
+__all__ = ["check_finite", "check_model"]
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no ordinary eager module, with a sentence that helps."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"convert needs a torch.nn.Module, got {type(model).__name__}: pass the model object itself, "
+            "not its class, its weights or a function"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("the model is a TorchScript module, which hides its Python forward: pass the eager nn.Module")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise InputError(f"the model is wrapped in {type(model).__name__}: convert model.module, then wrap the hybrid")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise InputError(
+                f"parameter {name!r} is not initialised yet (a lazy module): run the model once on an input first"
+            )
+        if tensor.is_meta:
+            raise InputError(f"parameter {name!r} is on the meta device: load the weights before converting")
+        if tensor.is_complex():
+            raise InputError(
+                f"parameter {name!r} is complex ({tensor.dtype}): energy blocks are real; split it into two"
+            )
+        if tensor.is_quantized:
+            raise InputError(f"parameter {name!r} is quantised: pass the float model; `Hardware` has the bits")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise InputError(f"module {name!r} is quantised: pass the float model; `Hardware` has the bits")
+
+
+def check_finite(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse NaN or infinite weights, and NaN in the example inputs."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(f"parameter {name!r} has {bad} values that are NaN or infinite: check the checkpoint")
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    for index, leaf in enumerate(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)):
+        if leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
+            raise InputError(f"example input {index} of shape {tuple(leaf.shape)} holds NaN: check the data")

@@ -1,0 +1,93 @@
+"""Export: `torch.export` traces a module into one graph, with a free batch size where that is possible.
+
+Promise: an `ExportedProgram` of the module in the mode it is in, or an error that names the module and the line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export.graph_signature import InputKind
+
+from ffebm_compiler.errors import CaptureError
+from ffebm_compiler.passes.explain_capture import explained
+from ffebm_compiler.passes.exported_program import batch_of
+
+__all__ = ["export_graph"]
+
+
+def export_graph(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> tuple[ExportedProgram, str]:
+    """Export with a free batch where asked and possible; returns the note to report."""
+    if dynamic_shapes is None:
+        return _try_export(source, args, kwargs, None), ""
+    if dynamic_shapes != "batch":
+        return _try_export(source, args, kwargs, dynamic_shapes), ""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    if not tensors:
+        return _try_export(source, args, kwargs, None), ""
+    size = tensors[0].shape[0]
+    try:
+        wide_args, wide_kwargs = _at_least_two(args, kwargs, size)
+        shapes = ShapesCollection()
+        for leaf in pytree.tree_leaves((wide_args, wide_kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == max(size, 2):
+                shapes[leaf] = {0: Dim.AUTO}
+        try:
+            spec = shapes.dynamic_shapes(source, wide_args, wide_kwargs)
+        except Exception as error:  # arguments that the forward does not take
+            raise explained(source, args, kwargs, error) from error
+        exported = _try_export(source, wide_args, wide_kwargs, spec)
+        if _batch_is_free(exported):
+            return exported, ""
+    except CaptureError:
+        pass
+    exported = _try_export(source, args, kwargs, None)
+    return exported, f"the batch size is fixed at {size}: the model does not trace with a free one"
+
+
+def _batch_is_free(exported: ExportedProgram) -> bool:
+    """Whether the leading size of the first input stayed a symbol: `len(x)` makes it a constant without a word."""
+    inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    symbol, _ = batch_of(exported.graph_module, inputs)
+    return symbol is not None
+
+
+def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Double a batch of one: `torch.export` would otherwise take the 1 for a constant."""
+
+    def widen(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size:
+            return torch.cat([leaf, leaf]) if size == 1 else leaf.clone()
+        return leaf
+
+    wide: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(widen, (args, kwargs))
+    return wide
+
+
+def _try_export(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> ExportedProgram:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter logs whole graphs before it raises what we explain below
+    try:
+        with torch.enable_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                return torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise explained(source, args, kwargs, error) from error
+    finally:
+        logging.disable(quiet)
+        torch.backends.mha.set_fastpath_enabled(fast_path)

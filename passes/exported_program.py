@@ -1,0 +1,82 @@
+"""From an `ExportedProgram` of `torch.export` to a `Program` (see `ir`): placeholders by name, tied weights once."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from ffebm_compiler.errors import CaptureError
+from ffebm_compiler.ir import Program
+
+__all__ = ["batch_of", "module_of", "program_of"]
+
+
+def program_of(exported: ExportedProgram, source: nn.Module, note: str) -> Program:
+    """The program of an exported module; `note` is what the person should know, or nothing."""
+    graph_module = exported.graph_module
+    first = {id(tensor): name for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
+    tensors = dict(source.named_parameters(remove_duplicate=False))
+    lifted: dict[str, str] = {}
+    constants: dict[str, torch.Tensor] = {}
+    inputs: list[str] = []
+    for spec in exported.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            target = str(spec.target)  # a tied weight goes by its first name
+            lifted[name] = first.get(id(tensors[target]), target) if target in tensors else target
+        elif spec.kind == InputKind.CONSTANT_TENSOR:
+            constants[name] = exported.constants[str(spec.target)].detach().clone()
+        elif spec.kind == InputKind.USER_INPUT:
+            inputs.append(name)
+        else:
+            raise CaptureError(f"the captured graph needs {spec.kind.name.lower()} {name!r}, which is not supported")
+    symbol, hint = batch_of(graph_module, inputs)
+    program = Program(
+        graph_module=fx.GraphModule(graph_module, graph_module.graph),
+        source=source,
+        lifted=lifted,
+        constants=constants,
+        inputs=tuple(inputs),
+        in_spec=exported.call_spec.in_spec,
+        out_spec=exported.call_spec.out_spec,
+        batch_symbol=symbol,
+        batch_hint=hint,
+    )
+    if note:
+        program.note(note)
+    return program
+
+
+def batch_of(graph_module: fx.GraphModule, inputs: list[str]) -> tuple[str | None, int]:
+    """The symbol and the example's size of the batch: the first input's leading dimension."""
+    for node in graph_module.graph.nodes:
+        if node.op != "placeholder" or node.name not in inputs:
+            continue
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            continue
+        size = value.shape[0]
+        if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+            return str(size.node.expr), int(size.node.hint)
+        return None, int(size)
+    return None, 1
+
+
+def module_of(exported: ExportedProgram) -> nn.Module:
+    """A plain module tree that holds an exported program's parameters and buffers by name."""
+    root = nn.Module()
+    for name, tensor in exported.state_dict.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for part in parents:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        copied = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, nn.Parameter(copied, requires_grad=tensor.requires_grad))
+        else:
+            module.register_buffer(leaf, copied)
+    return root

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.feedforward import FeedforwardBlock
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.signature import CallForm
@@ -280,7 +282,9 @@ class HybridModel(nn.Module):
             training = source.training
             source.training = False
             try:
-                expected = pytree.tree_leaves(source(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
+                with warnings.catch_warnings():  # what the source warns of is no news of the conversion's
+                    warnings.simplefilter("ignore")
+                    expected = pytree.tree_leaves(source(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
             finally:
                 source.training = training
             found = pytree.tree_leaves(self(*args, **kwargs))
@@ -461,10 +465,12 @@ def _static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | 
     value: Tensor | None = None
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(run)
-    elif node.op == "call_function" and node.target is not operator.getitem:
+    elif node.op != "placeholder":
+        module = run.get_submodule(str(node.target)) if node.op == "call_module" else None
         operands = {operand: _static_value(run, operand, known) for operand in node.all_input_nodes}
-        if all(operand is not None for operand in operands.values()):
+        known_alone = all(operand is not None for operand in operands.values())
+        if known_alone and not isinstance(module, EnergyBlock | FeedforwardBlock):
             args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = (module or node.target)(*args, **kwargs)  # type: ignore[operator]
     known[node] = value
     return value

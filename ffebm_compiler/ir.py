@@ -227,6 +227,8 @@ class Program:
     batch_symbol: str | None
     """The symbol of the batch size, or None where it is fixed."""
     batch_hint: int
+    functions: Any = None
+    """The calls of custom functions that were kept while tracing; `passes.custom_functions` puts them back."""
     notes: list[str] = field(default_factory=list)
     """What the person should know: one sentence each."""
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, digital_reason, target_name
+from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
 
 __all__ = ["annotate"]
@@ -51,7 +52,7 @@ def _classify(program: Program, node: fx.Node) -> NodeInfo:
     if isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat):
         return NodeInfo(Role.SHAPE, path, "an integer computed from shapes")
     operands = [info(operand).role for operand in node.all_input_nodes]
-    if node.op == "call_module":
+    if node.op == "call_module" and not _is_static_function(program, node):
         return _classify_module(program, node, path)
     if all(role in _FIXED for role in operands) and not _has_effect(node):
         return NodeInfo(Role.STATIC, path, "computed from parameters alone")
@@ -77,7 +78,15 @@ def _classify_module(program: Program, node: fx.Node, path: str) -> NodeInfo:
         return NodeInfo(Role.DIGITAL, path, "batch norm is digital (fold_batchnorm=True folds it in eval mode)")
     if isinstance(module, ReboundAttention):
         return NodeInfo(Role.DIGITAL, path, "attention multiplies activations by activations")
-    return NodeInfo(Role.DIGITAL, path, f"{type(module).__name__} has no energy form")
+    return NodeInfo(Role.DIGITAL, path, getattr(module, "reason", f"{type(module).__name__} has no energy form"))
+
+
+def _is_static_function(program: Program, node: fx.Node) -> bool:
+    """Whether a node is a custom function of parameters alone: a binarised weight is a weight."""
+    module = program.graph_module.get_submodule(str(node.target))
+    return isinstance(module, CustomFunction | GradientHook) and all(
+        info(operand).role in _FIXED for operand in node.all_input_nodes
+    )
 
 
 def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:

@@ -55,13 +55,13 @@ def capture(
     source = private_copy(model)
     flags = {module: module.training for module in source.modules()}
     source.eval()
-    note = ""
     try:
-        exported, note = export_graph(source, args, dict(kwargs), dynamic_shapes)
+        exported = export_graph(source, args, dict(kwargs), dynamic_shapes)
     finally:
         for module, flag in flags.items():
             module.training = flag
-    program = program_of(exported, source, note)
+    program = program_of(exported.program, source, exported.note)
+    program.functions = exported.functions
     dropped = sorted(
         name for name, module in source.named_modules() if type(module).__name__ in _RANDOM_DEPTH and _drop_rate(module)
     )

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from ffebm_compiler.errors import InputError
+from ffebm_compiler.errors import InputError, UnsupportedError
 
 __all__ = ["check_finite", "check_model"]
 
@@ -44,6 +44,11 @@ def check_model(model: object) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise InputError(f"module {name!r} is quantised: pass the float model; `Hardware` has the bits")
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UnsupportedError(
+                f"module {name!r} has a backward hook (register_full_backward_hook): a hybrid runs blocks, not "
+                "modules, so that it would never be called; use Tensor.register_hook in forward, or remove it"
+            )
 
 
 def check_finite(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

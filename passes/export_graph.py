@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,23 +19,31 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from ffebm_compiler.errors import CaptureError
+from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
 from ffebm_compiler.passes.explain_capture import explained
 from ffebm_compiler.passes.exported_program import batch_of
 
-__all__ = ["export_graph"]
+__all__ = ["Exported", "export_graph"]
 
 
-def export_graph(
-    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[ExportedProgram, str]:
-    """Export with a free batch where asked and possible; returns the note to report."""
-    if dynamic_shapes is None:
-        return _try_export(source, args, kwargs, None), ""
+@dataclass(frozen=True)
+class Exported:
+    """What tracing a module left."""
+
+    program: ExportedProgram
+    functions: KeptFunctions
+    """The source's own autograd functions and hooks, which the traced graph calls by name."""
+    note: str = ""
+    """What the person should know, or nothing."""
+
+
+def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
+    """Export with a free batch where asked and possible."""
     if dynamic_shapes != "batch":
-        return _try_export(source, args, kwargs, dynamic_shapes), ""
+        return _try_export(source, args, kwargs, dynamic_shapes)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if not tensors:
-        return _try_export(source, args, kwargs, None), ""
+        return _try_export(source, args, kwargs, None)
     size = tensors[0].shape[0]
     try:
         wide_args, wide_kwargs = _at_least_two(args, kwargs, size)
@@ -47,12 +56,12 @@ def export_graph(
         except Exception as error:  # arguments that the forward does not take
             raise explained(source, args, kwargs, error) from error
         exported = _try_export(source, wide_args, wide_kwargs, spec)
-        if _batch_is_free(exported):
-            return exported, ""
+        if _batch_is_free(exported.program):
+            return exported
     except CaptureError:
         pass
     exported = _try_export(source, args, kwargs, None)
-    return exported, f"the batch size is fixed at {size}: the model does not trace with a free one"
+    return replace(exported, note=f"the batch size is fixed at {size}: the model does not trace with a free one")
 
 
 def _batch_is_free(exported: ExportedProgram) -> bool:
@@ -74,9 +83,7 @@ def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> t
     return wide
 
 
-def _try_export(
-    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> ExportedProgram:
+def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     quiet = logging.root.manager.disable
@@ -84,8 +91,9 @@ def _try_export(
     try:
         with torch.enable_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):
-                return torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            with contextlib.redirect_stderr(io.StringIO()), keep_custom_functions() as functions:
+                program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return Exported(program, functions)
     except Exception as error:
         raise explained(source, args, kwargs, error) from error
     finally:

@@ -84,6 +84,8 @@ class _Lowering:
             return self.env[node]
         fresh = self.graph.node_copy(node, self._value)
         fresh.meta = dict(node.meta)
+        if node.op == "call_module":
+            self.root.add_module(str(node.target), self.program.graph_module.get_submodule(str(node.target)))
         self.env[node] = fresh
         return fresh
 

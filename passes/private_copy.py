@@ -1,6 +1,6 @@
 """The private copy of the model, which the hybrid owns: the user's own model is never touched.
 
-Promise: a deep copy that shares no tensor with the model.
+Promise: a deep copy that shares no tensor with the model, and has the hooks of its parameters.
 """
 
 from __future__ import annotations
@@ -27,9 +27,21 @@ def private_copy(model: nn.Module) -> nn.Module:
             if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
                 memo[id(leaf)] = leaf.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"the model {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); the converter "
             "works on a copy so that the source stays as it is: make it deep-copyable (no open files, no locks)"
         ) from error
+    _copy_hooks(model, copied)
+    return copied
+
+
+def _copy_hooks(model: nn.Module, copied: nn.Module) -> None:
+    """Give the copies of parameters the hooks of their originals, which a deep copy leaves behind."""
+    twins = dict(copied.named_parameters())
+    for name, parameter in model.named_parameters():
+        for hook in (parameter._backward_hooks or {}).values():
+            twins[name].register_hook(hook)
+        for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+            twins[name].register_post_accumulate_grad_hook(hook)

@@ -1,0 +1,228 @@
+"""Custom functions: an `autograd.Function` of the source keeps its own backward, a hook its effect on gradients.
+
+`torch.export` traces through the forward of such a function and forgets its backward. While the
+model is traced, each call becomes one operation of its own (`keep_custom_functions`), which runs
+the function's forward on the tracer's tensors and nothing else; the pass `custom_functions` then
+puts a call of the function in its place, as `rebind` does for batch norm. A reentrant checkpoint
+is such a function too, but what it runs is the model's own body: it is traced through.
+
+Promise: values and gradients are those of the source's function; torch is left as it was found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
+
+from ffebm_compiler.ir import Program
+from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook, Slot
+
+__all__ = ["KeptFunctions", "custom_functions", "keep_custom_functions"]
+
+_SPACE = "ffebm_capture"
+_NUMBER = itertools.count()
+"""Operators of one process have different names, also of captures within captures."""
+
+
+@dataclass
+class _Call:
+    """One call of a custom function, as the source made it."""
+
+    function: type
+    structure: Any
+    leaves: list[Any]
+    written: list[int] = field(default_factory=list)
+    outputs: Any = None
+
+    def run(self, tensors: list[Tensor], sizes: list[Any]) -> list[Tensor]:
+        """The function's forward alone, on the tracer's tensors; fresh outputs."""
+        given = [*tensors, *sizes]
+        filled = [given[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(filled, self.structure)
+        context = _Context(args)
+        if self.function.setup_context is not torch.autograd.Function.setup_context:  # type: ignore[attr-defined]
+            result = self.function.forward(*args, **kwargs)  # type: ignore[attr-defined]
+            self.function.setup_context(context, args, result)  # type: ignore[attr-defined]
+        else:
+            result = self.function.forward(context, *args, **kwargs)  # type: ignore[attr-defined]
+        dirty = {id(tensor) for tensor in getattr(context, "dirty_tensors", None) or ()}
+        self.written = [index for index, tensor in enumerate(tensors) if id(tensor) in dirty]
+        self.outputs = result
+        return [leaf.clone() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+class _Context(FunctionCtx):
+    """What a forward may do with its `ctx`, without effect."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        """What was saved so far."""
+        return tuple(getattr(self, "to_save", ()))
+
+
+@dataclass
+class KeptFunctions:
+    """What was called while a model was traced: operator name -> call, or hook."""
+
+    calls: dict[str, _Call] = field(default_factory=dict)
+    hooks: dict[str, Callable[[Tensor], Tensor | None]] = field(default_factory=dict)
+
+
+@contextmanager
+def keep_custom_functions() -> Iterator[KeptFunctions]:
+    """Record calls of custom functions and hooks on tensors as operations while the context is open."""
+    kept = KeptFunctions()
+    library = torch.library.Library(_SPACE, "FRAGMENT")
+    markers: list[Any] = []
+    register_hook = Tensor.register_hook
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if issubclass(cls, CheckpointFunction):
+            return args[0](*args[2:])  # (body, preserve_rng_state, inputs...)
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        if cls.__module__.split(".")[0] == "torch" or not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
+        return _recorded(kept, library, _Call(cls, structure, leaves))
+
+    def register(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        if not tensor.requires_grad:
+            return register_hook(tensor, hook)  # type: ignore[no-untyped-call]
+        name = f"hook_{next(_NUMBER)}"
+        library.define(f"{name}(Tensor x) -> ()")
+        library.impl(name, lambda x: None, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_SPACE}::{name}", lambda x: None, lib=library)
+        operator = getattr(torch.ops, _SPACE).__getattr__(name).default
+        fx.node._side_effectful_functions.add(operator)  # it has no result, and must not be taken for dead code
+        markers.append(operator)
+        kept.hooks[f"{_SPACE}::{name}"] = hook
+        operator(tensor)
+        return _Removal(kept, f"{_SPACE}::{name}")
+
+    # `Function.apply` is left alone: models keep it bound (`round_ste = Round.apply`). It calls this one.
+    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
+    Tensor.register_hook = register  # type: ignore[method-assign]
+    try:
+        yield kept
+    finally:
+        Tensor.register_hook = register_hook  # type: ignore[method-assign]
+        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+        fx.node._side_effectful_functions.difference_update(markers)
+        library._destroy()
+
+
+class _Removal(RemovableHandle):
+    """The handle of a recorded hook."""
+
+    def __init__(self, kept: KeptFunctions, name: str) -> None:
+        super().__init__(OrderedDict())
+        self._kept, self._name = kept, name
+
+    def remove(self) -> None:
+        """Forget the hook."""
+        self._kept.hooks[self._name] = lambda gradient: None
+
+
+def _recorded(kept: KeptFunctions, library: Any, call: _Call) -> Any:
+    """Put one operation of its own in the trace for a call; returns what the function returns."""
+    tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
+    sizes = [leaf for leaf in call.leaves if isinstance(leaf, torch.SymInt)]
+    places = iter(range(len(tensors)))
+    later = iter(range(len(tensors), len(tensors) + len(sizes)))
+    call.leaves = [
+        Slot(next(places))
+        if isinstance(leaf, Tensor)
+        else Slot(next(later))
+        if isinstance(leaf, torch.SymInt)
+        else leaf
+        for leaf in call.leaves
+    ]
+    name = f"{call.function.__name__}_{next(_NUMBER)}"
+    library.define(f"{name}(Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
+    library.impl(name, call.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_SPACE}::{name}", call.run, lib=library)
+    torch.library.register_autograd(f"{_SPACE}::{name}", _no_backward, lib=library)
+    kept.calls[f"{_SPACE}::{name}"] = call
+    results = iter(getattr(torch.ops, _SPACE).__getattr__(name).default(tensors, sizes))
+    outputs, call.outputs = call.outputs, None
+    return pytree.tree_map(lambda leaf: next(results) if isinstance(leaf, Tensor) else leaf, outputs)
+
+
+def _no_backward(*_: Any) -> Any:
+    raise AssertionError("a recorded function is never differentiated while it is traced")
+
+
+def custom_functions(program: Program) -> Program:
+    """Put the source's functions and hooks in the place of their records."""
+    if program.functions is None:
+        return program
+    for node in list(program.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != _SPACE:
+            continue
+        name = node.target._schema.name
+        call, hook = program.functions.calls.get(name), program.functions.hooks.get(name)
+        if call is not None:
+            _rebind_call(program, node, call)
+        elif hook is not None:
+            _rebind_hook(program, node, hook)
+    program.graph.lint()
+    return program
+
+
+def _module_name(program: Program, kind: str) -> str:
+    taken = {name for name, _ in program.graph_module.named_children()}
+    return next(name for index in itertools.count() if (name := f"{kind}_{index}") not in taken)
+
+
+def _rebind_call(program: Program, node: fx.Node, call: _Call) -> None:
+    module: nn.Module = CustomFunction(call.function, call.structure, tuple(call.leaves), tuple(call.written))
+    tensors, sizes = node.args
+    assert isinstance(tensors, list | tuple)
+    assert isinstance(sizes, list | tuple)
+    name = _module_name(program, "function")
+    program.graph_module.add_submodule(name, module)
+    with program.graph.inserting_before(node):
+        fresh = program.graph.call_module(name, (*tensors, *sizes))
+    fresh.meta = dict(node.meta)
+    node.replace_all_uses_with(fresh)
+    program.graph.erase_node(node)
+    for index in call.written:
+        _read_after(fresh, tensors[index], index, call)
+
+
+def _read_after(call: fx.Node, operand: object, index: int, record: _Call) -> None:
+    """What a function wrote in place is read from its result from then on."""
+    order = {node: place for place, node in enumerate(call.graph.nodes)}
+    result = next((user for user in call.users if user.args[1] == record.written.index(index)), None)
+    assert isinstance(operand, fx.Node)
+    if result is not None:
+        operand.replace_all_uses_with(result, lambda user: order[user] > order[result])
+
+
+def _rebind_hook(program: Program, node: fx.Node, hook: Callable[[Tensor], Tensor | None]) -> None:
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    name = _module_name(program, "hook")
+    program.graph_module.add_submodule(name, GradientHook(hook))
+    program.graph.erase_node(node)
+    after = value
+    while value.op == "placeholder" and after.next.op == "placeholder":
+        after = after.next
+    with program.graph.inserting_after(after):
+        fresh = program.graph.call_module(name, (value,))
+    fresh.meta = {key: content for key, content in value.meta.items() if key != "nn_module_stack"}
+    fresh.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    value.replace_all_uses_with(fresh, lambda user: user is not fresh)

@@ -7,8 +7,12 @@ Written from the problem's statement alone, without the compiler's own partition
 
     minimise  Σ_u values(u) · (DAC[u, b] + ADC[u])  ·(layers + 1) + number of blocks
     subject to: each layer in exactly one block, any other eligible operation in at most one and only with an operand
-    of its block in it; layers, tiles and neurons of a block within capacity; q[v] ≥ q[u] + 1 for every edge u → v
-    that leaves a place, q equal within a block.
+    of its block in it, an activation only where it owns a layer of the block; layers, tiles and neurons of a block
+    within capacity; q[v] ≥ q[u] + 1 for every edge u → v that leaves a place, q equal within a block.
+
+An activation owns a layer whose product reaches it through wiring of the block that nothing else reads:
+o[v, b] ≤ Σ_u o[u, b] over the operands u of v with one reader, o[v, b] ≤ x[v, b], o = x for a layer, and an
+activation is in a block only with an operand of one reader and o = 1.
 """
 
 from __future__ import annotations
@@ -90,6 +94,19 @@ def optimum(
                 if (u, b) in x:
                     terms[x[u, b]] = terms.get(x[u, b], 0.0) - 1.0
             model.row(terms, high=0)
+    users = graph.users()
+    owned = dict(x)
+    for v in others:
+        for b in layers:
+            bearing = [u for u in graph[v].inputs if (u, b) in owned and len(users[u]) == 1 and u not in graph.outputs]
+            activation = graph[v].role is Role.ACTIVATION
+            column = x[v, b] if activation else model.variable()
+            model.row({column: 1.0, **{owned[u, b]: -1.0 for u in bearing}}, high=0)
+            if activation:
+                del owned[v, b]
+            else:
+                model.row({column: 1.0, x[v, b]: -1.0}, high=0)
+                owned[v, b] = column
     for b in layers:
         for v in [*layers, *others]:
             if (v, b) in x and v != b:
@@ -108,7 +125,6 @@ def optimum(
     for (v, b), column in x.items():
         model.row({q[v]: 1.0, p[b]: -1.0, column: size}, high=size)
         model.row({q[v]: -1.0, p[b]: 1.0, column: size}, high=size)
-    users = graph.users()
     for u in [*graph.inputs, *order]:
         price = float(graph.values(u)) * weight
         adc = model.variable(price)

@@ -56,7 +56,9 @@ def naive_greedy(graph: OperationGraph, hardware: Hardware, kinds: Collection[st
     joins = {*kinds, "copy", "dropout"}
     blocks: list[list[str]] = []
     inside: set[str] = set()
+    carrying: set[str] = set()
     after: set[str] = set()
+    users, outputs = graph.users(), set(graph.outputs)
     used = [0, 0, 0]
     limits = (hardware.layers_per_block, hardware.tiles_per_core, hardware.neurons_per_block)
     for op in graph.operations:
@@ -66,16 +68,21 @@ def naive_greedy(graph: OperationGraph, hardware: Hardware, kinds: Collection[st
             fits = all(limit is None or u + w <= limit for u, w, limit in zip(used, load, limits, strict=True))
             if not blocks or late or not fits:
                 blocks.append([])
-                inside, after, used = set(), set(), [0, 0, 0]
+                inside, carrying, after, used = set(), set(), set(), [0, 0, 0]
             blocks[-1].append(op.name)
             inside.add(op.name)
+            if len(users[op.name]) == 1 and op.name not in outputs:
+                carrying.add(op.name)
             used = [u + w for u, w in zip(used, load, strict=True)]
             continue
         fed = any(source in inside for source in op.inputs)
-        may = op.role is Role.ACTIVATION or (op.role is Role.WIRING and op.kind in joins)
-        if may and fed and not late:
+        owning = any(source in carrying for source in op.inputs)
+        may = owning if op.role is Role.ACTIVATION else fed and op.role is Role.WIRING and op.kind in joins
+        if may and not late:
             blocks[-1].append(op.name)
             inside.add(op.name)
+            if owning and op.role is Role.WIRING and len(users[op.name]) == 1 and op.name not in outputs:
+                carrying.add(op.name)
         elif fed or late:
             after.add(op.name)
     return blocks

@@ -7,6 +7,7 @@ place and both values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 
 from ffebm_compiler.errors import PlanError
@@ -14,6 +15,7 @@ from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Role
 from ffebm_compiler.passes.partition import core_homes, quotient_order
+from ffebm_compiler.passes.partition_rules import activations_without_a_layer
 from ffebm_compiler.passes.planning import describe_block
 from ffebm_compiler.plan import BlockPlan, DigitalPart, Plan, fingerprint
 
@@ -34,10 +36,11 @@ def check_plan(plan: Plan) -> None:
             f"was changed; {_REMEDY}"
         )
     _check_homes(plan)
+    users = plan.graph.users()
     for block in plan.blocks:
-        _check_members(plan, block)
+        _check_members(plan, block, users)
         _check_capacity(plan.hardware, block)
-    _check_derived(plan)
+    _check_derived(plan, users)
     blocks = [list(block.operations) for block in plan.blocks]
     quotient_order(plan.graph, blocks, [block.name for block in plan.blocks])
     parts = [list(part.operations) for part in plan.digital_parts]
@@ -68,7 +71,7 @@ def _check_homes(plan: Plan) -> None:
             raise PlanError(f"operation {op.name!r} of {op.path!r} is in no block and no digital part: {_REMEDY}")
 
 
-def _check_members(plan: Plan, block: BlockPlan) -> None:
+def _check_members(plan: Plan, block: BlockPlan, users: Mapping[str, list[str]]) -> None:
     joins = (*plan.options.block_ops, "copy", "dropout")
     inside, fed = set(block.operations), set()
     for op in (op for op in plan.graph.operations if op.name in inside):
@@ -90,6 +93,12 @@ def _check_members(plan: Plan, block: BlockPlan) -> None:
         )
     if not block.operations:
         raise PlanError(f"{block.name} holds no operation: remove it")
+    for name in activations_without_a_layer(plan.graph, block.operations, users):
+        raise PlanError(
+            f"{block.name} holds the activation {name!r}, which owns no layer of the block: no layer's product reaches "
+            "it alone and without another activation in between, so that its feedback would change what a layer "
+            "computes; move it to a digital part"
+        )
 
 
 def _check_capacity(hardware: Hardware, block: BlockPlan) -> None:
@@ -105,8 +114,7 @@ def _check_capacity(hardware: Hardware, block: BlockPlan) -> None:
             )
 
 
-def _check_derived(plan: Plan) -> None:
-    users = plan.graph.users()
+def _check_derived(plan: Plan, users: Mapping[str, list[str]]) -> None:
     order = {op.name: index for index, op in enumerate(plan.graph.operations)}
     for block in plan.blocks:
         right = describe_block(plan.graph, plan.hardware, users, order, block.name, block.operations)

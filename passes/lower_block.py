@@ -4,7 +4,8 @@ Every activation is a state. Where a layer's output reaches another layer, leave
 read twice without an activation in between, it gets a state with the identity as activation, so
 that each path of a drive holds one weight-stationary layer.
 
-Promise: run feedforward, the program computes what the nodes compute.
+Promise: run feedforward, the program computes what the nodes compute; every state owns a layer
+(`partition_rules`), so that a block of one layer has one state and no feedback.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ class _Builder:
             instructions: list[Instruction] = []
             local: dict[fx.Node, int] = {}
             where = self._emit(drive, state if activation is None else None, register, local, instructions, counter)
+            if not any(weight is not None for instruction in instructions for weight in instruction.weights):
+                raise FFEBMError(
+                    f"{self.name} would hold the state {state.name!r} of {info(state).path!r}, whose drive holds no "
+                    "layer: its feedback would change what the states before it are; move it to a digital part"
+                )
             layers.append(
                 Layer(
                     self._layer_name(drive, state),

@@ -59,6 +59,8 @@ class State:
             for op in operations
         ]
         self.activation = [op.role is Role.ACTIVATION for op in operations]
+        self.read_once = [len(self.readers[index]) == 1 and not self.output[index] for index in range(count)]
+        """Operations whose value one operation reads: a layer's product reaches an activation through such alone."""
         self.passes_on = [op.kind in ("reshape", "copy", "dropout") for op in operations]
         """Operations that a block gains nothing from where they are at its rim."""
         self.weight = [
@@ -119,9 +121,26 @@ class State:
         return all(x + y <= limit for x, y, limit in zip(a, b, self.capacity, strict=True))
 
     def fed(self, v: int) -> bool:
-        """Whether an operation of a block is a layer or reads another operation of the block."""
+        """Whether an operation of a block may be in it: a layer, an activation that owns one, or wiring behind one."""
         home = self.home[v]
-        return self.layer[v] or any(self.home[u] == home for u in self.operands[v])
+        if self.layer[v]:
+            return True
+        if self.activation[v]:
+            return self._owns_layer(v)
+        return any(self.home[u] == home for u in self.operands[v])
+
+    def _owns_layer(self, v: int) -> bool:
+        """Whether a layer of the block reaches an activation of it and nothing else: see `partition_rules`."""
+        home, stack = self.home[v], list(self.operands[v])
+        self.work += 1
+        while stack:
+            u = stack.pop()
+            if self.home[u] != home or not self.read_once[u] or self.activation[u]:
+                continue
+            if self.layer[u]:
+                return True
+            stack.extend(self.operands[u])
+        return False
 
     def new_block(self) -> int:
         """A number that no block has."""
@@ -248,9 +267,13 @@ class State:
         stack = [v for changed, _ in done for v in (changed, *self.readers[changed])]
         while stack:
             v = stack.pop()
-            if self.home[v] != DIGITAL and not self.fed(v):
+            if self.home[v] == DIGITAL:
+                continue
+            if not self.fed(v):
                 self._apply([(v, DIGITAL)], done, touched)
                 stack.extend(self.readers[v])
+            elif self.read_once[v] and not self.layer[v] and not self.activation[v]:
+                stack.extend(self.readers[v])  # the activation behind the wiring may have lost its layer
 
     def _window(self, done: list[tuple[int, int]], touched: dict[int, None]) -> tuple[int, int] | None:
         if not done:

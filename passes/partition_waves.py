@@ -10,6 +10,7 @@ joined first, so that the work stays proportional to the network.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 
 from ffebm_compiler.passes.partition_state import State
 
@@ -25,36 +26,69 @@ def waves_and_cuts(state: State) -> list[list[int]]:
     for wave in _waves(state):
         # Depth first or in the order of the graph: neither is always better.
         _, best = min((_cut(state, order) for order in (wave, sorted(wave))), key=lambda found: found[0])
-        segments += best
+        for segment in best:
+            segments += _filled(state, segment)
     return segments
 
 
 def next_fit(state: State) -> list[list[int]]:
-    """Another start: fill one block after the other in the order of the graph.
+    """Another start: fill one block after the other in the order of the graph."""
+    return _filled(state, range(state.size))
+
+
+def _filled(state: State, operations: Iterable[int]) -> list[list[int]]:
+    """Blocks of operations that come in topological order, filled one after the other.
 
     A block is closed when a layer does not fit, or depends on the block through something outside of it.
     """
     blocks: list[list[int]] = []
-    inside: set[int] = set()
+    inside = _Inside(state)
     after: set[int] = set()
     load = (0, 0, 0)
-    for v in range(state.size):
+    for v in operations:
         late = any(u in after for u in state.operands[v])
-        fed = any(u in inside for u in state.operands[v])
         if state.layer[v]:
             more = state.weight[v]
             load = (load[0] + more[0], load[1] + more[1], load[2] + more[2])
             if not blocks or late or not _within(load, state.capacity):
                 blocks.append([])
-                inside, after, load = set(), set(), more
+                inside, after, load = _Inside(state), set(), more
             blocks[-1].append(v)
             inside.add(v)
-        elif state.joins[v] and fed and not late:
+        elif not late and inside.may_hold(v):
             blocks[-1].append(v)
             inside.add(v)
-        elif fed or late:
+        elif late or inside.feeds(v):
             after.add(v)
     return blocks
+
+
+class _Inside:
+    """The operations of one block, added in topological order."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.members: set[int] = set()
+        self.carrying: set[int] = set()
+        """Those that hand what a layer computes to one operation, without an activation in between."""
+
+    def feeds(self, v: int) -> bool:
+        """Whether an operation reads one of the block."""
+        return any(u in self.members for u in self.state.operands[v])
+
+    def may_hold(self, v: int) -> bool:
+        """Whether an operation other than a layer may join: `State.fed`, and the wiring allowed."""
+        state = self.state
+        feeding = self.carrying if state.activation[v] else self.members
+        return state.joins[v] and any(u in feeding for u in state.operands[v])
+
+    def add(self, v: int) -> None:
+        """Take an operation in."""
+        state = self.state
+        self.members.add(v)
+        behind = not state.activation[v] and any(u in self.carrying for u in state.operands[v])
+        if state.read_once[v] and (state.layer[v] or behind):
+            self.carrying.add(v)
 
 
 def _waves(state: State) -> list[list[int]]:
@@ -83,17 +117,17 @@ def _waves(state: State) -> list[list[int]]:
             for user in release(heapq.heappop(others)):
                 file(user)
         wave: list[int] = []
-        fed: set[int] = set()
+        inside = _Inside(state)
         # Depth first: the followers of a layer come right after it, so that chains stay together.
         stack = sorted(layers, reverse=True)
         layers.clear()
         while stack:
             v = stack.pop()
-            if not state.layer[v] and not (state.joins[v] and any(u in fed for u in state.operands[v])):
+            if not state.layer[v] and not inside.may_hold(v):
                 heapq.heappush(others, v)
                 continue
             wave.append(v)
-            fed.add(v)
+            inside.add(v)
             followers = sorted(release(v), reverse=True)
             stack.extend(user for user in followers if state.layer[user])
             stack.extend(user for user in followers if not state.layer[user])

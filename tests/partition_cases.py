@@ -104,6 +104,23 @@ def with_neurons(hardware: Hardware, neurons: int | None) -> Hardware:
     return replace(hardware, neurons_per_block=neurons)
 
 
+def owns_a_layer(graph: OperationGraph, name: str, inside: set[str]) -> bool:
+    """Whether a layer's product reaches an activation of a block alone: backwards, one value at a time."""
+    if graph[name].role is not Role.ACTIVATION:
+        return True
+    readers = networkx.DiGraph([(source, op.name) for op in graph.operations for source in op.inputs])
+    waiting = list(graph[name].inputs)
+    while waiting:
+        source = waiting.pop()
+        if source not in inside or readers.out_degree(source) != 1 or source in graph.outputs:
+            continue
+        if graph[source].role is Role.WEIGHT:
+            return True
+        if graph[source].role is Role.WIRING:
+            waiting += graph[source].inputs
+    return False
+
+
 def faults(graph: OperationGraph, hardware: Hardware, result: Partition, kinds: frozenset[str]) -> list[str]:
     """What a partition breaks, found without the code that made it: empty for a sound one."""
     found = []
@@ -132,6 +149,9 @@ def faults(graph: OperationGraph, hardware: Hardware, result: Partition, kinds: 
             if op.name in inside and (op.role is Role.WEIGHT or any(s in fed for s in op.inputs)):
                 fed.add(op.name)
         found += [f"{name} is fed by no layer of its block" for name in inside - fed]
+        found += [
+            f"{name} owns no layer of its block" for name in sorted(inside) if not owns_a_layer(graph, name, inside)
+        ]
         if hardware.layers_per_block is not None and len(layers) > hardware.layers_per_block:
             found.append(f"{len(layers)} layers in a block")
         if hardware.tiles_per_core is not None:

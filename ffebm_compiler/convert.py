@@ -20,6 +20,7 @@ from ffebm_compiler.ir import OperationGraph, Program, verify
 from ffebm_compiler.passes.annotate import annotate
 from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.custom_functions import custom_functions
+from ffebm_compiler.passes.explicit_casts import explicit_casts
 from ffebm_compiler.passes.explicit_padding import explicit_padding
 from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
 from ffebm_compiler.passes.free_shapes import free_shapes
@@ -45,6 +46,7 @@ def passes_for(options: PlanOptions) -> list[Pass]:
     return [
         inline_regions,
         custom_functions,
+        explicit_casts,
         functionalize,
         free_shapes,
         explicit_padding,

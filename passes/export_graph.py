@@ -22,6 +22,7 @@ from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
 from ffebm_compiler.passes.explain_capture import explained
 from ffebm_compiler.passes.exported_program import batch_of
+from ffebm_compiler.passes.tracing import tracing
 
 __all__ = ["Exported", "export_graph"]
 
@@ -84,12 +85,10 @@ def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> t
 
 
 def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter logs whole graphs before it raises what we explain below
     try:
-        with torch.enable_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with tracing(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             with contextlib.redirect_stderr(io.StringIO()), keep_custom_functions() as functions:
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -98,4 +97,3 @@ def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise explained(source, args, kwargs, error) from error
     finally:
         logging.disable(quiet)
-        torch.backends.mha.set_fastpath_enabled(fast_path)

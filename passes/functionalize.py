@@ -1,197 +1,246 @@
 """Functionalize: in-place operations become functional ones.
 
 `x.relu_()` becomes `y = relu(x)` and whatever read `x` afterwards reads `y`. A write through a
-view, `x[:, 0] += 1`, also rebuilds what the view was taken from (`slice_scatter`,
-`select_scatter`, or the inverse of a reshape), and other views of it are taken again when they
-are read. Writes to a parameter or a buffer (counters, caches) keep their in-place operation:
-they are side effects of the source that the hybrid keeps.
+view, `x[:, 0] += 1`, also rebuilds what the view was taken from (`passes/put_back.py`), and other
+views of the same memory are taken again when they are read. What is a view of what is known from
+the storages of the captured values: whether `flatten`, `.float()` or `contiguous` copied is what
+happened at capture, not what the operation's name says.
+
+Writes to a parameter or a buffer (counters, caches) keep their in-place operation: they are side
+effects of the source that the hybrid keeps.
 
 Promise: no node mutates a value that another dynamic node reads.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.passes.functional_form import FunctionalForm, functional_form, is_random, moves_no_data, writes
+from ffebm_compiler.passes.inline_regions import without_gradient
+from ffebm_compiler.passes.put_back import put_back
+from ffebm_compiler.passes.source_line import source_line
+from ffebm_compiler.runtime.in_place import written_without_gradient
 
 __all__ = ["functionalize"]
-
-aten = torch.ops.aten
-
-_RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.squeeze.dim,
-    aten.squeeze.default,
-    aten.unsqueeze.default,
-    aten.unflatten.int,
-)
 
 
 def functionalize(program: Program) -> Program:
     """Replace every in-place operation on an intermediate value.
 
     Raises:
-        UnsupportedError: for a write through a view that has no inverse (expand, split, ...) or an
-            operation without a functional form.
+        UnsupportedError: for a write through a view that has no inverse, or an operation without a
+            functional form; it names the module and the user's line.
     """
     return _Functionalizer(program).run()
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """How one view is taken from the value before it."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: fx.Node
+    """The captured node, for its meta."""
+    index: int | None = None
+    """Which of several views (`split`, `unbind`) it is."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a captured value lives: the node whose memory it is, and the views on the way from there."""
+
+    root: fx.Node
+    steps: tuple[Step, ...] = ()
 
 
 class _Functionalizer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.graph = program.graph
-        self.parents: dict[fx.Node, fx.Node] = {}
-        """View -> what it is a view of; an in-place result -> what it wrote to."""
-        self.present: dict[fx.Node, fx.Node] = {}
-        """Captured node -> node of its present value, where it was rewritten."""
-        self.taken: dict[fx.Node, int] = {}
-        """Number of writes to a root at which the present value of a node was right."""
-        self.writes: dict[fx.Node, int] = {}
-        self.captured: dict[fx.Node, fx.Node] = {}
-        """Present value -> the captured node that it stands for."""
+        self.places: dict[fx.Node, _Place] = {}
+        self.several: dict[fx.Node, fx.Node] = {}
+        """A node that gives several views -> what they are views of."""
+        self.version: dict[fx.Node, int] = {}
+        """Number of writes to a root so far."""
+        self.present: dict[_Place, tuple[int, fx.Node]] = {}
+        """The node that computes the value at a place, and the version for which it does."""
 
     def run(self) -> Program:
+        written = []
         for node in list(self.graph.nodes):
-            if node.op == "placeholder":
+            if node.op in ("placeholder", "get_attr"):
                 continue
-            with self.graph.inserting_before(node):
-                if self.writes:
+            captured = node.args, node.kwargs
+            if self.version:
+                with self.graph.inserting_before(node):
                     node.args = fx.map_arg(node.args, self.read)
                     node.kwargs = fx.map_arg(node.kwargs, self.read)
-            self.track(node)
-        for node in reversed(list(self.graph.nodes)):
-            if _writes(node) and node in self.present and not node.users:
-                self.graph.erase_node(node)
+            if writes(node):
+                if self.write(node, *captured):
+                    written.append(node)
+            else:
+                self.track(node, *captured)
+        for node in reversed(written):
+            self.graph.erase_node(node)
         self.graph.lint()
         return self.program
 
-    def track(self, node: fx.Node) -> None:
-        """Note what a node is a view of, and rewrite it if it writes."""
-        source = next((a for a in node.args if isinstance(a, fx.Node)), None)
-        if source is None:
-            return
-        source = self.captured.get(source, source)
-        if not _writes(node):
-            if _is_view(node):
-                self.parents[node] = source
-                self.taken[node] = self.writes.get(self.root(node), 0)
-            return
-        root = self.root(source)
-        if root.op == "placeholder" and root.name not in self.program.inputs:
-            return
-        functional = _functional(node.target)
-        if functional is None:
-            raise UnsupportedError(
-                f"module {module_path(node)!r} writes in place with {node.target}, which has no functional form: "
-                "write it out of place"
-            )
+    def place(self, node: fx.Node) -> _Place:
+        """Where a captured value lives; in memory of its own where nothing else is known."""
+        return self.places.get(node, _Place(node))
+
+    def track(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a node is a view of."""
+        if node.target is operator.getitem and args[0] in self.several:
+            listed, index = args
+            source = self.place(self.several[listed])
+            step = Step(listed.target, tuple(listed.args[1:]), dict(listed.kwargs), listed, index)
+        else:
+            viewed = _viewed(node, args)
+            if viewed is None:
+                return
+            if isinstance(node.meta["val"], list | tuple):
+                self.several[node] = viewed
+                return
+            source, step = self.place(viewed), Step(node.target, tuple(args[1:]), dict(kwargs), node)  # type: ignore[arg-type]
+        self.places[node] = place = _Place(source.root, (*source.steps, step))
+        self.present[place] = (self.version.get(place.root, 0), node)
+
+    def write(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Rewrite a node that writes; False where it writes to the source's state."""
+        form = functional_form(node)
+        target = _target(form, args, kwargs)
+        if target is None:
+            return False
+        place = self.place(target)
+        root = place.root
+        if root.op == "placeholder" and root.name not in self.program.inputs and not moves_no_data(node):
+            return False
+        if form is None:
+            raise _refused(node, f"writes in place with {node.target}, which has no functional form")
         with self.graph.inserting_before(node):
-            fresh = self.graph.call_function(functional, node.args, node.kwargs)
-            fresh.meta = dict(node.meta)
-            self.parents[node] = source
-            self.write(node, source, fresh)
+            before = self.read(target)
+            if moves_no_data(node):
+                step = Step(form.target, form.rest(args), form.named(kwargs), node)
+                self.places[target] = self.places[node] = _Place(root, (*place.steps, step))
+                fresh = self.graph.call_function(form.target, form.operands(node.args), form.named(node.kwargs))
+                fresh.meta = dict(node.meta)
+                self.present[self.places[node]] = (self.version.setdefault(root, 0), fresh)
+                return True
+            value = self._value(node, form, before)
+            if without_gradient(node):
+                value = self._new(written_without_gradient, (before, value), target)
+            self.set(place, value)
+        self.places[node] = place
+        return True
 
-    def write(self, node: fx.Node, target: fx.Node, value: fx.Node) -> None:
-        """Make `value` the present one of `target`, and of everything that `target` is a view of."""
-        root = self.root(target)
-        self.writes[root] = self.writes.get(root, 0) + 1
-        child, present = target, value
-        self.present[node] = value
-        self._set(child, present)
-        while child in self.parents:
-            parent = self.parents[child]
-            if not _writes(child):  # an in-place result is the same memory, not a part of it
-                before = self.present.get(parent, parent)
-                present = _put_back(self.graph, child, before, parent, present)
-            self._set(parent, present)
-            child = parent
-        self._set(node, value)
+    def _value(self, node: fx.Node, form: FunctionalForm, before: fx.Node) -> fx.Node:
+        """What the operation writes, in the dtype and shape of what it is written to."""
+        operands = form.operands(node.args)
+        if is_random(node):  # what is overwritten with random numbers loses its history
+            operands = (self._new(torch.ops.aten.detach.default, (before,), before), *operands[1:])
+        value = self.graph.call_function(form.target, operands, form.named(node.kwargs))
+        value.meta = {**node.meta, "val": before.meta.get("val")}
+        want = before.meta.get("val")
+        have = form.result(value)
+        if not isinstance(want, torch.Tensor) or not isinstance(have, torch.Tensor):
+            return value
+        value.meta["val"] = have
+        if have.dtype != want.dtype:
+            value = self._new(torch.ops.aten.to.dtype, (value, want.dtype), before)
+        if have.dim() != want.dim():
+            value = self._new(torch.ops.aten.expand_as.default, (value, before), before)
+        return value
 
-    def _set(self, node: fx.Node, present: fx.Node) -> None:
-        self.present[node] = present
-        self.captured.setdefault(present, node)
-        self.taken[node] = self.writes[self.root(node)]
+    def _new(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        fresh = self.graph.call_function(target, args)
+        fresh.meta = dict(like.meta)
+        return fresh
 
-    def root(self, node: fx.Node) -> fx.Node:
-        """The node whose memory a node's value lives in."""
-        while node in self.parents:
-            node = self.parents[node]
-        return node
+    def set(self, place: _Place, value: fx.Node) -> None:
+        """Make `value` the present one at a place, and of everything that it is a part of."""
+        root, steps = place.root, place.steps
+        wholes = [self._at(_Place(root, steps[:count])) for count in range(len(steps))]
+        self.version[root] = version = self.version.get(root, 0) + 1
+        self.present[place] = (version, value)
+        for count in reversed(range(len(steps))):
+            try:
+                value = put_back(self.graph, steps[count], wholes[count], value)
+            except UnsupportedError as error:
+                raise _refused(steps[count].node, str(error)) from None
+            self.present[_Place(root, steps[:count])] = (version, value)
 
     def read(self, node: fx.Node) -> fx.Node:
         """The node of a captured node's present value, taking a stale view again."""
-        written = self.writes.get(self.root(node), 0)
-        if not written or self.taken.get(node, 0 if node in self.parents else written) == written:
-            return self.present.get(node, node)
-        parent = self.read(self.parents[node])
-        if _writes(node):
-            self._set(node, parent)
-            return parent
-        fresh = self.graph.call_function(node.target, (parent, *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
-        fresh.meta = dict(node.meta)
-        self._set(node, fresh)
+        return self._at(self.place(node))
+
+    def _at(self, place: _Place) -> fx.Node:
+        version = self.version.get(place.root, 0)
+        known = self.present.get(place)
+        if known is not None and known[0] == version:
+            return known[1]
+        if not place.steps:
+            return place.root
+        step = place.steps[-1]
+        whole = self._at(_Place(place.root, place.steps[:-1]))
+        args, kwargs = fx.map_arg((step.args, step.kwargs), self.read)
+        fresh = self.graph.call_function(step.target, (whole, *args), kwargs)
+        fresh.meta = dict(step.node.meta)
+        if known is not None and step.target is torch.ops.aten.detach.default:
+            # A detached tensor shares the values; what was written to it has a history of its own.
+            fresh = self._new(written_without_gradient, (known[1], fresh), step.node)
+        if step.index is not None:
+            several = fresh
+            fresh = self.graph.call_function(operator.getitem, (several, step.index))
+            fresh.meta = {**step.node.meta, "val": several.meta["val"][step.index]}
+        self.present[place] = (version, fresh)
         return fresh
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def _target(form: FunctionalForm | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
+    """The captured node that is written to."""
+    found = args[0] if form is None or form.out is None else kwargs.get(form.out)
+    return found if isinstance(found, fx.Node) else None
 
 
-def _is_view(node: fx.Node) -> bool:
-    overload = node.target
-    if isinstance(overload, torch._ops.OpOverload):
-        returns = overload._schema.returns
-        return bool(returns) and returns[0].alias_info is not None
-    return getattr(overload, "__name__", "") == "getitem"
+def _storages(node: fx.Node) -> set[int]:
+    value = node.meta.get("val")
+    tensors = value if isinstance(value, list | tuple) else [value]
+    return {
+        tensor.untyped_storage()._cdata
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor)
+        and tensor.layout is torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    }
 
 
-def _functional(overload: object) -> torch._ops.OpOverload | None:
-    """The out-of-place overload of an in-place one: `aten.add_.Tensor` -> `aten.add.Tensor`."""
-    assert isinstance(overload, torch._ops.OpOverload)
-    name = overload._schema.name.split("::")[1]
-    if not name.endswith("_") or name.endswith("__"):
+_FRESH_IN_TRAINING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "rrelu")
+"""They hand on their input in eval mode; in train mode they do not."""
+
+
+def _viewed(node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+    """The operand whose memory a node's value lies in."""
+    if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    packet = getattr(torch.ops.aten, name[:-1], None)
-    functional = getattr(packet, overload._overloadname, None) if packet is not None else None
-    return functional if isinstance(functional, torch._ops.OpOverload) else None
+    if node.target._schema.name.removeprefix("aten::") in _FRESH_IN_TRAINING:
+        return None
+    source = args[0] if args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+        return None
+    return source if _storages(source) & _storages(node) else None
 
 
-def _put_back(graph: fx.Graph, view: fx.Node, whole: fx.Node, captured: fx.Node, part: fx.Node) -> fx.Node:
-    """`whole` with the part that `view` shows replaced by `part`."""
-    arguments = view.args[1:]
-    target: Callable[..., object]
-    operands: tuple[object, ...]
-    if view.target is aten.slice.Tensor:
-        target, operands = aten.slice_scatter.default, (whole, part, *arguments)
-    elif view.target is aten.select.int:
-        target, operands = aten.select_scatter.default, (whole, part, *arguments)
-    elif view.target in _RESHAPES:
-        target, operands = aten.view_as.default, (part, whole)
-    elif view.target in (aten.alias.default, aten.contiguous.default, aten.detach.default):
-        return part
-    elif view.target is aten.transpose.int:
-        target, operands = aten.transpose.int, (part, *arguments)
-    elif view.target is aten.t.default:
-        target, operands = aten.t.default, (part,)
-    elif view.target is aten.permute.default:
-        dims = arguments[0]
-        assert isinstance(dims, list | tuple)
-        inverse = sorted(range(len(dims)), key=lambda index: dims[index] % len(dims))  # type: ignore[operator]
-        target, operands = aten.permute.default, (part, inverse)
-    else:
-        raise UnsupportedError(
-            f"module {module_path(view)!r} writes in place to a {view.target} view, which cannot be undone: write it "
-            "out of place"
-        )
-    fresh = graph.call_function(target, operands)  # type: ignore[arg-type]
-    fresh.meta = dict(captured.meta)
-    return fresh
+def _refused(node: fx.Node, what: str) -> UnsupportedError:
+    return UnsupportedError(f"module {module_path(node)!r} {what}: write it out of place{source_line(node)}")

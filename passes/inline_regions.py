@@ -2,20 +2,40 @@
 
 `torch.export` keeps `with torch.no_grad():` and `with torch.autocast(...):` as one higher-order
 node that calls a submodule. Its operations are copied into the graph, so that they are annotated
-like any other; what leaves a `no_grad` region is detached, as in the source.
+like any other. What leaves a `no_grad` region is detached, as in the source, and a write inside
+one is marked: the gradient does not see it. An operation of an `autocast` region is marked with
+the region's dtype, for the pass `explicit_casts`.
 
-Promise: no node of the graph calls a captured submodule.
+Promise: no node of the graph calls a captured submodule, flex attention (a module of its own) aside.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.passes.source_line import source_line
+from ffebm_compiler.passes.tracing import WITHOUT_GRADIENT
+from ffebm_compiler.runtime.flex_attention import FlexAttention
 
-__all__ = ["inline_regions"]
+__all__ = ["AUTOCAST", "Autocast", "inline_regions", "without_gradient"]
+
+AUTOCAST = "ffebm_autocast"
+"""Meta key of an operation that ran in an `autocast` region: an `Autocast`."""
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The innermost autocast region around an operation."""
+
+    device: str
+    dtype: torch.dtype
+    enabled: bool
 
 
 def inline_regions(program: Program) -> Program:
@@ -30,12 +50,17 @@ def inline_regions(program: Program) -> Program:
             break
         for node in found:
             _inline(program, node)
+    _detach(program.graph)
+    for node in list(program.graph.nodes):
+        if str(node.target) == "flex_attention":
+            _keep_flex_attention(program, node)
     program.graph.eliminate_dead_code(lambda node: node.op != "get_attr")
     for node in program.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and node.users:
+            user = next(iter(node.users))
             raise UnsupportedError(
-                f"module {module_path(next(iter(node.users)))!r} uses {next(iter(node.users)).target}, control flow "
-                "that runs on data: it cannot be compiled; convert the submodules around it"
+                f"module {module_path(user)!r} uses torch's {user.target}{source_line(user)}, control flow that runs "
+                "on data: it cannot be compiled; convert the submodules around it"
             )
     program.graph.lint()
     return program
@@ -45,12 +70,23 @@ def _is_region(node: fx.Node) -> bool:
     return str(node.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
+def _marks(node: fx.Node) -> dict[str, object]:
+    """What an operation inside a region is marked with."""
+    marks = {key: node.meta[key] for key in (WITHOUT_GRADIENT, AUTOCAST) if key in node.meta}
+    if str(node.target) == "wrap_with_set_grad_enabled":
+        return {**marks, WITHOUT_GRADIENT: node.args[0] is False}
+    device, dtype, enabled = node.args[:3]
+    assert isinstance(device, str)
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(device)
+    return {**marks, AUTOCAST: Autocast(device, dtype, bool(enabled))}
+
+
 def _inline(program: Program, node: fx.Node) -> None:
     position = 1 if str(node.target) == "wrap_with_set_grad_enabled" else 4
     holder = node.args[position]
     assert isinstance(holder, fx.Node)
     body = getattr(program.graph_module, str(holder.target))
-    detach = position == 1 and node.args[0] is False
+    marks = _marks(node)
     operands = iter(node.args[position + 1 :])
     env: dict[fx.Node, object] = {}
     graph = program.graph
@@ -73,11 +109,9 @@ def _inline(program: Program, node: fx.Node) -> None:
                     fresh = graph.get_attr(name)
                 else:
                     fresh = graph.node_copy(inner, lambda n: env[n])  # type: ignore[arg-type,return-value]
-                fresh.meta = dict(inner.meta)
+                fresh.meta = {**inner.meta, **marks}
                 fresh.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
                 env[inner] = fresh
-        if detach:
-            results = [_detached(graph, value) for value in results]
     for user in list(node.users):
         index = user.args[1]
         assert isinstance(index, int)
@@ -88,9 +122,70 @@ def _inline(program: Program, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _detached(graph: fx.Graph, value: object) -> object:
-    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
-        return value
-    fresh = graph.call_function(torch.ops.aten.detach.default, (value,))
-    fresh.meta = dict(value.meta)
-    return fresh
+def _detach(graph: fx.Graph) -> None:
+    """Detach what operations without gradient hand to operations with one."""
+    silent = {node for node in graph.nodes if node.op == "call_function" and without_gradient(node)}
+    for node in silent:
+        if not isinstance(node.meta.get("val"), torch.Tensor) or _memory(node) not in silent:
+            continue  # a write under no_grad to an older tensor is that tensor, whose history stays
+        users = [user for user in node.users if user not in silent]
+        if not users:
+            continue
+        with graph.inserting_after(node):
+            fresh = graph.call_function(torch.ops.aten.detach.default, (node,))
+        fresh.meta = dict(node.meta)
+        for user in users:
+            user.replace_input_with(node, fresh)
+
+
+def without_gradient(node: fx.Node) -> bool:
+    """Whether an operation ran under `no_grad`."""
+    return bool(node.meta.get(WITHOUT_GRADIENT) or (node.meta.get("custom") or {}).get(WITHOUT_GRADIENT))
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node whose value an in-place operation is."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        target = node.args[0] if node.args else None
+        if not isinstance(target, fx.Node):
+            break
+        node = target
+    return node
+
+
+def _keep_flex_attention(program: Program, node: fx.Node) -> None:
+    """Flex attention with the graphs of its score and mask functions becomes a module: a digital operation."""
+
+    def held(argument: fx.Node) -> Any:
+        if argument.op != "get_attr":
+            return argument
+        functions.append(getattr(program.graph_module, str(argument.target)))
+        return _Function(len(functions) - 1)
+
+    functions: list[fx.GraphModule] = []
+    arguments: Any = fx.node.map_aggregate(
+        (node.args, node.kwargs), lambda argument: held(argument) if isinstance(argument, fx.Node) else argument
+    )
+    operands: dict[fx.Node, int] = {}
+    assert callable(node.target)
+
+    def numbered(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return FlexAttention.Operand(operands.setdefault(argument, len(operands)))
+        if isinstance(argument, _Function):
+            return FlexAttention.Function(argument.index)
+        return argument
+
+    args, kwargs = fx.node.map_aggregate(arguments, numbered)
+    name = f"flex_attention_{node.name}"
+    program.graph_module.add_submodule(name, FlexAttention(node.target, args, kwargs, functions))
+    with program.graph.inserting_before(node):
+        fresh = program.graph.call_module(name, tuple(operands))
+    fresh.meta = dict(node.meta)
+    node.replace_all_uses_with(fresh)
+    program.graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class _Function:
+    index: int

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, reject, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import CASES, converted, digits_cnn, mlp, noise, seeded, transformer, warmed
+from running import run, targets
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program, Role, info, verify
+from ffebm_compiler.ir import Role, info, verify
 from ffebm_compiler.passes.annotate import annotate
 from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
@@ -48,27 +48,6 @@ from ffebm_compiler.runtime.operators import (
 aten = torch.ops.aten
 
 
-def run(program: Program, *inputs: Tensor) -> Any:
-    """The value of a program's graph, with the tensors of its source."""
-    state = {**dict(program.source.named_parameters()), **dict(program.source.named_buffers())}
-    given_inputs = dict(zip(program.inputs, inputs, strict=True))
-    operands = []
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            name = node.name
-            operands.append(
-                state[program.lifted[name]]
-                if name in program.lifted
-                else program.constants.get(name, given_inputs.get(name))
-            )
-    program.graph_module.recompile()
-    return program.graph_module(*operands)[0]
-
-
-def targets(program: Program) -> list[Any]:
-    return [node.target for node in program.graph.nodes if node.op in ("call_function", "call_module")]
-
-
 # -- imports -------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[1]
@@ -90,97 +69,6 @@ def test_imports_point_one_way(folder: str) -> None:
             assert module.split(".")[1] in LAYERS[folder], f"{path.name} imports {module}"
             if folder == "passes":
                 assert module not in ("ffebm_compiler.runtime.solvers", "ffebm_compiler.runtime.gradients"), path.name
-
-
-# -- capture and functionalize -------------------------------------------------------------------
-
-UNARY = ("relu_", "sigmoid_", "tanh_", "neg_")
-BINARY = ("add_", "mul_", "sub_")
-
-
-class Chain(nn.Module):
-    """A random program of in-place and ordinary steps over a growing list of values."""
-
-    def __init__(self, steps: Sequence[tuple[str, int, int]]) -> None:
-        super().__init__()
-        self.steps = list(steps)
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = [self.linear(x)]
-        for name, first, second in self.steps:
-            a, b = values[first % len(values)], values[second % len(values)]
-            if name in UNARY:
-                getattr(a, name)()
-            elif name in BINARY:
-                getattr(a, name)(b)
-            elif name == "linear":
-                values.append(self.linear(a))
-            elif name == "view":
-                values.append(a.view(2, 2, -1).view(a.shape))
-            elif name == "transpose":
-                values.append(a.t())
-            elif name == "slice":
-                a[:, 1:3].relu_()
-            elif name == "select":
-                a[0].mul_(b[1])
-            elif name == "assign":
-                a[:, 1] = b[2] + 1
-            else:
-                values.append(torch.sin(a))
-        return torch.cat(values)
-
-
-def steps_of(names: Sequence[str]) -> st.SearchStrategy[list[tuple[str, int, int]]]:
-    return st.lists(st.tuples(st.sampled_from(names), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8)
-
-
-def functional(steps: list[tuple[str, int, int]]) -> tuple[Tensor, Tensor, Program]:
-    model = seeded(lambda: Chain(steps))
-    x = noise(4, 4)
-    program = functionalize(capture(model, (x,), {}, None))
-    verify(program)
-    return run(program, x), model(x), program
-
-
-@settings(max_examples=40, deadline=None)
-@given(steps_of((*UNARY, *BINARY, "linear", "sin")))
-def test_functionalize_computes_what_in_place_steps_compute(steps: list[tuple[str, int, int]]) -> None:
-    found, expected, program = functional(steps)
-    torch.testing.assert_close(found, expected)
-    mutable = [
-        target for target in targets(program) if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-    ]
-    assert not mutable
-
-
-@settings(max_examples=60, deadline=None)
-@given(steps_of(("relu_", "tanh_", "add_", "view", "transpose", "slice", "select", "assign", "linear")))
-def test_functionalize_computes_what_writes_through_views_compute(steps: list[tuple[str, int, int]]) -> None:
-    try:
-        seeded(lambda: Chain(steps))(noise(4, 4))
-    except RuntimeError:  # torch refuses a value and its own transpose as operands of a write
-        reject()
-    found, expected, _ = functional(steps)
-    torch.testing.assert_close(found, expected)
-
-
-class Diagonal(nn.Module):
-    """Writes through a view that has no inverse in the graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        y.diagonal().relu_()
-        return y
-
-
-def test_functionalize_refuses_a_write_that_it_cannot_put_back() -> None:
-    with pytest.raises(UnsupportedError, match=r"in place to a aten\.diagonal\.default view.*write it out of place"):
-        functionalize(capture(seeded(Diagonal), (noise(4, 4),), {}, None))
 
 
 # -- free_shapes ---------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""What in-place operations write, as values: for graphs in which nothing is written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["copied", "filled", "put_through", "written_without_gradient"]
+
+
+def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `target.copy_(source)` leaves in `target`: the source in its shape, dtype and device."""
+    return source.to(target, non_blocking=non_blocking).expand_as(target)
+
+
+def filled(target: Tensor, value: Tensor | complex = 0) -> Tensor:
+    """What `target.fill_(value)` leaves in `target`."""
+    if isinstance(value, Tensor):
+        return value.to(target).expand_as(target)
+    return torch.full_like(target, value)
+
+
+def written_without_gradient(before: Tensor, after: Tensor) -> Tensor:
+    """`after`, with the gradient of `before`: what a write under `no_grad` (or through `.data`) leaves."""
+    if not before.requires_grad or not torch.is_grad_enabled():
+        return after.detach()
+    return after.detach() + (before - before.detach())
+
+
+def put_through(whole: Tensor, part: Tensor, view: Callable[..., Any], index: int | None, *args: Any) -> Tensor:
+    """`whole` with the elements that `view(whole, *args)` shows (its result `index` of several) replaced by `part`."""
+    places = torch.arange(whole.numel(), device=whole.device).reshape(whole.shape)
+    shown = view(places, *args)
+    if index is not None:
+        shown = shown[index]
+    flat = whole.reshape(-1).index_put((shown.reshape(-1),), part.reshape(-1))
+    return flat.reshape(whole.shape)

@@ -52,13 +52,18 @@ class BoundBlock:
 
     @property
     def loop_gain(self) -> float:
-        """κ = ρ² at the present feedback; 0 for a block without feedback."""
-        return self.module.loop_gain
+        """κ = ρ² of the present weights at the present feedback; 0 for a block without feedback."""
+        certificate = self.certificate
+        return 0.0 if certificate is None else certificate.loop_gain
 
     @property
     def certificate(self) -> Certificate | None:
-        """Norms, scales and spectral radius; None for a block without feedback."""
-        return self.module.certificate
+        """Norms, scales and spectral radius of the present weights; None for a block without feedback.
+
+        Where the weights have changed since the last measurement they are measured here, to convergence; reading it
+        changes no feedback.
+        """
+        return self._hybrid.certificate_of(self.name)
 
     @property
     def weights(self) -> tuple[Tensor | None, ...]:

@@ -160,7 +160,7 @@ def _gradients(
         lambda leaf: leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
         inputs,
     )
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad(), model.held_feedback():
         torch.manual_seed(0)
         if isinstance(cast, dict):
             output = model(**cast)

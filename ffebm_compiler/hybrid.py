@@ -10,7 +10,7 @@ import copy
 import inspect
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,12 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
+from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
+from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.signature import CallForm
 
@@ -68,10 +70,12 @@ class HybridModel(nn.Module):
         self.conversion: Conversion | None = None
         """What `convert` was called with; `save` stores it."""
         self.recertify_every: int | None = 100
-        """Training forwards after which the loop gains are measured again; None: never by itself."""
+        """Loop gains are measured after every change of the weights, and to convergence at least every so many; None:
+        to convergence only where the estimate jumps."""
         self.project_to: float | None = None
         """Loop gain to which symmetric blocks are then projected, see `project`; None: not by itself."""
-        self._forwards = 0
+        self._sources = {name: self._sources_of(name) for name, block in self._energy.items() if block.program.coupled}
+        """Names of the parameters and buffers that the weights of each block with feedback are made of."""
         self.training = source.training
         for block in lowered.feedforward.values():
             for module in block.modules():
@@ -84,7 +88,47 @@ class HybridModel(nn.Module):
                 rebound = getattr(instruction.operator, "source", None)
                 if isinstance(rebound, nn.Module) and rebound.__dict__.get("_owner") is source:
                     rebound.__dict__["_owner"] = self
+        self.register_load_state_dict_post_hook(settle_arrival)  # type: ignore[no-untyped-call]
         self.__signature__ = inspect.signature(source.forward) if type(source) is not nn.Module else None
+
+    # -- state -------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Tensors under the source's keys, and beside them (in the dictionary's metadata) the state of the blocks."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[METADATA] = state_of(self)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
+        self.__dict__["_arriving"] = Arrival.of(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: with the blocks whose loop gain is that of the present weights."""
+        return {**self.__dict__, "_current": self._measured()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The inverse of `__getstate__`."""
+        current = state.pop("_current")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._fit(current)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Another device or dtype is no change of the weights: the feedback stays."""
+        current = self._measured()
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._fit(current)
+        return result
+
+    def _measured(self) -> tuple[str, ...]:
+        """The blocks with feedback whose loop gain is that of the present weights."""
+        return tuple(name for name in self._sources if self._energy[name].gain.fits(self._made_of(name)))
+
+    def _fit(self, names: Iterable[str]) -> None:
+        """Note that the loop gain of these blocks is that of the present weights."""
+        for name in names:
+            self._energy[name].gain.fitted(self._made_of(name))
 
     # -- structure ---------------------------------------------------------------------------
 
@@ -126,29 +170,61 @@ class HybridModel(nn.Module):
         outputs = self._modules[_RUN](*self._operands(args, kwargs))  # type: ignore[misc]
         return self._call_form.result(outputs)
 
-    # The checks read values and the counter changes with every call: `torch.compile` would compile anew for each.
+    # The checks read values and stamps change with every step: `torch.compile` would compile anew for each.
     @torch.compiler.disable(reason="inputs are checked and loop gains measured eagerly")  # type: ignore[untyped-decorator]
     def _operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """What the lowered graph takes: the present tensors and the checked inputs; recertifies when it is time to."""
+        """What the lowered graph takes: the present tensors and the checked inputs.
+
+        In training it looks for blocks whose weights have changed; they measure their loop gain before they settle.
+        """
         leaves = self._call_form.leaves(args, kwargs)
-        if self.training and torch.is_grad_enabled() and self.recertify_every:
-            self._forwards += 1
-            if self._forwards % self.recertify_every == 0:
-                if self.project_to is None:
-                    self.recertify()
-                else:
-                    self.project(self.project_to)
+        if self.training:
+            changed = False
+            for name in self._sources:
+                changed |= self._energy[name].gain.look(self._made_of(name), self.recertify_every)
+            if changed and self.project_to is not None:
+                self.project(self.project_to)
         return [*self._tensors(), *leaves]
+
+    def _sources_of(self, name: str) -> tuple[str, ...]:
+        """Names of the parameters and buffers that the weights of a block are made of."""
+        run = self._modules[_RUN]
+        assert isinstance(run, fx.GraphModule)
+        call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
+        placeholders = (node for node in run.graph.nodes if node.op == "placeholder")
+        names = dict(zip(placeholders, self._lifted, strict=False))
+        pending = [node for node in call.args[self._energy[name].program.inputs :] if isinstance(node, fx.Node)]
+        seen: dict[fx.Node, None] = {}
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen[node] = None
+                pending += node.all_input_nodes
+        return tuple(sorted({names[node] for node in seen if node in names}))
+
+    def _tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of this name."""
+        path, _, leaf = name.rpartition(".")
+        module = self.get_submodule(path)
+        value = module._parameters.get(leaf)
+        found = value if value is not None else module._buffers[leaf]
+        assert found is not None
+        return found
+
+    def _made_of(self, name: str) -> list[Tensor]:
+        """The parameters and buffers that the weights of a block with feedback are made of."""
+        return [self._tensor(source) for source in self._sources.get(name, ())]
+
+    def certificate_of(self, name: str) -> Certificate | None:
+        """What is certified of a block at its present weights and feedback; measured where they have changed."""
+        gain, sources = self._energy[name].gain, self._made_of(name)
+        if gain.certificate is None or gain.fits(sources):
+            return gain.certificate
+        return gain.at(self.operands_of(name)[1], sources)
 
     def _tensors(self) -> list[Tensor]:
         """The source's parameters and buffers that the graph reads, in its order."""
-        tensors = []
-        for name in self._lifted:
-            path, _, leaf = name.rpartition(".")
-            module = self.get_submodule(path)
-            value = module._parameters.get(leaf)
-            tensors.append(value if value is not None else module._buffers[leaf])
-        return tensors  # type: ignore[return-value]
+        return [self._tensor(name) for name in self._lifted]
 
     def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         """(inputs, weights) of an energy block; an input that depends on the network's is None."""
@@ -165,7 +241,7 @@ class HybridModel(nn.Module):
     def configure(self, *, feedback: float | str, estimator: Estimator, solver: Solver | None) -> None:
         """Set feedback, estimator and solver of every block, without measuring anything."""
         for block in self._energy.values():
-            block.feedback = feedback
+            block.gain.feedback = feedback
             block.estimator = estimator
             block.solver = solver
 
@@ -180,6 +256,18 @@ class HybridModel(nn.Module):
         finally:
             for name, enabled in before.items():
                 self._energy[name].enabled = enabled
+
+    @contextmanager
+    def held_feedback(self) -> Iterator[None]:
+        """Leave the feedback γ as it is, also in training forwards at changed weights: finite differences need it."""
+        before = {name: self._energy[name].gain.locked for name in self._sources}
+        try:
+            for name in self._sources:
+                self._energy[name].gain.locked = True
+            yield
+        finally:
+            for name, locked in before.items():
+                self._energy[name].gain.locked = locked
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -214,16 +302,22 @@ class HybridModel(nn.Module):
             self(*args, **kwargs)
         for name, (operands, _) in record.items():
             block = self._energy[name]
-            block.calibrate(operands[: block.program.inputs], operands[block.program.inputs :])
+            block.gain.calibrate(operands[: block.program.inputs], operands[block.program.inputs :])
+            block.gain.fitted(self._made_of(name))
 
     def recertify(self) -> None:
-        """Measure the loop gains of the present weights and set the feedback again.
+        """Measure the loop gains of the present weights to convergence and set the feedback for them.
 
-        Done by itself every `recertify_every` training forwards and by `load_state_dict`; call it
-        after other changes of the weights.
+        Training forwards hold the loop gain by themselves, and `load_state_dict` of a source's weights does this; call
+        it where you have changed weights and go on in eval mode, which leaves the feedback as it is.
         """
-        for name, block in self._energy.items():
-            block.recertify(self.operands_of(name)[1])
+        for name in self._energy:
+            self._recertify(name)
+
+    def _recertify(self, name: str) -> None:
+        gain = self._energy[name].gain
+        gain.recertify(self.operands_of(name)[1])
+        gain.fitted(self._made_of(name))
 
     def project(self, limit: float = 0.9) -> dict[str, float]:
         """Scale weights down so that every block is certified to settle: a projection, for use after `step()`.
@@ -246,14 +340,16 @@ class HybridModel(nn.Module):
             raise InputError(f"limit is {limit!r}; expected a loop gain strictly between 0 and 1, such as 0.9")
         changed = {}
         for name, block in self._energy.items():
-            block.recertify(self.operands_of(name)[1])
+            if not isinstance(block.feedback, str):
+                continue
+            self._recertify(name)
             before = block.loop_gain
             for index, factor in block.projection(limit).items():
                 with torch.no_grad():
                     self._parameter_behind(name, index).mul_(factor)
                 changed[name] = before
             if name in changed:
-                block.recertify(self.operands_of(name)[1])
+                self._recertify(name)
         return changed
 
     def _parameter_behind(self, name: str, index: int) -> Tensor:
@@ -323,14 +419,10 @@ class HybridModel(nn.Module):
         from ffebm_compiler.convert import check_feedback
 
         value = check_feedback(feedback)
-        for block in self._energy.values():
+        for name, block in self._energy.items():
             block.set_feedback(value)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a `state_dict` with the source's keys, and certify the blocks for its weights."""
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        self.recertify()
-        return result
+            if not block.gain.fits(self._made_of(name)):
+                self._recertify(name)
 
     # -- reports -----------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,28 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import ExportError, InputError
+from ffebm_compiler.hybrid_state import METADATA, state_of
 from ffebm_compiler.plan import Plan
-from ffebm_compiler.runtime.anderson import Anderson
-from ffebm_compiler.runtime.gradients import (
-    EquilibriumPropagation,
-    Estimator,
-    ImplicitDifferentiation,
-    Unrolled,
-)
-from ffebm_compiler.runtime.newton import NewtonCG
-from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
 
 __all__ = ["Conversion", "load", "save"]
 
-_SCHEMA = 1
-_FILES = ("hybrid.json", "plan.json", "weights.safetensors")
-_ESTIMATORS: dict[str, type[Estimator]] = {
-    kind.__name__: kind for kind in (EquilibriumPropagation, ImplicitDifferentiation, Unrolled)
-}
-_SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
+_SCHEMA = 2
+_FILES = ("hybrid.json", "plan.json", "weights.safetensors", "loop_gain.safetensors")
 
 
 @dataclass(frozen=True)
@@ -96,16 +86,18 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         )
     if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= set(_FILES)):
         raise ExportError(f"{target} exists and is no saved hybrid: choose another folder, or remove it first")
-    blocks = [block.module for block in hybrid.blocks]
+    state = state_of(hybrid)
+    _check_storable(state)
     settings = {
         "schema": _SCHEMA,
         "model": hybrid.plan.model,
         "training": hybrid.training,
+        # Modules that are frozen on their own, such as a batch norm in eval mode while the rest trains.
+        "other_mode": [name for name, module in hybrid.named_modules() if module.training != hybrid.training],
+        "frozen": [name for name, parameter in hybrid.named_parameters() if not parameter.requires_grad],
         "energy": "hopfield",
-        "feedback": blocks[0].feedback if blocks else 0.1,
-        "gradient": _named(blocks[0].estimator, _ESTIMATORS) if blocks else None,
-        "solver": _named(blocks[0].solver, _SOLVERS) if blocks and blocks[0].solver else None,
         "conversion": asdict(conversion),
+        "state": _without_tensors(state),
     }
     temporary: Path | None = None
     try:
@@ -115,6 +107,7 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         (temporary / "hybrid.json").write_text(text + "\n", encoding="utf-8")
         hybrid.plan.to_json(temporary / "plan.json")
         save_file(_unique(hybrid.state_dict()), temporary / "weights.safetensors")
+        save_file(_tensors_of(state), temporary / "loop_gain.safetensors")
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
@@ -153,41 +146,37 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         stored = settings["conversion"]
         conversion = Conversion(stored["structure"], tuple(stored["leaves"]), stored["dynamic_shapes"])
         args, kwargs = conversion.examples()
-        gradient = _made(settings["gradient"], _ESTIMATORS) if settings["gradient"] else EquilibriumPropagation()
-        solver = _made(settings["solver"], _SOLVERS) if settings["solver"] else None
-        state = load_file(folder / "weights.safetensors")
+        tensors = load_file(folder / "weights.safetensors")
+        state = _with_tensors(settings["state"], load_file(folder / "loop_gain.safetensors"))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
         raise InputError(f"{folder} is malformed ({type(error).__name__}: {error}): save the hybrid again") from error
-    assert isinstance(gradient, Estimator)
-    assert solver is None or isinstance(solver, Solver)
     plan = Plan.from_json(folder / "plan.json")
     first = next(model.parameters(), None)
     if first is not None and first.is_floating_point():
         args, kwargs = pytree.tree_map(
             lambda leaf: leaf.to(first.device) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
         )
-    hybrid = convert(
-        model,
-        args,
-        kwargs,
-        hardware=plan.hardware,
-        feedback=settings["feedback"],
-        gradient=gradient,
-        solver=solver,
-        dynamic_shapes=conversion.dynamic_shapes,
-        plan=plan,
-    )
-    aliases = {id(tensor): name for name, tensor in reversed(hybrid.state_dict(keep_vars=True).items())}
-    full = {
-        name: state[aliases[id(tensor)]] if aliases[id(tensor)] in state else state[name]
-        for name, tensor in hybrid.state_dict(keep_vars=True).items()
-        if aliases[id(tensor)] in state or name in state
-    }
+    hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=conversion.dynamic_shapes, plan=plan)
+    present = hybrid.state_dict(keep_vars=True)
+    aliases = {id(tensor): name for name, tensor in reversed(present.items())}
+    full: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in present.items():
+        found = tensors.get(aliases[id(tensor)], tensors.get(name))
+        if found is not None:
+            full[name] = found
+            if found.dtype != tensor.dtype:  # converted to another precision before it was saved
+                tensor.data = tensor.data.to(found.dtype)
+    full._metadata = {"": {"version": 1, METADATA: state}}  # type: ignore[attr-defined]
     try:
         hybrid.load_state_dict(full)
     except RuntimeError as error:
         raise InputError(f"the saved weights do not fit the model: {error}") from error
     hybrid.train(settings["training"])
+    modules, parameters = dict(hybrid.named_modules()), dict(hybrid.named_parameters())
+    for name in settings["other_mode"]:
+        modules[name].training = not settings["training"]
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name not in settings["frozen"])
     return hybrid
 
 
@@ -204,13 +193,45 @@ def _unique(state: dict[str, Any]) -> dict[str, Tensor]:
     return kept
 
 
-def _named(value: object, kinds: dict[str, Any]) -> dict[str, Any]:
-    name = type(value).__name__
-    if name not in kinds:
-        raise ExportError(f"a {name} of your own cannot be stored: set one of {', '.join(kinds)} before saving")
-    return {"kind": name, **asdict(value)}  # type: ignore[call-overload]
+def _check_storable(state: Mapping[str, Any]) -> None:
+    for name, block in state["blocks"].items():
+        for what, known in (("gradient", "gradient estimator"), ("solver", "solver")):
+            if block[what] is not None and block[what]["kind"] is None:
+                raise ExportError(
+                    f"the {known} of {name} is of a class of your own, which cannot be stored: set one of "
+                    "ffebm_compiler's before saving"
+                )
 
 
-def _made(stored: dict[str, Any], kinds: dict[str, Any]) -> object:
-    fields = dict(stored)
-    return kinds[fields.pop("kind")](**fields)
+def _tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state, by block, edge and name."""
+    return {
+        f"{block}/{edge}/{name}": value.detach().contiguous().clone()
+        for block, kept in state["blocks"].items()
+        for edge, track in kept["tracks"].items()
+        for name, value in track.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without its tensors: JSON values."""
+    blocks = {
+        block: {
+            **kept,
+            "tracks": {
+                edge: {name: value for name, value in track.items() if not isinstance(value, Tensor)}
+                for edge, track in kept["tracks"].items()
+            },
+        }
+        for block, kept in state["blocks"].items()
+    }
+    return {**state, "blocks": blocks}
+
+
+def _with_tensors(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of the two above."""
+    for key, value in tensors.items():
+        block, edge, name = key.rsplit("/", 2)
+        state["blocks"][block]["tracks"][edge][name] = value
+    return state

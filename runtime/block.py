@@ -15,10 +15,12 @@ from ffebm_compiler.runtime.energy import hopfield_energy
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
-from ffebm_compiler.runtime.loop_gain import Certificate, certify, edge_norms
+from ffebm_compiler.runtime.held_gain import HeldGain, check_weights
+from ffebm_compiler.runtime.layout import laid_out
+from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.program import BlockProgram
 from ffebm_compiler.runtime.projection import projection
-from ffebm_compiler.runtime.relaxation import Settled, relax
+from ffebm_compiler.runtime.relaxation import Settled, concluded, run
 from ffebm_compiler.runtime.solver_choice import Choice, choose
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.runtime.tolerances import error_rtol, free_rtol
@@ -56,14 +58,13 @@ class EnergyBlock(nn.Module):
         self.program = program
         self.estimator: Estimator = estimator or EquilibriumPropagation()
         self.solver: Solver | None = None
-        self.feedback: float | str = 0.1
-        self.certificate: Certificate | None = None
+        self.gain = HeldGain(program)
+        """γ, the loop gain it amounts to, and how that is held while the weights move."""
         self.enabled = True
         """False runs the block feedforward (γ = 0), as the source does."""
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._told = False
-        self._like: list[Tensor] = []
         self._coupled = program.coupled  # a plain bool: torch.compile would guard on the whole program
         self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()
@@ -75,16 +76,24 @@ class EnergyBlock(nn.Module):
         return self.program.name
 
     @property
+    def feedback(self) -> float | str:
+        """The loop gain κ to hold, or `"symmetric"`."""
+        return self.gain.feedback
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """Of the weights measured last; None for a block without feedback."""
+        return self.gain.certificate
+
+    @property
     def scales(self) -> tuple[float, ...]:
         """c_l."""
-        if self.certificate is None:
-            return (1.0,) * len(self.program.layers)
-        return self.certificate.scales
+        return self.gain.scales
 
     @property
     def loop_gain(self) -> float:
-        """κ: 0 for a block without feedback."""
-        return self.certificate.loop_gain if self.certificate is not None else 0.0
+        """κ as measured last; 0 for a block without feedback. `hybrid.blocks[i].loop_gain` is the present weights'."""
+        return self.gain.loop_gain
 
     @property
     def states(self) -> tuple[Tensor, ...]:
@@ -121,39 +130,6 @@ class EnergyBlock(nn.Module):
         """The solver given, or the one chosen for this block."""
         return self.chosen.solver
 
-    def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
-        """Remember these inputs' shapes, measure the operator norms and set the feedback."""
-        self._like = [value[:1] if self.program.batched and value.dim() else value for value in inputs]
-        generator = torch.Generator().manual_seed(0)
-        for index, value in enumerate(self._like):
-            drawn = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
-            self._like[index] = drawn if value.is_floating_point() else torch.zeros_like(value)
-        self.recertify(weights)
-
-    def recertify(self, weights: Sequence[Tensor | None]) -> None:
-        """Measure the operator norms of the present weights and set the feedback again.
-
-        The drives are affine, so that the norms depend on the inputs' shapes only.
-
-        Raises:
-            InputError: for a weight with NaN or infinite values.
-        """
-        if not self.program.coupled or not self._like:
-            return
-        self._check_weights(weights)
-        with torch.no_grad(), torch.autocast(self._like[0].device.type, enabled=False):
-            first = next((weight for weight in weights if weight is not None), None)
-            like = [
-                value.to(first) if first is not None and value.is_floating_point() else value for value in self._like
-            ]
-            operands = self.laid_out([*like, *weights])
-            inputs = [value for value in operands[: len(like)] if value is not None]
-            frame = Frame(self.program, inputs, operands[len(like) :])
-            states, _ = FreePhase(frame, (1.0,) * len(self.program.layers)).settled()
-            # Random masks are left out of the measured norm; `edge_norms` adds their gain as a bound.
-            frame.drawn.update(dict.fromkeys(self.program.masks))
-            self.certificate = certify(self.program, edge_norms(frame, states), self.feedback)
-
     def projection(self, limit: float) -> dict[int, float]:
         """Weight index -> factor that caps the coupling for a loop gain of at most `limit`; empty where it is less.
 
@@ -168,9 +144,7 @@ class EnergyBlock(nn.Module):
 
     def set_feedback(self, feedback: float | str) -> None:
         """Set the loop gain κ (or `"symmetric"`), from the norms measured last."""
-        self.feedback = feedback
-        if self.certificate is not None:
-            self.certificate = certify(self.program, self.certificate.norms, feedback)
+        self.gain.set_feedback(feedback)
 
     def hint(self) -> str:
         """What to change where the block does not settle."""
@@ -182,17 +156,14 @@ class EnergyBlock(nn.Module):
             )
         return (
             f"its loop gain was set to {self.feedback:.3g} and certified as {gain:.3g}: lower `feedback`, call "
-            "recertify() if the weights have changed since, or allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
+            "hybrid.recertify() if the weights have changed since (evaluation leaves the feedback as it is), or allow "
+            "more sweeps: solver=GaussSeidel(max_sweeps=...)"
         )
 
     @property
     def contraction(self) -> float | None:
-        """κ where the block is certified: a Gauss–Seidel sweep contracts by about ρ² (Young 1954)."""
-        if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:
-            return None
-        if self.program.selects:  # certified for one choice of winners only
-            return None
-        return self.certificate.loop_gain
+        """Factor by which a Gauss–Seidel sweep contracts, where it is certified to: about κ (Young 1954)."""
+        return self.gain.contraction
 
     def free_rtol(self, dtype: torch.dtype) -> float:
         """Relative error at which the free phase stops."""
@@ -211,23 +182,34 @@ class EnergyBlock(nn.Module):
         """
         if not self.program.coupled or not self.enabled:
             return FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
-        solver, contraction = self.active_solver, self.contraction
-        frame.coarse = solver.precision == "bfloat16" and contraction is not None
-        start = self._start(frame)
-        phase = FreePhase(frame, self.scales, start)
-        rtol = self.free_rtol(frame.inputs[0].dtype if phase.values[0] is None else phase.values[0].dtype)
-        settled = relax(
+        phase, settled = self._settled(frame)
+        if not settled.converged and self.training and self.gain.remeasure(frame.weights):
+            # The loop gain had left what was measured: once more, at the γ that these weights need.
+            for register in frame.drawn.keys() - self.program.masks:
+                del frame.drawn[register]
+            phase, settled = self._settled(Frame(self.program, frame.inputs, frame.weights, frame.drawn))
+        settled = concluded(
+            settled,
             phase,
-            solver,
-            rtol,
+            self.active_solver,
+            self._rtol(phase),
             f"free phase of {self.name}",
             self.hint,
-            contraction,
-            blame=lambda: self._blame(frame),
+            blame=lambda: self._blame(phase.frame),
         )
         if phase.held and not self._told:
-            self._tell(frame, phase.settled()[0])
+            self._tell(phase.frame, phase.settled()[0])
         return phase, settled
+
+    def _settled(self, frame: Frame) -> tuple[FreePhase, Settled]:
+        solver, contraction = self.active_solver, self.contraction
+        frame.coarse = solver.precision == "bfloat16" and contraction is not None
+        phase = FreePhase(frame, self.scales, self._start(frame))
+        return phase, run(phase, solver, self._rtol(phase), contraction)
+
+    def _rtol(self, phase: FreePhase) -> float:
+        first = phase.values[0]
+        return self.free_rtol(phase.frame.inputs[0].dtype if first is None else first.dtype)
 
     def _tell(self, frame: Frame, states: Sequence[Tensor]) -> None:
         """Log it, once, where states with held winners of max pooling are no equilibrium with winners chosen anew."""
@@ -252,27 +234,11 @@ class EnergyBlock(nn.Module):
                     f"input {index} of {self.name}, of shape {tuple(value.shape)}, holds NaN or infinite values: "
                     "check the data and the digital part before it"
                 )
-        self._check_weights(frame.weights)
-
-    def _check_weights(self, weights: Sequence[Tensor | None]) -> None:
-        for index, weight in enumerate(weights):
-            if weight is not None and not bool(torch.isfinite(weight).all()):
-                raise InputError(
-                    f"weight {index} of {self.name}, of shape {tuple(weight.shape)}, holds NaN or infinite values: "
-                    "training may have diverged; lower the learning rate or reload a checkpoint"
-                )
+        check_weights(self.name, frame.weights)
 
     def laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The tensors in the memory layout in which this block's sweeps are fastest.
-
-        Convolutions on a CPU are up to twice as fast on channels-last tensors, and a settling
-        block runs each of its own many times.
-        """
-        if not self.program.convolutional or any(t is not None and t.device.type != "cpu" for t in tensors):
-            return tuple(tensors)
-        return tuple(
-            t.contiguous(memory_format=torch.channels_last) if t is not None and t.dim() == 4 else t for t in tensors
-        )
+        """The tensors in the memory layout in which this block's sweeps are fastest."""
+        return laid_out(self.program, tensors)
 
     def settle(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Equilibrium:
         """The equilibrium for given inputs and weights, without gradients."""

@@ -34,7 +34,10 @@ class Settle(torch.autograd.Function):
         tensors = block.laid_out(tensors)
         inputs = [value for value in tensors[: program.inputs] if value is not None]
         frame = Frame(program, inputs, tensors[program.inputs :], drawn)
+        if block.training:
+            block.gain.hold(frame.weights)
         phase, block.last = block.relax(frame)
+        frame = phase.frame
         states, preactivations = phase.settled()
         block.remember(frame, preactivations)
         ctx.block, ctx.last = block, block.last

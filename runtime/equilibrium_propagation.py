@@ -143,7 +143,8 @@ def _amplitudes(at: Situation, errors: Sequence[Tensor | None]) -> Tensor | None
     """rms(s_out)/rms(δ), per sample where samples are independent, else one number.
 
     The nudge is relative, so that the result depends neither on the scale of the loss nor on its
-    being a mean or a sum over the batch.
+    being a mean or a sum over the batch. It is 0 where δ is zero or so small (below 1e-37 in float32, say) that the
+    ratio or its inverse is out of range: such an error has no gradient that the dtype could hold.
     """
     pairs = [(state, error) for state, error in zip(at.states, errors, strict=True) if error is not None]
     if not pairs:
@@ -154,7 +155,9 @@ def _amplitudes(at: Situation, errors: Sequence[Tensor | None]) -> Tensor | None
     assert isinstance(states, Tensor)
     assert isinstance(nudges, Tensor)
     ratio = torch.where(states > 0, torch.sqrt(states / nudges), torch.rsqrt(nudges))
-    return torch.where(nudges > 0, ratio, torch.zeros_like(ratio)).to(pairs[0][1].dtype)
+    wide = torch.promote_types(pairs[0][1].dtype, torch.float32)
+    held = (nudges > 0) & (ratio < 1 / torch.finfo(wide).tiny)
+    return torch.where(held, ratio, torch.zeros_like(ratio)).to(wide)
 
 
 def _square(value: Tensor, batched: bool) -> Tensor:
@@ -170,11 +173,15 @@ def _square(value: Tensor, batched: bool) -> Tensor:
 
 
 def _scaled(errors: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
-    """Errors times the factor of their sample."""
-    return [
-        None if error is None else error * factor.reshape(factor.shape + (1,) * (error.dim() - factor.dim()))
-        for error in errors
-    ]
+    """Errors times the factor of their sample, in the errors' own dtype."""
+    result: list[Tensor | None] = []
+    for error in errors:
+        if error is None:
+            result.append(None)
+        else:
+            scaled = error * factor.reshape(factor.shape + (1,) * (error.dim() - factor.dim()))
+            result.append(scaled.to(error.dtype))
+    return result
 
 
 def _weighted(parts: Sequence[Tensor | None], betas: Sequence[tuple[complex, float]]) -> Tensor | None:

@@ -46,6 +46,13 @@ class ImplicitDifferentiation(Estimator):
         """Solve the adjoint system and contract at the free state."""
         if not any(error is not None for error in errors):
             return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+        errors, size = _of_unit_size(errors)
+        gradients = self._solved(at, errors)
+        for found in (gradients.inputs, gradients.weights):
+            found[:] = [None if part is None else part * size for part in found]
+        return gradients
+
+    def _solved(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         if self._conjugate(at):
             # Its residual is of all layers together: the error of the layers far from the output may be larger.
             response = AdjointPhase(at.frame, at.scales, at.preactivations, [None] * len(errors))
@@ -69,6 +76,21 @@ class ImplicitDifferentiation(Estimator):
                 "definite: use ImplicitDifferentiation(method='auto') or 'sweeps'"
             )
         return self.method == "cg"
+
+
+def _of_unit_size(errors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """(errors / f, f) with f the power of two at their largest entry: the system is linear, and norms stay in range.
+
+    Errors below the smallest normal number of their dtype become zero, and so does f.
+    """
+    present = [error for error in errors if error is not None]
+    largest = torch.stack([error.detach().abs().amax() if error.numel() else error.new_zeros(()) for error in present])
+    peak = largest.amax()
+    size = torch.ldexp(torch.ones_like(peak), torch.frexp(peak)[1] - 1)
+    held = (peak >= torch.finfo(peak.dtype).tiny) & torch.isfinite(size)
+    factor = torch.where(held, 1 / size, torch.zeros_like(size))
+    size = torch.where(held, size, torch.zeros_like(size))
+    return [None if error is None else error * factor for error in errors], size
 
 
 @dataclass(frozen=True)

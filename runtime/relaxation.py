@@ -22,7 +22,7 @@ from torch import Tensor
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
 from ffebm_compiler.runtime.solvers import FixedPoint, Solver
 
-__all__ = ["Settled", "relax", "stopping_rule"]
+__all__ = ["Settled", "concluded", "relax", "run", "stopping_rule"]
 
 _STALL = 100
 """Sweeps without a residual a tenth smaller after which a relaxation is given up; more where `max_sweeps` is large."""
@@ -89,7 +89,29 @@ def relax(
     Raises:
         ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
     """
-    settled = _Relaxation(problem, solver, rtol, contraction).run()
+    settled = run(problem, solver, rtol, contraction)
+    return concluded(settled, problem, solver, rtol, subject, hint, blame)
+
+
+def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None = None) -> Settled:
+    """Run a solver on a problem, without a word about how it ended; `concluded` says it."""
+    return _Relaxation(problem, solver, rtol, contraction).run()
+
+
+def concluded(
+    settled: Settled,
+    problem: FixedPoint,
+    solver: Solver,
+    rtol: float,
+    subject: str,
+    hint: Callable[[], str],
+    blame: Callable[[], None] | None = None,
+) -> Settled:
+    """Warn of samples that did not settle, or raise, as the solver says; the arguments are those of `relax`.
+
+    Raises:
+        ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
+    """
     if settled.converged:
         return settled
     if settled.lost and blame is not None:

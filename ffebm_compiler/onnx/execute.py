@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -98,9 +99,10 @@ class Exported:
             raise ValueError(f"{step['name']} has {len(scales)} scales and {len(step['inputs'])} inputs")
         settling = step["settling"]
         block = EnergyBlock(program)
-        block.feedback = step["feedback"]
+        block.gain.feedback = step["feedback"]
         radius = step["spectral_radius"]
-        block.certificate = Certificate((), scales, float("inf") if radius is None else float(radius))
+        radius = math.inf if radius is None else float(radius)
+        block.gain.certificate = Certificate((), scales, radius, settling["contraction"])
         block.solver = GaussSeidel(
             rtol=settling["rtol"],
             max_sweeps=settling["max_sweeps"],

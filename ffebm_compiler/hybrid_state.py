@@ -1,0 +1,156 @@
+"""What a hybrid is beside its tensors: feedback, estimator and solver of every block, and what training keeps of them.
+
+It travels in the metadata of a `state_dict` (torch keeps the attribute `_metadata` through `torch.save` and
+`torch.load`), so that the keys stay the source's and any source takes a hybrid's state dict. `storage.py` writes the
+same into files. It holds numbers, texts and tensors only: `torch.load(weights_only=True)` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.anderson import Anderson
+from ffebm_compiler.runtime.estimator import Estimator
+from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
+from ffebm_compiler.runtime.newton import NewtonCG
+from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid import HybridModel
+
+__all__ = ["METADATA", "Arrival", "named", "restore", "settle_arrival", "state_of"]
+
+METADATA = "ffebm"
+"""Key of the state in a module's entry of a state dict's metadata."""
+
+_ESTIMATORS: dict[str, type[Estimator]] = {
+    kind.__name__: kind for kind in (EquilibriumPropagation, ImplicitDifferentiation, Unrolled)
+}
+_SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
+
+
+def state_of(hybrid: HybridModel) -> dict[str, Any]:
+    """The state of a hybrid beside its tensors; an estimator or a solver of your own class is left out."""
+    blocks = {}
+    for block in hybrid.blocks:
+        module = block.module
+        blocks[block.name] = {
+            **module.gain.state(),
+            "measured": module.gain.fits(hybrid._made_of(block.name)),
+            "gradient": named(module.estimator),
+            "solver": named(module.solver),
+        }
+    return {"recertify_every": hybrid.recertify_every, "project_to": hybrid.project_to, "blocks": blocks}
+
+
+def named(value: Estimator | Solver | None) -> dict[str, Any] | None:
+    """An estimator or a solver as numbers and texts; `{"kind": None}` for one of your own class."""
+    if value is None:
+        return None
+    kind = type(value).__name__
+    known = type(value) in (*_ESTIMATORS.values(), *_SOLVERS.values())
+    return {"kind": kind, **asdict(value)} if known else {"kind": None}  # type: ignore[arg-type]
+
+
+def _made(stored: Mapping[str, Any] | None, kinds: Mapping[str, Any], present: Any) -> Any:
+    """The object that `named` described; the present one where it was of an unknown class."""
+    if stored is None:
+        return None
+    fields = dict(stored)
+    kind = fields.pop("kind")
+    return present if kind is None else kinds[kind](**fields)
+
+
+def restore(hybrid: HybridModel, state: Mapping[str, Any]) -> None:
+    """Take over what `state_of` returned, at weights that are there already.
+
+    Raises:
+        InputError: for a state that is malformed or of another plan.
+    """
+    blocks = {block.name: block.module for block in hybrid.blocks}
+    try:
+        stored = state["blocks"]
+        if list(stored) != list(blocks):
+            raise InputError(
+                f"the stored state is of the blocks {', '.join(stored) or 'none'}, and this hybrid has "
+                f"{', '.join(blocks) or 'none'}: convert with the plan of the hybrid that was saved"
+            )
+        for name, module in blocks.items():
+            estimator = _made(stored[name]["gradient"], _ESTIMATORS, module.estimator)
+            solver = _made(stored[name]["solver"], _SOLVERS, module.solver)
+            module.gain.restore(stored[name])
+            module.estimator, module.solver = estimator, solver
+            if stored[name]["measured"]:
+                module.gain.fitted(hybrid._made_of(name))
+        hybrid.recertify_every, hybrid.project_to = state["recertify_every"], state["project_to"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the stored state of the blocks is malformed ({type(error).__name__}: {error}): save the hybrid again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a state dict brings, seen before its tensors are copied."""
+
+    state: Mapping[str, Any] | None
+    """The state of the blocks, where it is of this plan and all their weights come with it."""
+    changed: tuple[str, ...]
+    """Blocks with feedback whose weights it changes."""
+
+    @classmethod
+    def of(cls, hybrid: HybridModel, state_dict: Mapping[str, Any], prefix: str, metadata: Any) -> Arrival:
+        """Look at a state dict for a hybrid that still has its former weights."""
+        state = metadata.get(METADATA) if isinstance(metadata, Mapping) else None
+        whole, changed = True, []
+        for name, sources in hybrid._sources.items():
+            present = [state_dict.get(prefix + source) for source in sources]
+            whole = whole and all(value is not None for value in present)
+            pairs = zip(sources, present, strict=True)
+            if not all(value is None or _same(hybrid._tensor(source), value) for source, value in pairs):
+                changed.append(name)
+        if state is None or not whole or not _of_same_blocks(hybrid, state):
+            return cls(None, tuple(changed))
+        return cls(state, tuple(changed))
+
+
+def _of_same_blocks(hybrid: HybridModel, state: Any) -> bool:
+    """Whether a state is of a hybrid with the same blocks."""
+    try:
+        layers = {name: list(block["layers"]) for name, block in state["blocks"].items()}
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return layers == {b.name: [layer.name for layer in b.module.program.layers] for b in hybrid.blocks}
+
+
+def _same(present: Tensor, arriving: object) -> bool:
+    if not isinstance(arriving, Tensor) or present.shape != arriving.shape or present.dtype != arriving.dtype:
+        return False
+    if present.device != arriving.device or present.is_meta:
+        return False
+    return torch.equal(present, arriving)
+
+
+def settle_arrival(module: nn.Module, incompatible_keys: object) -> None:
+    """After a state dict's tensors are copied: take over the state of the blocks, or certify them for the weights.
+
+    Weights that come without such a state are a source's: the feedback is set for them. Weights that are the present
+    ones change nothing.
+    """
+    hybrid: Any = module
+    arrival: Arrival | None = hybrid.__dict__.pop("_arriving", None)
+    if arrival is None:
+        return
+    if arrival.state is not None:
+        restore(hybrid, arrival.state)
+        return
+    for name in arrival.changed:
+        hybrid._recertify(name)

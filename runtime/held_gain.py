@@ -1,0 +1,283 @@
+"""`HeldGain`: the feedback of one block. γ is a setting, the loop gain a measurement.
+
+γ_{l,m} = c_m/c_l is what an amplifier is set to. It changes only when it is set: at conversion, by `set_feedback`, by
+`recertify`, and in training, where `feedback` is a loop gain κ to be held. The loop gain is what γ amounts to at the
+present weights, and moves with them. A training forward that finds the weights changed measures first
+(`runtime/tracked_norms.py`) and sets γ anew where the loop gain has left κ.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import FFEBMWarning, InputError
+from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.free_phase import FreePhase
+from ffebm_compiler.runtime.layout import laid_out
+from ffebm_compiler.runtime.loop_gain import MARGIN, Certificate, certificate_at, certify, edge_norms, mask_gain
+from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.tracked_norms import TrackedNorms
+from ffebm_compiler.runtime.weight_stamp import WeightStamp
+
+__all__ = ["HeldGain"]
+
+_log = logging.getLogger(__name__)
+
+_SLACK = 0.01
+"""Relative distance from κ at which γ is set anew."""
+
+
+class HeldGain:
+    """Feedback, certificate and what is kept between two measurements of a block's loop gain."""
+
+    def __init__(self, program: BlockProgram) -> None:
+        self.program = program
+        self.feedback: float | str = 0.1
+        """The loop gain κ to hold, or `"symmetric"` (γ = 1)."""
+        self.certificate: Certificate | None = None
+        """Of the weights measured last; None for a block without feedback."""
+        self.tracked = TrackedNorms()
+        self.locked = False
+        """Whether γ stays as it is whatever the weights are."""
+        self.changes = 0
+        """Changes of the weights that training forwards have seen."""
+        self.stamp: WeightStamp | None = None
+        """Of the weights that the certificate is of."""
+        self._arriving: WeightStamp | None = None
+        """Of changed weights, until they are measured."""
+        self._every: int | None = None
+        self._seen: tuple[WeightStamp, Certificate | None] | None = None
+        self._warned = False
+        self._examples: list[Tensor] = []
+        self._shapes: dict[int, torch.Size] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the stamps, which are of tensor objects; the hybrid stamps its copy's weights."""
+        return {**self.__dict__, "stamp": None, "_arriving": None, "_seen": None}
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """c_l."""
+        return (1.0,) * len(self.program.layers) if self.certificate is None else self.certificate.scales
+
+    @property
+    def loop_gain(self) -> float:
+        """κ as measured last; 0 for a block without feedback."""
+        return 0.0 if self.certificate is None else self.certificate.loop_gain
+
+    @property
+    def contraction(self) -> float | None:
+        """Factor by which a sweep contracts, where it is certified to."""
+        if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:
+            return None
+        if self.program.selects:  # certified for one choice of winners only
+            return None
+        return self.certificate.contraction
+
+    def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
+        """Remember these inputs' shapes, measure the operator norms and set the feedback."""
+        generator = torch.Generator().manual_seed(0)
+        self._examples, self._shapes = [], {}
+        for value in (v[:1] if self.program.batched and v.dim() else v for v in inputs):
+            drawn = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
+            self._examples.append(drawn if value.is_floating_point() else torch.zeros_like(value))
+        self.recertify(weights)
+
+    def recertify(self, weights: Sequence[Tensor | None]) -> None:
+        """Measure the operator norms of these weights to convergence and set γ for them.
+
+        Raises:
+            InputError: for a weight with NaN or infinite values.
+        """
+        norms = self.norms(weights)
+        if norms is not None:
+            self.certificate = certify(self.program, norms, self.feedback)
+
+    def norms(self, weights: Sequence[Tensor | None]) -> tuple[tuple[int, int, float], ...] | None:
+        """(l, m, ‖J_{ml}‖₂) at these weights, converged; None for a block without feedback. Changes nothing.
+
+        The drives are affine, so that the norms depend on the inputs' shapes only.
+
+        Raises:
+            InputError: for a weight with NaN or infinite values.
+        """
+        if not self.program.coupled or not self._examples:
+            return None
+        check_weights(self.program.name, weights)
+        with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):
+            frame, states = self._evaluated(weights)
+            return edge_norms(frame, states)
+
+    def fits(self, sources: Sequence[Tensor]) -> bool:
+        """Whether the certificate is of these tensors as they are now."""
+        return self.stamp is not None and self.stamp.fits(sources)
+
+    def fitted(self, sources: Sequence[Tensor]) -> None:
+        """Note that the certificate is of these tensors as they are now."""
+        self.stamp, self._arriving = WeightStamp.of(sources), None
+
+    def at(self, weights: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Certificate | None:
+        """The certificate of these weights (made of `sources`) at the present γ, measured once. Changes nothing."""
+        if self._seen is None or not self._seen[0].fits(sources):
+            norms = self.norms(weights)
+            present = None if norms is None else certificate_at(self.program, norms, self.scales)
+            self._seen = WeightStamp.of(sources), present
+        found = self._seen[1]
+        if found is None or found.scales == self.scales:
+            return found
+        return certificate_at(self.program, found.norms, self.scales)
+
+    def set_feedback(self, feedback: float | str) -> None:
+        """Set κ (or `"symmetric"`), from the norms measured last."""
+        self.feedback = feedback
+        if self.certificate is not None:
+            self.certificate = certify(self.program, self.certificate.norms, feedback)
+
+    def look(self, sources: Sequence[Tensor], every: int | None) -> bool:
+        """Note before a training forward whether the tensors that the weights are made of have changed.
+
+        Args:
+            sources: those tensors.
+            every: changes after which the norms are measured to convergence, whatever the estimate says.
+        """
+        self._every = every
+        changed = not self.locked and not self.fits(sources)
+        self._arriving = WeightStamp.of(sources) if changed else None
+        return changed
+
+    def hold(self, weights: Sequence[Tensor | None]) -> None:
+        """Measure weights that `look` found changed, and set γ where the loop gain has left κ.
+
+        Raises:
+            InputError: for a weight with NaN or infinite values.
+        """
+        if self._arriving is None:
+            return
+        before = self.loop_gain
+        self.changes += 1
+        self._measure(weights, converge=bool(self._every) and self.changes % (self._every or 1) == 0)
+        self.stamp, self._arriving = self._arriving, None
+        if isinstance(self.feedback, str) and before <= 1 < self.loop_gain and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.program.name}: its loop gain at symmetric feedback has grown to {self.loop_gain:.3g}; above 1 "
+                "nothing certifies that it settles: give `feedback` as a number such as 0.1, or keep the weights "
+                "small with hybrid.project_to = 0.9",
+                FFEBMWarning,
+                stacklevel=2,
+            )
+
+    def remeasure(self, weights: Sequence[Tensor | None]) -> bool:
+        """Measure to convergence where a phase did not settle; whether γ had to be changed."""
+        if self.locked or isinstance(self.feedback, str) or self.certificate is None:
+            return False
+        before = self.certificate.scales
+        self._measure(weights, converge=True)
+        return self.certificate.scales != before
+
+    def _measure(self, weights: Sequence[Tensor | None], converge: bool) -> None:
+        with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):
+            frame, states = self._evaluated(weights, known=True)
+            norms = [(k, m, norm * mask_gain(self.program, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
+            if converge:  # both approach the norm from below
+                lanczos = edge_norms(frame, states)
+                norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
+        if not all(math.isfinite(norm) for _, _, norm in norms):
+            check_weights(self.program.name, weights)
+        present = certificate_at(self.program, norms, self.scales)
+        target = self.feedback
+        if not isinstance(target, str) and abs(present.loop_gain - target) > _SLACK * target:
+            present = certify(self.program, norms, target)
+            _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, target)
+        self.certificate = present
+
+    def _evaluated(self, weights: Sequence[Tensor | None], known: bool = False) -> tuple[Frame, list[Tensor]]:
+        """The block at these weights for one sample, evaluated once, without its random masks."""
+        present = [None if w is None else w.detach() for w in weights]
+        wide = [w if w is None or not _narrow(w.dtype) else w.float() for w in present]
+        first = next((weight for weight in wide if weight is not None), None)
+        examples = [
+            value.to(first) if first is not None and value.is_floating_point() else value for value in self._examples
+        ]
+        operands = laid_out(self.program, [*examples, *wide])
+        inputs = [value for value in operands[: len(examples)] if value is not None]
+        frame = Frame(self.program, inputs, operands[len(examples) :])
+        if known and self._shapes and not self.program.selects:
+            frame.shapes.update(self._shapes)
+            like = inputs[0] if first is None else first
+            states = [like.new_empty(self._shapes[layer.state]) for layer in self.program.layers]
+        else:
+            states = list(FreePhase(frame, (1.0,) * len(self.program.layers)).settled()[0])
+            shapes = {layer.state: state.shape for layer, state in zip(self.program.layers, states, strict=True)}
+            self._shapes = {**frame.shapes, **shapes}
+        # Random masks are left out of the measured norm; their gain is added as a bound.
+        frame.drawn.update(dict.fromkeys(self.program.masks))
+        frame.frozen = True
+        return frame, states
+
+    def state(self) -> dict[str, Any]:
+        """What makes a copy of this block behave as it does: numbers, texts and tensors only."""
+        certificate = self.certificate
+        return {
+            "layers": [layer.name for layer in self.program.layers],
+            "feedback": self.feedback,
+            "changes": self.changes,
+            "norms": [] if certificate is None else [[k, m, _finite(norm)] for k, m, norm in certificate.norms],
+            "scales": list(self.scales),
+            "radius": None if certificate is None else _finite(certificate.radius),
+            "contraction": None if certificate is None else _finite(certificate.contraction),
+            "tracks": self.tracked.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` of the same block returned.
+
+        Raises:
+            InputError: for the state of another block.
+        """
+        layers = [layer.name for layer in self.program.layers]
+        edges = [] if self.certificate is None else [(k, m) for k, m, _ in self.certificate.norms]
+        norms = [(int(k), int(m), _number(norm)) for k, m, norm in state["norms"]]
+        if list(state["layers"]) != layers or [(k, m) for k, m, _ in norms] != edges:
+            raise InputError(
+                f"the stored feedback of {self.program.name} is of other layers ({', '.join(state['layers'])}): it "
+                f"holds {', '.join(layers)} here; convert with the plan of the saved hybrid"
+            )
+        self.feedback = state["feedback"] if isinstance(state["feedback"], str) else float(state["feedback"])
+        self.changes = int(state["changes"])
+        if self.certificate is not None:
+            scales = tuple(float(scale) for scale in state["scales"])
+            self.certificate = Certificate(
+                tuple(norms), scales, _number(state["radius"]), _number(state["contraction"])
+            )
+        self.tracked.restore(state["tracks"])
+
+
+def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:
+    """Refuse weights with NaN or infinite values."""
+    for index, weight in enumerate(weights):
+        if weight is not None and not bool(torch.isfinite(weight).all()):
+            raise InputError(
+                f"weight {index} of {name}, of shape {tuple(weight.shape)}, holds NaN or infinite values: "
+                "training may have diverged; lower the learning rate or reload a checkpoint"
+            )
+
+
+def _narrow(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _finite(value: float) -> float | None:
+    """The number, or None for an infinite one, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else float(value)

@@ -1,0 +1,56 @@
+"""`WeightStamp`: whether tensors are still what they were."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WeightStamp"]
+
+_SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class WeightStamp:
+    """What identifies the present values of tensors without reading all of them.
+
+    A tensor counts as unchanged while it is the same object, with the same counter of in-place operations
+    (`Tensor._version`), the same memory, and the same values at 64 places. The last catches writes to `.data`, which
+    raise no counter; it is left out on other devices than the CPU, where it would wait for the device.
+    """
+
+    marks: tuple[tuple[weakref.ref[Tensor], int, int, Tensor | None], ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> WeightStamp:
+        """The stamp of these tensors now."""
+        return cls(tuple((weakref.ref(tensor), *_mark(tensor)) for tensor in tensors))
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the stamped tensors, unchanged."""
+        if len(tensors) != len(self.marks):
+            return False
+        for tensor, (reference, version, memory, values) in zip(tensors, self.marks, strict=True):
+            if reference() is not tensor:
+                return False
+            now, place, present = _mark(tensor)
+            if (now, place) != (version, memory):
+                return False
+            if values is not None and (present is None or not torch.equal(values, present)):
+                return False
+        return True
+
+
+def _mark(tensor: Tensor) -> tuple[int, int, Tensor | None]:
+    """(version, address, values at some places)."""
+    version = -1 if tensor.is_inference() else tensor._version
+    if type(tensor) not in (Tensor, nn.Parameter):  # sharded, fake or wrapped: it may have no memory of its own
+        return version, 0, None
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return version, tensor.data_ptr(), None
+    flat = tensor.detach().view(-1)
+    return version, tensor.data_ptr(), flat[:: max(1, flat.numel() // _SAMPLED)].clone()

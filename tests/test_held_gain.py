@@ -1,0 +1,412 @@
+"""The loop gain is a measurement, γ a setting: held while weights move, left alone by evaluation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import noise, seeded
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.runtime.loop_gain import MARGIN
+
+KAPPA = 0.3
+
+
+class Small(nn.Module):
+    """Convolutions with a stride and a residual add, then linear layers: blocks with chains and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.fc1, self.fc2 = nn.Linear(8 * 9, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        h = torch.relu(self.conv1(h) + h)
+        h = torch.relu(self.conv2(h))
+        return self.fc2(torch.tanh(self.fc1(h.flatten(1))))
+
+
+def small() -> tuple[Small, Tensor, Tensor]:
+    return seeded(Small), noise(8, 1, 6, 6), torch.arange(8) % 5
+
+
+def mlp(width: int = 64, depth: int = 3) -> nn.Module:
+    layers = [nn.Linear(width, width)]
+    for _ in range(depth - 1):
+        layers += [nn.Tanh(), nn.Linear(width, width)]
+    return nn.Sequential(*layers)
+
+
+def true_gain(hybrid: ffebm.HybridModel, index: int, x: Tensor) -> float:
+    """κ from the singular values of the layers' dense Jacobians in float64, by autograd through the source's layers."""
+    block = hybrid.blocks[index]
+    program, scales = block.module.program, block.module.scales
+    matrix = np.zeros((len(scales), len(scales)))
+    digital = hybrid.to_digital().double().eval()
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach()))
+        for name, layer in digital.named_modules()
+        if name in block.state_names
+    ]
+    with torch.no_grad():
+        digital(x[:1].double())
+    for hook in hooks:
+        hook.remove()
+    for later, above in enumerate(program.upstream):
+        name = program.layers[later].name
+        layer = digital.get_submodule(name)
+
+        def drive(s: Tensor, layer: nn.Module = layer, shape: torch.Size = inputs[name].shape) -> Tensor:
+            return layer(s.reshape(shape))
+
+        jacobian = torch.autograd.functional.jacobian(drive, inputs[name])
+        dense = jacobian.reshape(-1, inputs[name].numel()).numpy()
+        if name == "conv1":  # its drive is conv1(h) + h
+            dense = dense + np.eye(len(dense))
+        for earlier in above:
+            lips = [program.layers[i].activation.lipschitz for i in (earlier, later)]
+            norm = float(np.linalg.norm(dense, 2))
+            matrix[earlier, later] = math.sqrt(scales[later] / scales[earlier] * lips[0] * lips[1]) * norm
+            matrix[later, earlier] = matrix[earlier, later]
+    return float(np.abs(np.linalg.eigvalsh(matrix)).max()) ** 2
+
+
+def step(hybrid: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(hybrid(x), y)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+class PlainSGD(torch.optim.Optimizer):
+    """An optimizer that writes `.data`, as many do: no counter of the tensor tells."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(group["lr"] * parameter.grad.sign())
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, 1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2),
+    "sign of .data": lambda p: PlainSGD(p, 1e-2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_told_and_true_loop_gain_agree_after_any_step(name: str) -> None:
+    model, x, y = small()
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    optimizer = OPTIMIZERS[name](hybrid.parameters())
+    worst = 0.0
+    for index in range(500):
+        step(hybrid, optimizer, x, y)
+        if index < 20 or index % 20 == 0:
+            for place, block in enumerate(hybrid.blocks):
+                if block.certificate is not None:  # of the weights after the step, at the γ of the step before
+                    worst = max(worst, abs(block.loop_gain / true_gain(hybrid, place, x) - 1))
+            hybrid(x)  # sets γ for these weights
+            for place, block in enumerate(hybrid.blocks):
+                if block.certificate is not None:
+                    true = true_gain(hybrid, place, x)
+                    assert true == pytest.approx(KAPPA, rel=0.05), (index, block.name)
+                    worst = max(worst, abs(block.module.loop_gain / true - 1))
+    assert 0 < worst < 0.05
+
+
+@pytest.mark.parametrize("width", [64, 384])
+@pytest.mark.parametrize("growth", [0.03, 0.1])
+@pytest.mark.parametrize("between", ["own", "random"])
+def test_a_direction_that_overtakes_is_seen(width: int, growth: float, between: str) -> None:
+    """A weight grows along one of its singular vectors that was far from the largest."""
+    model = seeded(lambda: mlp(width, 2))
+    with torch.no_grad():
+        model[2].weight.normal_(0, 0.5 / math.sqrt(width), generator=torch.Generator().manual_seed(1))
+    x = noise(4, width)
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    weight = hybrid.get_parameter("2.weight")
+    left, _, right = torch.linalg.svd(weight.detach())
+    p, q = (left[:, 40], right[40]) if between == "own" else (noise(width, seed=3), noise(width, seed=4))
+    direction = torch.outer(p / p.norm(), q / q.norm())
+    for _ in range(60):
+        with torch.no_grad():
+            weight.add_(direction, alpha=growth)
+        hybrid(x)
+        (block,) = hybrid.blocks
+        scales = block.module.scales
+        exact = float(torch.linalg.matrix_norm(weight.detach().double(), 2)) ** 2 * scales[1] / scales[0]
+        assert block.module.loop_gain == pytest.approx(exact, rel=0.05)
+        assert exact == pytest.approx(KAPPA, rel=0.05)
+
+
+def test_a_jump_is_measured_to_convergence() -> None:
+    model, x, _ = small()
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    other = seeded(Small, 7)
+    with torch.no_grad():
+        for mine, theirs in zip(hybrid.parameters(), other.parameters(), strict=True):
+            mine.copy_(3 * theirs)
+    hybrid(x)
+    for index, block in enumerate(hybrid.blocks):
+        if block.certificate is not None:
+            assert block.module.loop_gain == pytest.approx(KAPPA, rel=1e-6)
+            assert true_gain(hybrid, index, x) == pytest.approx(KAPPA / MARGIN**2, rel=5e-3)
+
+
+def test_a_phase_that_does_not_settle_measures_and_settles_once_more() -> None:
+    """Weights that changed unseen: the free phase diverges, and γ is set for them."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    x = noise(4, 16)
+    hybrid = ffebm.convert(model, x, feedback=0.9).train()
+    weight = hybrid.get_parameter("2.weight")
+    weight.data *= 40
+    before = hybrid.blocks[0].module.scales
+    hybrid.blocks[0].module.gain.fitted(hybrid._made_of("block_1"))
+    assert torch.isfinite(hybrid(x)).all()
+    assert hybrid.blocks[0].module.scales != before
+    assert hybrid.blocks[0].module.last.converged
+    # In evaluation γ is left alone, and the error says what to do.
+    weight.data *= 40
+    hybrid.blocks[0].module.gain.fitted(hybrid._made_of("block_1"))
+    hybrid.eval()
+    with pytest.raises(ffebm.ConvergenceError, match=r"call hybrid\.recertify\(\) if the weights have changed"):
+        hybrid(x)
+    hybrid.recertify()
+    assert torch.isfinite(hybrid(x)).all()
+
+
+def gains(hybrid: ffebm.HybridModel) -> list[Any]:
+    return [copy.deepcopy(block.module.gain.state()) for block in hybrid.blocks]
+
+
+def equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(equal(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+@pytest.mark.parametrize("feedback", [KAPPA, "symmetric"])
+def test_evaluation_changes_nothing(feedback: float | str) -> None:
+    model, x, y = small()
+    with torch.no_grad():
+        model.conv2.weight.mul_(0.5), model.conv1.weight.mul_(0.1)
+    hybrid = ffebm.convert(model, x, feedback=feedback, force_digital="stem").train()
+    optimizer = torch.optim.Adam(hybrid.parameters(), 1e-3)
+    for _ in range(3):
+        step(hybrid, optimizer, x, y)
+    before, weights = gains(hybrid), copy.deepcopy(hybrid.state_dict())
+    hybrid.eval()
+    with torch.no_grad():
+        want = hybrid(x)
+    hybrid(x).sum().backward()
+    hybrid.compare(x)
+    hybrid.diagnose(x)
+    ffebm.check_gradients(hybrid, x, lambda out: F.cross_entropy(out, y))
+    hybrid.summary(), hybrid.cost_report(), hybrid._repr_html_(), copy.deepcopy(hybrid), hybrid.state_dict()
+    told = [block.loop_gain for block in hybrid.blocks]
+    assert equal(gains(hybrid), before)
+    with torch.no_grad():
+        assert torch.equal(hybrid(x), want)
+    # What is read is of the present weights, although they were not set for it.
+    for index, block in enumerate(hybrid.blocks):
+        if block.certificate is not None:
+            assert told[index] == pytest.approx(true_gain(hybrid, index, x), rel=0.02)
+    assert all(torch.equal(value, weights[key]) for key, value in hybrid.state_dict().items())
+
+
+def test_reading_the_loop_gain_measures_changed_weights_and_sets_nothing() -> None:
+    model = seeded(lambda: mlp(16, 2))
+    hybrid = ffebm.convert(model, noise(4, 16), feedback=0.1)
+    with torch.no_grad():
+        hybrid.get_parameter("2.weight").mul_(3)
+    (block,) = hybrid.blocks
+    scales = block.module.scales
+    assert block.loop_gain == pytest.approx(0.9, rel=1e-3)
+    assert block.module.scales == scales
+    assert "0.9" in repr(block)
+    hybrid.train()(noise(4, 16))
+    assert block.loop_gain == pytest.approx(0.1, rel=0.01)
+
+
+def test_gradient_checks_hold_the_feedback() -> None:
+    """In train mode, at weights that moved since: reference and estimators see the γ of the present setting."""
+    model = seeded(lambda: mlp(12, 2)).double()
+    x = noise(5, 12).double()
+    hybrid = ffebm.convert(model, x, feedback=0.6).train()
+    with torch.no_grad():
+        hybrid.get_parameter("2.weight").mul_(1.2)
+    before = gains(hybrid)
+    report = ffebm.check_gradients(hybrid, x, lambda out: out.square().mean())
+    assert report.worst("implicit")[1].relative_error < 1e-8
+    assert equal(gains(hybrid), before)
+    # Finite differences in train mode: γ is a constant, as an amplifier's is.
+    weight = hybrid.get_parameter("2.weight")
+    with hybrid.held_feedback():
+        hybrid.set_gradient("implicit")
+        hybrid(x).square().mean().backward()
+        values = []
+        for shift in (1e-5, -2e-5):
+            with torch.no_grad():
+                weight[3, 4] += shift
+                values.append(float(hybrid(x).square().mean()))
+    difference = (values[0] - values[1]) / 2e-5
+    assert float(weight.grad[3, 4]) == pytest.approx(difference, rel=1e-6)
+    assert equal(gains(hybrid), before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_accumulation_and_two_forwards_see_one_feedback(reentrant: bool) -> None:
+    model, x, y = small()
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    hybrid.recertify_every = 1
+    optimizer = torch.optim.Adam(hybrid.parameters(), 1e-2)
+    step(hybrid, optimizer, x, y)
+    plain = copy.deepcopy(hybrid)
+    F.cross_entropy(plain(x), y).backward()
+    optimizer.zero_grad()
+    given = x.clone().requires_grad_()  # the reentrant form gives gradients only where an input has one
+    F.cross_entropy(checkpoint(hybrid, given, use_reentrant=reentrant), y).backward()
+    after = gains(hybrid)
+    assert equal(after, gains(plain))
+    for ours, theirs in zip(hybrid.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for _ in range(2):
+        F.cross_entropy(hybrid(x), y).backward()
+    assert equal(gains(hybrid), after)
+    assert hybrid.blocks[0].module.gain.changes == 1
+
+
+def test_functional_call_and_frozen_weights() -> None:
+    model, x, _ = small()
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    larger = {name: 2 * value.detach() for name, value in hybrid.named_parameters()}
+    torch.func.functional_call(hybrid, larger, (x,))
+    index = next(i for i, block in enumerate(hybrid.blocks) if block.certificate is not None)
+    first = hybrid.blocks[index].module.scales
+    hybrid(x)  # back at its own weights
+    assert hybrid.blocks[index].module.scales != first
+    assert true_gain(hybrid, index, x) == pytest.approx(KAPPA, rel=0.02)
+    changes = hybrid.blocks[index].module.gain.changes
+    for _ in range(3):
+        hybrid(x)
+    assert hybrid.blocks[index].module.gain.changes == changes
+
+
+def test_weights_folded_from_batch_norm_are_held_too() -> None:
+    """The weight that settles is computed from several parameters; its tensor is new at every forward."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    )
+    x = noise(4, 1, 5, 5)
+    hybrid = ffebm.convert(model.eval(), x, feedback=0.2, fold_batchnorm=True).train()
+    (block,) = [block for block in hybrid.blocks if block.certificate is not None]
+    hybrid(x)
+    assert block.module.gain.changes == 0
+    with torch.no_grad():
+        hybrid.get_parameter("4.weight").mul_(3)
+    assert block.loop_gain == pytest.approx(1.8, rel=0.02)
+    hybrid(x)
+    assert block.loop_gain == pytest.approx(0.2, rel=0.02)
+
+
+def test_symmetric_feedback_reports_the_true_gain_and_warns_once() -> None:
+    model = seeded(lambda: mlp(16, 2))
+    x = noise(4, 16)
+    hybrid = ffebm.convert(model, x, feedback="symmetric").train()
+    weight = hybrid.get_parameter("2.weight")
+    for _ in range(3):
+        with torch.no_grad():
+            weight.div_(torch.linalg.matrix_norm(weight, 2)).mul_(0.9)
+        hybrid(x)  # below 1: no warning, which would be an error here
+    with torch.no_grad():
+        weight.mul_(1.2)
+    with pytest.warns(ffebm.FFEBMWarning, match=r"block_1: its loop gain at symmetric feedback has grown to 1\.1"):
+        hybrid(x)
+    with torch.no_grad():
+        weight.mul_(1.01)
+    hybrid(x)
+    (block,) = hybrid.blocks
+    assert block.module.scales == (1.0, 1.0)
+    assert block.loop_gain == pytest.approx(float(torch.linalg.matrix_norm(weight.detach(), 2)) ** 2, rel=0.02)
+
+
+@pytest.mark.parametrize("gradient", ["ep", "implicit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-42, 1e-39, 1e-30, 1e-12])
+def test_an_error_that_vanishes_is_no_divergence(gradient: str, dtype: torch.dtype, size: float) -> None:
+    """Where the loss is fitted δ is denormal: the gradient is the scaled one, or zero, and never an error."""
+    model = seeded(lambda: mlp(8, 3)).to(dtype)
+    x, direction = noise(4, 8).to(dtype), noise(4, 8, seed=8).to(dtype)
+    hybrid = ffebm.convert(model, x, gradient=gradient)
+    (hybrid(x) * direction).sum().backward()
+    want = [parameter.grad.clone() for parameter in hybrid.parameters()]
+    hybrid.zero_grad()
+    hybrid(x).backward(direction * size)
+    for ours, theirs in zip(hybrid.parameters(), want, strict=True):
+        if size > 10 * torch.finfo(dtype).tiny:
+            assert float((ours.grad / size - theirs).norm()) < 1e-4 * float(theirs.norm())
+        else:
+            assert float(ours.grad.abs().max()) < 100 * size
+    hybrid.zero_grad()
+    mixed = torch.stack([direction[0], direction[1] * 1e-42, direction[2] * 0, direction[3] * 1e-30])
+    hybrid(x).backward(mixed)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in hybrid.parameters())
+
+
+def test_a_certain_class_has_no_gradient_and_no_error() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    with torch.no_grad():
+        model[2].bias += torch.tensor([95.0, 0.0])
+    for gradient in ("ep", "implicit", ffebm.EquilibriumPropagation(beta=0.1, variant="centered")):
+        hybrid = ffebm.convert(model, noise(3, 4), gradient=gradient)
+        F.cross_entropy(hybrid(noise(3, 4).abs()), torch.zeros(3, dtype=torch.long)).backward()
+        assert all(float(parameter.grad.abs().max()) < 1e-30 for parameter in hybrid.parameters())
+
+
+def test_every_so_many_changes_are_measured_to_convergence() -> None:
+    model, x, _ = small()
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    hybrid.recertify_every = 2
+    index = next(i for i, block in enumerate(hybrid.blocks) if block.certificate is not None)
+    for count in range(1, 5):
+        with torch.no_grad():
+            for parameter in hybrid.parameters():
+                parameter.mul_(1.001)
+        hybrid(x)
+        hybrid(x)
+        assert hybrid.blocks[index].module.gain.changes == count
+
+
+def test_nan_weights_are_named() -> None:
+    model, x, _ = small()
+    hybrid = ffebm.convert(model, x).train()
+    with torch.no_grad():
+        hybrid.get_parameter("conv2.weight")[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ffebm.InputError, match=r"weight \d of block_\d+, of shape .* holds NaN"):
+        hybrid(x)

@@ -20,7 +20,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.a(x))
-        return torch.sigmoid(h + self.b(torch.tanh(h)) + self.c(x))
+        return torch.sigmoid(h + self.b(h) + self.c(x))
 
 
 COUNTS: dict[str, list[int]] = {}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.checks import ESTIMATORS
+from ffebm_compiler.whole_files import write_whole
 
 
 class Heterogeneous(nn.Module):
@@ -116,7 +117,7 @@ def main() -> None:
     print(f"{rows[0]['layers']} layers in {rows[0]['blocks']} blocks, float32, against float64 unrolled")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(options.out, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ffebm_compiler.whole_files import write_whole
+
 NOT_COUNTED = "Counted are convolutions and matrix products, not elementwise work nor the traffic to memory."
 
 
@@ -238,4 +240,4 @@ def write(tables: list[dict[str, Any]], options: argparse.Namespace) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(options).items() if isinstance(value, int | float | str)}
     found = {"conditions": conditions(options), "torch": torch.__version__, "options": settings, "tables": tables}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(options.out, json.dumps(found, indent=1) + "\n")

@@ -34,6 +34,7 @@ from zoo_models import MODELS
 
 import ffebm_compiler as ffebm
 import ffebm_compiler.onnx
+from ffebm_compiler.whole_files import write_whole
 
 LIMIT = 1e-5
 ZOO = (
@@ -187,7 +188,7 @@ def main() -> int:
         print("  ".join(cells), flush=True)
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(given.out, json.dumps(rows, indent=1) + "\n")
     return int(failed)
 
 

@@ -29,6 +29,7 @@ from partition_cases import chain, random_graph, random_hardware
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import OperationGraph, Role
 from ffebm_compiler.passes.partition import conversions, partition, tiles_of, too_large
+from ffebm_compiler.whole_files import write_whole
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
 
@@ -216,7 +217,7 @@ def main() -> None:
         rows = zoo(options.only, options.share)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(options.out, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from training_step import MLPStack, ResidualCNN
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.whole_files import write_whole
 
 SOLVERS: dict[str, Any] = {
     "sweeps": ffebm.GaussSeidel(),
@@ -133,7 +134,7 @@ def main() -> None:
         print(f"{name:26} {row['loop_gain']:6.2f} {1e3 * (base or 0):7.0f}  " + "  ".join(cells), flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(options.out, json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from ffebm_compiler.errors import ConvergenceWarning
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.passes.dialect import WIRING_KINDS
+from ffebm_compiler.whole_files import write_whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -323,9 +324,9 @@ def main() -> int:
             print(f"  MISSED {name}: {sentence}", flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(rows, indent=1) + "\n")
+            write_whole(options.out, json.dumps(rows, indent=1) + "\n")
     if options.table:
-        options.table.write_text(markdown(rows), encoding="utf-8")
+        write_whole(options.table, markdown(rows))
     bad = sum(bool(failures(row)) for row in rows)
     for sentence in summary(rows):
         print(sentence)

@@ -10,8 +10,10 @@ selenium.
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
 from ffebm_compiler.demo_models import DigitsCNN
 from ffebm_compiler.plan_compare import sweep
+from ffebm_compiler.whole_files import write_whole
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 
@@ -33,15 +36,22 @@ def write_pages(folder: Path) -> None:
     gradients = ffebm.check_gradients(cnn, images, lambda scores: scores.logsumexp(1).mean())
     diagnosis = cnn.diagnose(images)
     cnn.save_html(folder / "cnn.html", comparison=cnn.compare(images), gradients=gradients, diagnosis=diagnosis)
-    drawing.plot_relaxation(diagnosis).savefig(folder / "plot-relaxation.png")
+    write_plot(drawing.plot_relaxation(diagnosis), folder / "plot-relaxation.png")
     rows = sweep(cnn.plan, {"tile_rows": [64, 128, 256], "layers_per_block": [1, 2, 4]})
-    drawing.plot_hardware(rows).savefig(folder / "plot-hardware.png")
+    write_plot(drawing.plot_hardware(rows), folder / "plot-hardware.png")
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     tokens = torch.randn(2, 10, 64)
     ffebm.convert(encoder, tokens).save_html(folder / "transformer.html")
     plans = [ffebm.plan(encoder, tokens, hardware=name) for name in ("crossbar-64", "crossbar-256")]
     drawing.save_side_by_side(plans[0], plans[1], folder / "two-chips.html")
+
+
+def write_plot(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())
 
 
 def screenshots(folder: Path) -> None:
@@ -70,11 +80,11 @@ def screenshots(folder: Path) -> None:
             driver.get((folder / f"{name}.html").resolve().as_uri())
             driver.execute_script(click, block)
             driver.execute_script("document.querySelector('.curve')?.closest('section').scrollIntoView()")
-            driver.save_screenshot(str(PICTURES / f"page-{name}.png"))
+            write_whole(PICTURES / f"page-{name}.png", driver.get_screenshot_as_png())
     finally:
         driver.quit()
     for plot in folder.glob("plot-*.png"):
-        shutil.copy(plot, PICTURES)
+        write_whole(PICTURES / plot.name, plot.read_bytes())
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ onnxruntime. `ffebm demo` runs it; everything is seeded and runs on one thread.
 from __future__ import annotations
 
 import copy
+import io
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from ffebm_compiler.demo_report import Row, Steps, results_text, write_results
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.text import table_text
+from ffebm_compiler.whole_files import write_whole
 
 __all__ = ["DemoSettings", "run_demo"]
 
@@ -116,7 +118,9 @@ def _run(settings: DemoSettings, console: Console, quiet: bool) -> bool:
     source.eval()
     reached = accuracy(source, data.x_test, data.y_test)
     steps.say(f"source: {reached:.2f} % of {len(data.y_test)} test digits")
-    torch.save(source.state_dict(), out / "source.pt")
+    weights = io.BytesIO()
+    torch.save(source.state_dict(), weights)
+    write_whole(out / "source.pt", weights.getvalue(), failure="the weights cannot be written", error=InputError)
 
     steps.title("2. Convert it with one call, batch norm kept and folded")
     kept = _convert(source, "kept", data, out, steps)

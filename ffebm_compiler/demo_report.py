@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.text import table_text
+from ffebm_compiler.whole_files import write_whole
 
 if TYPE_CHECKING:
     from ffebm_compiler.demo import DemoSettings
@@ -95,7 +96,12 @@ def write_results(
             "rows": [{**asdict(row), "met": row.met} for row in rows],
             **more,
         }
-        marker.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(
+            marker,
+            json.dumps(content, indent=1) + "\n",
+            failure="the results cannot be written",
+            error=InputError,
+        )
     except OSError as error:
         raise InputError(f"the demo cannot write to {out}: {error.strerror or error}") from error
 

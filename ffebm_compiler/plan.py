@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ffebm_compiler.errors import FFEBMError, PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
+from ffebm_compiler.whole_files import write_whole
 
 if TYPE_CHECKING:
     import networkx
@@ -419,15 +420,13 @@ class Plan:
         return plan
 
     def to_json(self, path: str | Path) -> None:
-        """Write the plan; an existing file is replaced.
+        """Write the plan; an existing file is replaced, or left as it is where that fails.
 
         Raises:
             PlanError: where the path cannot be written.
         """
-        try:
-            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"the plan cannot be written to {path}: {error.strerror or error}") from error
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        write_whole(path, text, failure="the plan cannot be written", error=PlanError)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Plan:

@@ -8,9 +8,6 @@ A folder holds `hybrid.json` (settings, and the structure of the example inputs)
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import ExportError, InputError
 from ffebm_compiler.hybrid_state import METADATA, state_of
 from ffebm_compiler.plan import Plan
+from ffebm_compiler.whole_folders import recover_folder, whole_folder
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
@@ -71,7 +70,7 @@ class Conversion:
 
 
 def save(hybrid: HybridModel, path: str | Path) -> None:
-    """Write a hybrid into a folder; an earlier save there is replaced as a whole.
+    """Write a hybrid into a folder; an earlier save there is replaced as a whole, or left as it is where that fails.
 
     Raises:
         ExportError: where the path cannot be written or holds something else, or a setting of the
@@ -99,27 +98,17 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         "conversion": asdict(conversion),
         "state": _without_tensors(state),
     }
-    temporary: Path | None = None
     try:
         text = json.dumps(settings, indent=1)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        (temporary / "hybrid.json").write_text(text + "\n", encoding="utf-8")
-        hybrid.plan.to_json(temporary / "plan.json")
-        save_file(_unique(hybrid.state_dict()), temporary / "weights.safetensors")
-        save_file(_tensors_of(state), temporary / "loop_gain.safetensors")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
     except TypeError as error:
         raise ExportError(
             f"an example input cannot be written as JSON ({error}): pass tensors, numbers or texts"
         ) from error
-    except OSError as error:
-        raise ExportError(f"the hybrid cannot be saved to {target}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary)
+    with whole_folder(target, failure="the hybrid cannot be saved") as fresh:
+        fresh.write("hybrid.json", text + "\n")
+        fresh.write("plan.json", json.dumps(hybrid.plan.to_dict(), indent=1) + "\n")
+        fresh.write("weights.safetensors", to_bytes(_unique(hybrid.state_dict())))
+        fresh.write("loop_gain.safetensors", to_bytes(_tensors_of(state)))
 
 
 def load(path: str | Path, model: nn.Module) -> HybridModel:
@@ -136,6 +125,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
     from ffebm_compiler.convert import convert
 
     folder = Path(path)
+    recover_folder(folder)
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder} is no saved hybrid: {', '.join(missing)} is missing; write one with hybrid.save()")

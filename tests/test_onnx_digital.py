@@ -279,7 +279,7 @@ def test_a_failed_export_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ffebm_compiler.onnx.digital.save_file", fail)
+    monkeypatch.setattr("ffebm_compiler.onnx.digital.to_bytes", fail)
     with pytest.raises(ffebm.ExportError, match="No space left on device"):
         cnn[0].export_onnx(tmp_path / "out", parts="digital")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,8 @@ from ffebm_compiler.drawing.overlay import Overlay, loop_gain_overlay, relaxatio
 from ffebm_compiler.drawing.page import page_text
 from ffebm_compiler.drawing.record import record_of
 from ffebm_compiler.drawing.svg import svg_text
-from ffebm_compiler.errors import ExportError, InputError
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.whole_files import write_whole
 
 if TYPE_CHECKING:
     from ffebm_compiler.diagnosis import Diagnosis
@@ -100,7 +101,7 @@ def notebook_html(plan: Plan, hybrid: HybridModel | None = None, height: int = 6
 
 
 def write_picture(content: str | bytes, path: str | Path) -> None:
-    """Write a picture; an existing file is replaced.
+    """Write a picture; an existing file is replaced, or left as it is where that fails.
 
     Raises:
         InputError: where the path is no path.
@@ -108,12 +109,4 @@ def write_picture(content: str | bytes, path: str | Path) -> None:
     """
     if not isinstance(path, str | Path) or not str(path):
         raise InputError(f"path is {path!r}; expected the name of a file to write, e.g. 'partition.html'")
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        Path(path).write_bytes(data)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ExportError(
-            f"the picture cannot be written to {path}: {reason}; give a file name in an existing folder that you may "
-            "write to"
-        ) from error
+    write_whole(path, content, failure="the picture cannot be written")

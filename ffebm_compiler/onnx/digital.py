@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
-from ffebm_compiler.onnx.folder import digest_of, whole_folder
+from ffebm_compiler.onnx.folder import export_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
 from ffebm_compiler.onnx.mode import warn_of_train_mode
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
+from ffebm_compiler.whole_folders import FreshFolder
 
 __all__ = ["export_digital", "part_models", "save_part"]
 
@@ -56,19 +57,18 @@ def export_digital(
     warn_of_train_mode(hybrid)
     progress("tracing")
     steps = Steps.of(hybrid)
-    with whole_folder(folder) as fresh:
+    with export_folder(folder) as fresh:
         files: dict[str, str] = {}
         for step, model in part_models(steps, hybrid, fuse_batchnorm):
             progress(f"writing {step.name}")
             files[step.name] = _file_name(step, hybrid)
-            save_part(onnx, model, fresh / files[step.name])
+            save_part(onnx, model, fresh, files[step.name])
         progress("writing the manifest")
         tensors = _tensors(steps)
         if tensors:
-            save_file(tensors, fresh / WEIGHTS)
-        digests = {item.name: digest_of(item) for item in sorted(fresh.iterdir())}
-        text = json.dumps(manifest_of(hybrid, steps, files, digests), indent=1, allow_nan=False)
-        (fresh / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            fresh.write(WEIGHTS, to_bytes(tensors))
+        text = json.dumps(manifest_of(hybrid, steps, files, fresh.digests()), indent=1, allow_nan=False)
+        fresh.write(MANIFEST, text + "\n")
     return folder
 
 
@@ -144,16 +144,19 @@ def _file_name(step: Step, hybrid: HybridModel) -> str:
     return f"{step.name}_{plain}.onnx"
 
 
-def save_part(onnx: Any, model: Any, path: Path) -> None:
+def save_part(onnx: Any, model: Any, folder: FreshFolder, name: str) -> None:
     """Write a model and check it; tensors go beside it where they are large."""
+    checked: str | bytes
     if model.ByteSize() > _LARGE:
-        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+        checked = str(folder.path / name)
+        onnx.save_model(model, checked, save_as_external_data=True, location=f"{name}.data", size_threshold=1024)
     else:
-        onnx.save_model(model, str(path))
+        checked = model.SerializeToString()
+        folder.write(name, checked)
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(checked, full_check=True)
     except Exception as error:  # onnx raises several kinds
-        raise ExportError(f"{path.name} does not pass onnx.checker ({error}): please report the model") from error
+        raise ExportError(f"{name} does not pass onnx.checker ({error}): please report the model") from error
 
 
 def _tensors(steps: Steps) -> dict[str, Tensor]:

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ExportError
-from ffebm_compiler.onnx.folder import FORMAT, digest_of
+from ffebm_compiler.onnx.folder import FORMAT
 from ffebm_compiler.onnx.manifest import MANIFEST, SCHEMA, WEIGHTS, seal
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.program_json import program_from_json
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import GaussSeidel
+from ffebm_compiler.whole_folders import digest_of, recover_folder
 
 __all__ = ["Exported", "Inputs", "load", "run", "session_of"]
 
@@ -73,6 +74,7 @@ class Exported:
     """An export, checked and ready to run."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
+        recover_folder(folder)
         self.folder = folder
         self.manifest = _manifest(folder)
         for name, digest in self.manifest["files"].items():

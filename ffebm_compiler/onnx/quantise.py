@@ -18,10 +18,11 @@ from torch import Tensor
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.digital import save_part
 from ffebm_compiler.onnx.execute import Inputs, load, session_of
-from ffebm_compiler.onnx.folder import digest_of, whole_folder
+from ffebm_compiler.onnx.folder import export_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, seal
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.verify import deviation
+from ffebm_compiler.whole_folders import FreshFolder
 
 __all__ = ["OPERATIONS", "Quantised", "QuantisedPart", "quantise"]
 
@@ -98,41 +99,41 @@ def quantise(
         raise ExportError("the calibration inputs give values that are not finite: check the inputs")
     parts: dict[str, QuantisedPart] = {}
     manifest = json.loads(json.dumps(exported.manifest))
-    with whole_folder(target) as fresh:
+    with export_folder(target) as fresh:
         for name in manifest["files"]:
-            shutil.copyfile(source / name, fresh / name)
+            shutil.copyfile(source / name, fresh.path / name)
         for step in manifest["steps"]:
             if step["kind"] == "feedforward":
                 part = _part(fresh, step, values, operations)
                 parts[step["name"]] = part
                 step["int8"] = {"operations": part.operations, "deviation": part.deviation, "reason": part.reason}
-        manifest["files"] = {item.name: digest_of(item) for item in sorted(fresh.iterdir())}
+        manifest["files"] = fresh.digests()
         manifest["int8"] = {"deviation": 0.0}
         _write(fresh, manifest)
         expected = exported.run(inputs)
-        overall = deviation(load(fresh).run(inputs), expected)
+        overall = deviation(load(fresh.path).run(inputs), expected)
         manifest["int8"] = {"deviation": overall}
         _write(fresh, manifest)
     return Quantised(target, parts, overall)
 
 
-def _write(folder: Path, manifest: dict[str, Any]) -> None:
+def _write(folder: FreshFolder, manifest: dict[str, Any]) -> None:
     manifest["sha256"] = seal(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    folder.write(MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
 
 def _part(
-    folder: Path, step: Mapping[str, Any], values: Mapping[str, Tensor], operations: Sequence[str]
+    folder: FreshFolder, step: Mapping[str, Any], values: Mapping[str, Tensor], operations: Sequence[str]
 ) -> QuantisedPart:
     onnx = package("onnx")
-    path = folder / step["file"]
+    path = folder.path / step["file"]
     kinds = [node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node]
     found = sorted(set(kinds) & set(operations))
     if not found:
         return QuantisedPart(0, 0.0, f"left as it is: it holds no {', '.join(operations)}")
     feed = {name: values[name].contiguous().numpy() for name in step["inputs"]}
     try:
-        with _quiet(), tempfile.TemporaryDirectory() as work:
+        with _quiet(), tempfile.TemporaryDirectory(dir=folder.path) as work:
             model = _quantised(path, Path(work) / "int8.onnx", feed, found)
     except Exception as error:  # onnxruntime and onnx raise several kinds
         raise ExportError(
@@ -140,7 +141,7 @@ def _part(
             f"of {', '.join(found)}"
         ) from error
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-    save_part(onnx, model, path)
+    save_part(onnx, model, folder, path.name)
     have = [torch.from_numpy(value) for value in session_of(path).run(step["outputs"], feed)]
     restored = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     count = sum(node.op_type in found and node.input[0] in restored for node in model.graph.node)

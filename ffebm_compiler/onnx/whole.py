@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx.digital import part_models
-from ffebm_compiler.onnx.folder import whole_files
 from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
 from ffebm_compiler.onnx.mode import warn_of_train_mode
+from ffebm_compiler.onnx.model_file import write_model
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.steps import Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
@@ -69,7 +69,7 @@ def export_whole(
 
     Args:
         hybrid: the hybrid, which is not changed.
-        path: the file, which is replaced.
+        path: the file; an older one is replaced, or left as it is where that fails.
         fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
         progress: called with what is done next, twice.
 
@@ -79,7 +79,7 @@ def export_whole(
     Raises:
         ExportError: where onnx is not installed, an operation has no ONNX form or the path cannot be written.
     """
-    onnx = package("onnx")
+    package("onnx")
     package("onnxscript")
     warn_of_train_mode(hybrid)
     progress("tracing")
@@ -92,15 +92,8 @@ def export_whole(
         raise
     progress("writing")
     _finish(model, hybrid, functions)
-    ir = package("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    with whole_files(path) as folder:
-        file = folder / path.name
-        ir.save(model, str(file), external_data=f"{path.name}.data" if size > _LARGE else None)
-        try:
-            onnx.checker.check_model(str(file), full_check=True)
-        except Exception as error:  # onnx raises several kinds
-            raise ExportError(f"the file does not pass onnx.checker ({error}): please report the model") from error
+    write_model(path, model, tensors_beside=size > _LARGE)
     return path
 
 

@@ -1,0 +1,73 @@
+"""One ONNX file, and the file of its tensors beside it where they are large, each of them whole."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.hidden_files import fresh_folder, remove_leftovers
+from ffebm_compiler.onnx.folder import FAILURE
+from ffebm_compiler.onnx.packages import package
+from ffebm_compiler.whole_files import place, saying, write_whole
+
+__all__ = ["write_model"]
+
+
+def write_model(path: Path, model: Any, tensors_beside: bool) -> None:
+    """Write an `onnx_ir.Model`, checked; an older one is replaced, or left as it is where that fails.
+
+    The model names the file of its tensors, `<file>.data`. Where an older model is there that has one, the new one gets
+    the other of two names, `<file>.2.data`, so that each model has its own tensors at any moment; the older
+    model's are removed last.
+
+    Raises:
+        ExportError: where the path cannot be written or is a folder, or the model does not pass onnx's checker.
+    """
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder: name a file that ends in .onnx, or pass parts='digital' for a folder")
+    ir = package("onnx_ir")
+    with saying(path, FAILURE, ExportError):
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        names = (f"{target.name}.data", f"{target.name}.2.data")
+        read_by_older = _tensor_files(target) & set(names)
+        if not tensors_beside:
+            content = ir.to_proto(model).SerializeToString()
+            _check(content)
+            write_whole(path, content, failure=FAILURE)
+        else:
+            data = next((name for name in names if name not in read_by_older), names[0])
+            remove_leftovers(target.parent)
+            with fresh_folder(target.parent) as folder:
+                ir.save(model, str(folder / target.name), external_data=data)
+                _check(str(folder / target.name))
+                with ExitStack() as undo:
+                    if (folder / data).exists():
+                        place(folder / data, target.with_name(data))
+                        undo.callback(target.with_name(data).unlink, missing_ok=True)
+                    place(folder / target.name, target)
+                    undo.pop_all()
+            read_by_older -= {data}
+        for name in read_by_older:
+            with suppress(OSError):
+                target.with_name(name).unlink()
+
+
+def _check(model: bytes | str) -> None:
+    try:
+        package("onnx").checker.check_model(model, full_check=True)
+    except Exception as error:  # onnx raises several kinds
+        raise ExportError(f"the file does not pass onnx.checker ({error}): please report the model") from error
+
+
+def _tensor_files(path: Path) -> set[str]:
+    """The files that the tensors of a model lie in; none where it is no model."""
+    onnx = package("onnx")
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # not there, or protobuf's error, whose class depends on its version
+        return set()
+    return {entry.value for item in graph.initializer for entry in item.external_data if entry.key == "location"}

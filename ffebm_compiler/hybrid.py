@@ -7,7 +7,6 @@ exactly as on the source) and runs the lowered graph of energy and feedforward b
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.signature import CallForm
+from ffebm_compiler.source_view import attribute_of_source, bind_forward, free_name, signature_of, without_bound_forward
 
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
@@ -41,7 +41,26 @@ if TYPE_CHECKING:
 __all__ = ["HybridModel"]
 
 _RUN = "_ffebm"
-"""Name under which the lowered graph is registered; it holds no tensor of the state."""
+"""Name under which the lowered graph is registered, with more underscores where the source has one of that name."""
+
+
+_OWN = frozenset(
+    (
+        "_call_form",
+        "_energy",
+        "_feedforward",
+        "_lifted",
+        "_plan",
+        "_run",
+        "_sources",
+        "_source",
+        "conversion",
+        "project_to",
+        "recertify_every",
+        "training",
+    )
+)
+"""Attributes of the hybrid itself. A source may have modules, parameters and buffers of these names."""
 
 
 class HybridModel(nn.Module):
@@ -60,8 +79,9 @@ class HybridModel(nn.Module):
         self.__dict__["_buffers"] = source._buffers
         self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
         self._modules.update(source._modules)
-        self._modules[_RUN] = lowered.graph_module
-        self.__dict__["_source"] = source
+        self._run = free_name(_RUN, source)
+        self._modules[self._run] = lowered.graph_module
+        self._source = source
         self._plan = plan
         self._energy = dict(lowered.energy)
         self._feedforward = dict(lowered.feedforward)
@@ -89,7 +109,34 @@ class HybridModel(nn.Module):
                 if isinstance(rebound, nn.Module) and rebound.__dict__.get("_owner") is source:
                     rebound.__dict__["_owner"] = self
         self.register_load_state_dict_post_hook(settle_arrival)  # type: ignore[no-untyped-call]
-        self.__signature__ = inspect.signature(source.forward) if type(source) is not nn.Module else None
+        self.__signature__ = signature_of(source)
+        bind_forward(self, self.__signature__)
+
+    # -- attributes --------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The hybrid's own attributes never go where the source's modules and parameters of the same name are."""
+        if name in _OWN:
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """A submodule, parameter or buffer; then what the source has under this name (`config`, `device`, `dtype`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            source = self.__dict__.get("_source")
+            if source is None:
+                raise
+            return attribute_of_source(self, source, name)
+
+    @property
+    def lowered(self) -> fx.GraphModule:
+        """The graph of energy blocks and digital parts; it holds no tensor of the state."""
+        run = self._modules[self.__dict__["_run"]]
+        assert isinstance(run, fx.GraphModule)
+        return run
 
     # -- state -------------------------------------------------------------------------------
 
@@ -106,12 +153,14 @@ class HybridModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: with the blocks whose loop gain is that of the present weights."""
-        return {**self.__dict__, "_current": self._measured()}
+        return {**without_bound_forward(self.__dict__), "_current": self._measured()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The inverse of `__getstate__`."""
         current = state.pop("_current")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "forward" not in self.__dict__:
+            bind_forward(self, self.__signature__)
         self._fit(current)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -167,7 +216,7 @@ class HybridModel(nn.Module):
                 kind of dtype, or that hold NaN.
             ConvergenceError: where a block does not settle.
         """
-        outputs = self._modules[_RUN](*self._operands(args, kwargs))  # type: ignore[misc]
+        outputs = self.lowered(*self._operands(args, kwargs))
         return self._call_form.result(outputs)
 
     # The checks read values and stamps change with every step: `torch.compile` would compile anew for each.
@@ -188,7 +237,7 @@ class HybridModel(nn.Module):
 
     def _sources_of(self, name: str) -> tuple[str, ...]:
         """Names of the parameters and buffers that the weights of a block are made of."""
-        run = self._modules[_RUN]
+        run = self.lowered
         assert isinstance(run, fx.GraphModule)
         call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
         placeholders = (node for node in run.graph.nodes if node.op == "placeholder")
@@ -228,8 +277,7 @@ class HybridModel(nn.Module):
 
     def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         """(inputs, weights) of an energy block; an input that depends on the network's is None."""
-        run = self._modules[_RUN]
-        assert isinstance(run, fx.GraphModule)
+        run = self.lowered
         call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
         known: dict[fx.Node, Tensor | None] = {}
         placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
@@ -354,8 +402,7 @@ class HybridModel(nn.Module):
 
     def _parameter_behind(self, name: str, index: int) -> Tensor:
         """The parameter that a weight of a block is, or is a view or a multiple (by a folded batch norm) of."""
-        run = self._modules[_RUN]
-        assert isinstance(run, fx.GraphModule)
+        run = self.lowered
         placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
         tensors = dict(zip(placeholders, self._tensors(), strict=False))
         call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)

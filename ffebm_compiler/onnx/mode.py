@@ -20,7 +20,7 @@ def warn_of_train_mode(hybrid: HybridModel) -> None:
     """Issue an `FFEBMWarning` that names the modules which compute something else in train mode, if any are in it."""
     names = {id(module): name or "the model" for name, module in hybrid.named_modules()}
     found: dict[str, str] = {}
-    for module in hybrid.get_submodule("_ffebm").modules():
+    for module in hybrid.lowered.modules():
         if isinstance(module, ReboundBatchNorm | ReboundInstanceNorm):
             differs = not module.always
         elif isinstance(module, ReboundDropout | ReboundAttention):

@@ -88,7 +88,7 @@ class Steps:
 class _Reader:
     def __init__(self, hybrid: HybridModel) -> None:
         self.hybrid = hybrid
-        run = hybrid.get_submodule("_ffebm")
+        run = hybrid.lowered
         assert isinstance(run, fx.GraphModule)
         self.run = run
         self.names: dict[str, str] = {}

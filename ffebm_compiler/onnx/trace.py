@@ -8,6 +8,7 @@ for many parts costs little more than one for a single part.
 from __future__ import annotations
 
 import copy
+import keyword
 import logging
 import re
 import warnings
@@ -38,6 +39,8 @@ class Trace:
         self.inputs: list[tuple[str, Value]] = []
         self.outputs: list[tuple[str, fx.Node]] = []
         self._buffers: dict[str, fx.Node] = {}
+        self._renamed: dict[str, str] = {}
+        """Path of a buffer in the traced module -> its name in the hybrid."""
 
     def input(self, name: str, value: Value) -> fx.Node:
         """A new input of the model."""
@@ -58,7 +61,7 @@ class Trace:
         if operand.tensor is None:
             return None
         if operand.key not in self._buffers:
-            *path, leaf = operand.key.split(".")
+            *path, leaf = map(_speakable, operand.key.split("."))
             owner = self.root
             for part in path:
                 if part not in owner._modules:
@@ -66,7 +69,8 @@ class Trace:
                 owner = owner.get_submodule(part)
             owner.register_buffer(leaf, operand.tensor)
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
-                self._buffers[operand.key] = self.graph.get_attr(operand.key)
+                self._buffers[operand.key] = self.graph.get_attr(".".join((*path, leaf)))
+            self._renamed[".".join((*path, leaf))] = operand.key
         return self._buffers[operand.key]
 
     def feedforward(self, step: Step, operands: Sequence[fx.Node | None]) -> list[fx.Node]:
@@ -131,6 +135,8 @@ class Trace:
         except Exception as error:  # the exporter raises many kinds
             raise ExportError(_first_cause(error)) from error
         assert program is not None  # it is None for the old exporter alone
+        for value in list(program.model.graph.initializers.values()):
+            value.name = self._renamed.get(str(value.name), value.name)
         _clean(program.model)
         _name_sizes(program.model, [value for _, value in self.inputs])
         return program.model
@@ -145,6 +151,12 @@ class Trace:
                 seen_other = True
             elif seen_other:
                 first.prepend(node)
+
+
+def _speakable(name: str) -> str:
+    """A name that generated code can hold: a module may be called `class` or hold a quotation mark."""
+    name = name.replace('"', "_quote_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def _pick(values: Sequence[Tensor], index: int) -> Tensor:

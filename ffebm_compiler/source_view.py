@@ -1,0 +1,74 @@
+"""What a hybrid shows of its source: the signature of its forward, and the attributes that tools read.
+
+The hybrid's own attributes come first. Then those of the source: values and properties (`config`,
+`device`, `dtype`) are the source's, which holds the same tensors; methods of its class run with the
+hybrid as `self`, so that what they call is the hybrid's forward and never the source's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid import HybridModel
+
+__all__ = ["attribute_of_source", "bind_forward", "free_name", "signature_of", "without_bound_forward"]
+
+
+def free_name(name: str, source: nn.Module) -> str:
+    """`name`, or with underscores behind it where the source has a module, parameter or buffer of that name."""
+    while name in source._modules or name in source._parameters or name in source._buffers:
+        name += "_"
+    return name
+
+
+def signature_of(source: nn.Module) -> inspect.Signature | None:
+    """The signature of a source's forward; None for what has no eager forward."""
+    return None if type(source) is nn.Module else inspect.signature(source.forward)
+
+
+def bind_forward(hybrid: HybridModel, signature: inspect.Signature | None) -> None:
+    """Give `hybrid.forward` the signature that tools look for: a bound method with it."""
+    if signature is None:
+        return
+
+    def forward(self: HybridModel, *args: Any, **kwargs: Any) -> Any:
+        return type(self).forward(self, *args, **kwargs)
+
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [
+        parameter.replace(name="self_") if parameter.name == "self" else parameter
+        for parameter in signature.parameters.values()
+    ]
+    forward.__signature__ = signature.replace(parameters=[self_parameter, *parameters])  # type: ignore[attr-defined]
+    forward.__doc__ = type(hybrid).forward.__doc__
+    hybrid.__dict__["forward"] = types.MethodType(forward, hybrid)
+
+
+def without_bound_forward(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of a hybrid, without what `bind_forward` put there: a copy binds its own."""
+    bound = getattr(attributes.get("forward"), "__func__", None)
+    ours = getattr(bound, "__module__", None) == __name__
+    return {name: value for name, value in attributes.items() if name != "forward" or not ours}
+
+
+def attribute_of_source(hybrid: HybridModel, source: nn.Module, name: str) -> Any:
+    """The source's attribute `name`, as the hybrid hands it out.
+
+    Raises:
+        AttributeError: where the source has none.
+    """
+    missing = AttributeError(f"neither the hybrid nor its source, a {type(source).__name__}, has an attribute {name!r}")
+    if name.startswith("__"):
+        raise missing
+    found = inspect.getattr_static(type(source), name, None)
+    if isinstance(found, types.FunctionType):
+        return types.MethodType(found, hybrid)
+    try:
+        return getattr(source, name)
+    except AttributeError:
+        raise missing from None

@@ -1,0 +1,50 @@
+"""A forward that takes and returns plain containers, for as long as it is traced."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ffebm_compiler.passes.containers import Recipe, plain
+
+__all__ = ["PlainCall", "plain_call"]
+
+
+@dataclass
+class PlainCall:
+    """Example inputs in their plain form, and how those and the outputs are built."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: Recipe
+    outputs: Recipe
+    """That of the last call."""
+
+
+@contextlib.contextmanager
+def plain_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PlainCall]:
+    """Let `source` be called with the plain form of `args` and `kwargs` and return plain containers."""
+    (plain_args, plain_kwargs), inputs = plain((args, kwargs))
+    call = PlainCall(plain_args, plain_kwargs, inputs, Recipe())
+    original = source.forward
+    own = source.__dict__.get("forward")
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not inputs.trivial:
+            args, kwargs = inputs.build((args, kwargs))
+        result, call.outputs = plain(original(*args, **kwargs))
+        return result
+
+    source.__dict__["forward"] = forward
+    try:
+        yield call
+    finally:
+        del source.__dict__["forward"]
+        if own is not None:
+            source.__dict__["forward"] = own

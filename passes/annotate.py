@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
+from ffebm_compiler.passes.dead_code import for_effects_alone
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, digital_reason, target_name
 from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
@@ -22,8 +23,13 @@ __all__ = ["annotate"]
 
 def annotate(program: Program) -> OperationGraph:
     """Write a `NodeInfo` on every node and return the dynamic operations with their sizes."""
+    alone = for_effects_alone(program)
     for node in program.graph.nodes:
-        set_info(node, _classify(program, node))
+        record = _classify(program, node)
+        if node in alone and record.role in _DYNAMIC:
+            kind = "weight" if record.role is Role.WEIGHT else ""
+            record = NodeInfo(Role.DIGITAL, record.path, _ALONE, kind)
+        set_info(node, record)
     operations = [_operation(program, node) for node in program.graph.nodes if info(node).role in _DYNAMIC]
     inputs = {
         node.name: _values(program, node)
@@ -39,6 +45,7 @@ def annotate(program: Program) -> OperationGraph:
 
 _DYNAMIC = (Role.WEIGHT, Role.ACTIVATION, Role.WIRING, Role.DIGITAL)
 _FIXED = (Role.LIFTED, Role.STATIC)
+_ALONE = "the output does not depend on it, only what the forward writes or draws besides"
 
 
 def _classify(program: Program, node: fx.Node) -> NodeInfo:
@@ -92,15 +99,15 @@ def _is_static_function(program: Program, node: fx.Node) -> bool:
 def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
     layer = WEIGHTS[node.target]
     value, weight, bias = layer.operands(node)
-    owner = _parameter_path(program, weight) or path
     if info(value).role in _FIXED:
         return NodeInfo(
             Role.DIGITAL,
-            owner,
+            path,
             "its matrix is an activation and its vector a parameter: not weight-stationary",
         )
     if info(weight).role not in _FIXED:
-        return NodeInfo(Role.DIGITAL, owner, "the product of two activations is not weight-stationary")
+        return NodeInfo(Role.DIGITAL, path, "the product of two activations is not weight-stationary")
+    owner = _parameter_path(program, weight) or path
     if bias is not None and info(bias).role not in _FIXED:
         return NodeInfo(Role.DIGITAL, owner, "its bias depends on the input")
     refused = layer.refusal(node)

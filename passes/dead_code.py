@@ -1,0 +1,54 @@
+"""Dead code: operations whose results nothing reads are left out.
+
+A branch whose result is thrown away would otherwise join a block, and its feedback would change
+what the network computes. What an operation does besides its result stays: a write to a buffer,
+a draw of random numbers, the running statistics of a batch norm. What only leads to such effects
+is marked (`for_effects_alone`), and `annotate` keeps it digital.
+
+Promise: every operation without an effect has a user, and the output's value is unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ffebm_compiler.ir import Program
+from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
+
+__all__ = ["dead_code", "for_effects_alone"]
+
+
+def dead_code(program: Program) -> Program:
+    """Erase what nothing reads, from the end of the graph to its beginning."""
+    for node in reversed(list(program.graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users or _has_effect(program, node):
+            continue
+        program.graph.erase_node(node)
+        if node.op == "call_module":
+            program.graph_module.delete_submodule(str(node.target))
+    program.graph.lint()
+    return program
+
+
+def for_effects_alone(program: Program) -> set[fx.Node]:
+    """The operations that the output does not depend on, whose effects are kept."""
+    leading: set[fx.Node] = set()
+    stack = [node for node in program.graph.nodes if node.op == "output"]
+    while stack:
+        node = stack.pop()
+        if node not in leading:
+            leading.add(node)
+            stack.extend(node.all_input_nodes)
+    return {node for node in program.graph.nodes if node.op != "placeholder" and node not in leading}
+
+
+def _has_effect(program: Program, node: fx.Node) -> bool:
+    """Whether running a node does more than compute its value."""
+    if node.op == "call_module":
+        module = program.graph_module.get_submodule(str(node.target))
+        return not isinstance(module, CustomFunction | GradientHook)
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        return schema.is_mutable or not schema.returns or torch.Tag.nondeterministic_seeded in node.target.tags
+    return node.is_impure()

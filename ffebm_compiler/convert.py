@@ -19,6 +19,7 @@ from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.ir import OperationGraph, Program, verify
 from ffebm_compiler.passes.annotate import annotate
 from ffebm_compiler.passes.capture import capture
+from ffebm_compiler.passes.contractions import contractions
 from ffebm_compiler.passes.custom_functions import custom_functions
 from ffebm_compiler.passes.explicit_casts import explicit_casts
 from ffebm_compiler.passes.dead_code import dead_code
@@ -31,6 +32,7 @@ from ffebm_compiler.passes.lower import lower
 from ffebm_compiler.passes.planning import make_plan
 from ffebm_compiler.passes.rebind import rebind
 from ffebm_compiler.passes.recognise_activations import recognise_activations
+from ffebm_compiler.passes.recurrent import recurrent
 from ffebm_compiler.passes.split_large import split_large
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
@@ -50,9 +52,11 @@ def passes_for(options: PlanOptions) -> list[Pass]:
         explicit_casts,
         functionalize,
         free_shapes,
+        recurrent,
         explicit_padding,
         rebind,
         dead_code,
+        contractions,
         recognise_activations,
         *([fold_batchnorm] if options.fold_batchnorm else []),
     ]

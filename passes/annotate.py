@@ -15,7 +15,7 @@ from torch import fx
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
 from ffebm_compiler.passes.dead_code import for_effects_alone
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, digital_reason, target_name
-from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
+from ffebm_compiler.passes.static import static_nodes
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
 
 __all__ = ["annotate"]
@@ -23,9 +23,9 @@ __all__ = ["annotate"]
 
 def annotate(program: Program) -> OperationGraph:
     """Write a `NodeInfo` on every node and return the dynamic operations with their sizes."""
-    alone = for_effects_alone(program)
+    alone, static = for_effects_alone(program), static_nodes(program)
     for node in program.graph.nodes:
-        record = _classify(program, node)
+        record = _classify(program, node, static)
         if node in alone and record.role in _DYNAMIC:
             kind = "weight" if record.role is Role.WEIGHT else ""
             record = NodeInfo(Role.DIGITAL, record.path, _ALONE, kind)
@@ -48,7 +48,7 @@ _FIXED = (Role.LIFTED, Role.STATIC)
 _ALONE = "the output does not depend on it, only what the forward writes or draws besides"
 
 
-def _classify(program: Program, node: fx.Node) -> NodeInfo:
+def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo:
     path = module_path(node)
     if node.op == "output":
         return NodeInfo(Role.OUTPUT, path, "the network's output")
@@ -58,11 +58,10 @@ def _classify(program: Program, node: fx.Node) -> NodeInfo:
         return NodeInfo(Role.LIFTED, path, "a parameter, buffer or constant")
     if isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat):
         return NodeInfo(Role.SHAPE, path, "an integer computed from shapes")
-    operands = [info(operand).role for operand in node.all_input_nodes]
-    if node.op == "call_module" and not _is_static_function(program, node):
-        return _classify_module(program, node, path)
-    if all(role in _FIXED for role in operands) and not _has_effect(node):
+    if node in static:
         return NodeInfo(Role.STATIC, path, "computed from parameters alone")
+    if node.op == "call_module":
+        return _classify_module(program, node, path)
     if node.target in WEIGHTS:
         return _classify_weight(program, node, path)
     if _computed_sizes(node):
@@ -88,39 +87,18 @@ def _classify_module(program: Program, node: fx.Node, path: str) -> NodeInfo:
     return NodeInfo(Role.DIGITAL, path, getattr(module, "reason", f"{type(module).__name__} has no energy form"))
 
 
-def _is_static_function(program: Program, node: fx.Node) -> bool:
-    """Whether a node is a custom function of parameters alone: a binarised weight is a weight."""
-    module = program.graph_module.get_submodule(str(node.target))
-    return isinstance(module, CustomFunction | GradientHook) and all(
-        info(operand).role in _FIXED for operand in node.all_input_nodes
-    )
-
-
 def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
     layer = WEIGHTS[node.target]
-    value, weight, bias = layer.operands(node)
-    if info(value).role in _FIXED:
-        return NodeInfo(
-            Role.DIGITAL,
-            path,
-            "its matrix is an activation and its vector a parameter: not weight-stationary",
-        )
+    _, weight, _ = layer.operands(node)
     if info(weight).role not in _FIXED:
+        if layer.kind.startswith("conv"):
+            return NodeInfo(Role.DIGITAL, path, "its kernel depends on the input, so that it is no weight")
         return NodeInfo(Role.DIGITAL, path, "the product of two activations is not weight-stationary")
     owner = _parameter_path(program, weight) or path
-    if bias is not None and info(bias).role not in _FIXED:
-        return NodeInfo(Role.DIGITAL, owner, "its bias depends on the input")
-    refused = layer.refusal(node)
-    if refused:
-        return NodeInfo(Role.DIGITAL, owner, refused, "weight")
+    if not node.meta["val"].is_floating_point():
+        kind = str(node.meta["val"].dtype).removeprefix("torch.")
+        return NodeInfo(Role.DIGITAL, owner, f"its values are {kind} and energy blocks are real numbers", "weight")
     return NodeInfo(Role.WEIGHT, owner, f"{layer.kind} with a static weight", layer.kind)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _computed_sizes(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from ffebm_compiler.runtime import activations
 from ffebm_compiler.runtime.activations import Activation, QuickGELU, Softsign, quick_gelu
+from ffebm_compiler.runtime.contraction import contraction, letters_of
 
 __all__ = [
     "WEIGHTS",
@@ -46,7 +47,6 @@ class WeightForm:
     """Rows, columns and groups from the node and its weight's shape."""
     transposed: bool = False
     """The matrix is applied at every input position, not every output position."""
-    refuse: Callable[[fx.Node], str] = lambda node: ""
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """The dynamic operand, the weight and the bias."""
@@ -61,10 +61,6 @@ class WeightForm:
         weight = node.args[self.weight]
         assert isinstance(weight, fx.Node)
         return self.matrix_of(node, weight.meta["val"].shape)
-
-    def refusal(self, node: fx.Node) -> str:
-        """Why this very node cannot be an analog layer, or nothing."""
-        return self.refuse(node)
 
 
 def _argument(node: fx.Node, index: int, name: str, default: object = None) -> object:
@@ -91,24 +87,14 @@ def _conv_transpose_matrix(node: fx.Node, shape: torch.Size) -> tuple[int, int, 
     return int(shape[0]) // groups, int(shape[1:].numel()), groups
 
 
-def _matmul_refusal(node: fx.Node) -> str:
-    weight, value = node.args[1], node.args[0]
-    assert isinstance(weight, fx.Node)
-    assert isinstance(value, fx.Node)
-    if weight.meta["val"].dim() != 2 or value.meta["val"].dim() < 2:
-        return "a batched product by parameters is not one matrix"
-    return ""
-
-
-def _addmm_refusal(node: fx.Node) -> str:
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        return "addmm with a scale is not built yet"
-    return ""
+def _contraction_matrix(node: fx.Node, shape: torch.Size) -> tuple[int, int, int]:
+    return letters_of(str(node.args[2])).matrix(shape)
 
 
 _LINEAR = WeightForm("linear", 0, 1, 2, _linear_matrix)
-_MATMUL = WeightForm("linear", 0, 1, None, _product_matrix, refuse=_matmul_refusal)
-_ADDMM = WeightForm("linear", 1, 2, 0, _product_matrix, refuse=_addmm_refusal)
+_MATMUL = WeightForm("linear", 0, 1, None, _product_matrix)
+_ADDMM = WeightForm("linear", 1, 2, 0, _product_matrix)
+_CONTRACTION = WeightForm("contraction", 0, 1, None, _contraction_matrix)
 _CONV = WeightForm("conv", 0, 1, 2, _conv_matrix)
 _CONV_TRANSPOSE = WeightForm("conv_transpose", 0, 1, 2, _conv_transpose_matrix, transposed=True)
 
@@ -126,6 +112,7 @@ WEIGHTS: Mapping[object, WeightForm] = {
     aten.conv_transpose1d.default: _CONV_TRANSPOSE,
     aten.conv_transpose2d.input: _CONV_TRANSPOSE,
     aten.conv_transpose3d.input: _CONV_TRANSPOSE,
+    contraction: _CONTRACTION,
 }
 
 
@@ -188,6 +175,8 @@ _RESHAPES = (
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
@@ -261,7 +250,7 @@ def digital_reason(node: fx.Node) -> str:
     if name.startswith("embedding"):
         return "a table lookup is not a matrix product"
     if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        return "a recurrent layer is one fused operation"
+        return "a recurrent layer of packed sequences, or of more than 64 steps, is not unrolled into its layers"
     if "norm" in name:
         return "normalisation divides by statistics of its input"
     if name.startswith(("max_pool", "adaptive_max_pool")):

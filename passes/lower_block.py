@@ -10,32 +10,18 @@ Promise: run feedforward, the program computes what the nodes compute; every sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from ffebm_compiler.errors import FFEBMError
 from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.passes.dialect import WEIGHTS, activation_of
+from ffebm_compiler.passes.operators import convolution_operator, wiring_operator
 from ffebm_compiler.runtime.activations import Identity
-from ffebm_compiler.runtime.operators import (
-    Concat,
-    Convolution,
-    Linear,
-    Mask,
-    MaxPool,
-    Operator,
-    Permute,
-    Reshape,
-    Scale,
-    Sum,
-    Wiring,
-    slice_of,
-)
+from ffebm_compiler.runtime.contraction import Contraction, contraction, letters_of
+from ffebm_compiler.runtime.operators import Linear, Mask, Operator
 from ffebm_compiler.runtime.program import BlockProgram, Instruction, Layer
 
 __all__ = ["LoweredBlock", "lower_block"]
@@ -203,13 +189,15 @@ class _Builder:
     def _operator(self, node: fx.Node) -> tuple[Operator, tuple[fx.Node | None, ...]]:
         if node.op == "call_module":
             return Mask(self.program.graph_module.get_submodule(str(node.target))), ()
-        if node.target in WEIGHTS:
-            form = WEIGHTS[node.target]
-            _, weight, bias = form.operands(node)
-            if form.kind == "linear":
-                return Linear(), (self._out_in(node, weight), bias)
-            return _convolution(node), (weight, bias)
-        return _wiring(node), ()
+        if node.target not in WEIGHTS:
+            return wiring_operator(node), ()
+        form = WEIGHTS[node.target]
+        _, weight, bias = form.operands(node)
+        if form.kind == "linear":
+            return Linear(), (self._out_in(node, weight), bias)
+        if form.kind == "contraction":
+            return Contraction(str(node.args[2])), (weight,)
+        return convolution_operator(node), (weight, bias)
 
     def _out_in(self, node: fx.Node, weight: fx.Node) -> fx.Node:
         """The weight as (out, in): that of a product x @ W is transposed by a static operation."""
@@ -244,6 +232,11 @@ def _mixes_leading(node: fx.Node) -> bool:
     """Whether wiring moves the leading dimension (a reshape that keeps its size keeps it)."""
     rank = node.args[0].meta["val"].dim() if node.args and isinstance(node.args[0], fx.Node) else 0
     arguments = node.args[1:]
+    if node.target is contraction:
+        of = letters_of(str(node.args[2]))
+        return of.value[0] in of.weight or of.result[:1] != of.value[0]
+    if node.target in (aten.numpy_T.default, aten.mT.default):
+        return node.target is aten.numpy_T.default or rank == 2
     if node.target is aten.permute.default:
         dims = arguments[0]
         return isinstance(dims, list | tuple) and bool(dims[0] != 0)
@@ -265,136 +258,3 @@ def _mixes_leading(node: fx.Node) -> bool:
         dims = arguments[0]
         return isinstance(dims, list | tuple) and any(isinstance(d, int) and d % rank == 0 for d in dims)
     return False
-
-
-def _ints(value: Any, count: int) -> tuple[int, ...]:
-    items = list(value) if isinstance(value, list | tuple) else [value]
-    numbers = tuple(int(item) for item in items)
-    return numbers * count if len(numbers) == 1 else numbers
-
-
-_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
-
-
-def _convolution(node: fx.Node) -> Convolution:
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    rank = weight.meta["val"].dim() - 2
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    settings = {
-        argument.name: node.args[index]
-        if index < len(node.args)
-        else node.kwargs.get(argument.name, argument.default_value)
-        for index, argument in enumerate(schema)
-    }
-    stride, dilation = _ints(settings["stride"], rank), _ints(settings["dilation"], rank)
-    groups = settings["groups"]
-    assert isinstance(groups, int)
-    if info(node).kind == "conv_transpose":
-        padding, extra = _ints(settings["padding"], rank), _ints(settings["output_padding"], rank)
-        arguments: tuple[object, ...] = (stride, padding, extra, groups, dilation)
-        return Convolution(_TRANSPOSED[rank], arguments, stride, padding, dilation, True, extra, groups)
-    padding = _padding(settings["padding"], weight.meta["val"].shape[2:], dilation)
-    return Convolution(
-        _CONVOLUTIONS[rank],
-        (stride, settings["padding"] if isinstance(settings["padding"], str) else padding, dilation, groups),
-        stride,
-        padding,
-        dilation,
-        False,
-        (0,) * rank,
-        groups,
-    )
-
-
-def _padding(padding: object, kernel: torch.Size, dilation: tuple[int, ...]) -> tuple[int, ...]:
-    if padding == "valid":
-        return (0,) * len(kernel)
-    if padding == "same":
-        return tuple((int(k) - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
-    return _ints(padding, len(kernel))
-
-
-_FUNCTIONS: dict[object, Callable[..., torch.Tensor]] = {
-    aten.avg_pool1d.default: F.avg_pool1d,
-    aten.avg_pool2d.default: F.avg_pool2d,
-    aten.avg_pool3d.default: F.avg_pool3d,
-    aten.adaptive_avg_pool1d.default: F.adaptive_avg_pool1d,
-    aten.adaptive_avg_pool2d.default: F.adaptive_avg_pool2d,
-    aten.adaptive_avg_pool3d.default: F.adaptive_avg_pool3d,
-    aten.mean.dim: torch.mean,
-    aten.select.int: torch.select,
-    aten.slice.Tensor: slice_of,
-    aten.narrow.default: torch.narrow,
-    aten.movedim.int: torch.movedim,
-    aten.movedim.intlist: torch.movedim,
-}
-_MAX_POOLS: dict[object, int] = {
-    aten.max_pool1d.default: 1,
-    aten.max_pool2d.default: 2,
-    aten.max_pool3d.default: 3,
-}
-_RESHAPES: dict[object, Callable[..., torch.Tensor]] = {
-    aten.view.default: torch.reshape,
-    aten.reshape.default: torch.reshape,
-    aten._unsafe_view.default: torch.reshape,
-    aten.flatten.using_ints: torch.flatten,
-    aten.unflatten.int: torch.unflatten,
-    aten.squeeze.dim: torch.squeeze,
-    aten.squeeze.dims: torch.squeeze,
-    aten.unsqueeze.default: torch.unsqueeze,
-}
-
-
-def _plain(value: object) -> object:
-    """Lists become tuples, so that an operator is hashable and comparable."""
-    return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _wiring(node: fx.Node) -> Operator:
-    arguments = tuple(_plain(argument) for argument in node.args[1:])
-    keywords = tuple((key, _plain(value)) for key, value in node.kwargs.items())
-    if node.target in _RESHAPES:
-        return Reshape(_RESHAPES[node.target], arguments, keywords)
-    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
-        return Wiring(F.pad, arguments[:1])
-    if node.target in _MAX_POOLS:
-        return MaxPool(_MAX_POOLS[node.target], arguments)
-    if node.target in _FUNCTIONS:
-        return Wiring(_FUNCTIONS[node.target], arguments, keywords)
-    if node.target in (aten.permute.default, aten.transpose.int, aten.t.default):
-        return Permute(_dims(node))
-    if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        second = node.args[1]
-        if isinstance(second, fx.Node):
-            # x + x has one operand in `all_input_nodes`.
-            return Scale(1 + sign) if second is node.args[0] else Sum((1.0, sign))
-        return Sum((1.0,), sign * float(second))  # type: ignore[arg-type]
-    if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        number = float(node.args[1])  # type: ignore[arg-type]
-        return Scale(number if node.target is aten.mul.Tensor else 1 / number)
-    if node.target is aten.neg.default:
-        return Scale(-1.0)
-    if node.target is aten.cat.default:
-        dim = arguments[0] if arguments else 0
-        assert isinstance(dim, int)
-        return Concat(dim)
-    raise FFEBMError(f"no operator for wiring {node.target}: annotate and lower disagree")
-
-
-def _dims(node: fx.Node) -> tuple[int, ...]:
-    value = node.args[0]
-    assert isinstance(value, fx.Node)
-    rank = value.meta["val"].dim()
-    if node.target is aten.permute.default:
-        return tuple(dim % rank for dim in _ints(node.args[1], 1))
-    first, second = (0, 1) if node.target is aten.t.default else _ints(node.args[1:3], 1)
-    dims = list(range(rank))
-    dims[first % rank], dims[second % rank] = dims[second % rank], dims[first % rank]
-    return tuple(dims)

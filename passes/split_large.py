@@ -24,6 +24,7 @@ from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WEIGHTS
 from ffebm_compiler.passes.partition import too_large
+from ffebm_compiler.runtime.contraction import letters_of
 
 __all__ = ["split_large"]
 
@@ -98,12 +99,31 @@ def _shape(node: fx.Node, op: Operation) -> _Shape | None:
         return None
     if form.kind == "linear":
         return _Shape(1, op.rows, op.cols, 1, 1)
+    if form.kind == "contraction":
+        axes = _axes(node)
+        if axes is None:
+            return None
+        of = letters_of(str(node.args[2]))
+        sizes = dict(zip(of.weight, map(int, size), strict=True))
+        groups, inputs, outputs = (sizes.get(name, 1) for name in axes)
+        return _Shape(groups, inputs, outputs, op.rows // inputs, op.cols // outputs)
     if value.meta["val"].dim() != len(size):
         return None
     kernel = int(size[2:].numel())
     if form.kind == "conv_transpose":
         return _Shape(op.groups, op.rows, op.cols // kernel, 1, kernel)
     return _Shape(op.groups, op.rows // kernel, op.cols, kernel, 1)
+
+
+def _axes(node: fx.Node) -> tuple[str, str, str] | None:
+    """The letters that a contraction is cut along: group, input and output; None where the groups are of several."""
+    _, weight, _ = WEIGHTS[node.target].operands(node)
+    of = letters_of(str(node.args[2]))
+    size = dict(zip(of.weight, map(int, weight.meta["val"].shape), strict=True))
+    if len(of.groups) > 1:
+        return None
+    inputs, outputs = (max(letters, key=size.__getitem__, default="") for letters in (of.inputs, of.outputs))
+    return of.groups, inputs, outputs
 
 
 def _cut(op: Operation, shape: _Shape, hardware: Hardware) -> _Cut | None:
@@ -166,8 +186,11 @@ class _Splitting:
         """Replace the layer; returns the number of parts."""
         parts = 0
         pieces: list[fx.Node] = []
+        contracted = self.form.kind == "contraction"
+        axis = self._axis()
         with self.graph.inserting_before(self.node):
             for first, last in _ranges(shape.groups, cut.groups):
+                row: list[fx.Node] = []
                 for start, stop in _ranges(shape.outputs, cut.outputs):
                     terms = [
                         self._part(shape, (first, last), rows, (start, stop))
@@ -177,18 +200,46 @@ class _Splitting:
                     total = terms[0]
                     for term in terms[1:]:
                         total = self._emit(aten.add.Tensor, total, term)
-                    pieces.append(total)
-            rank = self.node.meta["val"].dim()
-            axis = rank - 1 if self.form.kind == "linear" else 1
+                    row.append(total)
+                if contracted and len(row) > 1:
+                    row = [self._emit(aten.cat.default, row, axis)]
+                pieces += row
+            if contracted:
+                axis = self._group_axis()
             whole = self._emit(aten.cat.default, pieces, axis) if len(pieces) > 1 else pieces[0]
         self.node.replace_all_uses_with(whole)
         self.graph.erase_node(self.node)
         return parts
 
+    def _axis(self) -> int:
+        """The dimension of the result that holds the output channels."""
+        if self.form.kind == "contraction":
+            axes = _axes(self.node)
+            return letters_of(str(self.node.args[2])).result.find(axes[2]) if axes and axes[2] else 0
+        return int(self.node.meta["val"].dim()) - 1 if self.form.kind == "linear" else 1
+
+    def _group_axis(self) -> int:
+        of = letters_of(str(self.node.args[2]))
+        return of.result.find(of.groups) if of.groups else self._axis()
+
+    def _contracted(self, groups: tuple[int, int], inputs: tuple[int, int], outputs: tuple[int, int]) -> fx.Node:
+        """One part of a contraction: slices along the letters that it is cut along."""
+        axes, of = _axes(self.node), letters_of(str(self.node.args[2]))
+        assert axes is not None
+        value, weight = self.value, self.weight
+        for name, (start, stop) in zip(axes, (groups, inputs, outputs), strict=True):
+            if name and name in of.value:
+                value = self._slice(value, of.value.index(name), start, stop)
+            if name:
+                weight = self._slice(weight, of.weight.index(name), start, stop)
+        return self._emit(self.node.target, value, weight, *self.node.args[2:])
+
     def _part(
         self, shape: _Shape, groups: tuple[int, int], inputs: tuple[int, int], outputs: tuple[int, int]
     ) -> fx.Node:
         """One part: the channels given, of the groups given."""
+        if self.form.kind == "contraction":
+            return self._contracted(groups, inputs, outputs)
         count = groups[1] - groups[0]
         read = (groups[0] * shape.inputs + inputs[0], (groups[1] - 1) * shape.inputs + inputs[1])
         written = (groups[0] * shape.outputs + outputs[0], (groups[1] - 1) * shape.outputs + outputs[1])

@@ -25,6 +25,7 @@ __all__ = [
     "ConvBlock",
     "Convolutions",
     "DigitsCNN",
+    "Experts",
     "Joined",
     "Projections",
     "Residual",
@@ -221,6 +222,22 @@ class Convolutions(nn.Module):
         return self.head(self.pool(s).flatten(1))
 
 
+class Experts(nn.Module):
+    """Batched weights in one block: heads by einsum, experts by a batched product, read out by a sum over both."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.heads = nn.Parameter(0.4 * torch.randn(3, 6, 5))
+        self.experts = nn.Parameter(0.4 * torch.randn(3, 5, 4))
+        self.out = nn.Parameter(0.4 * torch.randn(3, 4, 2, 2))
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.activation(torch.einsum("bd,hde->bhe", x, self.heads))
+        s = self.activation(torch.matmul(s[:, :, None], self.experts)[:, :, 0])
+        return torch.tensordot(s, self.out, ([1, 2], [0, 1])).flatten(1)
+
+
 class DCHN(nn.Module):
     """The deep convolutional Hopfield network of the reference file, as an ordinary feedforward module."""
 
@@ -317,6 +334,7 @@ CASES = {
     "branches": Case(Branches, (5, 6), {"hardware": _WIDE}, layers=4),
     "joined": Case(Joined, (5, 6), {"block_ops": ("add", "reshape", "concat")}, layers=3),
     "tied": Case(Tied, (5, 6), layers=4),
+    "experts": Case(Experts, (5, 6), layers=3),
     "convolutions": Case(Convolutions, (3, 2, 6, 6), {"block_ops": ("add", "reshape", "avg_pool")}, layers=4),
 }
 """Every kind of block that the gradients are tested on."""

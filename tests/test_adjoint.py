@@ -12,7 +12,7 @@ import ffebm_compiler as ffebm
 
 
 class Residual(nn.Module):
-    """A block that is a graph: two branches and a skip."""
+    """A block that is a graph: two branches, and a skip over one of them."""
 
     def __init__(self) -> None:
         super().__init__()

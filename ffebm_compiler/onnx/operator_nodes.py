@@ -14,6 +14,7 @@ import torch
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Free, Shape, Writer, fixed
 from ffebm_compiler.onnx.pool_nodes import mean_adjoint, mean_apply, pool_adjoint, pool_apply, pool_of
+from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,
@@ -57,6 +58,8 @@ def apply_nodes(
         extra: dict[str, Any] = {"output_padding": list(operator.output_padding)} if operator.transposed else {}
         operands = [values[0], str(weights[0]), *([weights[1]] if weights[1] else [])]
         return writer.op(kind, *operands, **_conv_settings(operator), **extra)
+    if isinstance(operator, Contraction):
+        return writer.op("Einsum", values[0], str(weights[0]), equation=operator.equation)
     if isinstance(operator, Sum):
         terms = [writer.scaled(value, factor) for value, factor in zip(values, operator.factors, strict=True)]
         total = writer.added(terms)
@@ -88,6 +91,8 @@ def adjoint_nodes(
         return [writer.op("MatMul", cotangent, str(weights[0]))]
     if isinstance(operator, Convolution):
         return [_conv_adjoint(writer, operator, cotangent, str(weights[0]), shapes[0], result)]
+    if isinstance(operator, Contraction):
+        return [writer.op("Einsum", cotangent, str(weights[0]), equation=operator.adjoint_equation)]
     if isinstance(operator, Sum):
         return [
             writer.scaled(_unbroadcast(writer, cotangent, result, shape), factor) if wanted else None

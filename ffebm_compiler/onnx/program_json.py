@@ -17,6 +17,7 @@ from torch import Tensor
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.runtime import activations
 from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,
@@ -159,6 +160,8 @@ def _operator_to_json(operator: Operator, owner: str) -> dict[str, Any]:
         return {"kind": "sum", "factors": [1.0], "constant": 0.0}
     if isinstance(operator, Linear):
         return {"kind": "linear"}
+    if isinstance(operator, Contraction):
+        return {"kind": "contraction", "equation": operator.equation}
     if isinstance(operator, Convolution):
         return _convolution_to_json(operator)
     if isinstance(operator, Sum):
@@ -199,6 +202,8 @@ def _operator_from_json(data: Mapping[str, Any]) -> Operator:
     kind = data["kind"]
     if kind == "linear":
         return Linear()
+    if kind == "contraction":
+        return Contraction(str(data["equation"]))
     if kind == "convolution":
         return _convolution_from_json(data)
     if kind == "sum":

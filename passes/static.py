@@ -1,0 +1,45 @@
+"""What is computed from parameters, buffers and constants alone: the same at every forward of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import fx
+
+from ffebm_compiler.ir import Program
+from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
+
+__all__ = ["has_effect", "is_static", "static_nodes"]
+
+_NUMBERS = (torch.SymInt, torch.SymBool, torch.SymFloat)
+
+
+def static_nodes(program: Program) -> set[fx.Node]:
+    """Every node that depends on no input of the network, parameters included."""
+    known: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if is_static(program, node, known):
+            known.add(node)
+    return known
+
+
+def is_static(program: Program, node: fx.Node, known: Container[fx.Node]) -> bool:
+    """Whether a node depends on no input, given which of its operands do not."""
+    if node.op == "placeholder":
+        return node.name not in program.inputs
+    if node.op == "output" or isinstance(node.meta.get("val"), _NUMBERS):
+        return False
+    if node.op == "call_module":
+        module = program.graph_module.get_submodule(str(node.target))
+        if not isinstance(module, CustomFunction | GradientHook):
+            return False  # a binarised weight is a weight; what follows the source's flags is not
+    return all(operand in known for operand in node.all_input_nodes) and not has_effect(node)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether an operation writes or draws."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags

@@ -21,8 +21,8 @@ from ffebm_compiler.passes.annotate import annotate
 from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.contractions import contractions
 from ffebm_compiler.passes.custom_functions import custom_functions
-from ffebm_compiler.passes.explicit_casts import explicit_casts
 from ffebm_compiler.passes.dead_code import dead_code
+from ffebm_compiler.passes.explicit_casts import explicit_casts
 from ffebm_compiler.passes.explicit_padding import explicit_padding
 from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
 from ffebm_compiler.passes.free_shapes import free_shapes

@@ -1,17 +1,17 @@
 """Operator norms of a block's edges, followed while the weights move.
 
-For the operator J of an edge (the Jacobian of a later layer's drive by an earlier layer's state) a block of vectors is
-kept from one measurement to the next. One pass, with V the kept right vectors and P fixed random probes:
+For the operator J of an edge (the Jacobian of a later layer's drive by an earlier layer's state) a few left vectors U
+and the image J p of a fixed random probe p are kept from one measurement to the next. One pass:
 
-    1.  Y = J V,  D = J P − (J P at the measurement before)
-    2.  Z = Jᵀ [Y, D]
-    3.  Rayleigh–Ritz in span Z: the singular values of J there; the leading vectors are kept.
+    1.  d = J p − (J p at the measurement before)
+    2.  Z = Jᵀ [U, d]
+    3.  Rayleigh–Ritz in span Z: the singular values of J there; the leading left vectors are the new U.
 
-The first columns of Z are a step of block power iteration. The others are what the *change* ΔJ of the operator has
-made of the probes: an optimizer's step has few large singular directions, and where ΔJ = τ p qᵀ with (p, q) a singular
-pair of J, the column Jᵀ ΔJ P is q itself, however small its part in V and however many dimensions there are. Without
-them a direction that overtakes the kept ones is seen late: in 1 024 dimensions, one that grows by 0.1 a step drove the
-true loop gain to 2.0 times the told one, and to 1.005 times with them (`benchmarks/loop_gain.py`).
+Most columns of Z are a step of block power iteration. The last is what the *change* ΔJ of the operator has made of the
+probe: an optimizer's step has few large singular directions, and where ΔJ = τ u vᵀ with (u, v) a singular pair of J,
+the column Jᵀ ΔJ p is v itself, however small its part in the kept vectors and however many dimensions there are.
+Without it a direction that overtakes the kept ones is seen late: in 1 024 dimensions, one that grows by 0.1 a step
+drove the true loop gain to twice the told one (`benchmarks/loop_gain.py`).
 
 Where the estimate jumps, passes with fresh probes are repeated until it rests. (Golub & Van Loan 2013, sections 8.2 and
 10.1, for the parts.)
@@ -20,6 +20,7 @@ Where the estimate jumps, passes with fresh probes are repeated until it rests. 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,11 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.operators import Linear, Scale, Sum
 
 __all__ = ["Track", "TrackedNorms"]
 
-_KEPT = 4
-_PROBES = 2
+_KEPT = 3
 _JUMP = 0.01
 """Relative change of a norm between two measurements from which on it is measured to convergence."""
 _REST = 1e-3
@@ -47,9 +48,9 @@ class Track:
     norm: float
     """Largest singular value found last."""
     vectors: Tensor
-    """V, one vector a row, each of the shape of a state of one sample."""
-    images: Tensor
-    """J P at the last measurement, one row a probe."""
+    """U, one vector a row, with the entries in the order of memory."""
+    image: Tensor
+    """J p at the last measurement, in one row."""
 
 
 class TrackedNorms:
@@ -77,78 +78,111 @@ class TrackedNorms:
     def state(self) -> dict[str, dict[str, Any]]:
         """What is kept, under "l-m" for the edge from layer l to layer m: numbers and tensors only."""
         return {
-            f"{earlier}-{later}": {"norm": track.norm, "vectors": track.vectors, "images": track.images}
+            f"{earlier}-{later}": {"norm": track.norm, "vectors": track.vectors, "image": track.image}
             for (earlier, later), track in self.tracks.items()
         }
 
-    def restore(self, state: dict[str, dict[str, Any]]) -> None:
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what `state` returned."""
         self.tracks = {}
         for key, kept in state.items():
             earlier, later = map(int, key.split("-"))
-            self.tracks[earlier, later] = Track(float(kept["norm"]), kept["vectors"], kept["images"])
+            self.tracks[earlier, later] = Track(float(kept["norm"]), kept["vectors"], kept["image"])
 
 
 class _Edge:
-    """The operator of an edge on several vectors at once, one a row."""
+    """The operator of an edge on the rows of a matrix, each a state of one sample."""
 
     def __init__(self, frame: Frame, earlier: int, later: int) -> None:
-        self.frame, self.earlier, self.later = frame, earlier, later
         program = frame.program
-        self.register = program.layers[earlier].state
-        self.shape = frame.shapes[self.register]
+        self.earlier, self.later, self.register = earlier, later, program.layers[earlier].state
+        self.frame = _without_tokens(frame, earlier, later)
+        self.inner = self.frame.shapes[self.register]
+        self.outer = self.frame.shapes[program.layers[later].drive]
         weight = next((w for w in frame.weights if w is not None and w.is_floating_point()), None)
         self.dtype = torch.float32 if weight is None else weight.dtype
         self.device = torch.device("cpu") if weight is None else weight.device
+        self.last = program.convolutional and self.device.type == "cpu"
+        """Whether four-dimensional values are in channels-last memory."""
 
     def forward(self, rows: Tensor) -> Tensor | None:
         """J x for every row x; None where J is zero."""
-        if self.frame.program.resizable:
-            image = self._tangent(self.frame.repeated(len(rows)), rows.flatten(0, 1))
-            return None if image is None else image.unflatten(0, (len(rows), 1))
-        images = [self._tangent(self.frame, row) for row in rows]
-        return None if images[0] is None else torch.stack([image for image in images if image is not None])
-
-    def _tangent(self, frame: Frame, state: Tensor) -> Tensor | None:
-        slots: list[Tensor | None] = [None] * len(frame.program.layers)
-        slots[self.earlier] = state
-        return frame.tangent(self.later, slots)
+        program = self.frame.program
+        slots: list[Tensor | None] = [None] * len(program.layers)
+        if program.resizable:
+            slots[self.earlier] = self._shaped(rows, self.inner)
+            image = self.frame.repeated(len(rows)).tangent(self.later, slots)
+            return None if image is None else self._flat(image, len(rows))
+        images = []
+        for row in rows:
+            slots[self.earlier] = self._shaped(row[None], self.inner)
+            image = self.frame.tangent(self.later, slots)
+            if image is None:
+                return None
+            images.append(self._flat(image, 1))
+        return torch.cat(images)
 
     def transpose(self, rows: Tensor) -> Tensor:
         """Jᵀ y for every row y."""
         if self.frame.program.resizable:
-            frame = self.frame.repeated(len(rows))
-            return frame.pullback(self.later, rows.flatten(0, 1), states=True)[self.register].unflatten(
-                0, (len(rows), 1)
-            )
-        return torch.stack([self.frame.pullback(self.later, row, states=True)[self.register] for row in rows])
+            frame, given = self.frame.repeated(len(rows)), self._shaped(rows, self.outer)
+            return self._flat(frame.pullback(self.later, given, states=True)[self.register], len(rows))
+        parts = [self.frame.pullback(self.later, self._shaped(row[None], self.outer), states=True) for row in rows]
+        return torch.cat([self._flat(part[self.register], 1) for part in parts])
 
-    def random(self, count: int, seed: int) -> Tensor:
-        """Random rows of unit length on average: the same for the same seed, on any device and rank."""
+    def _shaped(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        if self.frame.program.resizable:  # one sample a row
+            shape = torch.Size((len(rows), *shape[1:]))
+        if self.last and len(shape) == 4:
+            return rows.reshape(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+        return rows.reshape(shape)
+
+    def _flat(self, value: Tensor, rows: int) -> Tensor:
+        if self.last and value.dim() == 4:
+            value = value.permute(0, 2, 3, 1)
+        return value.reshape(rows, -1)
+
+    def probe(self, seed: int) -> Tensor:
+        """A random state of unit length on average: the same for the same seed, on any device and rank."""
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn((count, *self.shape), generator=generator, dtype=torch.float32)
-        return drawn.div_(math.sqrt(max(1, self.shape.numel()))).to(self.device, self.dtype)
+        size = self.inner.numel()
+        drawn = torch.randn((1, size), generator=generator, dtype=torch.float32)
+        return drawn.div_(math.sqrt(max(1, size))).to(self.device, self.dtype)
 
     def here(self, rows: Tensor) -> Tensor:
         """Rows kept from before, on the device and in the dtype of the weights now."""
         return rows.to(self.device, self.dtype)
 
 
+def _without_tokens(frame: Frame, earlier: int, later: int) -> Frame:
+    """The same for one token, where an edge does the same to every token: its norm is the same."""
+    layer = frame.program.layers[later]
+    dims = len(frame.shapes[frame.program.layers[earlier].state])
+    rowwise = all(
+        isinstance(i.operator, Linear | Scale | Sum) and all(len(frame.shapes[r]) == dims for r in i.operands)
+        for i in layer.instructions
+        if any(frame.program.from_states[r] for r in i.operands)
+    )
+    if dims < 3 or not rowwise or not frame.program.resizable:
+        return frame
+    shapes = {
+        r: torch.Size((s[0], *[1] * (len(s) - 2), s[-1])) if len(s) == dims else s for r, s in frame.shapes.items()
+    }
+    return Frame(frame.program, (), frame.weights, frame.drawn, shapes, frozen=True)
+
+
 def _followed(edge: _Edge, track: Track | None) -> Track | None:
     """The track of an edge after a change of the weights; None where its operator is zero."""
-    known = track is not None and track.vectors.shape[1:] == edge.shape and math.isfinite(track.norm)
-    probes = edge.random(_PROBES, seed=0)
-    vectors = edge.here(track.vectors) if known and track is not None else edge.random(_KEPT, seed=1)
-    images = edge.forward(torch.cat([vectors, probes]))
-    if images is None:
+    image = edge.forward(edge.probe(seed=0))
+    if image is None:
         return None
-    count = len(vectors)
-    probed = images[count:]
-    moved = probed - edge.here(track.images) if known and track is not None else probed
-    norm, vectors = _rayleigh_ritz(edge, torch.cat([images[:count], moved]))
-    if not (known and track is not None and abs(norm - track.norm) <= _JUMP * track.norm):
+    if track is None or track.image.shape != image.shape or not math.isfinite(track.norm):
+        norm, vectors = _converged(edge, *_rayleigh_ritz(edge, image))
+        return Track(norm, vectors, image)
+    norm, vectors = _rayleigh_ritz(edge, torch.cat([edge.here(track.vectors), image - edge.here(track.image)]))
+    if abs(norm - track.norm) > _JUMP * track.norm:
         norm, vectors = _converged(edge, norm, vectors)
-    return Track(norm, vectors, probed)
+    return Track(norm, vectors, image)
 
 
 def _converged(edge: _Edge, norm: float, vectors: Tensor) -> tuple[float, Tensor]:
@@ -157,10 +191,10 @@ def _converged(edge: _Edge, norm: float, vectors: Tensor) -> tuple[float, Tensor
     for index in range(_PASSES):
         if not math.isfinite(norm):
             break
-        images = edge.forward(torch.cat([vectors, edge.random(_PROBES, seed=2 + index)]))
-        assert images is not None
+        fresh = edge.forward(edge.probe(seed=1 + index))
+        assert fresh is not None
         before = norm
-        norm, vectors = _rayleigh_ritz(edge, images)
+        norm, vectors = _rayleigh_ritz(edge, torch.cat([vectors, fresh]))
         resting = resting + 1 if abs(norm - before) <= _REST * norm else 0
         if resting == 2:
             break
@@ -168,35 +202,28 @@ def _converged(edge: _Edge, norm: float, vectors: Tensor) -> tuple[float, Tensor
 
 
 def _rayleigh_ritz(edge: _Edge, left: Tensor) -> tuple[float, Tensor]:
-    """(largest singular value, leading right vectors) of J in the span of Jᵀ y for the rows y."""
+    """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y."""
     basis = _unit(edge.transpose(_unit(left)))
     images = edge.forward(basis)
     assert images is not None
     overlap, energy = _gram(basis), _gram(images)
     if not (np.isfinite(overlap).all() and np.isfinite(energy).all()):
-        return math.inf, basis[:_KEPT]
+        return math.inf, images[:_KEPT]
     # Rows may be nearly parallel: directions of the basis that are lost in round-off are left out.
     sizes, axes = np.linalg.eigh(overlap)
     certain = sizes > 1e-5 * max(sizes[-1], 1e-30)
     white = axes[:, certain] / np.sqrt(sizes[certain])
     values, turned = np.linalg.eigh(white.T @ energy @ white)
     chosen = (white @ turned)[:, ::-1][:, :_KEPT].T
-    weights = torch.from_numpy(chosen.copy()).to(basis)
-    kept = (weights @ basis.flatten(1)).unflatten(1, basis.shape[1:])
-    if len(kept) < _KEPT:
-        kept = torch.cat([kept, kept.new_zeros((_KEPT - len(kept), *kept.shape[1:]))])
-    return math.sqrt(max(float(values[-1]), 0.0)), kept
+    return math.sqrt(max(float(values[-1]), 0.0)), torch.from_numpy(chosen.copy()).to(images) @ images
 
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows of unit length; one of zeros stays."""
-    lengths = torch.linalg.vector_norm(rows.flatten(1), dim=1)
-    certain = lengths > torch.finfo(rows.dtype).tiny
-    factors = torch.where(certain, 1 / lengths, torch.zeros_like(lengths))
-    return rows * factors.reshape(-1, *[1] * (rows.dim() - 1))
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows * torch.where(lengths > torch.finfo(rows.dtype).tiny, 1 / lengths, torch.zeros_like(lengths))
 
 
 def _gram(rows: Tensor) -> np.ndarray:
     """Inner products of all pairs of rows, in float64."""
-    flat = rows.flatten(1)
-    return (flat @ flat.T).double().cpu().numpy()
+    return (rows @ rows.T).double().cpu().numpy()

@@ -53,7 +53,7 @@ def cost(network: str, options: argparse.Namespace) -> dict[str, Any]:
     pairs = []
     for turn in range(options.steps + 2):
         first = turn % 2 == 0  # each goes first in half of the turns
-        times = {locked: 0.0 for locked in (True, False)}
+        times = dict.fromkeys((True, False), 0.0)
         for locked in (first, not first):
             times[locked] = seconds(locked)
             optimizer.step()

@@ -10,20 +10,31 @@ Promise: with feedback off, the lowered graph computes what the captured graph c
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.passes.lower_block import lower_block
 from ffebm_compiler.passes.partition import quotient_order
 from ffebm_compiler.plan import Plan
+from ffebm_compiler.runtime import pointwise
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock
 
 __all__ = ["Lowered", "lower"]
 
+aten = torch.ops.aten
 _FIXED = (Role.LIFTED, Role.STATIC)
+_SAFE: dict[object, Callable[..., torch.Tensor]] = {
+    aten.conv2d.default: pointwise.conv2d,
+    aten.conv2d.padding: pointwise.conv2d,
+    aten.conv_transpose2d.input: pointwise.conv_transpose2d,
+    aten.convolution.default: pointwise.convolution,
+}
+"""Convolutions whose autograd would call a faulty kernel, and what computes the same."""
 
 
 @dataclass
@@ -134,6 +145,7 @@ class _Lowering:
         for node in nodes:
             env[node] = graph.node_copy(node, local)
             env[node].meta = dict(node.meta)
+            env[node].target = _SAFE.get(node.target, node.target)
             if node.op == "call_module":
                 root.add_module(str(node.target), self.program.graph_module.get_submodule(str(node.target)))
         outside = self._read_outside(nodes)

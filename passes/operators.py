@@ -11,6 +11,7 @@ from torch import fx
 
 from ffebm_compiler.errors import FFEBMError
 from ffebm_compiler.ir import info
+from ffebm_compiler.runtime import pointwise
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,
@@ -35,10 +36,10 @@ def _ints(value: Any, count: int) -> tuple[int, ...]:
     return numbers * count if len(numbers) == 1 else numbers
 
 
-_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLUTIONS: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: pointwise.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., torch.Tensor]] = {
     1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
+    2: pointwise.conv_transpose2d,
     3: F.conv_transpose3d,
 }
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ffebm_compiler.runtime.pointwise import faulty, thinned
 
 __all__ = [
     "Concat",
@@ -169,6 +171,12 @@ class Convolution(Operator):
         )
         return result
 
+    @property
+    def _unstrided(self) -> Convolution:
+        """The 1×1 convolution at the positions that a strided one reads."""
+        ones, zeros = (1,) * len(self.stride), (0,) * len(self.stride)
+        return replace(self, stride=ones, dilation=ones, output_padding=zeros)
+
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
@@ -191,8 +199,19 @@ class Convolution(Operator):
         mask = [False, needed[0], needed[1] and bias]
         if not any(mask):
             return [None, None]
-        _, weight, offset = self._backward(cotangent, values[0], _given(weights[0]), mask)
-        return [weight, offset]
+        value, given = values[0], _given(weights[0])
+        extra = self.output_padding if self.transposed else None
+        if faulty(given, self.stride, self.padding, self.groups, extra):
+            offset = cotangent.sum((0, 2, 3)) if mask[2] else None
+            if not needed[0]:
+                return [None, offset]
+            if self.transposed:
+                cotangent = thinned(cotangent, self.stride)
+            else:
+                value = thinned(value, self.stride)
+            return [self._unstrided._backward(cotangent, value, given, [False, True, False])[1], offset]
+        _, weight, offset = self._backward(cotangent, value, given, mask)
+        return [weight if needed[0] else None, offset]
 
 
 @dataclass(frozen=True)

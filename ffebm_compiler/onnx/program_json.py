@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.runtime import activations
+from ffebm_compiler.runtime import activations, pointwise
 from ffebm_compiler.runtime.activations import Activation
 from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
@@ -37,10 +37,10 @@ __all__ = ["program_from_json", "program_to_json"]
 
 _CONVOLUTIONS: Mapping[tuple[int, bool], Callable[..., Tensor]] = {
     (1, False): F.conv1d,
-    (2, False): F.conv2d,
+    (2, False): pointwise.conv2d,
     (3, False): F.conv3d,
     (1, True): F.conv_transpose1d,
-    (2, True): F.conv_transpose2d,
+    (2, True): pointwise.conv_transpose2d,
     (3, True): F.conv_transpose3d,
 }
 _WIRING: Mapping[str, Callable[..., Tensor]] = {

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ffebm_compiler.errors import GradientError, InputError
+from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.text import table_text
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Comparison:
 def _relative(found: Any, expected: Any) -> float:
     """‖found − expected‖/‖expected‖ over all floating-point leaves, the largest."""
     worst = 0.0
-    for have, want in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+    for have, want in zip(leaves_of(found), leaves_of(expected), strict=True):
         if isinstance(want, Tensor) and want.is_floating_point() and want.numel():
             scale = float(want.double().norm())
             error = float((have.double() - want.double()).norm())

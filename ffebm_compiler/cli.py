@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.utils._pytree as pytree
 import typer
 from rich.console import Console
 from torch import Tensor
@@ -36,6 +35,7 @@ from ffebm_compiler.cli_options import (
     converted,
 )
 from ffebm_compiler.cli_plan import plan
+from ffebm_compiler.passes.containers import leaves_of
 
 __all__ = ["main"]
 
@@ -246,7 +246,7 @@ def export(
 
 def _random_loss(outputs: Any) -> Tensor:
     """Mean of ⟨output, r⟩ over the outputs, r normal and fixed."""
-    found = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not found:
         raise ffebm.InputError("the model returns no floating-point tensor, so that there is no gradient to check")
     generator = torch.Generator().manual_seed(1)

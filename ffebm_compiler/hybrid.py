@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
+from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock
@@ -427,10 +427,10 @@ class HybridModel(nn.Module):
             try:
                 with warnings.catch_warnings():  # what the source warns of is no news of the conversion's
                     warnings.simplefilter("ignore")
-                    expected = pytree.tree_leaves(source(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
+                    expected = leaves_of(source(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
             finally:
                 source.training = training
-            found = pytree.tree_leaves(self(*args, **kwargs))
+            found = leaves_of(self(*args, **kwargs))
         for want, have in zip(expected, found, strict=True):
             if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
                 continue

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor
 
+from ffebm_compiler.call_arguments import as_captured
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.passes.containers import Form
+from ffebm_compiler.source_view import signature_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.ir import Program
@@ -34,11 +37,11 @@ class _Leaf:
 class CallForm:
     """The inputs that a captured graph takes and the outputs that it gives."""
 
-    in_spec: Any
-    out_spec: Any
+    in_spec: Form
+    out_spec: Form
     inputs: tuple[_Leaf, ...]
-    names: tuple[str, ...]
-    """Names of the forward's parameters, in order; empty where it takes any."""
+    signature: inspect.Signature | None
+    """That of the source's forward; None where it has none."""
     random: bool
     """Whether the graph draws random numbers even in eval mode."""
 
@@ -65,12 +68,7 @@ class CallForm:
             and "attention" not in node.name
             for node in program.graph.nodes
         )
-        names: tuple[str, ...] = ()
-        if type(program.source) is not nn.Module:
-            parameters = inspect.signature(program.source.forward).parameters.values()
-            if all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
-                names = tuple(p.name for p in parameters)
-        return cls(program.in_spec, program.out_spec, tuple(leaves), names, random)
+        return cls(program.in_spec, program.out_spec, tuple(leaves), signature_of(program.source), random)
 
     def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The flat inputs of a call.
@@ -78,11 +76,12 @@ class CallForm:
         Raises:
             InputError: where structure, rank, a fixed size or the kind of dtype differs, or for NaN.
         """
-        flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        if spec != self.in_spec:
-            args, kwargs = self._arrange(args, kwargs)
-            flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        if spec != self.in_spec or len(flat) != len(self.inputs):
+        flat, form = Form.of((tuple(args), dict(kwargs)))
+        if not form.matches(self.in_spec) and self.signature is not None:
+            captured = pytree.tree_unflatten([leaf.constant for leaf in self.inputs], self.in_spec.spec)
+            args, kwargs = as_captured(self.signature, captured, tuple(args), dict(kwargs))
+            flat, form = Form.of((args, kwargs))
+        if not form.matches(self.in_spec) or len(flat) != len(self.inputs):
             raise InputError(
                 f"the inputs have another structure than the captured ones: got {_describe(args, kwargs)}, expected "
                 f"{', '.join(f'{leaf.name} {_shape(leaf.shape)}' for leaf in self.inputs)}; convert again with "
@@ -92,19 +91,9 @@ class CallForm:
             _check(value, leaf)
         return flat
 
-    def _arrange(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with positional and keyword arguments as they were captured."""
-        captured_args, captured_kwargs = pytree.tree_unflatten([None] * self.in_spec.num_leaves, self.in_spec)
-        if not self.names or len(args) > len(self.names):
-            return args, {name: kwargs[name] for name in captured_kwargs if name in kwargs} | dict(kwargs)
-        given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
-        positional = self.names[: len(captured_args)]
-        ordered = tuple(given.pop(name) for name in positional if name in given)
-        return ordered, {name: given.pop(name) for name in captured_kwargs if name in given} | given
-
     def result(self, outputs: Any) -> Any:
         """The outputs in the source's structure."""
-        return pytree.tree_unflatten(list(outputs), self.out_spec)
+        return self.out_spec.build(outputs)
 
 
 def _is_free(size: int | torch.SymInt) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import ExportError, InputError
 from ffebm_compiler.hybrid_state import METADATA, state_of
+from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
 from ffebm_compiler.plan import Plan
+from ffebm_compiler.stored_containers import recipe_from, stored_recipe
 from ffebm_compiler.whole_folders import recover_folder, whole_folder
 
 if TYPE_CHECKING:
@@ -45,11 +47,13 @@ class Conversion:
     """Shape and dtype of each tensor among the example inputs; the value of what is none."""
     dynamic_shapes: str | None
     """`"batch"` or None; `"custom"` for what cannot be stored."""
+    containers: Recipe = PLAIN
+    """How containers of classes of the user's own among the inputs are built."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Conversion:
         """The record of a call."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, form = Form.of((args, kwargs))
         described = tuple(
             {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
             if isinstance(leaf, Tensor)
@@ -57,15 +61,17 @@ class Conversion:
             for leaf in leaves
         )
         kept = dynamic_shapes if dynamic_shapes in ("batch", None) else "custom"
-        return cls(pytree.treespec_dumps(spec), described, kept)
+        return cls(pytree.treespec_dumps(form.spec), described, kept, form.recipe)
 
-    def examples(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def examples(self, device: torch.device | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Example inputs of the stored shapes: zeros."""
         leaves = [
-            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
+            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"]), device=device)
+            if "shape" in leaf
+            else leaf["value"]
             for leaf in self.leaves
         ]
-        args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(self.structure))
+        args, kwargs = Form(pytree.treespec_loads(self.structure), self.containers).build(leaves)
         return args, kwargs
 
 
@@ -95,10 +101,15 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         "other_mode": [name for name, module in hybrid.named_modules() if module.training != hybrid.training],
         "frozen": [name for name, parameter in hybrid.named_parameters() if not parameter.requires_grad],
         "energy": "hopfield",
-        "conversion": asdict(conversion),
+        "conversion": {
+            "structure": conversion.structure,
+            "leaves": list(conversion.leaves),
+            "dynamic_shapes": conversion.dynamic_shapes,
+        },
         "state": _without_tensors(state),
     }
     try:
+        settings["conversion"]["containers"] = stored_recipe(conversion.containers)  # type: ignore[index]
         text = json.dumps(settings, indent=1)
     except TypeError as error:
         raise ExportError(
@@ -134,18 +145,15 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         if settings["schema"] != _SCHEMA:
             raise InputError(f"{folder} has schema {settings['schema']}, this version reads {_SCHEMA}: save it again")
         stored = settings["conversion"]
-        conversion = Conversion(stored["structure"], tuple(stored["leaves"]), stored["dynamic_shapes"])
-        args, kwargs = conversion.examples()
+        containers = recipe_from(stored.get("containers"))
+        conversion = Conversion(stored["structure"], tuple(stored["leaves"]), stored["dynamic_shapes"], containers)
+        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        args, kwargs = conversion.examples(None if first is None else first.device)
         tensors = load_file(folder / "weights.safetensors")
         state = _with_tensors(settings["state"], load_file(folder / "loop_gain.safetensors"))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
         raise InputError(f"{folder} is malformed ({type(error).__name__}: {error}): save the hybrid again") from error
     plan = Plan.from_json(folder / "plan.json")
-    first = next(model.parameters(), None)
-    if first is not None and first.is_floating_point():
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.to(first.device) if isinstance(leaf, Tensor) else leaf, (args, kwargs)
-        )
     hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=conversion.dynamic_shapes, plan=plan)
     present = hybrid.state_dict(keep_vars=True)
     aliases = {id(tensor): name for name, tensor in reversed(present.items())}

@@ -60,7 +60,7 @@ def capture(
     finally:
         for module, flag in flags.items():
             module.training = flag
-    program = program_of(exported.program, source, exported.note)
+    program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs)
     program.functions = exported.functions
     dropped = sorted(
         name for name, module in source.named_modules() if type(module).__name__ in _RANDOM_DEPTH and _drop_rate(module)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-__all__ = ["Recipe", "plain"]
+__all__ = ["PLAIN", "Form", "Recipe", "leaves_of", "plain"]
 
 _PLAIN = (tuple, list, dict)
 """Containers that are their own plain form."""
@@ -64,6 +64,46 @@ class Recipe:
         return mine == theirs and self.parts == other.parts and _alike(self.constant, other.constant)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+PLAIN = Recipe()
+"""That of a leaf, and of plain containers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Structure of inputs or outputs: the containers, and the leaves in them."""
+
+    spec: Any
+    """torch's tree specification of the plain form."""
+    recipe: Recipe = PLAIN
+    """How the containers are made of the plain form."""
+
+    @property
+    def num_leaves(self) -> int:
+        """Number of leaves."""
+        return int(self.spec.num_leaves)
+
+    @classmethod
+    def of(cls, value: Any) -> tuple[list[Any], Form]:
+        """The leaves of a value, and its form."""
+        shown, recipe = plain(value)
+        leaves, spec = pytree.tree_flatten(shown)
+        return leaves, cls(spec, recipe)
+
+    def build(self, leaves: Iterable[Any]) -> Any:
+        """A value of this form."""
+        return self.recipe.build(pytree.tree_unflatten(list(leaves), self.spec))
+
+    def matches(self, other: Form) -> bool:
+        """Whether values of both forms have the same containers."""
+        same = self.recipe.trivial and other.recipe.trivial
+        return bool(self.spec == other.spec) and (same or self.recipe == other.recipe)
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """The leaves of a value, in containers of whatever class."""
+    return Form.of(value)[0]
 
 
 def _alike(first: object, second: object) -> bool:

@@ -19,9 +19,11 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from ffebm_compiler.errors import CaptureError
+from ffebm_compiler.passes.containers import Recipe
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
 from ffebm_compiler.passes.explain_capture import explained
 from ffebm_compiler.passes.exported_program import batch_of
+from ffebm_compiler.passes.plain_call import plain_call
 from ffebm_compiler.passes.tracing import tracing
 
 __all__ = ["Exported", "export_graph"]
@@ -34,12 +36,21 @@ class Exported:
     program: ExportedProgram
     functions: KeptFunctions
     """The source's own autograd functions and hooks, which the traced graph calls by name."""
+    inputs: Recipe
+    """How the containers of the inputs are made of plain ones."""
+    outputs: Recipe
     note: str = ""
     """What the person should know, or nothing."""
 
 
 def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
     """Export with a free batch where asked and possible."""
+    with plain_call(source, args, kwargs) as call:
+        exported = _export_graph(source, call.args, call.kwargs, dynamic_shapes)
+        return replace(exported, inputs=call.inputs, outputs=call.outputs)
+
+
+def _export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
     if dynamic_shapes != "batch":
         return _try_export(source, args, kwargs, dynamic_shapes)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
@@ -92,7 +103,7 @@ def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             warnings.simplefilter("ignore")
             with contextlib.redirect_stderr(io.StringIO()), keep_custom_functions() as functions:
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            return Exported(program, functions)
+            return Exported(program, functions, Recipe(), Recipe())
     except Exception as error:
         raise explained(source, args, kwargs, error) from error
     finally:

@@ -9,18 +9,29 @@ from torch.export.graph_signature import InputKind
 
 from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.ir import Program
+from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
 
 __all__ = ["batch_of", "module_of", "program_of"]
 
 
-def program_of(exported: ExportedProgram, source: nn.Module, note: str) -> Program:
-    """The program of an exported module; `note` is what the person should know, or nothing."""
+def program_of(
+    exported: ExportedProgram, source: nn.Module, note: str, inputs: Recipe = PLAIN, outputs: Recipe = PLAIN
+) -> Program:
+    """The program of an exported module.
+
+    Args:
+        exported: the module as it was exported.
+        source: the module, which owns the tensors.
+        note: what the person should know, or nothing.
+        inputs: how the containers of the inputs are made of plain ones.
+        outputs: the same for those of the outputs.
+    """
     graph_module = exported.graph_module
     first = {id(tensor): name for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     tensors = dict(source.named_parameters(remove_duplicate=False))
     lifted: dict[str, str] = {}
     constants: dict[str, torch.Tensor] = {}
-    inputs: list[str] = []
+    names: list[str] = []
     for spec in exported.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -29,18 +40,18 @@ def program_of(exported: ExportedProgram, source: nn.Module, note: str) -> Progr
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constants[name] = exported.constants[str(spec.target)].detach().clone()
         elif spec.kind == InputKind.USER_INPUT:
-            inputs.append(name)
+            names.append(name)
         else:
             raise CaptureError(f"the captured graph needs {spec.kind.name.lower()} {name!r}, which is not supported")
-    symbol, hint = batch_of(graph_module, inputs)
+    symbol, hint = batch_of(graph_module, names)
     program = Program(
         graph_module=fx.GraphModule(graph_module, graph_module.graph),
         source=source,
         lifted=lifted,
         constants=constants,
-        inputs=tuple(inputs),
-        in_spec=exported.call_spec.in_spec,
-        out_spec=exported.call_spec.out_spec,
+        inputs=tuple(names),
+        in_spec=Form(exported.call_spec.in_spec, inputs),
+        out_spec=Form(exported.call_spec.out_spec, outputs),
         batch_symbol=symbol,
         batch_hint=hint,
     )

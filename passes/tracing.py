@@ -3,6 +3,7 @@
 - an operation that runs without gradient is marked: inside autocast regions the exporter forgets `no_grad`.
 - `x.data` is `x.detach()`, which the exporter can record.
 - autocast regions around the call of `convert` are off: the hybrid runs under whatever its caller has on.
+- distributions do not look at the values of their parameters.
 - attention and encoders take their ordinary path, not the fused one of eval mode.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
 
@@ -38,6 +40,16 @@ class _UsersCalls(TorchFunctionMode):
 
 
 @contextlib.contextmanager
+def _unchecked_distributions() -> Iterator[None]:
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+@contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """The state of torch in which a forward is traced; what was before is restored."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -48,6 +60,7 @@ def tracing() -> Iterator[None]:
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_unchecked_distributions())
             stack.enter_context(_UsersCalls())
             yield
     finally:

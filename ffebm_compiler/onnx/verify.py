@@ -15,6 +15,7 @@ from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx.execute import load, session_of
 from ffebm_compiler.onnx.steps import Steps, Value
+from ffebm_compiler.passes.containers import leaves_of
 
 __all__ = ["TOLERANCE", "Deviations", "deviation", "verify"]
 
@@ -81,7 +82,7 @@ def deviation(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
 
 
 def _file_runner(path: Path, steps: Steps) -> Callable[[Sequence[Tensor]], list[Tensor]]:

@@ -135,6 +135,8 @@ class Operation:
     positions: int = 1
     """Applications of the matrix per sample: output positions of a convolution, tokens of a linear."""
     bias: bool = False
+    computed: tuple[str, ...] = ()
+    """Those of `weights` that it reads the result of a computation of, not the values themselves."""
 
     @property
     def macs(self) -> int:
@@ -203,8 +205,8 @@ class OperationGraph:
         for item in data["operations"]:
             fields = dict(item)
             fields["role"] = Role(fields["role"])
-            for key in ("inputs", "shape", "weights"):
-                fields[key] = tuple(fields[key])
+            for key in ("inputs", "shape", "weights", "computed"):
+                fields[key] = tuple(fields.get(key, ()))
             operations.append(Operation(**fields))
         return cls(dict(data["inputs"]), tuple(operations), tuple(data["outputs"]))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffebm_compiler.errors import FFEBMError, PlanError
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 from ffebm_compiler.whole_files import write_whole
 
@@ -182,6 +183,9 @@ class Plan:
         if not layers and any(name.startswith(prefix) for name in self.modules if name != path):
             return self._explain_container(path)
         if not inside:
+            own = [name for name in self.weights if name.rpartition(".")[0] == path]
+            if own:  # it runs on parameters and constants alone, or others read its parameters
+                return "; ".join(dict.fromkeys(self.explain(name) for name in own))
             return "digital: it runs no operation of its own in the captured graph"
         sentences = dict.fromkeys(self._explain_operation(op) for op in inside)
         return "; ".join(sentences)
@@ -200,6 +204,8 @@ class Plan:
         return f"digital: {self._digital_reason(operation)}"
 
     def _digital_reason(self, operation: Operation) -> str:
+        if matches(operation.path, self.options.force_digital):
+            return "force_digital asks for it"
         if operation.role is Role.WIRING:
             allowed = operation.kind in (*self.options.block_ops, "copy", "dropout")
             return (
@@ -208,7 +214,7 @@ class Plan:
                 else f"{operation.target} is wiring of kind {operation.kind!r}, which block_ops does not list"
             )
         if operation.role is Role.ACTIVATION:
-            return f"{operation.target} follows no layer of a block"
+            return f"no layer's product reaches {operation.target} alone within a block"
         return operation.reason
 
     def _explain_container(self, path: str) -> str:

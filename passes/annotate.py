@@ -14,9 +14,10 @@ from torch import fx
 
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
 from ffebm_compiler.passes.dead_code import for_effects_alone
-from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, digital_reason, target_name
+from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target_name
+from ffebm_compiler.passes.reasons import TWO_ACTIVATIONS, digital_reason
 from ffebm_compiler.passes.static import static_nodes
-from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
+from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout, ReboundInstanceNorm
 
 __all__ = ["annotate"]
 
@@ -73,7 +74,7 @@ def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo
     activation = activation_of(node)
     if activation is not None:
         return NodeInfo(Role.ACTIVATION, path, f"{activation.name} has an energy potential", activation.name)
-    return NodeInfo(Role.DIGITAL, path, digital_reason(node))
+    return NodeInfo(Role.DIGITAL, path, digital_reason(node, static))
 
 
 def _classify_module(program: Program, node: fx.Node, path: str) -> NodeInfo:
@@ -81,7 +82,11 @@ def _classify_module(program: Program, node: fx.Node, path: str) -> NodeInfo:
     if isinstance(module, ReboundDropout) and module.kind != "alpha_dropout":
         return NodeInfo(Role.WIRING, path, "dropout scales by a mask drawn once a forward", "dropout")
     if isinstance(module, ReboundBatchNorm):
-        return NodeInfo(Role.DIGITAL, path, "batch norm is digital (fold_batchnorm=True folds it in eval mode)")
+        return NodeInfo(Role.DIGITAL, path, "batch norm is digital (fold_batchnorm=True folds one behind a layer)")
+    if isinstance(module, ReboundInstanceNorm):
+        return NodeInfo(Role.DIGITAL, path, "normalisation divides by statistics of its input")
+    if isinstance(module, ReboundDropout):
+        return NodeInfo(Role.DIGITAL, path, "alpha dropout adds a shift to what it drops: it is not linear")
     if isinstance(module, ReboundAttention):
         return NodeInfo(Role.DIGITAL, path, "attention multiplies activations by activations")
     return NodeInfo(Role.DIGITAL, path, getattr(module, "reason", f"{type(module).__name__} has no energy form"))
@@ -93,7 +98,7 @@ def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
     if info(weight).role not in _FIXED:
         if layer.kind.startswith("conv"):
             return NodeInfo(Role.DIGITAL, path, "its kernel depends on the input, so that it is no weight")
-        return NodeInfo(Role.DIGITAL, path, "the product of two activations is not weight-stationary")
+        return NodeInfo(Role.DIGITAL, path, TWO_ACTIVATIONS)
     owner = _parameter_path(program, weight) or path
     if not node.meta["val"].is_floating_point():
         kind = str(node.meta["val"].dtype).removeprefix("torch.")
@@ -119,6 +124,17 @@ def lifted_sources(node: fx.Node) -> list[fx.Node]:
         else:
             stack.extend(reversed(current.all_input_nodes))
     return list(found)
+
+
+_PLACING = """view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze select slice
+narrow movedim expand repeat clone contiguous alias detach index_select _to_copy to lift_fresh_copy"""
+
+
+def _same_values(node: fx.Node) -> fx.Node:
+    """Back through operations that only place values to where they come from."""
+    while node.op == "call_function" and target_name(node) in _PLACING.split() and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _parameter_path(program: Program, weight: fx.Node) -> str:
@@ -187,11 +203,15 @@ def _dynamic_inputs(node: fx.Node) -> tuple[str, ...]:
 def _operation(program: Program, node: fx.Node) -> Operation:
     record = info(node)
     weights: dict[str, None] = {}
+    computed: dict[str, None] = {}
     for operand in node.all_input_nodes:
         if info(operand).role in _FIXED:
+            as_it_is = _same_values(operand)
             for source in lifted_sources(operand):
                 if source.name in program.lifted:
                     weights[program.lifted[source.name]] = None
+                    if source is not as_it_is:
+                        computed[program.lifted[source.name]] = None
     rows = cols = 0
     groups = positions = 1
     bias = False
@@ -213,6 +233,7 @@ def _operation(program: Program, node: fx.Node) -> Operation:
         reason=record.reason,
         kind=record.kind,
         weights=tuple(weights),
+        computed=tuple(computed),
         rows=rows,
         cols=cols,
         groups=groups,

@@ -5,7 +5,6 @@ One table per role. A new operation is a line here and, where it joins a block, 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -24,7 +23,6 @@ __all__ = [
     "WeightForm",
     "WiringForm",
     "activation_of",
-    "digital_reason",
     "target_name",
 ]
 
@@ -238,21 +236,3 @@ def activation_of(node: fx.Node) -> Activation | None:
     if any(isinstance(argument, fx.Node) for argument in (*rest, *node.kwargs.values())):
         return None
     return activations.from_aten(target_name(node), tuple(rest), dict(node.kwargs))
-
-
-def digital_reason(node: fx.Node) -> str:
-    """Why an operation that is in none of the tables is computed digitally."""
-    name = target_name(node)
-    if node.target is operator.getitem:
-        return "it picks one of several digital results"
-    if "attention" in name or name in ("bmm", "baddbmm", "einsum"):
-        return "the product of two activations is not weight-stationary"
-    if name.startswith("embedding"):
-        return "a table lookup is not a matrix product"
-    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        return "a recurrent layer of packed sequences, or of more than 64 steps, is not unrolled into its layers"
-    if "norm" in name:
-        return "normalisation divides by statistics of its input"
-    if name.startswith(("max_pool", "adaptive_max_pool")):
-        return "max pooling is not linear"
-    return f"{name} has no energy form"

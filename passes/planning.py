@@ -19,10 +19,12 @@ from ffebm_compiler.plan import BlockPlan, DigitalPart, Placement, Plan, PlanOpt
 __all__ = ["describe", "describe_block", "make_plan", "matches", "plan_notes"]
 
 FORCED = "force_digital asks for it"
+_COPIED = "it is copied to every sample, not multiplied: no matrix product"
 _UNMULTIPLIED = {
     "add": "it is added, not multiplied: no matrix product",
     "concat": "it is joined to other values, not multiplied: no matrix product",
-    "expand": "it is copied to every sample, not multiplied: no matrix product",
+    **dict.fromkeys(("stack", "cat"), "it is joined to other values, not multiplied: no matrix product"),
+    **dict.fromkeys(("expand", "expand_as", "repeat", "tile"), _COPIED),
 }
 """Kind or target of an operation that reads a parameter -> why that parameter is in no block."""
 
@@ -211,7 +213,9 @@ def describe_block(
     )
 
 
-def _unmultiplied(op: Operation) -> str:
+def _unmultiplied(op: Operation, weight: str) -> str:
+    if weight in op.computed and op.kind != "weight":
+        return f"{op.target} reads what is computed from it, which is no matrix product with an activation"
     return _UNMULTIPLIED.get(op.kind) or _UNMULTIPLIED.get(op.target) or op.reason
 
 
@@ -234,7 +238,7 @@ def _placements(
             placements[name] = Placement(home[analog[0].name], f"the weight of {places}{shared}")
         elif reading:
             op = reading[0]
-            placements[name] = Placement(None, rejected.get(op.name) or _unmultiplied(op))
+            placements[name] = Placement(None, rejected.get(op.name) or _unmultiplied(op, name))
         else:
-            placements[name] = Placement(None, "no operation of the captured graph reads it")
+            placements[name] = Placement(None, "no operation that the output depends on reads it")
     return placements

@@ -19,6 +19,7 @@ from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.ir import OperationGraph, Program, verify
 from ffebm_compiler.passes.annotate import annotate
 from ffebm_compiler.passes.capture import capture
+from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.contractions import contractions
 from ffebm_compiler.passes.custom_functions import custom_functions
 from ffebm_compiler.passes.dead_code import dead_code
@@ -88,6 +89,8 @@ def _front(
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InputError(f"kwargs must be a dictionary of the forward's keyword arguments, got {type(kwargs).__name__}")
     named = dict(kwargs or {})
+    _refuse_hybrids(model)
+    _refuse_empty_batch((tuple(args), named))
     program = capture(model, tuple(args), named, shapes)
     for step in passes_for(options):
         program = step(program)
@@ -97,6 +100,25 @@ def _front(
         verify(program)
         graph = annotate(program)
     return _Front(program, graph, tuple(args), named)
+
+
+def _refuse_hybrids(model: object) -> None:
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, HybridModel):
+            raise InputError(
+                f"module {name!r} is a hybrid already: put its to_digital(), which has its weights, in its place, and "
+                "convert the whole model"
+                if name
+                else "the model is a hybrid already: convert its to_digital(), or use it as it is"
+            )
+
+
+def _refuse_empty_batch(inputs: object) -> None:
+    first = next((leaf for leaf in leaves_of(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+    if first is not None and not first.shape[0]:
+        raise InputError(
+            f"the example inputs are an empty batch (shape {tuple(first.shape)}): pass an example with a sample or more"
+        )
 
 
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
 from ffebm_compiler.passes.dead_code import for_effects_alone
@@ -65,6 +66,8 @@ def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo
         return _classify_module(program, node, path)
     if node.target in WEIGHTS:
         return _classify_weight(program, node, path)
+    if _sized_at_run_time(node):
+        return NodeInfo(Role.DIGITAL, path, _AT_RUN_TIME)
     if _computed_sizes(node):
         return NodeInfo(Role.DIGITAL, path, "its sizes are computed from the input's shape")
     if node.target in WIRING:
@@ -103,7 +106,17 @@ def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
     if not node.meta["val"].is_floating_point():
         kind = str(node.meta["val"].dtype).removeprefix("torch.")
         return NodeInfo(Role.DIGITAL, owner, f"its values are {kind} and energy blocks are real numbers", "weight")
+    if _sized_at_run_time(node):
+        return NodeInfo(Role.DIGITAL, owner, _AT_RUN_TIME, "weight")
     return NodeInfo(Role.WEIGHT, owner, f"{layer.kind} with a static weight", layer.kind)
+
+
+_AT_RUN_TIME = "how many values it has is known at run time only (it depends on data)"
+
+
+def _sized_at_run_time(node: fx.Node) -> bool:
+    """Whether a size of a node's value depends on data: after `nonzero`, a boolean mask, `repeat_interleave`."""
+    return any(free_unbacked_symbols(tensor) for tensor in _tensors(node))
 
 
 def _computed_sizes(node: fx.Node) -> bool:
@@ -147,7 +160,10 @@ def _parameter_path(program: Program, weight: fx.Node) -> str:
 
 
 def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    # What is known at run time only counts once: no example says more.
+    return int(size.node.hint) if size.node.has_hint() else 1
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:

@@ -62,6 +62,8 @@ def capture(
             module.training = flag
     program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs)
     program.functions = exported.functions
+    for sentence in exported.settings:
+        program.note(sentence)
     dropped = sorted(
         name for name, module in source.named_modules() if type(module).__name__ in _RANDOM_DEPTH and _drop_rate(module)
     )

@@ -35,10 +35,6 @@ def check_model(model: object) -> None:
             )
         if tensor.is_meta:
             raise InputError(f"parameter {name!r} is on the meta device: load the weights before converting")
-        if tensor.is_complex():
-            raise InputError(
-                f"parameter {name!r} is complex ({tensor.dtype}): energy blocks are real; split it into two"
-            )
         if tensor.is_quantized:
             raise InputError(f"parameter {name!r} is quantised: pass the float model; `Hardware` has the bits")
     for name, module in model.named_modules():

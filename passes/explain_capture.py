@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import traceback
 from typing import Any
 
@@ -11,18 +12,22 @@ from torch import nn
 
 from ffebm_compiler.errors import CaptureError, InputError
 
-__all__ = ["explained"]
+__all__ = ["NotTraceable", "explained"]
+
+
+class NotTraceable(Exception):
+    """Something that a forward does and a graph cannot hold: the message says what, and what to do instead."""
 
 
 def explained(
     source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> CaptureError | InputError:
-    """Say whether the model rejects the inputs or only cannot be traced, and where."""
+    """Say whether the model rejects the inputs or only cannot be traced, where, and what to do."""
     where = _where(source, error)
-    try:
-        with torch.no_grad():
-            source(*args, **kwargs)
-    except Exception as rejection:
+    if isinstance(error, NotTraceable):
+        return CaptureError(f"the forward cannot be traced{where}: {error}")
+    rejection = _rejection(source, args, kwargs)
+    if rejection is not None:
         shapes = [
             tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf)
             for leaf in pytree.tree_leaves((args, kwargs))
@@ -31,27 +36,85 @@ def explained(
             f"the model itself rejects the example inputs {shapes}{_where(source, rejection)}: "
             f"{type(rejection).__name__}: {_first_line(rejection)}; pass inputs for which model(*inputs) runs"
         )
-    return CaptureError(
-        f"the forward cannot be traced{where}: {_first_line(error)}; control flow or sizes that depend on data "
-        "cannot be compiled: make the branch depend on shapes or settings, or convert the submodules around it"
+    return CaptureError(f"the forward cannot be traced{where}: {_cause(error)}")
+
+
+def _rejection(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    """The error with which the eager model answers the inputs, with and without gradients; None where it runs."""
+    found: Exception | None = None
+    for gradients in (False, True):
+        try:
+            with torch.set_grad_enabled(gradients):
+                source(*args, **kwargs)
+        except Exception as error:
+            found = found or error
+        else:
+            return None
+    return found
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, and what would help."""
+    text = _first_line(error)
+    kinds = {type(cause).__name__ for cause in _chain(error)}
+    if "data-dependent" in str(error) or kinds & {"DataDependentOutputException", "DynamicOutputShapeException"}:
+        return (
+            "control flow or a Python number here depends on the values of a tensor (data-dependent), which a graph "
+            "cannot hold; make the branch depend on shapes or settings, write it with torch.where, or convert the "
+            "submodules around it"
+        )
+    if "_functorch" in "".join(traceback.format_tb(error.__traceback__)) and "functorch" in text:
+        return (
+            "a function transform of torch.func (grad, jacrev, ...) here cannot be captured; write its result with "
+            "ordinary operations, or convert the submodules around it"
+        )
+    if ".numpy()" in text or "numpy" in kinds:
+        return "the values leave torch here (.numpy()); use torch operations, or convert the submodules around it"
+    return (
+        f"{type(error).__name__}: {text}; rewrite this line with operations that torch.export takes, or convert the "
+        "submodules around it"
     )
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def _where(source: nn.Module, error: BaseException) -> str:
     """Path of the innermost module, and the innermost line of the model's own code (not of torch)."""
     names = {id(module): name for name, module in source.named_modules()}
-    path, place, own = "", "", False
+    path, place, own = "", ("", 0), False
     for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
         names_of_locals = frame.f_code.co_varnames
         owner = frame.f_locals.get(names_of_locals[0]) if names_of_locals else None
-        if isinstance(owner, nn.Module) and id(owner) in names and frame.f_code.co_name != "_call_impl":
-            if frame.f_code.co_filename.endswith("torch/nn/modules/module.py"):
-                continue
+        if isinstance(owner, nn.Module) and id(owner) in names and not _is_machinery(frame.f_globals):
             path = names[id(owner)] or type(source).__name__
             foreign = type(owner).__module__.startswith("torch.")
             if not (foreign and own):
-                place, own = f"{frame.f_code.co_filename}, line {line}", not foreign
-    return f" in module {path!r} ({place})" if path else ""
+                place, own = (file, line), not foreign
+        elif own and not _is_machinery(frame.f_globals) and not _is_torch(frame.f_globals):
+            place = (file, line)  # a function that the module calls
+    if not path:
+        return ""
+    code = linecache.getline(*place).strip()
+    return f" in module {path!r} ({place[0]}, line {place[1]}){f' at {code!r}' if code else ''}"
+
+
+def _is_torch(names: dict[str, Any]) -> bool:
+    name = str(names.get("__name__", ""))
+    return name == "torch" or name.startswith(("torch.", "ffebm_compiler."))
+
+
+def _is_machinery(names: dict[str, Any]) -> bool:
+    """Whether a frame belongs to what calls and traces modules, not to a module."""
+    name = str(names.get("__name__", ""))
+    machinery = ("torch.export.", "torch._", "torch.fx.", "torch.nn.modules.module", "torch.nn.utils.", "torch.utils.")
+    return name.startswith(machinery) or name.startswith("ffebm_compiler.") or name.startswith("contextlib")
 
 
 def _first_line(error: BaseException) -> str:

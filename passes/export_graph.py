@@ -39,6 +39,8 @@ class Exported:
     inputs: Recipe
     """How the containers of the inputs are made of plain ones."""
     outputs: Recipe
+    settings: tuple[str, ...] = ()
+    """Branches that were decided by values of buffers: a sentence for each."""
     note: str = ""
     """What the person should know, or nothing."""
 
@@ -99,11 +101,12 @@ def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter logs whole graphs before it raises what we explain below
     try:
-        with tracing(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with tracing(source) as calls, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             with contextlib.redirect_stderr(io.StringIO()), keep_custom_functions() as functions:
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            return Exported(program, functions, Recipe(), Recipe())
+            calls.known.check()
+            return Exported(program, functions, Recipe(), Recipe(), settings=tuple(calls.known.notes()))
     except Exception as error:
         raise explained(source, args, kwargs, error) from error
     finally:

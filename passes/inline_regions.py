@@ -58,9 +58,13 @@ def inline_regions(program: Program) -> Program:
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.users:
             user = next(iter(node.users))
+            body = getattr(program.graph_module, str(node.target))
+            inside = list(body.graph.nodes) if isinstance(body, fx.GraphModule) else []
+            places = [place for inner in (user, *inside) if (place := source_line(inner))]
+            line = places[0] if places else ""
             raise UnsupportedError(
-                f"module {module_path(user)!r} uses torch's {user.target}{source_line(user)}, control flow that runs "
-                "on data: it cannot be compiled; convert the submodules around it"
+                f"module {module_path(user)!r} uses torch's {user.target}{line}, control flow that runs on data: it "
+                "cannot be compiled; convert the submodules around it"
             )
     program.graph.lint()
     return program

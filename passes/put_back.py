@@ -57,7 +57,7 @@ def _inverse(step: Step, whole: fx.Node, part: fx.Node) -> tuple[Callable[..., A
     view, arguments = step.target, step.args
     assert isinstance(view, torch._ops.OpOverload)
     name = view._schema.name.split("::")[1]
-    if view in _SCATTERS and not step.kwargs:
+    if view in _SCATTERS and not step.kwargs and not part.meta["val"].is_complex():
         return _SCATTERS[view], (whole, part, *arguments)
     if name in ("detach", "detach_"):
         return written_without_gradient, (whole, part)

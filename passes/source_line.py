@@ -11,6 +11,7 @@ def source_line(node: fx.Node) -> str:
     """` (FILE, line N)` of the innermost line outside torch, from the captured stack; nothing where it is unknown."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     places = [line for line in lines if line.startswith('File "')]
+    places = [line for line in places if not line.startswith('File "<')]
     own = [line for line in places if "site-packages/torch/" not in line] or places
     if not own:
         return ""

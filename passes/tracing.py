@@ -3,6 +3,8 @@
 - an operation that runs without gradient is marked: inside autocast regions the exporter forgets `no_grad`.
 - `x.data` is `x.detach()`, which the exporter can record.
 - autocast regions around the call of `convert` are off: the hybrid runs under whatever its caller has on.
+- a layer that is moved in the forward to where it is already stays as it is.
+- a branch on a buffer is decided by its value (`known_values`).
 - distributions do not look at the values of their parameters.
 - attention and encoders take their ordinary path, not the fused one of eval mode.
 """
@@ -14,29 +16,51 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributions import Distribution
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["WITHOUT_GRADIENT", "tracing"]
+from ffebm_compiler.passes.explain_capture import NotTraceable
+from ffebm_compiler.passes.known_values import KnownValues
+
+__all__ = ["WITHOUT_GRADIENT", "UsersCalls", "tracing"]
 
 WITHOUT_GRADIENT = "ffebm_without_gradient"
 """Key under which an operation that ran without gradient is marked."""
 
+_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-class _UsersCalls(TorchFunctionMode):
+class UsersCalls(TorchFunctionMode):
     """Sees every call of torch that the forward makes."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.known = KnownValues(source)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the call, marked where no gradient is recorded."""
+        kwargs = kwargs or {}
         if func == _DATA:
             return args[0].detach()
+        if func in _GRADIENTS:
+            raise NotTraceable(
+                f"a gradient is taken inside the forward ({func.__name__}), which a graph does not hold; convert the "
+                "submodules whose gradient it takes, and take it outside"
+            )
+        known, value = self.known.call(func, args, kwargs)
+        if known:
+            return value
         if torch.is_grad_enabled():
-            return func(*args, **(kwargs or {}))
-        with traceback.preserve_node_meta(), traceback.annotate({WITHOUT_GRADIENT: True}):
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
+        else:
+            with traceback.preserve_node_meta(), traceback.annotate({WITHOUT_GRADIENT: True}):
+                result = func(*args, **kwargs)
+        self.known.computed(func, args, kwargs, result)
+        return result
 
 
 @contextlib.contextmanager
@@ -50,8 +74,32 @@ def _unchecked_distributions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """The state of torch in which a forward is traced; what was before is restored."""
+def _modules_stay() -> Iterator[None]:
+    """`layer.to(x.device)` in a forward: nothing where the layer is there already."""
+    before = nn.Module._apply
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                moved = fn(probe)
+            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
+                raise NotTraceable(
+                    f"the forward moves {name!r} of a {type(self).__name__} to {moved.dtype} on {moved.device} while "
+                    "it runs; move the model before it is converted"
+                )
+        return self
+
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def tracing(source: nn.Module) -> Iterator[UsersCalls]:
+    """The state of torch in which a forward of `source` is traced; what was before is restored."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -61,7 +109,7 @@ def tracing() -> Iterator[None]:
                     stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_unchecked_distributions())
-            stack.enter_context(_UsersCalls())
-            yield
+            stack.enter_context(_modules_stay())
+            yield stack.enter_context(UsersCalls(source))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -82,11 +82,6 @@ def test_meta_device() -> None:
     )
 
 
-def test_complex_weights() -> None:
-    model = nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64))
-    fails(ffebm.InputError, r"'0\.weight' is complex \(torch\.complex64\)", ffebm.convert, model, noise(2, 4))
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_quantised_model() -> None:
     model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 3)), {nn.Linear}, torch.qint8)

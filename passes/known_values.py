@@ -1,0 +1,166 @@
+"""Known values: branches on buffers are decided by what the buffers hold at conversion.
+
+`if self.observer_enabled[0] == 1:` asks for the value of a tensor, which a traced forward has not.
+Where it was computed from small buffers alone, the value is that of the buffers: the branch is a
+setting of the model, and the person is told which one was kept. A buffer that the forward branches
+on and also writes (a flag that the first call sets) is no setting: it is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ffebm_compiler.passes.explain_capture import NotTraceable
+
+__all__ = ["KnownValues"]
+
+_LARGEST = 256
+"""Values of a tensor that may still be a setting."""
+_READS = (
+    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist, torch.equal,
+    torch.is_nonzero, torch.allclose,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Known:
+    tensor: Tensor
+    """The traced tensor, kept so that its id stays its own."""
+    value: Tensor
+    names: frozenset[str]
+    """The buffers that it was computed from."""
+
+
+class KnownValues:
+    """Follows what a traced forward computes from small buffers alone."""
+
+    def __init__(self, source: nn.Module) -> None:
+        self._source = source
+        self._values = {
+            name: buffer.detach() for name, buffer in source.named_buffers() if _is_small(buffer) and not buffer.is_meta
+        }
+        self._known: dict[int, _Known] = {}
+        self._probe: Tensor | None = None
+        self._written: set[str] = set()
+        self.reads: dict[str, str] = {}
+        """Buffer -> the line that first asked for its value."""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """Whether a call asks for a value that is known, and the value; notes what other calls compute or write."""
+        if not self._values:
+            return False, None
+        self._refresh()
+        known = [self._known.get(id(tensor)) for tensor in _tensors(args, kwargs)]
+        if _writes(func, kwargs):
+            target = next(_tensors(args, {}), None)
+            entry = self._known.pop(id(target), None)
+            self._written |= entry.names if entry is not None else frozenset()
+            return False, None
+        if func in _READS and known and all(known):
+            names = frozenset().union(*(entry.names for entry in known if entry is not None))
+            line = _users_line()
+            for name in names:
+                self.reads.setdefault(name, line)
+            return True, self._compute(func, args, kwargs)
+        return False, None
+
+    def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Note the value of a result that was computed from known tensors alone."""
+        if not self._known or not isinstance(result, Tensor) or _writes(func, kwargs):
+            return
+        known = [self._known.get(id(tensor)) for tensor in _tensors(args, kwargs)]
+        if not known or not all(known) or _draws(func):
+            return
+        try:
+            value = self._compute(func, args, kwargs)
+        except Exception:  # sizes of the traced inputs among the arguments
+            return
+        if isinstance(value, Tensor) and _is_small(value):
+            names = frozenset().union(*(entry.names for entry in known if entry is not None))
+            self._known[id(result)] = _Known(result, value, names)
+
+    def check(self) -> None:
+        """Refuse a forward that branches on a buffer and writes it.
+
+        Raises:
+            NotTraceable: naming the buffer and the line.
+        """
+        for name, line in self.reads.items():
+            if name in self._written:
+                raise NotTraceable(
+                    f"the forward branches on buffer {name!r}{line} and writes it, so that which branch runs depends "
+                    "on earlier calls; run the model until the buffer stays as it is, and branch on a Python bool"
+                )
+
+    def notes(self) -> Iterator[str]:
+        """What the person should know: one sentence for each buffer that decided something."""
+        for name, line in self.reads.items():
+            yield (
+                f"the forward branches on buffer {name!r}{line}: the hybrid keeps the branch for its value at "
+                f"conversion, {self._values[name].tolist()}"
+            )
+
+    def _refresh(self) -> None:
+        """The exporter puts other tensors in the place of the buffers: know those too."""
+        buffers = dict(self._source.named_buffers())
+        probe = next((buffers[name] for name in self._values if name in buffers), None)
+        if probe is None or probe is self._probe:
+            return
+        self._probe = probe
+        for name, value in self._values.items():
+            if name in buffers:
+                self._known[id(buffers[name])] = _Known(buffers[name], value, frozenset((name,)))
+
+    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def real(leaf: Any) -> Any:
+            return self._known[id(leaf)].value if isinstance(leaf, Tensor) else leaf
+
+        real_args, real_kwargs = pytree.tree_map(real, (args, kwargs))
+        with _disable_current_modes(), torch.no_grad():
+            return func(*real_args, **real_kwargs)
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.numel() <= _LARGEST
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from (item for item in argument if isinstance(item, Tensor))
+
+
+def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    special = name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
+    return special or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+
+
+def _draws(func: Any) -> bool:
+    return "rand" in getattr(func, "__name__", "") or getattr(func, "__name__", "") in (
+        "bernoulli",
+        "multinomial",
+        "normal",
+    )
+
+
+def _users_line() -> str:
+    """The innermost line of the running code that is neither torch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        module = str(frame.f_globals.get("__name__", ""))
+        if not module.startswith(("torch.", "ffebm_compiler.")) and not file.startswith("<"):
+            return f" ({file}, line {frame.f_lineno})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

@@ -27,6 +27,7 @@ _CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "layers_per_
 _BITS = ("weight_bits", "adc_bits", "dac_bits")
 _OPTIONAL = (*_CAPACITIES, *_BITS, "noise", "costs", "overrides")
 _MAX_BITS = 32
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,11 @@ class Hardware:
         value = getattr(self, field)
         if value is None and optional:
             return
-        if not _is_whole(value) or value < 1 or (most is not None and value > most):
+        if not _is_whole(value) or not 1 <= value <= (most or _LARGEST):
             allowed = "of at least 1" if most is None else f"from 1 to {most}"
-            raise HardwareError(f"{field} must be a whole number {allowed}, {remedy}; got {value!r}")
+            large = _is_whole(value) and value > _LARGEST
+            got = f"one of {int(value).bit_length()} bits, more than 63" if large else repr(value)
+            raise HardwareError(f"{field} must be a whole number {allowed}, {remedy}; got {got}")
         self._set(field, int(value))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from ffebm_compiler.checked_json import parse_json
 from ffebm_compiler.errors import HardwareError
 
 __all__ = ["read_table"]
@@ -24,10 +24,10 @@ def read_table(path: Path, optional: Collection[str]) -> dict[str, Any]:
         raise HardwareError(f"{path}: a hardware file must end in .toml or .json")
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise HardwareError(f"{path}: cannot be read ({error})") from error
     try:
-        table = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
+        table = tomllib.loads(text) if suffix == ".toml" else parse_json(text)
     except (ValueError, RecursionError) as error:
         raise HardwareError(f"{path}: not valid {suffix[1:].upper()} ({error})") from error
     if not isinstance(table, dict):

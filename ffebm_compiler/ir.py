@@ -30,11 +30,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import fx, nn
 
+from ffebm_compiler.checked_json import AtLeast, Malformed, typed
 from ffebm_compiler.errors import FFEBMError
 
 __all__ = [
@@ -108,6 +109,9 @@ def module_path(node: fx.Node) -> str:
     return path
 
 
+Count = Annotated[int, AtLeast(0)]
+
+
 @dataclass(frozen=True)
 class Operation:
     """One dynamic operation of the network, as the partition sees it."""
@@ -119,20 +123,20 @@ class Operation:
     """Name of the operation, e.g. `conv2d`."""
     inputs: tuple[str, ...]
     """Names of the inputs or operations it reads, each once."""
-    values: int
+    values: Count
     """Values per sample that it produces."""
-    shape: tuple[int | None, ...] = ()
+    shape: tuple[Count | None, ...] = ()
     """Shape of what it produces; None is the batch."""
     reason: str = ""
     kind: str = ""
     weights: tuple[str, ...] = ()
     """Names of the source's parameters that it reads, also through static operations."""
-    rows: int = 0
+    rows: Count = 0
     """Rows of the weight matrix of one group."""
-    cols: int = 0
+    cols: Count = 0
     """Columns of the weight matrix of one group."""
-    groups: int = 1
-    positions: int = 1
+    groups: Count = 1
+    positions: Count = 1
     """Applications of the matrix per sample: output positions of a convolution, tokens of a linear."""
     bias: bool = False
     computed: tuple[str, ...] = ()
@@ -148,7 +152,7 @@ class Operation:
 class OperationGraph:
     """The dynamic operations of a network, in topological order, with its inputs and outputs."""
 
-    inputs: Mapping[str, int]
+    inputs: Mapping[str, Count]
     """Name of each input tensor and its values per sample."""
     operations: tuple[Operation, ...]
     outputs: tuple[str, ...]
@@ -200,15 +204,16 @@ class OperationGraph:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> OperationGraph:
-        """The inverse of `to_dict`."""
-        operations = []
-        for item in data["operations"]:
-            fields = dict(item)
-            fields["role"] = Role(fields["role"])
-            for key in ("inputs", "shape", "weights", "computed"):
-                fields[key] = tuple(fields.get(key, ()))
-            operations.append(Operation(**fields))
-        return cls(dict(data["inputs"]), tuple(operations), tuple(data["outputs"]))
+        """The inverse of `to_dict`.
+
+        Raises:
+            FFEBMError: with the place of what is missing or malformed.
+        """
+        try:
+            graph: OperationGraph = typed(cls, data, "graph")
+        except Malformed as error:
+            raise FFEBMError(f"the graph is malformed ({error})") from error
+        return graph
 
 
 @dataclass

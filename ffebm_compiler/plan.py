@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffebm_compiler.errors import FFEBMError, PlanError
+from ffebm_compiler.checked_json import read_json
+from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Operation, OperationGraph, Role
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockPlan", "DigitalPart", "Placement", "Plan", "PlanOptions", "fingerprint"]
 
-_SCHEMA = 1
+SCHEMA = 1
+"""Of the files that `to_json` writes."""
 
 
 @dataclass(frozen=True)
@@ -373,7 +375,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""
         return {
-            "schema": _SCHEMA,
+            "schema": SCHEMA,
             "model": self.model,
             "fingerprint": self.fingerprint,
             "hardware": self.hardware.to_dict(),
@@ -397,31 +399,9 @@ class Plan:
             PlanError: where a key is missing or malformed, the schema is another, or the plan is
                 incomplete, cyclic, over capacity or contradicts itself.
         """
-        if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA:
-            found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
-            raise PlanError(f"not a plan of schema {_SCHEMA} (found {found!r}): make it again with ffebm.plan()")
-        try:
-            graph = OperationGraph.from_dict(data["graph"])
-            hardware = Hardware.from_dict(data["hardware"])
-            plan = cls(
-                model=data["model"],
-                hardware=hardware,
-                options=PlanOptions(**_tuples(data["options"])),
-                blocks=_blocks(data["blocks"], graph, hardware),
-                digital_parts=tuple(DigitalPart(**_tuples(item)) for item in data["digital_parts"]),
-                weights={name: Placement(**item) for name, item in data["weights"].items()},
-                rejected=dict(data["rejected"]),
-                notes=tuple(data["notes"]),
-                modules=tuple(data["modules"]),
-                graph=graph,
-                fingerprint=data["fingerprint"],
-            )
-        except PlanError:
-            raise
-        except KeyError as error:
-            raise PlanError(f"the plan is malformed (KeyError: it has no {error.args[0]!r}): make it again") from error
-        except (FFEBMError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"the plan is malformed ({type(error).__name__}: {error}): make it again") from error
+        from ffebm_compiler.plan_file import plan_from
+
+        plan = plan_from(data)
         plan.validate()
         return plan
 
@@ -441,36 +421,14 @@ class Plan:
         Raises:
             PlanError: where the file cannot be read, is no JSON or no plan.
         """
+        data = read_json(path, "the plan", PlanError, "make it again with ffebm.plan()")
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from error
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
-        return cls.from_dict(data)
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         """A table that is enough in a terminal."""
         from ffebm_compiler.text import plan_text
 
         return plan_text(self)
-
-
-def _blocks(items: Any, graph: OperationGraph, hardware: Hardware) -> tuple[BlockPlan, ...]:
-    """Blocks of a file; one that gives no more than name and operations is completed."""
-    from ffebm_compiler.passes.planning import describe_block
-
-    users = graph.users()
-    order = {op.name: index for index, op in enumerate(graph.operations)}
-    blocks = []
-    for item in items:
-        unknown = [name for name in item["operations"] if name not in graph]
-        if unknown:
-            raise PlanError(f"{item['name']} holds {unknown[0]!r}, which is no operation of the plan's graph")
-        full = asdict(describe_block(graph, hardware, users, order, item["name"], item["operations"]))
-        blocks.append(BlockPlan(**_tuples({**full, **item})))
-    return tuple(blocks)
-
-
-def _tuples(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}

@@ -1,0 +1,263 @@
+"""JSON from files, checked: text to JSON values, and JSON values to what a type annotation says.
+
+One mechanism for every file that is read. `typed(kind, value)` walks an annotation (dataclasses, tuples, mappings,
+unions, `Literal`, enumerations) beside the value, and says at which place inside the file the two part:
+`graph.operations[2].inputs: expected a list, got 5`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ffebm_compiler.errors import FFEBMError
+
+__all__ = ["AtLeast", "Malformed", "Number", "parse_json", "read_json", "short", "typed", "typed_fields"]
+
+_LARGEST = 2**63 - 1
+_MOST_BYTES = 1 << 28
+
+
+class Malformed(ValueError):
+    """What is wrong with a JSON value, and where inside it."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The smallest number that is allowed, in `Annotated[int, AtLeast(1)]`; `above` leaves it out."""
+
+    least: float
+    above: bool = False
+
+
+class Number(float):
+    """In an annotation: any number, infinite or not a number, too; `float` is a finite one."""
+
+
+def read_json(path: str | Path, what: str, error: type[FFEBMError], remedy: str) -> Any:
+    """The JSON value in a file.
+
+    Args:
+        path: the file.
+        what: opens the sentence of a file that cannot be read, e.g. "the plan".
+        error: class of the errors.
+        remedy: ends the sentence.
+
+    Raises:
+        FFEBMError: of the class `error`, where the file cannot be read, is too large, is no UTF-8 or no JSON, or
+            gives a name twice.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as cause:
+        reason = getattr(cause, "strerror", None) or cause
+        raise error(f"{what} {path} cannot be read: {reason}; {remedy}") from cause
+    if len(data) > _MOST_BYTES:
+        raise error(f"{what} {path} is larger than {_MOST_BYTES >> 20} MiB, which no file of this kind is: {remedy}")
+    try:
+        return parse_json(data.decode("utf-8"))
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 (byte {cause.start}: {cause.reason}): {remedy}") from cause
+    except ValueError as cause:
+        raise error(f"{path} is not JSON ({cause}): {remedy}") from cause
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; each name once in its object, and nested less deeply than Python recurses.
+
+    Raises:
+        Malformed: with the line and what is wrong there.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise Malformed(f"line {error.lineno} column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise Malformed("it is nested too deeply") from error
+    except Malformed:
+        raise
+    except ValueError as error:  # a number of more digits than Python reads
+        raise Malformed(f"a number is too long: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise Malformed(f"an object has {short(next(name for name in names if names.count(name) > 1))} twice")
+    return found
+
+
+def typed(kind: Any, value: Any, place: str = "") -> Any:
+    """The value as an annotation says, with tuples for lists and dataclasses for objects.
+
+    A whole number is one of 64 bits and no boolean, a number is finite, a text has no half characters (surrogates), and
+    an object has the fields of its dataclass: none that it does not know, none left out that has no default.
+
+    Args:
+        kind: the annotation.
+        value: a JSON value.
+        place: where it is inside the file.
+
+    Raises:
+        Malformed: with the place, what was expected and what is there.
+    """
+    origin = get_origin(kind)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        inner, *limits = get_args(kind)
+        return _limited(typed(inner, value, place), limits, place)
+    if origin in (Union, types.UnionType):
+        return _one_of(get_args(kind), value, place)
+    if origin is Literal:
+        if isinstance(value, bool) or value not in get_args(kind):
+            raise _wrong(place, " or ".join(map(repr, get_args(kind))), value)
+        return value
+    if origin is tuple or origin is list or origin is Sequence:
+        return _sequence(get_args(kind), value, place)
+    if origin is dict or origin is Mapping:
+        item = get_args(kind)[1]
+        return {key: typed(item, inner, _inside(place, key)) for key, inner in _mapping(value, place).items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return _enumerated(kind, value, place)
+    if is_dataclass(kind):
+        found = typed_fields(kind, value, place)
+        try:
+            return kind(**found)  # type: ignore[operator]
+        except FFEBMError as error:  # what the class itself checks
+            raise Malformed(f"{place}: {error}" if place else str(error)) from error
+    return _scalar(kind, value, place)
+
+
+def typed_fields(kind: Any, value: Any, place: str = "", required: Sequence[str] | None = None) -> dict[str, Any]:
+    """The fields of a dataclass that an object gives, each as its annotation says.
+
+    Args:
+        kind: the dataclass.
+        value: a JSON value.
+        place: where it is inside the file.
+        required: the fields that must be there; None for those without a default.
+
+    Raises:
+        Malformed: with the place, what was expected and what is there.
+    """
+    given = _mapping(value, place)
+    known = {field.name: field for field in fields(kind) if field.init}
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it may have {', '.join(known)}"
+            raise Malformed(f"{place or 'the file'} has {short(name)}, which is not known: {hint}")
+    if required is None:
+        required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    for name in required:
+        if name not in given:
+            raise Malformed(f"{place or 'it'} has no {name!r}")
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: typed(hints[name], inner, _inside(place, name)) for name, inner in given.items()}
+
+
+def short(value: object) -> str:
+    """A value in few letters, whatever it holds."""
+    if isinstance(value, Mapping):
+        return f"an object of {len(value)}"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    text = ascii(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} letters)"
+
+
+def _inside(place: str, name: str) -> str:
+    shown = name if name.isidentifier() and name.isascii() else f"[{short(name)}]"
+    return shown if not place else f"{place}.{shown}" if shown == name else f"{place}{shown}"
+
+
+def _wrong(place: str, expected: str, value: object) -> Malformed:
+    return Malformed(f"{place or 'it'}: expected {expected}, got {short(value)}")
+
+
+def _mapping(value: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong(place, "an object", value)
+    for key in value:
+        _scalar(str, key, f"a name in {place or 'the file'}")
+    return value
+
+
+def _sequence(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(place, "a list", value)
+    if kinds[-1] is Ellipsis or len(kinds) == 1:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise _wrong(place, f"a list of {len(kinds)}", value)
+    return tuple(typed(kind, item, f"{place}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not type(None)]
+    if len(others) == 1:
+        return typed(others[0], value, place)
+    problems = []
+    for kind in others:
+        try:
+            return typed(kind, value, place)
+        except Malformed as error:
+            problems.append(str(error))
+    raise Malformed("; or ".join(problems))
+
+
+def _enumerated(kind: type[Enum], value: Any, place: str) -> Enum:
+    for member in kind:
+        if isinstance(value, str) and member.value == value:
+            return member
+    raise _wrong(place, " or ".join(repr(member.value) for member in kind), value)
+
+
+def _limited(value: Any, limits: Sequence[Any], place: str) -> Any:
+    for limit in limits:
+        if value < limit.least or (limit.above and value == limit.least):
+            raise _wrong(place, f"a number {'above' if limit.above else 'of at least'} {limit.least:g}", value)
+    return value
+
+
+def _scalar(kind: Any, value: Any, place: str) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise _wrong(place, "a text", value)
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise _wrong(place, "a text without half characters (lone surrogates)", value)
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise _wrong(place, "true or false", value)
+    elif kind is int:
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST:
+            raise _wrong(place, "a whole number of at most 64 bits", value)
+    elif kind in (float, Number):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _fits(value, kind):
+            raise _wrong(place, "a finite number" if kind is float else "a number", value)
+        return float(value)
+    elif kind is type(None):
+        if value is not None:
+            raise _wrong(place, "null", value)
+    else:
+        raise TypeError(f"{place}: no JSON value is a {kind!r}")
+    return value
+
+
+def _fits(value: float, kind: Any) -> bool:
+    try:
+        return math.isfinite(float(value)) or kind is Number
+    except OverflowError:  # a whole number beyond the largest float
+        return False

@@ -1,0 +1,119 @@
+"""The example inputs of a saved hybrid: how they are nested, and shapes and dtypes instead of values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ffebm_compiler.checked_json import AtLeast, Malformed, parse_json, short, typed
+
+__all__ = ["MOST_VALUES", "described", "example_inputs", "nested"]
+
+MOST_VALUES = 1 << 28
+"""Values of all example inputs together, above which they are not made: 1 GiB of float32."""
+_DEPTH = 64
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
+        "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Node:
+    type: str | None
+    context: Any
+    children_spec: tuple[Any, ...]
+
+
+def described(leaf: Any) -> dict[str, Any]:
+    """Shape and dtype of a tensor, the value of what is none."""
+    if not isinstance(leaf, Tensor):
+        return {"value": leaf}
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+
+
+def nested(structure: str, place: str) -> pytree.TreeSpec:
+    """The nesting of (args, kwargs) that `torch.utils._pytree.treespec_dumps` wrote.
+
+    It may name containers that are registered with torch's pytree, and nothing that would have to be imported.
+
+    Raises:
+        Malformed: for another form, or a class that is not registered.
+    """
+    try:
+        form = typed(tuple[int, _Node], parse_json(structure), place)
+    except Malformed as error:
+        raise Malformed(f"{place}: {error}") from error
+    _check_node(form[1], place, 0)
+    try:
+        return pytree.treespec_loads(structure)
+    except Exception as error:  # a container's own reading of its context
+        raise Malformed(f"{place}: it is no nesting of inputs ({type(error).__name__}: {error})") from error
+
+
+def _check_node(node: _Node, place: str, depth: int) -> None:
+    if depth > _DEPTH:
+        raise Malformed(f"{place}: it is nested more than {_DEPTH} deep")
+    if node.type is not None and node.type not in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        raise Malformed(f"{place} names the container {short(node.type)}, which is not registered with torch's pytree")
+    if node.type == "collections.defaultdict" or (isinstance(node.context, str) and "__enum__" in node.context):
+        raise Malformed(f"{place} names a class to import, of a defaultdict or an enumeration: pass an ordinary dict")
+    for index, child in enumerate(node.children_spec):
+        inside = f"{place}.children_spec[{index}]"
+        _check_node(typed(_Node, child, inside), inside, depth + 1)
+
+
+def example_inputs(
+    structure: str, leaves: tuple[Mapping[str, Any], ...], place: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of zeros of the described shapes.
+
+    Raises:
+        Malformed: where the two do not describe inputs, or very large ones.
+    """
+    spec = nested(structure, f"{place}.structure")
+    if spec.num_leaves != len(leaves):
+        raise Malformed(f"{place}.structure is of {spec.num_leaves} inputs, and {place}.leaves has {len(leaves)}")
+    values, total = [], 0
+    for index, leaf in enumerate(leaves):
+        inside = f"{place}.leaves[{index}]"
+        if set(leaf) == {"value"}:
+            values.append(_plain(leaf["value"], f"{inside}.value"))
+            continue
+        if set(leaf) != {"shape", "dtype"}:
+            raise Malformed(f"{inside}: expected shape and dtype, or value, got {', '.join(map(short, leaf)) or 'none'}")
+        shape = typed(tuple[Annotated[int, AtLeast(0)], ...], leaf["shape"], f"{inside}.shape")
+        if not isinstance(leaf["dtype"], str) or leaf["dtype"] not in _DTYPES:
+            raise Malformed(f"{inside}.dtype: expected one of {', '.join(_DTYPES)}, got {short(leaf['dtype'])}")
+        total += math.prod(max(1, size) for size in shape)
+        if total > MOST_VALUES or len(shape) > _DEPTH:
+            raise Malformed(f"{inside}.shape: expected at most 2^28 values in all and {_DEPTH} dimensions")
+        values.append(torch.zeros(shape, dtype=_DTYPES[leaf["dtype"]]))
+    try:
+        made = pytree.tree_unflatten(values, spec)
+        again = pytree.tree_structure(made)
+    except Exception as error:  # a container's own making
+        raise Malformed(f"{place}.structure: it cannot be filled ({type(error).__name__}: {error})") from error
+    if again != spec or type(made) is not tuple or len(made) != 2:
+        raise Malformed(f"{place}.structure: expected positional and named inputs, (args, kwargs)")
+    args, kwargs = made
+    if type(args) is not tuple or type(kwargs) is not dict or not all(isinstance(name, str) for name in kwargs):
+        raise Malformed(f"{place}.structure: expected a tuple of positional inputs and a dict of named ones")
+    return args, kwargs
+
+
+def _plain(value: Any, place: str) -> Any:
+    if isinstance(value, str):
+        return typed(str, value, place)
+    if value is not None and not isinstance(value, bool | int | float):
+        raise Malformed(f"{place}: expected a number, a text, true, false or null, got {short(value)}")
+    return value

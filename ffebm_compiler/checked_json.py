@@ -31,10 +31,11 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The smallest number that is allowed, in `Annotated[int, AtLeast(1)]`; `above` leaves it out."""
+    """The numbers that are allowed, in `Annotated[int, AtLeast(1)]`; `above` leaves the smallest one out."""
 
     least: float
     above: bool = False
+    most: float = math.inf
 
 
 class Number(float):
@@ -227,8 +228,9 @@ def _enumerated(kind: type[Enum], value: Any, place: str) -> Enum:
 
 def _limited(value: Any, limits: Sequence[Any], place: str) -> Any:
     for limit in limits:
-        if value < limit.least or (limit.above and value == limit.least):
-            raise _wrong(place, f"a number {'above' if limit.above else 'of at least'} {limit.least:g}", value)
+        if not limit.least <= value <= limit.most or (limit.above and value == limit.least):
+            end = f" and at most {limit.most:g}" if limit.most < math.inf else ""
+            raise _wrong(place, f"a number {'above' if limit.above else 'of at least'} {limit.least:g}{end}", value)
     return value
 
 

@@ -12,8 +12,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ffebm_compiler.checked_json import AtLeast, Malformed, parse_json, short, typed
+from ffebm_compiler.passes.containers import Form
+from ffebm_compiler.stored_containers import recipe_from
 
-__all__ = ["MOST_VALUES", "described", "example_inputs", "nested"]
+__all__ = ["MOST_VALUES", "check_described", "described", "example_inputs"]
 
 MOST_VALUES = 1 << 28
 """Values of all example inputs together, above which they are not made: 1 GiB of float32."""
@@ -41,7 +43,7 @@ def described(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
 
 
-def nested(structure: str, place: str) -> pytree.TreeSpec:
+def _nested(structure: str, place: str) -> pytree.TreeSpec:
     """The nesting of (args, kwargs) that `torch.utils._pytree.treespec_dumps` wrote.
 
     It may name containers that are registered with torch's pytree, and nothing that would have to be imported.
@@ -73,37 +75,29 @@ def _check_node(node: _Node, place: str, depth: int) -> None:
 
 
 def example_inputs(
-    structure: str, leaves: tuple[Mapping[str, Any], ...], place: str
+    structure: str,
+    leaves: tuple[Mapping[str, Any], ...],
+    containers: Mapping[str, Any] | None,
+    place: str,
+    device: torch.device | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of zeros of the described shapes.
 
     Raises:
-        Malformed: where the two do not describe inputs, or very large ones.
+        Malformed: where the three do not describe inputs, or very large ones.
+        InputError: where a class of a container was not imported.
     """
-    spec = nested(structure, f"{place}.structure")
-    if spec.num_leaves != len(leaves):
-        raise Malformed(f"{place}.structure is of {spec.num_leaves} inputs, and {place}.leaves has {len(leaves)}")
-    values, total = [], 0
-    for index, leaf in enumerate(leaves):
-        inside = f"{place}.leaves[{index}]"
-        if set(leaf) == {"value"}:
-            values.append(_plain(leaf["value"], f"{inside}.value"))
-            continue
-        if set(leaf) != {"shape", "dtype"}:
-            raise Malformed(f"{inside}: expected shape and dtype, or value, got {', '.join(map(short, leaf)) or 'none'}")
-        shape = typed(tuple[Annotated[int, AtLeast(0)], ...], leaf["shape"], f"{inside}.shape")
-        if not isinstance(leaf["dtype"], str) or leaf["dtype"] not in _DTYPES:
-            raise Malformed(f"{inside}.dtype: expected one of {', '.join(_DTYPES)}, got {short(leaf['dtype'])}")
-        total += math.prod(max(1, size) for size in shape)
-        if total > MOST_VALUES or len(shape) > _DEPTH:
-            raise Malformed(f"{inside}.shape: expected at most 2^28 values in all and {_DEPTH} dimensions")
-        values.append(torch.zeros(shape, dtype=_DTYPES[leaf["dtype"]]))
+    form = Form(check_described(structure, leaves, place), recipe_from(containers, f"{place}.containers"))
+    values = [
+        leaf["value"] if "value" in leaf else torch.zeros(leaf["shape"], dtype=_DTYPES[leaf["dtype"]], device=device)
+        for leaf in leaves
+    ]
     try:
-        made = pytree.tree_unflatten(values, spec)
-        again = pytree.tree_structure(made)
+        made = form.build(values)
+        same = type(made) is tuple and len(made) == 2 and Form.of(made)[1].matches(form)
     except Exception as error:  # a container's own making
-        raise Malformed(f"{place}.structure: it cannot be filled ({type(error).__name__}: {error})") from error
-    if again != spec or type(made) is not tuple or len(made) != 2:
+        raise Malformed(f"{place}: the inputs cannot be built ({type(error).__name__}: {error})") from error
+    if not same:
         raise Malformed(f"{place}.structure: expected positional and named inputs, (args, kwargs)")
     args, kwargs = made
     if type(args) is not tuple or type(kwargs) is not dict or not all(isinstance(name, str) for name in kwargs):
@@ -111,9 +105,35 @@ def example_inputs(
     return args, kwargs
 
 
-def _plain(value: Any, place: str) -> Any:
+def check_described(structure: str, leaves: tuple[Mapping[str, Any], ...], place: str) -> pytree.TreeSpec:
+    """The nesting of described inputs, with nothing made of them yet.
+
+    Raises:
+        Malformed: where the two do not describe inputs, or very large ones.
+    """
+    spec = _nested(structure, f"{place}.structure")
+    if spec.num_leaves != len(leaves):
+        raise Malformed(f"{place}.structure is of {spec.num_leaves} inputs, and {place}.leaves has {len(leaves)}")
+    total = 0
+    for index, leaf in enumerate(leaves):
+        inside = f"{place}.leaves[{index}]"
+        if set(leaf) == {"value"}:
+            _check_plain(leaf["value"], f"{inside}.value")
+            continue
+        if set(leaf) != {"shape", "dtype"}:
+            found = ", ".join(map(short, leaf)) or "nothing"
+            raise Malformed(f"{inside}: expected shape and dtype, or value, got {found}")
+        shape = typed(tuple[Annotated[int, AtLeast(0)], ...], leaf["shape"], f"{inside}.shape")
+        if not isinstance(leaf["dtype"], str) or leaf["dtype"] not in _DTYPES:
+            raise Malformed(f"{inside}.dtype: expected one of {', '.join(_DTYPES)}, got {short(leaf['dtype'])}")
+        total += math.prod(max(1, size) for size in shape)
+        if total > MOST_VALUES or len(shape) > _DEPTH:
+            raise Malformed(f"{inside}.shape: expected at most 2^28 values in all and {_DEPTH} dimensions")
+    return spec
+
+
+def _check_plain(value: Any, place: str) -> None:
     if isinstance(value, str):
-        return typed(str, value, place)
-    if value is not None and not isinstance(value, bool | int | float):
+        typed(str, value, place)
+    elif value is not None and not isinstance(value, bool | int | float):
         raise Malformed(f"{place}: expected a number, a text, true, false or null, got {short(value)}")
-    return value

@@ -24,15 +24,15 @@ from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
 
-__all__ = ["METADATA", "Arrival", "named", "restore", "settle_arrival", "state_of"]
+__all__ = ["ESTIMATORS", "METADATA", "SOLVERS", "Arrival", "named", "restore", "settle_arrival", "state_of"]
 
 METADATA = "ffebm"
 """Key of the state in a module's entry of a state dict's metadata."""
 
-_ESTIMATORS: dict[str, type[Estimator]] = {
+ESTIMATORS: dict[str, type[Estimator]] = {
     kind.__name__: kind for kind in (EquilibriumPropagation, ImplicitDifferentiation, Unrolled)
 }
-_SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
+SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
 
 
 def state_of(hybrid: HybridModel) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def named(value: Estimator | Solver | None) -> dict[str, Any] | None:
     if value is None:
         return None
     kind = type(value).__name__
-    known = type(value) in (*_ESTIMATORS.values(), *_SOLVERS.values())
+    known = type(value) in (*ESTIMATORS.values(), *SOLVERS.values())
     return {"kind": kind, **asdict(value)} if known else {"kind": None}  # type: ignore[arg-type]
 
 
@@ -82,8 +82,8 @@ def restore(hybrid: HybridModel, state: Mapping[str, Any]) -> None:
                 f"{', '.join(blocks) or 'none'}: convert with the plan of the hybrid that was saved"
             )
         for name, module in blocks.items():
-            estimator = _made(stored[name]["gradient"], _ESTIMATORS, module.estimator)
-            solver = _made(stored[name]["solver"], _SOLVERS, module.solver)
+            estimator = _made(stored[name]["gradient"], ESTIMATORS, module.estimator)
+            solver = _made(stored[name]["solver"], SOLVERS, module.solver)
             module.gain.restore(stored[name])
             module.estimator, module.solver = estimator, solver
             if stored[name]["measured"]:

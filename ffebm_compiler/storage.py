@@ -16,16 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from ffebm_compiler.checked_json import Malformed
 from ffebm_compiler.errors import ExportError, InputError
+from ffebm_compiler.example_inputs import check_described, described, example_inputs
 from ffebm_compiler.hybrid_state import METADATA, state_of
 from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
 from ffebm_compiler.plan import Plan
-from ffebm_compiler.stored_containers import recipe_from, stored_recipe
+from ffebm_compiler.saved_settings import (
+    REMEDY,
+    check_state,
+    check_tracks,
+    check_weights,
+    read_settings,
+    read_tensors,
+)
+from ffebm_compiler.stored_containers import stored_recipe
 from ffebm_compiler.whole_folders import recover_folder, whole_folder
 
 if TYPE_CHECKING:
@@ -54,25 +62,8 @@ class Conversion:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Conversion:
         """The record of a call."""
         leaves, form = Form.of((args, kwargs))
-        described = tuple(
-            {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
-            if isinstance(leaf, Tensor)
-            else {"value": leaf}
-            for leaf in leaves
-        )
         kept = dynamic_shapes if dynamic_shapes in ("batch", None) else "custom"
-        return cls(pytree.treespec_dumps(form.spec), described, kept, form.recipe)
-
-    def examples(self, device: torch.device | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Example inputs of the stored shapes: zeros."""
-        leaves = [
-            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"]), device=device)
-            if "shape" in leaf
-            else leaf["value"]
-            for leaf in self.leaves
-        ]
-        args, kwargs = Form(pytree.treespec_loads(self.structure), self.containers).build(leaves)
-        return args, kwargs
+        return cls(pytree.treespec_dumps(form.spec), tuple(map(described, leaves)), kept, form.recipe)
 
 
 def save(hybrid: HybridModel, path: str | Path) -> None:
@@ -110,11 +101,14 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
     }
     try:
         settings["conversion"]["containers"] = stored_recipe(conversion.containers)  # type: ignore[index]
+        check_described(conversion.structure, conversion.leaves, "the example inputs")
         text = json.dumps(settings, indent=1)
     except TypeError as error:
         raise ExportError(
             f"an example input cannot be written as JSON ({error}): pass tensors, numbers or texts"
         ) from error
+    except Malformed as error:
+        raise ExportError(f"the example inputs cannot be stored ({error}): convert with others") from error
     with whole_folder(target, failure="the hybrid cannot be saved") as fresh:
         fresh.write("hybrid.json", text + "\n")
         fresh.write("plan.json", json.dumps(hybrid.plan.to_dict(), indent=1) + "\n")
@@ -140,22 +134,24 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder} is no saved hybrid: {', '.join(missing)} is missing; write one with hybrid.save()")
+    path = folder / "hybrid.json"
+    settings, values = read_settings(path, _SCHEMA)
+    kept = settings.conversion
     try:
-        settings = json.loads((folder / "hybrid.json").read_text(encoding="utf-8"))
-        if settings["schema"] != _SCHEMA:
-            raise InputError(f"{folder} has schema {settings['schema']}, this version reads {_SCHEMA}: save it again")
-        stored = settings["conversion"]
-        containers = recipe_from(stored.get("containers"))
-        conversion = Conversion(stored["structure"], tuple(stored["leaves"]), stored["dynamic_shapes"], containers)
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
-        args, kwargs = conversion.examples(None if first is None else first.device)
-        tensors = load_file(folder / "weights.safetensors")
-        state = _with_tensors(settings["state"], load_file(folder / "loop_gain.safetensors"))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
-        raise InputError(f"{folder} is malformed ({type(error).__name__}: {error}): save the hybrid again") from error
+        device = None if first is None else first.device
+        args, kwargs = example_inputs(kept.structure, kept.leaves, kept.containers, "conversion", device)
+    except Malformed as error:
+        raise InputError(f"{path} is malformed ({error}): {REMEDY}") from error
+    tensors = read_tensors(folder / "weights.safetensors")
+    vectors = read_tensors(folder / "loop_gain.safetensors")
     plan = Plan.from_json(folder / "plan.json")
-    hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=conversion.dynamic_shapes, plan=plan)
+    hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=kept.dynamic_shapes, plan=plan)
     present = hybrid.state_dict(keep_vars=True)
+    check_weights(folder / "weights.safetensors", tensors, present)
+    check_state(path, settings, hybrid)
+    check_tracks(folder / "loop_gain.safetensors", vectors, settings, hybrid)
+    state = _with_tensors(values["state"], vectors)
     aliases = {id(tensor): name for name, tensor in reversed(present.items())}
     full: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in present.items():
@@ -169,12 +165,12 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         hybrid.load_state_dict(full)
     except RuntimeError as error:
         raise InputError(f"the saved weights do not fit the model: {error}") from error
-    hybrid.train(settings["training"])
+    hybrid.train(settings.training)
     modules, parameters = dict(hybrid.named_modules()), dict(hybrid.named_parameters())
-    for name in settings["other_mode"]:
-        modules[name].training = not settings["training"]
+    for name in settings.other_mode:
+        modules[name].training = not settings.training
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name not in settings["frozen"])
+        parameter.requires_grad_(name not in settings.frozen)
     return hybrid
 
 

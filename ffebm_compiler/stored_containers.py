@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, Literal
 
+from ffebm_compiler.checked_json import Malformed, short, typed
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.passes.containers import Recipe
 
 __all__ = ["recipe_from", "stored_recipe"]
+
+_FORM = Literal["", "sequence", "mapping", "fields", "attributes"]
+_DEEPEST = 64
 
 
 def stored_recipe(recipe: Recipe) -> dict[str, Any] | None:
@@ -31,22 +36,46 @@ def stored_recipe(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def recipe_from(stored: Mapping[str, Any] | None) -> Recipe:
+def recipe_from(stored: Any, place: str = "containers", depth: int = 0) -> Recipe:
     """The recipe that `stored_recipe` wrote.
+
+    A file may name a container only: a subclass of `list`, `tuple` or `dict`, a dataclass, or a class whose attributes
+    are set without its constructor. It cannot make anything else be called.
 
     Raises:
         InputError: where a class is not there: its module must be imported before the hybrid is loaded.
+        Malformed: with the place of what is missing or malformed.
     """
     if stored is None:
         return Recipe()
-    kind: Any = None
-    if stored["class"] is not None:
-        module, name = stored["class"]
-        kind = sys.modules.get(module)
-        for part in str(name).split("."):
-            kind = getattr(kind, part, None)
-        if not isinstance(kind, type):
-            raise InputError(
-                f"the hybrid takes inputs of class {module}.{name}, which is not there: import {module} before loading"
-            )
-    return Recipe(kind, tuple(stored["names"]), tuple(map(recipe_from, stored["parts"])), str(stored["form"]))
+    given = typed(Mapping[str, Any], stored, place)
+    if set(given) != {"class", "names", "parts", "form"} or depth > _DEEPEST:
+        raise Malformed(f"{place}: expected class, names, parts and form, got {short(', '.join(given))}")
+    named = typed(tuple[str, str] | None, given["class"], f"{place}.class")
+    names = typed(tuple[str | float | bool | None, ...], given["names"], f"{place}.names")
+    form = typed(_FORM, given["form"], f"{place}.form")
+    parts = typed(tuple[Any, ...], given["parts"], f"{place}.parts")
+    made = tuple(recipe_from(part, f"{place}.parts[{index}]", depth + 1) for index, part in enumerate(parts))
+    if (named is None) != (form == "") or len(names) != len(parts):
+        raise Malformed(f"{place}: class, form, names and parts do not fit each other")
+    return Recipe(None if named is None else _class(named, form, place), tuple(given["names"]), made, form)
+
+
+def _class(named: tuple[str, str], form: str, place: str) -> type:
+    module, name = named
+    kind: Any = sys.modules.get(module)
+    for part in name.split("."):
+        kind = getattr(kind, part, None)
+    if not isinstance(kind, type):
+        raise InputError(
+            f"the hybrid takes inputs of class {module}.{name}, which is not there: import {module} before loading"
+        )
+    fits = {
+        "sequence": issubclass(kind, list | tuple),
+        "mapping": issubclass(kind, dict),
+        "fields": is_dataclass(kind),
+        "attributes": not issubclass(kind, list | tuple | dict | type) and module not in ("builtins", "types"),
+    }
+    if not fits[form]:
+        raise Malformed(f"{place}.class: {short(f'{module}.{name}')} is no container of the form {form!r}")
+    return kind

@@ -1,0 +1,207 @@
+"""What the files of a saved hybrid hold, checked before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ffebm_compiler.checked_json import AtLeast, Malformed, Number, read_json, short, typed
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.hybrid_state import ESTIMATORS, SOLVERS
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid import HybridModel
+
+__all__ = ["REMEDY", "Settings", "check_state", "check_tracks", "check_weights", "read_settings", "read_tensors"]
+
+REMEDY = "save the hybrid again"
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_Count = Annotated[int, AtLeast(0)]
+_Positive = Annotated[float, AtLeast(0, above=True, most=1e100)]
+_Magnitude = Annotated[float, AtLeast(0, most=1e100)]
+_Share = Annotated[float, AtLeast(0, above=True, most=1)]
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    structure: str
+    leaves: tuple[Mapping[str, Any], ...]
+    dynamic_shapes: Literal["batch"] | None
+    containers: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Track:
+    norm: Number
+
+
+@dataclass(frozen=True)
+class _BlockState:
+    layers: tuple[str, ...]
+    feedback: _Share | Literal["symmetric"]
+    changes: _Count
+    norms: tuple[tuple[_Count, _Count, _Magnitude | None], ...]
+    scales: tuple[_Positive, ...]
+    radius: _Magnitude | None
+    contraction: _Magnitude | None
+    tracks: Mapping[str, _Track]
+    measured: bool
+    gradient: Mapping[str, Any]
+    solver: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _State:
+    recertify_every: _Count | None
+    project_to: _Positive | None
+    blocks: Mapping[str, _BlockState]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`hybrid.json`."""
+
+    schema: int
+    model: str
+    training: bool
+    other_mode: tuple[str, ...]
+    frozen: tuple[str, ...]
+    energy: Literal["hopfield"]
+    conversion: _Conversion
+    state: _State
+
+
+def read_settings(path: Path, schema: int) -> tuple[Settings, dict[str, Any]]:
+    """The settings in `hybrid.json`, checked, and its JSON values.
+
+    Raises:
+        InputError: with the place of what is missing or malformed, or where the schema is another.
+    """
+    found = read_json(path, "the settings", InputError, f"it is malformed; {REMEDY}")
+    present = found.get("schema") if isinstance(found, Mapping) else None
+    if isinstance(present, int) and not isinstance(present, bool) and present != schema:
+        raise InputError(f"{path.parent} has schema {short(present)}, this version reads {schema}: save it again")
+    try:
+        settings = typed(Settings, found)
+        for name, block in settings.state.blocks.items():
+            place = f"state.blocks.{name}"
+            _check_kind(block.gradient, ESTIMATORS, f"{place}.gradient")
+            if block.solver is not None:
+                _check_kind(block.solver, SOLVERS, f"{place}.solver")
+            if len(block.scales) != len(block.layers):
+                raise Malformed(f"{place}.scales: expected {len(block.layers)} numbers, one a layer")
+    except Malformed as error:
+        raise InputError(f"{path} is malformed ({error}): {REMEDY}") from error
+    return settings, found
+
+
+def _check_kind(stored: Mapping[str, Any], kinds: Mapping[str, type], place: str) -> None:
+    """That an estimator or a solver can be made of what is stored of it."""
+    fields = dict(stored)
+    kind = fields.pop("kind", None)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise Malformed(f"{place}.kind: expected {' or '.join(kinds)}, got {short(kind)}")
+    typed(kinds[kind], fields, place)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        InputError: where it is none, or holds a dtype that torch does not have.
+    """
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}): {REMEDY}") from error
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{path} is malformed ({type(error).__name__}: {error}): {REMEDY}") from error
+
+
+def check_weights(path: Path, tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
+    """That tensors are those of a state dict: name by name, in shape and kind of numbers.
+
+    Args:
+        path: their file.
+        tensors: what it holds; a tensor with several names is there under one of them.
+        present: the state dict of the hybrid.
+
+    Raises:
+        InputError: naming the first tensor that is missing, unknown or another.
+    """
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in present.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    for name in tensors:
+        if name not in present:
+            raise InputError(f"{path} is malformed ({short(name)} is no tensor of the model): {REMEDY}")
+    for name, tensor in present.items():
+        held = [alias for alias in aliases[id(tensor)] if alias in tensors]
+        if not held:
+            raise InputError(f"{path} is malformed ({name!r} of the model is missing): {REMEDY}")
+        found = tensors[held[0]]
+        alike = found.dtype == tensor.dtype or (found.dtype in _FLOATING and tensor.dtype in _FLOATING)
+        if found.shape != tensor.shape or not alike:
+            raise InputError(
+                f"the saved weights do not fit the model: {held[0]!r} in {path} is {found.dtype} of shape "
+                f"{tuple(found.shape)}, and the model has {tensor.dtype} of shape {tuple(tensor.shape)}: load it "
+                "with a model of the saved one's sizes"
+            )
+
+
+def check_state(path: Path, settings: Settings, hybrid: HybridModel) -> None:
+    """That the names in the settings are those of the hybrid.
+
+    Raises:
+        InputError: naming the first module, parameter or block that it does not have.
+    """
+    layers = {block.name: tuple(layer.name for layer in block.module.program.layers) for block in hybrid.blocks}
+    stored = {name: block.layers for name, block in settings.state.blocks.items()}
+    if stored != layers:
+        wrong = next((n for n in (*stored, *layers) if stored.get(n) != layers.get(n)), "the order")
+        raise InputError(f"{path} is malformed (state.blocks: {short(wrong)} is not as the plan has it): {REMEDY}")
+    for place, names, known in (
+        ("other_mode", settings.other_mode, dict(hybrid.named_modules())),
+        ("frozen", settings.frozen, dict(hybrid.named_parameters())),
+    ):
+        for name in names:
+            if name not in known:
+                raise InputError(f"{path} is malformed ({place}: the model has no {short(name)}): {REMEDY}")
+
+
+def check_tracks(path: Path, tensors: Mapping[str, Tensor], settings: Settings, hybrid: HybridModel) -> None:
+    """That the kept vectors of a loop gain are of the states of its block.
+
+    Raises:
+        InputError: naming the first tensor that is missing, unknown or another.
+    """
+    expected: dict[str, tuple[int, ...] | None] = {}
+    for block in hybrid.blocks:
+        program, shapes = block.module.program, block.module.gain.state_shapes
+        edges = {f"{k}-{m}": (k, m) for m, leaves in enumerate(program.upstream) for k in leaves}
+        for edge in settings.state.blocks[block.name].tracks:
+            if edge not in edges:
+                raise InputError(
+                    f"{path.parent} is malformed (state.blocks.{block.name}.tracks: {short(edge)} is no edge of the "
+                    f"block, which has {', '.join(edges) or 'none'}): {REMEDY}"
+                )
+            earlier, later = edges[edge]
+            expected[f"{block.name}/{edge}/vectors"] = shapes[earlier] if shapes else None
+            expected[f"{block.name}/{edge}/images"] = shapes[later] if shapes else None
+    for name in (*tensors, *expected):
+        if name not in expected or name not in tensors:
+            what = "is no vector of a loop gain" if name in tensors else "is missing"
+            raise InputError(f"{path} is malformed ({short(name)} {what}): {REMEDY}")
+        shape, found = expected[name], tensors[name]
+        if found.dtype not in _FLOATING or found.dim() < 1 or shape not in (None, tuple(found.shape[1:])):
+            raise InputError(
+                f"{path} is malformed ({name!r} is {found.dtype} of shape {tuple(found.shape)}, and the block's states "
+                f"are of shape {shape}): {REMEDY}"
+            )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -23,6 +23,7 @@ __all__ = ["AtLeast", "Malformed", "Number", "parse_json", "read_json", "short",
 
 _LARGEST = 2**63 - 1
 _MOST_BYTES = 1 << 28
+_DEEPEST = 200
 
 
 class Malformed(ValueError):
@@ -72,13 +73,13 @@ def read_json(path: str | Path, what: str, error: type[FFEBMError], remedy: str)
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; each name once in its object, and nested less deeply than Python recurses.
+    """The value of a JSON text; each name once in its object, and nested no more than 200 deep.
 
     Raises:
         Malformed: with the line and what is wrong there.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise Malformed(f"line {error.lineno} column {error.colno}: {error.msg}") from error
     except RecursionError as error:
@@ -87,6 +88,16 @@ def parse_json(text: str) -> Any:
         raise
     except ValueError as error:  # a number of more digits than Python reads
         raise Malformed(f"a number is too long: {error}") from error
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for item in level if isinstance(item, dict | list) for inner in _items(item)]
+        if not level:
+            return value
+    raise Malformed(f"it is nested more than {_DEEPEST} deep")
+
+
+def _items(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from ffebm_compiler import onnx
 from ffebm_compiler.errors import ExportError, UnsupportedError
 from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.onnx.manifest_file import read_manifest
 
 __all__ = ["Deviations", "onnx_deviations", "require_onnx"]
 
@@ -52,7 +52,7 @@ def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> Deviations:
     require_onnx()
     folder = hybrid.export_onnx(folder, parts="digital")
     record, output = _recorded(hybrid, x)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     found = {}
     for step in manifest["steps"]:
         if step["kind"] != "feedforward":

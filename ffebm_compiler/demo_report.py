@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ffebm_compiler.checked_json import parse_json
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.text import table_text
 from ffebm_compiler.whole_files import write_whole
@@ -108,7 +109,7 @@ def write_results(
 
 def _is_ours(marker: Path) -> bool:
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
+        content = parse_json(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("made_by") == _MADE_BY

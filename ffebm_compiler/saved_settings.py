@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ffebm_compiler.checked_json import AtLeast, Malformed, Number, read_json, short, typed
@@ -19,7 +17,7 @@ from ffebm_compiler.hybrid_state import ESTIMATORS, SOLVERS
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
 
-__all__ = ["REMEDY", "Settings", "check_state", "check_tracks", "check_weights", "read_settings", "read_tensors"]
+__all__ = ["REMEDY", "Settings", "check_state", "check_tracks", "check_weights", "read_settings"]
 
 REMEDY = "save the hybrid again"
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -109,20 +107,6 @@ def _check_kind(stored: Mapping[str, Any], kinds: Mapping[str, type], place: str
     if not isinstance(kind, str) or kind not in kinds:
         raise Malformed(f"{place}.kind: expected {' or '.join(kinds)}, got {short(kind)}")
     typed(kinds[kind], fields, place)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        InputError: where it is none, or holds a dtype that torch does not have.
-    """
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}): {REMEDY}") from error
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{path} is malformed ({type(error).__name__}: {error}): {REMEDY}") from error
 
 
 def check_weights(path: Path, tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:

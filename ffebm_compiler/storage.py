@@ -31,9 +31,9 @@ from ffebm_compiler.saved_settings import (
     check_tracks,
     check_weights,
     read_settings,
-    read_tensors,
 )
 from ffebm_compiler.stored_containers import stored_recipe
+from ffebm_compiler.tensor_file import read_tensors
 from ffebm_compiler.whole_folders import recover_folder, whole_folder
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         args, kwargs = example_inputs(kept.structure, kept.leaves, kept.containers, "conversion", device)
     except Malformed as error:
         raise InputError(f"{path} is malformed ({error}): {REMEDY}") from error
-    tensors = read_tensors(folder / "weights.safetensors")
-    vectors = read_tensors(folder / "loop_gain.safetensors")
+    tensors = read_tensors(folder / "weights.safetensors", InputError, REMEDY)
+    vectors = read_tensors(folder / "loop_gain.safetensors", InputError, REMEDY)
     plan = Plan.from_json(folder / "plan.json")
     hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=kept.dynamic_shapes, plan=plan)
     present = hybrid.state_dict(keep_vars=True)

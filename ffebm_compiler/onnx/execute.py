@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ffebm_compiler.errors import ConvergenceError, ExportError
-from ffebm_compiler.onnx.folder import FORMAT
-from ffebm_compiler.onnx.manifest import MANIFEST, SCHEMA, WEIGHTS, seal
+from ffebm_compiler.errors import ExportError, FFEBMError
+from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS
+from ffebm_compiler.onnx.manifest_file import read_manifest
 from ffebm_compiler.onnx.packages import package
-from ffebm_compiler.onnx.program_json import program_from_json
+from ffebm_compiler.onnx.program_file import program_from_json
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import GaussSeidel
+from ffebm_compiler.tensor_file import read_tensors
 from ffebm_compiler.whole_folders import digest_of, recover_folder
 
 __all__ = ["Exported", "Inputs", "load", "run", "session_of"]
@@ -76,13 +74,14 @@ class Exported:
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         recover_folder(folder)
         self.folder = folder
-        self.manifest = _manifest(folder)
+        self.manifest = read_manifest(folder)
         for name, digest in self.manifest["files"].items():
             _check_file(folder, name, digest)
         try:
-            self._tensors = load_file(folder / WEIGHTS) if WEIGHTS in self.manifest["files"] else {}
+            has_weights = WEIGHTS in self.manifest["files"]
+            self._tensors = read_tensors(folder / WEIGHTS, ExportError, "export again") if has_weights else {}
             self._steps = [self._build(step, threads) for step in self.manifest["steps"]]
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ExportError(
                 f"{folder / MANIFEST} is malformed ({type(error).__name__}: {error}): export again"
             ) from error
@@ -99,6 +98,11 @@ class Exported:
         scales = tuple(float(scale) for scale in step["scales"])
         if len(scales) != len(program.layers) or len(step["inputs"]) != program.inputs:
             raise ValueError(f"{step['name']} has {len(scales)} scales and {len(step['inputs'])} inputs")
+        if len(step["weights"]) != program.weights or len(step["outputs"]) != len(program.outputs):
+            raise ValueError(f"{step['name']} has {len(step['weights'])} weights and {len(step['outputs'])} outputs")
+        for operand in (*step["inputs"], *step["weights"]):
+            if operand is not None and "tensor" in operand and operand["tensor"] not in self._tensors:
+                raise ValueError(f"{step['name']} reads {operand['tensor']!r}, which {WEIGHTS} does not hold")
         settling = step["settling"]
         block = EnergyBlock(program)
         block.gain.feedback = step["feedback"]
@@ -137,9 +141,9 @@ class Exported:
     ) -> Sequence[Tensor]:
         try:
             return block(*operands)
-        except ConvergenceError:
+        except FFEBMError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as error:
             raise ExportError(f"{step['name']} does not fit its inputs ({error}): export again") from error
 
     def _operand(self, item: Mapping[str, str] | None, values: Mapping[str, Tensor]) -> Tensor | None:
@@ -182,35 +186,11 @@ class Exported:
 
 
 def _part(step: Mapping[str, Any], session: Any, values: Mapping[str, Tensor]) -> list[Tensor]:
-    feed = {name: values[name].contiguous().numpy() for name in step["inputs"]}
     try:
+        feed = {name: values[name].contiguous().numpy() for name in step["inputs"]}
         return [torch.from_numpy(np.array(result)) for result in session.run(step["outputs"], feed)]
     except Exception as error:  # onnxruntime raises several kinds
         raise ExportError(f"onnxruntime cannot run {step['name']} ({error}): check the inputs' shapes") from error
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ExportError(
-            f"{path} cannot be read ({error.strerror or error}): name a folder that "
-            "hybrid.export_onnx(folder, parts='digital') wrote"
-        ) from error
-    except ValueError as error:
-        raise ExportError(f"{path} is not JSON ({error}): export again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ExportError(f"{path} is no manifest of ffebm-compiler: export with parts='digital'")
-    if manifest.get("schema") != SCHEMA:
-        raise ExportError(f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: export again")
-    files = manifest.get("files")
-    for name in files if isinstance(files, dict) else ():
-        if PurePosixPath(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise ExportError(f"{path} names the file {name!r}, which is outside of its folder: refused")
-    if manifest.get("sha256") != seal(manifest):
-        raise ExportError(f"{path} was changed after the export (its SHA-256 differs): export again")
-    return manifest
 
 
 def _check_file(folder: Path, name: str, digest: str) -> None:

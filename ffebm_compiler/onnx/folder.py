@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ffebm_compiler.checked_json import parse_json
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.whole_files import saying
 from ffebm_compiler.whole_folders import FreshFolder, recover_folder, whole_folder
@@ -43,7 +43,7 @@ def _check_free(target: Path) -> None:
         present = {item.name for item in target.iterdir()}
         if not present:
             return
-        manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((target / "manifest.json").read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT and present <= {*manifest["files"], "manifest.json"}
     except OSError as error:
         if error.errno and not isinstance(error, FileNotFoundError):

@@ -1,6 +1,6 @@
 """Block programs as JSON: layers, instructions, operators and activations, by name and with their settings.
 
-Only what is listed here can be read back: a manifest names no Python object.
+Only what is listed here can be read back (`program_file.py`): a manifest names no Python object.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.runtime import activations, pointwise
 from ffebm_compiler.runtime.activations import Activation
 from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
@@ -31,19 +30,11 @@ from ffebm_compiler.runtime.operators import (
     Wiring,
     slice_of,
 )
-from ffebm_compiler.runtime.program import BlockProgram, Instruction, Layer
+from ffebm_compiler.runtime.program import BlockProgram, Instruction
 
-__all__ = ["program_from_json", "program_to_json"]
+__all__ = ["RESHAPES", "WIRING", "program_to_json"]
 
-_CONVOLUTIONS: Mapping[tuple[int, bool], Callable[..., Tensor]] = {
-    (1, False): F.conv1d,
-    (2, False): pointwise.conv2d,
-    (3, False): F.conv3d,
-    (1, True): F.conv_transpose1d,
-    (2, True): pointwise.conv_transpose2d,
-    (3, True): F.conv_transpose3d,
-}
-_WIRING: Mapping[str, Callable[..., Tensor]] = {
+WIRING: Mapping[str, Callable[..., Tensor]] = {
     "avg_pool1d": F.avg_pool1d,
     "avg_pool2d": F.avg_pool2d,
     "avg_pool3d": F.avg_pool3d,
@@ -56,14 +47,13 @@ _WIRING: Mapping[str, Callable[..., Tensor]] = {
     "narrow": torch.narrow,
     "movedim": torch.movedim,
 }
-_RESHAPES: Mapping[str, Callable[..., Tensor]] = {
+RESHAPES: Mapping[str, Callable[..., Tensor]] = {
     "reshape": torch.reshape,
     "flatten": torch.flatten,
     "unflatten": torch.unflatten,
     "squeeze": torch.squeeze,
     "unsqueeze": torch.unsqueeze,
 }
-_ACTIVATIONS: Mapping[str, type[Activation]] = {kind.__name__: kind for kind in {type(a) for a in activations.ALL}}
 
 
 def program_to_json(program: BlockProgram) -> dict[str, Any]:
@@ -91,45 +81,9 @@ def program_to_json(program: BlockProgram) -> dict[str, Any]:
     }
 
 
-def program_from_json(name: str, data: Mapping[str, Any]) -> BlockProgram:
-    """The inverse of `program_to_json`.
-
-    Raises:
-        ExportError: where the data is malformed or names an operator that this version does not have.
-    """
-    try:
-        return BlockProgram(
-            name=name,
-            inputs=int(data["inputs"]),
-            weights=int(data["weights"]),
-            layers=tuple(
-                Layer(
-                    str(layer["name"]),
-                    _activation_from_json(layer["activation"]),
-                    tuple(_instruction_from_json(item) for item in layer["instructions"]),
-                    int(layer["drive"]),
-                    int(layer["state"]),
-                )
-                for layer in data["layers"]
-            ),
-            readout=tuple(_instruction_from_json(item) for item in data["readout"]),
-            outputs=tuple(int(register) for register in data["outputs"]),
-            batched=bool(data["batched"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ExportError(
-            f"the program of {name} in the manifest is malformed ({type(error).__name__}: {error}): export again"
-        ) from error
-
-
 def _activation_to_json(activation: Activation) -> dict[str, Any]:
     settings: dict[str, Any] = dataclasses.asdict(activation) if dataclasses.is_dataclass(activation) else {}
     return {"kind": type(activation).__name__, "settings": {key: _number(value) for key, value in settings.items()}}
-
-
-def _activation_from_json(data: Mapping[str, Any]) -> Activation:
-    settings = {key: float(value) if value in ("inf", "-inf") else value for key, value in data["settings"].items()}
-    return _ACTIVATIONS[data["kind"]](**settings)
 
 
 def _number(value: Any) -> Any:
@@ -144,15 +98,6 @@ def _instruction_to_json(item: Instruction, owner: str) -> dict[str, Any]:
         "weights": list(item.weights),
         "output": item.output,
     }
-
-
-def _instruction_from_json(data: Mapping[str, Any]) -> Instruction:
-    return Instruction(
-        _operator_from_json(data["operator"]),
-        tuple(int(register) for register in data["operands"]),
-        tuple(None if index is None else int(index) for index in data["weights"]),
-        int(data["output"]),
-    )
 
 
 def _operator_to_json(operator: Operator, owner: str) -> dict[str, Any]:
@@ -173,7 +118,7 @@ def _operator_to_json(operator: Operator, owner: str) -> dict[str, Any]:
     if isinstance(operator, Permute):
         return {"kind": "permute", "dims": list(operator.dims)}
     if isinstance(operator, Wiring):
-        kind, table = ("reshape", _RESHAPES) if isinstance(operator, Reshape) else ("wiring", _WIRING)
+        kind, table = ("reshape", RESHAPES) if isinstance(operator, Reshape) else ("wiring", WIRING)
         name = next((key for key, function in table.items() if function is operator.function), None)
         if name is not None and _plain((operator.arguments, operator.keywords)):
             keywords = {key: _lists(value) for key, value in operator.keywords}
@@ -198,39 +143,6 @@ def _convolution_to_json(operator: Convolution) -> dict[str, Any]:
     }
 
 
-def _operator_from_json(data: Mapping[str, Any]) -> Operator:
-    kind = data["kind"]
-    if kind == "linear":
-        return Linear()
-    if kind == "contraction":
-        return Contraction(str(data["equation"]))
-    if kind == "convolution":
-        return _convolution_from_json(data)
-    if kind == "sum":
-        return Sum(tuple(float(factor) for factor in data["factors"]), float(data["constant"]))
-    if kind == "scale":
-        return Scale(float(data["factor"]))
-    if kind == "concat":
-        return Concat(int(data["dim"]))
-    if kind == "permute":
-        return Permute(tuple(int(dim) for dim in data["dims"]))
-    if kind in ("reshape", "wiring"):
-        table, form = (_RESHAPES, Reshape) if kind == "reshape" else (_WIRING, Wiring)
-        arguments, keywords = _tuples(data["arguments"]), _tuples(list(data["keywords"].items()))
-        return form(table[data["function"]], arguments, keywords)
-    raise ValueError(f"unknown operator {kind!r}")
-
-
-def _convolution_from_json(data: Mapping[str, Any]) -> Convolution:
-    stride, dilation = _tuples(data["stride"]), _tuples(data["dilation"])
-    padding, extra = _tuples(data["padding"]), _tuples(data["output_padding"])
-    groups, transposed = int(data["groups"]), bool(data["transposed"])
-    given = padding if data["padding_mode"] == "explicit" else str(data["padding_mode"])
-    arguments = (stride, padding, extra, groups, dilation) if transposed else (stride, given, dilation, groups)
-    function = _CONVOLUTIONS[len(stride), transposed]
-    return Convolution(function, arguments, stride, padding, dilation, transposed, extra, groups)
-
-
 def _plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(_plain(item) for item in value)
@@ -239,7 +151,3 @@ def _plain(value: Any) -> bool:
 
 def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, tuple | list) else value

@@ -173,7 +173,7 @@ def test_plans(folder: Path, data: Any) -> None:
 
 def print_all(plan: ffebm.Plan) -> str:
     """What is read must be good for what people do with it."""
-    return f"{plan}{plan.explain('')}{plan.to_dict()}"
+    return f"{plan}{[plan.explain(path) for path in plan.modules]}{plan.to_dict()}"
 
 
 @often(100)
@@ -254,7 +254,7 @@ def remembered() -> Iterator[None]:
 
     def convert(model: nn.Module, args: Any, kwargs: Any, **options: Any) -> Any:
         plan, rest = options["plan"], {key: value for key, value in options.items() if key != "plan"}
-        described = repr(torch.utils._pytree.tree_map(lambda leaf: storage.described(leaf), (args, kwargs)))
+        described = repr(torch.utils._pytree.tree_map(storage.described, (args, kwargs)))
         key = f"{described}{rest}{json.dumps(plan.to_dict())}"
         if key not in known:
             try:

@@ -189,10 +189,10 @@ class HeldGain:
 
     def _measure(self, weights: Sequence[Tensor | None], converge: bool) -> None:
         with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):
-            frame, states = self._evaluated(weights, known=True)
+            frame = self._frame(weights)
             norms = [(k, m, norm * mask_gain(self.program, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
             if converge:  # both approach the norm from below
-                lanczos = edge_norms(frame, states)
+                lanczos = edge_norms(*self._evaluated(weights))
                 norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
         if not all(math.isfinite(norm) for _, _, norm in norms):
             check_weights(self.program.name, weights)
@@ -203,10 +203,16 @@ class HeldGain:
             _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, target)
         self.certificate = present
 
-    def _evaluated(self, weights: Sequence[Tensor | None], known: bool = False) -> tuple[Frame, list[Tensor]]:
-        """The block at these weights for one sample, evaluated once, without its random masks."""
-        present = [None if w is None else w.detach() for w in weights]
-        wide = [w if w is None or not _narrow(w.dtype) else w.float() for w in present]
+    def _frame(self, weights: Sequence[Tensor | None]) -> Frame:
+        """The block at these weights for one sample, with the shapes of all registers, without its random masks."""
+        if not self._shapes or self.program.selects:  # the winners of max pooling are those at these weights
+            return self._evaluated(weights)[0]
+        operands = laid_out(self.program, _wide(weights))
+        return Frame(self.program, (), operands, dict.fromkeys(self.program.masks), dict(self._shapes), frozen=True)
+
+    def _evaluated(self, weights: Sequence[Tensor | None]) -> tuple[Frame, list[Tensor]]:
+        """The same, evaluated once without feedback, and its states."""
+        wide = _wide(weights)
         first = next((weight for weight in wide if weight is not None), None)
         examples = [
             value.to(first) if first is not None and value.is_floating_point() else value for value in self._examples
@@ -214,14 +220,9 @@ class HeldGain:
         operands = laid_out(self.program, [*examples, *wide])
         inputs = [value for value in operands[: len(examples)] if value is not None]
         frame = Frame(self.program, inputs, operands[len(examples) :])
-        if known and self._shapes and not self.program.selects:
-            frame.shapes.update(self._shapes)
-            like = inputs[0] if first is None else first
-            states = [like.new_empty(self._shapes[layer.state]) for layer in self.program.layers]
-        else:
-            states = list(FreePhase(frame, (1.0,) * len(self.program.layers)).settled()[0])
-            shapes = {layer.state: state.shape for layer, state in zip(self.program.layers, states, strict=True)}
-            self._shapes = {**frame.shapes, **shapes}
+        states = list(FreePhase(frame, (1.0,) * len(self.program.layers)).settled()[0])
+        shapes = {layer.state: state.shape for layer, state in zip(self.program.layers, states, strict=True)}
+        self._shapes = {**frame.shapes, **shapes}
         # Random masks are left out of the measured norm; their gain is added as a bound.
         frame.drawn.update(dict.fromkeys(self.program.masks))
         frame.frozen = True
@@ -275,8 +276,10 @@ def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:
             )
 
 
-def _narrow(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16)
+def _wide(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Weights in at least float32: norms are not measured in half precision."""
+    half = (torch.float16, torch.bfloat16)
+    return [w if w is None or w.dtype not in half else w.float() for w in weights]
 
 
 def _finite(value: float) -> float | None:

@@ -58,6 +58,7 @@ class TrackedNorms:
 
     def __init__(self) -> None:
         self.tracks: dict[tuple[int, int], Track] = {}
+        self._probes: dict[tuple[int, int], Tensor] = {}
 
     def measure(self, frame: Frame) -> list[tuple[int, int, float]]:
         """(l, m, ‖J_{ml}‖₂) of every edge at the weights of a frame, from below.
@@ -69,9 +70,14 @@ class TrackedNorms:
         with torch.no_grad():
             for later, leaves in enumerate(frame.program.upstream):
                 for earlier in leaves:
-                    track = _followed(_Edge(frame, earlier, later), self.tracks.get((earlier, later)))
+                    place, edge = (earlier, later), _Edge(frame, earlier, later)
+                    probe = self._probes.get(place)
+                    if probe is None or probe.shape[1] != edge.inner.numel():
+                        probe = edge.probe(seed=0)
+                    probe = self._probes[place] = edge.here(probe)
+                    track = _followed(edge, probe, self.tracks.get(place))
                     if track is not None:
-                        self.tracks[earlier, later] = track
+                        self.tracks[place] = track
                     found.append((earlier, later, 0.0 if track is None else track.norm))
         return found
 
@@ -171,9 +177,9 @@ def _without_tokens(frame: Frame, earlier: int, later: int) -> Frame:
     return Frame(frame.program, (), frame.weights, frame.drawn, shapes, frozen=True)
 
 
-def _followed(edge: _Edge, track: Track | None) -> Track | None:
+def _followed(edge: _Edge, probe: Tensor, track: Track | None) -> Track | None:
     """The track of an edge after a change of the weights; None where its operator is zero."""
-    image = edge.forward(edge.probe(seed=0))
+    image = edge.forward(probe)
     if image is None:
         return None
     if track is None or track.image.shape != image.shape or not math.isfinite(track.norm):

@@ -121,6 +121,31 @@ def test_equilibrium_of_a_residual_block(tmp_path: Path) -> None:
     assert all(row["worst_cosine"] > 0.9999 for row in found.values())
 
 
+@pytest.mark.slow
+def test_loop_gain(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "gain.json"
+    small = ("--batch", "2", "--width", "4", "--depth", "1", "--side", "8", "--steps", "2", "--widths", "64")
+    done = run("loop_gain.py", *small, "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["network"] for row in found["cost"]] == ["residual CNN", "transformer MLP stack"]
+    assert all(row["ratio"] > 0 for row in found["cost"])
+    assert all(1 <= row["true_over_told"] < 1.05 < row["power_iteration"] for row in found["growth"])
+
+
+@pytest.mark.slow
+def test_from_scratch(tmp_path: Path) -> None:
+    """EP with the loop gain held at 0.9 learns as backprop does; one seed and three epochs of the benchmark."""
+    path = tmp_path / "scratch.json"
+    done = run("from_scratch.py", "--seeds", "1", "--epochs", "3", "--feedback", "backprop", "0.9", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    backprop, held = json.loads(path.read_text(encoding="utf-8"))
+    assert backprop["accuracy"] > 95
+    assert held["accuracy"] > backprop["accuracy"] - 2
+    assert not held["failed"]
+    assert held["largest_loop_gain"] == pytest.approx(0.9, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

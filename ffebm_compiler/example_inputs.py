@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ffebm_compiler.checked_json import AtLeast, Malformed, parse_json, short, typed
 from ffebm_compiler.passes.containers import Form
-from ffebm_compiler.stored_containers import recipe_from
+from ffebm_compiler.stored_containers import recipe_from, stored_recipe
 
 __all__ = ["MOST_VALUES", "check_described", "described", "example_inputs"]
 
@@ -94,10 +94,11 @@ def example_inputs(
     ]
     try:
         made = form.build(values)
-        same = type(made) is tuple and len(made) == 2 and Form.of(made)[1].matches(form)
+        again = Form.of(made)[1]
+        same = again.spec == form.spec and stored_recipe(again.recipe) == containers
     except Exception as error:  # a container's own making
         raise Malformed(f"{place}: the inputs cannot be built ({type(error).__name__}: {error})") from error
-    if not same:
+    if not same or type(made) is not tuple or len(made) != 2:
         raise Malformed(f"{place}.structure: expected positional and named inputs, (args, kwargs)")
     args, kwargs = made
     if type(args) is not tuple or type(kwargs) is not dict or not all(isinstance(name, str) for name in kwargs):

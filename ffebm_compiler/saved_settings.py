@@ -161,31 +161,32 @@ def check_state(path: Path, settings: Settings, hybrid: HybridModel) -> None:
 
 
 def check_tracks(path: Path, tensors: Mapping[str, Tensor], settings: Settings, hybrid: HybridModel) -> None:
-    """That the kept vectors of a loop gain are of the states of its block.
+    """That what is kept of a block's loop gain is of its edges, and of one size for each.
 
     Raises:
         InputError: naming the first tensor that is missing, unknown or another.
     """
-    expected: dict[str, tuple[int, ...] | None] = {}
+    expected: set[str] = set()
     for block in hybrid.blocks:
-        program, shapes = block.module.program, block.module.gain.state_shapes
-        edges = {f"{k}-{m}": (k, m) for m, leaves in enumerate(program.upstream) for k in leaves}
+        upstream = block.module.program.upstream
+        edges = [f"{earlier}-{later}" for later, leaves in enumerate(upstream) for earlier in leaves]
         for edge in settings.state.blocks[block.name].tracks:
             if edge not in edges:
                 raise InputError(
                     f"{path.parent} is malformed (state.blocks.{block.name}.tracks: {short(edge)} is no edge of the "
                     f"block, which has {', '.join(edges) or 'none'}): {REMEDY}"
                 )
-            earlier, later = edges[edge]
-            expected[f"{block.name}/{edge}/vectors"] = shapes[earlier] if shapes else None
-            expected[f"{block.name}/{edge}/images"] = shapes[later] if shapes else None
-    for name in (*tensors, *expected):
-        if name not in expected or name not in tensors:
-            what = "is no vector of a loop gain" if name in tensors else "is missing"
-            raise InputError(f"{path} is malformed ({short(name)} {what}): {REMEDY}")
-        shape, found = expected[name], tensors[name]
-        if found.dtype not in _FLOATING or found.dim() < 1 or shape not in (None, tuple(found.shape[1:])):
-            raise InputError(
-                f"{path} is malformed ({name!r} is {found.dtype} of shape {tuple(found.shape)}, and the block's states "
-                f"are of shape {shape}): {REMEDY}"
-            )
+            both = (f"{block.name}/{edge}/image", f"{block.name}/{edge}/vectors")
+            expected.update(both)
+            image, vectors = (tensors.get(name) for name in both)
+            if image is None or vectors is None:
+                continue
+            fit = image.dim() == vectors.dim() == 2 and len(image) == 1 and image.shape[1] == vectors.shape[1]
+            if not fit or image.dtype not in _FLOATING or vectors.dtype != image.dtype:
+                raise InputError(
+                    f"{path} is malformed ({both[0]!r} is {image.dtype} of shape {tuple(image.shape)} and {both[1]!r} "
+                    f"{vectors.dtype} of shape {tuple(vectors.shape)}, expected rows of one length): {REMEDY}"
+                )
+    for name in sorted({*tensors} ^ expected):
+        what = "is no vector of a loop gain" if name in tensors else "is missing"
+        raise InputError(f"{path} is malformed ({short(name)} {what}): {REMEDY}")

@@ -73,11 +73,6 @@ class HeldGain:
         return 0.0 if self.certificate is None else self.certificate.loop_gain
 
     @property
-    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of each layer's state for one sample, as measured; empty for a block that was not."""
-        return tuple(tuple(self._shapes[layer.state]) for layer in self.program.layers) if self._shapes else ()
-
-    @property
     def contraction(self) -> float | None:
         """Factor by which a sweep contracts, where it is certified to."""
         if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:

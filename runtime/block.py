@@ -183,11 +183,9 @@ class EnergyBlock(nn.Module):
         if not self.program.coupled or not self.enabled:
             return FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
         phase, settled = self._settled(frame)
-        if not settled.converged and self.training and self.gain.remeasure(frame.weights):
-            # The loop gain had left what was measured: once more, at the γ that these weights need.
-            for register in frame.drawn.keys() - self.program.masks:
-                del frame.drawn[register]
-            phase, settled = self._settled(Frame(self.program, frame.inputs, frame.weights, frame.drawn))
+        needed = None if settled.converged else self.gain.needed(frame.weights)
+        if needed is not None:
+            phase, settled = self._settled_anew(frame, needed)
         settled = concluded(
             settled,
             phase,
@@ -206,6 +204,27 @@ class EnergyBlock(nn.Module):
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
         phase = FreePhase(frame, self.scales, self._start(frame))
         return phase, run(phase, solver, self._rtol(phase), contraction)
+
+    def _settled_anew(self, frame: Frame, needed: Certificate) -> tuple[FreePhase, Settled]:
+        """Once more, at the γ that these weights need: their loop gain had left what was measured.
+
+        Training keeps that γ. Evaluation changes no setting, so that it is of this one relaxation, and logged.
+        """
+        for register in frame.drawn.keys() - self.program.masks:
+            del frame.drawn[register]
+        before, self.gain.certificate = self.gain.certificate, needed
+        try:
+            return self._settled(Frame(self.program, frame.inputs, frame.weights, frame.drawn))
+        finally:
+            if not self.training:
+                self.gain.certificate = before
+                _log.warning(
+                    "%s did not settle in evaluation: its weights have changed since its feedback was set. It was "
+                    "settled once more with the feedback that a loop gain of %.3g needs now; call hybrid.recertify() "
+                    "to set that",
+                    self.name,
+                    self.feedback,
+                )
 
     def _rtol(self, phase: FreePhase) -> float:
         first = phase.values[0]

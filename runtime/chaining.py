@@ -42,7 +42,7 @@ class Settle(torch.autograd.Function):
         block.remember(frame, preactivations)
         ctx.block, ctx.last = block, block.last
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
-        ctx.scales, ctx.estimator = block.scales, block.estimator
+        ctx.scales, ctx.estimator = phase.scales, block.estimator
         ctx.set_materialize_grads(False)
         kept = [
             state if index in program.visible or layer.activation.smooth else None

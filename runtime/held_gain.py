@@ -174,13 +174,23 @@ class HeldGain:
                 stacklevel=2,
             )
 
-    def remeasure(self, weights: Sequence[Tensor | None]) -> bool:
-        """Measure to convergence where a phase did not settle; whether γ had to be changed."""
+    def needed(self, weights: Sequence[Tensor | None]) -> Certificate | None:
+        """The certificate that holds κ at these weights, measured to convergence, where γ is another now.
+
+        None where γ is right, where it is held (`locked`) and for `"symmetric"`. Changes nothing.
+
+        Raises:
+            InputError: for a weight with NaN or infinite values.
+        """
         if self.locked or isinstance(self.feedback, str) or self.certificate is None:
-            return False
-        before = self.certificate.scales
-        self._measure(weights, converge=True)
-        return self.certificate.scales != before
+            return None
+        norms = self.norms(weights)
+        if (
+            norms is None
+            or abs(certificate_at(self.program, norms, self.scales).loop_gain / self.feedback - 1) <= _SLACK
+        ):
+            return None
+        return certify(self.program, norms, self.feedback)
 
     def _measure(self, weights: Sequence[Tensor | None], converge: bool) -> None:
         with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):

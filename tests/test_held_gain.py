@@ -175,7 +175,7 @@ def test_a_jump_is_measured_to_convergence() -> None:
             assert true_gain(hybrid, index, x) == pytest.approx(KAPPA / MARGIN**2, rel=5e-3)
 
 
-def test_a_phase_that_does_not_settle_measures_and_settles_once_more() -> None:
+def test_a_phase_that_does_not_settle_measures_and_settles_once_more(caplog: pytest.LogCaptureFixture) -> None:
     """Weights that changed unseen: the free phase diverges, and γ is set for them."""
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     x = noise(4, 16)
@@ -187,14 +187,34 @@ def test_a_phase_that_does_not_settle_measures_and_settles_once_more() -> None:
     assert torch.isfinite(hybrid(x)).all()
     assert hybrid.blocks[0].module.scales != before
     assert hybrid.blocks[0].module.last.converged
-    # In evaluation γ is left alone, and the error says what to do.
-    weight.data *= 40
-    hybrid.blocks[0].module.gain.fitted(hybrid._made_of("block_1"))
+    # In evaluation γ is left alone: what these weights need is of this relaxation only, and the log says so.
+    with torch.no_grad():
+        weight.mul_(40)
     hybrid.eval()
-    with pytest.raises(ffebm.ConvergenceError, match=r"call hybrid\.recertify\(\) if the weights have changed"):
-        hybrid(x)
+    scales = hybrid.blocks[0].module.scales
+    with caplog.at_level("WARNING", logger="ffebm_compiler"):
+        output = hybrid(x)
+    assert "block_1 did not settle in evaluation" in caplog.text
+    assert "call hybrid.recertify() to set that" in caplog.text
+    assert hybrid.blocks[0].module.scales == scales
+    output.sum().backward()  # at the γ of that relaxation
+    found = [parameter.grad.clone() for parameter in hybrid.parameters()]
+    hybrid.zero_grad()
     hybrid.recertify()
-    assert torch.isfinite(hybrid(x)).all()
+    assert hybrid.blocks[0].module.scales != scales
+    again = hybrid(x)
+    torch.testing.assert_close(again, output)
+    again.sum().backward()
+    for ours, theirs in zip(hybrid.parameters(), found, strict=True):
+        torch.testing.assert_close(ours.grad, theirs)
+    # Where γ is held it stays, and the error says what to do.
+    with torch.no_grad():
+        weight.mul_(40)
+    with (
+        hybrid.held_feedback(),
+        pytest.raises(ffebm.ConvergenceError, match=r"call hybrid\.recertify\(\) if the weights"),
+    ):
+        hybrid(x)
 
 
 def gains(hybrid: ffebm.HybridModel) -> list[Any]:

@@ -22,6 +22,7 @@ from ffebm_compiler.passes.check_model import check_finite, check_model
 from ffebm_compiler.passes.export_graph import export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
+from ffebm_compiler.passes.without_cache import without_cache
 
 __all__ = ["capture"]
 
@@ -53,6 +54,7 @@ def capture(
     check_model(model)
     check_finite(model, args, kwargs)
     source = private_copy(model)
+    cache = without_cache(source, args, kwargs)
     flags = {module: module.training for module in source.modules()}
     source.eval()
     try:
@@ -62,7 +64,7 @@ def capture(
             module.training = flag
     program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs)
     program.functions = exported.functions
-    for sentence in exported.settings:
+    for sentence in (*exported.settings, *([cache] if cache else [])):
         program.note(sentence)
     dropped = sorted(
         name for name, module in source.named_modules() if type(module).__name__ in _RANDOM_DEPTH and _drop_rate(module)

@@ -146,7 +146,7 @@ def _plain(value: Any, above: tuple[int, ...]) -> tuple[Any, Recipe]:
 
 def _exportable(leaf: Any) -> bool:
     """Whether the exporter takes a leaf: a tensor, a number, a text, a container registered with torch."""
-    known = isinstance(leaf, (*_LEAVES, int, float, complex, str, torch.dtype, torch.device)) or leaf is None
+    known = isinstance(leaf, (*_LEAVES, int, float, complex, str)) or leaf is None
     return known or type(leaf) in pytree.SUPPORTED_NODES
 
 

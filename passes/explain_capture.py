@@ -63,7 +63,7 @@ def _cause(error: Exception) -> str:
             "cannot hold; make the branch depend on shapes or settings, write it with torch.where, or convert the "
             "submodules around it"
         )
-    if "_functorch" in "".join(traceback.format_tb(error.__traceback__)) and "functorch" in text:
+    if "_functorch/eager_transforms" in "".join(traceback.format_tb(error.__traceback__)):
         return (
             "a function transform of torch.func (grad, jacrev, ...) here cannot be captured; write its result with "
             "ordinary operations, or convert the submodules around it"

@@ -36,6 +36,7 @@ from ffebm_compiler.passes.recognise_activations import recognise_activations
 from ffebm_compiler.passes.recurrent import recurrent
 from ffebm_compiler.passes.split_large import split_large
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
+from ffebm_compiler.recast import Casts
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.storage import Conversion
@@ -61,6 +62,17 @@ def passes_for(options: PlanOptions) -> list[Pass]:
         recognise_activations,
         *([fold_batchnorm] if options.fold_batchnorm else []),
     ]
+
+
+def captured_program(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], options: PlanOptions, shapes: Any
+) -> Program:
+    """The program that a plan is made of: captured, with every pass before annotation done."""
+    program = capture(model, args, kwargs, shapes)
+    for step in passes_for(options):
+        program = step(program)
+        verify(program)
+    return program
 
 
 @dataclass
@@ -91,10 +103,7 @@ def _front(
     named = dict(kwargs or {})
     _refuse_hybrids(model)
     _refuse_empty_batch((tuple(args), named))
-    program = capture(model, tuple(args), named, shapes)
-    for step in passes_for(options):
-        program = step(program)
-        verify(program)
+    program = captured_program(model, tuple(args), named, options, shapes)
     graph = annotate(program)
     if split_large(program, graph, hardware, options.force_digital):
         verify(program)
@@ -215,7 +224,8 @@ def convert(
         )
     else:
         plan.validate()
-    hybrid = HybridModel(front.program, plan, lower(front.program, plan))
+    casts = Casts.of(front.program)
+    hybrid = HybridModel(front.program, plan, lower(front.program, plan), casts)
     hybrid.conversion = Conversion.of(front.args, front.kwargs, dynamic_shapes)
     hybrid.configure(feedback=feedback, estimator=estimator, solver=solver)
     hybrid.calibrate(*front.args, **front.kwargs)

@@ -22,6 +22,7 @@ from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.plan import Plan
+from ffebm_compiler.recast import Casts, dtype_of, keep_wide
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
@@ -47,6 +48,7 @@ _RUN = "_ffebm"
 _OWN = frozenset(
     (
         "_call_form",
+        "_casts",
         "_energy",
         "_feedforward",
         "_lifted",
@@ -71,7 +73,7 @@ class HybridModel(nn.Module):
     arXiv 2409.03306). Any optimizer, AMP and DistributedDataParallel work on it as on the source.
     """
 
-    def __init__(self, program: Program, plan: Plan, lowered: Lowered) -> None:
+    def __init__(self, program: Program, plan: Plan, lowered: Lowered, casts: Casts) -> None:
         super().__init__()
         source = program.source
         # The same dictionaries: what `.to()` or an optimizer changes here, changes in the source copy.
@@ -87,6 +89,7 @@ class HybridModel(nn.Module):
         self._feedforward = dict(lowered.feedforward)
         self._call_form = CallForm.of(program)
         self._lifted = tuple(program.lifted.values())
+        self._casts = casts
         self.conversion: Conversion | None = None
         """What `convert` was called with; `save` stores it."""
         self.recertify_every: int | None = 100
@@ -165,8 +168,13 @@ class HybridModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Another device or dtype is no change of the weights: the feedback stays."""
-        current = self._measured()
+        current, before = self._measured(), dtype_of(self)
+        constants = dict(self.lowered._buffers)
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = dtype_of(self)
+        if before is not None and after is not None and before is not after:
+            keep_wide(self.lowered, constants)
+            self._casts.follow(self, before, after)
         self._fit(current)
         return result
 

@@ -25,6 +25,7 @@ from ffebm_compiler.example_inputs import check_described, described, example_in
 from ffebm_compiler.hybrid_state import METADATA, state_of
 from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
 from ffebm_compiler.plan import Plan
+from ffebm_compiler.recast import dtype_of
 from ffebm_compiler.saved_settings import (
     REMEDY,
     check_state,
@@ -160,6 +161,9 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
             full[name] = found
             if found.dtype != tensor.dtype:  # converted to another precision before it was saved
                 tensor.data = tensor.data.to(found.dtype)
+    before, after = dtype_of(model), dtype_of(hybrid)
+    if before is not None and after is not None and before is not after:
+        hybrid._casts.follow(hybrid, before, after)
     full._metadata = {"": {"version": 1, METADATA: state}}  # type: ignore[attr-defined]
     try:
         hybrid.load_state_dict(full)

@@ -26,7 +26,7 @@ def without_cache(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         return ""
     changed = False
     for module in source.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False
             changed = True

@@ -1,0 +1,176 @@
+"""Recast: a hybrid whose dtype changes casts to what its source would cast to then.
+
+`.to(y.dtype)` and `.float()` look the same in a graph: a cast to the dtype seen at capture. So when
+`.double()`, `.to(torch.bfloat16)` or `.half()` changes the parameters, the source is captured again
+in its new dtype, and the dtypes in the digital parts become those of the new graph. It is done only
+for models that name a dtype in their forward, once for each dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
+from ffebm_compiler.runtime.casts import autocast_to
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.ir import Program
+
+__all__ = ["Casts", "dtype_of", "keep_wide"]
+
+NAME = "ffebm_captured_name"
+"""Meta key: a captured node's name, which lowering may change."""
+
+
+@dataclass
+class Casts:
+    """The dtypes that a captured graph names, and the operations that it runs."""
+
+    operations: tuple[str, ...]
+    dtype: torch.dtype | None
+    """That of the parameters at capture."""
+    known: dict[torch.dtype, dict[str, tuple[torch.dtype, ...]]] = field(default_factory=dict)
+    """For each dtype of the parameters: node name -> the dtypes among its arguments, in order."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Casts:
+        """Itself: what is known of one copy is true of the others."""
+        return self
+
+    @classmethod
+    def of(cls, program: Program) -> Casts:
+        """Read a captured program, and mark its nodes so that they are found after lowering."""
+        dtype = dtype_of(program.source)
+        casts = cls(tuple(str(node.target) for node in _operations(program)), dtype)
+        if dtype is not None:
+            casts.known[dtype] = _named(program)
+        for node in program.graph.nodes:
+            node.meta[NAME] = node.name
+        return casts
+
+    def follow(self, hybrid: HybridModel, before: torch.dtype, after: torch.dtype) -> None:
+        """Give the digital parts the dtypes that the source names when its parameters are of dtype `after`.
+
+        Raises:
+            UnsupportedError: where the source runs other operations in that dtype, or cannot be captured in it.
+        """
+        if not any(dtype.is_floating_point for named in self.known.get(before, {}).values() for dtype in named):
+            return
+        if after not in self.known:
+            self.known[after] = self._captured(hybrid, before, after)
+        _set(hybrid, self.known[after])
+
+    def _captured(
+        self, hybrid: HybridModel, before: torch.dtype, after: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, ...]]:
+        from ffebm_compiler.convert import captured_program
+
+        source = hybrid.__dict__["_source"]
+        if type(source) is nn.Module or hybrid.conversion is None:
+            if not _widens(before, after):
+                raise UnsupportedError(
+                    f"the source was exported in {before} and names dtypes, so that it cannot become {after}: export "
+                    "it again in that dtype and convert it"
+                )
+            return {
+                name: tuple(after if dtype is before else dtype for dtype in named)
+                for name, named in self.known[before].items()
+            }
+        args, kwargs = hybrid.conversion.examples()
+        device = next(hybrid.parameters()).device
+        args, kwargs = pytree.tree_map(lambda leaf: _like(leaf, self.dtype, after, device), (args, kwargs))
+        shapes = hybrid.conversion.dynamic_shapes
+        try:
+            program = captured_program(
+                source, args, kwargs, hybrid.plan.options, shapes if shapes in ("batch", None) else None
+            )
+        except FFEBMError as error:
+            raise CaptureError(f"the model cannot be traced in {after}: {error}") from error
+        if tuple(str(node.target) for node in _operations(program)) != self.operations:
+            raise UnsupportedError(
+                f"in {after} the model runs other operations than in {before}, in which it was converted: convert it "
+                f"in {after}"
+            )
+        names = [node.name for node in _operations(program)]
+        first = {name: index for index, name in enumerate(names)}
+        named = _named(program)
+        mine = self.known[before]
+        captured = list(mine)
+        return dict(zip(captured, (named[name] for name in sorted(named, key=first.__getitem__)), strict=True))
+
+
+def keep_wide(lowered: fx.GraphModule, before: dict[str, Tensor | None]) -> None:
+    """Give constants of the graph their former dtype where the new one is narrower: the source keeps them too."""
+    for name, constant in lowered._buffers.items():
+        was = before.get(name)
+        if constant is not None and was is not None and not _widens(was.dtype, constant.dtype):
+            lowered._buffers[name] = was.to(constant.device)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+
+def _widens(before: torch.dtype, after: torch.dtype) -> bool:
+    return torch.promote_types(before, after) is after
+
+
+def _like(leaf: Any, before: torch.dtype | None, after: torch.dtype, device: torch.device) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(device=device, dtype=after if leaf.dtype is before else leaf.dtype)
+
+
+def _operations(program: Program) -> Iterator[fx.Node]:
+    """The operations that a change of dtype must leave as they are."""
+    for node in program.graph.nodes:
+        is_shape = isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat)
+        if node.op in ("call_function", "call_module") and not is_shape and node.target is not autocast_to:
+            yield node
+
+
+def _dtypes(arguments: Any) -> tuple[torch.dtype, ...]:
+    found: list[torch.dtype] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            found.append(leaf)
+        return leaf
+
+    fx.node.map_aggregate(arguments, note)
+    return tuple(found)
+
+
+def _replaced(arguments: Any, dtypes: tuple[torch.dtype, ...]) -> Any:
+    left = iter(dtypes)
+
+    def replace(leaf: Any) -> Any:
+        return next(left) if isinstance(leaf, torch.dtype) else leaf
+
+    return fx.node.map_aggregate(arguments, replace)
+
+
+def _named(program: Program) -> dict[str, tuple[torch.dtype, ...]]:
+    found = {node.name: _dtypes((node.args, node.kwargs)) for node in _operations(program)}
+    return {name: dtypes for name, dtypes in found.items() if dtypes}
+
+
+def _set(hybrid: HybridModel, named: dict[str, tuple[torch.dtype, ...]]) -> None:
+    for module in [hybrid.lowered, *hybrid.feedforward_blocks.values()]:
+        assert isinstance(module, fx.GraphModule)
+        changed = False
+        for node in module.graph.nodes:
+            dtypes = named.get(node.meta.get(NAME, ""))
+            if dtypes is None or _dtypes((node.args, node.kwargs)) == dtypes:
+                continue
+            node.args, node.kwargs = _replaced((node.args, dict(node.kwargs)), dtypes)
+            changed = True
+        if changed:
+            module.recompile()

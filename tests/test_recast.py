@@ -1,0 +1,117 @@
+"""After `.double()`, `.to(bfloat16)` and `.half()` a hybrid computes what its source computes in that dtype."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from networks import noise, seeded
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.errors import UnsupportedError
+
+ONE = ffebm.Hardware(layers_per_block=1)
+
+
+class Layers(nn.Module):
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.table = torch.linspace(0.0, 300.0, 8) ** 1.5  # no buffer: it stays float32 in the source
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def norm(self: nn.Module, x: Tensor) -> Tensor:
+    y = self.a(x)
+    z = y.float()
+    z = z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return self.b(z.to(y.dtype))
+
+
+def positions(self: nn.Module, x: Tensor) -> Tensor:
+    steps = torch.arange(x.shape[1], dtype=torch.float32)[None]
+    return self.b(self.a(x) + torch.sin(steps * self.table).to(x.dtype))
+
+
+def softmax(self: nn.Module, x: Tensor) -> Tensor:
+    return self.b(torch.softmax(self.a(x), -1, dtype=torch.float32).type_as(x) + torch.zeros_like(x))
+
+
+def region(self: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.relu(self.a(x))
+    return self.b(y.to(x.dtype))
+
+
+def in_place(self: nn.Module, x: Tensor) -> Tensor:
+    y = self.a(x) * 1.0
+    y[:, :2] = torch.tanh(y[:, :2].float()).to(y.dtype)
+    return self.b(y)
+
+
+FORWARDS = (norm, positions, softmax, region, in_place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+def test_casts_are_those_of_the_source_in_every_dtype(
+    forward: Callable[[nn.Module, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    model = seeded(lambda: Layers(forward))
+    hybrid = ffebm.convert(model, noise(4, 8), hardware=ONE)
+    x = noise(5, 8, seed=1)
+    before = hybrid(x)
+    cast = copy.deepcopy(hybrid).to(dtype)
+    source = copy.deepcopy(model).to(dtype)
+    if dtype is torch.float64:
+        source.table = source.table.double()  # constants become wider with the hybrid, never narrower
+    expected = source(x.to(dtype))
+    found = cast(x.to(dtype))
+    assert found.dtype is expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(hybrid(x), before, rtol=0, atol=0)
+    torch.testing.assert_close(cast.float()(x), before, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("forward", [norm, region], ids=lambda f: f.__name__)
+def test_gradients_of_models_that_cast_are_checked(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    hybrid = ffebm.convert(seeded(lambda: Layers(forward)), noise(4, 8), hardware=ONE)
+    report = ffebm.check_gradients(hybrid, noise(5, 8), lambda output: output.square().mean())
+    assert report.worst("ep")[1].cosine > 0.9999
+
+
+def test_a_hybrid_saved_in_another_dtype_casts_as_it_did(tmp_path: Path) -> None:
+    model = seeded(lambda: Layers(norm))
+    hybrid = ffebm.convert(model, noise(4, 8), hardware=ONE).double()
+    hybrid.save(tmp_path / "saved")
+    x = noise(5, 8).double()
+    torch.testing.assert_close(ffebm.load(tmp_path / "saved", model)(x), hybrid(x), rtol=0, atol=0)
+
+
+def test_a_dtype_in_which_the_model_does_something_else_is_refused() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        y = self.a(x).float()
+        if x.dtype is torch.float16:
+            y = y.clamp(-100, 100)
+        return self.b(y.to(x.dtype))
+
+    hybrid = ffebm.convert(seeded(lambda: Layers(forward)), noise(4, 8), hardware=ONE)
+    hybrid.to(torch.bfloat16)
+    with pytest.raises(UnsupportedError, match=r"in torch\.float16 the model runs other operations than in torch\.bfl"):
+        hybrid.half()
+
+
+def test_an_exported_source_can_only_become_wider() -> None:
+    model, x = seeded(lambda: Layers(norm)), noise(4, 8)
+    exported = torch.export.export(model, (x,), strict=False)
+    hybrid = ffebm.convert(exported, x, hardware=ONE)
+    torch.testing.assert_close(hybrid.double()(x.double()).float(), model(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UnsupportedError, match=r"exported in torch\.float64 and names dtypes"):
+        hybrid.half()

@@ -66,6 +66,15 @@ class Conversion:
         kept = dynamic_shapes if dynamic_shapes in ("batch", None) else "custom"
         return cls(pytree.treespec_dumps(form.spec), tuple(map(described, leaves)), kept, form.recipe)
 
+    def examples(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Example inputs of the same shapes: zeros."""
+        leaves = [
+            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
+            for leaf in self.leaves
+        ]
+        args, kwargs = Form(pytree.treespec_loads(self.structure), self.containers).build(leaves)
+        return args, kwargs
+
 
 def save(hybrid: HybridModel, path: str | Path) -> None:
     """Write a hybrid into a folder; an earlier save there is replaced as a whole, or left as it is where that fails.

@@ -30,6 +30,7 @@ from ffebm_compiler.passes.free_shapes import free_shapes
 from ffebm_compiler.passes.functionalize import functionalize
 from ffebm_compiler.passes.inline_regions import inline_regions
 from ffebm_compiler.passes.lower import lower
+from ffebm_compiler.passes.merge_modes import merge_modes
 from ffebm_compiler.passes.planning import make_plan
 from ffebm_compiler.passes.rebind import rebind
 from ffebm_compiler.passes.recognise_activations import recognise_activations
@@ -46,15 +47,28 @@ __all__ = ["convert", "plan"]
 Pass = Callable[[Program], Program]
 
 
+def in_each_mode(step: Pass) -> Pass:
+    """A pass over the capture in eval mode and, where there is one, over that in train mode."""
+
+    def both(program: Program) -> Program:
+        if program.training is not None:
+            program.training = step(program.training)
+            verify(program.training)
+        return step(program)
+
+    return both
+
+
 def passes_for(options: PlanOptions) -> list[Pass]:
     """The passes between capture and annotate, in order."""
     return [
-        inline_regions,
-        custom_functions,
-        explicit_casts,
-        functionalize,
-        free_shapes,
-        recurrent,
+        in_each_mode(inline_regions),
+        in_each_mode(custom_functions),
+        in_each_mode(explicit_casts),
+        in_each_mode(functionalize),
+        in_each_mode(free_shapes),
+        in_each_mode(recurrent),
+        merge_modes,
         explicit_padding,
         rebind,
         dead_code,

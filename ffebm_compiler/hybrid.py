@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +17,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.bound_block import BoundBlock
-from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
+from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
-from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.feedforward import FeedforwardBlock
+from ffebm_compiler.runtime.feedforward import FeedforwardBlock, ReboundOperation
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.runtime.state import WriteState
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import attribute_of_source, bind_forward, free_name, signature_of, without_bound_forward
 
@@ -49,6 +49,8 @@ _OWN = frozenset(
     (
         "_call_form",
         "_casts",
+        "_differs_in_training",
+        "_draws_in_order",
         "_energy",
         "_feedforward",
         "_lifted",
@@ -90,6 +92,8 @@ class HybridModel(nn.Module):
         self._call_form = CallForm.of(program)
         self._lifted = tuple(program.lifted.values())
         self._casts = casts
+        self._differs_in_training = bool(program.asks) and not program.refused_in_training
+        self._draws_in_order = lowered.draws_in_order
         self.conversion: Conversion | None = None
         """What `convert` was called with; `save` stores it."""
         self.recertify_every: int | None = 100
@@ -100,17 +104,16 @@ class HybridModel(nn.Module):
         self._sources = {name: self._sources_of(name) for name, block in self._energy.items() if block.program.coupled}
         """Names of the parameters and buffers that the weights of each block with feedback are made of."""
         self.training = source.training
-        for block in lowered.feedforward.values():
-            for module in block.modules():
-                if module.__dict__.get("_owner") is source:
-                    module.__dict__["_owner"] = self
+        for module in lowered.graph_module.modules():
+            if isinstance(module, ReboundOperation):
+                module.follow(source, self)
         for energy_block in lowered.energy.values():
             block_program = energy_block.program
             drives = [instruction for layer in block_program.layers for instruction in layer.instructions]
             for instruction in (*drives, *block_program.readout):
                 rebound = getattr(instruction.operator, "source", None)
-                if isinstance(rebound, nn.Module) and rebound.__dict__.get("_owner") is source:
-                    rebound.__dict__["_owner"] = self
+                if isinstance(rebound, ReboundOperation):
+                    rebound.follow(source, self)
         self.register_load_state_dict_post_hook(settle_arrival)  # type: ignore[no-untyped-call]
         self.__signature__ = signature_of(source)
         bind_forward(self, self.__signature__)
@@ -225,7 +228,7 @@ class HybridModel(nn.Module):
             ConvergenceError: where a block does not settle.
         """
         outputs = self.lowered(*self._operands(args, kwargs))
-        return self._call_form.result(outputs)
+        return self._call_form.result(outputs, self.training)
 
     # The checks read values and stamps change with every step: `torch.compile` would compile anew for each.
     @torch.compiler.disable(reason="inputs are checked and loop gains measured eagerly")  # type: ignore[untyped-decorator]
@@ -234,6 +237,11 @@ class HybridModel(nn.Module):
 
         In training it looks for blocks whose weights have changed; they measure their loop gain before they settle.
         """
+        if self.training and self._call_form.refused_in_training:
+            raise UnsupportedError(
+                f"the hybrid cannot run in train mode, since the source could not be captured in it: "
+                f"{self._call_form.refused_in_training}; call eval() to run it"
+            )
         leaves = self._call_form.leaves(args, kwargs)
         if self.training:
             changed = False
@@ -291,7 +299,8 @@ class HybridModel(nn.Module):
         placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
         known.update(zip(placeholders, self._tensors(), strict=False))
         count = self._energy[name].program.inputs
-        values = tuple(_static_value(run, node, known) for node in call.args)
+        with generators_unchanged(), tensors_unchanged(self.written_state()):
+            values = tuple(_static_value(run, node, known) for node in call.args)
         return values[:count], values[count:]
 
     def configure(self, *, feedback: float | str, estimator: Estimator, solver: Solver | None) -> None:
@@ -313,6 +322,15 @@ class HybridModel(nn.Module):
             for name, enabled in before.items():
                 self._energy[name].enabled = enabled
 
+    def train(self, mode: bool = True) -> HybridModel:
+        """Set the mode of all modules, as the source's own `train` does it (a model may freeze parts of itself)."""
+        super().train(mode)
+        source = self.__dict__["_source"]
+        if type(source).train is not nn.Module.train:
+            source.train(mode)
+            self.training = source.training
+        return self
+
     @contextmanager
     def held_feedback(self) -> Iterator[None]:
         """Leave the feedback γ as it is, also in training forwards at changed weights: finite differences need it."""
@@ -326,15 +344,28 @@ class HybridModel(nn.Module):
                 self._energy[name].gain.locked = locked
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        flags = {module: module.training for module in self.modules()}
+    def in_mode(self, training: bool) -> Iterator[None]:
+        """Run in a mode, without gradients; flags, written state and random generators stay as they are."""
+        source = self.__dict__["_source"]
+        flags = {module: module.training for module in (*self.modules(), source)}
         try:
-            self.eval()
-            with torch.no_grad():
+            self.train(training)
+            source.training = self.training
+            with torch.no_grad(), generators_unchanged(), tensors_unchanged(self.written_state()):
                 yield
         finally:
             for module, flag in flags.items():
                 module.training = flag
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return self.in_mode(False)
+
+    def written_state(self) -> list[Tensor]:
+        """The parameters and buffers that a forward writes, batch norm's statistics aside."""
+        run = self.lowered
+        names = {module.name for module in run.modules() if isinstance(module, WriteState)}
+        known = dict(zip(self._lifted, self._tensors(), strict=True)) | dict(run.named_buffers())
+        return [known[name] for name in sorted(names)]
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, tuple[tuple[Any, ...], tuple[Tensor, ...]]]]:
@@ -426,29 +457,12 @@ class HybridModel(nn.Module):
         Raises:
             FFEBMError: where it does not, which is a defect of the compiler.
         """
+        from ffebm_compiler.verification import verify_feedforward
+
         source = self.__dict__["_source"]
-        if type(source) is nn.Module or self._call_form.random:
+        if type(source) is nn.Module or (self._call_form.random and not self._draws_in_order):
             return
-        with self._evaluating(), self.feedforward_mode():
-            training = source.training
-            source.training = False
-            try:
-                with warnings.catch_warnings():  # what the source warns of is no news of the conversion's
-                    warnings.simplefilter("ignore")
-                    expected = leaves_of(source(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
-            finally:
-                source.training = training
-            found = leaves_of(self(*args, **kwargs))
-        for want, have in zip(expected, found, strict=True):
-            if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
-                continue
-            error = float((have - want).double().norm() / want.double().norm().clamp_min(1e-12))
-            limit = {torch.float64: 1e-9, torch.float32: 1e-4}.get(want.dtype, 5e-2)
-            if not error <= limit:
-                raise FFEBMError(
-                    f"the converted graph deviates from the source by {error:.2e} (relative) with feedback off: this "
-                    "is a defect of the compiler, please report the model"
-                )
+        verify_feedforward(self, source, args, kwargs, (False, True) if self._differs_in_training else (False,))
 
     # -- settings ----------------------------------------------------------------------------
 

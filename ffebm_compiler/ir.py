@@ -236,6 +236,15 @@ class Program:
     batch_hint: int
     functions: Any = None
     """The calls of custom functions that were kept while tracing; `passes.custom_functions` puts them back."""
+    training: Program | None = None
+    """The capture in train mode, where the model may do something else then; `merge_modes` takes it in."""
+    asks: frozenset[str] | None = None
+    """Paths of the modules whose code reads their `training` flag; None where that was not asked."""
+    outputs: int | None = None
+    """Leading outputs that are eval mode's, where train mode returns another structure: the others; else None."""
+    out_spec_in_training: Any = None
+    refused_in_training: str = ""
+    """Why the model has no capture in train mode, or nothing."""
     notes: list[str] = field(default_factory=list)
     """What the person should know: one sentence each."""
 
@@ -249,9 +258,28 @@ class Program:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
-    def owner(self, node: fx.Node) -> nn.Module:
+    def asked(self, path: str) -> str:
+        """The innermost module at or around a path whose `training` flag the model's code reads; "" is the model."""
+        if self.asks is None:
+            return path
+        parts = path.split(".") if path else []
+        paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        return next((name for name in paths if name in self.asks), "")
+
+    def runner(self, node: fx.Node) -> nn.Module:
         """The module of the private copy that ran a node."""
-        path = module_path(node)
+        try:
+            return self.source.get_submodule(module_path(node))
+        except AttributeError:
+            return self.source
+
+    def is_asked(self, module: nn.Module) -> bool:
+        """Whether code other than torch's own dropout and norms reads the `training` flag of a module."""
+        return any(self.source.get_submodule(path) is module for path in self.asks or ())
+
+    def owner(self, node: fx.Node) -> nn.Module:
+        """The module of the private copy whose flag a node follows."""
+        path = self.asked(module_path(node))
         try:
             return self.source.get_submodule(path)
         except AttributeError:

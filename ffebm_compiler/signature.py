@@ -14,6 +14,7 @@ from torch import Tensor
 from ffebm_compiler.call_arguments import as_captured
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.passes.containers import Form
+from ffebm_compiler.passes.order_of_draws import draws
 from ffebm_compiler.source_view import signature_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ class CallForm:
     signature: inspect.Signature | None
     """That of the source's forward; None where it has none."""
     random: bool
-    """Whether the graph draws random numbers even in eval mode."""
+    """Whether the graph draws random numbers, in whichever mode."""
+    outputs: int | None = None
+    """Leading outputs that are eval mode's, where train mode returns another structure: the others; else None."""
+    out_spec_in_training: Form | None = None
+    refused_in_training: str = ""
+    """Why the model could not be captured in train mode, or nothing."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> CallForm:
         """Itself: it never changes."""
@@ -62,13 +68,17 @@ class CallForm:
                 leaves.append(_Leaf(node.name, shape, value.is_floating_point(), None))
             else:
                 leaves.append(_Leaf(node.name, None, False, value))
-        random = any(
-            isinstance(node.target, torch._ops.OpOverload)
-            and torch.Tag.nondeterministic_seeded in node.target.tags
-            and "attention" not in node.name
-            for node in program.graph.nodes
+        random = any(draws(program, node) for node in program.graph.nodes)
+        return cls(
+            program.in_spec,
+            program.out_spec,
+            tuple(leaves),
+            signature_of(program.source),
+            random,
+            program.outputs,
+            program.out_spec_in_training,
+            program.refused_in_training,
         )
-        return cls(program.in_spec, program.out_spec, tuple(leaves), signature_of(program.source), random)
 
     def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The flat inputs of a call.
@@ -91,9 +101,13 @@ class CallForm:
             _check(value, leaf)
         return flat
 
-    def result(self, outputs: Any) -> Any:
+    def result(self, outputs: Any, training: bool) -> Any:
         """The outputs in the source's structure."""
-        return self.out_spec.build(outputs)
+        if self.outputs is None or self.out_spec_in_training is None:
+            return self.out_spec.build(outputs)
+        if training:
+            return self.out_spec_in_training.build(outputs[self.outputs :])
+        return self.out_spec.build(outputs[: self.outputs])
 
 
 def _is_free(size: int | torch.SymInt) -> bool:

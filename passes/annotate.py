@@ -19,6 +19,7 @@ from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target
 from ffebm_compiler.passes.reasons import TWO_ACTIVATIONS, digital_reason
 from ffebm_compiler.passes.static import static_nodes
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout, ReboundInstanceNorm
+from ffebm_compiler.runtime.modes import TrainingMask
 
 __all__ = ["annotate"]
 
@@ -82,8 +83,10 @@ def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo
 
 def _classify_module(program: Program, node: fx.Node, path: str) -> NodeInfo:
     module = program.graph_module.get_submodule(str(node.target))
-    if isinstance(module, ReboundDropout) and module.kind != "alpha_dropout":
+    if isinstance(module, ReboundDropout) and module.kind not in ("alpha_dropout", "feature_alpha_dropout"):
         return NodeInfo(Role.WIRING, path, "dropout scales by a mask drawn once a forward", "dropout")
+    if isinstance(module, TrainingMask):
+        return NodeInfo(Role.WIRING, path, "it scales by a mask drawn once a forward", "dropout")
     if isinstance(module, ReboundBatchNorm):
         return NodeInfo(Role.DIGITAL, path, "batch norm is digital (fold_batchnorm=True folds one behind a layer)")
     if isinstance(module, ReboundInstanceNorm):

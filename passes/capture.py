@@ -3,7 +3,8 @@
 The graph comes from `torch.export` (one ATen dialect with shapes and module paths on every
 node) of a private copy of the model in eval mode; the source is never touched. Parameters,
 buffers and constants are placeholders, so that tied weights are one placeholder used twice and
-the hybrid can own its tensors under the source's names.
+the hybrid can own its tensors under the source's names. Where the model's code reads a `training`
+flag, there is a second capture, in train mode; `merge_modes` makes one graph of both.
 
 Promise: the graph is a `Program` (see `ir`), its batch size is free where the model allows it
 and `dynamic_shapes="batch"`, and every failure names the module and the line.
@@ -12,21 +13,22 @@ and `dynamic_shapes="batch"`, and every failure names the module and the line.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
+from ffebm_compiler.errors import CaptureError, InputError
 from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.check_model import check_finite, check_model
-from ffebm_compiler.passes.export_graph import export_graph
+from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
+from ffebm_compiler.passes.training_reads import is_rebound, training_reads
 from ffebm_compiler.passes.without_cache import without_cache
 
 __all__ = ["capture"]
-
-_RANDOM_DEPTH = ("DropPath", "StochasticDepth", "DropBlock")
 
 
 def capture(
@@ -56,30 +58,55 @@ def capture(
     source = private_copy(model)
     cache = without_cache(source, args, kwargs)
     flags = {module: module.training for module in source.modules()}
-    source.eval()
     try:
-        exported = export_graph(source, args, dict(kwargs), dynamic_shapes)
+        program = _in_both_modes(source, args, dict(kwargs), dynamic_shapes)
     finally:
         for module, flag in flags.items():
             module.training = flag
-    program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs)
-    program.functions = exported.functions
-    for sentence in (*exported.settings, *([cache] if cache else [])):
-        program.note(sentence)
-    dropped = sorted(
-        name for name, module in source.named_modules() if type(module).__name__ in _RANDOM_DEPTH and _drop_rate(module)
-    )
-    if dropped:
-        program.note(
-            f"{len(dropped)} stochastic-depth modules (first: {dropped[0]!r}) drop at random only in train "
-            "mode; the capture is of eval mode and never drops them"
-        )
+    if cache:
+        program.note(cache)
     return program
 
 
-def _drop_rate(module: nn.Module) -> float:
-    for name in ("drop_prob", "p"):
-        value = getattr(module, name, None)
-        if isinstance(value, float | int):
-            return float(value)
-    return 0.0
+def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Program:
+    """The capture in eval mode, with the one in train mode where the model may do something else then."""
+    source.train()  # a model may forget then what it keeps between calls in eval mode
+    source.eval()
+    with training_reads() as reads:
+        exported = export_graph(source, args, kwargs, dynamic_shapes)
+    names = {module: name for name, module in source.named_modules()}
+    asks = {module for module in reads.asks if module in names}
+    training: Program | None = None
+    refused = ""
+    if asks:
+        source.train()
+        for module in source.modules():
+            if is_rebound(module) and module not in asks:
+                module.training = False  # `rebind` makes it follow its flag
+        try:
+            with training_reads() as reads:
+                trained = export_graph(source, args, kwargs, dynamic_shapes)
+            if trained.note and not exported.note:
+                source.eval()
+                fixed = export_graph(source, args, kwargs, None)
+                exported = replace(fixed, note=trained.note.replace("the model", "in train mode the model"))
+            elif exported.note and not trained.note:
+                trained = export_graph(source, args, kwargs, None)
+            asks |= {module for module in reads.asks if module in names}
+            training = _wrapped(replace(trained, note=""), source)
+        except (CaptureError, InputError) as error:
+            refused = str(error)
+    program = _wrapped(exported, source)
+    program.training, program.refused_in_training = training, refused
+    program.asks = frozenset(names[module] for module in asks)
+    if refused:
+        program.note(f"the model has no capture in train mode, and the hybrid none: {refused}")
+    return program
+
+
+def _wrapped(exported: Exported, source: nn.Module) -> Program:
+    program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs)
+    program.functions = exported.functions
+    for sentence in exported.settings:
+        program.note(sentence)
+    return program

@@ -105,7 +105,7 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         library.define(f"{name}(Tensor x) -> ()")
         library.impl(name, lambda x: None, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_SPACE}::{name}", lambda x: None, lib=library)
-        operator = getattr(torch.ops, _SPACE).__getattr__(name).default
+        operator = getattr(getattr(torch.ops, _SPACE), name).default
         fx.node._side_effectful_functions.add(operator)  # it has no result, and must not be taken for dead code
         markers.append(operator)
         kept.hooks[f"{_SPACE}::{name}"] = hook
@@ -156,7 +156,7 @@ def _recorded(kept: KeptFunctions, library: Any, call: _Call) -> Any:
     torch.library.register_fake(f"{_SPACE}::{name}", call.run, lib=library)
     torch.library.register_autograd(f"{_SPACE}::{name}", _no_backward, lib=library)
     kept.calls[f"{_SPACE}::{name}"] = call
-    results = iter(getattr(torch.ops, _SPACE).__getattr__(name).default(tensors, sizes))
+    results = iter(getattr(getattr(torch.ops, _SPACE), name).default(tensors, sizes))
     outputs, call.outputs = call.outputs, None
     return pytree.tree_map(lambda leaf: next(results) if isinstance(leaf, Tensor) else leaf, outputs)
 

@@ -28,10 +28,12 @@ class FunctionalForm:
     target: Callable[..., Any]
     out: str | None = None
     """Name of the `out=` argument that is written; None where the first operand is."""
+    defaults: tuple[Any, ...] = ()
+    """Positional defaults of the in-place operation that the functional one has not (`bernoulli_()`)."""
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Positional arguments of the functional call."""
-        return tuple(args)
+        return (*args, *self.defaults[len(args) :])
 
     def rest(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Positional arguments after the first."""
@@ -102,13 +104,21 @@ def functional_form(node: fx.Node) -> FunctionalForm | None:
     else:
         return None
     wanted = [(a.name, str(a.type)) for a in schema.arguments if a.name != out]
-    operations = getattr(aten, packet, None)
-    for candidate in operations.overloads() if operations is not None else ():
-        functional = getattr(operations, candidate)
-        has = [(a.name, str(a.type)) for a in functional._schema.arguments]
-        if not functional._schema.is_mutable and _matches(wanted, has):
-            return FunctionalForm(functional, out)
+    for operations in (getattr(aten, packet, None), getattr(aten, f"{packet}_functional", None)):
+        for candidate in operations.overloads() if operations is not None else ():
+            functional = getattr(operations, candidate)
+            has = [(a.name, str(a.type)) for a in functional._schema.arguments]
+            if not functional._schema.is_mutable and _matches(wanted, has):
+                return FunctionalForm(functional, out, _defaults(schema, functional._schema))
     return None
+
+
+def _defaults(schema: Any, functional: Any) -> tuple[Any, ...]:
+    """The in-place operation's defaults, as far as the functional one demands an argument."""
+    given = [argument.default_value for argument in schema.arguments if not argument.kwarg_only]
+    demanded = [not a.kwarg_only and not a.has_default_value() for a in functional.arguments]
+    count = max((index + 1 for index, needed in enumerate(demanded) if needed), default=0)
+    return tuple(given[:count])
 
 
 def _matches(wanted: list[tuple[str, str]], has: list[tuple[str, str]]) -> bool:

@@ -6,10 +6,11 @@ views of the same memory are taken again when they are read. What is a view of w
 the storages of the captured values: whether `flatten`, `.float()` or `contiguous` copied is what
 happened at capture, not what the operation's name says.
 
-Writes to a parameter or a buffer (counters, caches) keep their in-place operation: they are side
-effects of the source that the hybrid keeps.
+A write to a parameter or a buffer (a counter, a moving average, a renormalised weight) is a
+`WriteState`, which the hybrid keeps: it takes the whole new value, and what is read afterwards is its
+result. What read the state before reads a copy, so that the order of the graph does not matter.
 
-Promise: no node mutates a value that another dynamic node reads.
+Promise: no node but `WriteState` mutates a value, and the order of nodes is that of their operands.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ffebm_compiler.passes.inline_regions import without_gradient
 from ffebm_compiler.passes.put_back import put_back
 from ffebm_compiler.passes.source_line import source_line
 from ffebm_compiler.runtime.in_place import written_without_gradient
+from ffebm_compiler.runtime.state import WriteState
 
 __all__ = ["functionalize"]
 
@@ -75,6 +77,10 @@ class _Functionalizer:
         """Number of writes to a root so far."""
         self.present: dict[_Place, tuple[int, fx.Node]] = {}
         """The node that computes the value at a place, and the version for which it does."""
+        self.states: dict[fx.Node, fx.Node] = {}
+        """Parameter or buffer -> the last write to it."""
+        self.copies: dict[fx.Node, fx.Node] = {}
+        """Parameter or buffer -> a copy of what it held before the first write."""
 
     def run(self) -> Program:
         written = []
@@ -125,7 +131,7 @@ class _Functionalizer:
             return False
         place = self.place(target)
         root = place.root
-        if root.op == "placeholder" and root.name not in self.program.inputs and not moves_no_data(node):
+        if form is None and self._is_state(root):
             return False
         if form is None:
             raise _refused(node, f"writes in place with {node.target}, which has no functional form")
@@ -142,8 +148,29 @@ class _Functionalizer:
             if without_gradient(node):
                 value = self._new(written_without_gradient, (before, value), target)
             self.set(place, value)
+            if self._is_state(root):
+                self.write_state(root, node)
         self.places[node] = place
         return True
+
+    def _is_state(self, root: fx.Node) -> bool:
+        return root.op == "placeholder" and root.name not in self.program.inputs
+
+    def write_state(self, root: fx.Node, node: fx.Node) -> None:
+        """Write the present value of a parameter or buffer into it, after everything that read what was there."""
+        value = self._at(_Place(root))
+        readers = [user for user in root.users if user < node and not writes(user) and not _leads_to(user, value)]
+        if root not in self.copies and readers:
+            with self.graph.inserting_after(_last_placeholder(self.graph)):
+                self.copies[root] = self._new(torch.ops.aten.clone.default, (root,), root)
+            for user in readers:
+                user.replace_input_with(root, self.copies[root])
+        before = [known for known in (self.copies.get(root), self.states.get(root)) if known is not None]
+        target = f"write_{node.name}"
+        self.program.graph_module.add_submodule(target, WriteState(self.program.lifted.get(root.name, root.name)))
+        self.states[root] = fresh = self.graph.call_module(target, (root, value, *before))
+        fresh.meta = {**node.meta, "val": root.meta.get("val")}
+        self.present[_Place(root)] = (self.version[root], fresh)
 
     def _value(self, node: fx.Node, form: FunctionalForm, before: fx.Node) -> fx.Node:
         """What the operation writes, in the dtype and shape of what it is written to."""
@@ -206,6 +233,23 @@ class _Functionalizer:
             fresh.meta = {**step.node.meta, "val": several.meta["val"][step.index]}
         self.present[place] = (version, fresh)
         return fresh
+
+
+def _leads_to(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a value is computed from a node."""
+    pending, seen = [value], set()
+    while pending:
+        current = pending.pop()
+        if current is node:
+            return True
+        if current not in seen and current.op != "placeholder":
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
 
 
 def _target(form: FunctionalForm | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:

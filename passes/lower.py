@@ -18,11 +18,14 @@ from torch import fx, nn
 
 from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.passes.lower_block import lower_block
-from ffebm_compiler.passes.partition import quotient_order
+from ffebm_compiler.passes.order_of_draws import in_order_of_draws
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.runtime import pointwise
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.block_graph import BlockGraph
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock
+from ffebm_compiler.runtime.modes import ModeSwitch
+from ffebm_compiler.runtime.state import WriteState
 
 __all__ = ["Lowered", "lower"]
 
@@ -44,6 +47,8 @@ class Lowered:
     graph_module: fx.GraphModule
     energy: dict[str, EnergyBlock]
     feedforward: dict[str, FeedforwardBlock]
+    draws_in_order: bool = True
+    """Whether random numbers are drawn in the order of the source, so that one seed gives the same draws."""
 
 
 def lower(program: Program, plan: Plan) -> Lowered:
@@ -75,19 +80,22 @@ class _Lowering:
                 self.env[node].meta = dict(node.meta)
         blocks = [list(block.operations) for block in self.plan.blocks]
         parts = [list(part.operations) for part in self.plan.digital_parts]
-        for place in quotient_order(self.plan.graph, [*blocks, *parts]):
-            assert isinstance(place, int)
+        order = in_order_of_draws(self.program, self.plan.graph, [*blocks, *parts])
+        for place in order.groups:
             if place < len(blocks):
                 self._energy_block(self.plan.blocks[place].name, blocks[place])
             else:
                 self._feedforward_block(self.plan.digital_parts[place - len(blocks)].name, parts[place - len(blocks)])
+        for node in self.program.graph.nodes:
+            if info(node).role is Role.STATIC and self._writes(node):
+                self._value(node)  # read or not
         output = next(node for node in self.program.graph.nodes if node.op == "output")
         self.graph.output(fx.map_arg(output.args[0], self._value))
         self.graph.lint()
-        module = fx.GraphModule(self.root, self.graph, "Lowered")
+        module = BlockGraph(self.root, self.graph, "Lowered")
         _constants_are_no_state(module)
         module._register_deepcopy_hook(_constants_are_no_state)
-        return Lowered(module, self.energy, self.feedforward)
+        return Lowered(module, self.energy, self.feedforward, order.kept)
 
     def _value(self, node: fx.Node) -> fx.Node:
         """The lowered node of a value; static operations and shapes are emitted when first read."""
@@ -99,6 +107,11 @@ class _Lowering:
             self.root.add_module(str(node.target), self.program.graph_module.get_submodule(str(node.target)))
         self.env[node] = fresh
         return fresh
+
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether a node writes state of the source."""
+        module = self.program.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return isinstance(module, WriteState) or (isinstance(module, ModeSwitch) and module.writes)
 
     def _read_outside(self, nodes: list[fx.Node]) -> set[fx.Node]:
         inside = set(nodes)

@@ -4,7 +4,8 @@
 call of a small module that reads the flag (and momentum, rate, counter) from the private copy
 of the source at every call, while its tensors stay operands of the graph. The operation is
 re-bound, not the module called, since a module may do more than normalise (timm's
-`BatchNormAct2d` also activates).
+`BatchNormAct2d` also activates). Where there is a capture in train mode too, the constants of both
+say whether the operation follows the flag at all (a frozen batch norm does not).
 
 Promise: in eval mode the values are the captured ones; after `train()` they are the source's
 in train mode; running statistics live in the source's own buffers.
@@ -12,86 +13,121 @@ in train mode; running statistics live in the source's own buffers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import fx, nn
 
-from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.ir import Program
+from ffebm_compiler.passes.merge_modes import TRAINING
+from ffebm_compiler.passes.training_reads import is_rebound
 from ffebm_compiler.runtime.feedforward import (
     ReboundAttention,
     ReboundBatchNorm,
     ReboundDropout,
     ReboundInstanceNorm,
 )
+from ffebm_compiler.runtime.modes import ModeSwitch
 
 __all__ = ["rebind"]
 
+aten = torch.ops.aten
 _DROPOUTS = (
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.feature_dropout.default,
-    torch.ops.aten.alpha_dropout.default,
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
 )
 
 
 def rebind(program: Program) -> Program:
     """Replace batch norm, instance norm, dropout and attention dropout by modules bound to the source."""
-    for index, node in enumerate(list(program.graph.nodes)):
-        if node.op != "call_function":
-            continue
-        owner = program.owner(node)
-        bound: nn.Module | None = None
-        operands: tuple[object, ...] = ()
-        if node.target is torch.ops.aten.batch_norm.default:
-            x, weight, bias, mean, variance, training, momentum, eps = node.args[:8]
-            if training and mean is None:
-                continue  # by the batch's own statistics in both modes (weight standardisation, too)
-            bound = ReboundBatchNorm(owner, bool(training), float(momentum), float(eps))
-            operands = (x, weight, bias, mean, variance)
-        elif node.target is torch.ops.aten.instance_norm.default and node.args[3] is not None:
-            x, weight, bias, mean, variance, use_input, momentum, eps = node.args[:8]
-            bound = ReboundInstanceNorm(owner, bool(use_input), float(momentum), float(eps))
-            operands = (x, weight, bias, mean, variance)
-        elif node.target in _DROPOUTS:
-            x, rate, training = node.args[:3]
-            if training:
-                continue  # the source asks for it in eval mode too
-            kind = str(node.target).split(".")[1]
-            bound = ReboundDropout(owner, kind, float(rate))
-            operands = (x,)
-        elif node.target is torch.ops.aten.scaled_dot_product_attention.default:
-            rate = _attention_rate(program, node, owner)
-            if not rate:
-                continue
-            settings = dict(node.kwargs)
-            if len(node.args) > 5:
-                settings["is_causal"] = node.args[5]
-            bound = ReboundAttention(owner, rate, settings)
-            operands = tuple(node.args[:4])
-        if bound is not None:
-            _replace(program, node, f"rebound_{index}", bound, operands)
-    program.graph.lint()
+    parts = [
+        part
+        for module in program.graph_module.children()
+        if isinstance(module, ModeSwitch)
+        for part in (module.evaluation, module.training_part)
+    ]
+    for graph_module in (program.graph_module, *parts):
+        for index, node in enumerate(list(graph_module.graph.nodes)):
+            found = _bound(program, node) if node.op == "call_function" else None
+            if found is not None:
+                _replace(graph_module, node, f"rebound_{index}", *found)
+        graph_module.graph.lint()
+        graph_module.recompile()
     return program
 
 
-def _replace(program: Program, node: fx.Node, name: str, module: nn.Module, operands: tuple[object, ...]) -> None:
-    program.graph_module.add_submodule(name, module)
-    with program.graph.inserting_before(node):
-        fresh = program.graph.call_module(name, operands)  # type: ignore[arg-type]
+def _bound(program: Program, node: fx.Node) -> tuple[nn.Module, tuple[object, ...]] | None:
+    """The module that takes a node's place and its operands; None where the node follows no flag."""
+    if node.target is aten.batch_norm.default:
+        x, weight, bias, mean, variance, training, momentum, eps = node.args[:8]
+        flag = _flag(program, node, 5)
+        if not flag.follows or (training and mean is None):
+            return None  # the same in both modes (weight standardisation, frozen statistics)
+        counts = flag.whole or flag.unknown
+        norm = ReboundBatchNorm(flag.owner, bool(training), float(momentum), float(eps), counts)  # type: ignore[arg-type]
+        return norm, (x, weight, bias, mean, variance)
+    if node.target is aten.instance_norm.default and node.args[3] is not None:
+        x, weight, bias, mean, variance, use_input, momentum, eps = node.args[:8]
+        flag = _flag(program, node, 5)
+        if not flag.follows:
+            return None
+        instance = ReboundInstanceNorm(flag.owner, bool(use_input), float(momentum), float(eps))  # type: ignore[arg-type]
+        return instance, (x, weight, bias, mean, variance)
+    if node.target in _DROPOUTS:
+        x, rate, training = node.args[:3]
+        flag = _flag(program, node, 2)
+        if training or not flag.follows:
+            return None  # the source asks for it in eval mode too, or in neither
+        kind = str(node.target).split(".")[1]
+        return ReboundDropout(flag.owner, kind, float(rate)), (x,)  # type: ignore[arg-type]
+    if node.target is aten.scaled_dot_product_attention.default and TRAINING in node.meta:
+        rates = _rate(node.args[4] if len(node.args) > 4 else 0.0), _rate(node.meta[TRAINING][4])
+        if rates[0] == rates[1]:
+            return None
+        settings = dict(node.kwargs)
+        if len(node.args) > 5:
+            settings["is_causal"] = node.args[5]
+        return ReboundAttention(program.owner(node), rates[1], settings, rates[0]), tuple(node.args[:4])
+    return None
+
+
+def _rate(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """The training flag of an operation."""
+
+    owner: nn.Module
+    whole: bool
+    """The operation is the whole forward of a module of torch's."""
+    unknown: bool
+    """There is one capture only, in eval mode."""
+    follows: bool
+
+
+def _flag(program: Program, node: fx.Node, index: int) -> _Flag:
+    module = program.runner(node)
+    whole = is_rebound(module) and not program.is_asked(module)
+    owner = module if whole else program.owner(node)
+    if whole:
+        return _Flag(owner, whole, False, follows=True)
+    if TRAINING not in node.meta:  # one capture: either no code asks for a mode, or it is not known
+        unknown = program.asks is None or bool(program.refused_in_training)
+        return _Flag(owner, whole, unknown, follows=unknown)
+    changes = bool(node.meta[TRAINING][index]) != bool(node.args[index])
+    return _Flag(owner, whole, False, changes)
+
+
+def _replace(
+    graph_module: fx.GraphModule, node: fx.Node, name: str, module: nn.Module, operands: tuple[object, ...]
+) -> None:
+    graph_module.add_submodule(name, module)
+    with graph_module.graph.inserting_before(node):
+        fresh = graph_module.graph.call_module(name, operands)  # type: ignore[arg-type]
     fresh.meta = dict(node.meta)
     node.replace_all_uses_with(fresh)
-    program.graph.erase_node(node)
-
-
-def _attention_rate(program: Program, node: fx.Node, owner: nn.Module) -> float:
-    """Dropout rate of an attention in train mode, which an eval-mode capture does not hold."""
-    for name in ("dropout", "attn_drop", "attention_dropout", "attn_dropout", "dropout_prob", "dropout_p"):
-        value = getattr(owner, name, None)
-        if isinstance(value, nn.Dropout):
-            return float(value.p)
-        if isinstance(value, float):
-            return value
-    if owner is program.source or type(owner).__name__.lower().find("attention") >= 0:
-        program.note(
-            f"attention dropout of {module_path(node)!r}, if it has any in train mode, is not in the eval-mode "
-            "capture and is not applied"
-        )
-    return 0.0
+    graph_module.graph.erase_node(node)

@@ -9,6 +9,8 @@ from torch import fx
 
 from ffebm_compiler.ir import Program
 from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
+from ffebm_compiler.runtime.modes import ModeSwitch
+from ffebm_compiler.runtime.state import WriteState
 
 __all__ = ["has_effect", "is_static", "static_nodes"]
 
@@ -32,8 +34,9 @@ def is_static(program: Program, node: fx.Node, known: Container[fx.Node]) -> boo
         return False
     if node.op == "call_module":
         module = program.graph_module.get_submodule(str(node.target))
-        if not isinstance(module, CustomFunction | GradientHook):
-            return False  # a binarised weight is a weight; what follows the source's flags is not
+        follows = isinstance(module, ModeSwitch) and not module.random
+        if not follows and not isinstance(module, CustomFunction | GradientHook | WriteState):
+            return False  # a binarised or a normalised weight is a weight; batch norm and dropout are not
     return all(operand in known for operand in node.all_input_nodes) and not has_effect(node)
 
 

@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+
+from ffebm_compiler.runtime.block_graph import BlockGraph
 
 __all__ = [
     "FeedforwardBlock",
@@ -14,17 +16,18 @@ __all__ = [
     "ReboundBatchNorm",
     "ReboundDropout",
     "ReboundInstanceNorm",
+    "ReboundOperation",
 ]
 
 
-class FeedforwardBlock(fx.GraphModule):
+class FeedforwardBlock(BlockGraph):
     """A digital part: a graph of ordinary operations, differentiated by autograd.
 
     Parameters and buffers are operands, not attributes: the hybrid owns them.
     """
 
 
-class _Rebound(nn.Module):
+class ReboundOperation(nn.Module):
     """An operation that reads its flags from a module that it does not own.
 
     The reference is kept out of the registered submodules, so that the hybrid's `state_dict`
@@ -33,6 +36,7 @@ class _Rebound(nn.Module):
 
     operation: ClassVar[str] = ""
     """Name of the operation, for people."""
+    _is_impure = True  # fx must not take it for dead code: it may draw random numbers or count batches
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -49,8 +53,13 @@ class _Rebound(nn.Module):
         """Whether the owner is in train mode."""
         return self.owner.training
 
+    def follow(self, source: nn.Module, root: nn.Module) -> None:
+        """Let `root`, which stands for the source itself, be followed in its place."""
+        if self.__dict__["_owner"] is source:
+            self.__dict__["_owner"] = root
 
-class ReboundBatchNorm(_Rebound):
+
+class ReboundBatchNorm(ReboundOperation):
     """Batch norm, y = γ (x − m)/√(v + ε) + β, with the owner's flag, momentum and counter.
 
     In train mode (m, v) are the batch's and update the running statistics, as in
@@ -59,12 +68,14 @@ class ReboundBatchNorm(_Rebound):
 
     operation = "batch_norm"
 
-    def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float) -> None:
+    def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float, counts: bool = True) -> None:
         super().__init__(owner)
         self.always = always
         """The source normalises by the batch in eval mode too (no running statistics)."""
         self.momentum = momentum
         self.eps = eps
+        self.counts = counts
+        """It also counts the owner's batches, which are no operation of their own in the graph."""
 
     def forward(
         self,
@@ -78,7 +89,7 @@ class ReboundBatchNorm(_Rebound):
         training = self.always or self.active or mean is None
         update = self.active and mean is not None and not self.always
         momentum = self.momentum
-        counter = getattr(self.owner, "num_batches_tracked", None)
+        counter = getattr(self.owner, "num_batches_tracked", None) if self.counts else None
         if update and isinstance(counter, Tensor):
             counter.add_(1)
             if getattr(self.owner, "momentum", momentum) is None:
@@ -96,7 +107,7 @@ class ReboundBatchNorm(_Rebound):
         )
 
 
-class ReboundInstanceNorm(_Rebound):
+class ReboundInstanceNorm(ReboundOperation):
     """Instance norm with running statistics, with the owner's flag."""
 
     operation = "instance_norm"
@@ -120,7 +131,7 @@ class ReboundInstanceNorm(_Rebound):
         return F.instance_norm(x, mean, variance, weight, bias, use_input, self.momentum, self.eps)
 
 
-class ReboundDropout(_Rebound):
+class ReboundDropout(ReboundOperation):
     """Dropout, y = x · m/(1 − p) with m ~ Bernoulli(1 − p), in the owner's train mode."""
 
     operation = "dropout"
@@ -153,19 +164,20 @@ class ReboundDropout(_Rebound):
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-class ReboundAttention(_Rebound):
-    """Scaled dot-product attention with the owner's dropout rate in its train mode."""
+class ReboundAttention(ReboundOperation):
+    """Scaled dot-product attention with the source's dropout rate in the owner's train mode."""
 
     operation = "scaled_dot_product_attention"
 
-    def __init__(self, owner: nn.Module, rate: float, settings: dict[str, Any]) -> None:
+    def __init__(self, owner: nn.Module, rate: float, settings: dict[str, Any], eval_rate: float = 0.0) -> None:
         super().__init__(owner)
         self.rate = rate
+        self.eval_rate = eval_rate
         self.settings = settings
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """softmax(q kᵀ/√d + mask) v."""
-        rate = self.rate if self.active else 0.0
+        rate = self.rate if self.active else self.eval_rate
         attended: Tensor = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=rate, **self.settings
         )

@@ -186,9 +186,12 @@ def test_backward_hooks_of_modules_are_refused_by_name() -> None:
 
 def test_torch_is_left_as_it_was() -> None:
     before = torch.autograd.Function.__dict__["apply"], torch.Tensor.register_hook
+    for form in FORMS.values():
+        ffebm.plan(Net(form), torch.randn(5, 8))
     with pytest.raises(ffebm.FFEBMError):
         ffebm.convert(Net(lambda net, h: sign(h, 1.0)[: int(h.sum())]), torch.randn(5, 8))
     assert before == (torch.autograd.Function.__dict__["apply"], torch.Tensor.register_hook)
+    assert not list(torch.ops.ffebm_capture)
     assert "apply" not in vars(torch.autograd.function._SingleLevelFunction)
     value = torch.randn(3, requires_grad=True)
     Sign.apply(value, 10.0).sum().backward()

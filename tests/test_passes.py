@@ -26,6 +26,7 @@ from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
 from ffebm_compiler.passes.free_shapes import free_shapes
 from ffebm_compiler.passes.functionalize import functionalize
+from ffebm_compiler.passes.merge_modes import merge_modes
 from ffebm_compiler.passes.rebind import rebind
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
 from ffebm_compiler.runtime.frame import Frame
@@ -126,7 +127,7 @@ def test_rebind_binds_every_flag_to_the_source() -> None:
         torch.testing.assert_close(mine, theirs)
 
     encoder, tokens = transformer(dropout=0.25)
-    program = rebind(capture(encoder, (tokens,), {}))
+    program = rebind(merge_modes(capture(encoder, (tokens,), {})))
     modules = list(program.graph_module.modules())
     assert [m.rate for m in modules if isinstance(m, ReboundAttention)] == [0.25, 0.25]
     drops = [m for m in modules if isinstance(m, ReboundDropout)]

@@ -23,6 +23,7 @@ from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.steps import Operand, Step, Value
 from ffebm_compiler.runtime.feedforward import ReboundDropout
+from ffebm_compiler.runtime.modes import TrainingMask
 
 __all__ = ["MODULE_KEY", "Trace"]
 
@@ -84,7 +85,9 @@ class Trace:
                 return [known[result] for result in node.args[0]]
             if node.op == "placeholder":
                 continue
-            if node.op == "call_module" and isinstance(part.get_submodule(str(node.target)), ReboundDropout):
+            if node.op == "call_module" and isinstance(
+                part.get_submodule(str(node.target)), ReboundDropout | TrainingMask
+            ):
                 known[node] = known[node.args[0]]
                 continue
             known[node] = self.graph.node_copy(node, known.__getitem__)
@@ -169,6 +172,8 @@ def _evaluated(module: nn.Module) -> nn.Module:
     twin.__dict__ = dict(module.__dict__)
     if "_owner" in twin.__dict__:
         twin.__dict__["_owner"] = nn.Identity().eval()
+    if "_linked" in twin.__dict__:
+        twin.__dict__["_linked"] = tuple(nn.Identity().eval() for _ in twin.__dict__["_linked"])
     twin.training = False
     return twin
 

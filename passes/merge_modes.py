@@ -1,0 +1,333 @@
+"""Merge modes: the captures in eval and in train mode become one graph, with one plan.
+
+Where the captures agree there is one operation. Where they differ, a `ModeSwitch` runs the
+operations of the one or the other, following the flag of the module that asks for it; a factor
+that only train mode has, drawn from a shape (stochastic depth), is a `TrainingMask`.
+
+Promise: for each mode, the graph computes what that mode's capture computes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import fx, nn
+
+from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.passes.align_modes import FLAGS, align, is_size, operands
+from ffebm_compiler.passes.mode_parts import Piece, Side, is_effect, is_write, pieces_of, tensors_read
+from ffebm_compiler.passes.training_mask import mask_of, rate_of
+from ffebm_compiler.passes.unite_placeholders import unite_placeholders
+from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
+
+__all__ = ["TRAINING", "merge_modes"]
+
+TRAINING = "ffebm_training"
+"""Meta key of an operation that `rebind` knows: {index: argument} in the train-mode capture."""
+
+Value = tuple[fx.Node | None, fx.Node | None]
+
+
+def merge_modes(program: Program) -> Program:
+    """Take the capture in train mode, `program.training`, into the graph."""
+    training, program.training = program.training, None
+    if training is None:
+        return program
+    for one in (program, training):
+        one.graph.eliminate_dead_code()
+    for note in training.notes:
+        program.note(note)
+    return _Merge(program, training).run()
+
+
+class _Merge:
+    def __init__(self, program: Program, training: Program) -> None:
+        self.program, self.training = program, training
+        self.graph = program.graph
+        alignment = align(program, training, unite_placeholders(program, training))
+        self.twin, self.pairs, self.differences = alignment.twin, alignment.pairs, alignment.differences
+        self.index = {our: place for place, (our, _) in enumerate(self.pairs)}
+        self.outputs = [next(node for node in one.graph.nodes if node.op == "output") for one in (program, training)]
+        self.home: dict[fx.Node, Piece] = {}
+        self.order: dict[Piece, int] = {}
+        self.value: dict[Value, fx.Node] = {}
+        self.static: dict[fx.Node, bool] = {}
+        self.made = 0
+
+    def run(self) -> Program:
+        for our, their in self.pairs:
+            if our.target in FLAGS:
+                our.meta[TRAINING] = {i: their.args[i] if i < len(their.args) else None for i in FLAGS[our.target]}
+        same_outputs = self._same_outputs()
+        joins = self._joins(same_outputs)
+        pieces = self._pieces(joins)
+        self._results(pieces, joins)
+        if not same_outputs:
+            self._read_outputs()
+        ordered = sorted(self.order, key=lambda piece: (piece.place, self.order[piece]))
+        for piece in ordered:
+            self._build(piece)
+        self._rewrite_pairs()
+        self._rewrite_outputs(same_outputs)
+        for difference in reversed(self.differences):
+            for node in reversed(difference.evaluation):
+                if not node.users:
+                    self.graph.erase_node(node)
+        self.graph.lint()
+        return self.program
+
+    # -- what differs --------------------------------------------------------------------------
+
+    def _same_outputs(self) -> bool:
+        """Whether both modes return the same structure, so that each leaf is one output of the graph."""
+        ours, theirs = (list(node.args[0]) for node in self.outputs)
+        return (
+            self.program.out_spec.matches(self.training.out_spec)
+            and len(ours) == len(theirs)
+            and all(self._same_kind(a, b) for a, b in zip(ours, theirs, strict=True))
+        )
+
+    def _same_kind(self, ours: object, theirs: object) -> bool:
+        """Whether two leaves of the outputs can be one output of the graph."""
+        if not isinstance(ours, fx.Node) or not isinstance(theirs, fx.Node):
+            return not isinstance(ours, fx.Node) and not isinstance(theirs, fx.Node) and ours == theirs
+        return self.twin.get(theirs) is ours or (not is_size(ours) and not is_size(theirs))
+
+    def _joins(self, same_outputs: bool) -> dict[tuple[fx.Node, fx.Node], int]:
+        """Values that what reads them takes for one, though the modes compute them differently -> where first read."""
+        joins: dict[tuple[fx.Node, fx.Node], int] = {}
+        readers = list(self.pairs)
+        if same_outputs:
+            readers.append((self.outputs[0], self.outputs[1]))
+        for place, (our, their) in enumerate(readers):
+            for a, b in zip(operands(our), operands(their), strict=True):
+                if self.twin.get(b) is not a:
+                    joins.setdefault((a, b), place)
+        return joins
+
+    def _is_pair(self, node: fx.Node) -> bool:
+        return node in self.index or node in self.twin or node.op == "placeholder"
+
+    def _pieces(self, joins: Iterable[tuple[fx.Node, fx.Node]]) -> list[Piece]:
+        for one in (self.program, self.training):
+            for node in one.graph.nodes:
+                self.static[node] = (
+                    node.name not in one.inputs
+                    if node.op == "placeholder"
+                    else not is_size(node)
+                    and not _draws(node)
+                    and all(self.static[operand] for operand in node.all_input_nodes)
+                )
+        pieces = [
+            piece
+            for difference in self.differences
+            for piece in pieces_of(difference, list(joins), self.static, self._asked, self._is_pair)
+        ]
+        for piece in pieces:
+            self.order[piece] = len(self.order)
+            self.home.update(dict.fromkeys([*piece.evaluation, *piece.training], piece))
+        return pieces
+
+    def _results(self, pieces: list[Piece], joins: dict[tuple[fx.Node, fx.Node], int]) -> None:
+        """Say which values each piece hands out."""
+        for piece in pieces:
+            for node in piece.evaluation:
+                for operand in tensors_read(node, self._is_pair):
+                    self._single(operand, None, piece)
+            for node in piece.training:
+                for operand in tensors_read(node, self._is_pair):
+                    self._single(None, operand, piece)
+        for (a, b), place in joins.items():
+            host = max((self.home[n] for n in (a, b) if n in self.home), key=self.order.__getitem__, default=None)
+            if host is None or not self._before(a, host) or not self._before(b, host):
+                host = Piece(place, [], [])
+                self.order[host] = len(self.order)
+            host.results.append((a, b))
+            self._single(a, None, host)
+            self._single(None, b, host)
+
+    def _before(self, node: fx.Node, piece: Piece) -> bool:
+        """Whether a value is there when a piece runs."""
+        if node in self.home:
+            home = self.home[node]
+            return home is piece or (home.place, self.order[home]) < (piece.place, self.order[piece])
+        our = self.twin.get(node, node)
+        return our.op == "placeholder" or self.index[our] < piece.place
+
+    def _single(self, a: fx.Node | None, b: fx.Node | None, reader: Piece | None) -> None:
+        """Let a value of one mode out of its piece, for a reader elsewhere."""
+        node = a if a is not None else b
+        assert node is not None
+        home = self.home.get(node)
+        if home is not None and home is not reader and (a, b) not in home.results:
+            home.results.append((a, b))
+
+    def _read_outputs(self) -> None:
+        for a in operands(self.outputs[0]):
+            self._single(a, None, None)
+        for b in operands(self.outputs[1]):
+            self._single(None, b, None)
+
+    # -- building ------------------------------------------------------------------------------
+
+    def _ours(self, node: fx.Node) -> fx.Node:
+        """The merged node of a value of the eval-mode capture."""
+        return self.value[node, None] if node in self.home else node
+
+    def _theirs(self, node: fx.Node) -> fx.Node:
+        """The merged node of a value of the train-mode capture."""
+        return self.value[None, node] if node in self.home else self.twin[node]
+
+    def _build(self, piece: Piece) -> None:
+        if not piece.results and not any(
+            is_effect(one, node)
+            for one, nodes in ((self.program, piece.evaluation), (self.training, piece.training))
+            for node in nodes
+        ):
+            return
+        reads = [self._reads(piece, 0, self._ours), self._reads(piece, 1, self._theirs)]
+        owner = self._owner(piece)
+        anchor = self.pairs[piece.place][0] if piece.place < len(self.pairs) else self.outputs[0]
+        masked = mask_of(piece, reads, self.training)
+        given = list(dict.fromkeys(merged for side in reads for _, merged in side))
+        module: nn.Module
+        if masked is not None:
+            rate = rate_of(masked, reads[0][0][0].meta["val"].dim())
+            module = TrainingMask(self.program.source.get_submodule(owner), masked, self._reason(piece), rate)
+            given = [reads[0][0][1]]
+        else:
+            module = self._switch(piece, owner, reads, given)
+        name = f"mode_{self.made}"
+        self.made += 1
+        self.program.graph_module.add_submodule(name, module)
+        with self.graph.inserting_before(anchor):
+            self._call(piece, name, given)
+
+    def _reads(self, piece: Piece, side: int, merged: Callable[[fx.Node], fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+        """What a piece reads in one mode: the value in that mode's capture, and the merged node."""
+        nodes = (piece.evaluation, piece.training)[side]
+        wanted = [operand for node in nodes for operand in tensors_read(node, self._is_pair)]
+        wanted += [value for result in piece.results if (value := result[side]) is not None]
+        return [(node, merged(node)) for node in dict.fromkeys(wanted) if self.home.get(node) is not piece]
+
+    def _switch(
+        self, piece: Piece, owner: str, reads: list[list[tuple[fx.Node, fx.Node]]], given: list[fx.Node]
+    ) -> ModeSwitch:
+        parts, random, writes = [], False, False
+        for index, (program, nodes) in enumerate(((self.program, piece.evaluation), (self.training, piece.training))):
+            side = Side(program, len(given))
+            for node, merged in reads[index]:
+                side.bind(node, given.index(merged))
+            parts.append(side.finish(nodes, [result[index] for result in piece.results], len(piece.results) == 1))
+            random = random or any(_draws(node) for node in nodes)
+            writes = writes or any(is_write(program, node) for node in nodes)
+        owners = {path: self.program.source.get_submodule(path) for path in (owner, *self._linked(piece, owner))}
+        return ModeSwitch(owners, parts[0], parts[1], self._reason(piece), random, writes)
+
+    def _call(self, piece: Piece, name: str, given: list[fx.Node]) -> None:
+        """Call a piece's module, and note which node is which value."""
+        call = self.graph.call_module(name, tuple(given))
+        stack, values = self._stack(piece), [_meta(result) for result in piece.results]
+        if len(values) == 1:
+            call.meta = {"val": values[0], "nn_module_stack": stack}
+            self.value[piece.results[0]] = call
+            return
+        call.meta = {"val": tuple(values), "nn_module_stack": stack}
+        for index, result in enumerate(piece.results):
+            node = self.graph.call_function(operator.getitem, (call, index))
+            node.meta = {"val": values[index], "nn_module_stack": stack}
+            self.value[result] = node
+
+    def _asked(self, node: fx.Node) -> str:
+        """The innermost module around an operation whose flag the model's code reads."""
+        return self.program.asked(module_path(node))
+
+    def _owner(self, piece: Piece) -> str:
+        """The innermost such module around a piece."""
+        nodes = [*piece.training, *piece.evaluation]
+        nodes = nodes or [n for result in piece.results for n in result if n is not None]
+        return self.program.asked(_common([module_path(node) for node in nodes]))
+
+    def _linked(self, piece: Piece, owner: str) -> list[str]:
+        """The other modules whose flags must be the same: a capture has both or neither of what they do."""
+        homes = [self.home[node] for nodes in (piece.evaluation, piece.training) for node in nodes if node in self.home]
+        for side in (0, 1):
+            nodes = (piece.evaluation, piece.training)[side]
+            wanted = [operand for node in nodes for operand in tensors_read(node, self._is_pair)]
+            wanted += [value for result in piece.results if (value := result[side]) is not None]
+            homes += [self.home[node] for node in wanted if node in self.home]
+        asked = [self._asked(node) for home in homes for node in (*home.evaluation, *home.training)]
+        return [path for path in dict.fromkeys(asked) if path != owner]
+
+    def _stack(self, piece: Piece) -> object:
+        nodes = [*piece.training, *piece.evaluation, *(n for result in piece.results for n in result if n is not None)]
+        return nodes[0].meta.get("nn_module_stack", {})
+
+    def _reason(self, piece: Piece) -> str:
+        names = [_names(piece.evaluation), _names(piece.training)]
+        if not any(names):
+            return "it reads another value in train mode than in eval mode"
+        if not names[0]:
+            return f"train mode alone computes {names[1]}"
+        if not names[1]:
+            return f"eval mode alone computes {names[0]}"
+        return f"eval mode computes {names[0]}, train mode {names[1]}"
+
+    # -- rewriting -----------------------------------------------------------------------------
+
+    def _rewrite_pairs(self) -> None:
+        for our, their in self.pairs:
+            merged = iter([self._read(a, b) for a, b in zip(operands(our), operands(their), strict=True)])
+            our.args, our.kwargs = fx.map_arg((our.args, our.kwargs), _next_of(merged))
+
+    def _read(self, a: fx.Node, b: fx.Node) -> fx.Node:
+        return a if self.twin.get(b) is a else self.value[a, b]
+
+    def _rewrite_outputs(self, same_outputs: bool) -> None:
+        ours, theirs = self.outputs
+        if same_outputs:
+            merged = iter([self._read(a, b) for a, b in zip(operands(ours), operands(theirs), strict=True)])
+            ours.args = fx.map_arg(ours.args, lambda _: next(merged))
+            return
+        leaves = [fx.map_arg(leaf, self._ours) for leaf in ours.args[0]]
+        later = [fx.map_arg(leaf, self._theirs) for leaf in theirs.args[0]]
+        ours.args = ((*leaves, *later),)
+        self.program.outputs = len(leaves)
+        self.program.out_spec_in_training = self.training.out_spec
+
+
+def _next_of(nodes: Iterator[fx.Node]) -> Callable[[fx.Node], fx.Node]:
+    return lambda _: next(nodes)
+
+
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _meta(result: Value) -> object:
+    node = result[0] if result[0] is not None else result[1]
+    assert node is not None
+    return node.meta.get("val")
+
+
+def _names(nodes: list[fx.Node]) -> str:
+    names = [
+        str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else node.name
+        for node in nodes
+        if node.target is not operator.getitem
+    ]
+    kept = list(dict.fromkeys(names))
+    return ", ".join(kept[:4]) + (", ..." if len(kept) > 4 else "")
+
+
+def _common(paths: list[str]) -> str:
+    """The longest module path that all of these are in."""
+    split = [path.split(".") if path else [] for path in paths]
+    common: list[str] = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -1,0 +1,151 @@
+"""Mode parts: the differences of two captures as pieces, and each piece as one module.
+
+A piece holds operations of the one mode, of the other or of both that belong together: connected
+by their values, and all computed from parameters alone or none. Sizes are copied to where they are used.
+
+Promise: a piece's module computes, in each mode, what that mode's operations compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ffebm_compiler.ir import Program
+from ffebm_compiler.passes.align_modes import Difference, is_size, operands
+from ffebm_compiler.runtime.block_graph import BlockGraph
+from ffebm_compiler.runtime.feedforward import ReboundOperation
+from ffebm_compiler.runtime.state import WriteState
+
+__all__ = ["Piece", "Side", "is_effect", "is_write", "pieces_of", "tensors_read"]
+
+
+@dataclass(eq=False)
+class Piece:
+    """Operations of one difference that belong together."""
+
+    place: int
+    evaluation: list[fx.Node]
+    training: list[fx.Node]
+    results: list[tuple[fx.Node | None, fx.Node | None]] = field(default_factory=list)
+    """What is read outside: the value in eval mode and that in train mode, None where the mode has none."""
+
+
+def tensors_read(node: fx.Node, paired: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The values and paired sizes that a node depends on, through the sizes of its own mode."""
+    found: dict[fx.Node, None] = {}
+    pending = list(reversed(operands(node)))
+    while pending:
+        operand = pending.pop()
+        if is_size(operand) and not paired(operand):
+            pending.extend(reversed(operands(operand)))
+        else:
+            found[operand] = None
+    return list(found)
+
+
+def is_effect(program: Program, node: fx.Node) -> bool:
+    """Whether an operation draws random numbers or writes state."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+    if node.op != "call_module":
+        return False
+    return isinstance(program.graph_module.get_submodule(str(node.target)), ReboundOperation | WriteState)
+
+
+def is_write(program: Program, node: fx.Node) -> bool:
+    """Whether an operation writes a parameter or buffer of the source."""
+    return node.op == "call_module" and isinstance(program.graph_module.get_submodule(str(node.target)), WriteState)
+
+
+def pieces_of(
+    difference: Difference,
+    joined: list[tuple[fx.Node, fx.Node]],
+    static: Mapping[fx.Node, bool],
+    owner: Callable[[fx.Node], str],
+    paired: Callable[[fx.Node], bool],
+) -> list[Piece]:
+    """Split a difference, in an order in which the pieces can run.
+
+    Args:
+        difference: what is split.
+        joined: values of the two modes that are one value to what reads them.
+        static: whether a value is computed from parameters alone.
+        owner: path of the module whose flag an operation follows.
+        paired: whether a node is of both modes.
+    """
+    import networkx
+
+    nodes = [node for node in (*difference.evaluation, *difference.training) if not is_size(node)]
+    flow: networkx.DiGraph[fx.Node] = networkx.DiGraph()
+    flow.add_nodes_from(nodes)
+    flow.add_edges_from(
+        (operand, node)
+        for node in nodes
+        for operand in tensors_read(node, paired)
+        if operand in flow and operand != node
+    )
+    together: networkx.Graph[fx.Node] = networkx.Graph()
+    together.add_nodes_from(nodes)
+    links = [*flow.edges, *((one, other) for one, other in joined if one in flow and other in flow)]
+    together.add_edges_from(
+        (one, other) for one, other in links if static[one] == static[other] and owner(one) == owner(other)
+    )
+    group = {node: place for place, held in enumerate(networkx.connected_components(together)) for node in held}
+    between: networkx.DiGraph[int] = networkx.DiGraph()
+    between.add_nodes_from(group.values())
+    between.add_edges_from((group[one], group[other]) for one, other in flow.edges if group[one] != group[other])
+    merged = networkx.condensation(between)
+    # What is computed from parameters alone comes first where it can; then the order of the captures decides.
+    order = {node: index for index, node in enumerate(difference.training)}
+    order |= {node: index for index, node in enumerate(difference.evaluation) if node not in order}
+    members = {place: {node for node in nodes if group[node] in merged.nodes[place]["members"]} for place in merged}
+    rank = {
+        place: (not all(static[node] for node in held), min(order[node] for node in held), min(map(str, held)))
+        for place, held in members.items()
+    }
+    return [
+        Piece(
+            difference.place,
+            [node for node in difference.evaluation if node in members[place]],
+            [node for node in difference.training if node in members[place]],
+        )
+        for place in networkx.lexicographical_topological_sort(merged, key=rank.__getitem__)
+    ]
+
+
+class Side:
+    """The operations of a piece in one mode, as a graph of its own."""
+
+    def __init__(self, program: Program, operands_count: int) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.placeholders = [self.graph.placeholder(f"operand_{index}") for index in range(operands_count)]
+
+    def bind(self, node: fx.Node, index: int) -> None:
+        """Say which operand a value of this mode is."""
+        self.env[node] = self.placeholders[index]
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """The local node of a value; a size is computed here."""
+        if node not in self.env:
+            self.env[node] = self.graph.node_copy(node, self.value)
+            self.env[node].meta = dict(node.meta)
+            if node.op == "call_module":
+                self.root.add_module(str(node.target), self.program.graph_module.get_submodule(str(node.target)))
+        return self.env[node]
+
+    def finish(self, nodes: list[fx.Node], results: list[fx.Node | None], single: bool) -> fx.GraphModule:
+        """The module that gives `results`; a single one as it is."""
+        for node in nodes:
+            self.value(node)
+        values: list[Any] = [None if node is None else self.value(node) for node in results]
+        self.graph.output(values[0] if single else tuple(values))
+        self.graph.lint()
+        return BlockGraph(self.root, self.graph, "Mode")

@@ -1,0 +1,85 @@
+"""Who reads `training`: the modules whose forward may compute something else in train mode.
+
+While the model is traced, every read of a module's flag is noted with the code that read it. A
+read by torch's own dropout or batch norm needs no second capture: `rebind` follows their flags.
+
+Promise: a model none of whose modules `asks` computes the same in both modes, but for operations
+that are re-bound; `nn.Module` is left as it was found.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import CodeType
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+__all__ = ["TrainingReads", "is_rebound", "training_reads"]
+
+_REBOUND = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    _BatchNorm,
+    _InstanceNorm,
+)
+_FORWARDS: dict[CodeType, str] = {
+    **{kind.forward.__code__: "" for kind in (*_REBOUND, nn.SyncBatchNorm)},
+    _InstanceNorm._apply_instance_norm.__code__: "",
+    # These read it for a fused path that tracing turns off, and hand it to dropout.
+    nn.MultiheadAttention.forward.__code__: "dropout",
+    nn.TransformerEncoderLayer.forward.__code__: "",
+    nn.TransformerEncoder.forward.__code__: "",
+    nn.RNN.forward.__code__: "dropout",
+    nn.LSTM.forward.__code__: "dropout",
+    nn.GRU.forward.__code__: "dropout",
+}
+"""Code that reads the flag without need of a second capture -> the attribute that must be zero for that."""
+
+
+def is_rebound(module: nn.Module) -> bool:
+    """Whether a module's whole forward is one operation that `rebind` makes follow its flag."""
+    code = getattr(type(module).forward, "__code__", None)
+    return any(code is kind.forward.__code__ for kind in (*_REBOUND, nn.SyncBatchNorm))
+
+
+@dataclass
+class TrainingReads:
+    """The modules whose flag was read."""
+
+    asks: set[nn.Module] = field(default_factory=set)
+    """Read by code that may do anything with it."""
+
+    def note(self, module: nn.Module, code: CodeType) -> None:
+        """A read of a module's flag by a function."""
+        rate = _FORWARDS.get(code)
+        if rate is None or (rate and bool(getattr(module, rate))):
+            self.asks.add(module)
+
+
+@contextmanager
+def training_reads() -> Iterator[TrainingReads]:
+    """Note every read of a module's `training` while the context is open."""
+    reads = TrainingReads()
+
+    def read(module: nn.Module) -> bool:
+        flag: bool = module.__dict__["training"]
+        reads.note(module, sys._getframe(1).f_code)
+        return flag
+
+    def write(module: nn.Module, flag: bool) -> None:
+        module.__dict__["training"] = flag
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield reads
+    finally:
+        del nn.Module.training

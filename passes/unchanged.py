@@ -1,0 +1,145 @@
+"""Unchanged: what a forward may change without being seen, kept as it was while something is measured.
+
+Promise: after each of these contexts, however it ends, what it names is what it was before.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Attributes", "attributes_unchanged", "generators_unchanged", "tensors_unchanged"]
+
+
+@contextmanager
+def generators_unchanged() -> Iterator[None]:
+    """The states of torch's, Python's and numpy's default random generators."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    numpy: Any = sys.modules.get("numpy")
+    ours, theirs = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(ours)
+        if numpy is not None:
+            numpy.random.set_state(theirs)
+
+
+@contextmanager
+def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """The contents of tensors that are written in place."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, content in before:
+                if not torch.equal(tensor, content):  # batch norm leaves the version counters of its statistics alone
+                    tensor.copy_(content)
+
+
+class Attributes:
+    """The Python attributes of a module and its submodules, as they are now."""
+
+    def __init__(self, source: nn.Module) -> None:
+        self.modules = dict(source.named_modules())
+        self.before = {name: _own(module) for name, module in self.modules.items()}
+        self.registered = {
+            name: (dict(module._parameters), dict(module._buffers)) for name, module in self.modules.items()
+        }
+        self.contents = {
+            name: {key: _content(value) for key, value in own.items()} for name, own in self.before.items()
+        }
+
+    def changed(self) -> list[str]:
+        """Names of the attributes that are others now, or hold something else."""
+        found = []
+        for name, module in self.modules.items():
+            now, before = _own(module), self.before[name]
+            for key in dict.fromkeys([*before, *now]):
+                same = key in now and key in before and _same(before[key], now[key])
+                if not same or not _same_content(self.contents[name][key], _content(now[key])):
+                    found.append(f"{name}.{key}" if name else key)
+        return found
+
+    def restore(self) -> None:
+        """Give the modules back what they had."""
+        for name, module in self.modules.items():
+            for present, known in zip((module._parameters, module._buffers), self.registered[name], strict=True):
+                if list(present) != list(known) or any(present[key] is not known[key] for key in known):
+                    present.clear()  # forward assigned a buffer, or made one
+                    present.update(known)
+            now, before = _own(module), self.before[name]
+            for key in now:
+                if key not in before:
+                    del module.__dict__[key]
+            for key, value in before.items():
+                if now.get(key) is not value:
+                    module.__dict__[key] = value
+                content = self.contents[name][key]
+                if content is not None and not _same_content(content, _content(value)):
+                    _refill(value, content)
+
+
+@contextmanager
+def attributes_unchanged(source: nn.Module) -> Iterator[Attributes]:
+    """The Python attributes of a module, and the contents of the lists and dictionaries among them."""
+    attributes = Attributes(source)
+    try:
+        yield attributes
+    finally:
+        attributes.restore()
+
+
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _OF_TORCH and key != "training"}
+
+
+def _content(value: Any) -> Any:
+    """A shallow copy of what a container holds; None for anything else."""
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, list | set):
+        return list(value)
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    plain = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, tuple)
+    return type(one) is type(other) and isinstance(one, plain) and _equal(one, other)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # tuples of tensors
+        return False
+
+
+def _same_content(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return one is other
+    if len(one) != len(other):
+        return False
+    pairs = zip(one, other, strict=True)
+    return all(_same(a[1], b[1]) if isinstance(a, tuple) and len(a) == 2 else _same(a, b) for a, b in pairs)
+
+
+def _refill(container: Any, content: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)

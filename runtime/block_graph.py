@@ -1,0 +1,98 @@
+"""A graph module whose pickle holds its nodes.
+
+`torch.fx` pickles code and traces it again when it is opened. A call without tensors among its
+arguments (`rand`) is then executed and becomes a constant, and a function of this package is traced
+into. Here the nodes themselves are stored; their metadata, which holds the tracer's tensors, is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+__all__ = ["BlockGraph"]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A reference to the node at this place."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class _Overload:
+    """A torch operator, by name."""
+
+    namespace: str
+    name: str
+    overload: str
+
+    @classmethod
+    def of(cls, overload: torch._ops.OpOverload) -> _Overload:
+        namespace, name = overload._schema.name.split("::")
+        return cls(namespace, name, overload._overloadname)
+
+    def operator(self) -> Any:
+        return getattr(getattr(getattr(torch.ops, self.namespace), self.name), self.overload)
+
+
+class BlockGraph(fx.GraphModule):
+    """An `fx.GraphModule` that survives `torch.save` and pickle as it is."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The nodes, the submodules and the constants."""
+        places = {node: place for place, node in enumerate(self.graph.nodes)}
+        nodes = [
+            (
+                node.op,
+                node.name,
+                _Overload.of(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target,
+                *_referred((node.args, dict(node.kwargs)), places),
+            )
+            for node in self.graph.nodes
+        ]
+        kind = next(
+            cls for cls in type(self).__mro__ if "<locals>" not in cls.__qualname__
+        )  # each has a class of its own
+        state = (
+            dict(self._modules),
+            dict(self._buffers),
+            set(self._non_persistent_buffers_set),
+            self.training,
+            list(self.__dict__.get("_deepcopy_hooks", ())),
+        )
+        return _rebuilt, (kind, type(self).__name__, nodes, state)
+
+
+def _referred(arguments: Any, places: dict[fx.Node, int]) -> Any:
+    return fx.node.map_aggregate(
+        arguments,
+        lambda value: _Node(places[value]) if isinstance(value, fx.Node) else value,  # type: ignore[arg-type,return-value]
+    )
+
+
+def _rebuilt(kind: type[BlockGraph], name: str, nodes: list[Any], state: tuple[Any, ...]) -> BlockGraph:
+    modules, buffers, temporary, training, hooks = state
+    root = nn.Module()
+    for key, module in modules.items():
+        root.add_module(key, module)
+    for key, buffer in buffers.items():
+        root.register_buffer(key, buffer, persistent=key not in temporary)
+    graph = fx.Graph()
+    made: list[fx.Node] = []
+    for op, label, target, args, kwargs in nodes:
+        known = target.operator() if isinstance(target, _Overload) else target
+        here = fx.node.map_aggregate(
+            (args, kwargs), lambda value: made[value.place] if isinstance(value, _Node) else value
+        )
+        made.append(graph.create_node(op, known, here[0], here[1], name=label))
+    module = kind(root, graph, name)
+    module._non_persistent_buffers_set.update(temporary)
+    module.training = training
+    for hook in hooks:
+        module._register_deepcopy_hook(hook)
+    return module

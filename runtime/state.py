@@ -1,0 +1,36 @@
+"""State that a forward writes: counters, moving averages, the vectors of spectral norm, renormalised weights."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WriteState"]
+
+
+class WriteState(nn.Module):
+    """Write a value into a parameter or buffer of the source, as its forward does.
+
+    What is read afterwards is the result: the parameter itself, which has its gradient, or the value
+    written to a buffer.
+    """
+
+    operation: ClassVar[str] = "write_state"
+    _is_impure = True  # fx must not take it for dead code
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    @property
+    def reason(self) -> str:
+        """Why the operation is digital, as a sentence fragment."""
+        return f"it writes {self.name!r}, the model's own state"
+
+    def forward(self, state: Tensor, value: Tensor, *before: Tensor) -> Tensor:
+        """`state` with `value` in it; `before` was computed from the state as it was."""
+        with torch.no_grad():
+            state.copy_(value)
+        return state if state.requires_grad else value

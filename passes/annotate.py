@@ -76,6 +76,10 @@ def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo
         if kind:
             return NodeInfo(Role.WIRING, path, f"linear without weights ({kind})", kind)
     activation = activation_of(node)
+    if activation is not None and any(
+        isinstance(operand, fx.Node) and info(operand).role not in _FIXED for operand in node.args[1:]
+    ):
+        return NodeInfo(Role.DIGITAL, path, f"a parameter of {activation.name} depends on the input")
     if activation is not None:
         return NodeInfo(Role.ACTIVATION, path, f"{activation.name} has an energy potential", activation.name)
     return NodeInfo(Role.DIGITAL, path, digital_reason(node, static))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ffebm_compiler.runtime import activations
-from ffebm_compiler.runtime.activations import Activation, QuickGELU, Softsign, quick_gelu
+from ffebm_compiler.runtime.activations import Activation, PReLU, QuickGELU, Softsign, quick_gelu
 from ffebm_compiler.runtime.contraction import contraction, letters_of
 
 __all__ = [
@@ -228,6 +228,8 @@ def activation_of(node: fx.Node) -> Activation | None:
     """The activation that a node applies, or None."""
     if not node.args or not isinstance(node.args[0], fx.Node) or not _floating(node):
         return None
+    if node.target is aten.prelu.default:
+        return PReLU()
     if node.target in _RECOGNISED:
         return _RECOGNISED[node.target]
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -92,6 +92,7 @@ class _Builder:
                     tuple(instructions),
                     where,
                     register[state],
+                    tuple(self.weights.setdefault(w, len(self.weights)) for w in _parameters(state)),
                 )
             )
         readout: list[Instruction] = []
@@ -221,8 +222,17 @@ class _Builder:
         return len(sizes) == 1 and "" not in sizes and not any(_mixes_leading(node) for node in self.nodes)
 
 
+def _parameters(node: fx.Node) -> list[fx.Node]:
+    """The parameters of an activation."""
+    if info(node).role is not Role.ACTIVATION:
+        return []
+    return [operand for operand in node.args[1:] if isinstance(operand, fx.Node)]
+
+
 def _value_operands(node: fx.Node) -> list[fx.Node]:
-    """The operands of a node that are values: all but a layer's weight and bias."""
+    """The operands of a node that are values: all but weights, biases and an activation's parameters."""
+    if info(node).role is Role.ACTIVATION:
+        return [node.args[0]]  # type: ignore[list-item]
     if info(node).role is Role.WEIGHT:
         return [WEIGHTS[node.target].operands(node)[0]]
     return list(node.all_input_nodes) if node.target is not aten.cat.default else list(node.args[0])  # type: ignore[arg-type]

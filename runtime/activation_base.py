@@ -8,7 +8,7 @@ runs on devices that have no float64), and none of them multiplies 0 by ∞ or s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import inf
 
@@ -37,6 +37,14 @@ class Activation(ABC):
     parameters are their fields, they are hashable and compare by value. All methods are elementwise and
     keep shape and dtype.
     """
+
+    def bound(self, parameters: Sequence[Tensor]) -> Activation:
+        """The activation at the present values of its parameters, which are weights of the block."""
+        return self
+
+    def parameter_gradients(self, h: Tensor, force: Tensor) -> list[Tensor]:
+        """Σ force · ∂σ(h)/∂parameter, for each parameter."""
+        return []
 
     @property
     @abstractmethod

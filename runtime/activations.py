@@ -13,6 +13,7 @@ import torch
 
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.activation_base import Activation
+from ffebm_compiler.runtime.activations_learned import PReLU
 from ffebm_compiler.runtime.activations_piecewise import (
     CELU,
     ELU,
@@ -54,6 +55,7 @@ __all__ = [
     "LeakyReLU",
     "LogSigmoid",
     "Mish",
+    "PReLU",
     "QuickGELU",
     "ReLU",
     "SiLU",
@@ -103,6 +105,12 @@ def _clamp(lo: float | None, hi: float | None) -> Activation:
     return Clamp(-inf if lo is None else lo, inf if hi is None else hi)
 
 
+def _rrelu(lower: float, upper: float, training: float = 0.0, generator: object = None) -> Activation:
+    if training:
+        raise InputError("the slopes of a random leaky ReLU in train mode are drawn anew at every call")
+    return LeakyReLU((lower + upper) / 2)
+
+
 # ATen operator -> activation, given the arguments after the tensor in the order of the operator's schema.
 _FROM_ATEN: dict[str, Callable[..., Activation]] = {
     "relu": ReLU,
@@ -112,6 +120,7 @@ _FROM_ATEN: dict[str, Callable[..., Activation]] = {
     "clamp_min": lambda lo: Clamp(lo=lo),
     "clamp_max": lambda hi: Clamp(hi=hi),
     "leaky_relu": LeakyReLU,
+    "rrelu": _rrelu,
     "softshrink": Softshrink,
     "hardsigmoid": Hardsigmoid,
     "hardswish": Hardswish,

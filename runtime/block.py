@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import FFEBMError, InputError
+from ffebm_compiler.runtime.activations import Activation
 from ffebm_compiler.runtime.chaining import Settle
 from ffebm_compiler.runtime.energy import hopfield_energy
 from ffebm_compiler.runtime.frame import Frame
@@ -68,6 +69,7 @@ class EnergyBlock(nn.Module):
         self._coupled = program.coupled  # a plain bool: torch.compile would guard on the whole program
         self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()
+        self._activations: tuple[Activation, ...] = ()
         self._shapes: dict[int, torch.Size] = {}
 
     @property
@@ -100,12 +102,14 @@ class EnergyBlock(nn.Module):
         """States of the last forward, detached; empty before the first."""
         if not self._preactivations:
             return self._states
-        layers = self.program.layers
-        return tuple(layer.activation.value(field) for layer, field in zip(layers, self._preactivations, strict=True))
+        return tuple(sigma.value(field) for sigma, field in zip(self._activations, self._preactivations, strict=True))
 
     def remember(self, frame: Frame, preactivations: Sequence[Tensor]) -> None:
         """Keep what the states of this forward follow from: it is in memory anyway, for the gradient."""
         self._preactivations = tuple(field.detach() for field in preactivations)
+        kept = {index for layer in self.program.layers for index in layer.parameters}
+        weights = [w.detach().clone() if w is not None and k in kept else None for k, w in enumerate(frame.weights)]
+        self._activations = Frame(self.program, (), weights).activations
         self._shapes = dict(frame.shapes)
 
     def _start(self, frame: Frame) -> tuple[Tensor, ...] | None:

@@ -65,8 +65,10 @@ class Settle(torch.autograd.Function):
         frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
         preactivations = tuple(value for value in saved[count + layers :] if value is not None)
         states = tuple(
-            layer.activation.value(field) if state is None else state
-            for layer, state, field in zip(program.layers, saved[count : count + layers], preactivations, strict=True)
+            sigma.value(field) if state is None else state
+            for sigma, state, field in zip(
+                frame.activations, saved[count : count + layers], preactivations, strict=True
+            )
         )
         errors: list[Tensor | None] = [None] * layers
         for index, error in zip(program.visible, visible, strict=True):

@@ -38,12 +38,12 @@ def hopfield_energy(
         UnsupportedError: for a non-monotone activation without pre-activations.
     """
     total: Tensor | None = None
-    for index, layer in enumerate(frame.program.layers):
+    for index, activation in enumerate(frame.activations):
         state = states[index]
-        if preactivations is not None and not layer.activation.monotone:
-            potential = layer.activation.energy_of_preactivation(preactivations[index]).sum()
+        if preactivations is not None and not activation.monotone:
+            potential = activation.energy_of_preactivation(preactivations[index]).sum()
         else:
-            potential = layer.activation.potential(state).sum()
+            potential = activation.potential(state).sum()
         term = scales[index] * (potential - (state * frame.drive(index, states)).sum())
         total = term if total is None else total + term
     assert total is not None

@@ -95,9 +95,9 @@ class EquilibriumPropagation(Estimator):
         mean = [_weighted(parts, betas) for parts in zip(*found, strict=True)]
         currents = _scaled(mean, restored)
         if not any(isinstance(beta, complex) for beta, _ in betas):
-            gradients = contract(at, currents, self._middle(at, found))
+            gradients = contract(at, currents, self._middle(at, found), errors)
         else:
-            gradients = contract(at, currents, at.states)
+            gradients = contract(at, currents, at.states, errors)
             for (beta, share), moved in zip(betas, found, strict=True):
                 _second_order(at, gradients, moved, _scaled(moved, restored), beta * share)
         gradients.sweeps = sweeps

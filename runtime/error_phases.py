@@ -84,9 +84,8 @@ class AdjointPhase(_ErrorPhase):
         slopes: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__(frame, scales, preactivations, drives)
-        layers = frame.program.layers
         self.slopes = (
-            [layer.activation.derivative(h) for layer, h in zip(layers, preactivations, strict=True)]
+            [sigma.derivative(h) for sigma, h in zip(frame.activations, preactivations, strict=True)]
             if slopes is None
             else list(slopes)
         )
@@ -131,10 +130,9 @@ class NudgedPhase(_ErrorPhase):
         self._single, self._given = frame, tuple(drives)
         super().__init__(frame.repeated(self.parts), scales, preactivations, self._placed(drives))
         self.samples = frame.samples
-        layers = frame.program.layers
         self._steppers = [
-            [_stepper(layer.activation, h, beta / scale) for beta in betas]
-            for layer, h, scale in zip(layers, preactivations, scales, strict=True)
+            [_stepper(sigma, h, beta / scale) for beta in betas]
+            for sigma, h, scale in zip(frame.activations, preactivations, scales, strict=True)
         ]
 
     def _placed(self, drives: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -204,7 +202,7 @@ class NudgedPhase(_ErrorPhase):
     def response(self) -> AdjointPhase:
         """With σ' at the settled state: exact but for the kinks that the nudge crosses."""
         layers = self.frame.program.layers
-        slopes = [layer.activation.derivative(h) for layer, h in zip(layers, self.preactivations, strict=True)]
+        slopes = [sigma.derivative(h) for sigma, h in zip(self.frame.activations, self.preactivations, strict=True)]
         if self.parts > 1:
             slopes = [slope.repeat(self.parts, *[1] * (slope.dim() - 1)) for slope in slopes]
         return AdjointPhase(self.frame, self.scales, self.preactivations, [None] * len(layers), slopes)

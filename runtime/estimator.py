@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ffebm_compiler.runtime.error_phases import AdjointPhase
 from ffebm_compiler.runtime.situation import Situation
 
 __all__ = ["Estimator", "Gradients", "contract"]
@@ -45,8 +46,15 @@ class Estimator(ABC):
         """Gradients from δ_l = ∂L/∂s_l, one per layer, None where the loss does not see it."""
 
 
-def contract(at: Situation, currents: Sequence[Tensor | None], middle: Sequence[Tensor]) -> Gradients:
-    """The contraction of the module's docstring; `currents` are e = −u."""
+def contract(
+    at: Situation, currents: Sequence[Tensor | None], middle: Sequence[Tensor], errors: Sequence[Tensor | None]
+) -> Gradients:
+    """The contraction of the module's docstring; `currents` are e = −u, `errors` are δ.
+
+    A parameter a of an activation has the gradient Σ −K_l ∂σ_l/∂a, with the force K_l that e answers:
+    −K_l = δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k. For equilibrium propagation it is the limit
+    β → 0 of the contrast of ∂E_l/∂a = −c_l ∂Λ_l/∂a.
+    """
     frame, program = at.frame, at.frame.program
     weights: list[Tensor | None] = [None] * program.weights
     inputs: list[Tensor | None] = [None] * program.inputs
@@ -77,7 +85,29 @@ def contract(at: Situation, currents: Sequence[Tensor | None], middle: Sequence[
                 bias=False,
                 factor=ratio,
             )
+    if wants_weights and any(layer.parameters for layer in program.layers):
+        _parameters(at, currents, errors, weights)
     return Gradients(
         [g if n else None for g, n in zip(inputs, at.inputs_needed, strict=True)],
         [g if n else None for g, n in zip(weights, at.weights_needed, strict=True)],
     )
+
+
+def _parameters(
+    at: Situation,
+    currents: Sequence[Tensor | None],
+    errors: Sequence[Tensor | None],
+    weights: list[Tensor | None],
+) -> None:
+    """Add the gradients of the activations' parameters."""
+    phase = AdjointPhase(at.frame, at.scales, at.preactivations, errors)
+    for index, current in enumerate(currents):
+        phase.store(index, current)
+    for index, layer in enumerate(at.frame.program.layers):
+        force = phase.force(index) if layer.parameters else None
+        if force is None:
+            continue
+        found = at.frame.activations[index].parameter_gradients(at.preactivations[index], force)
+        for place, gradient in zip(layer.parameters, found, strict=True):
+            present = weights[place]
+            weights[place] = gradient if present is None else present + gradient

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.program import BlockProgram, Instruction
+from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.program import BlockProgram, Instruction, Layer
 
 __all__ = ["Frame", "take_rows"]
 
@@ -39,6 +40,12 @@ class Frame:
         self.coarse = False
         """Whether products of what depends on states are computed in bfloat16."""
         self._rounded: dict[int, Tensor] = {}
+        self.activations = tuple(self._bound(layer) for layer in program.layers)
+        """σ_l, at the present values of its parameters."""
+
+    def _bound(self, layer: Layer) -> Activation:
+        found = [self.weights[index] for index in layer.parameters]
+        return layer.activation.bound([value for value in found if value is not None]) if found else layer.activation
 
     @property
     def samples(self) -> int | None:

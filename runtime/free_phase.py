@@ -29,10 +29,10 @@ class FreePhase(Phase):
         self._drives: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._updates = 0
         if start is None:
-            for index, layer in enumerate(frame.program.layers):
+            for index, activation in enumerate(frame.activations):
                 drive = self._drive(index)
                 self.preactivations[index] = drive
-                self.store(index, layer.activation.value(drive))
+                self.store(index, activation.value(drive))
         elif not frame.evaluated:
             for index in range(count):  # shapes, and the winners of max pooling, at these states
                 self._drive(index)
@@ -67,7 +67,7 @@ class FreePhase(Phase):
         for later, part in self.pulled(index):
             field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])
         self.preactivations[index] = field
-        return self.frame.program.layers[index].activation.value(field)
+        return self.frame.activations[index].value(field)
 
     def refine(self) -> None:
         """Forget what was computed in bfloat16."""

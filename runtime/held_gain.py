@@ -21,7 +21,7 @@ from ffebm_compiler.errors import FFEBMWarning, InputError
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.layout import laid_out
-from ffebm_compiler.runtime.loop_gain import MARGIN, Certificate, certificate_at, certify, edge_norms, mask_gain
+from ffebm_compiler.runtime.loop_gain import MARGIN, Certificate, certificate_at, certify, edge_gain, edge_norms
 from ffebm_compiler.runtime.program import BlockProgram
 from ffebm_compiler.runtime.tracked_norms import TrackedNorms
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
@@ -195,7 +195,7 @@ class HeldGain:
     def _measure(self, weights: Sequence[Tensor | None], converge: bool) -> None:
         with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):
             frame = self._frame(weights)
-            norms = [(k, m, norm * mask_gain(self.program, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
+            norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
             if converge:  # both approach the norm from below
                 lanczos = edge_norms(*self._evaluated(weights))
                 norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]

@@ -59,13 +59,13 @@ class ImplicitDifferentiation(Estimator):
             goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
             solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)
             if solution is not None:
-                gradients = contract(at, solution, at.states)
+                gradients = contract(at, solution, at.states, errors)
                 gradients.sweeps = steps
                 return gradients
         # Driven by +δ the system gives e = −u at once.
         phase = AdjointPhase(at.frame, at.scales, at.preactivations, errors)
         settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
-        gradients = contract(at, phase.values, at.states)
+        gradients = contract(at, phase.values, at.states, errors)
         gradients.sweeps = settled.sweeps
         return gradients
 

@@ -35,9 +35,9 @@ __all__ = [
     "Certificate",
     "certificate_at",
     "certify",
+    "edge_gain",
     "edge_norms",
     "gain_for",
-    "mask_gain",
     "radius",
     "scales_for",
 ]
@@ -91,21 +91,29 @@ class Certificate:
 
 
 def edge_norms(frame: Frame, like: Sequence[Tensor]) -> tuple[tuple[int, int, float], ...]:
-    """‖J_{ml}‖₂ of every edge of a block, on states shaped like `like`."""
+    """‖J_{ml}‖₂ of every edge of a block, on states shaped like `like`, times its `edge_gain`."""
     program = frame.program
     result = []
     for later, leaves in enumerate(program.upstream):
-        gain = mask_gain(program, later)
         for earlier in leaves:
+            gain = edge_gain(frame, earlier, later)
             result.append((earlier, later, gain * _norm(frame, earlier, later, like[earlier])))
     return tuple(result)
 
 
-def mask_gain(program: BlockProgram, later: int) -> float:
-    """Factor by which random masks may raise the norm of a layer's drive above the one measured without them."""
+def edge_gain(frame: Frame, earlier: int, later: int) -> float:
+    """Factor on the norm of an edge: what random masks may add to it, and learned slopes above 1.
+
+    A learned slope moves with the weights. √(Lip σ_l Lip σ_m) of present slopes, beyond what the program's own
+    activations say, is counted here, so that the certificate follows it.
+    """
     gain = 1.0
-    for instruction in program.layers[later].instructions:
+    for instruction in frame.program.layers[later].instructions:
         gain = instruction.operator.gain(gain)
+    for index in (earlier, later):
+        layer = frame.program.layers[index]
+        if layer.parameters:
+            gain *= math.sqrt(frame.activations[index].lipschitz / layer.activation.lipschitz)
     return gain
 
 

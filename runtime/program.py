@@ -42,6 +42,8 @@ class Layer:
     """Register of the drive."""
     state: int
     """Register of the state."""
+    parameters: tuple[int, ...] = ()
+    """The weights of the block that are parameters of the activation."""
 
 
 @dataclass(frozen=True)

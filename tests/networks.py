@@ -30,6 +30,7 @@ __all__ = [
     "Projections",
     "Residual",
     "Skip",
+    "Slopes",
     "Tied",
     "converted",
     "dchn",
@@ -220,6 +221,21 @@ class Convolutions(nn.Module):
         s = self.activation(self.b(s))
         s = self.activation(self.c(s))
         return self.head(self.pool(s).flatten(1))
+
+
+class Slopes(nn.Module):
+    """Learned slopes, negative ones too, behind convolutions of one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(36, 3)
+        self.first, self.second, self.third = nn.PReLU(4), nn.PReLU(), nn.PReLU(3)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([0.3, -0.7, 1.4, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.second(self.b(self.first(self.a(x))))
+        return self.third(self.c(s.flatten(1)))
 
 
 class Experts(nn.Module):

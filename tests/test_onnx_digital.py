@@ -53,6 +53,8 @@ NETWORKS: dict[str, tuple[Callable[[], tuple[ffebm.HybridModel, Tensor]], int]] 
     "transformer": (lambda: _default(lambda: networks.transformer(0.1)), 0),
     "sequence_first": (_sequence_first, 1),
     "mlp": (lambda: _default(networks.mlp), 0),
+    "slopes": (lambda: _default(lambda: (networks.seeded(networks.Slopes).eval(), networks.noise(3, 2, 5, 5))), 0),
+    "experts": (lambda: networks.converted("experts", nn.Tanh), 0),
 }
 
 
@@ -146,7 +148,7 @@ def test_every_file_is_checked_small_and_without_paths(exported: Any) -> None:
     name, _, _, _, folder = exported
     files = sorted(file.name for file in folder.iterdir())
     assert [file for file in files if file.endswith(".data")] == []
-    assert (name == "mlp") == (not any(file.endswith(".onnx") for file in files))
+    assert (name in ("mlp", "slopes")) == (not any(file.endswith(".onnx") for file in files))
     for file in folder.glob("*.onnx"):
         onnx.checker.check_model(str(file), full_check=True)
         model = onnx.load(file)

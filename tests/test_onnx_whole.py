@@ -69,12 +69,18 @@ def _wirings() -> tuple[ffebm.HybridModel, Tensor]:
     return ffebm.convert(model, x, hardware=hardware, block_ops=("add", "reshape", "avg_pool")), x
 
 
+def _slopes() -> tuple[ffebm.HybridModel, Tensor]:
+    x = networks.noise(3, 2, 5, 5)
+    return ffebm.convert(networks.seeded(networks.Slopes).eval(), x, feedback=0.3), x
+
+
 NETWORKS: dict[str, Callable[[], tuple[ffebm.HybridModel, Tensor]]] = {
     "cnn": lambda: _cnn(False),
     "cnn_folded": lambda: _cnn(True),
     "transformer": _transformer,
     "reference": _reference,
     "wirings": _wirings,
+    "slopes": _slopes,
     **{name: (lambda name=name: networks.converted(name, nn.GELU)) for name in networks.CASES},
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ffebm_compiler.errors import ExportError
@@ -22,6 +22,7 @@ from ffebm_compiler.runtime.activations import (
     LeakyReLU,
     LogSigmoid,
     Mish,
+    PReLU,
     QuickGELU,
     ReLU,
     Sigmoid,
@@ -35,12 +36,17 @@ from ffebm_compiler.runtime.activations import (
 __all__ = ["activation_nodes"]
 
 
-def activation_nodes(writer: Writer, activation: Activation, h: str) -> str:
-    """σ(h); returns the name of the result.
+def activation_nodes(
+    writer: Writer, activation: Activation, h: str, parameters: Sequence[str] = (), rank: int = 2
+) -> str:
+    """σ(h); returns the name of the result. `parameters` are names of its weights, `rank` is that of h.
 
     Raises:
         ExportError: for an activation that has no ONNX form here.
     """
+    if isinstance(activation, PReLU):  # its slopes lie along the second dimension, those of ONNX along the last
+        shape = writer.ints([-1, *[1] * (rank - 2)])
+        return writer.op("PRelu", h, writer.op("Reshape", parameters[0], shape))
     write = _TABLE.get(type(activation))
     if write is None:
         raise ExportError(f"activation {activation!r} has no ONNX form: force its layer digital")

@@ -193,7 +193,8 @@ class _Builder:
     def _activate(self, writer: Writer, index: int, value: str) -> str:
         layer = self.program.layers[index]
         try:
-            return activation_nodes(writer, layer.activation, value)
+            parameters = [str(self.weights[place]) for place in layer.parameters]
+            return activation_nodes(writer, layer.activation, value, parameters, len(self.shapes[layer.state]))
         except ExportError as error:
             raise ExportError(f"{self.step.name}, layer {layer.name}: {error}") from error
 

@@ -17,7 +17,7 @@ from ffebm_compiler.checked_json import AtLeast, Malformed, short, typed, typed_
 from ffebm_compiler.errors import ExportError, FFEBMError
 from ffebm_compiler.onnx.program_json import RESHAPES, WIRING
 from ffebm_compiler.runtime import activations, pointwise
-from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.activations import Activation, PReLU
 from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
     Concat,
@@ -42,7 +42,9 @@ _CONVOLUTIONS: Mapping[tuple[int, bool], Callable[..., Tensor]] = {
     (2, True): pointwise.conv_transpose2d,
     (3, True): F.conv_transpose3d,
 }
-_ACTIVATIONS: Mapping[str, type[Activation]] = {kind.__name__: kind for kind in {type(a) for a in activations.ALL}}
+_ACTIVATIONS: Mapping[str, type[Activation]] = {
+    kind.__name__: kind for kind in {type(a) for a in (*activations.ALL, PReLU())}
+}
 _MOST = 1 << 16
 """The largest stride, padding or size of a pooled output: what is larger would fill the memory."""
 _Register = Annotated[int, AtLeast(0, most=10**6)]
@@ -71,6 +73,7 @@ class _Layer:
     instructions: tuple[_Instruction, ...]
     drive: _Register
     state: _Register
+    parameters: tuple[_Register, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def program_from_json(name: str, data: Mapping[str, Any]) -> BlockProgram:
                     _instructions(layer.instructions, f"program.layers[{index}].instructions"),
                     layer.drive,
                     layer.state,
+                    layer.parameters,
                 )
                 for index, layer in enumerate(found.layers)
             ),
@@ -207,6 +211,10 @@ def _check_registers(program: _Program) -> None:
         if layer.drive not in known:
             raise Malformed(f"{place}.drive: register {layer.drive} is never written")
         known.add(layer.state)
+        if len(layer.parameters) != (layer.activation.kind == PReLU.__name__):
+            raise Malformed(f"{place}.parameters: one weight for a PReLU, none for another activation")
+        if any(weight >= program.weights for weight in layer.parameters):
+            raise Malformed(f"{place}.parameters: the block has {program.weights} weights")
     follow(program.readout, "program.readout")
     for register in program.outputs:
         if register not in known:
@@ -217,6 +225,8 @@ def _activation(found: _Activation, place: str) -> Activation:
     if found.kind not in _ACTIVATIONS:
         raise Malformed(f"{place}.kind: expected one of {', '.join(_ACTIVATIONS)}, got {short(found.kind)}")
     kind = _ACTIVATIONS[found.kind]
+    if kind is PReLU and not found.settings:
+        return PReLU()
     infinite = {key: float(value) for key, value in found.settings.items() if value in ("inf", "-inf")}
     finite = {key: 0.0 if key in infinite else value for key, value in found.settings.items()}
     try:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.activations import Activation, PReLU
 from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
     Concat,
@@ -73,6 +73,7 @@ def program_to_json(program: BlockProgram) -> dict[str, Any]:
                 "instructions": [_instruction_to_json(item, layer.name) for item in layer.instructions],
                 "drive": layer.drive,
                 "state": layer.state,
+                "parameters": list(layer.parameters),
             }
             for layer in program.layers
         ],
@@ -83,6 +84,8 @@ def program_to_json(program: BlockProgram) -> dict[str, Any]:
 
 def _activation_to_json(activation: Activation) -> dict[str, Any]:
     settings: dict[str, Any] = dataclasses.asdict(activation) if dataclasses.is_dataclass(activation) else {}
+    if isinstance(activation, PReLU):  # its slopes are weights of the block
+        settings = {}
     return {"kind": type(activation).__name__, "settings": {key: _number(value) for key, value in settings.items()}}
 
 

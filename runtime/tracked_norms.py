@@ -218,6 +218,8 @@ def _rayleigh_ritz(edge: _Edge, left: Tensor) -> tuple[float, Tensor]:
     # Rows may be nearly parallel: directions of the basis that are lost in round-off are left out.
     sizes, axes = np.linalg.eigh(overlap)
     certain = sizes > 1e-5 * max(sizes[-1], 1e-30)
+    if not certain.any():  # J is zero
+        return 0.0, images[:_KEPT]
     white = axes[:, certain] / np.sqrt(sizes[certain])
     values, turned = np.linalg.eigh(white.T @ energy @ white)
     chosen = (white @ turned)[:, ::-1][:, :_KEPT].T

@@ -50,7 +50,8 @@ def _mark(tensor: Tensor) -> tuple[int, int, Tensor | None]:
     version = -1 if tensor.is_inference() else tensor._version
     if type(tensor) not in (Tensor, nn.Parameter):  # sharded, fake or wrapped: it may have no memory of its own
         return version, 0, None
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if tensor.device.type != "cpu" or not in_memory.is_contiguous():
         return version, tensor.data_ptr(), None
-    flat = tensor.detach().view(-1)
+    flat = in_memory.view(-1)
     return version, tensor.data_ptr(), flat[:: max(1, flat.numel() // _SAMPLED)].clone()

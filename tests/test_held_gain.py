@@ -430,3 +430,38 @@ def test_nan_weights_are_named() -> None:
         hybrid.get_parameter("conv2.weight")[0, 0, 0, 0] = torch.nan
     with pytest.raises(ffebm.InputError, match=r"weight \d of block_\d+, of shape .* holds NaN"):
         hybrid(x)
+
+
+@pytest.mark.parametrize("kappa", [0.1, 0.9])
+def test_layers_that_start_at_zero(kappa: float) -> None:
+    """Zero-initialised layers, as residual branches have them: no loop gain at first, then any γ that κ needs."""
+    model, x = seeded(lambda: mlp(16, 3)), noise(12, 16)
+    with torch.no_grad():
+        model[2].weight.zero_(), model[4].weight.zero_()
+    hybrid = ffebm.convert(model, x, feedback=kappa).train()
+    assert hybrid.blocks[0].loop_gain == 0
+    optimizer = torch.optim.Adam(hybrid.parameters(), 1e-2)
+    for _ in range(6):
+        step(hybrid, optimizer, x, torch.arange(12))
+    hybrid(x)
+    assert hybrid.blocks[0].module.loop_gain == pytest.approx(kappa, rel=0.01)
+
+
+def test_a_closure_that_is_called_several_times_a_step() -> None:
+    model, x, y = small()
+    hybrid = ffebm.convert(model, x, feedback=0.5).train()
+    optimizer = torch.optim.LBFGS(hybrid.parameters(), 0.5, max_iter=5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(hybrid(x), y)
+        loss.backward()
+        return loss
+
+    before = float(closure().detach())
+    for _ in range(3):
+        optimizer.step(closure)
+    assert float(closure().detach()) < before
+    for index, block in enumerate(hybrid.blocks):
+        if block.certificate is not None:
+            assert true_gain(hybrid, index, x) == pytest.approx(0.5, rel=0.05)

@@ -29,7 +29,14 @@ from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.runtime.state import WriteState
 from ffebm_compiler.signature import CallForm
-from ffebm_compiler.source_view import attribute_of_source, bind_forward, free_name, signature_of, without_bound_forward
+from ffebm_compiler.source_view import (
+    attribute_of_source,
+    bind_forward,
+    free_name,
+    separate_tied,
+    signature_of,
+    without_bound_forward,
+)
 
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
@@ -145,6 +152,13 @@ class HybridModel(nn.Module):
         return run
 
     # -- state -------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **others: Any) -> Any:
+        """Tensors under the source's keys; see `separate_tied` for those of transformers."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **others)
+        if not keep_vars:
+            separate_tied(self._source, state, prefix)
+        return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Tensors under the source's keys, and beside them (in the dictionary's metadata) the state of the blocks."""

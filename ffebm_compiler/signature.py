@@ -80,6 +80,12 @@ class CallForm:
             program.refused_in_training,
         )
 
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """Names of the keyword arguments that were captured."""
+        captured = pytree.tree_unflatten([None] * self.in_spec.num_leaves, self.in_spec.spec)
+        return tuple(captured[1])
+
     def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The flat inputs of a call.
 

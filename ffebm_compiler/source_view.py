@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
 
-__all__ = ["attribute_of_source", "bind_forward", "free_name", "signature_of", "without_bound_forward"]
+__all__ = ["attribute_of_source", "bind_forward", "free_name", "separate_tied", "signature_of", "without_bound_forward"]
 
 
 def free_name(name: str, source: nn.Module) -> str:
@@ -56,6 +56,21 @@ def without_bound_forward(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in attributes.items() if name != "forward" or not ours}
 
 
+def separate_tied(source: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Copy a tied tensor of a transformers model where a state dict holds it again, under another name.
+
+    transformers' Trainer writes the state dict of a model that is none of its own with safetensors, which refuses
+    shared memory.
+    """
+    if not getattr(source, "_tied_weights_keys", None):
+        return
+    seen: set[int] = set()
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen and prefix + name in state:
+            state[prefix + name] = state[prefix + name].clone()
+        seen.add(id(parameter))
+
+
 def attribute_of_source(hybrid: HybridModel, source: nn.Module, name: str) -> Any:
     """The source's attribute `name`, as the hybrid hands it out.
 
@@ -65,6 +80,8 @@ def attribute_of_source(hybrid: HybridModel, source: nn.Module, name: str) -> An
     missing = AttributeError(f"neither the hybrid nor its source, a {type(source).__name__}, has an attribute {name!r}")
     if name.startswith("__"):
         raise missing
+    if name == "accepts_loss_kwargs":  # transformers' Trainer asks whether it may pass `num_items_in_batch`
+        return "num_items_in_batch" in hybrid._call_form.keywords
     found = inspect.getattr_static(type(source), name, None)
     if isinstance(found, types.FunctionType):
         return types.MethodType(found, hybrid)

@@ -122,7 +122,7 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
     with whole_folder(target, failure="the hybrid cannot be saved") as fresh:
         fresh.write("hybrid.json", text + "\n")
         fresh.write("plan.json", json.dumps(hybrid.plan.to_dict(), indent=1) + "\n")
-        fresh.write("weights.safetensors", to_bytes(_unique(hybrid.state_dict())))
+        fresh.write("weights.safetensors", to_bytes(_unique(hybrid.state_dict(keep_vars=True))))
         fresh.write("loop_gain.safetensors", to_bytes(_tensors_of(state)))
 
 

@@ -23,6 +23,7 @@ from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.contractions import contractions
 from ffebm_compiler.passes.custom_functions import custom_functions
 from ffebm_compiler.passes.dead_code import dead_code
+from ffebm_compiler.passes.expand_vmap import expand_vmap
 from ffebm_compiler.passes.explicit_casts import explicit_casts
 from ffebm_compiler.passes.explicit_padding import explicit_padding
 from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
@@ -63,6 +64,7 @@ def passes_for(options: PlanOptions) -> list[Pass]:
     """The passes between capture and annotate, in order."""
     return [
         in_each_mode(inline_regions),
+        in_each_mode(expand_vmap),
         in_each_mode(custom_functions),
         in_each_mode(explicit_casts),
         in_each_mode(functionalize),

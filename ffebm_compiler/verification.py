@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import FFEBMError
 from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _leaves(
         generators_unchanged(),
         tensors_unchanged(state),
         attributes_unchanged(source),
+        ordinary_paths(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # what the source warns of is no news of the conversion's

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ffebm_compiler.passes.explain_capture import NotTraceable
 from ffebm_compiler.passes.known_values import KnownValues
 
-__all__ = ["WITHOUT_GRADIENT", "UsersCalls", "tracing"]
+__all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
 
 WITHOUT_GRADIENT = "ffebm_without_gradient"
 """Key under which an operation that ran without gradient is marked."""
@@ -61,6 +61,17 @@ class UsersCalls(TorchFunctionMode):
                 result = func(*args, **kwargs)
         self.known.computed(func, args, kwargs, result)
         return result
+
+
+@contextlib.contextmanager
+def ordinary_paths() -> Iterator[None]:
+    """Let encoders run as with gradients, not on torch's fused path, which returns zeros at padded places."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
@@ -100,16 +111,10 @@ def _modules_stay() -> Iterator[None]:
 @contextlib.contextmanager
 def tracing(source: nn.Module) -> Iterator[UsersCalls]:
     """The state of torch in which a forward of `source` is traced; what was before is restored."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with contextlib.ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(_unchecked_distributions())
-            stack.enter_context(_modules_stay())
-            yield stack.enter_context(UsersCalls(source))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        for context in (torch.enable_grad(), ordinary_paths(), _unchecked_distributions(), _modules_stay()):
+            stack.enter_context(context)
+        yield stack.enter_context(UsersCalls(source))

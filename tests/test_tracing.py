@@ -1,0 +1,77 @@
+"""What must hold while a forward is traced, and that everything is as before afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import noise, seeded
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.passes.tracing import tracing
+
+ONE = ffebm.Hardware(layers_per_block=1)
+
+
+class Encoder(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=dropout, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor, padded: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padded)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_encoders_with_a_padding_mask(train: bool) -> None:
+    model = seeded(lambda: Encoder(0.0)).train(train)
+    padded = torch.zeros(3, 5, dtype=torch.bool)
+    padded[1, 3:] = padded[2, 4:] = True
+    hybrid = ffebm.convert(model, (noise(3, 5, 16), padded), hardware=ONE).train(train)
+    x = noise(3, 5, 16, seed=1)
+    torch.testing.assert_close(hybrid(x, padded), model(x, padded), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        # Without gradients torch's fused path returns zeros at padded places; elsewhere it is the same.
+        found, expected = hybrid(x, padded), model(x, padded)
+    torch.testing.assert_close(found[~padded], expected[~padded], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.9])
+def test_attention_that_drops_whatever_the_mode(rate: float) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(F.dropout(x, rate))[:, None].chunk(3, -1)
+            return self.out(F.scaled_dot_product_attention(q, k, v, dropout_p=rate)[:, 0])
+
+    model, x = seeded(Attention).eval(), noise(2, 5, 16)
+    hybrid = ffebm.convert(copy.deepcopy(model), x, hardware=ONE).eval()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = hybrid(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tracing_leaves_torch_as_it_was() -> None:
+    model = nn.Linear(2, 2)
+    apply, fast = nn.Module._apply, torch.backends.mha.get_fastpath_enabled()
+    checked = torch.distributions.Distribution._validate_args
+    with torch.no_grad(), torch.autocast("cpu"), tracing(model):
+        assert torch.is_grad_enabled()
+        assert not torch.is_autocast_enabled("cpu")
+        assert not torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(ZeroDivisionError), tracing(model):
+        raise ZeroDivisionError
+    assert nn.Module._apply is apply
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+    assert torch.distributions.Distribution._validate_args is checked
+    assert model.double().weight.dtype is torch.float64

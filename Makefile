@@ -4,6 +4,7 @@
 #   make test        all tests that need no GPU
 #   make test-fast   the same without those marked slow
 #   make lint        ruff, formatting, mypy
+#   make mutate      10 000 mutations of every kind of file that is read (half an hour; MUTATIONS=1000 for fewer)
 #   make setup PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help setup demo test test-fast lint typecheck format lock clean
+.PHONY: help setup demo test test-fast mutate lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +51,10 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu and not slow" -n $(WORKERS)
+
+MUTATIONS ?= 10000
+mutate: $(STAMP)
+	FFEBM_MUTATIONS=$(MUTATIONS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_mutated_files.py -o timeout=7200 --durations=0 -n $(WORKERS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from ffebm_compiler.errors import FFEBMError
 
-__all__ = ["AtLeast", "Malformed", "Number", "parse_json", "read_json", "short", "typed", "typed_fields"]
+__all__ = ["AtLeast", "Malformed", "Number", "clipped", "parse_json", "read_json", "short", "typed", "typed_fields"]
 
 _LARGEST = 2**63 - 1
 _MOST_BYTES = 1 << 28
@@ -188,8 +188,13 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} letters)"
 
 
+def clipped(text: str) -> str:
+    """A sentence that names in a file may have made very long."""
+    return text if len(text) <= 1000 else f"{text[:700]} ... ({len(text) - 900} letters) ... {text[-200:]}"
+
+
 def _inside(place: str, name: str) -> str:
-    shown = name if name.isidentifier() and name.isascii() else f"[{short(name)}]"
+    shown = name if name.isidentifier() and name.isascii() and len(name) <= 60 else f"[{short(name)}]"
     return shown if not place else f"{place}.{shown}" if shown == name else f"{place}{shown}"
 
 

@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ffebm_compiler.checked_json import clipped
 from ffebm_compiler.errors import HardwareError
 from ffebm_compiler.hardware_file import read_table
 from ffebm_compiler.hardware_layers import Frozen, checked_overrides, fields_for
@@ -193,7 +194,7 @@ class Hardware:
         try:
             return cls.from_dict({"name": path.stem, **values})
         except HardwareError as error:
-            raise HardwareError(f"{path}: {error}") from error
+            raise HardwareError(f"{path}: {clipped(str(error))}") from error
 
     def _own(self, pattern: str, values: Mapping[str, Any]) -> Frozen:
         """The fields of one override, checked as those of a fabric are."""

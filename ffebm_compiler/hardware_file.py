@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ffebm_compiler.checked_json import parse_json
+from ffebm_compiler.checked_json import clipped, parse_json
 from ffebm_compiler.errors import HardwareError
 
 __all__ = ["read_table"]
@@ -29,7 +29,7 @@ def read_table(path: Path, optional: Collection[str]) -> dict[str, Any]:
     try:
         table = tomllib.loads(text) if suffix == ".toml" else parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise HardwareError(f"{path}: not valid {suffix[1:].upper()} ({error})") from error
+        raise HardwareError(f"{path}: not valid {suffix[1:].upper()} ({clipped(str(error))})") from error
     if not isinstance(table, dict):
         raise HardwareError(f"{path}: expected an object of hardware fields, got {type(table).__name__}")
     if suffix == ".toml":

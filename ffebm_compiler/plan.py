@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffebm_compiler.checked_json import read_json
+from ffebm_compiler.checked_json import clipped, read_json
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hardware_layers import matches
@@ -425,7 +425,7 @@ class Plan:
         try:
             return cls.from_dict(data)
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise PlanError(f"{path}: {clipped(str(error))}") from error
 
     def __str__(self) -> str:
         """A table that is enough in a terminal."""

@@ -20,7 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ffebm_compiler.checked_json import Malformed
-from ffebm_compiler.errors import ExportError, InputError
+from ffebm_compiler.errors import ExportError, FFEBMError, InputError
 from ffebm_compiler.example_inputs import check_described, described, example_inputs
 from ffebm_compiler.hybrid_state import METADATA, state_of
 from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
@@ -156,7 +156,10 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
     tensors = read_tensors(folder / "weights.safetensors", InputError, REMEDY)
     vectors = read_tensors(folder / "loop_gain.safetensors", InputError, REMEDY)
     plan = Plan.from_json(folder / "plan.json")
-    hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=kept.dynamic_shapes, plan=plan)
+    try:
+        hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=kept.dynamic_shapes, plan=plan)
+    except FFEBMError as error:
+        raise type(error)(f"{folder} does not fit the model: {error}") from error
     present = hybrid.state_dict(keep_vars=True)
     check_weights(folder / "weights.safetensors", tensors, present)
     check_state(path, settings, hybrid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -137,7 +138,7 @@ def check_free(path: Path | None, force: bool) -> None:
     Raises:
         InputError: where the file exists.
     """
-    if path is not None and path.exists() and not force:
+    if path is not None and os.path.exists(path) and not force:
         raise ffebm.InputError(f"{path} exists already: add --force to replace it, or name another file with --out")
 
 

@@ -8,6 +8,7 @@ A folder holds `hybrid.json` (settings, and the structure of the example inputs)
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from ffebm_compiler.saved_settings import (
 )
 from ffebm_compiler.stored_containers import stored_recipe
 from ffebm_compiler.tensor_file import read_tensors
+from ffebm_compiler.whole_files import saying
 from ffebm_compiler.whole_folders import recover_folder, whole_folder
 
 if TYPE_CHECKING:
@@ -90,8 +92,9 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
             "a hybrid converted with dynamic_shapes of your own cannot be saved: save hybrid.plan.to_json() and "
             "hybrid.state_dict(), and call convert(..., plan=...) again"
         )
-    if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= set(_FILES)):
-        raise ExportError(f"{target} exists and is no saved hybrid: choose another folder, or remove it first")
+    with saying(target, "the hybrid cannot be saved", ExportError):
+        if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= set(_FILES)):
+            raise ExportError(f"{target} exists and is no saved hybrid: choose another folder, or remove it first")
     state = state_of(hybrid)
     _check_storable(state)
     settings = {
@@ -141,7 +144,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
 
     folder = Path(path)
     recover_folder(folder)
-    missing = [name for name in _FILES if not (folder / name).is_file()]
+    missing = [name for name in _FILES if not os.path.isfile(folder / name)]
     if missing:
         raise InputError(f"{folder} is no saved hybrid: {', '.join(missing)} is missing; write one with hybrid.save()")
     path = folder / "hybrid.json"

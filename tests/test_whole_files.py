@@ -318,3 +318,39 @@ def test_no_writer_goes_around_it() -> None:
         if word in file.read_text(encoding="utf-8")
     }
     assert found == allowed
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "file/below"])
+def test_paths_that_no_system_takes(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("older")
+    path = tmp_path / name
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    hybrid = ffebm.convert(model, torch.randn(2, 3))
+    for write in (hybrid.save, hybrid.save_html, hybrid.save_svg, hybrid.plan.to_json, hybrid.export_onnx):
+        with pytest.raises(ffebm.FFEBMError, match=r"to .*(x|a|below)"):
+            write(path)
+    with pytest.raises(ffebm.ExportError, match=r"to .*(x|a|below)"):
+        hybrid.export_onnx(path, parts="digital")
+    for read in (ffebm.Plan.from_json, lambda path: ffebm.load(path, model), ffebm.onnx.load):
+        with pytest.raises(ffebm.FFEBMError, match=r"(x|a|below)"):
+            read(path)
+    for suffix in (".toml", ".json"):
+        with pytest.raises(ffebm.HardwareError, match="cannot be read"):
+            ffebm.Hardware.from_file(f"{path}{suffix}")
+    assert (tmp_path / "file").read_text() == "older"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_folders_in_the_place_of_files(tmp_path: Path) -> None:
+    for name in ("plan.json", "chip.toml", "chip.json", "manifest.json", "hybrid.json"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ffebm.PlanError, match="Is a directory"):
+        ffebm.Plan.from_json(tmp_path / "plan.json")
+    for name in ("chip.toml", "chip.json"):
+        with pytest.raises(ffebm.HardwareError, match="Is a directory"):
+            ffebm.Hardware.from_file(tmp_path / name)
+    with pytest.raises(ffebm.ExportError, match="Is a directory"):
+        ffebm.onnx.load(tmp_path)
+    with pytest.raises(ffebm.InputError, match=r"hybrid.json, .* is missing"):
+        ffebm.load(tmp_path, nn.Linear(2, 2))

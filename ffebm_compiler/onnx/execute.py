@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def _part(step: Mapping[str, Any], session: Any, values: Mapping[str, Tensor]) -
 
 def _check_file(folder: Path, name: str, digest: str) -> None:
     path = folder / name
-    if path.is_symlink() or not path.is_file():
+    if os.path.islink(path) or not os.path.isfile(path):
         raise ExportError(f"{path} is missing (or is a link): the export is incomplete; export again")
     if digest_of(path) != digest:
         raise ExportError(f"{path} was changed after the export (its SHA-256 differs): export again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,9 @@ def export_folder(folder: Path) -> Iterator[FreshFolder]:
 
 def _check_free(target: Path) -> None:
     """Only an earlier export may be replaced."""
-    if not target.exists():
+    if not os.path.exists(target):
         return
-    if not target.is_dir():
+    if not os.path.isdir(target):
         raise ExportError(f"{target} is a file: parts='digital' writes a folder; name one that is new or empty")
     try:
         present = {item.name for item in target.iterdir()}

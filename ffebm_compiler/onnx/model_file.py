@@ -26,7 +26,7 @@ def write_model(path: Path, model: Any, tensors_beside: bool) -> None:
     Raises:
         ExportError: where the path cannot be written or is a folder, or the model does not pass onnx's checker.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ExportError(f"{path} is a folder: name a file that ends in .onnx, or pass parts='digital' for a folder")
     ir = package("onnx_ir")
     with saying(path, FAILURE, ExportError):

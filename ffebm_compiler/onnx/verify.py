@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def verify(
     """
     target = Path(path)
     steps = Steps.of(hybrid)
-    run = load(target).run if target.is_dir() else _file_runner(target, steps)
+    run = load(target).run if os.path.isdir(target) else _file_runner(target, steps)
     found: Deviations = {}
     for size, (some_args, some_kwargs) in _batches(hybrid, steps, tuple(args), dict(kwargs or {})).items():
         progress(f"verifying batch {size}")

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import storage
-from ffebm_compiler.checked_json import Malformed, parse_json
 
 MUTATIONS = int(os.environ.get("FFEBM_MUTATIONS", "0"))
 ODD = (
@@ -343,21 +342,3 @@ def test_manifests_of_other_bytes(export: Any, data: st.DataObject) -> None:
     path, original, _ = export
     (path / "manifest.json").write_bytes(data.draw(mutated_bytes(text_of(original))))
     ends_well(lambda: ffebm.onnx.load(path, threads=1), "manifest.json", "export")
-
-
-# -- by hand -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "line 1 column 2"),
-        ('{"a": 1, "a": 2}', "an object has 'a' twice"),
-        ("[" * 100_000, "nested too deeply"),
-        ("[" * 500 + "]" * 500, "nested more than 200 deep"),
-        ("9" * 5000, "a number is too long"),
-    ],
-)
-def test_texts_that_are_no_json(text: str, message: str) -> None:
-    with pytest.raises(Malformed, match=message):
-        parse_json(text)

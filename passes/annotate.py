@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
@@ -109,7 +109,7 @@ def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
         if layer.kind.startswith("conv"):
             return NodeInfo(Role.DIGITAL, path, "its kernel depends on the input, so that it is no weight")
         return NodeInfo(Role.DIGITAL, path, TWO_ACTIVATIONS)
-    owner = _parameter_path(program, weight) or path
+    owner = _owner(program, weight, path)
     if not node.meta["val"].is_floating_point():
         kind = str(node.meta["val"].dtype).removeprefix("torch.")
         return NodeInfo(Role.DIGITAL, owner, f"its values are {kind} and energy blocks are real numbers", "weight")
@@ -157,13 +157,29 @@ def _same_values(node: fx.Node) -> fx.Node:
     return node
 
 
-def _parameter_path(program: Program, weight: fx.Node) -> str:
-    """Module path of the module that owns the weight."""
-    for source in lifted_sources(weight):
-        target = program.lifted.get(source.name, "")
-        if "." in target:
-            return target.rsplit(".", 1)[0]
-    return ""
+def _owner(program: Program, weight: fx.Node, path: str) -> str:
+    """Module path of a layer: that of the module that runs it where it holds the weight, else of the one that does.
+
+    A tied weight is held by several modules. `nn.MultiheadAttention` runs its output projection itself.
+    """
+    targets = [program.lifted[source.name] for source in lifted_sources(weight) if source.name in program.lifted]
+    running = _submodule(program.source, path)
+    for target in targets:
+        holder, _, name = target.rpartition(".")
+        tensor = getattr(_submodule(program.source, holder), name, None)
+        if running is not None and any(
+            held is tensor for held in (*running._parameters.values(), *running._buffers.values())
+        ):
+            return path
+    holders = [target.rpartition(".")[0].split(".parametrizations.")[0] for target in targets if "." in target]
+    return holders[0] if holders else path
+
+
+def _submodule(source: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return source.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _hint(size: Any) -> int:

@@ -191,6 +191,28 @@ def test_an_explanation_belongs_to_the_module_that_runs_the_operation() -> None:
     assert [op.path for op in plan.graph.operations if op.target == "matmul"] == ["", ""]
 
 
+def test_a_tied_layer_belongs_to_the_module_that_runs_it() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.body, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head.weight = self.words.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.body(self.words(tokens))
+            return self.head(self.attention(x, x, x)[0])
+
+    model = Tied()
+    nn.utils.parametrizations.weight_norm(model.body)
+    plan = ffebm.plan(model, torch.randint(0, 11, (2, 5)))
+    assert plan.explain("words") == "digital: a table lookup is not a matrix product"
+    assert plan.explain("head").startswith("analog, ")
+    assert plan.explain("body").startswith("analog, ")
+    assert plan.explain("attention.out_proj").startswith("analog, ")
+    assert "the weight of head in block" in plan.weights["words.weight"].reason
+
+
 def test_a_plan_from_before_this_field_is_read() -> None:
     plan = ffebm.plan(Parameters(), torch.randn(3, 5, 8))
     data = plan.graph.to_dict()

@@ -84,7 +84,8 @@ def mutated_json(draw: st.DrawFn, original: Any) -> Any:
         elif how == "double" and isinstance(holder, list):
             holder.append(copy.deepcopy(there))
         elif how == "nudge" and isinstance(there, int | float):
-            holder[path[-1]] = there + draw(st.sampled_from([-2, -1, 1, 0.5, 2**31, 10**12]))
+            by = draw(st.sampled_from([-2, -1, 1, 0.5, 2**31, 10**12]))
+            holder[path[-1]] = there + by if isinstance(there, float) else there + int(by)
         elif how == "nudge" and isinstance(there, str):
             holder[path[-1]] = there[: draw(st.integers(0, len(there)))] + draw(st.text(max_size=3))
         else:

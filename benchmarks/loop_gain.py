@@ -29,6 +29,7 @@ from training_step import NETWORKS
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.whole_files import write_whole
 
 WIDTHS = (64, 512, 1024)
 GROWTHS = (0.01, 0.03, 0.1)
@@ -125,7 +126,7 @@ def main() -> None:
         print(f"width {row['width']:<22} {row['growth']:9.2f} {told}", flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"cost": costs, "growth": grown}, indent=1) + "\n")
+        write_whole(options.out, json.dumps({"cost": costs, "growth": grown}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,10 +66,13 @@ def writes(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    """Whether a node writes random numbers over its operand; dropout and RReLU transform it."""
+    if not isinstance(node.target, torch._ops.OpOverload) or _name(node.target) in _RANDOM_TRANSFORMS:
+        return False
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
+_RANDOM_TRANSFORMS = ("dropout_", "feature_dropout_", "alpha_dropout_", "feature_alpha_dropout_", "rrelu_")
 _CHANGE_SIZES = ("resize_", "resize_as_", "set_", "as_strided_")
 _MOVE_NO_DATA = ("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_")
 

@@ -22,6 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
@@ -94,7 +95,7 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         if issubclass(cls, CheckpointFunction):
             return args[0](*args[2:])  # (body, preserve_rng_state, inputs...)
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        if cls.__module__.split(".")[0] == "torch" or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if _traced(cls) or not any(isinstance(leaf, Tensor) for leaf in leaves):
             return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
         return _recorded(kept, library, _Call(cls, structure, leaves))
 
@@ -122,6 +123,13 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         del _SingleLevelFunction.apply  # type: ignore[attr-defined]
         fx.node._side_effectful_functions.difference_update(markers)
         library._destroy()
+
+
+def _traced(function: type) -> bool:
+    """Whether it is a part of torch's machinery, whose operations are recorded; layers of `torch.nn` are kept, too."""
+    if function.__module__ == "torch.nn.modules._functions":
+        return function is BackwardHookFunction
+    return function.__module__.split(".")[0] == "torch"
 
 
 class _Removal(RemovableHandle):

@@ -85,24 +85,27 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _where(source: nn.Module, error: BaseException) -> str:
-    """Path of the innermost module, and the innermost line of the model's own code (not of torch)."""
+    """The innermost module, the function of torch that it called, and the innermost line of the model's own code."""
     names = {id(module): name for name, module in source.named_modules()}
-    path, place, own = "", ("", 0), False
+    path, kind, called, place, own = "", "", "", ("", 0), False
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         names_of_locals = frame.f_code.co_varnames
         owner = frame.f_locals.get(names_of_locals[0]) if names_of_locals else None
         if isinstance(owner, nn.Module) and id(owner) in names and not _is_machinery(frame.f_globals):
-            path = names[id(owner)] or type(source).__name__
+            path, called = names[id(owner)] or type(source).__name__, ""
             foreign = type(owner).__module__.startswith("torch.")
+            kind = f", in {type(owner).__name__}" if foreign else ""
             if not (foreign and own):
                 place, own = (file, line), not foreign
         elif own and not _is_machinery(frame.f_globals) and not _is_torch(frame.f_globals):
-            place = (file, line)  # a function that the module calls
+            place, called = (file, line), ""  # a function that the module calls
+        elif path and not called and frame.f_globals.get("__name__") == "torch.nn.functional":
+            called = f", in F.{frame.f_code.co_name}"
     if not path:
         return ""
     code = linecache.getline(*place).strip()
-    return f" in module {path!r} ({place[0]}, line {place[1]}){f' at {code!r}' if code else ''}"
+    return f" in module {path!r} ({place[0]}, line {place[1]}){f' at {code!r}' if code else ''}{kind}{called}"
 
 
 def _is_torch(names: dict[str, Any]) -> bool:

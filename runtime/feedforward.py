@@ -139,6 +139,7 @@ class ReboundDropout(ReboundOperation):
     def __init__(self, owner: nn.Module, kind: str, rate: float) -> None:
         super().__init__(owner)
         self.kind = kind
+        """Name of the torch function."""
         self.captured = rate
 
     @property
@@ -151,8 +152,8 @@ class ReboundDropout(ReboundOperation):
         """`x` itself in eval mode."""
         if not self.active or not self.rate:
             return x
-        drop = {"dropout": torch.dropout, "feature_dropout": torch.feature_dropout}.get(self.kind, torch.alpha_dropout)
-        return drop(x, self.rate, True)
+        dropped: Tensor = getattr(torch, self.kind)(x, self.rate, True)
+        return dropped
 
     def mask(self, x: Tensor) -> Tensor | None:
         """The factor that dropout multiplies `x` by, drawn once; None where it does nothing."""

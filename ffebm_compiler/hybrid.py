@@ -27,7 +27,6 @@ from ffebm_compiler.runtime.feedforward import FeedforwardBlock, ReboundOperatio
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import Solver
-from ffebm_compiler.runtime.state import WriteState
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import (
     attribute_of_source,
@@ -37,6 +36,7 @@ from ffebm_compiler.source_view import (
     signature_of,
     without_bound_forward,
 )
+from ffebm_compiler.written_state import names_of_written_state
 
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
@@ -375,11 +375,10 @@ class HybridModel(nn.Module):
         return self.in_mode(False)
 
     def written_state(self) -> list[Tensor]:
-        """The parameters and buffers that a forward writes, batch norm's statistics aside."""
+        """The parameters and buffers that a forward writes, statistics that follow a module's flag aside."""
         run = self.lowered
-        names = {module.name for module in run.modules() if isinstance(module, WriteState)}
         known = dict(zip(self._lifted, self._tensors(), strict=True)) | dict(run.named_buffers())
-        return [known[name] for name in sorted(names)]
+        return [known[name] for name in sorted(names_of_written_state(run, self._lifted))]
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, tuple[tuple[Any, ...], tuple[Tensor, ...]]]]:

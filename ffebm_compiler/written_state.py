@@ -1,0 +1,36 @@
+"""Written state: which parameters and buffers a forward of a lowered graph writes, whatever mode it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ffebm_compiler.runtime.state import WriteState
+
+__all__ = ["names_of_written_state"]
+
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
+_BY_INPUT, _STATISTICS = 5, (3, 4)
+
+
+def names_of_written_state(lowered: fx.GraphModule, lifted: Sequence[str]) -> set[str]:
+    """What `WriteState` writes, and statistics that a norm updates in both modes (`F.batch_norm(..., training=True)`).
+
+    Those of a batch norm that follows a module's flag are not among them. `lifted` are the names of the first inputs.
+    """
+    outer = (node for node in lowered.graph.nodes if node.op == "placeholder")
+    names = dict(zip(outer, lifted, strict=False))
+    found = {module.name for module in lowered.modules() if isinstance(module, WriteState)}
+    for call in lowered.graph.nodes:
+        part = lowered.get_submodule(str(call.target)) if call.op == "call_module" else None
+        if not isinstance(part, fx.GraphModule):
+            continue
+        placeholders = (node for node in part.graph.nodes if node.op == "placeholder")
+        given = dict(zip(placeholders, call.args, strict=True))
+        for node in part.graph.nodes:
+            if node.target in _NORMS and node.args[_BY_INPUT]:
+                statistics = (given.get(node.args[index]) for index in _STATISTICS)
+                found |= {names[operand] for operand in statistics if operand in names}
+    return found

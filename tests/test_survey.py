@@ -33,21 +33,8 @@ REFUSED = {
 }
 """What is refused, and the part of the message that names it: all of these branch on the data."""
 
-_MODES = "in train mode it is not what the eval-mode capture shows"
 KNOWN = {
-    **dict.fromkeys(
-        ("nn.RReLU", "nn.RReLU in place", "F.rrelu", "F.rrelu_"),
-        "the slope is not drawn in train mode",
-    ),
-    **dict.fromkeys(
-        ("nn.FeatureAlphaDropout", "nn.FeatureAlphaDropout in place", "F.feature_alpha_dropout"),
-        "it does not drop in train mode",
-    ),
-    "nn.MultiheadAttention": _MODES,
-    "nn.Transformer": "independent masks are drawn in another order than in the source",
-    "F.dropout in attention": _MODES,
-    "F.batch_norm by the batch": "its running statistics are not updated in eval mode",
-    "F.batch_norm frozen": "it follows the module's flag",
+    "nn.Transformer": "its two branches draw their masks in another order: one digital part holds draws of both",
 }
 """What is not right yet, and why."""
 

@@ -116,7 +116,7 @@ def _unrolls(node: fx.Node) -> bool:
 
 def _unrolled(graph: fx.Graph, node: fx.Node, kind: str) -> list[fx.Node]:
     """The output sequence, and the last states of all levels and directions."""
-    value, given, parameters, biases, levels, rate, _, both, first = node.args
+    value, given, parameters, biases, levels, rate, training, both, first = node.args
 
     def emit(target: Callable[..., object], *args: object) -> fx.Node:
         return emit_like(graph, node, target, *args)
@@ -148,7 +148,7 @@ def _unrolled(graph: fx.Graph, node: fx.Node, kind: str) -> list[fx.Node]:
         joined = [emit(aten.cat.default, list(row), 1) if both else row[0] for row in zip(*outputs, strict=True)]
         sequence = emit(aten.stack.default, joined)
         if rate and level < levels - 1:
-            sequence = emit(aten.dropout.default, sequence, rate, False)  # `rebind` ties it to the module's flag
+            sequence = emit(aten.dropout.default, sequence, rate, training)
     result = emit(aten.transpose.int, sequence, 0, 1) if first else sequence
     return [result, *(emit(aten.stack.default, list(column)) for column in zip(*last, strict=True))]
 

@@ -43,10 +43,13 @@ class KnownValues:
     """Follows what a traced forward computes from small buffers alone."""
 
     def __init__(self, source: nn.Module) -> None:
-        self._source = source
-        self._values = {
-            name: buffer.detach() for name, buffer in source.named_buffers() if _is_small(buffer) and not buffer.is_meta
-        }
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._values: dict[str, Tensor] = {}
+        for path, module in source.named_modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None and _is_small(buffer) and not buffer.is_meta:
+                    name = f"{path}.{leaf}" if path else leaf
+                    self._owners[name], self._values[name] = (module, leaf), buffer.detach()
         self._known: dict[int, _Known] = {}
         self._probe: Tensor | None = None
         self._written: set[str] = set()
@@ -110,14 +113,15 @@ class KnownValues:
 
     def _refresh(self) -> None:
         """The exporter puts other tensors in the place of the buffers: know those too."""
-        buffers = dict(self._source.named_buffers())
-        probe = next((buffers[name] for name in self._values if name in buffers), None)
+        module, leaf = next(iter(self._owners.values()))
+        probe = module._buffers.get(leaf)
         if probe is None or probe is self._probe:
             return
         self._probe = probe
-        for name, value in self._values.items():
-            if name in buffers:
-                self._known[id(buffers[name])] = _Known(buffers[name], value, frozenset((name,)))
+        for name, (module, leaf) in self._owners.items():
+            buffer = module._buffers.get(leaf)
+            if buffer is not None:
+                self._known[id(buffer)] = _Known(buffer, self._values[name], frozenset((name,)))
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def real(leaf: Any) -> Any:

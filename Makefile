@@ -3,6 +3,8 @@
 #   make demo        the main job on real data
 #   make test        all tests that need no GPU
 #   make test-fast   the same without those marked slow
+#   make families    one smallest model of every timm family, torchvision's, transformers: is the hybrid its source?
+#   make wild        the same for architectures of five more packages, which it installs
 #   make lint        ruff, formatting, mypy
 #   make mutate      10 000 mutations of every kind of file that is read (half an hour; MUTATIONS=1000 for fewer)
 #   make setup PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -13,6 +15,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WILD_STAMP := $(VENV)/.installed-wild
 TYPECHECK := build/typecheck
 LOCK := build/lock
 
@@ -20,7 +23,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help setup demo test test-fast mutate lint typecheck format lock clean
+.PHONY: help setup demo test test-fast mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +58,19 @@ test-fast: $(STAMP)
 MUTATIONS ?= 10000
 mutate: $(STAMP)
 	FFEBM_MUTATIONS=$(MUTATIONS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_mutated_files.py -o timeout=7200 --durations=0 -n $(WORKERS)
+
+# Both go on where an earlier call stopped; WILD="--again raw wrong" runs what failed again.
+WILD ?=
+families: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -P benchmarks/wild.py --only 'timm:*' 'torchvision:*' 'transformers:*' $(WILD)
+
+wild: $(WILD_STAMP)
+	$(ONE_THREAD) $(BIN)/python -P benchmarks/wild.py --only 'vit:*' 'x_transformers:*' 'diffusers:*' 'monai:*' 'segmentation:*' $(WILD)
+
+$(WILD_STAMP): $(STAMP) constraints-wild.txt
+	@echo "Installing the packages of the sweep, pinned in constraints-wild.txt, into $(VENV) (once)"
+	@$(PIP) -c constraints-wild.txt --no-build-isolation -e '.[wild]'
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

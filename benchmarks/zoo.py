@@ -236,6 +236,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# The zoo",
         "",
+        "Whether hybrids are their sources, over more architectures and in train mode too, is in [wild.md](wild.md).",
+        "",
         "Real architectures with random weights at small sizes, converted by one call with default settings",
         "(`crossbar-256`, loop gain 0.1, batch norm digital). Written by",
         "`python benchmarks/zoo.py --table docs/zoo.md`.",

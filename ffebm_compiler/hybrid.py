@@ -60,6 +60,7 @@ _OWN = frozenset(
         "_draws_in_order",
         "_energy",
         "_feedforward",
+        "_folded",
         "_lifted",
         "_plan",
         "_run",
@@ -101,6 +102,7 @@ class HybridModel(nn.Module):
         self._casts = casts
         self._differs_in_training = bool(program.asks) and not program.refused_in_training
         self._draws_in_order = lowered.draws_in_order
+        self._folded = frozenset(program.folded)
         self.conversion: Conversion | None = None
         """What `convert` was called with; `save` stores it."""
         self.recertify_every: int | None = 100
@@ -475,7 +477,8 @@ class HybridModel(nn.Module):
         source = self.__dict__["_source"]
         if type(source) is nn.Module or (self._call_form.random and not self._draws_in_order):
             return
-        verify_feedforward(self, source, args, kwargs, (False, True) if self._differs_in_training else (False,))
+        modes = (False, True) if self._differs_in_training else (False,)
+        verify_feedforward(self, source, args, kwargs, modes, self._folded)
 
     # -- settings ----------------------------------------------------------------------------
 

@@ -245,6 +245,8 @@ class Program:
     out_spec_in_training: Any = None
     refused_in_training: str = ""
     """Why the model has no capture in train mode, or nothing."""
+    folded: set[str] = field(default_factory=set)
+    """Paths of the modules whose batch norm is folded, which stays as in eval mode."""
     notes: list[str] = field(default_factory=list)
     """What the person should know: one sentence each."""
 

@@ -24,7 +24,12 @@ _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def verify_feedforward(
-    hybrid: HybridModel, source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], modes: tuple[bool, ...]
+    hybrid: HybridModel,
+    source: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    modes: tuple[bool, ...],
+    folded: frozenset[str],
 ) -> None:
     """Compare a hybrid with the private copy of its source, which has the same tensors.
 
@@ -32,12 +37,17 @@ def verify_feedforward(
         hybrid, source: what is compared; neither changes.
         args, kwargs: the example inputs.
         modes: values of `training` to compare in.
+        folded: paths of the modules whose batch norm is folded; they are in eval mode throughout.
 
     Raises:
         FFEBMError: where they deviate, which is a defect of the compiler.
     """
     for training in modes:
         with hybrid.in_mode(training), hybrid.feedforward_mode(), hybrid.held_feedback():
+            for path in folded:  # frozen in the hybrid: the source is compared with its norms frozen too
+                source.get_submodule(path).training = False
+                if not path:
+                    hybrid.training = False
             state = [*source.buffers(), *hybrid.written_state()]
             wanted = _leaves(source, source, state, args, kwargs)
             found = _leaves(hybrid, source, state, args, kwargs)

@@ -32,6 +32,7 @@ _CONVS = (
 def fold_batchnorm(program: Program) -> Program:
     """Fold every batch norm that follows a convolution or a linear of its own."""
     folded = 0
+    paths = {module: path for path, module in program.source.named_modules()}
     for node in list(program.graph.nodes):
         if node.op != "call_module":
             continue
@@ -42,6 +43,7 @@ def fold_batchnorm(program: Program) -> Program:
         if reason:
             program.note(f"batch norm {module_path(node)!r} stays digital: {reason}")
             continue
+        program.folded.add(paths[module.owner])
         _fold(program, node, module.eps)
         folded += 1
     if folded:

@@ -403,3 +403,40 @@ def test_operands_of_modules_in_different_modes_are_refused() -> None:
     hybrid.get_submodule("inner").eval()
     with pytest.raises(ffebm.UnsupportedError, match="put both in one mode"):
         hybrid(torch.ones(5, 8))
+
+
+def _norm_module(net: Net, x: torch.Tensor) -> torch.Tensor:
+    h = torch.relu(net.norm(net.a(x)))
+    return net.b(h * torch.bernoulli(torch.full((len(h), 1), 0.8)) / 0.8 if net.training else h)
+
+
+def _norm_function(net: Net, x: torch.Tensor) -> torch.Tensor:
+    norm = net.norm
+    h = F.batch_norm(net.a(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, net.training)
+    return net.b(torch.relu(h)) + (1.0 if net.training else 0.0)
+
+
+@pytest.mark.parametrize("form", [_norm_module, _norm_function])
+def test_folded_batch_norm_is_frozen_in_both_modes_and_the_rest_follows(form: Forward) -> None:
+    torch.manual_seed(0)
+    net = Net(form, norm=nn.BatchNorm1d(8))
+    x = torch.randn(16, 8)
+    for _ in range(5):
+        net.norm(3 * x + 1)
+    hybrid = ffebm.convert(net.eval(), x, fold_batchnorm=True, hardware=ONE_LAYER)
+    assert any("batch norms are folded" in note for note in hybrid.plan.notes)
+    torch.testing.assert_close(hybrid(x), net(x))
+    hybrid.train()
+    net.train()
+    before = hybrid.state_dict()["norm.running_mean"].clone()
+    torch.manual_seed(1)
+    found = hybrid(x)
+    torch.testing.assert_close(hybrid.state_dict()["norm.running_mean"], before)
+    torch.manual_seed(1)
+    if form is _norm_module:
+        net.norm.eval()
+        expected = net(x)
+    else:
+        net.eval()
+        expected = net(x) + 1
+    torch.testing.assert_close(found, expected)

@@ -152,11 +152,14 @@ def _joining(state: State, v: int, edges: list[tuple[int, ...]] | list[list[int]
 
 
 def _targets(state: State, v: int) -> list[int]:
-    """Homes that an operation could move to."""
+    """Homes that an operation could move to, also across one digital operation that may join."""
     home, found = state.home, dict[int, None]()
     for u in state.reads[v]:
         if u < state.size:
             found[home[u]] = None
+            if state.layer[v] and home[u] == DIGITAL and state.joins[u]:  # it would come along
+                for w in state.operands[u]:
+                    found[home[w]] = None
         if state.layer[v]:
             for reader in state.readers[u][:_FAN]:
                 found[home[reader]] = None
@@ -185,6 +188,8 @@ def _groups(state: State, v: int, target: int) -> list[list[int]]:
     groups = [[v]]
     if state.home[v] != DIGITAL:
         groups.append(_tail(state, v))
+        if state.layer[v] and target != DIGITAL:  # with the wiring before it that no block holds yet
+            groups.append(_joining(state, v, state.operands))
     elif target != DIGITAL:
         groups += [_joining(state, v, state.operands), _joining(state, v, state.readers)]
     return [group for index, group in enumerate(groups) if not index or len(group) > 1]

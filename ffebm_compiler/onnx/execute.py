@@ -101,6 +101,9 @@ class Exported:
             raise ValueError(f"{step['name']} has {len(scales)} scales and {len(step['inputs'])} inputs")
         if len(step["weights"]) != program.weights or len(step["outputs"]) != len(program.outputs):
             raise ValueError(f"{step['name']} has {len(step['weights'])} weights and {len(step['outputs'])} outputs")
+        used = {item.weights[0] for layer in program.layers for item in layer.instructions if item.weights} - {None}
+        if any(operand is None for operand in step["inputs"]) or any(step["weights"][index] is None for index in used):
+            raise ValueError(f"{step['name']} has a null among the inputs or weights that its program reads")
         for operand in (*step["inputs"], *step["weights"]):
             if operand is not None and "tensor" in operand and operand["tensor"] not in self._tensors:
                 raise ValueError(f"{step['name']} reads {operand['tensor']!r}, which {WEIGHTS} does not hold")

@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.a, self.b, self.c, self.aux = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 2)
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("code", torch.randn(6, 8))
+        self.register_buffer("codes", torch.randn(6, 8))
         for name, part in parts.items():
             setattr(self, name, part)
         self.form = form
@@ -107,11 +107,11 @@ def moving_mean(net, x):
 
 def codebook(net, x):
     h = net.a(x)
-    nearest = torch.cdist(h, net.code).argmin(1)
-    quantised = F.embedding(nearest, net.code)
+    nearest = torch.cdist(h, net.codes).argmin(1)
+    quantised = F.embedding(nearest, net.codes)
     if net.training:
         chosen = F.one_hot(nearest, 6).to(h.dtype)
-        net.code.data.mul_(0.9).add_(0.1 * (chosen.T @ h.detach()) / chosen.sum(0).clamp_min(1)[:, None])
+        net.codes.data.mul_(0.9).add_(0.1 * (chosen.T @ h.detach()) / chosen.sum(0).clamp_min(1)[:, None])
         loss = F.mse_loss(h, quantised.detach())
         return net.c(h + (quantised - h).detach()), loss
     return net.c(quantised)
@@ -161,7 +161,7 @@ def frozen_statistics(net, x):
 
 
 def functional_norm(net, x):
-    variance = net.code[0].square()
+    variance = net.codes[0].square()
     return net.c(F.batch_norm(net.a(x), net.mean.clone(), variance.clone(), training=net.training))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import networks
 import pytest
+import torch
+from test_merge_modes import FORMS, Net
 from torch import nn
 
 import ffebm_compiler as ffebm
@@ -38,3 +40,19 @@ def test_there_is_no_warning_where_both_modes_are_the_same(tmp_path: Path) -> No
     warn_of_train_mode(ffebm.convert(tracking.train(), networks.noise(3, 1, 8, 8)))
     hybrid = ffebm.convert(*networks.mlp()).train()
     hybrid.export_onnx(tmp_path / "hybrid.onnx")
+
+
+@pytest.mark.parametrize("form", ["auxiliary", "counted afterwards", "moving mean", "straight through"])
+def test_a_model_with_two_modes_is_exported_in_eval_mode(form: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, inputs = Net(FORMS[form]), torch.randn(5, 8)
+    hybrid = ffebm.convert(model, inputs).train()
+    state = {name: tensor.clone() for name, tensor in hybrid.state_dict().items()}
+    with pytest.warns(ffebm.FFEBMWarning, match="mode_switch of the model"):
+        hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    for name, tensor in hybrid.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    session = onnxruntime.InferenceSession(tmp_path / "hybrid.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    wanted = hybrid.eval()(inputs).detach()
+    assert (torch.from_numpy(found) - wanted).norm() / wanted.norm() < 1e-5

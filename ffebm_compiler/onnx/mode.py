@@ -12,6 +12,7 @@ from ffebm_compiler.runtime.feedforward import (
     ReboundDropout,
     ReboundInstanceNorm,
 )
+from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
 
 __all__ = ["warn_of_train_mode"]
 
@@ -25,6 +26,8 @@ def warn_of_train_mode(hybrid: HybridModel) -> None:
             differs = not module.always
         elif isinstance(module, ReboundDropout | ReboundAttention):
             differs = module.rate > 0
+        elif isinstance(module, ModeSwitch | TrainingMask):
+            differs = True
         else:
             continue
         if differs and module.active:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel, _static_value
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.feedforward import FeedforwardBlock
 
 __all__ = ["Operand", "Step", "Steps", "Value"]
 
@@ -82,7 +83,8 @@ class Steps:
         Raises:
             ExportError: for a network that takes or returns what is no tensor.
         """
-        return _Reader(hybrid).read()
+        with hybrid.in_mode(False):
+            return _Reader(hybrid).read()
 
 
 class _Reader:
@@ -107,9 +109,16 @@ class _Reader:
             if isinstance(node.meta.get("val"), Tensor):
                 self.values[node] = self._value(node.name, node.meta["val"])
                 inputs.append(self.values[node])
-        steps = [self._step(node) for node in self.run.graph.nodes if node.op == "call_module"]
+        # What else is called computes weights from parameters alone: its present value is a constant of the export.
+        steps = [self._step(node) for node in self.run.graph.nodes if self._is_step(node)]
         output = next(node for node in self.run.graph.nodes if node.op == "output")
-        return Steps(tuple(inputs), tuple(steps), tuple(self._operand(item, "the network") for item in output.args[0]))
+        results = output.args[0][: self.hybrid._call_form.outputs]
+        return Steps(tuple(inputs), tuple(steps), tuple(self._operand(item, "the network") for item in results))
+
+    def _is_step(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(
+            self.run.get_submodule(str(node.target)), EnergyBlock | FeedforwardBlock
+        )
 
     def _step(self, call: fx.Node) -> Step:
         name = str(call.target)
@@ -139,12 +148,20 @@ class _Reader:
         if item in self.values:
             return Operand(value=self.values[item])
         tensor = _static_value(self.run, item, self.known)
+        if tensor is None and self._is_static(item):
+            return Operand()  # computed in train mode alone
         if tensor is None:
             raise ExportError(
                 f"{reader} reads or returns {item.name!r}, which is no tensor: give the network tensors only, and "
                 "return no sizes"
             )
         return Operand(tensor=tensor.detach(), key=self.keys.get(item, f"static.t_{item.name}"))
+
+    def _is_static(self, node: fx.Node) -> bool:
+        """Whether a node is computed from parameters, buffers and constants alone."""
+        if node.op == "placeholder":
+            return node in self.keys
+        return not self._is_step(node) and all(self._is_static(operand) for operand in node.all_input_nodes)
 
     def _value(self, name: str, value: Tensor) -> Value:
         shape: list[int | str] = []

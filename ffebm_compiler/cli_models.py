@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,27 @@ def _transformers(name: str) -> NamedModel:
         return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name))
 
     model = _built(f"transformers:{name}", build)
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size, channels = getattr(model.config, "image_size", None), getattr(model.config, "num_channels", None)
+    return NamedModel(model, _transformers_inputs(model))
+
+
+def _transformers_inputs(model: Any) -> tuple[str, ...]:
+    """What a transformers model takes where nothing is given: pixels, sound or tokens; a decoder's tokens, too."""
+    config = model.config
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
         side = size if isinstance(size, int) else 224
-        return NamedModel(model, (f"1x{channels if isinstance(channels, int) else 3}x{side}x{side}",))
-    return NamedModel(model, ("1x16:int64",))
+        inputs = [f"1x{channels if isinstance(channels, int) else 3}x{side}x{side}"]
+    elif main == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 512)
+        inputs = [f"1x{getattr(config, 'num_mel_bins', 80)}x{frames}"]
+    elif main == "input_values":
+        inputs = ["1x16000"]
+    else:
+        inputs = ["1x16:int64"]
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in signature(model.forward).parameters:
+        inputs.append("decoder_input_ids=1x16:int64")
+    return tuple(inputs)
 
 
 def _library(name: str) -> Any:

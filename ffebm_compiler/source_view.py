@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ffebm_compiler.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
 
@@ -71,6 +73,14 @@ def separate_tied(source: nn.Module, state: dict[str, Any], prefix: str) -> None
         seen.add(id(parameter))
 
 
+def _no_generation(*args: Any, **kwargs: Any) -> Any:
+    """Refuse: generation grows the inputs and hands a cache on, which is another call at every step."""
+    raise UnsupportedError(
+        "a hybrid has no generate(): it takes inputs of the captured structure; take the next token from "
+        "hybrid(input_ids).logits yourself, or use hybrid.to_digital().generate(...), which runs without energy blocks"
+    )
+
+
 def attribute_of_source(hybrid: HybridModel, source: nn.Module, name: str) -> Any:
     """The source's attribute `name`, as the hybrid hands it out.
 
@@ -82,6 +92,8 @@ def attribute_of_source(hybrid: HybridModel, source: nn.Module, name: str) -> An
         raise missing
     if name == "accepts_loss_kwargs":  # transformers' Trainer asks whether it may pass `num_items_in_batch`
         return "num_items_in_batch" in hybrid._call_form.keywords
+    if name == "generate" and hasattr(source, "generation_config"):
+        return _no_generation
     found = inspect.getattr_static(type(source), name, None)
     if isinstance(found, types.FunctionType):
         return types.MethodType(found, hybrid)

@@ -25,6 +25,7 @@ from ffebm_compiler.passes.check_model import check_finite, check_model
 from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
+from ffebm_compiler.passes.set_up import set_up
 from ffebm_compiler.passes.training_reads import is_rebound, training_reads
 from ffebm_compiler.passes.without_cache import without_cache
 
@@ -70,6 +71,8 @@ def capture(
 
 def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Program:
     """The capture in eval mode, with the one in train mode where the model may do something else then."""
+    source.eval()
+    kept = [set_up(source, args, kwargs)]
     source.train()  # a model may forget then what it keeps between calls in eval mode
     source.eval()
     with training_reads() as reads:
@@ -80,6 +83,7 @@ def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     refused = ""
     if asks:
         source.train()
+        kept.append(set_up(source, args, kwargs))
         for module in source.modules():
             if is_rebound(module) and module not in asks:
                 module.training = False  # `rebind` makes it follow its flag
@@ -99,6 +103,8 @@ def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     program = _wrapped(exported, source)
     program.training, program.refused_in_training = training, refused
     program.asks = frozenset(names[module] for module in asks)
+    for sentence in filter(None, kept):
+        program.note(sentence)
     if refused:
         program.note(f"the model has no capture in train mode, and the hybrid none: {refused}")
     return program

@@ -120,7 +120,7 @@ def _alike(first: object, second: object) -> bool:
 
 def _same_attributes(first: object, second: object) -> bool:
     mine = getattr(first, "__dict__", None)
-    return bool(mine) and type(first).__eq__ is object.__eq__ and mine == getattr(second, "__dict__", None)
+    return mine is not None and type(first).__eq__ is object.__eq__ and mine == getattr(second, "__dict__", None)
 
 
 def plain(value: Any) -> tuple[Any, Recipe]:

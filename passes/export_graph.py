@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,9 @@ from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_fu
 from ffebm_compiler.passes.explain_capture import explained
 from ffebm_compiler.passes.exported_program import batch_of
 from ffebm_compiler.passes.plain_call import plain_call
+from ffebm_compiler.passes.process import process_unchanged
 from ffebm_compiler.passes.tracing import tracing
+from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 
 __all__ = ["Exported", "export_graph"]
 
@@ -101,13 +104,30 @@ def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter logs whole graphs before it raises what we explain below
     try:
-        with tracing(source) as calls, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()), keep_custom_functions() as functions:
+        with _as_before(source), tracing(source) as calls, _silent():
+            with keep_custom_functions() as functions:
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             calls.known.check()
-            return Exported(program, functions, Recipe(), Recipe(), settings=tuple(calls.known.notes()))
+        return Exported(program, functions, Recipe(), Recipe(), settings=tuple(calls.known.notes()))
     except Exception as error:
-        raise explained(source, args, kwargs, error) from error
+        with _as_before(source), tensors_unchanged([*source.parameters(), *source.buffers()]):
+            raise explained(source, args, kwargs, error) from error
     finally:
         logging.disable(quiet)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _as_before(source: nn.Module) -> Iterator[None]:
+    with attributes_unchanged(source), process_unchanged(source), generators_unchanged():
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,16 @@ class PlainCall:
     """That of the last call."""
 
 
+def _with_names(signature: inspect.Signature, kwargs: dict[str, Any]) -> inspect.Signature:
+    """The signature with the names that a call gives to `**kwargs`: the exporter frees no size of what is in there."""
+    parameters = list(signature.parameters.values())
+    if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return signature
+    more = [name for name in kwargs if name not in signature.parameters]
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in more]
+    return signature.replace(parameters=[*parameters[:-1], *(named or parameters[-1:])])
+
+
 @contextlib.contextmanager
 def plain_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PlainCall]:
     """Let `source` be called with the plain form of `args` and `kwargs` and return plain containers."""
@@ -41,6 +52,7 @@ def plain_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         result, call.outputs = plain(original(*args, **kwargs))
         return result
 
+    forward.__signature__ = _with_names(inspect.signature(original), plain_kwargs)  # type: ignore[attr-defined]
     source.__dict__["forward"] = forward
     try:
         yield call

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,9 @@ def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, content in before:
-                if not torch.equal(tensor, content):  # batch norm leaves the version counters of its statistics alone
+                if (tensor.dtype, tensor.device, tensor.shape) != (content.dtype, content.device, content.shape):
+                    tensor.data = content  # forward moved its module
+                elif not torch.equal(tensor, content):  # batch norm leaves the version counters of its statistics alone
                     tensor.copy_(content)
 
 
@@ -54,7 +56,7 @@ class Attributes:
         self.registered = {
             name: (dict(module._parameters), dict(module._buffers)) for name, module in self.modules.items()
         }
-        self.contents = {
+        self.contents: dict[str, dict[str, Any]] = {
             name: {key: _content(value) for key, value in own.items()} for name, own in self.before.items()
         }
 
@@ -86,6 +88,20 @@ class Attributes:
                 content = self.contents[name][key]
                 if content is not None and not _same_content(content, _content(value)):
                     _refill(value, content)
+
+    def forget(self, unwanted: Callable[[Any], bool]) -> None:
+        """Give the modules back what they had in place of what is unwanted; other changes stay."""
+        for name, module in self.modules.items():
+            before = self.before[name]
+            for key, value in _own(module).items():
+                if unwanted(value) and not (key in before and before[key] is value):
+                    if key in before:
+                        module.__dict__[key] = before[key]
+                    else:
+                        del module.__dict__[key]
+                elif isinstance(value, dict) and key in before and before[key] is value:
+                    known = dict(self.contents[name][key] or ())
+                    _without(value, [part for part, item in value.items() if unwanted(item) and part not in known])
 
 
 @contextmanager
@@ -135,6 +151,11 @@ def _same_content(one: Any, other: Any) -> bool:
         return False
     pairs = zip(one, other, strict=True)
     return all(_same(a[1], b[1]) if isinstance(a, tuple) and len(a) == 2 else _same(a, b) for a, b in pairs)
+
+
+def _without(container: dict[Any, Any], keys: list[Any]) -> None:
+    for key in keys:
+        del container[key]
 
 
 def _refill(container: Any, content: list[Any]) -> None:

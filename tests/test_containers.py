@@ -196,6 +196,22 @@ def test_an_input_that_no_file_can_hold_is_refused_when_it_is_saved(tmp_path: Pa
 # -- calls -----------------------------------------------------------------------------------------
 
 
+class AnyArguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+
+    def forward(self, *inputs: Tensor, **more: Tensor) -> Tensor:
+        return self.a(sum(inputs)) + more["shift"] * more.get("scale", 1.0)
+
+
+def test_any_number_of_arguments_and_any_names_leave_the_batch_free() -> None:
+    model = seeded(AnyArguments)
+    hybrid = ffebm.convert(model, (noise(3, 8), noise(3, 8)), {"shift": noise(3, 4), "scale": 2.0})
+    x, shift = noise(5, 8), noise(5, 4)
+    torch.testing.assert_close(hybrid(x, x, scale=2.0, shift=shift), model(x, x, scale=2.0, shift=shift))
+
+
 class Options(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.errors import UnsupportedError
 
 
 class Pixels(nn.Module):
@@ -145,3 +146,10 @@ def test_parameters_and_buffers_at_the_root_may_have_the_names_of_attributes() -
     torch.testing.assert_close(hybrid(x), model(x), rtol=1e-5, atol=1e-6)
     assert list(hybrid.state_dict()) == list(model.state_dict())
     assert hybrid.plan.blocks
+
+
+def test_generation_is_refused_with_what_to_do_instead(hybrid: ffebm.HybridModel) -> None:
+    hybrid._source.generation_config = object()
+    with pytest.raises(UnsupportedError, match=r"a hybrid has no generate\(\).*to_digital\(\)\.generate"):
+        hybrid.generate(noise(1, 8))
+    assert hybrid.accepts_loss_kwargs is False

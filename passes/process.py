@@ -1,0 +1,132 @@
+"""The process as before: caches and levels that a trace would leave changed.
+
+A model may cache tables outside of its modules: `functools.lru_cache`, a dictionary of the module it
+is defined in, one in a closure. Traced, such a cache keeps the tracer's fake tensors, and the user's
+own model would return them from then on.
+
+Promise: no cache of functions that are defined outside of torch and the standard library holds a fake
+tensor afterwards; torch's functional transforms are at the level at which they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["process_unchanged"]
+
+_OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "numpy", "networkx", "ffebm_compiler"}
+"""Top-level packages whose caches are their own affair."""
+
+
+@contextmanager
+def process_unchanged(source: nn.Module) -> Iterator[None]:
+    """Empty the caches of a model's code that were filled with fake tensors; restore torch's functional level."""
+    level = torch._C._functorch.maybe_current_level()
+    caches, containers = _reached(source)
+    misses = [cache.cache_info().misses for cache in caches]
+    try:
+        yield
+    finally:
+        while torch._C._functorch.maybe_current_level() != level:
+            torch._C._functorch.pop_dynamic_layer_stack()
+        for cache, before in zip(caches, misses, strict=True):
+            if cache.cache_info().misses != before:
+                cache.cache_clear()
+        for container in containers:
+            _without_fakes(container)
+
+
+def _is_users(module: object) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] not in _OTHERS
+
+
+def _reached(source: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The caches of `lru_cache`, and the lists and dictionaries, that the code of a model can reach by name."""
+    caches: list[Any] = []
+    containers: list[Any] = []
+    pending: list[Any] = [part for module in source.modules() for part in (type(module), *vars(module).values())]
+    seen: set[int] = set()
+    while pending:
+        found = pending.pop()
+        if id(found) in seen or isinstance(found, _PLAIN):
+            continue
+        seen.add(id(found))
+        if isinstance(found, functools._lru_cache_wrapper):
+            caches.append(found)
+        elif type(found) in _CONTAINERS:
+            containers.append(found)
+        pending += _parts(found)
+    return caches, containers
+
+
+def _parts(found: Any) -> list[Any]:
+    """What an object's code names, for objects that are defined outside of the known packages."""
+    if isinstance(found, FunctionType):
+        if not _is_users(found.__module__):
+            return []
+        names = _names(found.__code__)
+        values = [found.__globals__[name] for name in names if name in found.__globals__]
+        inner = [vars(value).get(name) for value in values if isinstance(value, ModuleType) for name in names]
+        cells = [_content(cell) for cell in found.__closure__ or ()]
+        return [*values, *inner, *cells, *vars(found).values()]
+    if isinstance(found, type):
+        return [part for kind in found.__mro__ if _is_users(kind.__module__) for part in vars(kind).values()]
+    if isinstance(found, MethodType):
+        return [found.__func__, found.__self__]
+    if isinstance(found, staticmethod | classmethod | functools._lru_cache_wrapper):
+        return [found.__wrapped__]
+    if isinstance(found, property):
+        return [found.fget]
+    if isinstance(found, functools.partial):
+        return [found.func, *found.args]
+    if isinstance(found, dict):
+        return [value for value in found.values() if isinstance(value, FunctionType | MethodType)]
+    if isinstance(found, ModuleType | nn.Module) or not _is_users(type(found).__module__):
+        return []
+    return [type(found), *getattr(found, "__dict__", {}).values()]
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names and attributes that code mentions, functions inside included."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+_PLAIN = (torch.Tensor, str, bytes, int, float, bool, type(None))
+_CONTAINERS = (dict, list)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # still empty
+        return None
+
+
+def _without_fakes(container: Any) -> None:
+    if isinstance(container, dict):
+        for key in [key for key, value in container.items() if _holds_fake(value)]:
+            del container[key]
+    elif any(_holds_fake(value) for value in container):
+        container[:] = [value for value in container if not _holds_fake(value)]
+
+
+def _holds_fake(value: Any) -> bool:
+    """Whether a value is a fake tensor, or a small container of some."""
+    if isinstance(value, FakeTensor):
+        return True
+    if isinstance(value, list | tuple):
+        return any(isinstance(item, FakeTensor) for item in value)
+    return isinstance(value, dict) and any(isinstance(item, FakeTensor) for item in value.values())

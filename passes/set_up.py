@@ -1,0 +1,113 @@
+"""Set-up: the private copy runs once before it is traced, and what tracing leaves behind is undone.
+
+The first call of a forward may make buffers, tables and caches; traced, they would hold the tracer's
+tensors. So there is one eager call first. What it kept of parameters (a table computed from weights)
+is forgotten again, so that the trace computes it.
+
+An attribute that every call sets is state that the hybrid does not have: where the output depends on
+it, the model is refused, else it is noted.
+
+Promise: the module is what it was, but for what its first call sets up once and for all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.tracing import ordinary_paths
+from ffebm_compiler.passes.unchanged import Attributes, generators_unchanged, tensors_unchanged
+
+__all__ = ["set_up"]
+
+
+def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Call a module in its present mode until it has set up what it needs; no results, draws or written state stay.
+
+    A call that fails leaves the module as it was: the exporter's failure will be explained.
+
+    Returns:
+        What to tell of attributes that every call sets, or nothing.
+
+    Raises:
+        UnsupportedError: where an attribute that an earlier call set changes the output of a later one.
+    """
+    before = Attributes(source)
+    try:
+        first = _called(source, args, kwargs)
+        if not before.changed():
+            return ""
+        before.forget(_of_parameters)
+        again = Attributes(source)
+        second = _called(source, args, kwargs)
+    except Exception:
+        before.restore()
+        return ""
+    again.forget(_of_parameters)
+    kept = [name for name in again.changed() if not _is_remade(source, name)]
+    again.restore()
+    if not kept:
+        return ""
+    named = ", ".join(repr(name) for name in kept[:4]) + (", ..." if len(kept) > 4 else "")
+    if len(first) != len(second) or not all(map(_equal, first, second)):
+        raise UnsupportedError(
+            f"the model's output depends on what an earlier call left in the attribute {named}: keep it in a buffer "
+            "(register_buffer) that forward writes in place, or hand it in as an input"
+        )
+    return f"forward sets attributes ({named}) at every call, which the hybrid does not: its output is the same"
+
+
+def _called(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The outputs of a call that changes attributes alone."""
+    tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
+    registered = [(table, dict(table)) for table in tables]
+    state = [*source.parameters(), *source.buffers()]
+    with ordinary_paths(), generators_unchanged(), tensors_unchanged(state), _silent(), torch.enable_grad():
+        outputs = [
+            leaf.detach() if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves_of(source(*_own(args), **_own(kwargs)))
+        ]
+    for now, before in registered:  # a buffer that forward assigns; one that it makes stays
+        now.update(before)
+    return outputs
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _own(inputs: Any) -> Any:
+    """Inputs that the forward may write to."""
+    return pytree.tree_map(
+        lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf,
+        inputs,
+    )
+
+
+def _of_parameters(value: Any) -> bool:
+    """Whether something holds a tensor that was computed from parameters."""
+    return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in pytree.tree_leaves(value))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return True
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _is_remade(source: nn.Module, name: str) -> bool:
+    """Whether an attribute is what a parametrisation by hooks makes of parameters at every call."""
+    path, _, leaf = name.rpartition(".")
+    parameters = source.get_submodule(path)._parameters
+    return any(f"{leaf}_{kind}" in parameters for kind in ("orig", "v"))

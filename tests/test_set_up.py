@@ -1,0 +1,187 @@
+"""The user's model and process are as before; state in attributes is refused or told, set-up is done once."""
+
+import functools
+import random
+
+import numpy
+import pytest
+import torch
+from same_as_source import ONE_LAYER, assert_same, deviation
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import ffebm_compiler as ffebm
+
+
+@functools.lru_cache
+def cached(length: int) -> torch.Tensor:
+    """A table that the process keeps."""
+    return torch.arange(length, dtype=torch.float32)
+
+
+TABLES: dict[int, torch.Tensor] = {}
+
+
+def tabled(length: int) -> torch.Tensor:
+    """A table that this module keeps."""
+    if length not in TABLES:
+        TABLES[length] = torch.arange(length, dtype=torch.float32)
+    return TABLES[length]
+
+
+def remembered():
+    """A table that a closure keeps."""
+    known: dict[int, torch.Tensor] = {}
+
+    def table(length: int) -> torch.Tensor:
+        if length not in known:
+            known[length] = torch.arange(length, dtype=torch.float32)
+        return known[length]
+
+    return table
+
+
+class Net(nn.Module):
+    """A layer and a forward that keeps something."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.table: torch.Tensor | None = None
+        self.tables: dict[str, torch.Tensor] = {}
+        self.weights = nn.Parameter(torch.randn(8))
+        self.last, self.count = torch.zeros(()), 0
+        self.form = form
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.form(self, self.a(x))))
+
+
+def buffer_at_first_call(net, h):
+    if not hasattr(net, "steps"):
+        net.register_buffer("steps", torch.arange(8.0), persistent=False)
+    return h + net.steps
+
+
+def table_at_first_call(net, h):
+    if net.table is None:
+        net.table = torch.arange(8.0)
+    return h + net.table
+
+
+def table_of_parameters(net, h):
+    if net.table is None:
+        net.table = net.weights.square()
+    return h + (net.weights.square() if net.training else net.table)
+
+
+def tables_of_parameters(net, h):
+    if "cpu" not in net.tables:
+        net.tables["cpu"] = net.weights.square()
+    return h + (net.weights.square() if net.training else net.tables["cpu"])
+
+
+def kept_for_pictures(net, h):
+    net.last = h.detach()
+    return h
+
+
+def counted_in_python(net, h):
+    net.count += 1
+    return h
+
+
+TABLE = remembered()
+FORMS = {
+    "buffer at the first call": buffer_at_first_call,
+    "table at the first call": table_at_first_call,
+    "table of parameters": table_of_parameters,
+    "tables of parameters": tables_of_parameters,
+    "lru_cache": lambda net, h: h + cached(h.shape[1]),
+    "dictionary of the module": lambda net, h: h + tabled(h.shape[1]),
+    "dictionary of a closure": lambda net, h: h + TABLE(h.shape[1]),
+    "kept for pictures": kept_for_pictures,
+    "counted in python": counted_in_python,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_hybrid_is_right_and_the_source_stays_real(form: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = Net(FORMS[form]), torch.randn(5, 8)
+    for train in (True, False):
+        hybrid = assert_same(Net(FORMS[form]), inputs, train=train)
+    ffebm.convert(model, inputs)
+    assert not isinstance(model(inputs), FakeTensor)
+    assert model.table is None or not isinstance(model.table, FakeTensor)
+    noted = any("sets attributes" in note for note in hybrid.plan.notes)
+    assert noted == (form in ("kept for pictures", "counted in python"))
+    assert not noted or any("'last'" in note or "'count'" in note for note in hybrid.plan.notes)
+
+
+@pytest.mark.parametrize("form", ["lru_cache", "dictionary of the module"])
+def test_a_cache_filled_while_tracing_holds_no_fake_tensor(form: str) -> None:
+    def refused(net, h):
+        FORMS[form](net, h)
+        cached(3 if torch.compiler.is_exporting() else 2)
+        tabled(3 if torch.compiler.is_exporting() else 2)
+        return h[: int(h.sum())]
+
+    with pytest.raises(ffebm.FFEBMError):
+        ffebm.convert(Net(refused), torch.randn(5, 8))
+    assert not isinstance(cached(3), FakeTensor)
+    assert not isinstance(tabled(3), FakeTensor)
+
+
+def test_a_table_of_parameters_follows_them() -> None:
+    model, inputs = Net(table_of_parameters), torch.randn(5, 8)
+    hybrid = ffebm.convert(model, inputs, hardware=ONE_LAYER).eval()
+    before = hybrid(inputs)
+    with torch.no_grad():
+        hybrid.get_parameter("weights").mul_(2)
+        model.weights.mul_(2)
+    assert deviation(hybrid(inputs), before) > 1e-3
+    assert deviation(hybrid(inputs), model.eval()(inputs)) < 1e-5
+
+
+def test_state_that_changes_the_output_is_refused_by_name() -> None:
+    def memory(net, h):
+        out = h + net.last
+        net.last = h.detach()
+        return out
+
+    with pytest.raises(ffebm.UnsupportedError, match="attribute 'last'"):
+        ffebm.convert(Net(memory), torch.randn(5, 8))
+
+    def schedule(net, h):
+        net.count += 1
+        return h * (1 + 0.1 * net.count)
+
+    with pytest.raises(ffebm.UnsupportedError, match="attribute 'count'"):
+        ffebm.convert(Net(schedule), torch.randn(5, 8))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weights_made_by_hooks_are_no_state() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Tanh(), nn.utils.spectral_norm(nn.Linear(8, 4)))
+    hybrid = ffebm.convert(model, torch.randn(5, 8))
+    assert not any("sets attributes" in note for note in hybrid.plan.notes)
+
+
+def test_generators_flags_and_hooks_stay() -> None:
+    def draws(net, h):
+        return h + torch.rand(()) + random.random() + float(numpy.random.rand())
+
+    model, other = Net(lambda net, h: h).train(), Net(lambda net, h: draws(net, h)[: int(h.sum())])
+    model.b.eval()
+    drawn = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    ffebm.convert(model, torch.ones(5, 8))
+    with pytest.raises(ffebm.FFEBMError):
+        ffebm.convert(other, torch.ones(5, 8))
+    assert torch.equal(torch.get_rng_state(), drawn[0])
+    assert random.getstate() == drawn[1]
+    assert numpy.random.get_state()[1].tolist() == drawn[2]
+    assert model.training
+    assert model.a.training
+    assert not model.b.training
+    assert "training" not in vars(nn.Module)

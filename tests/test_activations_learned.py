@@ -177,9 +177,14 @@ def test_slopes_that_depend_on_the_input_are_digital() -> None:
     assert op.reason == "a parameter of prelu depends on the input"
 
 
-@pytest.mark.parametrize(
-    ("module", "slope"), [(nn.LeakyReLU(-0.7), -0.7), (nn.RReLU(0.1, 0.5), 0.3), (nn.RReLU(-0.5, -0.1), -0.3)]
-)
+class Averaged(nn.Module):
+    """A random leaky ReLU that never draws."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rrelu(x, -0.5, -0.1)
+
+
+@pytest.mark.parametrize(("module", "slope"), [(nn.LeakyReLU(-0.7), -0.7), (Averaged(), -0.3)])
 def test_leaky_relatives_have_an_energy(module: nn.Module, slope: float) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 7), module, nn.Linear(7, 3))).eval()
     hybrid = ffebm.convert(model, noise(4, 6), hardware="ideal")
@@ -189,6 +194,16 @@ def test_leaky_relatives_have_an_energy(module: nn.Module, slope: float) -> None
     assert activation.negative_slope == pytest.approx(slope)
     with hybrid.feedforward_mode():
         torch.testing.assert_close(hybrid(noise(4, 6)), model(noise(4, 6)))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_random_leaky_relu_is_the_sources_in_both_modes(train: bool) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 7), nn.RReLU(0.1, 0.5), nn.Linear(7, 3))).train(train)
+    hybrid = ffebm.convert(copy.deepcopy(model), noise(4, 6)).train(train)
+    torch.manual_seed(0)
+    got = hybrid(noise(4, 6))
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, model(noise(4, 6)))
 
 
 def test_a_random_slope_is_no_activation() -> None:

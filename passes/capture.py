@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from ffebm_compiler.errors import CaptureError, InputError
 from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.check_model import check_finite, check_model
+from ffebm_compiler.passes.copied_closures import parameters_outside
 from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
@@ -60,7 +61,7 @@ def capture(
     cache = without_cache(source, args, kwargs)
     flags = {module: module.training for module in source.modules()}
     try:
-        program = _in_both_modes(source, args, dict(kwargs), dynamic_shapes)
+        program = _in_both_modes(source, args, dict(kwargs), dynamic_shapes, model)
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -69,7 +70,9 @@ def capture(
     return program
 
 
-def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Program:
+def _in_both_modes(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, model: nn.Module
+) -> Program:
     """The capture in eval mode, with the one in train mode where the model may do something else then."""
     source.eval()
     kept = [set_up(source, args, kwargs)]
@@ -77,6 +80,7 @@ def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     source.eval()
     with training_reads() as reads:
         exported = export_graph(source, args, kwargs, dynamic_shapes)
+    _refuse_outside(exported, model)
     names = {module: name for name, module in source.named_modules()}
     asks = {module for module in reads.asks if module in names}
     training: Program | None = None
@@ -97,6 +101,7 @@ def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             elif exported.note and not trained.note:
                 trained = export_graph(source, args, kwargs, None)
             asks |= {module for module in reads.asks if module in names}
+            _refuse_outside(trained, model)
             training = _wrapped(replace(trained, note=""), source)
         except (CaptureError, InputError) as error:
             refused = str(error)
@@ -108,6 +113,16 @@ def _in_both_modes(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if refused:
         program.note(f"the model has no capture in train mode, and the hybrid none: {refused}")
     return program
+
+
+def _refuse_outside(exported: Exported, model: nn.Module) -> None:
+    found = parameters_outside(exported.program.constants, model)
+    if found:
+        raise CaptureError(
+            f"the forward reads {', '.join(map(repr, found[:4]))} of the model itself, not of the copy that is "
+            "converted: its code names the model or its parameters from outside (a global variable, a class), "
+            "so that the hybrid could not train them; reach them through self"
+        )
 
 
 def _wrapped(exported: Exported, source: nn.Module) -> Program:

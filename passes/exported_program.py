@@ -29,6 +29,7 @@ def program_of(
     graph_module = exported.graph_module
     first = {id(tensor): name for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     tensors = dict(source.named_parameters(remove_duplicate=False))
+    places = {_place(tensors[name]): first[id(tensors[name])] for name in tensors}
     lifted: dict[str, str] = {}
     constants: dict[str, torch.Tensor] = {}
     names: list[str] = []
@@ -38,7 +39,11 @@ def program_of(
             target = str(spec.target)  # a tied weight goes by its first name
             lifted[name] = first.get(id(tensors[target]), target) if target in tensors else target
         elif spec.kind == InputKind.CONSTANT_TENSOR:
-            constants[name] = exported.constants[str(spec.target)].detach().clone()
+            constant = exported.constants[str(spec.target)]
+            if _place(constant) in places:  # a function that closes over a parameter
+                lifted[name] = places[_place(constant)]
+            else:
+                constants[name] = constant.detach().clone()
         elif spec.kind == InputKind.USER_INPUT:
             names.append(name)
         else:
@@ -58,6 +63,13 @@ def program_of(
     if note:
         program.note(note)
     return program
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What two names of one tensor share; of a tensor without memory of its own, the tensor itself."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
 def batch_of(graph_module: fx.GraphModule, inputs: list[str]) -> tuple[str | None, int]:

@@ -1,0 +1,46 @@
+"""Conversion compares the hybrid with its source, and knows where a comparison says nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import noise, seeded
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+
+
+class Normed(nn.Module):
+    """Batch norm over two samples at one position: of equal features it returns their round-off at full size."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16, eps=1e-12), nn.Linear(16, 4)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(1 + self.scale * x)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+def test_a_source_that_returns_round_off_converts(scale: float) -> None:
+    hybrid = ffebm.convert(seeded(lambda: Normed(scale)).train(), noise(2, 8))
+    assert hybrid.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_deviation_is_a_defect_that_is_told(dtype: torch.dtype, training: bool) -> None:
+    model, x = seeded(lambda: Normed(1.0)).to(dtype), noise(6, 8).to(dtype)
+    hybrid = ffebm.convert(model.train(training), x)
+    other = copy.deepcopy(hybrid.to_digital())
+    with torch.no_grad():
+        other.last.weight.mul_(1.001)
+    hybrid.__dict__["_source"] = other
+    mode = "train" if training else "eval"
+    with pytest.raises(
+        ffebm.FFEBMError, match=rf"deviates from the source by .* in {mode} mode.*defect of the compiler"
+    ):
+        hybrid.verify_feedforward(other, (x,), {})

@@ -87,11 +87,11 @@ def _in_both_modes(
     refused = ""
     if asks:
         source.train()
-        kept.append(set_up(source, args, kwargs))
-        for module in source.modules():
-            if is_rebound(module) and module not in asks:
-                module.training = False  # `rebind` makes it follow its flag
         try:
+            kept.append(set_up(source, args, kwargs))
+            for module in source.modules():
+                if is_rebound(module) and module not in asks:
+                    module.training = False  # `rebind` makes it follow its flag
             with training_reads() as reads:
                 trained = export_graph(source, args, kwargs, dynamic_shapes)
             if trained.note and not exported.note:

@@ -21,10 +21,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.errors import CaptureError, UnsupportedError
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.tracing import ordinary_paths
-from ffebm_compiler.passes.unchanged import Attributes, generators_unchanged, tensors_unchanged
+from ffebm_compiler.passes.unchanged import Attributes, generator_states, generators_unchanged, tensors_unchanged
 
 __all__ = ["set_up"]
 
@@ -39,15 +39,25 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     Raises:
         UnsupportedError: where an attribute that an earlier call set changes the output of a later one.
+        CaptureError: where forward draws from the generators of Python or numpy.
     """
     before = Attributes(source)
+    drawn: set[str] = set()
     try:
-        first = _called(source, args, kwargs)
+        first = _called(source, args, kwargs, drawn)
+        if drawn:
+            before.restore()
+            raise _Drawn
         if not before.changed():
             return ""
         before.forget(_of_parameters)
         again = Attributes(source)
-        second = _called(source, args, kwargs)
+        second = _called(source, args, kwargs, drawn)
+    except _Drawn:
+        raise CaptureError(
+            f"forward draws random numbers from {' and '.join(sorted(drawn))}, which a captured graph would repeat for "
+            "ever: draw them with torch (torch.rand(())), or outside of forward and hand them in as an input"
+        ) from None
     except Exception:
         before.restore()
         return ""
@@ -65,16 +75,22 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return f"forward sets attributes ({named}) at every call, which the hybrid does not: its output is the same"
 
 
-def _called(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The outputs of a call that changes attributes alone."""
+class _Drawn(Exception):
+    """A forward drew from a generator that is not torch's."""
+
+
+def _called(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], drawn: set[str]) -> list[Any]:
+    """The outputs of a call that changes attributes alone; adds the generators that it uses, but torch's, to `drawn`."""
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
     state = [*source.parameters(), *source.buffers()]
     with ordinary_paths(), generators_unchanged(), tensors_unchanged(state), _silent(), torch.enable_grad():
+        states = generator_states()
         outputs = [
             leaf.detach() if isinstance(leaf, Tensor) else leaf
             for leaf in leaves_of(source(*_own(args), **_own(kwargs)))
         ]
+        drawn.update(name for name, value in generator_states().items() if value != states.get(name, value))
     for now, before in registered:  # a buffer that forward assigns; one that it makes stays
         now.update(before)
     return outputs

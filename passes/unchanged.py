@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Attributes", "attributes_unchanged", "generators_unchanged", "tensors_unchanged"]
+__all__ = ["Attributes", "attributes_unchanged", "generator_states", "generators_unchanged", "tensors_unchanged"]
 
 
 @contextmanager
@@ -30,6 +30,16 @@ def generators_unchanged() -> Iterator[None]:
         random.setstate(ours)
         if numpy is not None:
             numpy.random.set_state(theirs)
+
+
+def generator_states() -> dict[str, str]:
+    """The states of Python's and numpy's default random generators, in a form that compares."""
+    numpy: Any = sys.modules.get("numpy")
+    states = {"Python's own generator (random)": repr(random.getstate())}
+    if numpy is not None:
+        kind, keys, *position = numpy.random.get_state()
+        states["numpy's generator (numpy.random)"] = repr((kind, keys.tobytes(), position))
+    return states
 
 
 @contextmanager

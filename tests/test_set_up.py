@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Callable
 
 import numpy
 import pytest
@@ -185,3 +186,34 @@ def test_generators_flags_and_hooks_stay() -> None:
     assert model.a.training
     assert not model.b.training
     assert "training" not in vars(nn.Module)
+
+
+class Skips(nn.Module):
+    """Skips a layer at random, with a generator that is not torch's."""
+
+    def __init__(self, draw: Callable[[], float], always: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.draw, self.always = draw, always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (self.training or self.always) and self.draw() < 0.5:
+            return self.b(x)
+        return self.b(torch.tanh(self.a(x)))
+
+
+GENERATORS = {"Python's own generator": random.random, "numpy's generator": lambda: numpy.random.rand()}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_draws_of_other_generators_are_refused(name: str) -> None:
+    x, state = torch.randn(3, 8), random.getstate()
+    with pytest.raises(ffebm.CaptureError, match=rf"forward draws random numbers from {name}.*draw them with torch"):
+        ffebm.convert(Skips(GENERATORS[name], always=True), x)
+    model = Skips(GENERATORS[name], always=False).eval()
+    hybrid = ffebm.convert(model, x, hardware=ffebm.Hardware(layers_per_block=1))
+    torch.testing.assert_close(hybrid(x), model(x))
+    assert any("draws random numbers" in note for note in hybrid.plan.notes)
+    with pytest.raises(ffebm.FFEBMError, match="draws random numbers"):
+        hybrid.train()(x)
+    assert random.getstate() == state

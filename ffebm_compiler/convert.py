@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.storage import Conversion
 
 __all__ = ["convert", "plan"]
+
+_OTHER_ORDER = (
+    "random numbers are drawn in another order than in the source, since blocks and digital parts hold draws of "
+    "several branches: of the same distribution, but for one seed dropout masks and the like are others"
+)
 
 Pass = Callable[[Program], Program]
 
@@ -241,7 +246,10 @@ def convert(
     else:
         plan.validate()
     casts = Casts.of(front.program)
-    hybrid = HybridModel(front.program, plan, lower(front.program, plan), casts)
+    lowered = lower(front.program, plan)
+    if not lowered.draws_in_order and _OTHER_ORDER not in plan.notes:
+        plan = replace(plan, notes=(*plan.notes, _OTHER_ORDER))
+    hybrid = HybridModel(front.program, plan, lowered, casts)
     hybrid.conversion = Conversion.of(front.args, front.kwargs, dynamic_shapes)
     hybrid.configure(feedback=feedback, estimator=estimator, solver=solver)
     hybrid.calibrate(*front.args, **front.kwargs)

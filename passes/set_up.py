@@ -80,7 +80,7 @@ class _Drawn(Exception):
 
 
 def _called(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], drawn: set[str]) -> list[Any]:
-    """The outputs of a call that changes attributes alone; adds the generators that it uses, but torch's, to `drawn`."""
+    """The outputs of a call that changes attributes alone; `drawn` gets the generators, not torch's, that it uses."""
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
     state = [*source.parameters(), *source.buffers()]

@@ -104,11 +104,15 @@ def with_neurons(hardware: Hardware, neurons: int | None) -> Hardware:
     return replace(hardware, neurons_per_block=neurons)
 
 
-def owns_a_layer(graph: OperationGraph, name: str, inside: set[str]) -> bool:
+def readers_of(graph: OperationGraph) -> networkx.DiGraph:
+    """An edge from every value to every operation that reads it."""
+    return networkx.DiGraph([(source, op.name) for op in graph.operations for source in op.inputs])
+
+
+def owns_a_layer(graph: OperationGraph, readers: networkx.DiGraph, name: str, inside: set[str]) -> bool:
     """Whether a layer's product reaches an activation of a block alone: backwards, one value at a time."""
     if graph[name].role is not Role.ACTIVATION:
         return True
-    readers = networkx.DiGraph([(source, op.name) for op in graph.operations for source in op.inputs])
     waiting = list(graph[name].inputs)
     while waiting:
         source = waiting.pop()
@@ -142,15 +146,19 @@ def faults(graph: OperationGraph, hardware: Hardware, result: Partition, kinds: 
             found.append(f"layer {op.name} is analog: {analog}, rejected: {op.name in result.rejected}")
         if analog and (op.role is Role.DIGITAL or (op.role is Role.WIRING and op.kind not in kinds)):
             found.append(f"{op.name} may not be analog")
+    readers = readers_of(graph)
+    order = {op.name: index for index, op in enumerate(graph.operations)}
     for members in result.blocks:
         inside, fed = set(members), set()
         layers = [graph[name] for name in members if graph[name].role is Role.WEIGHT]
-        for op in graph.operations:
-            if op.name in inside and (op.role is Role.WEIGHT or any(s in fed for s in op.inputs)):
+        for op in (graph[name] for name in sorted(members, key=order.__getitem__)):
+            if op.role is Role.WEIGHT or any(s in fed for s in op.inputs):
                 fed.add(op.name)
         found += [f"{name} is fed by no layer of its block" for name in inside - fed]
         found += [
-            f"{name} owns no layer of its block" for name in sorted(inside) if not owns_a_layer(graph, name, inside)
+            f"{name} owns no layer of its block"
+            for name in sorted(inside)
+            if not owns_a_layer(graph, readers, name, inside)
         ]
         if hardware.layers_per_block is not None and len(layers) > hardware.layers_per_block:
             found.append(f"{len(layers)} layers in a block")

@@ -208,28 +208,24 @@ def _converged(edge: _Edge, norm: float, vectors: Tensor) -> tuple[float, Tensor
 
 
 def _rayleigh_ritz(edge: _Edge, left: Tensor) -> tuple[float, Tensor]:
-    """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y."""
-    basis = _unit(edge.transpose(_unit(left)))
+    """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y, of any length."""
+    basis = edge.transpose(left)
     images = edge.forward(basis)
     assert images is not None
     overlap, energy = _gram(basis), _gram(images)
     if not (np.isfinite(overlap).all() and np.isfinite(energy).all()):
         return math.inf, images[:_KEPT]
+    lengths = np.sqrt(np.diag(overlap))
+    factors = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     # Rows may be nearly parallel: directions of the basis that are lost in round-off are left out.
-    sizes, axes = np.linalg.eigh(overlap)
+    sizes, axes = np.linalg.eigh(overlap * np.outer(factors, factors))
     certain = sizes > 1e-5 * max(sizes[-1], 1e-30)
     if not certain.any():  # J is zero
         return 0.0, images[:_KEPT]
-    white = axes[:, certain] / np.sqrt(sizes[certain])
+    white = factors[:, None] * axes[:, certain] / np.sqrt(sizes[certain])
     values, turned = np.linalg.eigh(white.T @ energy @ white)
     chosen = (white @ turned)[:, ::-1][:, :_KEPT].T
     return math.sqrt(max(float(values[-1]), 0.0)), torch.from_numpy(chosen.copy()).to(images) @ images
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Rows of unit length; one of zeros stays."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows * torch.where(lengths > torch.finfo(rows.dtype).tiny, 1 / lengths, torch.zeros_like(lengths))
 
 
 def _gram(rows: Tensor) -> np.ndarray:

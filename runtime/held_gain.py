@@ -147,10 +147,13 @@ class HeldGain:
             sources: those tensors.
             every: changes after which the norms are measured to convergence, whatever the estimate says.
         """
-        self._every = every
-        changed = not self.locked and not self.fits(sources)
-        self._arriving = WeightStamp.of(sources) if changed else None
-        return changed
+        self._every = every or None
+        self._arriving = None
+        if not self.locked:
+            present = WeightStamp.of(sources)
+            if self.stamp is None or not self.stamp.equals(present):
+                self._arriving = present
+        return self._arriving is not None
 
     def hold(self, weights: Sequence[Tensor | None]) -> None:
         """Measure weights that `look` found changed, and set γ where the loop gain has left κ.
@@ -162,7 +165,7 @@ class HeldGain:
             return
         before = self.loop_gain
         self.changes += 1
-        self._measure(weights, converge=bool(self._every) and self.changes % (self._every or 1) == 0)
+        self._measure(weights, converge=self._every is not None and self.changes % self._every == 0)
         self.stamp, self._arriving = self._arriving, None
         if isinstance(self.feedback, str) and before <= 1 < self.loop_gain and not self._warned:
             self._warned = True

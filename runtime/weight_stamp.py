@@ -32,13 +32,15 @@ class WeightStamp:
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the stamped tensors, unchanged."""
-        if len(tensors) != len(self.marks):
+        return self.equals(WeightStamp.of(tensors))
+
+    def equals(self, other: WeightStamp) -> bool:
+        """Whether both are stamps of the same tensors with nothing changed between them."""
+        if len(other.marks) != len(self.marks):
             return False
-        for tensor, (reference, version, memory, values) in zip(tensors, self.marks, strict=True):
-            if reference() is not tensor:
-                return False
-            now, place, present = _mark(tensor)
-            if (now, place) != (version, memory):
+        for (mine, *before, values), (theirs, *now, present) in zip(self.marks, other.marks, strict=True):
+            tensor = mine()
+            if tensor is None or theirs() is not tensor or before != now:
                 return False
             if values is not None and (present is None or not torch.equal(values, present)):
                 return False

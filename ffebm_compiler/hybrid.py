@@ -110,7 +110,7 @@ class HybridModel(nn.Module):
         to convergence only where the estimate jumps."""
         self.project_to: float | None = None
         """Loop gain to which symmetric blocks are then projected, see `project`; None: not by itself."""
-        self._sources = {name: self._sources_of(name) for name, block in self._energy.items() if block.program.coupled}
+        self._sources = self._sources_of_blocks()
         """Names of the parameters and buffers that the weights of each block with feedback are made of."""
         self.training = source.training
         for module in lowered.graph_module.modules():
@@ -267,21 +267,29 @@ class HybridModel(nn.Module):
                 self.project(self.project_to)
         return [*self._tensors(), *leaves]
 
-    def _sources_of(self, name: str) -> tuple[str, ...]:
-        """Names of the parameters and buffers that the weights of a block are made of."""
-        run = self.lowered
-        assert isinstance(run, fx.GraphModule)
-        call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
-        placeholders = (node for node in run.graph.nodes if node.op == "placeholder")
-        names = dict(zip(placeholders, self._lifted, strict=False))
-        pending = [node for node in call.args[self._energy[name].program.inputs :] if isinstance(node, fx.Node)]
-        seen: dict[fx.Node, None] = {}
-        while pending:
-            node = pending.pop()
-            if node not in seen:
-                seen[node] = None
-                pending += node.all_input_nodes
-        return tuple(sorted({names[node] for node in seen if node in names}))
+    def _sources_of_blocks(self) -> dict[str, tuple[str, ...]]:
+        """For each block with feedback, names of the parameters and buffers that its weights are made of."""
+        nodes: Any = self.lowered.graph.nodes
+        names = dict(zip((node for node in nodes if node.op == "placeholder"), self._lifted, strict=False))
+        found = {}
+        for call in nodes:
+            block = self._energy.get(str(call.target)) if call.op == "call_module" else None
+            if block is None or not block.program.coupled:
+                continue
+            pending = [node for node in call.args[block.program.inputs :] if isinstance(node, fx.Node)]
+            seen: dict[fx.Node, None] = {}
+            while pending:
+                node = pending.pop()
+                if node not in seen:
+                    seen[node] = None
+                    pending += node.all_input_nodes
+            found[str(call.target)] = tuple(sorted({names[node] for node in seen if node in names}))
+        return found
+
+    def _call_of(self, name: str) -> Any:
+        """The node of the lowered graph that calls a block."""
+        nodes: Any = self.lowered.graph.nodes
+        return next(node for node in nodes if node.op == "call_module" and node.target == name)
 
     def _tensor(self, name: str) -> Tensor:
         """The parameter or buffer of this name."""
@@ -310,7 +318,7 @@ class HybridModel(nn.Module):
     def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         """(inputs, weights) of an energy block; an input that depends on the network's is None."""
         run = self.lowered
-        call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
+        call = self._call_of(name)
         known: dict[fx.Node, Tensor | None] = {}
         placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
         known.update(zip(placeholders, self._tensors(), strict=False))
@@ -459,7 +467,7 @@ class HybridModel(nn.Module):
         run = self.lowered
         placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
         tensors = dict(zip(placeholders, self._tensors(), strict=False))
-        call = next(node for node in run.graph.nodes if node.op == "call_module" and node.target == name)
+        call = self._call_of(name)
         node = call.args[self._energy[name].program.inputs + index]
         while node not in tensors:
             # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.

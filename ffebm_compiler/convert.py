@@ -32,6 +32,7 @@ from ffebm_compiler.passes.functionalize import functionalize
 from ffebm_compiler.passes.inline_regions import inline_regions
 from ffebm_compiler.passes.lower import lower
 from ffebm_compiler.passes.merge_modes import merge_modes
+from ffebm_compiler.passes.outside_parameters import outside_parameters
 from ffebm_compiler.passes.planning import make_plan
 from ffebm_compiler.passes.rebind import rebind
 from ffebm_compiler.passes.recognise_activations import recognise_activations
@@ -73,6 +74,7 @@ def passes_for(options: PlanOptions) -> list[Pass]:
         in_each_mode(custom_functions),
         in_each_mode(explicit_casts),
         in_each_mode(functionalize),
+        in_each_mode(outside_parameters),
         in_each_mode(free_shapes),
         in_each_mode(recurrent),
         merge_modes,

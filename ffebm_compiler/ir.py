@@ -234,6 +234,8 @@ class Program:
     batch_symbol: str | None
     """The symbol of the batch size, or None where it is fixed."""
     batch_hint: int
+    outside: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Those of `constants` that require a gradient in the source, though no module registers them."""
     functions: Any = None
     """The calls of custom functions that were kept while tracing; `passes.custom_functions` puts them back."""
     training: Program | None = None

@@ -126,7 +126,7 @@ def _refuse_outside(exported: Exported, model: nn.Module) -> None:
 
 
 def _wrapped(exported: Exported, source: nn.Module) -> Program:
-    program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs)
+    program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs, exported.outside)
     program.functions = exported.functions
     for sentence in exported.settings:
         program.note(sentence)

@@ -46,6 +46,8 @@ class Exported:
     """Branches that were decided by values of buffers: a sentence for each."""
     note: str = ""
     """What the person should know, or nothing."""
+    outside: tuple[torch.Tensor, ...] = ()
+    """Tensors with `requires_grad` that the forward reads and no module registers."""
 
 
 def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
@@ -108,7 +110,8 @@ def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             with keep_custom_functions() as functions:
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             calls.known.check()
-        return Exported(program, functions, Recipe(), Recipe(), settings=tuple(calls.known.notes()))
+        found, outside = tuple(calls.known.notes()), tuple(calls.outside)
+        return Exported(program, functions, Recipe(), Recipe(), settings=found, outside=outside)
     except Exception as error:
         with _as_before(source), tensors_unchanged([*source.parameters(), *source.buffers()]):
             raise explained(source, args, kwargs, error) from error

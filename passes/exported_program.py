@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -11,11 +13,16 @@ from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
 
-__all__ = ["batch_of", "module_of", "program_of"]
+__all__ = ["batch_of", "module_of", "place_of", "program_of"]
 
 
 def program_of(
-    exported: ExportedProgram, source: nn.Module, note: str, inputs: Recipe = PLAIN, outputs: Recipe = PLAIN
+    exported: ExportedProgram,
+    source: nn.Module,
+    note: str,
+    inputs: Recipe = PLAIN,
+    outputs: Recipe = PLAIN,
+    outside: Sequence[torch.Tensor] = (),
 ) -> Program:
     """The program of an exported module.
 
@@ -25,13 +32,16 @@ def program_of(
         note: what the person should know, or nothing.
         inputs: how the containers of the inputs are made of plain ones.
         outputs: the same for those of the outputs.
+        outside: tensors with `requires_grad` that the forward reads and no module registers.
     """
     graph_module = exported.graph_module
     first = {id(tensor): name for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     tensors = dict(source.named_parameters(remove_duplicate=False))
-    places = {_place(tensors[name]): first[id(tensors[name])] for name in tensors}
+    places = {place_of(tensors[name]): first[id(tensors[name])] for name in tensors}
     lifted: dict[str, str] = {}
     constants: dict[str, torch.Tensor] = {}
+    trained: dict[str, torch.Tensor] = {}
+    outside_places = {place_of(tensor) for tensor in outside}
     names: list[str] = []
     for spec in exported.graph_signature.input_specs:
         name = spec.arg.name
@@ -40,10 +50,12 @@ def program_of(
             lifted[name] = first.get(id(tensors[target]), target) if target in tensors else target
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constant = exported.constants[str(spec.target)]
-            if _place(constant) in places:  # a function that closes over a parameter
-                lifted[name] = places[_place(constant)]
+            if place_of(constant) in places:  # a function that closes over a parameter
+                lifted[name] = places[place_of(constant)]
             else:
                 constants[name] = constant.detach().clone()
+                if constant.requires_grad or place_of(constant) in outside_places:
+                    trained[name] = constant
         elif spec.kind == InputKind.USER_INPUT:
             names.append(name)
         else:
@@ -54,6 +66,7 @@ def program_of(
         source=source,
         lifted=lifted,
         constants=constants,
+        outside=trained,
         inputs=tuple(names),
         in_spec=Form(exported.call_spec.in_spec, inputs),
         out_spec=Form(exported.call_spec.out_spec, outputs),
@@ -65,7 +78,7 @@ def program_of(
     return program
 
 
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+def place_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """What two names of one tensor share; of a tensor without memory of its own, the tensor itself."""
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
         return (id(tensor),)

@@ -27,7 +27,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for leaf in pytree.tree_leaves([value for key, value in vars(module).items() if key not in _REGISTERED]):
             if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach().clone()
+                memo[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.fx import traceback
 from torch.overrides import TorchFunctionMode
@@ -40,6 +42,8 @@ class UsersCalls(TorchFunctionMode):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.known = KnownValues(source)
+        self.outside: list[torch.Tensor] = []
+        """Tensors with `requires_grad` that no module registers: the tracer sees them as they are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the call, marked where no gradient is recorded."""
@@ -51,6 +55,11 @@ class UsersCalls(TorchFunctionMode):
                 f"a gradient is taken inside the forward ({func.__name__}), which a graph does not hold; convert the "
                 "submodules whose gradient it takes, and take it outside"
             )
+        self.outside += [
+            leaf
+            for leaf in pytree.tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.requires_grad
+        ]
         known, value = self.known.call(func, args, kwargs)
         if known:
             return value

@@ -16,10 +16,10 @@ from ffebm_compiler.passes.align_modes import is_size, operands
 from ffebm_compiler.passes.mode_parts import Piece, Side
 from ffebm_compiler.passes.unchanged import generators_unchanged
 
-__all__ = ["mask_of", "rate_of"]
+__all__ = ["OF_SHAPE", "mask_of", "rate_of"]
 
 aten = torch.ops.aten
-_OF_SHAPE = (
+OF_SHAPE = (
     aten.new_empty.default,
     aten.new_ones.default,
     aten.new_full.default,
@@ -85,7 +85,7 @@ def _is_free_of(node: fx.Node, x: fx.Node) -> bool:
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
-        if current in seen or current.target in _OF_SHAPE:
+        if current in seen or current.target in OF_SHAPE:
             continue
         seen.add(current)
         if current is x:

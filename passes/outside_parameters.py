@@ -1,0 +1,95 @@
+"""Outside parameters: what a forward reads and would train, though no module registers it, is refused.
+
+A parameter in a plain list, in a closure or in a global variable is a constant to the trace: `parameters()`
+does not hold it, and neither does the hybrid. The source has a gradient for it all the same.
+
+Promise: no constant of the graph that requires a gradient in the source has an effect on the gradient of
+an output. One that is read detached or under `no_grad` (a frozen teacher, a moving average) is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.ir import Program
+from ffebm_compiler.passes.exported_program import place_of
+from ffebm_compiler.passes.source_line import source_line
+from ffebm_compiler.passes.training_mask import OF_SHAPE
+from ffebm_compiler.runtime.in_place import written_without_gradient
+
+__all__ = ["outside_parameters"]
+
+
+def outside_parameters(program: Program) -> Program:
+    """Refuse a constant through which a gradient would reach a tensor that the hybrid does not have.
+
+    Raises:
+        UnsupportedError: naming the tensor and the line that reads it.
+    """
+    for node in program.graph.nodes:
+        if node.name in program.outside and _is_trained(node):
+            tensor = program.outside[node.name]
+            name = next(_names(program.source, tensor), "")
+            what = f"'{name}'" if name else f"a tensor of shape {tuple(tensor.shape)}"
+            line = next((place for user in node.users if (place := source_line(user))), "")
+            raise UnsupportedError(
+                f"forward reads {what}{line}, which requires a gradient and is no parameter of a module: the hybrid "
+                "would never train it; register it (an nn.Parameter as an attribute, nn.ParameterList, nn.ModuleList), "
+                "compute it in forward, or detach it where it is a constant"
+            )
+    return program
+
+
+def _is_trained(constant: fx.Node) -> bool:
+    """Whether the output has a gradient with respect to a constant."""
+    pending, seen = [constant], set()
+    while pending:
+        node = pending.pop()
+        if node.op == "output":
+            return True
+        if node in seen:
+            continue
+        seen.add(node)
+        pending += [user for user in node.users if _passes(user, node)]
+    return False
+
+
+def _passes(user: fx.Node, operand: fx.Node) -> bool:
+    """Whether a gradient goes from the result of an operation to an operand."""
+    if user.op == "output":
+        return True
+    value = user.meta.get("val")
+    if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return False
+    if user.target is torch.ops.aten.detach.default or user.target in OF_SHAPE:
+        return False
+    return user.target is not written_without_gradient or user.args[0] is operand
+
+
+def _names(source: nn.Module, tensor: torch.Tensor) -> Iterator[str]:
+    """Where in the attributes of a module's modules a tensor is."""
+    place = place_of(tensor)
+    for path, module in source.named_modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                yield from _inside(value, f"{path}.{key}" if path else key, place, 0)
+
+
+def _inside(value: Any, name: str, place: tuple[object, ...], depth: int) -> Iterator[str]:
+    if isinstance(value, torch.Tensor):
+        if place_of(value) == place:
+            yield name
+    elif isinstance(value, nn.Module):
+        for leaf, parameter in value.named_parameters():
+            yield from _inside(parameter, f"{name}.{leaf}", place, depth)
+    elif isinstance(value, list | tuple) and depth < 3:
+        for index, item in enumerate(value):
+            yield from _inside(item, f"{name}[{index}]", place, depth + 1)
+    elif isinstance(value, dict) and depth < 3:
+        for key, item in value.items():
+            yield from _inside(item, f"{name}[{key!r}]", place, depth + 1)

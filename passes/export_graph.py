@@ -24,6 +24,7 @@ from ffebm_compiler.passes.containers import Recipe
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
 from ffebm_compiler.passes.explain_capture import explained
 from ffebm_compiler.passes.exported_program import batch_of
+from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.plain_call import plain_call
 from ffebm_compiler.passes.process import process_unchanged
 from ffebm_compiler.passes.tracing import tracing
@@ -132,5 +133,10 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_before(source: nn.Module) -> Iterator[None]:
-    with attributes_unchanged(source), process_unchanged(source), generators_unchanged():
+    with (
+        attributes_unchanged(source),
+        process_unchanged(source),
+        own_generators_unchanged(source),
+        generators_unchanged(),
+    ):
         yield

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["process_unchanged"]
+__all__ = ["process_unchanged", "reachable"]
 
 _OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "numpy", "networkx", "ffebm_compiler"}
 """Top-level packages whose caches are their own affair."""
@@ -31,7 +31,9 @@ _OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "num
 def process_unchanged(source: nn.Module) -> Iterator[None]:
     """Empty the caches of a model's code that were filled with fake tensors; restore torch's functional level."""
     level = torch._C._functorch.maybe_current_level()
-    caches, containers = _reached(source)
+    found = list(reachable(source))
+    caches: list[Any] = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
+    containers = [value for value in found if type(value) in _CONTAINERS]
     misses = [cache.cache_info().misses for cache in caches]
     try:
         yield
@@ -49,10 +51,8 @@ def _is_users(module: object) -> bool:
     return isinstance(module, str) and module.partition(".")[0] not in _OTHERS
 
 
-def _reached(source: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The caches of `lru_cache`, and the lists and dictionaries, that the code of a model can reach by name."""
-    caches: list[Any] = []
-    containers: list[Any] = []
+def reachable(source: nn.Module) -> Iterator[Any]:
+    """What the code of a model can reach by name and attributes, tensors and plain values aside."""
     pending: list[Any] = [part for module in source.modules() for part in (type(module), *vars(module).values())]
     seen: set[int] = set()
     while pending:
@@ -60,12 +60,8 @@ def _reached(source: nn.Module) -> tuple[list[Any], list[Any]]:
         if id(found) in seen or isinstance(found, _PLAIN):
             continue
         seen.add(id(found))
-        if isinstance(found, functools._lru_cache_wrapper):
-            caches.append(found)
-        elif type(found) in _CONTAINERS:
-            containers.append(found)
+        yield found
         pending += _parts(found)
-    return caches, containers
 
 
 def _parts(found: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import CaptureError, UnsupportedError
 from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import Attributes, generator_states, generators_unchanged, tensors_unchanged
 
@@ -84,13 +85,21 @@ def _called(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dr
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
     state = [*source.parameters(), *source.buffers()]
-    with ordinary_paths(), generators_unchanged(), tensors_unchanged(state), _silent(), torch.enable_grad():
+    with (
+        ordinary_paths(),
+        own_generators_unchanged(source) as own,
+        generators_unchanged(),
+        tensors_unchanged(state),
+        _silent(),
+        torch.enable_grad(),
+    ):
         states = generator_states()
         outputs = [
             leaf.detach() if isinstance(leaf, Tensor) else leaf
             for leaf in leaves_of(source(*_own(args), **_own(kwargs)))
         ]
         drawn.update(name for name, value in generator_states().items() if value != states.get(name, value))
+        drawn.update(own.drawn())
     for now, before in registered:  # a buffer that forward assigns; one that it makes stays
         now.update(before)
     return outputs

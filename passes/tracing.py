@@ -5,6 +5,7 @@
 - autocast regions around the call of `convert` are off: the hybrid runs under whatever its caller has on.
 - a layer that is moved in the forward to where it is already stays as it is.
 - a branch on a buffer is decided by its value (`known_values`).
+- random numbers come from torch's default generator, which the forward does not seed.
 - distributions do not look at the values of their parameters.
 - attention and encoders take their ordinary path, not the fused one of eval mode.
 """
@@ -60,6 +61,7 @@ class UsersCalls(TorchFunctionMode):
             for leaf in pytree.tree_leaves((args, kwargs))
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.requires_grad
         ]
+        args, kwargs = tuple(map(_default, args)), {key: _default(value) for key, value in kwargs.items()}
         known, value = self.known.call(func, args, kwargs)
         if known:
             return value
@@ -70,6 +72,39 @@ class UsersCalls(TorchFunctionMode):
                 result = func(*args, **kwargs)
         self.known.computed(func, args, kwargs, result)
         return result
+
+
+def _default(argument: Any) -> Any:
+    """An argument of a call; nothing in the place of torch's default generator, and no other one."""
+    if not isinstance(argument, torch.Generator):
+        return argument
+    if argument is torch.default_generator:
+        return None
+    raise NotTraceable(
+        "random numbers are drawn here from a torch.Generator, whose state a graph does not hold; draw them from "
+        "torch's default generator, or outside of forward and hand them in as an input"
+    )
+
+
+@contextlib.contextmanager
+def _unseeded() -> Iterator[None]:
+    """Refuse a forward that seeds torch's generator or sets its state."""
+    places = [(module, name) for module in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")]
+    before = {(module, name): getattr(module, name) for module, name in places}
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise NotTraceable(
+            "torch's random generator is seeded or set here, which a graph does not hold: every forward would draw on "
+            "where the last one stopped; keep the numbers in a buffer, or draw them without a seed"
+        )
+
+    try:
+        for module, name in places:
+            setattr(module, name, refused)
+        yield
+    finally:
+        for (module, name), function in before.items():
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager
@@ -124,6 +159,12 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        for context in (torch.enable_grad(), ordinary_paths(), _unchecked_distributions(), _modules_stay()):
+        for context in (
+            torch.enable_grad(),
+            ordinary_paths(),
+            _unchecked_distributions(),
+            _modules_stay(),
+            _unseeded(),
+        ):
             stack.enter_context(context)
         yield stack.enter_context(UsersCalls(source))

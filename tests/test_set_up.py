@@ -217,3 +217,69 @@ def test_draws_of_other_generators_are_refused(name: str) -> None:
     with pytest.raises(ffebm.FFEBMError, match="draws random numbers"):
         hybrid.train()(x)
     assert random.getstate() == state
+
+
+ROLLS = numpy.random.default_rng(0)
+DICE = random.Random(0)
+LEGACY = numpy.random.RandomState(0)
+OWN = {
+    r"a numpy\.random\.Generator of the model's code": lambda net: ROLLS.random(),
+    r"a numpy\.random\.\w*\.?RandomState of the model's code": lambda net: LEGACY.rand(),
+    r"a random\.Random of the model's code": lambda net: DICE.random(),
+    r"a random\.Random \('kept'\)": lambda net: net.kept.random(),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("train", [True, False])
+def test_draws_of_a_models_own_generators_are_refused(name: str, train: bool) -> None:
+    model = Net(lambda net, h: h * OWN[name](net) if net.training or not train else h)
+    model.kept = random.Random(0)
+    states = ROLLS.bit_generator.state, DICE.getstate(), LEGACY.get_state()[2], model.kept.getstate()
+    if train:
+        with pytest.raises(ffebm.FFEBMError, match=f"cannot run in train mode.*draws random numbers from {name}"):
+            ffebm.convert(model.eval(), torch.ones(5, 8)).train()(torch.ones(5, 8))
+    else:
+        with pytest.raises(ffebm.CaptureError, match=f"forward draws random numbers from {name}"):
+            ffebm.convert(model, torch.ones(5, 8))
+    assert (ROLLS.bit_generator.state, DICE.getstate(), LEGACY.get_state()[2], model.kept.getstate()) == states
+
+
+NOISE = torch.Generator()
+
+
+def seeded(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        noise = torch.randn(8)
+    return h + noise
+
+
+def drawn_here(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    return h + torch.randn(8, generator=torch.Generator().manual_seed(1))
+
+
+SEEDS = {
+    "attribute": (lambda net, h: h + torch.rand(8, generator=net.kept), r"a torch\.Generator, whose state"),
+    "global": (lambda net, h: h + torch.empty(8).normal_(0.0, 1.0, generator=NOISE), r"a torch\.Generator, whose"),
+    "made here": (drawn_here, r"a torch\.Generator, whose state"),
+    "seeded": (seeded, "generator is seeded or set here"),
+}
+
+
+@pytest.mark.parametrize("form", SEEDS)
+def test_generators_of_torch_and_seeds_are_refused_with_their_line(form: str) -> None:
+    compute, reason = SEEDS[form]
+    model = Net(compute)
+    model.kept = torch.Generator()
+    seeds = torch.manual_seed, torch.random.set_rng_state
+    states = model.kept.get_state(), NOISE.get_state(), torch.get_rng_state()
+    with pytest.raises(ffebm.CaptureError, match=rf"in module 'Net' \(.*test_set_up\.py, line \d+\).*{reason}"):
+        ffebm.convert(model, torch.ones(5, 8))
+    found = model.kept.get_state(), NOISE.get_state(), torch.get_rng_state()
+    assert all(torch.equal(*pair) for pair in zip(states, found, strict=True))
+    assert (torch.manual_seed, torch.random.set_rng_state) == seeds
+
+
+def test_torchs_default_generator_may_be_named() -> None:
+    assert_same(Net(lambda net, h: h + torch.rand(8, generator=torch.default_generator)), torch.ones(5, 8))

@@ -28,6 +28,7 @@ operand of an operation is an input of the network or an earlier operation.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -156,6 +157,8 @@ class OperationGraph:
     """Name of each input tensor and its values per sample."""
     operations: tuple[Operation, ...]
     outputs: tuple[str, ...]
+    draws: tuple[str, ...] = ()
+    """Operations that draw random numbers, in one mode at least, in the order in which the source draws."""
     _index: dict[str, Operation] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -172,6 +175,13 @@ class OperationGraph:
         missing = [name for name in self.outputs if name not in known]
         if missing:
             raise FFEBMError(f"the output reads {missing[0]!r}, which does not exist")
+        place = {operation.name: index for index, operation in enumerate(self.operations)}
+        missing = [name for name in self.draws if name not in place]
+        if missing:
+            raise FFEBMError(f"the graph's draws name {missing[0]!r}, which is no operation of it")
+        for first, second in itertools.pairwise(self.draws):
+            if place[first] >= place[second]:
+                raise FFEBMError(f"the graph's draws name {first!r} before {second!r}, which comes first in the graph")
 
     def __getitem__(self, name: str) -> Operation:
         """The operation of that name."""
@@ -194,12 +204,21 @@ class OperationGraph:
                 users[name].append(operation.name)
         return users
 
+    def needs(self, draws: bool) -> dict[str, tuple[str, ...]]:
+        """For each operation, what must have run before it: what it reads, and with `draws` the draw before it."""
+        needs = {operation.name: operation.inputs for operation in self.operations}
+        if draws:
+            for before, name in itertools.pairwise(self.draws):
+                needs[name] = tuple(dict.fromkeys((*needs[name], before)))
+        return needs
+
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""
         return {
             "inputs": dict(self.inputs),
             "operations": [asdict(operation) for operation in self.operations],
             "outputs": list(self.outputs),
+            "draws": list(self.draws),
         }
 
     @classmethod

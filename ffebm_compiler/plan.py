@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockPlan", "DigitalPart", "Placement", "Plan", "PlanOptions", "fingerprint"]
 
-SCHEMA = 1
+SCHEMA = 2
 """Of the files that `to_json` writes."""
 
 

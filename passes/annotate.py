@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
 from ffebm_compiler.passes.dead_code import for_effects_alone
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target_name
+from ffebm_compiler.passes.order_of_draws import draws
 from ffebm_compiler.passes.reasons import TWO_ACTIVATIONS, digital_reason
 from ffebm_compiler.passes.static import static_nodes
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout, ReboundInstanceNorm
@@ -33,7 +34,8 @@ def annotate(program: Program) -> OperationGraph:
             kind = "weight" if record.role is Role.WEIGHT else ""
             record = NodeInfo(Role.DIGITAL, record.path, _ALONE, kind)
         set_info(node, record)
-    operations = [_operation(program, node) for node in program.graph.nodes if info(node).role in _DYNAMIC]
+    nodes = {node.name: node for node in program.graph.nodes if info(node).role in _DYNAMIC}
+    operations = [_operation(program, node) for node in nodes.values()]
     inputs = {
         node.name: _values(program, node)
         for node in program.graph.nodes
@@ -43,7 +45,8 @@ def annotate(program: Program) -> OperationGraph:
     outputs = tuple(
         dict.fromkeys(n.name for n in output.all_input_nodes if info(n).role in _DYNAMIC or n.name in inputs)
     )
-    return OperationGraph(inputs, tuple(operations), outputs)
+    random = tuple(operation.name for operation in operations if draws(program, nodes[operation.name]))
+    return OperationGraph(inputs, tuple(operations), outputs, random)
 
 
 _DYNAMIC = (Role.WEIGHT, Role.ACTIVATION, Role.WIRING, Role.DIGITAL)

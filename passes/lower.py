@@ -80,7 +80,7 @@ class _Lowering:
                 self.env[node].meta = dict(node.meta)
         blocks = [list(block.operations) for block in self.plan.blocks]
         parts = [list(part.operations) for part in self.plan.digital_parts]
-        order = in_order_of_draws(self.program, self.plan.graph, [*blocks, *parts])
+        order = in_order_of_draws(self.plan.graph, [*blocks, *parts])
         for place in order.groups:
             if place < len(blocks):
                 self._energy_block(self.plan.blocks[place].name, blocks[place])

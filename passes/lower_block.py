@@ -61,6 +61,8 @@ class _Builder:
         self.outside = outside
         self.inputs: dict[fx.Node, int] = {}
         self.weights: dict[fx.Node, int] = {}
+        self.drawn: dict[fx.Node, tuple[int, list[Instruction]]] = {}
+        """Each node that draws a mask: the register that keeps it, and the instructions in which it is drawn first."""
 
     def build(self) -> LoweredBlock:
         states = self._states()
@@ -108,6 +110,7 @@ class _Builder:
             outputs=results,
             batched=batched,
             resizable=batched and self.program.batch_symbol is not None,
+            draws=tuple(_up_to(*self.drawn[node]) for node in self.nodes if node in self.drawn),
         )
         return LoweredBlock(block, tuple(self.inputs), tuple(self.weights), tuple(outputs))
 
@@ -184,7 +187,9 @@ class _Builder:
         indices = tuple(
             None if weight is None else self.weights.setdefault(weight, len(self.weights)) for weight in weights
         )
-        instructions.append(Instruction(operator, operands, indices, local[node]))
+        kept, _ = self.drawn.setdefault(node, (local[node], instructions)) if operator.draws else (local[node], None)
+        first = None if kept == local[node] else kept
+        instructions.append(Instruction(operator, operands, indices, local[node], first))
         return local[node]
 
     def _operator(self, node: fx.Node) -> tuple[Operator, tuple[fx.Node | None, ...]]:
@@ -220,6 +225,16 @@ class _Builder:
         sizes |= {str(node.meta["val"].shape[0]) if node.meta["val"].dim() > 1 else "" for node in self.inputs}
         sizes |= {str(node.meta["val"].shape[0]) if node.meta["val"].dim() > 1 else "" for node in self.nodes}
         return len(sizes) == 1 and "" not in sizes and not any(_mixes_leading(node) for node in self.nodes)
+
+
+def _up_to(register: int, instructions: list[Instruction]) -> tuple[Instruction, ...]:
+    """The instructions that a register's value follows from, that of the register itself last."""
+    needed, kept = {register}, []
+    for instruction in reversed(instructions):
+        if instruction.output in needed:
+            kept.append(instruction)
+            needed.update(instruction.operands)
+    return tuple(reversed(kept))
 
 
 def _parameters(node: fx.Node) -> list[fx.Node]:

@@ -1,7 +1,8 @@
 """Order of draws: blocks and digital parts run so that random numbers are drawn in the source's order.
 
 One seed then gives the same dropout masks, the same dropped layers, the same noise in the hybrid as
-in the source. Where a part holds draws from before and after another part's, no order of parts does it.
+in the source. The partition sees to it that there is such an order. A plan edited by hand may have
+none: a part of it then holds draws from before and after another part's.
 
 Promise: an order in which the parts can run; `kept` is true where the draws are in the source's order.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ffebm_compiler.errors import PlanError
 from ffebm_compiler.ir import OperationGraph, Program
 from ffebm_compiler.passes.partition import quotient_order
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundDropout
@@ -46,29 +48,17 @@ def draws(program: Program, node: fx.Node) -> bool:
     return isinstance(module, ReboundDropout | ReboundAttention | TrainingMask)
 
 
-def in_order_of_draws(program: Program, graph: OperationGraph, groups: Sequence[Sequence[str]]) -> Order:
-    """Order groups of operations by what they need, and by their first random number where that leaves a choice.
+def in_order_of_draws(graph: OperationGraph, groups: Sequence[Sequence[str]]) -> Order:
+    """An order of groups of operations by what they need, in which random numbers are drawn as in the source.
 
     Raises:
         PlanError: where the groups form a cycle.
     """
-    plain = quotient_order(graph, groups)
-    home = {name: index for index, group in enumerate(groups) for name in group}
-    random = [node.name for node in program.graph.nodes if node.name in home and draws(program, node)]
-    rank = {place: index for index, place in enumerate(plain)}
-    needs: dict[int, set[int]] = {index: set() for index in range(len(groups))}
-    for operation in graph.operations:
-        place = home[operation.name]
-        needs[place] |= {home[name] for name in operation.inputs if name in home and home[name] != place}
-    order: dict[int, None] = {}
-    for first in (*(home[name] for name in random), *(place for place in plain if isinstance(place, int))):
-        stack = [first]
-        while stack:
-            place = stack[-1]
-            waiting = sorted((need for need in needs[place] if need not in order), key=rank.__getitem__, reverse=True)
-            if waiting:
-                stack.extend(waiting)
-                continue
-            order.setdefault(stack.pop())
-    drawn = [name for place in order for name in groups[place] if name in set(random)]
-    return Order(tuple(order), drawn == random)
+    try:
+        return Order(_indices(quotient_order(graph, groups, draws=True)), kept=True)
+    except PlanError:  # a plan edited by hand, where no order draws as the source does
+        return Order(_indices(quotient_order(graph, groups)), kept=False)
+
+
+def _indices(order: Sequence[str | int]) -> tuple[int, ...]:
+    return tuple(place for place in order if isinstance(place, int))

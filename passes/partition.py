@@ -2,7 +2,9 @@
 
 Blocks must form an acyclic quotient graph within the hardware's capacity, with the fewest
 boundary conversions (a DAC value for every input of a block, an ADC value for every output, per
-sample), then the fewest blocks. Three steps, each in a file of its own:
+sample), then the fewest blocks. Random numbers are drawn in the source's order: the operations that
+draw form a chain, whose links count as edges in the proof that the quotient is acyclic. Three
+steps, each in a file of its own:
 
 1. `partition_waves`: two starts, both acyclic by construction: waves of Kahn's algorithm with the
    best cuts of each wave by dynamic programming, and filling one block after the other.
@@ -168,13 +170,20 @@ def _within_cores(
 
 
 def quotient_order(
-    graph: OperationGraph, blocks: Sequence[Sequence[str]], names: Sequence[str] | None = None
+    graph: OperationGraph, blocks: Sequence[Sequence[str]], names: Sequence[str] | None = None, draws: bool = False
 ) -> list[str | int]:
     """Digital operations (by name) and blocks (by index) in an order in which they can run.
+
+    Args:
+        graph: the operations.
+        blocks: which of them run together.
+        names: what the blocks are called in an error.
+        draws: whether random numbers must be drawn in the source's order.
 
     Raises:
         PlanError: where the blocks form a cycle, naming one on it (by `names`, or by number).
     """
+    needs = graph.needs(draws)
     home: dict[str, str | int] = {}
     for index, block in enumerate(blocks):
         for name in block:
@@ -184,7 +193,7 @@ def quotient_order(
     for operation in graph.operations:
         place = home.get(operation.name, operation.name)
         missing.setdefault(place, 0)
-        for source in operation.inputs:
+        for source in needs[operation.name]:
             if source not in graph:
                 continue
             origin = home.get(source, source)
@@ -224,14 +233,18 @@ def quotient_order(
 
 
 def digital_parts(graph: OperationGraph, blocks: list[list[str]]) -> list[list[str]]:
-    """Digital operations in as few parts as the order of the blocks allows."""
+    """Digital operations in as few parts as the order of the blocks, and of random draws, allows."""
     home = {name: index for index, block in enumerate(blocks) for name in block}
     level: dict[str | int, int] = {}
-    for place in quotient_order(graph, blocks):
+    try:
+        order, needs = quotient_order(graph, blocks, draws=True), graph.needs(draws=True)
+    except PlanError:  # a plan edited by hand: its blocks draw in an order of their own
+        order, needs = quotient_order(graph, blocks), graph.needs(draws=False)
+    for place in order:
         names = blocks[place] if isinstance(place, int) else [place]
         depth = 0
         for name in names:
-            for source in graph[name].inputs:
+            for source in needs[name]:
                 if source not in graph or home.get(source, source) == place:
                     continue
                 origin = home.get(source, source)

@@ -31,7 +31,7 @@ def move(plan: Plan, path: str, where: str) -> Plan:
     too_big = {op.name: too_large(op, hardware) for op in graph.operations if op.role is Role.WEIGHT}
     _refuse(plan, path, where, layers, too_big)
     kinds = {*plan.options.block_ops, "copy", "dropout"}
-    state = State(graph, hardware, kinds, {name for name, reason in too_big.items() if reason})
+    state = State(graph, hardware, kinds, {name for name, reason in too_big.items() if reason}, draws=False)
     number = {op.name: index for index, op in enumerate(graph.operations)}
     for block in plan.blocks:
         home = state.new_block()

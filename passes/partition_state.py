@@ -37,7 +37,12 @@ class State:
     """Homes, loads, cost and order of a partition; `attempt` changes it, or leaves it as it was."""
 
     def __init__(
-        self, graph: OperationGraph, hardware: Hardware, kinds: Collection[str], rejected: Collection[str]
+        self,
+        graph: OperationGraph,
+        hardware: Hardware,
+        kinds: Collection[str],
+        rejected: Collection[str],
+        draws: bool = True,
     ) -> None:
         operations = graph.operations
         number = {op.name: index for index, op in enumerate(operations)}
@@ -51,6 +56,14 @@ class State:
         for index, reads in enumerate(self.reads):
             for u in reads:
                 self.readers[u].append(index)
+        needs = graph.needs(draws)
+        self.needs = [tuple(number[name] for name in needs[op.name] if name in number) for op in operations]
+        """What must have run before each operation: its operands, and with `draws` the draw before it."""
+        self.followers: list[list[int]] = [[] for _ in operations]
+        """The inverse of `needs`."""
+        for index, before in enumerate(self.needs):
+            for u in before:
+                self.followers[u].append(index)
         leaving = {number[name] for name in graph.outputs if name in number}
         self.output = [index in leaving for index in range(count)]
         self.layer = [op.role is Role.WEIGHT and op.name not in rejected for op in operations]
@@ -292,7 +305,7 @@ class State:
         for v in window:
             place = home[v] if home[v] != DIGITAL else -2 - v
             groups.setdefault(place, []).append(v)
-            for u in self.operands[v]:
+            for u in self.needs[v]:
                 if low <= position[u] <= high:
                     origin = home[u] if home[u] != DIGITAL else -2 - u
                     if origin != place:

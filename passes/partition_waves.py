@@ -46,7 +46,7 @@ def _filled(state: State, operations: Iterable[int]) -> list[list[int]]:
     after: set[int] = set()
     load = (0, 0, 0)
     for v in operations:
-        late = any(u in after for u in state.operands[v])
+        late = any(u in after for u in state.needs[v])
         if state.layer[v]:
             more = state.weight[v]
             load = (load[0] + more[0], load[1] + more[1], load[2] + more[2])
@@ -73,8 +73,8 @@ class _Inside:
         """Those that hand what a layer computes to one operation, without an activation in between."""
 
     def feeds(self, v: int) -> bool:
-        """Whether an operation reads one of the block."""
-        return any(u in self.members for u in self.state.operands[v])
+        """Whether an operation needs one of the block."""
+        return any(u in self.members for u in self.state.needs[v])
 
     def may_hold(self, v: int) -> bool:
         """Whether an operation other than a layer may join: `State.fed`, and the wiring allowed."""
@@ -93,13 +93,13 @@ class _Inside:
 
 def _waves(state: State) -> list[list[int]]:
     """Analog operations in waves."""
-    missing = [len(operands) for operands in state.operands]
+    missing = [len(needs) for needs in state.needs]
     layers: list[int] = []
     others: list[int] = []
 
     def release(v: int) -> list[int]:
         released = []
-        for user in state.readers[v]:
+        for user in state.followers[v]:
             missing[user] -= 1
             if not missing[user]:
                 released.append(user)

@@ -56,7 +56,7 @@ class Frame:
     def evaluated(self) -> bool:
         """Whether every drive has been evaluated once, so that shapes and winners are known."""
         return all(
-            layer.drive in self.shapes and all(i.output in self.drawn for i in layer.instructions if i.operator.selects)
+            layer.drive in self.shapes and all(i.kept in self.drawn for i in layer.instructions if i.operator.selects)
             for layer in self.program.layers
         )
 
@@ -86,14 +86,16 @@ class Frame:
 
     def _weights(self, instruction: Instruction) -> list[Tensor | None]:
         if instruction.operator.draws or instruction.operator.selects:
-            return [self.drawn[instruction.output]]
+            return [self.drawn[instruction.kept]]
         return [None if index is None else self.weights[index] for index in instruction.weights]
 
     def _run(self, instruction: Instruction, registers: Mapping[int, Tensor]) -> Tensor:
         values = [registers[r] for r in instruction.operands]
-        operator, known = instruction.operator, instruction.output in self.drawn
+        operator, known = instruction.operator, instruction.kept in self.drawn
+        if operator.draws and not known:
+            self._draw_before(instruction.kept, registers)
         if (operator.draws and not known) or (operator.selects and not (known and self.frozen)):
-            self.drawn[instruction.output] = instruction.operator.draw(values)
+            self.drawn[instruction.kept] = instruction.operator.draw(values)
         coarse = self.coarse and operator.product and self.program.from_states[instruction.output]
         if coarse:
             result = operator.apply(_rounded(values), self._rounded_weights(instruction)).to(values[0].dtype)
@@ -101,6 +103,20 @@ class Frame:
             result = operator.apply(values, self._weights(instruction))
         self.shapes[instruction.output] = result.shape
         return result
+
+    def _draw_before(self, mask: int, registers: Mapping[int, Tensor]) -> None:
+        """Draw the masks that the source draws before this one: the states that they belong to are known by now."""
+        for instructions in self.program.draws:
+            draw = instructions[-1]
+            if draw.kept == mask:
+                return
+            if draw.kept in self.drawn:
+                continue
+            local = dict(registers)
+            for instruction in instructions[:-1]:
+                if instruction.output not in local:
+                    local[instruction.output] = self._run(instruction, local)
+            self.drawn[draw.kept] = draw.operator.draw([local[r] for r in draw.operands])
 
     def _rounded_weights(self, instruction: Instruction) -> list[Tensor | None]:
         """Its weights in bfloat16, rounded once."""

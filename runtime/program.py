@@ -29,6 +29,13 @@ class Instruction:
     operands: tuple[int, ...]
     weights: tuple[int | None, ...]
     output: int
+    first: int | None = None
+    """Register of an earlier instruction that draws the same mask; several drives may read one dropped value."""
+
+    @property
+    def kept(self) -> int:
+        """Under which register a mask or winners are kept."""
+        return self.output if self.first is None else self.first
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class BlockProgram:
     """Whether the leading dimension of every state counts independent samples."""
     resizable: bool = False
     """Whether it can also be evaluated for some of its samples, or for several copies of them."""
+    draws: tuple[tuple[Instruction, ...], ...] = ()
+    """Each random mask, in the order in which they are drawn: the instructions up to the one that draws it."""
     upstream: tuple[tuple[int, ...], ...] = field(init=False)
     """For each layer, the layers whose states its drive reads."""
     downstream: tuple[tuple[int, ...], ...] = field(init=False)
@@ -122,7 +131,7 @@ class BlockProgram:
     @cached_property
     def masks(self) -> frozenset[int]:
         """The registers of random masks, drawn once a forward."""
-        return frozenset(i.output for layer in self.layers for i in layer.instructions if i.operator.draws)
+        return frozenset(instructions[-1].kept for instructions in self.draws)
 
     @cached_property
     def selects(self) -> bool:

@@ -388,9 +388,9 @@ def test_plan_of_another_model() -> None:
     ("text", "message"),
     [
         ("not json", r"is not JSON \(line 1"),
-        ("[]", r"not a plan of schema 1 \(found 'list'\)"),
-        ('{"schema": 99}', r"not a plan of schema 1 \(found 99\)"),
-        ('{"schema": 1}', r"has no 'graph'.*make it again"),
+        ("[]", r"not a plan of schema 2 \(found 'list'\)"),
+        ('{"schema": 99}', r"not a plan of schema 2 \(found 99\)"),
+        ('{"schema": 2}', r"has no 'graph'.*make it again"),
     ],
 )
 def test_malformed_plans(tmp_path: Any, text: str, message: str) -> None:

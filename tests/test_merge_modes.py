@@ -3,7 +3,6 @@
 import copy
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -441,28 +440,3 @@ def test_folded_batch_norm_is_frozen_in_both_modes_and_the_rest_follows(form: Fo
         net.eval()
         expected = net(x) + 1
     torch.testing.assert_close(found, expected)
-
-
-class Parallel(nn.Module):
-    """Two branches that drop in turn: parallel layers share a block, and no order of parts draws as the source does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = (
-            nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Dropout(0.5))
-            for _ in range(2)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.a(x) + self.b(x)
-
-
-def test_draws_that_cannot_keep_the_sources_order_are_noted(tmp_path: Path) -> None:
-    model, x = Parallel(), torch.randn(3, 8)
-    hybrid = ffebm.convert(model, x, hardware=ffebm.Hardware(layers_per_block=1))
-    told = [note for note in hybrid.plan.notes if "another order than in the source" in note]
-    assert len(told) == 1
-    hybrid.save(tmp_path / "saved")
-    assert ffebm.load(tmp_path / "saved", model).plan == hybrid.plan
-    kept = ffebm.convert(model.a, x, hardware=ffebm.Hardware(layers_per_block=1))
-    assert not any("another order than in the source" in note for note in kept.plan.notes)

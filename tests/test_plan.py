@@ -469,7 +469,7 @@ def _twice(data: dict[str, Any]) -> None:
 
 
 BAD = [
-    (_set("schema", value=99), r"not a plan of schema 1 \(found 99\)"),
+    (_set("schema", value=99), r"not a plan of schema 2 \(found 99\)"),
     (lambda data: data.pop("blocks"), "the plan is malformed .*has no 'blocks'"),
     (_set("blocks", 0, "operations", value=5), "the plan is malformed"),
     (_set("blocks", 0, "surprise", value=5), "the plan is malformed .*surprise"),
@@ -539,7 +539,7 @@ def test_files_that_are_no_plan(tmp_path: Path, plan: Plan) -> None:
     with pytest.raises(PlanError, match=r"bad.json is not JSON \(line 1"):
         Plan.from_json(tmp_path / "bad.json")
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(PlanError, match=r"not a plan of schema 1 \(found 'list'\)"):
+    with pytest.raises(PlanError, match=r"not a plan of schema 2 \(found 'list'\)"):
         Plan.from_json(tmp_path / "list.json")
     with pytest.raises(PlanError, match="cannot be written"):
         plan.to_json(tmp_path / "no" / "folder.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
 
 import pytest
 import torch
@@ -32,11 +31,6 @@ REFUSED = {
     "F.gaussian_nll_loss": "gaussian_nll_loss",
 }
 """What is refused, and the part of the message that names it: all of these branch on the data."""
-
-KNOWN = {
-    "nn.Transformer": "its two branches draw their masks in another order: one digital part holds draws of both",
-}
-"""What is not right yet, and why."""
 
 LEFT_OUT = {
     **dict.fromkeys(
@@ -75,7 +69,7 @@ def test_every_public_name_is_surveyed_or_left_out() -> None:
     assert public - set(NAMES) - set(LEFT_OUT) == set(), "new names: add a case, or a reason to leave them out"
     assert (set(NAMES) | set(LEFT_OUT)) - public == set(), "names that torch no longer has"
     assert set(NAMES) & set(LEFT_OUT) == set()
-    assert (set(KNOWN) | set(REFUSED)) - set(ALL) == set()
+    assert set(REFUSED) - set(ALL) == set()
 
 
 class Net(nn.Module):
@@ -145,18 +139,8 @@ def check(case: Survey) -> None:
             assert_close(state[name].double(), expected.double(), 1e-5, f"{mode}: {name} afterwards")
 
 
-def _cases() -> list[Any]:
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name], raises=AssertionError))
-        if name in KNOWN
-        else name
-        for name in ALL
-        if name not in REFUSED
-    ]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("name", [name for name in ALL if name not in REFUSED])
 @pytest.mark.filterwarnings(
     "ignore:.*is deprecated",
     "ignore:Using padding='same' with even kernel lengths:UserWarning",

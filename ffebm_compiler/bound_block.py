@@ -10,7 +10,7 @@ from torch import Tensor
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.plan import BlockPlan
 from ffebm_compiler.runtime.block import EnergyBlock, Equilibrium
-from ffebm_compiler.runtime.loop_gain import Certificate
+from ffebm_compiler.runtime.certificate import Certificate
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel

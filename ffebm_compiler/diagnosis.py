@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ffebm_compiler.runtime.energy import hopfield_energy
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.text import table_text
@@ -91,7 +90,7 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
     energies: list[float] = []
     if program.coupled:
         frame = Frame(program, operands[:count], operands[count:])
-        phase = FreePhase(frame, module.scales)
+        phase = FreePhase(frame, module.setting)
         energies.append(_energy(frame, phase))
         for _ in range(sweeps):
             before = [value.clone() for value in phase.values if value is not None]
@@ -119,4 +118,4 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
 def _energy(frame: Frame, phase: FreePhase) -> float:
     states = [value for value in phase.values if value is not None]
     preactivations = [value for value in phase.preactivations if value is not None]
-    return float(hopfield_energy(frame, phase.scales, states, preactivations))
+    return float(phase.setting.energy.value(frame, phase.setting, states, preactivations))

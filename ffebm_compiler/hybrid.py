@@ -23,9 +23,9 @@ from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchan
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock, ReboundOperation
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
-from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.solvers import Solver
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import (
@@ -513,8 +513,8 @@ class HybridModel(nn.Module):
 
         value = check_feedback(feedback)
         for name, block in self._energy.items():
-            block.set_feedback(value)
-            if not block.gain.fits(self._made_of(name)):
+            enough = block.set_feedback(value)
+            if not enough or not block.gain.fits(self._made_of(name)):
                 self._recertify(name)
 
     # -- reports -----------------------------------------------------------------------------

@@ -46,6 +46,10 @@ class Activation(ABC):
         """Σ force · ∂σ(h)/∂parameter, for each parameter."""
         return []
 
+    def kept(self) -> Activation:
+        """The same with copies of its parameters, which others may change."""
+        return self
+
     @property
     @abstractmethod
     def name(self) -> str:

@@ -35,6 +35,10 @@ class PReLU(Activation):
         """The activation at the present slopes."""
         return PReLU(parameters[0])
 
+    def kept(self) -> PReLU:
+        """With the slopes as they are now."""
+        return PReLU(None if self.slope is None else self.slope.detach().clone())
+
     @property
     def lipschitz(self) -> float:
         """max(1, max |a|); 1 where no slopes are given."""

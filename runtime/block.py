@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.chaining import Settle
-from ffebm_compiler.runtime.energy import hopfield_energy
+from ffebm_compiler.runtime.energies.base import Energy, Setting
+from ffebm_compiler.runtime.energies.hopfield import Hopfield
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.held_gain import HeldGain, check_weights
 from ffebm_compiler.runtime.layout import laid_out
-from ffebm_compiler.runtime.loop_gain import Certificate
 from ffebm_compiler.runtime.program import BlockProgram
-from ffebm_compiler.runtime.projection import projection
 from ffebm_compiler.runtime.relaxation import Settled, concluded, run
 from ffebm_compiler.runtime.solver_choice import Choice, choose
 from ffebm_compiler.runtime.solvers import Solver
@@ -59,8 +59,10 @@ class EnergyBlock(nn.Module):
         self.program = program
         self.estimator: Estimator = estimator or EquilibriumPropagation()
         self.solver: Solver | None = None
-        self.gain = HeldGain(program)
-        """γ, the loop gain it amounts to, and how that is held while the weights move."""
+        self.energy_function: Energy = Hopfield()
+        """What the block minimises; `set_energy` chooses it."""
+        self.gain = HeldGain(program, self.energy_function)
+        """What the amplifiers are set to, the loop gain it amounts to, and how that is held while the weights move."""
         self.enabled = True
         """False runs the block feedforward (γ = 0), as the source does."""
         self.last: Settled | None = None
@@ -79,8 +81,13 @@ class EnergyBlock(nn.Module):
 
     @property
     def feedback(self) -> float | str:
-        """The loop gain κ to hold, or `"symmetric"`."""
+        """What is held, as the energy understands it (a Hopfield energy: the loop gain κ); or `"symmetric"`."""
         return self.gain.feedback
+
+    @property
+    def setting(self) -> Setting:
+        """The energy and what its amplifiers are set to."""
+        return self.gain.setting
 
     @property
     def certificate(self) -> Certificate | None:
@@ -104,13 +111,21 @@ class EnergyBlock(nn.Module):
             return self._states
         return tuple(sigma.value(field) for sigma, field in zip(self._activations, self._preactivations, strict=True))
 
-    def remember(self, frame: Frame, preactivations: Sequence[Tensor]) -> None:
+    def remember(self, phase: FreePhase) -> None:
         """Keep what the states of this forward follow from: it is in memory anyway, for the gradient."""
-        self._preactivations = tuple(field.detach() for field in preactivations)
-        kept = {index for layer in self.program.layers for index in layer.parameters}
-        weights = [w.detach().clone() if w is not None and k in kept else None for k, w in enumerate(frame.weights)]
-        self._activations = Frame(self.program, (), weights).activations
-        self._shapes = dict(frame.shapes)
+        self._preactivations = tuple(field.detach() for field in phase.settled()[1])
+        self._activations = tuple(activation.kept() for activation in phase.activations)
+        self._shapes = dict(phase.frame.shapes)
+
+    def set_energy(self, energy: Energy) -> None:
+        """Choose the energy; measure and set the feedback afterwards.
+
+        Raises:
+            UnsupportedError: where the block has feedback and holds what the energy does not admit.
+        """
+        if self.program.coupled:
+            energy.check_program(self.program)
+        self.energy_function, self.gain = energy, HeldGain(self.program, energy)
 
     def _start(self, frame: Frame) -> tuple[Tensor, ...] | None:
         """The last states, for a warm start, where they belong to inputs of these shapes."""
@@ -142,27 +157,17 @@ class EnergyBlock(nn.Module):
         Raises:
             InputError: where an edge between two states holds no weight that could be scaled.
         """
-        if self.certificate is None or self.loop_gain <= limit or not isinstance(self.feedback, str):
+        if self.certificate is None or not isinstance(self.feedback, str):
             return {}
-        return projection(self.program, self.certificate, limit)
+        return self.energy_function.projection(self.program, self.certificate, limit)
 
-    def set_feedback(self, feedback: float | str) -> None:
-        """Set the loop gain κ (or `"symmetric"`), from the norms measured last."""
-        self.gain.set_feedback(feedback)
+    def set_feedback(self, feedback: float | str) -> bool:
+        """Set the feedback from what was measured last; whether that was enough (else measure)."""
+        return self.gain.set_feedback(feedback)
 
     def hint(self) -> str:
         """What to change where the block does not settle."""
-        gain = self.loop_gain
-        if isinstance(self.feedback, str):
-            return (
-                f"its loop gain at symmetric feedback is {gain:.3g} (below 1 is certain to settle): use "
-                "feedback=0.1, smaller weights (hybrid.project()) or fewer layers per block"
-            )
-        return (
-            f"its loop gain was set to {self.feedback:.3g} and certified as {gain:.3g}: lower `feedback`, call "
-            "hybrid.recertify() if the weights have changed since (evaluation leaves the feedback as it is), or allow "
-            "more sweeps: solver=GaussSeidel(max_sweeps=...)"
-        )
+        return self.energy_function.remedy(self.feedback, self.loop_gain)
 
     @property
     def contraction(self) -> float | None:
@@ -185,7 +190,7 @@ class EnergyBlock(nn.Module):
             InputError: where an input or a weight of the block is NaN.
         """
         if not self.program.coupled or not self.enabled:
-            return FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
+            return FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
         phase, settled = self._settled(frame)
         needed = None if settled.converged else self.gain.needed(frame.weights)
         if needed is not None:
@@ -206,7 +211,7 @@ class EnergyBlock(nn.Module):
     def _settled(self, frame: Frame) -> tuple[FreePhase, Settled]:
         solver, contraction = self.active_solver, self.contraction
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
-        phase = FreePhase(frame, self.scales, self._start(frame))
+        phase = FreePhase(frame, self.setting, self._start(frame))
         return phase, run(phase, solver, self._rtol(phase), contraction)
 
     def _settled_anew(self, frame: Frame, needed: Certificate) -> tuple[FreePhase, Settled]:
@@ -285,7 +290,7 @@ class EnergyBlock(nn.Module):
 
     def _residual(self, frame: Frame, states: Sequence[Tensor]) -> float:
         with torch.no_grad():
-            phase = FreePhase(frame, self.scales, states)
+            phase = FreePhase(frame, self.setting, states)
             worst = 0.0
             for index, state in enumerate(states):
                 size = float(torch.linalg.vector_norm(state))
@@ -307,9 +312,10 @@ class EnergyBlock(nn.Module):
         states: Sequence[Tensor],
         preactivations: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """E(s; θ, x), summed over the batch; see `runtime.energy`."""
+        """E(s; θ, x), summed over the batch; see `runtime.energies`."""
         self._check_states(states)
-        return hopfield_energy(Frame(self.program, inputs, weights), self.scales, states, preactivations)
+        frame = Frame(self.program, inputs, weights)
+        return self.energy_function.value(frame, self.setting, states, preactivations)
 
     def forward(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
         """Settle and read out: operands are the block's inputs, then its weights."""
@@ -342,7 +348,7 @@ class EnergyBlock(nn.Module):
         frame = Frame(program, inputs, weights)
         if not program.coupled or not self.enabled:
             # Without feedback the equilibrium is the source's own layers: autograd is exact.
-            phase, self.last = FreePhase(frame, self.scales), Settled(0, 0.0, True, "")
+            phase, self.last = FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
             states, _ = phase.settled()
             self._states, self._preactivations = tuple(state.detach() for state in states), ()
             return frame.read({index: states[index] for index in program.visible})

@@ -39,10 +39,10 @@ class Settle(torch.autograd.Function):
         phase, block.last = block.relax(frame)
         frame = phase.frame
         states, preactivations = phase.settled()
-        block.remember(frame, preactivations)
+        block.remember(phase)
         ctx.block, ctx.last = block, block.last
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
-        ctx.scales, ctx.estimator = phase.scales, block.estimator
+        ctx.setting, ctx.estimator = phase.setting, block.estimator
         ctx.set_materialize_grads(False)
         kept = [
             state if index in program.visible or layer.activation.smooth else None
@@ -67,7 +67,7 @@ class Settle(torch.autograd.Function):
         states = tuple(
             sigma.value(field) if state is None else state
             for sigma, state, field in zip(
-                frame.activations, saved[count : count + layers], preactivations, strict=True
+                ctx.setting.activations(frame), saved[count : count + layers], preactivations, strict=True
             )
         )
         errors: list[Tensor | None] = [None] * layers
@@ -76,7 +76,7 @@ class Settle(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         situation = Situation(
             frame=frame,
-            scales=ctx.scales,
+            setting=ctx.setting,
             states=states,
             preactivations=preactivations,
             solver=block.active_solver,

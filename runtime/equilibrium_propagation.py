@@ -112,7 +112,7 @@ class EquilibriumPropagation(Estimator):
         found: list[list[Tensor | None]] = []
         sweeps = 0
         for group in groups:
-            phase = NudgedPhase(at.frame, at.scales, at.preactivations, drives, group)
+            phase = NudgedPhase(at.frame, at.setting, at.preactivations, drives, group)
             subject = f"nudged phase (β = {', '.join(f'{beta:+.4g}' for beta in group)}) of {at.name}"
             sweeps += relax(phase, at.solver, at.rtol, subject, at.hint, at.contraction).sweeps * len(group)
             found += phase.currents()

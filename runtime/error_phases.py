@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.activation_base import Activation
 from ffebm_compiler.runtime.conjugate import newton_step
+from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.phases import Phase, narrow
 from ffebm_compiler.runtime.solvers import FixedPoint
@@ -23,11 +24,11 @@ class _ErrorPhase(Phase):
     def __init__(
         self,
         frame: Frame,
-        scales: Sequence[float],
+        setting: Setting,
         preactivations: Sequence[Tensor],
         drives: Sequence[Tensor | None],
     ) -> None:
-        super().__init__(frame, scales, [None] * len(preactivations))
+        super().__init__(frame, setting, [None] * len(preactivations))
         self.preactivations = tuple(preactivations)
         self._drive = tuple(drives)
 
@@ -78,14 +79,14 @@ class AdjointPhase(_ErrorPhase):
     def __init__(
         self,
         frame: Frame,
-        scales: Sequence[float],
+        setting: Setting,
         preactivations: Sequence[Tensor],
         drives: Sequence[Tensor | None],
         slopes: Sequence[Tensor] | None = None,
     ) -> None:
-        super().__init__(frame, scales, preactivations, drives)
+        super().__init__(frame, setting, preactivations, drives)
         self.slopes = (
-            [sigma.derivative(h) for sigma, h in zip(frame.activations, preactivations, strict=True)]
+            [sigma.derivative(h) for sigma, h in zip(setting.activations(frame), preactivations, strict=True)]
             if slopes is None
             else list(slopes)
         )
@@ -98,14 +99,14 @@ class AdjointPhase(_ErrorPhase):
     def response(self) -> AdjointPhase:
         """The same system without its drive."""
         nothing: list[Tensor | None] = [None] * len(self.values)
-        return AdjointPhase(self.frame, self.scales, self.preactivations, nothing, self.slopes)
+        return AdjointPhase(self.frame, self.setting, self.preactivations, nothing, self.slopes)
 
     def narrowed(self, rows: Tensor) -> AdjointPhase:
         """The phase of some of the samples, at their present error currents."""
         fields = [take_rows(value, rows) for value in self.preactivations]
         slopes = [take_rows(slope, rows) for slope in self.slopes]
         drives = narrow(self._drive, rows)
-        phase = AdjointPhase(self.frame.narrowed(rows), self.scales, fields, drives, slopes)
+        phase = AdjointPhase(self.frame.narrowed(rows), self.setting, fields, drives, slopes)
         phase.values = narrow(self.values, rows)
         return phase
 
@@ -120,7 +121,7 @@ class NudgedPhase(_ErrorPhase):
     def __init__(
         self,
         frame: Frame,
-        scales: Sequence[float],
+        setting: Setting,
         preactivations: Sequence[Tensor],
         drives: Sequence[Tensor | None],
         betas: Sequence[complex],
@@ -128,11 +129,12 @@ class NudgedPhase(_ErrorPhase):
         self.betas = tuple(betas)
         self.parts = sum(2 if isinstance(beta, complex) else 1 for beta in betas)
         self._single, self._given = frame, tuple(drives)
-        super().__init__(frame.repeated(self.parts), scales, preactivations, self._placed(drives))
+        self._activations = setting.activations(frame)
+        super().__init__(frame.repeated(self.parts), setting, preactivations, self._placed(drives))
         self.samples = frame.samples
         self._steppers = [
             [_stepper(sigma, h, beta / scale) for beta in betas]
-            for sigma, h, scale in zip(frame.activations, preactivations, scales, strict=True)
+            for sigma, h, scale in zip(self._activations, preactivations, self.scales, strict=True)
         ]
 
     def _placed(self, drives: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -187,7 +189,7 @@ class NudgedPhase(_ErrorPhase):
     def narrowed(self, rows: Tensor) -> NudgedPhase:
         """The phase of some of the samples, at their present error currents."""
         fields = [take_rows(value, rows) for value in self.preactivations]
-        phase = NudgedPhase(self._single.narrowed(rows), self.scales, fields, narrow(self._given, rows), self.betas)
+        phase = NudgedPhase(self._single.narrowed(rows), self.setting, fields, narrow(self._given, rows), self.betas)
         phase.values = narrow(self.values, self._all(rows))
         return phase
 
@@ -202,10 +204,10 @@ class NudgedPhase(_ErrorPhase):
     def response(self) -> AdjointPhase:
         """With σ' at the settled state: exact but for the kinks that the nudge crosses."""
         layers = self.frame.program.layers
-        slopes = [sigma.derivative(h) for sigma, h in zip(self.frame.activations, self.preactivations, strict=True)]
+        slopes = [sigma.derivative(h) for sigma, h in zip(self._activations, self.preactivations, strict=True)]
         if self.parts > 1:
             slopes = [slope.repeat(self.parts, *[1] * (slope.dim() - 1)) for slope in slopes]
-        return AdjointPhase(self.frame, self.scales, self.preactivations, [None] * len(layers), slopes)
+        return AdjointPhase(self.frame, self.setting, self.preactivations, [None] * len(layers), slopes)
 
 
 def _stepper(activation: Activation, h: Tensor, t: complex) -> Callable[[Tensor], Tensor]:

@@ -100,7 +100,7 @@ def _parameters(
     weights: list[Tensor | None],
 ) -> None:
     """Add the gradients of the activations' parameters."""
-    phase = AdjointPhase(at.frame, at.scales, at.preactivations, errors)
+    phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
     for index, current in enumerate(currents):
         phase.store(index, current)
     for index, layer in enumerate(at.frame.program.layers):

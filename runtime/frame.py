@@ -147,6 +147,13 @@ class Frame:
         """d_l(s, x; θ)."""
         return self.registers(index, states)[self.program.layers[index].drive]
 
+    def feedforward(self) -> list[Tensor]:
+        """The states without feedback, s_l = σ_l(d_l): what the source's layers compute."""
+        states: list[Tensor] = []
+        for index, activation in enumerate(self.activations):
+            states.append(activation.value(self.drive(index, states)))
+        return states
+
     def deviations(
         self, index: int, values: Sequence[Tensor | None], scales: Sequence[float]
     ) -> tuple[float, list[Tensor | None]]:

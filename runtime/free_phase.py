@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ffebm_compiler.runtime.activation_base import Activation
 from ffebm_compiler.runtime.conjugate import newton_step
+from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.error_phases import AdjointPhase
 from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.phases import Phase, merged, narrow
@@ -22,9 +25,9 @@ HOLD = 30
 class FreePhase(Phase):
     """Equation (1), started from the feedforward values, or from states given."""
 
-    def __init__(self, frame: Frame, scales: Sequence[float], start: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, frame: Frame, setting: Setting, start: Sequence[Tensor] | None = None) -> None:
         count = len(frame.program.layers)
-        super().__init__(frame, scales, [None] * count if start is None else list(start))
+        super().__init__(frame, setting, [None] * count if start is None else list(start))
         self.preactivations: list[Tensor | None] = [None] * count
         self._drives: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._updates = 0
@@ -36,6 +39,11 @@ class FreePhase(Phase):
         elif not frame.evaluated:
             for index in range(count):  # shapes, and the winners of max pooling, at these states
                 self._drive(index)
+
+    @cached_property
+    def activations(self) -> tuple[Activation, ...]:
+        """σ_l, as the energy has it."""
+        return self.setting.activations(self.frame)
 
     @property
     def held(self) -> bool:
@@ -67,7 +75,7 @@ class FreePhase(Phase):
         for later, part in self.pulled(index):
             field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])
         self.preactivations[index] = field
-        return self.frame.activations[index].value(field)
+        return self.activations[index].value(field)
 
     def refine(self) -> None:
         """Forget what was computed in bfloat16."""
@@ -77,7 +85,7 @@ class FreePhase(Phase):
     def narrowed(self, rows: Tensor) -> FreePhase:
         """The phase of some of the samples, at their present states."""
         start = [take_rows(value, rows) for value in self.values if value is not None]
-        phase = FreePhase(self.frame.narrowed(rows), self.scales, start)
+        phase = FreePhase(self.frame.narrowed(rows), self.setting, start)
         phase.preactivations = narrow(self.preactivations, rows)
         phase._updates = self._updates
         return phase
@@ -91,7 +99,7 @@ class FreePhase(Phase):
 
     def give_up(self, rows: Tensor) -> None:
         """Put samples back to their feedforward values."""
-        self.adopt(FreePhase(self.frame.narrowed(rows), self.scales), rows)
+        self.adopt(FreePhase(self.frame.narrowed(rows), self.setting), rows)
 
     def correction(self, rtol: float) -> list[Tensor] | None:
         """Semismooth Newton: (1 − σ'(h) B/c) Δ = r, r_l = σ_l(h_l) − s_l, with B/c the coupling of all layers."""
@@ -100,7 +108,7 @@ class FreePhase(Phase):
             return None
         residuals = [self.update(index) - value for index, value in enumerate(self.values) if value is not None]
         fields = [field for field in self.preactivations if field is not None]
-        response = AdjointPhase(self.frame, self.scales, fields, [None] * len(layers))
+        response = AdjointPhase(self.frame, self.setting, fields, [None] * len(layers))
         return newton_step(response, residuals, self.scales, rtol)
 
 

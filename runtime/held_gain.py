@@ -1,51 +1,46 @@
 """`HeldGain`: the feedback of one block. γ is a setting, the loop gain a measurement.
 
 γ_{l,m} = c_m/c_l is what an amplifier is set to. It changes only when it is set: at conversion, by `set_feedback`, by
-`recertify`, and in training, where `feedback` is a loop gain κ to be held. The loop gain is what γ amounts to at the
-present weights, and moves with them. A training forward that finds the weights changed measures first
-(`runtime/tracked_norms.py`) and sets γ anew where the loop gain has left κ.
+`recertify`, and in training, where `feedback` is to be held. The loop gain is what γ amounts to at the present weights,
+and moves with them. A training forward that finds the weights changed measures first and sets the amplifiers anew where
+the feedback asks for it. What is measured and set is the energy's own matter (`Gauge` in `runtime/energies/base.py`).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import FFEBMWarning, InputError
+from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.free_phase import FreePhase
 from ffebm_compiler.runtime.layout import laid_out
-from ffebm_compiler.runtime.loop_gain import MARGIN, Certificate, certificate_at, certify, edge_gain, edge_norms
 from ffebm_compiler.runtime.program import BlockProgram
-from ffebm_compiler.runtime.tracked_norms import TrackedNorms
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
 
 __all__ = ["HeldGain"]
-
-_log = logging.getLogger(__name__)
-
-_SLACK = 0.01
-"""Relative distance from κ at which γ is set anew."""
 
 
 class HeldGain:
     """Feedback, certificate and what is kept between two measurements of a block's loop gain."""
 
-    def __init__(self, program: BlockProgram) -> None:
+    def __init__(self, program: BlockProgram, energy: Energy) -> None:
         self.program = program
-        self.feedback: float | str = 0.1
-        """The loop gain κ to hold, or `"symmetric"` (γ = 1)."""
+        self.energy = energy
+        self.feedback: float | str = energy.default_feedback
+        """What is to be held, as the energy understands it; or `"symmetric"` (γ = 1)."""
         self.certificate: Certificate | None = None
         """Of the weights measured last; None for a block without feedback."""
-        self.tracked = TrackedNorms()
+        self.gauge = energy.gauge(program)
         self.locked = False
-        """Whether γ stays as it is whatever the weights are."""
+        """Whether the amplifiers stay as they are whatever the weights are."""
         self.changes = 0
         """Changes of the weights that training forwards have seen."""
         self.stamp: WeightStamp | None = None
@@ -53,7 +48,7 @@ class HeldGain:
         self._arriving: WeightStamp | None = None
         """Of changed weights, until they are measured."""
         self._every: int | None = None
-        self._seen: tuple[WeightStamp, Certificate | None] | None = None
+        self._seen: tuple[WeightStamp, Certificate] | None = None
         self._warned = False
         self._examples: list[Tensor] = []
         self._shapes: dict[int, torch.Size] = {}
@@ -68,6 +63,12 @@ class HeldGain:
         return (1.0,) * len(self.program.layers) if self.certificate is None else self.certificate.scales
 
     @property
+    def setting(self) -> Setting:
+        """The energy and what its amplifiers are set to."""
+        amplifiers = () if self.certificate is None else self.certificate.amplifiers
+        return Setting(self.energy, self.scales, amplifiers)
+
+    @property
     def loop_gain(self) -> float:
         """κ as measured last; 0 for a block without feedback."""
         return 0.0 if self.certificate is None else self.certificate.loop_gain
@@ -75,11 +76,9 @@ class HeldGain:
     @property
     def contraction(self) -> float | None:
         """Factor by which a sweep contracts, where it is certified to."""
-        if isinstance(self.feedback, str) or self.certificate is None or not self.certificate.certified:
+        if self.certificate is None:
             return None
-        if self.program.selects:  # certified for one choice of winners only
-            return None
-        return self.certificate.contraction
+        return self.energy.contraction(self.program, self.certificate, self.feedback)
 
     def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
         """Remember these inputs' shapes, measure the operator norms and set the feedback."""
@@ -91,29 +90,27 @@ class HeldGain:
         self.recertify(weights)
 
     def recertify(self, weights: Sequence[Tensor | None]) -> None:
-        """Measure the operator norms of these weights to convergence and set γ for them.
+        """Measure these weights to convergence and set the amplifiers for them.
 
         Raises:
             InputError: for a weight with NaN or infinite values.
         """
-        norms = self.norms(weights)
-        if norms is not None:
-            self.certificate = certify(self.program, norms, self.feedback)
+        if self._measurable(weights):
+            with self._quietly():
+                self.certificate = self.gauge.certify(*self._evaluated(weights), self.feedback)
 
-    def norms(self, weights: Sequence[Tensor | None]) -> tuple[tuple[int, int, float], ...] | None:
-        """(l, m, ‖J_{ml}‖₂) at these weights, converged; None for a block without feedback. Changes nothing.
-
-        The drives are affine, so that the norms depend on the inputs' shapes only.
-
-        Raises:
-            InputError: for a weight with NaN or infinite values.
-        """
+    def _measurable(self, weights: Sequence[Tensor | None]) -> bool:
+        """Whether there is feedback to measure; refuses weights with NaN or infinite values."""
         if not self.program.coupled or not self._examples:
-            return None
+            return False
         check_weights(self.program.name, weights)
+        return True
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Without gradients and without autocast."""
         with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):
-            frame, states = self._evaluated(weights)
-            return edge_norms(frame, states)
+            yield
 
     def fits(self, sources: Sequence[Tensor]) -> bool:
         """Whether the certificate is of these tensors as they are now."""
@@ -124,28 +121,48 @@ class HeldGain:
         self.stamp, self._arriving = WeightStamp.of(sources), None
 
     def at(self, weights: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Certificate | None:
-        """The certificate of these weights (made of `sources`) at the present γ, measured once. Changes nothing."""
-        if self._seen is None or not self._seen[0].fits(sources):
-            norms = self.norms(weights)
-            present = None if norms is None else certificate_at(self.program, norms, self.scales)
-            self._seen = WeightStamp.of(sources), present
-        found = self._seen[1]
-        if found is None or found.scales == self.scales:
-            return found
-        return certificate_at(self.program, found.norms, self.scales)
+        """The certificate of these weights (made of `sources`) at the present setting, measured once. Changes nothing.
 
-    def set_feedback(self, feedback: float | str) -> None:
-        """Set κ (or `"symmetric"`), from the norms measured last."""
+        The drives are affine, so that it depends on the inputs' shapes only.
+
+        Raises:
+            InputError: for a weight with NaN or infinite values.
+        """
+        if self.certificate is None:
+            return None
+        found: Certificate | None = None
+        if self._seen is not None and self._seen[0].fits(sources):
+            found = self._seen[1]
+            if found.scales != self.scales or found.amplifiers != self.certificate.amplifiers:
+                return self.gauge.with_setting(found, self.certificate) or self._measured(weights, sources)
+        return found or self._measured(weights, sources)
+
+    def _measured(self, weights: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Certificate | None:
+        assert self.certificate is not None
+        if not self._measurable(weights):
+            return None
+        with self._quietly():
+            found = self.gauge.at(*self._evaluated(weights), self.certificate)
+        self._seen = WeightStamp.of(sources), found
+        return found
+
+    def set_feedback(self, feedback: float | str) -> bool:
+        """Set the feedback from what was measured last; whether that was enough (else call `recertify`)."""
         self.feedback = feedback
-        if self.certificate is not None:
-            self.certificate = certify(self.program, self.certificate.norms, feedback)
+        if self.certificate is None:
+            return True
+        found = self.gauge.with_feedback(self.certificate, feedback)
+        if found is None:
+            return False
+        self.certificate = found
+        return True
 
     def look(self, sources: Sequence[Tensor], every: int | None) -> bool:
         """Note before a training forward whether the tensors that the weights are made of have changed.
 
         Args:
             sources: those tensors.
-            every: changes after which the norms are measured to convergence, whatever the estimate says.
+            every: changes after which is measured to convergence, whatever the estimate says.
         """
         self._every = every or None
         self._arriving = None
@@ -156,7 +173,7 @@ class HeldGain:
         return self._arriving is not None
 
     def hold(self, weights: Sequence[Tensor | None]) -> None:
-        """Measure weights that `look` found changed, and set γ where the loop gain has left κ.
+        """Measure weights that `look` found changed, and set the amplifiers where the feedback asks for it.
 
         Raises:
             InputError: for a weight with NaN or infinite values.
@@ -178,38 +195,32 @@ class HeldGain:
             )
 
     def needed(self, weights: Sequence[Tensor | None]) -> Certificate | None:
-        """The certificate that holds κ at these weights, measured to convergence, where γ is another now.
+        """The certificate that holds the feedback at these weights, measured to convergence, where it is another now.
 
-        None where γ is right, where it is held (`locked`) and for `"symmetric"`. Changes nothing.
+        None where the amplifiers are right, and where they are held (`locked`). Changes nothing.
 
         Raises:
             InputError: for a weight with NaN or infinite values.
         """
-        if self.locked or isinstance(self.feedback, str) or self.certificate is None:
+        if self.locked or self.certificate is None or not self._examples:
             return None
-        norms = self.norms(weights)
-        if (
-            norms is None
-            or abs(certificate_at(self.program, norms, self.scales).loop_gain / self.feedback - 1) <= _SLACK
-        ):
-            return None
-        return certify(self.program, norms, self.feedback)
+
+        def evaluated() -> tuple[Frame, list[Tensor]]:
+            check_weights(self.program.name, weights)
+            return self._evaluated(weights)
+
+        with self._quietly():
+            return self.gauge.needed(evaluated, self.certificate, self.feedback)
 
     def _measure(self, weights: Sequence[Tensor | None], converge: bool) -> None:
-        with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):
-            frame = self._frame(weights)
-            norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
-            if converge:  # both approach the norm from below
-                lanczos = edge_norms(*self._evaluated(weights))
-                norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
-        if not all(math.isfinite(norm) for _, _, norm in norms):
+        assert self.certificate is not None
+        with self._quietly():
+            found = self.gauge.follow(
+                self._frame(weights), lambda: self._evaluated(weights), self.certificate, self.feedback, converge
+            )
+        if not math.isfinite(found.radius):
             check_weights(self.program.name, weights)
-        present = certificate_at(self.program, norms, self.scales)
-        target = self.feedback
-        if not isinstance(target, str) and abs(present.loop_gain - target) > _SLACK * target:
-            present = certify(self.program, norms, target)
-            _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, target)
-        self.certificate = present
+        self.certificate = found
 
     def _frame(self, weights: Sequence[Tensor | None]) -> Frame:
         """The block at these weights for one sample, with the shapes of all registers, without its random masks."""
@@ -228,7 +239,7 @@ class HeldGain:
         operands = laid_out(self.program, [*examples, *wide])
         inputs = [value for value in operands[: len(examples)] if value is not None]
         frame = Frame(self.program, inputs, operands[len(examples) :])
-        states = list(FreePhase(frame, (1.0,) * len(self.program.layers)).settled()[0])
+        states = frame.feedforward()
         shapes = {layer.state: state.shape for layer, state in zip(self.program.layers, states, strict=True)}
         self._shapes = {**frame.shapes, **shapes}
         # Random masks are left out of the measured norm; their gain is added as a bound.
@@ -247,7 +258,7 @@ class HeldGain:
             "scales": list(self.scales),
             "radius": None if certificate is None else _finite(certificate.radius),
             "contraction": None if certificate is None else _finite(certificate.contraction),
-            "tracks": self.tracked.state(),
+            "tracks": self.gauge.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -271,7 +282,7 @@ class HeldGain:
             self.certificate = Certificate(
                 tuple(norms), scales, _number(state["radius"]), _number(state["contraction"])
             )
-        self.tracked.restore(state["tracks"])
+        self.gauge.restore(state["tracks"])
 
 
 def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:

@@ -55,7 +55,7 @@ class ImplicitDifferentiation(Estimator):
     def _solved(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         if self._conjugate(at):
             # Its residual is of all layers together: the error of the layers far from the output may be larger.
-            response = AdjointPhase(at.frame, at.scales, at.preactivations, [None] * len(errors))
+            response = AdjointPhase(at.frame, at.setting, at.preactivations, [None] * len(errors))
             goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
             solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)
             if solution is not None:
@@ -63,7 +63,7 @@ class ImplicitDifferentiation(Estimator):
                 gradients.sweeps = steps
                 return gradients
         # Driven by +δ the system gives e = −u at once.
-        phase = AdjointPhase(at.frame, at.scales, at.preactivations, errors)
+        phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
         settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
         gradients = contract(at, phase.values, at.states, errors)
         gradients.sweeps = settled.sweeps
@@ -113,7 +113,7 @@ class Unrolled(Estimator):
                 for t, n in zip(at.frame.weights, at.weights_needed, strict=True)
             ]
             frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
-            phase = FreePhase(frame, at.scales)
+            phase = FreePhase(frame, at.setting)
             if isinstance(at.solver, GaussSeidel) and at.solver.start == "feedforward":
                 sweeps = at.free_sweeps
                 for _ in range(sweeps):

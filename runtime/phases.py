@@ -1,6 +1,7 @@
 """Phases: the fixed-point problems of an energy block.
 
-With scales c_l and γ_{l,m} = c_m/c_l, the free phase settles
+With scales c_l, γ_{l,m} = c_m/c_l and σ_l as the block's energy has it (`runtime/energies/base.py`), the free phase
+settles
 
     s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m .                              (1)
 
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers import FixedPoint
 
@@ -28,9 +30,10 @@ __all__ = ["Phase", "merged", "narrow"]
 class Phase(FixedPoint):
     """Shared bookkeeping: values, and pulled-back values that are reused while they hold."""
 
-    def __init__(self, frame: Frame, scales: Sequence[float], values: list[Tensor | None]) -> None:
+    def __init__(self, frame: Frame, setting: Setting, values: list[Tensor | None]) -> None:
         self.frame = frame
-        self.scales = tuple(scales)
+        self.setting = setting
+        self.scales = setting.scales
         self.values = values
         self.scratch = {}
         self.samples = frame.samples

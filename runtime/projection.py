@@ -8,7 +8,8 @@ It is the spectral-norm clipping of Yoshida & Miyato (2017, arXiv 1705.10941) wi
 from __future__ import annotations
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.loop_gain import Certificate, radius
+from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.loop_gain import radius
 from ffebm_compiler.runtime.program import BlockProgram
 
 __all__ = ["projection"]

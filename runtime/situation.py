@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers import Solver
 
@@ -19,7 +20,7 @@ class Situation:
     """A settled block at which a gradient is asked for."""
 
     frame: Frame
-    scales: tuple[float, ...]
+    setting: Setting
     states: tuple[Tensor, ...]
     preactivations: tuple[Tensor, ...]
     solver: Solver
@@ -33,6 +34,11 @@ class Situation:
     free_rtol: float
     inputs_needed: tuple[bool, ...]
     weights_needed: tuple[bool, ...]
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """c_l."""
+        return self.setting.scales
 
     @property
     def name(self) -> str:

@@ -467,8 +467,7 @@ def frame_of(hybrid: ffebm.HybridModel, index: int, *inputs: Tensor) -> tuple[Fr
     program = block.module.program
     frame = Frame(program, operands[: program.inputs], operands[program.inputs :])
     with torch.no_grad():
-        states = [value for value in FreePhase(frame, (1.0,) * len(program.layers)).values if value is not None]
-    return frame, states
+        return frame, frame.feedforward()
 
 
 def dense_norm(frame: Frame, states: list[Tensor], earlier: int, later: int) -> float:
@@ -579,7 +578,7 @@ def test_every_sweep_contracts_as_the_certificate_says(case: str, activation: ty
         ]
         with torch.no_grad():
             settled = module.settle(frame.inputs, frame.weights).states
-            phase = FreePhase(frame, scales)
+            phase = FreePhase(frame, module.setting)
             for layer, state in enumerate(settled):
                 phase.store(layer, state + noise(*state.shape, seed=60 + layer).double())
 
@@ -609,7 +608,7 @@ def test_predicted_rate_is_met_where_the_bound_is_tight(kappa: float) -> None:
     hybrid = ffebm.convert(model, x, feedback=kappa)
     (block,) = hybrid.blocks
     frame, _ = frame_of(hybrid, 0, x)
-    phase = FreePhase(frame, block.module.scales)
+    phase = FreePhase(frame, block.module.setting)
     errors = []
     with torch.no_grad():
         settled = block.settle(x).states

@@ -18,7 +18,7 @@ from ffebm_compiler.onnx.manifest_file import read_manifest
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.program_file import program_from_json
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.loop_gain import Certificate
+from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.solvers import GaussSeidel
 from ffebm_compiler.tensor_file import read_tensors
 from ffebm_compiler.whole_folders import digest_of, recover_folder

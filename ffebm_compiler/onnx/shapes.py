@@ -8,7 +8,6 @@ from ffebm_compiler.onnx.emit import Free, Shape
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.free_phase import FreePhase
 
 __all__ = ["register_shapes"]
 
@@ -24,12 +23,11 @@ def register_shapes(step: Step, block: EnergyBlock) -> dict[int, Shape]:
         inputs = [tensor for tensor in tensors[:count] if tensor is not None]
         with torch.no_grad():
             frame = Frame(block.program, inputs, tensors[count:])
-            states = FreePhase(frame, (1.0,) * len(block.program.layers)).values
+            states = frame.feedforward()
             shapes = dict(frame.shapes)
             for layer, state in zip(block.program.layers, states, strict=True):
-                assert state is not None
                 shapes[layer.state] = state.shape
-            frame.read({index: state for index, state in enumerate(states) if state is not None})
+            frame.read(dict(enumerate(states)))
             found.append(shapes | frame.shapes)
     return {
         register: tuple(a if a == b else Free(a, b) for a, b in zip(shape, found[1][register], strict=True))

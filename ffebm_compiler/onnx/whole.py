@@ -20,7 +20,6 @@ from ffebm_compiler.onnx.steps import Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.free_phase import FreePhase
 
 __all__ = ["export_whole"]
 
@@ -41,8 +40,7 @@ class _Symbol(nn.Module):
         """The node; the feedforward values give dtypes and shapes and are removed as dead code."""
         program = self.__dict__["_block"].program
         frame = Frame(program, operands[: program.inputs], operands[program.inputs :])
-        states = FreePhase(frame, (1.0,) * len(program.layers)).values
-        like = frame.read({index: state for index, state in enumerate(states) if state is not None})
+        like = frame.read(dict(enumerate(frame.feedforward())))
         results = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{self._function.name}",
             operands,

@@ -1,0 +1,178 @@
+"""The Hopfield energy of a block.
+
+    E(s; θ, x) = Σ_l c_l [ G_l(s_l) − ⟨s_l, d_l(s_1..s_{l−1}, x; θ)⟩ ],
+
+G_l the potential of the layer's activation (∂G_l = σ_l⁻¹), so that σ_l is the activation itself. Where an activation is
+not monotone G_l is written in the pre-activation, h σ(h) − Λ(h): an equilibrium is then a stationary point of E, not a
+minimum. A loop gain below one certifies it (`runtime/loop_gain.py`).
+
+Sources: Hopfield 1984; Scellier & Bengio 2017 (arXiv 1602.05179); Nest & Ernoult 2024.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.activation_base import Activation
+from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
+from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.loop_gain import MARGIN, certificate_at, certify, edge_gain, edge_norms
+from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.projection import projection
+from ffebm_compiler.runtime.tracked_norms import TrackedNorms
+
+__all__ = ["Hopfield"]
+
+_log = logging.getLogger(__name__)
+
+_SLACK = 0.01
+"""Relative distance from κ at which γ is set anew."""
+
+
+@dataclass(frozen=True)
+class Hopfield(Energy):
+    """Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩]; `feedback` is the loop gain κ = ρ(A)² in (0, 1), or "symmetric" (γ = 1)."""
+
+    name = "hopfield"
+    default_feedback = 0.1
+
+    def check_feedback(self, feedback: object) -> float | str:
+        """A loop gain in (0, 1) or `"symmetric"`."""
+        if feedback == "symmetric":
+            return "symmetric"
+        if isinstance(feedback, bool) or not isinstance(feedback, int | float) or not 0 < feedback < 1:
+            raise InputError(
+                f"feedback is {feedback!r}; expected a loop gain strictly between 0 and 1 (below 1 every block is "
+                "certain to settle; 0.1 is the default), or 'symmetric'"
+            )
+        return float(feedback)
+
+    def check_program(self, program: BlockProgram) -> None:
+        """Every program has this energy."""
+
+    def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
+        """The layers' own activations."""
+        return frame.activations
+
+    def value(
+        self,
+        frame: Frame,
+        setting: Setting,
+        states: Sequence[Tensor],
+        preactivations: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩]."""
+        total: Tensor | None = None
+        for index, activation in enumerate(frame.activations):
+            state = states[index]
+            if preactivations is not None and not activation.monotone:
+                potential = activation.energy_of_preactivation(preactivations[index]).sum()
+            else:
+                potential = activation.potential(state).sum()
+            term = setting.scales[index] * (potential - (state * frame.drive(index, states)).sum())
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    def add_weight_terms(
+        self,
+        frame: Frame,
+        setting: Setting,
+        currents: Sequence[Tensor | None],
+        middle: Sequence[Tensor],
+        gradients: list[Tensor | None],
+        needed: Sequence[bool],
+        factor: float = 1.0,
+    ) -> None:
+        """Nothing: the weights are in the drives alone."""
+
+    def gauge(self, program: BlockProgram) -> Gauge:
+        """Operator norms of the edges."""
+        return _EdgeNorms(program)
+
+    def contraction(self, program: BlockProgram, certificate: Certificate, feedback: float | str) -> float | None:
+        """About κ (Young 1954) where it is held below one; None at symmetric feedback."""
+        if isinstance(feedback, str) or not certificate.certified:
+            return None
+        if program.selects:  # certified for one choice of winners only
+            return None
+        return certificate.contraction
+
+    def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
+        """Caps the norms of the edges where the loop gain exceeds the limit."""
+        return projection(program, certificate, limit) if certificate.loop_gain > limit else {}
+
+    def remedy(self, feedback: float | str, loop_gain: float) -> str:
+        """Another feedback, smaller weights or more sweeps."""
+        if isinstance(feedback, str):
+            return (
+                f"its loop gain at symmetric feedback is {loop_gain:.3g} (below 1 is certain to settle): use "
+                "feedback=0.1, smaller weights (hybrid.project()) or fewer layers per block"
+            )
+        return (
+            f"its loop gain was set to {feedback:.3g} and certified as {loop_gain:.3g}: lower `feedback`, call "
+            "hybrid.recertify() if the weights have changed since (evaluation leaves the feedback as it is), or allow "
+            "more sweeps: solver=GaussSeidel(max_sweeps=...)"
+        )
+
+
+class _EdgeNorms(Gauge):
+    """‖J_{ml}‖₂ of every edge: the amplifiers are γ alone, and κ follows from the norms."""
+
+    def __init__(self, program: BlockProgram) -> None:
+        self.program = program
+        self.tracked = TrackedNorms()
+
+    def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
+        """Norms by Lanczos, and the γ that holds κ."""
+        return certify(self.program, edge_norms(frame, states), feedback)
+
+    def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
+        """Norms by Lanczos at the present γ."""
+        return certificate_at(self.program, edge_norms(frame, states), present.scales)
+
+    def needed(self, evaluated: Evaluated, present: Certificate, feedback: float | str) -> Certificate | None:
+        """None where the loop gain is κ, and at symmetric feedback."""
+        if isinstance(feedback, str):
+            return None
+        found = self.at(*evaluated(), present)
+        if abs(found.loop_gain / feedback - 1) <= _SLACK:
+            return None
+        return certify(self.program, found.norms, feedback)
+
+    def follow(
+        self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
+    ) -> Certificate:
+        """Norms followed from step to step; γ is set anew where the loop gain has left κ."""
+        norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
+        if converge:  # both approach the norm from below
+            lanczos = edge_norms(*evaluated())
+            norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
+        found = certificate_at(self.program, norms, present.scales)
+        if not isinstance(feedback, str) and abs(found.loop_gain - feedback) > _SLACK * feedback:
+            found = certify(self.program, norms, feedback)
+            _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, feedback)
+        return found
+
+    def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:
+        """The norms do not depend on γ."""
+        return certify(self.program, found.norms, feedback)
+
+    def with_setting(self, found: Certificate, present: Certificate) -> Certificate | None:
+        """The norms do not depend on γ."""
+        return certificate_at(self.program, found.norms, present.scales)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The vectors of every edge."""
+        return self.tracked.state()
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """The vectors of every edge."""
+        self.tracked.restore(state)

@@ -8,6 +8,7 @@
 - random numbers come from torch's default generator, which the forward does not seed.
 - distributions do not look at the values of their parameters.
 - attention and encoders take their ordinary path, not the fused one of eval mode.
+- a module with two names is itself, not a stand-in that the model's code would not know again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -33,6 +35,8 @@ __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
 WITHOUT_GRADIENT = "ffebm_without_gradient"
 """Key under which an operation that ran without gradient is marked."""
 
+_STANDS_IN = "enable_attr_proxy"
+"""The exporter's attribute that says whether it makes stand-ins for modules."""
 _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -153,6 +157,19 @@ def _modules_stay() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _modules_are_themselves() -> Iterator[None]:
+    """Without the exporter's stand-ins for modules, which it makes where one module has two names, to tell them apart.
+
+    They are other objects: `layer is self.layers[-1]` would be false, and a read of `training` would be nobody's.
+    """
+    setattr(_ModuleStackTracer, _STANDS_IN, property(lambda _: False, lambda _, __: None))
+    try:
+        yield
+    finally:
+        delattr(_ModuleStackTracer, _STANDS_IN)
+
+
+@contextlib.contextmanager
 def tracing(source: nn.Module) -> Iterator[UsersCalls]:
     """The state of torch in which a forward of `source` is traced; what was before is restored."""
     with contextlib.ExitStack() as stack:
@@ -164,6 +181,7 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
             ordinary_paths(),
             _unchecked_distributions(),
             _modules_stay(),
+            _modules_are_themselves(),
             _unseeded(),
         ):
             stack.enter_context(context)

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import noise, seeded
+from same_as_source import assert_same
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.passes.tracing import tracing
@@ -61,6 +63,37 @@ def test_attention_that_drops_whatever_the_mode(rate: float) -> None:
         torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
 
 
+class DroppedAtRandom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = torch.tanh(self.linear(x))
+        return x + branch * torch.bernoulli(torch.full((len(x), 1), 0.5)) if self.training else x + branch
+
+
+class Shared(nn.Module):
+    """Modules that have two names each, of which the forward asks which one it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([DroppedAtRandom(), DroppedAtRandom(), DroppedAtRandom()])
+        self.last, self.head = self.layers[-1], nn.Linear(6, 3)
+        self.again = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = torch.sigmoid(layer(x)) if layer is self.last else layer(x)
+        return self.again(x) + self.head(self.last(x))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_modules_with_two_names_are_themselves(train: bool) -> None:
+    assert_same(seeded(Shared), noise(5, 6), train=train, calls=2)
+
+
 def test_tracing_leaves_torch_as_it_was() -> None:
     model = nn.Linear(2, 2)
     apply, fast = nn.Module._apply, torch.backends.mha.get_fastpath_enabled()
@@ -74,4 +107,5 @@ def test_tracing_leaves_torch_as_it_was() -> None:
     assert nn.Module._apply is apply
     assert torch.backends.mha.get_fastpath_enabled() is fast
     assert torch.distributions.Distribution._validate_args is checked
+    assert not hasattr(_ModuleStackTracer, "enable_attr_proxy")
     assert model.double().weight.dtype is torch.float64

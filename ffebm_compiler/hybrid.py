@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
+from ffebm_compiler.later_hooks import LaterHooks
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide
@@ -61,6 +62,7 @@ _OWN = frozenset(
         "_energy",
         "_feedforward",
         "_folded",
+        "_later_hooks",
         "_lifted",
         "_plan",
         "_run",
@@ -123,7 +125,11 @@ class HybridModel(nn.Module):
                 rebound = getattr(instruction.operator, "source", None)
                 if isinstance(rebound, ReboundOperation):
                     rebound.follow(source, self)
+        self._state_dict_hooks.update(source._state_dict_hooks)
+        self._state_dict_pre_hooks.update(source._state_dict_pre_hooks)
+        self._load_state_dict_post_hooks.update(source._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(settle_arrival)  # type: ignore[no-untyped-call]
+        self._later_hooks = LaterHooks(source)
         self.__signature__ = signature_of(source)
         bind_forward(self, self.__signature__)
 
@@ -164,14 +170,14 @@ class HybridModel(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Tensors under the source's keys, and beside them (in the dictionary's metadata) the state of the blocks."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._source._save_to_state_dict(destination, prefix, keep_vars)  # with its extra state
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
             metadata.setdefault(prefix[:-1], {})[METADATA] = state_of(self)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
         self.__dict__["_arriving"] = Arrival.of(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+        self._source._load_from_state_dict(state_dict, prefix, local_metadata, *others)  # with its hooks
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: with the blocks whose loop gain is that of the present weights."""
@@ -258,6 +264,7 @@ class HybridModel(nn.Module):
                 f"the hybrid cannot run in train mode, since the source could not be captured in it: "
                 f"{self._call_form.refused_in_training}; call eval() to run it"
             )
+        self._later_hooks.look()
         leaves = self._call_form.leaves(args, kwargs)
         if self.training:
             changed = False

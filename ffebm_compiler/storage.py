@@ -122,10 +122,17 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         ) from error
     except Malformed as error:
         raise ExportError(f"the example inputs cannot be stored ({error}): convert with others") from error
+    weights = hybrid.state_dict(keep_vars=True)
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise ExportError(
+                f"{name!r} of the state is a {type(value).__name__}, which cannot be stored without pickle: let "
+                "get_extra_state return a tensor, or write hybrid.state_dict() with torch.save"
+            )
     with whole_folder(target, failure="the hybrid cannot be saved") as fresh:
         fresh.write("hybrid.json", text + "\n")
         fresh.write("plan.json", json.dumps(hybrid.plan.to_dict(), indent=1) + "\n")
-        fresh.write("weights.safetensors", to_bytes(_unique(hybrid.state_dict(keep_vars=True))))
+        fresh.write("weights.safetensors", to_bytes(_unique(weights)))
         fresh.write("loop_gain.safetensors", to_bytes(_tensors_of(state)))
 
 

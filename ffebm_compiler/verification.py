@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import FFEBMError
+from ffebm_compiler.errors import FFEBMError, UnsupportedError
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
@@ -51,7 +51,7 @@ def verify_feedforward(
                 if not path:
                     hybrid.training = False
             state = [*source.buffers(), *hybrid.written_state()]
-            wanted = _leaves(source, source, state, args, kwargs)
+            wanted = _of_source(source, state, args, kwargs)
             found = _leaves(hybrid, source, state, args, kwargs)
             if len(wanted) != len(found):
                 raise FFEBMError(
@@ -59,6 +59,12 @@ def verify_feedforward(
                     f"{_name(training)} mode: this is a defect of the compiler, please report the model"
                 )
             error, limit = _deviation(found, wanted)
+            if not error <= limit and _agree_with_gradients(found, source, state, args, kwargs):
+                raise UnsupportedError(
+                    f"in {_name(training)} mode the source computes something else where no gradient is recorded (its "
+                    "forward asks torch.is_grad_enabled or a tensor's requires_grad), but a hybrid computes the same: "
+                    "let a setting or the training flag decide instead"
+                )
             # Where round-off alone does as much, the comparison says nothing.
             if not error <= limit and not error <= _ALLOWED * _sensitivity(source, args, kwargs):
                 raise FFEBMError(
@@ -101,17 +107,41 @@ def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                 if parameter.is_floating_point():
                     noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                     parameter.mul_(1 + factor * 8 * torch.finfo(parameter.dtype).eps * noise)
-        results.append(_leaves(copied, copied, list(copied.buffers()), args, kwargs))
+        results.append(_of_source(copied, list(copied.buffers()), args, kwargs))
     pairs = zip(*results, strict=True)
     changes = [_relative(b, a) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
     return max(changes, default=0.0)
 
 
+def _agree_with_gradients(
+    found: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the source's outputs are those of the hybrid where gradients are recorded, as when it was captured."""
+    wanted = _leaves(source, source, state, args, kwargs, gradients=True)
+    if len(found) != len(wanted):
+        return False
+    error, limit = _deviation(found, wanted)
+    return error <= limit
+
+
+def _of_source(source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The source's outputs; with gradients recorded where it does not run without (`retain_grad` does not)."""
+    try:
+        return _leaves(source, source, state, args, kwargs)
+    except Exception:
+        return _leaves(source, source, state, args, kwargs, gradients=True)
+
+
 def _leaves(
-    model: nn.Module, source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    source: nn.Module,
+    state: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gradients: bool = False,
 ) -> list[Any]:
     with (
-        torch.no_grad(),
+        torch.set_grad_enabled(gradients),
         generators_unchanged(),
         tensors_unchanged(state),
         attributes_unchanged(source),
@@ -119,7 +149,8 @@ def _leaves(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # what the source warns of is no news of the conversion's
-        return leaves_of(model(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
+        leaves = leaves_of(model(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
+        return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _name(training: bool) -> str:

@@ -37,6 +37,12 @@ def check_model(model: object) -> None:
             raise InputError(f"parameter {name!r} is on the meta device: load the weights before converting")
         if tensor.is_quantized:
             raise InputError(f"parameter {name!r} is quantised: pass the float model; `Hardware` has the bits")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+        if getattr(torch.nn.modules.module, f"_global_{kind}_hooks"):
+            raise UnsupportedError(
+                f"torch has a {kind.replace('_', ' ')} hook for all modules of the process (register_module_..._hook): "
+                "a hybrid runs blocks, not modules, and the hook would meet those; remove it before converting"
+            )
     for name, module in model.named_modules():
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise InputError(f"module {name!r} is quantised: pass the float model; `Hardware` has the bits")

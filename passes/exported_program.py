@@ -35,6 +35,7 @@ def program_of(
         outside: tensors with `requires_grad` that the forward reads and no module registers.
     """
     graph_module = exported.graph_module
+    _complete_users(graph_module)
     first = {id(tensor): name for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
     tensors = dict(source.named_parameters(remove_duplicate=False))
     places = {place_of(tensors[name]): first[id(tensors[name])] for name in tensors}
@@ -76,6 +77,14 @@ def program_of(
     if note:
         program.note(note)
     return program
+
+
+def _complete_users(graph_module: fx.GraphModule) -> None:
+    """Note every user of every value: where the exporter dissolves a region it forgets those without a result."""
+    for module in graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            for operand in node.all_input_nodes:
+                operand.users.setdefault(node)
 
 
 def place_of(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -6,6 +6,7 @@
 - a layer that is moved in the forward to where it is already stays as it is.
 - a branch on a buffer is decided by its value (`known_values`).
 - random numbers come from torch's default generator, which the forward does not seed.
+- autograd's graph is not looked at, and gets no hooks but those of `Tensor.register_hook` (`refused_hooks`).
 - distributions do not look at the values of their parameters.
 - attention and encoders take their ordinary path, not the fused one of eval mode.
 - a module with two names is itself, not a stand-in that the model's code would not know again.
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ffebm_compiler.passes.explain_capture import NotTraceable
 from ffebm_compiler.passes.known_values import KnownValues
+from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
 
 __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
 
@@ -55,6 +57,9 @@ class UsersCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _DATA:
             return args[0].detach()
+        if func == GRADIENT_FUNCTION:
+            node = func(*args)
+            return None if node is None else GradientFunction(node)
         if func in _GRADIENTS:
             raise NotTraceable(
                 f"a gradient is taken inside the forward ({func.__name__}), which a graph does not hold; convert the "
@@ -176,13 +181,14 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.enable_grad())
         for context in (
-            torch.enable_grad(),
-            ordinary_paths(),
-            _unchecked_distributions(),
-            _modules_stay(),
-            _modules_are_themselves(),
-            _unseeded(),
+            ordinary_paths,
+            _unchecked_distributions,
+            _modules_stay,
+            _modules_are_themselves,
+            _unseeded,
+            no_refused_hooks,
         ):
-            stack.enter_context(context)
+            stack.enter_context(context())
         yield stack.enter_context(UsersCalls(source))

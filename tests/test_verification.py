@@ -40,3 +40,19 @@ def test_a_deviation_is_a_defect_that_is_told(dtype: torch.dtype) -> None:
     hybrid.__dict__["_source"] = other
     with pytest.raises(ffebm.FFEBMError, match=r"deviates from the source by .* in eval mode.*defect of the compiler"):
         hybrid.verify_feedforward(other, (x,), {})
+
+
+class AsksForGradients(nn.Module):
+    """Computes something else where no gradient is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if torch.is_grad_enabled() else 2 * self.layer(x)
+
+
+def test_a_source_that_computes_something_else_without_gradients_is_refused() -> None:
+    with pytest.raises(ffebm.UnsupportedError, match=r"in eval mode the source computes something else where no grad"):
+        ffebm.convert(AsksForGradients(), noise(5, 8))

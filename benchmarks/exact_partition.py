@@ -24,7 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
 
 __all__ = ["optimum"]
 
@@ -63,7 +63,7 @@ def optimum(
         kinds: kinds of wiring that may join a block.
         limit_s: seconds for the solver.
     """
-    joins = {*kinds, "copy", "dropout"}
+    joins = {*kinds, *ALWAYS_JOIN}
     layers, others = [], []
     tiles = {}
     for op in graph.operations:

@@ -27,7 +27,7 @@ from exact_partition import optimum
 from partition_cases import chain, random_graph, random_hardware
 
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
 from ffebm_compiler.passes.partition import conversions, partition, tiles_of, too_large
 from ffebm_compiler.whole_files import write_whole
 
@@ -54,7 +54,7 @@ def family(name: str) -> str:
 
 def naive_greedy(graph: OperationGraph, hardware: Hardware, kinds: Collection[str]) -> list[list[str]]:
     """Fill one block after the other, in the order of the graph; acyclic and within capacity."""
-    joins = {*kinds, "copy", "dropout"}
+    joins = {*kinds, *ALWAYS_JOIN}
     blocks: list[list[str]] = []
     inside: set[str] = set()
     carrying: set[str] = set()

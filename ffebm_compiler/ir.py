@@ -13,7 +13,7 @@ parameters, buffers, constants and inputs, in that order. Each node carries one 
     STATIC      computed from parameters, buffers and constants alone            no
     WEIGHT      a map, linear in one dynamic value, by a static weight           starts or joins
     ACTIVATION  elementwise, with an energy potential                            joins
-    WIRING      linear without weights (add, reshape, pooling, dropout)          joins
+    WIRING      linear, sums no products (add, reshape, pooling, dropout, gain)  joins
     DIGITAL     everything else                                                  no
     OUTPUT      the output node                                                  no
 
@@ -111,6 +111,9 @@ def module_path(node: fx.Node) -> str:
 
 
 Count = Annotated[int, AtLeast(0)]
+
+ALWAYS_JOIN = ("copy", "dropout", "gain")
+"""Kinds of wiring that may be inside a block whatever `block_ops` says."""
 
 
 @dataclass(frozen=True)

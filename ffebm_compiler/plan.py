@@ -19,7 +19,7 @@ from ffebm_compiler.checked_json import clipped, read_json
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hardware_layers import matches
-from ffebm_compiler.ir import Operation, OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 from ffebm_compiler.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Plan:
         if matches(operation.path, self.options.force_digital):
             return "force_digital asks for it"
         if operation.role is Role.WIRING:
-            allowed = operation.kind in (*self.options.block_ops, "copy", "dropout")
+            allowed = operation.kind in (*self.options.block_ops, *ALWAYS_JOIN)
             return (
                 f"{operation.target} is not between two layers of one block"
                 if allowed

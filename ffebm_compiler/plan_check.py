@@ -13,7 +13,7 @@ from dataclasses import fields
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hardware_layers import matches
-from ffebm_compiler.ir import Role
+from ffebm_compiler.ir import ALWAYS_JOIN, Role
 from ffebm_compiler.passes.partition import core_homes, quotient_order
 from ffebm_compiler.passes.partition_rules import activations_without_a_layer
 from ffebm_compiler.passes.planning import describe_block
@@ -72,14 +72,16 @@ def _check_homes(plan: Plan) -> None:
 
 
 def _check_members(plan: Plan, block: BlockPlan, users: Mapping[str, list[str]]) -> None:
-    joins = (*plan.options.block_ops, "copy", "dropout")
+    joins = (*plan.options.block_ops, *ALWAYS_JOIN)
     inside, fed = set(block.operations), set()
     for op in (op for op in plan.graph.operations if op.name in inside):
         what = f"{block.name} holds {op.name!r} of {op.path!r}"
         if op.role is Role.DIGITAL:
             raise PlanError(f"{what}, which must be digital: {op.reason}")
         if op.role is Role.WIRING and op.kind not in joins:
-            raise PlanError(f"{what}, wiring of kind {op.kind!r}, which block_ops {joins[:-2]} does not list")
+            raise PlanError(
+                f"{what}, wiring of kind {op.kind!r}, which block_ops {plan.options.block_ops} does not list"
+            )
         if matches(op.path, plan.options.force_digital):
             raise PlanError(
                 f"{what}, which force_digital={plan.options.force_digital} keeps digital: change one of the two"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ffebm_compiler.errors import HardwareError, PlanError
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import Operation, OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition import Partition, conversions, partition, tiles_of, too_large
 from ffebm_compiler.plan import Plan
 
@@ -131,8 +131,7 @@ def advise(plan: Plan) -> tuple[str, ...]:
         )
     kinds = {op.kind for op in graph.operations if op.role is Role.WIRING} - {
         *plan.options.block_ops,
-        "copy",
-        "dropout",
+        *ALWAYS_JOIN,
     }
     for kind in sorted(kinds):
         trials.append((f"{kind!r} in block_ops", hardware, (*plan.options.block_ops, kind)))

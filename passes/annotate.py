@@ -18,7 +18,7 @@ from ffebm_compiler.passes.dead_code import for_effects_alone
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target_name
 from ffebm_compiler.passes.order_of_draws import draws
 from ffebm_compiler.passes.reasons import TWO_ACTIVATIONS, digital_reason
-from ffebm_compiler.passes.static import static_nodes
+from ffebm_compiler.passes.static import drawn_nodes, static_nodes
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout, ReboundInstanceNorm
 from ffebm_compiler.runtime.modes import TrainingMask
 
@@ -28,8 +28,9 @@ __all__ = ["annotate"]
 def annotate(program: Program) -> OperationGraph:
     """Write a `NodeInfo` on every node and return the dynamic operations with their sizes."""
     alone, static = for_effects_alone(program), static_nodes(program)
+    drawn = drawn_nodes(program, static)
     for node in program.graph.nodes:
-        record = _classify(program, node, static)
+        record = _classify(program, node, static, drawn)
         if node in alone and record.role in _DYNAMIC:
             kind = "weight" if record.role is Role.WEIGHT else ""
             record = NodeInfo(Role.DIGITAL, record.path, _ALONE, kind)
@@ -50,11 +51,13 @@ def annotate(program: Program) -> OperationGraph:
 
 
 _DYNAMIC = (Role.WEIGHT, Role.ACTIVATION, Role.WIRING, Role.DIGITAL)
+_MOVING = (Role.INPUT, *_DYNAMIC)
 _FIXED = (Role.LIFTED, Role.STATIC)
+_GAIN = "it multiplies each value by a number of its own and sums none: a gain, no matrix product"
 _ALONE = "the output does not depend on it, only what the forward writes or draws besides"
 
 
-def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo:
+def _classify(program: Program, node: fx.Node, static: set[fx.Node], drawn: set[fx.Node]) -> NodeInfo:
     path = module_path(node)
     if node.op == "output":
         return NodeInfo(Role.OUTPUT, path, "the network's output")
@@ -78,6 +81,8 @@ def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo
         kind = WIRING[node.target].kind_of(node)
         if kind:
             return NodeInfo(Role.WIRING, path, f"linear without weights ({kind})", kind)
+    if _is_gain(node):
+        return NodeInfo(Role.WIRING, path, _GAIN, "gain")
     activation = activation_of(node)
     if activation is not None and any(
         isinstance(operand, fx.Node) and info(operand).role not in _FIXED for operand in node.args[1:]
@@ -85,7 +90,18 @@ def _classify(program: Program, node: fx.Node, static: set[fx.Node]) -> NodeInfo
         return NodeInfo(Role.DIGITAL, path, f"a parameter of {activation.name} depends on the input")
     if activation is not None:
         return NodeInfo(Role.ACTIVATION, path, f"{activation.name} has an energy potential", activation.name)
-    return NodeInfo(Role.DIGITAL, path, digital_reason(node, static))
+    return NodeInfo(Role.DIGITAL, path, digital_reason(node, static, drawn))
+
+
+def _is_gain(node: fx.Node) -> bool:
+    """Whether a node multiplies an activation, value by value, by what depends on no input (layer scale)."""
+    if node.target is not torch.ops.aten.mul.Tensor or not all(isinstance(operand, fx.Node) for operand in node.args):
+        return False
+    value, factor = sorted(node.args, key=lambda operand: info(operand).role in _FIXED)  # type: ignore[arg-type]
+    if info(value).role not in _MOVING or info(factor).role not in _FIXED:  # type: ignore[arg-type]
+        return False
+    of, by, result = (operand.meta["val"] for operand in (value, factor, node))  # type: ignore[union-attr]
+    return of.is_floating_point() and of.dtype == by.dtype == result.dtype and tuple(of.shape) == tuple(result.shape)
 
 
 def _classify_module(program: Program, node: fx.Node, path: str) -> NodeInfo:

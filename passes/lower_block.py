@@ -21,7 +21,7 @@ from ffebm_compiler.passes.dialect import WEIGHTS, activation_of
 from ffebm_compiler.passes.operators import convolution_operator, wiring_operator
 from ffebm_compiler.runtime.activations import Identity
 from ffebm_compiler.runtime.contraction import Contraction, contraction, letters_of
-from ffebm_compiler.runtime.operators import Linear, Mask, Operator
+from ffebm_compiler.runtime.operators import Gain, Linear, Mask, Operator
 from ffebm_compiler.runtime.program import BlockProgram, Instruction, Layer
 
 __all__ = ["LoweredBlock", "lower_block"]
@@ -82,7 +82,7 @@ class _Builder:
             instructions: list[Instruction] = []
             local: dict[fx.Node, int] = {}
             where = self._emit(drive, state if activation is None else None, register, local, instructions, counter)
-            if not any(weight is not None for instruction in instructions for weight in instruction.weights):
+            if all(not i.weights or isinstance(i.operator, Gain) for i in instructions):
                 raise FFEBMError(
                     f"{self.name} would hold the state {state.name!r} of {info(state).path!r}, whose drive holds no "
                     "layer: its feedback would change what the states before it are; move it to a digital part"
@@ -195,6 +195,8 @@ class _Builder:
     def _operator(self, node: fx.Node) -> tuple[Operator, tuple[fx.Node | None, ...]]:
         if node.op == "call_module":
             return Mask(self.program.graph_module.get_submodule(str(node.target))), ()
+        if info(node).kind == "gain":
+            return Gain(), tuple(operand for operand in node.all_input_nodes if info(operand).role in _FIXED)
         if node.target not in WEIGHTS:
             return wiring_operator(node), ()
         form = WEIGHTS[node.target]
@@ -250,6 +252,8 @@ def _value_operands(node: fx.Node) -> list[fx.Node]:
         return [node.args[0]]  # type: ignore[list-item]
     if info(node).role is Role.WEIGHT:
         return [WEIGHTS[node.target].operands(node)[0]]
+    if info(node).kind == "gain":
+        return [operand for operand in node.all_input_nodes if info(operand).role not in _FIXED]
     return list(node.all_input_nodes) if node.target is not aten.cat.default else list(node.args[0])  # type: ignore[arg-type]
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import Operation, OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition_search import improve
 from ffebm_compiler.passes.partition_state import State, tiles_of
 from ffebm_compiler.passes.partition_waves import next_fit, waves_and_cuts
@@ -68,7 +68,7 @@ def partition(
     Args:
         graph: the dynamic operations, in topological order.
         hardware: the capacities.
-        block_ops: kinds of wiring that may join a block (dropout and copies always may).
+        block_ops: kinds of wiring that may join a block (those of `ir.ALWAYS_JOIN` always may).
         digital: operations that must stay digital, with the reason.
     """
     rejected = dict(digital or {})
@@ -77,7 +77,7 @@ def partition(
             reason = too_large(operation, hardware)
             if reason:
                 rejected[operation.name] = reason
-    kinds = frozenset(block_ops) | {"dropout", "copy"}
+    kinds = frozenset((*block_ops, *ALWAYS_JOIN))
     states = []
     for start in (waves_and_cuts, next_fit):
         state = State(graph, hardware, kinds, frozenset(rejected))

@@ -6,7 +6,7 @@ import difflib
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware_layers import matches
-from ffebm_compiler.ir import Operation, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, Operation, Role
 from ffebm_compiler.passes.partition import Partition, digital_parts, tiles_of, too_large
 from ffebm_compiler.passes.partition_state import DIGITAL, State
 from ffebm_compiler.passes.planning import describe, plan_notes
@@ -30,7 +30,7 @@ def move(plan: Plan, path: str, where: str) -> Plan:
         )
     too_big = {op.name: too_large(op, hardware) for op in graph.operations if op.role is Role.WEIGHT}
     _refuse(plan, path, where, layers, too_big)
-    kinds = {*plan.options.block_ops, "copy", "dropout"}
+    kinds = {*plan.options.block_ops, *ALWAYS_JOIN}
     state = State(graph, hardware, kinds, {name for name, reason in too_big.items() if reason}, draws=False)
     number = {op.name: index for index, op in enumerate(graph.operations)}
     for block in plan.blocks:

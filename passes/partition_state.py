@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import Operation, OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 
 __all__ = ["DIGITAL", "State"]
 
@@ -74,7 +74,7 @@ class State:
         self.activation = [op.role is Role.ACTIVATION for op in operations]
         self.read_once = [len(self.readers[index]) == 1 and not self.output[index] for index in range(count)]
         """Operations whose value one operation reads: a layer's product reaches an activation through such alone."""
-        self.passes_on = [op.kind in ("reshape", "copy", "dropout") for op in operations]
+        self.passes_on = [op.kind in ("reshape", *ALWAYS_JOIN) for op in operations]
         """Operations that a block gains nothing from where they are at its rim."""
         self.weight = [
             (1, tiles_of(op, hardware), op.values) if self.layer[index] else (0, 0, 0)

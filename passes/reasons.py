@@ -42,8 +42,8 @@ _LINEAR = _names(
 _RECURRENT = _names("lstm gru rnn_tanh rnn_relu")
 
 
-def digital_reason(node: fx.Node, static: Container[fx.Node]) -> str:
-    """The reason, given what depends on no input of the network."""
+def digital_reason(node: fx.Node, static: Container[fx.Node], drawn: Container[fx.Node] = ()) -> str:
+    """The reason, given what depends on no input of the network, and what does so but is drawn at random."""
     name = target_name(node)
     moving = [operand for operand in node.all_input_nodes if operand not in static and _is_tensor(operand)]
     if node.target is operator.getitem:
@@ -53,7 +53,10 @@ def digital_reason(node: fx.Node, static: Container[fx.Node]) -> str:
             return "attention multiplies activations by activations"
         return "attention has a softmax between its two products"
     if name in _PRODUCTS:
-        if sum(leaf in moving for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, fx.Node)) > 1:
+        factors = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, fx.Node) and leaf in moving]
+        if any(factor in drawn for factor in factors):
+            return "it multiplies by random numbers, which are no weights"
+        if len(factors) > 1:
             return TWO_ACTIVATIONS
         return "it multiplies each value by a number of its own and sums none: no matrix product"
     if name in _LOOKUPS and isinstance(node.args[0], fx.Node):

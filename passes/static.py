@@ -12,7 +12,7 @@ from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
 from ffebm_compiler.runtime.modes import ModeSwitch
 from ffebm_compiler.runtime.state import WriteState
 
-__all__ = ["has_effect", "is_static", "static_nodes"]
+__all__ = ["drawn_nodes", "has_effect", "is_static", "static_nodes"]
 
 _NUMBERS = (torch.SymInt, torch.SymBool, torch.SymFloat)
 
@@ -24,6 +24,17 @@ def static_nodes(program: Program) -> set[fx.Node]:
         if is_static(program, node, known):
             known.add(node)
     return known
+
+
+def drawn_nodes(program: Program, static: Container[fx.Node]) -> set[fx.Node]:
+    """Every node that depends on no input of the network but on random numbers."""
+    drawn: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output") or node in static or isinstance(node.meta.get("val"), _NUMBERS):
+            continue
+        if all(operand in static or operand in drawn for operand in node.all_input_nodes):
+            drawn.add(node)
+    return drawn
 
 
 def is_static(program: Program, node: fx.Node, known: Container[fx.Node]) -> bool:

@@ -25,6 +25,7 @@ from ffebm_compiler.runtime.pointwise import faulty, thinned
 __all__ = [
     "Concat",
     "Convolution",
+    "Gain",
     "Linear",
     "Mask",
     "MaxPool",
@@ -270,6 +271,36 @@ class Scale(Operator):
     ) -> list[Tensor | None]:
         """The product."""
         return [cotangent * self.factor]
+
+
+@dataclass(frozen=True)
+class Gain(Operator):
+    """y = g ⊙ x, a gain for each value; g broadcasts to the shape of x (layer scale)."""
+
+    def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
+        """The product."""
+        return values[0] * _given(weights[0])
+
+    def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
+        """The product."""
+        return _given(values[0]) * _given(weights[0])
+
+    def adjoint(
+        self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The product."""
+        return [cotangent * _given(weights[0])]
+
+    def weight_gradients(
+        self,
+        values: Sequence[Tensor],
+        cotangent: Tensor,
+        weights: Weights,
+        needed: Sequence[bool],
+        bias: bool,
+    ) -> list[Tensor | None]:
+        """p ⊙ x, summed over what g was broadcast over."""
+        return [(cotangent * values[0]).sum_to_size(_given(weights[0]).shape) if needed[0] else None]
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,22 @@ class Skip(nn.Module):
         return self.c(0.5 * self.activation(self.b(s) + s) - 0.25)
 
 
+class Gains(nn.Module):
+    """Layer scale of a branch, a gain computed from a parameter, one that leaves the block, and one number (ReZero)."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 7), nn.Linear(7, 6), nn.Linear(6, 6)
+        self.layer_scale, self.log_gain = (nn.Parameter(0.3 + torch.rand(6)) for _ in range(2))
+        self.number = nn.Parameter(torch.tensor(0.7))
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.activation(x + self.layer_scale * self.b(self.activation(self.a(x))))
+        t = self.log_gain.exp() * s
+        return torch.cat([x + self.number * self.c(t), t], 1)
+
+
 class Projections(nn.Module):
     """Query, key and value from one input, joined by signed additions and read by one linear."""
 
@@ -315,7 +331,7 @@ def mlp(activation: Activation = nn.ReLU) -> tuple[MLP, Tensor]:
 
 def noise(*shape: int, seed: int = 5) -> Tensor:
     """A fixed normal tensor."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -346,6 +362,7 @@ CASES = {
     "transformer": Case(_encoder, (2, 3, 8)),
     "residual": Case(Residual, (5, 6), layers=3),
     "skip": Case(Skip, (5, 6), {"block_ops": ("add", "reshape", "scale")}, layers=3),
+    "gains": Case(Gains, (5, 6), layers=3),
     "projections": Case(Projections, (5, 6), layers=4),
     "branches": Case(Branches, (5, 6), {"hardware": _WIDE}, layers=4),
     "joined": Case(Joined, (5, 6), {"block_ops": ("add", "reshape", "concat")}, layers=3),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.ir import ALWAYS_JOIN
 
 ALL_WIRING = ("add", "reshape", "concat", "scale", "avg_pool")
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
@@ -173,7 +174,7 @@ def test_wiring_joins_as_block_ops_allows(kinds: tuple[str, ...]) -> None:
         assert len(hybrid.plan.blocks) > 1
     for block in hybrid.plan.blocks:
         used = {hybrid.plan.graph[name].kind for name in block.operations if hybrid.plan.graph[name].role == "wiring"}
-        assert used <= {*kinds, "copy", "dropout"}
+        assert used <= {*kinds, *ALWAYS_JOIN}
     with hybrid.feedforward_mode():
         torch.testing.assert_close(hybrid(x), model(x), rtol=1e-5, atol=1e-6)
     report = ffebm.check_gradients(hybrid, x, lambda output: output.square().mean())

@@ -12,11 +12,11 @@ from partition_cases import chain, faults, random_graph, random_hardware
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import Operation, OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition import conversions, partition, quotient_order
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
-ALWAYS = frozenset({"copy", "dropout"})
+ALWAYS = frozenset(ALWAYS_JOIN)
 
 
 def total(graph: OperationGraph, blocks: list[list[str]]) -> int:

@@ -12,11 +12,11 @@ import pytest
 from partition_cases import chain, faults, random_graph, random_hardware
 
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import OperationGraph, Role
+from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
 from ffebm_compiler.passes.partition import conversions, partition
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
-ALL_KINDS = frozenset((*KINDS, "copy", "dropout"))
+ALL_KINDS = frozenset((*KINDS, *ALWAYS_JOIN))
 
 
 def benchmark(name: str) -> ModuleType:

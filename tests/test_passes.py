@@ -35,6 +35,7 @@ from ffebm_compiler.runtime.loop_gain import MARGIN, certify, edge_norms, gain_f
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,
+    Gain,
     Linear,
     Mask,
     Operator,
@@ -436,6 +437,14 @@ WIRING = {
 def test_wiring_operators(name: str) -> None:
     operator, shape = WIRING[name]
     check_operator(operator, [noise(*shape, seed=7).double()], [])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.data())
+def test_gain_operator_broadcasts(shape: list[int], data: st.DataObject) -> None:
+    kept = [size if data.draw(st.booleans()) else 1 for size in shape]
+    gain = noise(*kept[data.draw(st.integers(0, len(kept))) :], seed=6).double()
+    check_operator(Gain(), [noise(*shape, seed=7).double()], [gain])
 
 
 def test_concat_operator() -> None:

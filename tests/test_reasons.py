@@ -79,6 +79,7 @@ NONLINEAR: dict[str, tuple[Callable[[Around, Tensor], Tensor], str]] = {
     "max pooling": (lambda s, h: F.adaptive_max_pool1d(h, 2), "max pooling is not linear"),
     "square": (lambda s, h: h * h, "the product of two activations is not weight-stationary"),
     "mul": (lambda s, h: h * h.flip(-1), "the product of two activations is not weight-stationary"),
+    "random factor": (lambda s, h: h * torch.rand(8), "it multiplies by random numbers, which are no weights"),
     "matmul": (lambda s, h: h @ h.mT, "the product of two activations is not weight-stationary"),
     "einsum": (lambda s, h: torch.einsum("bij,bkj->bik", h, h), "the product of two activations"),
     "attention": (
@@ -105,7 +106,9 @@ def test_what_is_called_no_linear_map_is_none(name: str) -> None:
 
 def test_a_scale_by_parameters_sums_nothing() -> None:
     (op,) = [op for op in operations(lambda s, h: h * s.w[0]) if op.target == "mul"]
-    assert op.reason == "it multiplies each value by a number of its own and sums none: no matrix product"
+    assert op.reason == "it multiplies each value by a number of its own and sums none: a gain, no matrix product"
+    (op,) = [op for op in operations(lambda s, h: h / s.w[0]) if op.target == "div"]
+    assert op.role == "digital"
     (op,) = [op for op in operations(lambda s, h: torch.einsum("bij,j->bij", h, s.w[0])) if op.target == "einsum"]
     assert op.reason == "it multiplies each value by a number of its own and sums none: no matrix product"
 

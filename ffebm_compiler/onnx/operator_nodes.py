@@ -18,6 +18,7 @@ from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,
+    Gain,
     Linear,
     Mask,
     Operator,
@@ -66,6 +67,8 @@ def apply_nodes(
         return writer.op("Add", total, writer.number(operator.constant)) if operator.constant else total
     if isinstance(operator, Scale):
         return writer.scaled(values[0], operator.factor)
+    if isinstance(operator, Gain):
+        return writer.op("Mul", values[0], str(weights[0]))
     if isinstance(operator, Mask):
         return values[0]
     if isinstance(operator, Concat):
@@ -100,6 +103,8 @@ def adjoint_nodes(
         ]
     if isinstance(operator, Scale):
         return [writer.scaled(cotangent, operator.factor)]
+    if isinstance(operator, Gain):
+        return [writer.op("Mul", cotangent, str(weights[0]))]
     if isinstance(operator, Mask):
         return [cotangent]
     if isinstance(operator, Concat):

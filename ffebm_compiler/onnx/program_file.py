@@ -22,6 +22,7 @@ from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,
+    Gain,
     Linear,
     Operator,
     Permute,
@@ -111,6 +112,11 @@ class _Scale:
 
 
 @dataclass(frozen=True)
+class _Gain:
+    kind: str
+
+
+@dataclass(frozen=True)
 class _Concat:
     kind: str
     dim: Annotated[int, AtLeast(-64, most=64)]
@@ -148,6 +154,7 @@ _OPERATORS: Mapping[str, Any] = {
     "convolution": _Convolution,
     "sum": _Sum,
     "scale": _Scale,
+    "gain": _Gain,
     "concat": _Concat,
     "permute": _Permute,
     "reshape": _Wiring,
@@ -252,7 +259,7 @@ def _operator(item: _Instruction, place: str) -> Operator:
         raise Malformed(f"{place}.operands: expected {max(1, operands)}, got {len(item.operands)}")
     if kind in ("linear", "convolution") and (len(item.weights) != 2 or item.weights[0] is None):
         raise Malformed(f"{place}.weights: expected a weight and a bias, which may be null")
-    if kind == "contraction" and (len(item.weights) != 1 or item.weights[0] is None):
+    if kind in ("contraction", "gain") and (len(item.weights) != 1 or item.weights[0] is None):
         raise Malformed(f"{place}.weights: expected one weight")
     if kind == "linear":
         return Linear()
@@ -264,6 +271,8 @@ def _operator(item: _Instruction, place: str) -> Operator:
         return Sum(found.factors, found.constant)
     if kind == "scale":
         return Scale(found.factor)
+    if kind == "gain":
+        return Gain()
     if kind == "concat":
         return Concat(found.dim)
     if kind == "permute":

@@ -20,6 +20,7 @@ from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,
+    Gain,
     Linear,
     Mask,
     Operator,
@@ -116,6 +117,8 @@ def _operator_to_json(operator: Operator, owner: str) -> dict[str, Any]:
         return {"kind": "sum", "factors": list(operator.factors), "constant": operator.constant}
     if isinstance(operator, Scale):
         return {"kind": "scale", "factor": operator.factor}
+    if isinstance(operator, Gain):
+        return {"kind": "gain"}
     if isinstance(operator, Concat):
         return {"kind": "concat", "dim": operator.dim}
     if isinstance(operator, Permute):

@@ -21,7 +21,7 @@ from torch import nn
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
 from ffebm_compiler.demo_models import DigitsCNN
-from ffebm_compiler.plan_compare import sweep
+from ffebm_compiler.passes.partition_compare import sweep
 from ffebm_compiler.whole_files import write_whole
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"

@@ -24,12 +24,12 @@ from ffebm_compiler.errors import (
 )
 from ffebm_compiler.hardware import Hardware, hardware_presets
 from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.loading import load
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.runtime.anderson import Anderson
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
 from ffebm_compiler.runtime.newton import NewtonCG
 from ffebm_compiler.runtime.solvers import GaussSeidel
-from ffebm_compiler.storage import load
 
 __version__ = "0.1.0"
 

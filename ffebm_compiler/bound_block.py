@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.plan import BlockPlan
+from ffebm_compiler.plan_data import BlockPlan
 from ffebm_compiler.runtime.block import EnergyBlock, Equilibrium
 from ffebm_compiler.runtime.certificate import Certificate
 

@@ -31,8 +31,8 @@ from ffebm_compiler.cli_options import (
 )
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.passes.partition_compare import SweepRow, sweep
 from ffebm_compiler.plan import Plan
-from ffebm_compiler.plan_compare import SweepRow, sweep
 from ffebm_compiler.text import count, table_text
 
 __all__ = ["plan", "sweep_settings", "sweep_text"]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,36 +13,19 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, NotYetError, PlanError
 from ffebm_compiler.hardware import Hardware, resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
-from ffebm_compiler.ir import OperationGraph, Program, verify
-from ffebm_compiler.passes.annotate import annotate
-from ffebm_compiler.passes.capture import capture
+from ffebm_compiler.ir import OperationGraph, Program
 from ffebm_compiler.passes.containers import leaves_of
-from ffebm_compiler.passes.contractions import contractions
-from ffebm_compiler.passes.custom_functions import custom_functions
-from ffebm_compiler.passes.dead_code import dead_code
-from ffebm_compiler.passes.expand_vmap import expand_vmap
-from ffebm_compiler.passes.explicit_casts import explicit_casts
-from ffebm_compiler.passes.explicit_padding import explicit_padding
-from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
-from ffebm_compiler.passes.free_shapes import free_shapes
-from ffebm_compiler.passes.functionalize import functionalize
-from ffebm_compiler.passes.inline_regions import inline_regions
 from ffebm_compiler.passes.lower import lower
-from ffebm_compiler.passes.merge_modes import merge_modes
-from ffebm_compiler.passes.outside_parameters import outside_parameters
 from ffebm_compiler.passes.planning import make_plan
-from ffebm_compiler.passes.rebind import rebind
-from ffebm_compiler.passes.recognise_activations import recognise_activations
-from ffebm_compiler.passes.recurrent import recurrent
-from ffebm_compiler.passes.split_large import split_large
+from ffebm_compiler.pipeline import annotated_program
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
 from ffebm_compiler.recast import Casts
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
-from ffebm_compiler.storage import Conversion
 
 __all__ = ["convert", "plan"]
 
@@ -50,52 +33,6 @@ _OTHER_ORDER = (
     "random numbers are drawn in another order than in the source, since blocks and digital parts hold draws of "
     "several branches: of the same distribution, but for one seed dropout masks and the like are others"
 )
-
-Pass = Callable[[Program], Program]
-
-
-def in_each_mode(step: Pass) -> Pass:
-    """A pass over the capture in eval mode and, where there is one, over that in train mode."""
-
-    def both(program: Program) -> Program:
-        if program.training is not None:
-            program.training = step(program.training)
-            verify(program.training)
-        return step(program)
-
-    return both
-
-
-def passes_for(options: PlanOptions) -> list[Pass]:
-    """The passes between capture and annotate, in order."""
-    return [
-        in_each_mode(inline_regions),
-        in_each_mode(expand_vmap),
-        in_each_mode(custom_functions),
-        in_each_mode(explicit_casts),
-        in_each_mode(functionalize),
-        in_each_mode(outside_parameters),
-        in_each_mode(free_shapes),
-        in_each_mode(recurrent),
-        merge_modes,
-        explicit_padding,
-        rebind,
-        dead_code,
-        contractions,
-        recognise_activations,
-        *([fold_batchnorm] if options.fold_batchnorm else []),
-    ]
-
-
-def captured_program(
-    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], options: PlanOptions, shapes: Any
-) -> Program:
-    """The program that a plan is made of: captured, with every pass before annotation done."""
-    program = capture(model, args, kwargs, shapes)
-    for step in passes_for(options):
-        program = step(program)
-        verify(program)
-    return program
 
 
 @dataclass
@@ -126,11 +63,7 @@ def _front(
     named = dict(kwargs or {})
     _refuse_hybrids(model)
     _refuse_empty_batch((tuple(args), named))
-    program = captured_program(model, tuple(args), named, options, shapes)
-    graph = annotate(program)
-    if split_large(program, graph, hardware, options.force_digital):
-        verify(program)
-        graph = annotate(program)
+    program, graph = annotated_program(model, tuple(args), named, options, shapes, hardware)
     return _Front(program, graph, tuple(args), named)
 
 
@@ -177,7 +110,7 @@ def plan(
     options = PlanOptions(tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog))
     fabric = resolve_hardware(hardware)
     front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
-    return make_plan(front.program, front.graph, fabric, options, on_unsupported)
+    return Plan.of(make_plan(front.program, front.graph, fabric, options, on_unsupported))
 
 
 def convert(
@@ -239,7 +172,7 @@ def convert(
     fabric = resolve_hardware(hardware) if plan is None else plan.hardware
     front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
     if plan is None:
-        plan = make_plan(front.program, front.graph, fabric, options, on_unsupported)
+        plan = Plan.of(make_plan(front.program, front.graph, fabric, options, on_unsupported))
     elif plan.fingerprint != fingerprint(front.graph):
         raise PlanError(
             f"the plan was made for another model or input shape (fingerprint {plan.fingerprint}, this model has "

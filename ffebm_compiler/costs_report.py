@@ -29,7 +29,7 @@ import torch
 from ffebm_compiler.costs import Constant, Quantity, constants_of, unknown
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.ir import Role
-from ffebm_compiler.plan import BlockPlan, Plan
+from ffebm_compiler.plan_data import BlockPlan, PlanData
 from ffebm_compiler.text import count, table_text
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def predicted_sweeps(feedback: float, rtol: float) -> int:
 
 
 def cost_report(
-    plan: Plan,
+    plan: PlanData,
     *,
     feedback: float = 0.1,
     rtol: float = 1e-4,
@@ -228,7 +228,7 @@ def cost_report_of(hybrid: HybridModel) -> CostReport:
 
 
 def _block_cost(
-    plan: Plan, block: BlockPlan, sweeps: int | None, phases: int, constants: Mapping[str, Constant]
+    plan: PlanData, block: BlockPlan, sweeps: int | None, phases: int, constants: Mapping[str, Constant]
 ) -> BlockCost:
     outer, inner = _outer_and_inner(plan, block)
     if not inner:
@@ -255,7 +255,7 @@ def _block_cost(
     )
 
 
-def _outer_and_inner(plan: Plan, block: BlockPlan) -> tuple[dict[str, int], dict[str, int]]:
+def _outer_and_inner(plan: PlanData, block: BlockPlan) -> tuple[dict[str, int], dict[str, int]]:
     """MACs of the layers that read the block's inputs alone, and of those that read its states."""
     members = set(block.operations)
     outer: dict[str, int] = {}
@@ -267,7 +267,7 @@ def _outer_and_inner(plan: Plan, block: BlockPlan) -> tuple[dict[str, int], dict
     return outer, inner
 
 
-def _cells(plan: Plan, macs: Mapping[str, int]) -> int:
+def _cells(plan: PlanData, macs: Mapping[str, int]) -> int:
     """Devices read once for so many multiply-accumulates of each layer."""
     return sum(
         count * plan.hardware.for_layer(plan.graph[name].path).devices_per_weight for name, count in macs.items()
@@ -275,7 +275,7 @@ def _cells(plan: Plan, macs: Mapping[str, int]) -> int:
 
 
 def _latency(
-    plan: Plan,
+    plan: PlanData,
     block: BlockPlan,
     outer: Mapping[str, int],
     inner: Mapping[str, int],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.bound_block import BoundBlock
+from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
 from ffebm_compiler.later_hooks import LaterHooks
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.ir import Program
     from ffebm_compiler.passes.lower import Lowered
-    from ffebm_compiler.storage import Conversion
 
 __all__ = ["HybridModel"]
 

@@ -11,7 +11,7 @@ from ffebm_compiler.errors import HardwareError, PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import OperationGraph
 from ffebm_compiler.passes.planning import describe_block
-from ffebm_compiler.plan import SCHEMA, BlockPlan, DigitalPart, Placement, Plan, PlanOptions
+from ffebm_compiler.plan_data import SCHEMA, BlockPlan, DigitalPart, Placement, PlanData, PlanOptions
 
 __all__ = ["plan_from"]
 
@@ -34,7 +34,7 @@ class _PlanFile:
     fingerprint: str
 
 
-def plan_from(data: Any) -> Plan:
+def plan_from(data: Any) -> PlanData:
     """The plan of JSON values, not validated.
 
     Raises:
@@ -47,7 +47,7 @@ def plan_from(data: Any) -> Plan:
     try:
         file = typed(_PlanFile, data)
         hardware = Hardware.from_dict(file.hardware)
-        return Plan(
+        return PlanData(
             model=file.model,
             hardware=hardware,
             options=file.options,

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
+from ffebm_compiler.pipeline import annotated_program
 from ffebm_compiler.runtime.casts import autocast_to
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ class Casts:
     def _captured(
         self, hybrid: HybridModel, before: torch.dtype, after: torch.dtype
     ) -> dict[str, tuple[torch.dtype, ...]]:
-        from ffebm_compiler.convert import captured_program
-
         source = hybrid.__dict__["_source"]
         if type(source) is nn.Module or hybrid.conversion is None:
             if not _widens(before, after):
@@ -87,9 +86,8 @@ class Casts:
         args, kwargs = pytree.tree_map(lambda leaf: _like(leaf, self.dtype, after, device), (args, kwargs))
         shapes = hybrid.conversion.dynamic_shapes
         try:
-            program = captured_program(
-                source, args, kwargs, hybrid.plan.options, shapes if shapes in ("batch", None) else None
-            )
+            free = shapes if shapes in ("batch", None) else None
+            program, _ = annotated_program(source, args, kwargs, hybrid.plan.options, free, hybrid.plan.hardware)
         except FFEBMError as error:
             raise CaptureError(f"the model cannot be traced in {after}: {error}") from error
         if tuple(str(node.target) for node in _operations(program)) != self.operations:

@@ -1,81 +1,36 @@
-"""Save and load hybrids: JSON and safetensors, no pickle.
+"""Save hybrids: JSON and safetensors, no pickle.
 
 A folder holds `hybrid.json` (settings, and the structure of the example inputs), `plan.json` and
-`weights.safetensors` (the `state_dict`, each tensor once). Loading needs the model's code, as any
-`state_dict` does: the model is captured again, with zeros of the stored shapes as example inputs.
+`weights.safetensors` (the `state_dict`, each tensor once). `loading.py` reads it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffebm_compiler.checked_json import Malformed
-from ffebm_compiler.errors import ExportError, FFEBMError, InputError
-from ffebm_compiler.example_inputs import check_described, described, example_inputs
-from ffebm_compiler.hybrid_state import METADATA, state_of
-from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
-from ffebm_compiler.plan import Plan
-from ffebm_compiler.recast import dtype_of
-from ffebm_compiler.saved_settings import (
-    REMEDY,
-    check_state,
-    check_tracks,
-    check_weights,
-    read_settings,
-)
+from ffebm_compiler.errors import ExportError
+from ffebm_compiler.example_inputs import check_described
+from ffebm_compiler.hybrid_state import state_of
 from ffebm_compiler.stored_containers import stored_recipe
-from ffebm_compiler.tensor_file import read_tensors
 from ffebm_compiler.whole_files import saying
-from ffebm_compiler.whole_folders import recover_folder, whole_folder
+from ffebm_compiler.whole_folders import whole_folder
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
 
-__all__ = ["Conversion", "load", "save"]
+__all__ = ["FILES", "SCHEMA", "save"]
 
-_SCHEMA = 2
-_FILES = ("hybrid.json", "plan.json", "weights.safetensors", "loop_gain.safetensors")
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` was called with, as far as a plan does not hold it."""
-
-    structure: str
-    """The pytree of (args, kwargs), as JSON."""
-    leaves: tuple[dict[str, Any], ...]
-    """Shape and dtype of each tensor among the example inputs; the value of what is none."""
-    dynamic_shapes: str | None
-    """`"batch"` or None; `"custom"` for what cannot be stored."""
-    containers: Recipe = PLAIN
-    """How containers of classes of the user's own among the inputs are built."""
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Conversion:
-        """The record of a call."""
-        leaves, form = Form.of((args, kwargs))
-        kept = dynamic_shapes if dynamic_shapes in ("batch", None) else "custom"
-        return cls(pytree.treespec_dumps(form.spec), tuple(map(described, leaves)), kept, form.recipe)
-
-    def examples(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Example inputs of the same shapes: zeros."""
-        leaves = [
-            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
-            for leaf in self.leaves
-        ]
-        args, kwargs = Form(pytree.treespec_loads(self.structure), self.containers).build(leaves)
-        return args, kwargs
+SCHEMA = 2
+"""Of `hybrid.json`."""
+FILES = ("hybrid.json", "plan.json", "weights.safetensors", "loop_gain.safetensors")
 
 
 def save(hybrid: HybridModel, path: str | Path) -> None:
@@ -93,12 +48,12 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
             "hybrid.state_dict(), and call convert(..., plan=...) again"
         )
     with saying(target, "the hybrid cannot be saved", ExportError):
-        if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= set(_FILES)):
+        if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= set(FILES)):
             raise ExportError(f"{target} exists and is no saved hybrid: choose another folder, or remove it first")
     state = state_of(hybrid)
     _check_storable(state)
     settings = {
-        "schema": _SCHEMA,
+        "schema": SCHEMA,
         "model": hybrid.plan.model,
         "training": hybrid.training,
         # Modules that are frozen on their own, such as a batch norm in eval mode while the rest trains.
@@ -134,70 +89,6 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         fresh.write("plan.json", json.dumps(hybrid.plan.to_dict(), indent=1) + "\n")
         fresh.write("weights.safetensors", to_bytes(_unique(weights)))
         fresh.write("loop_gain.safetensors", to_bytes(_tensors_of(state)))
-
-
-def load(path: str | Path, model: nn.Module) -> HybridModel:
-    """Read a hybrid that `save` wrote, for a model of the same class and sizes.
-
-    Args:
-        path: the folder.
-        model: the source, with any weights; never changed.
-
-    Raises:
-        InputError: where a file is missing or malformed.
-        PlanError: where the model is another than the saved one.
-    """
-    from ffebm_compiler.convert import convert
-
-    folder = Path(path)
-    recover_folder(folder)
-    missing = [name for name in _FILES if not os.path.isfile(folder / name)]
-    if missing:
-        raise InputError(f"{folder} is no saved hybrid: {', '.join(missing)} is missing; write one with hybrid.save()")
-    path = folder / "hybrid.json"
-    settings, values = read_settings(path, _SCHEMA)
-    kept = settings.conversion
-    try:
-        first = next((p for p in model.parameters() if p.is_floating_point()), None)
-        device = None if first is None else first.device
-        args, kwargs = example_inputs(kept.structure, kept.leaves, kept.containers, "conversion", device)
-    except Malformed as error:
-        raise InputError(f"{path} is malformed ({error}): {REMEDY}") from error
-    tensors = read_tensors(folder / "weights.safetensors", InputError, REMEDY)
-    vectors = read_tensors(folder / "loop_gain.safetensors", InputError, REMEDY)
-    plan = Plan.from_json(folder / "plan.json")
-    try:
-        hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=kept.dynamic_shapes, plan=plan)
-    except FFEBMError as error:
-        raise type(error)(f"{folder} does not fit the model: {error}") from error
-    present = hybrid.state_dict(keep_vars=True)
-    check_weights(folder / "weights.safetensors", tensors, present)
-    check_state(path, settings, hybrid)
-    check_tracks(folder / "loop_gain.safetensors", vectors, settings, hybrid)
-    state = _with_tensors(values["state"], vectors)
-    aliases = {id(tensor): name for name, tensor in reversed(present.items())}
-    full: OrderedDict[str, Tensor] = OrderedDict()
-    for name, tensor in present.items():
-        found = tensors.get(aliases[id(tensor)], tensors.get(name))
-        if found is not None:
-            full[name] = found
-            if found.dtype != tensor.dtype:  # converted to another precision before it was saved
-                tensor.data = tensor.data.to(found.dtype)
-    before, after = dtype_of(model), dtype_of(hybrid)
-    if before is not None and after is not None and before is not after:
-        hybrid._casts.follow(hybrid, before, after)
-    full._metadata = {"": {"version": 1, METADATA: state}}  # type: ignore[attr-defined]
-    try:
-        hybrid.load_state_dict(full)
-    except RuntimeError as error:
-        raise InputError(f"the saved weights do not fit the model: {error}") from error
-    hybrid.train(settings.training)
-    modules, parameters = dict(hybrid.named_modules()), dict(hybrid.named_parameters())
-    for name in settings.other_mode:
-        modules[name].training = not settings.training
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name not in settings.frozen)
-    return hybrid
 
 
 def _unique(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -247,11 +138,3 @@ def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
         for block, kept in state["blocks"].items()
     }
     return {**state, "blocks": blocks}
-
-
-def _with_tensors(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inverse of the two above."""
-    for key, value in tensors.items():
-        block, edge, name = key.rsplit("/", 2)
-        state["blocks"][block]["tracks"][edge][name] = value
-    return state

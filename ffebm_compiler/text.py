@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ffebm_compiler.errors import PlanError
+from ffebm_compiler.passes.partition_placement import placement_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
-    from ffebm_compiler.plan import BlockPlan, Plan
+    from ffebm_compiler.plan_data import BlockPlan, PlanData
 
 __all__ = ["count", "plan_text", "summary_text", "table_text"]
 
@@ -50,7 +51,7 @@ def _numeric(cell: str) -> bool:
     return not cell or cell[0].isdigit() or cell[0] in "-+."
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: PlanData) -> str:
     """The plan's table, the digital parts, what was rejected, and the notes."""
     hardware = plan.hardware
     core = "unlimited" if hardware.tiles_per_core is None else str(hardware.tiles_per_core)
@@ -95,11 +96,11 @@ def _block_row(group: Sequence[BlockPlan]) -> tuple[str, ...]:
     return (name, ", ".join(layers), str(sum(block.tiles for block in group)), *map(count, sums))
 
 
-def _fabric_line(plan: Plan) -> str:
+def _fabric_line(plan: PlanData) -> str:
     """Tiles and cores that the blocks take, and how full they are."""
     hardware = plan.hardware
     try:
-        placed = plan.placement()
+        placed = placement_of(plan)
     except PlanError as error:  # edited by hand: the table is what shows where
         return f"no placement: {error}"
     of = "" if hardware.cores is None else f" of {hardware.cores}"

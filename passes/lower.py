@@ -19,7 +19,7 @@ from torch import fx, nn
 from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.passes.lower_block import lower_block
 from ffebm_compiler.passes.order_of_draws import in_order_of_draws
-from ffebm_compiler.plan import Plan
+from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.runtime import pointwise
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.block_graph import BlockGraph
@@ -51,13 +51,13 @@ class Lowered:
     """Whether random numbers are drawn in the order of the source, so that one seed gives the same draws."""
 
 
-def lower(program: Program, plan: Plan) -> Lowered:
+def lower(program: Program, plan: PlanData) -> Lowered:
     """Build the graph of blocks."""
     return _Lowering(program, plan).run()
 
 
 class _Lowering:
-    def __init__(self, program: Program, plan: Plan) -> None:
+    def __init__(self, program: Program, plan: PlanData) -> None:
         self.program = program
         self.plan = plan
         self.graph = fx.Graph()

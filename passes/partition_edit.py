@@ -10,14 +10,14 @@ from ffebm_compiler.ir import ALWAYS_JOIN, Operation, Role
 from ffebm_compiler.passes.partition import Partition, digital_parts, tiles_of, too_large
 from ffebm_compiler.passes.partition_state import DIGITAL, State
 from ffebm_compiler.passes.planning import describe, plan_notes
-from ffebm_compiler.plan import Plan
+from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["move"]
 
 _ANY = 1 << 62
 
 
-def move(plan: Plan, path: str, where: str) -> Plan:
+def move(plan: PlanData, path: str, where: str) -> PlanData:
     """A new plan with the layers of a module path in another place; see `Plan.move`."""
     layers = plan.layers_of(path)
     if not layers:
@@ -84,7 +84,6 @@ def move(plan: Plan, path: str, where: str) -> Plan:
         notes=[note for note in plan.notes if note not in generated],
         names=[names[block] for block in used],
     )
-    edited.validate()
     return edited
 
 
@@ -124,7 +123,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
 
 
-def _no_layer(plan: Plan, path: str) -> str:
+def _no_layer(plan: PlanData, path: str) -> str:
     for op in plan.graph.operations:
         if op.kind == "weight" and op.path == path:
             return f"{path!r} cannot be analog: {op.reason}"
@@ -134,7 +133,7 @@ def _no_layer(plan: Plan, path: str) -> str:
     return f"the plan has no weight-stationary layer {path!r}: {hint}"
 
 
-def _refuse(plan: Plan, path: str, where: str, layers: list[Operation], too_big: dict[str, str]) -> None:
+def _refuse(plan: PlanData, path: str, where: str, layers: list[Operation], too_big: dict[str, str]) -> None:
     for op in layers:
         if where != "digital" and too_big[op.name]:
             raise PlanError(f"{op.path!r} cannot be analog on {plan.hardware.name}: {too_big[op.name]}")
@@ -149,7 +148,7 @@ def _refuse(plan: Plan, path: str, where: str, layers: list[Operation], too_big:
             )
 
 
-def _check_room(plan: Plan, state: State, op: Operation, where: str, target: int) -> None:
+def _check_room(plan: PlanData, state: State, op: Operation, where: str, target: int) -> None:
     hardware = plan.hardware
     load = state.load[target]
     for used, more, limit, what in (

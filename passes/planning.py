@@ -14,7 +14,7 @@ from ffebm_compiler.hardware_layers import matches, unmatched
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WIRING_KINDS
 from ffebm_compiler.passes.partition import Partition, conversions, partition, tiles_of, too_large
-from ffebm_compiler.plan import BlockPlan, DigitalPart, Placement, Plan, PlanOptions, fingerprint
+from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
 __all__ = ["describe", "describe_block", "make_plan", "matches", "plan_notes"]
 
@@ -35,7 +35,7 @@ def make_plan(
     hardware: Hardware,
     options: PlanOptions,
     on_unsupported: str = "digital",
-) -> Plan:
+) -> PlanData:
     """Partition the operations and describe the result.
 
     Raises:
@@ -119,7 +119,7 @@ def describe(
     parameters: Sequence[str],
     notes: Sequence[str] = (),
     names: Sequence[str] | None = None,
-) -> Plan:
+) -> PlanData:
     """The plan of a partition: loads, conversions, placements and reasons.
 
     Args:
@@ -143,7 +143,7 @@ def describe(
         graph[name].path or name: reason for name, reason in result.rejected.items() if graph[name].role is Role.WEIGHT
     }
     rejected.update({op.path or op.name: op.reason for op in graph.operations if op.kind == "weight"})
-    return Plan(
+    return PlanData(
         model=model,
         hardware=hardware,
         options=options,

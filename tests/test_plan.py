@@ -22,9 +22,9 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.errors import FFEBMError, InputError, PlanError, UnsupportedError
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition import Partition, partition
+from ffebm_compiler.passes.partition_compare import sweep
 from ffebm_compiler.passes.planning import describe
 from ffebm_compiler.plan import Plan, PlanOptions
-from ffebm_compiler.plan_compare import sweep
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
 
@@ -63,7 +63,7 @@ def single() -> Plan:
 
 def random_plan(seed: int, fabric: int, size: int = 14) -> Plan:
     graph, hardware = random_graph(seed, size), random_hardware(fabric)
-    return describe(
+    data = describe(
         graph,
         hardware,
         PlanOptions(block_ops=KINDS),
@@ -72,6 +72,7 @@ def random_plan(seed: int, fabric: int, size: int = 14) -> Plan:
         modules=["", *(op.path for op in graph.operations)],
         parameters=[weight for op in graph.operations for weight in op.weights],
     )
+    return Plan.of(data)
 
 
 GOLDEN = """\
@@ -287,7 +288,9 @@ def test_a_layer_that_cannot_be_analog_says_why() -> None:
     refused = Operation("a", Role.DIGITAL, "first", "matmul", ("x",), 4, reason="of its shape", kind="weight")
     graph = OperationGraph({"x": 4}, (refused,), ("a",))
     result = partition(graph, ffebm.Hardware())
-    plan = describe(graph, ffebm.Hardware(), PlanOptions(), result, model="M", modules=["", "first"], parameters=[])
+    plan = Plan.of(
+        describe(graph, ffebm.Hardware(), PlanOptions(), result, model="M", modules=["", "first"], parameters=[])
+    )
     assert plan.rejected == {"first": "of its shape"}
     with pytest.raises(PlanError, match="'first' cannot be analog: of its shape"):
         plan.move("first", "analog")
@@ -595,7 +598,7 @@ def test_the_same_model_gives_the_same_plan() -> None:
 def test_an_empty_partition_has_an_empty_plan() -> None:
     graph = random_graph(0, 5, layer_share=0.0)
     result = Partition([], [[op.name] for op in graph.operations])
-    plan = describe(graph, ffebm.Hardware(), PlanOptions(), result, model="M", modules=[""], parameters=[])
+    plan = Plan.of(describe(graph, ffebm.Hardware(), PlanOptions(), result, model="M", modules=[""], parameters=[]))
     assert plan.conversions == 0
     assert "no energy blocks" in str(plan)
     assert replace(plan, model="N") != plan

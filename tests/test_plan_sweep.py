@@ -18,9 +18,9 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition import partition
+from ffebm_compiler.passes.partition_compare import sweep
 from ffebm_compiler.passes.planning import describe
-from ffebm_compiler.plan import PlanOptions
-from ffebm_compiler.plan_compare import sweep
+from ffebm_compiler.plan import Plan, PlanOptions
 
 MLP = ["plan", "ffebm_compiler.demo_models:digits_mlp", "--input", "1x1x8x8"]
 
@@ -113,7 +113,8 @@ def test_blocks_that_fit_the_cores_in_one_order_alone_have_a_placement() -> None
         for index, (tiles, times) in enumerate(zip(sizes, positions, strict=True))
     ]
     graph = OperationGraph({"x": 8}, tuple(operations), tuple(op.name for op in operations))
-    plan = describe(graph, hardware, PlanOptions(), partition(graph, hardware), model="M", modules=[""], parameters=[])
+    result = partition(graph, hardware)
+    plan = Plan.of(describe(graph, hardware, PlanOptions(), result, model="M", modules=[""], parameters=[]))
     plan.validate()
     assert plan.rejected == {}
     assert plan.placement().cores == 2

@@ -95,6 +95,14 @@ def test_a_hybrid_saved_in_another_dtype_casts_as_it_did(tmp_path: Path) -> None
     torch.testing.assert_close(ffebm.load(tmp_path / "saved", model)(x), hybrid(x), rtol=0, atol=0)
 
 
+def test_a_layer_in_parts_casts_as_its_source() -> None:
+    source, x = seeded(lambda: Layers(norm)), noise(3, 8)
+    hybrid = ffebm.convert(source, x, hardware=ffebm.Hardware(8, 8, tiles_per_core=1, layers_per_block=1)).double()
+    assert sum("split into" in note for note in hybrid.plan.notes) == 1
+    source.double()
+    torch.testing.assert_close(hybrid(x.double()), source(x.double()))
+
+
 def test_a_dtype_in_which_the_model_does_something_else_is_refused() -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         y = self.a(x).float()

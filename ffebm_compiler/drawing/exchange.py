@@ -10,14 +10,16 @@ from ffebm_compiler.drawing.scene import Node, scene_of, shape_words
 from ffebm_compiler.drawing.svg import COLOURS
 
 if TYPE_CHECKING:
-    from ffebm_compiler.plan import Plan
+    from ffebm_compiler.plan_data import PlanData
+
+    pass
 
 __all__ = ["dot_text", "model_explorer_text"]
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def dot_text(plan: Plan) -> str:
+def dot_text(plan: PlanData) -> str:
     """The quotient DAG in DOT, which Graphviz and its relatives draw.
 
     Raises:
@@ -53,7 +55,7 @@ def _quoted(text: str) -> str:
     return '"' + "\\n".join(piece.replace("\\", "\\\\").replace('"', '\\"') for piece in pieces) + '"'
 
 
-def model_explorer_text(plan: Plan) -> str:
+def model_explorer_text(plan: PlanData) -> str:
     """The operations as JSON that Model Explorer opens, with block and module path as its layers.
 
     Raises:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ffebm_compiler.costs_report import cost_report, cost_report_of
 from ffebm_compiler.drawing.overlay import same_blocks
 from ffebm_compiler.errors import HardwareError
 from ffebm_compiler.text import count
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
     from ffebm_compiler.costs_report import BlockCost, CostReport
     from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
     from ffebm_compiler.hybrid import HybridModel
-    from ffebm_compiler.plan import Plan
+    from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["block_costs", "costs_of", "curves_of", "total_costs"]
 
 
-def curves_of(plan: Plan, diagnosis: Diagnosis | None) -> dict[str, dict[str, Any]]:
+def curves_of(plan: PlanData, diagnosis: Diagnosis | None) -> dict[str, dict[str, Any]]:
     """For each block with feedback: its curves and the facts beside them, as JSON values.
 
     Raises:
@@ -55,10 +56,10 @@ def _finite(values: Sequence[float]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-def costs_of(plan: Plan, hybrid: HybridModel | None) -> tuple[CostReport | None, str]:
+def costs_of(plan: PlanData, hybrid: HybridModel | None) -> tuple[CostReport | None, str]:
     """The cost report, with the hybrid's own sweeps if there is one; or None and a note that says why."""
     try:
-        return (plan.cost_report() if hybrid is None else hybrid.cost_report()), ""
+        return (cost_report(plan) if hybrid is None else cost_report_of(hybrid)), ""
     except HardwareError as error:
         return None, f"no costs are shown: {error}"
 

@@ -17,12 +17,12 @@ from ffebm_compiler.whole_files import write_whole
 if TYPE_CHECKING:
     from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import HybridModel
-    from ffebm_compiler.plan import Plan
+    from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["html_text", "notebook_html", "save_html", "save_side_by_side", "save_svg", "write_picture"]
 
 
-def save_svg(plan: Plan, path: str | Path) -> None:
+def save_svg(plan: PlanData, path: str | Path) -> None:
     """Draw a plan as a static SVG picture; an existing file is replaced.
 
     Raises:
@@ -33,7 +33,7 @@ def save_svg(plan: Plan, path: str | Path) -> None:
 
 
 def html_text(
-    plan: Plan,
+    plan: PlanData,
     hybrid: HybridModel | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
@@ -55,7 +55,7 @@ def html_text(
 
 
 def save_html(
-    plan: Plan,
+    plan: PlanData,
     path: str | Path,
     hybrid: HybridModel | None = None,
     overlays: Sequence[Overlay] = (),
@@ -71,7 +71,9 @@ def save_html(
     write_picture(html_text(plan, hybrid, overlays, diagnosis), path)
 
 
-def save_side_by_side(first: Plan, second: Plan, path: str | Path, titles: tuple[str, str] | None = None) -> None:
+def save_side_by_side(
+    first: PlanData, second: PlanData, path: str | Path, titles: tuple[str, str] | None = None
+) -> None:
     """Write two plans beside each other in one page, e.g. for two kinds of hardware; an existing file is replaced.
 
     `titles` stand above them, e.g. ("before", "after").
@@ -86,7 +88,7 @@ def save_side_by_side(first: Plan, second: Plan, path: str | Path, titles: tuple
     write_picture(page_text(records, " and ".join(record["title"] for record in records)), path)
 
 
-def notebook_html(plan: Plan, hybrid: HybridModel | None = None, height: int = 620) -> str:
+def notebook_html(plan: PlanData, hybrid: HybridModel | None = None, height: int = 620) -> str:
     """The interactive page inside a sandboxed frame, which cannot reach the notebook around it.
 
     Raises:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
     from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import HybridModel
-    from ffebm_compiler.plan import Plan
+    from ffebm_compiler.plan_data import PlanData
 
 __all__ = [
     "Overlay",
@@ -58,7 +58,7 @@ class Overlay:
         return 0.0 if value == 0 else max(0.0, 1 + math.log10(abs(value) / top) / 6)
 
 
-def deviation_overlay(plan: Plan, comparison: Comparison) -> Overlay:
+def deviation_overlay(plan: PlanData, comparison: Comparison) -> Overlay:
     """Each block's relative deviation from the source, from `hybrid.compare(x)`.
 
     Raises:
@@ -69,7 +69,7 @@ def deviation_overlay(plan: Plan, comparison: Comparison) -> Overlay:
     return Overlay("deviation", sentence, dict(comparison.blocks))
 
 
-def gradient_overlay(plan: Plan, report: GradientReport, estimator: str = "ep") -> Overlay:
+def gradient_overlay(plan: PlanData, report: GradientReport, estimator: str = "ep") -> Overlay:
     """Each block's largest 1 − cos(gradient, float64 unrolled), from `check_gradients`.
 
     Raises:
@@ -96,7 +96,7 @@ def loop_gain_overlay(hybrid: HybridModel) -> Overlay:
     return Overlay("loop gain", "loop gain κ = ρ², below 1 a block is certain to settle; 0 without feedback", values)
 
 
-def relaxation_overlay(plan: Plan, diagnosis: Diagnosis) -> Overlay:
+def relaxation_overlay(plan: PlanData, diagnosis: Diagnosis) -> Overlay:
     """By what factor each block's residual shrinks per sweep, from `hybrid.diagnose(x)`.
 
     Raises:
@@ -108,7 +108,7 @@ def relaxation_overlay(plan: Plan, diagnosis: Diagnosis) -> Overlay:
     return Overlay("rate", sentence, values)
 
 
-def same_blocks(plan: Plan, names: set[str], what: str) -> None:
+def same_blocks(plan: PlanData, names: set[str], what: str) -> None:
     """Refuse what was measured on another plan.
 
     Raises:

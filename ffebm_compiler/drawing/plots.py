@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
     from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import HybridModel
-    from ffebm_compiler.plan_compare import SweepRow
+    from ffebm_compiler.passes.partition_compare import SweepRow
 
 __all__ = [
     "feedback_sweep",
@@ -164,7 +164,7 @@ def _positive(value: float) -> float:
 
 
 def plot_hardware(rows: Sequence[SweepRow]) -> Any:
-    """Conversions against tiles for every kind of hardware that `plan_compare.sweep` tried.
+    """Conversions against tiles for every kind of hardware that `partition_compare.sweep` tried.
 
     Each point is named by its settings and coloured by the share of the multiply-accumulates that
     is analog. The ringed points have the largest share, and no other with it beats them in both
@@ -175,7 +175,9 @@ def plot_hardware(rows: Sequence[SweepRow]) -> Any:
         ExportError: where matplotlib is missing.
     """
     if not rows:
-        raise InputError("the sweep holds no row: make it with ffebm_compiler.plan_compare.sweep(plan, settings)")
+        raise InputError(
+            "the sweep holds no row: make it with ffebm_compiler.passes.partition_compare.sweep(plan, settings)"
+        )
     figure = figure_class()(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
     tiles, values = [row.tiles for row in rows], [row.conversions for row in rows]

@@ -20,7 +20,9 @@ from ffebm_compiler.drawing.svg import svg_text
 from ffebm_compiler.errors import ExportError, InputError
 
 if TYPE_CHECKING:
-    from ffebm_compiler.plan import Plan
+    from ffebm_compiler.plan_data import PlanData
+
+    pass
 
 __all__ = ["figure_class", "save_image"]
 
@@ -31,7 +33,7 @@ _MOST_PIXELS = 2**16 - 1
 _STEP = re.compile(r"([MLClhz])([^MLClhz]*)")
 
 
-def save_image(plan: Plan, path: str | Path, dpi: float = 192.0) -> None:
+def save_image(plan: PlanData, path: str | Path, dpi: float = 192.0) -> None:
     """Draw a plan as a PNG or PDF picture, by the path's suffix; an existing file is replaced.
 
     A PNG that would be higher than 65535 pixels gets fewer dots per inch.

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from ffebm_compiler.bound_block import BoundBlock
     from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid import HybridModel
-    from ffebm_compiler.plan import BlockPlan, Plan
+    from ffebm_compiler.plan_data import BlockPlan, PlanData
 
 __all__ = ["record_of"]
 
 
 def record_of(
-    plan: Plan,
+    plan: PlanData,
     hybrid: HybridModel | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
@@ -81,7 +81,7 @@ def _counted(number: int, noun: str) -> tuple[str, str]:
     return count(number), noun if number == 1 else f"{noun}s"
 
 
-def _operation(plan: Plan, op: Operation, index: dict[str, int]) -> dict[str, Any]:
+def _operation(plan: PlanData, op: Operation, index: dict[str, int]) -> dict[str, Any]:
     return {
         "name": op.name,
         "target": op.target,
@@ -96,7 +96,7 @@ def _operation(plan: Plan, op: Operation, index: dict[str, int]) -> dict[str, An
     }
 
 
-def _parts(plan: Plan) -> set[str]:
+def _parts(plan: PlanData) -> set[str]:
     return {part.name for part in plan.digital_parts}
 
 
@@ -112,7 +112,7 @@ def _home(node: Node, operations: Sequence[str], index: dict[str, int]) -> dict[
     }
 
 
-def _part(plan: Plan, node: Node, index: dict[str, int]) -> dict[str, Any]:
+def _part(plan: PlanData, node: Node, index: dict[str, int]) -> dict[str, Any]:
     part = next(part for part in plan.digital_parts if part.name == node.key)
     return {
         **_home(node, part.operations, index),
@@ -122,7 +122,9 @@ def _part(plan: Plan, node: Node, index: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _block(plan: Plan, block: BlockPlan, node: Node, index: dict[str, int], bound: BoundBlock | None) -> dict[str, Any]:
+def _block(
+    plan: PlanData, block: BlockPlan, node: Node, index: dict[str, int], bound: BoundBlock | None
+) -> dict[str, Any]:
     layers = [plan.graph[name] for name in block.operations if plan.graph[name].role is Role.WEIGHT]
     settles = "its layers settle together" if len(layers) > 1 else "one layer, without feedback: exactly the source's"
     facts = [
@@ -147,11 +149,11 @@ def _block(plan: Plan, block: BlockPlan, node: Node, index: dict[str, int], boun
     }
 
 
-def _tiles(plan: Plan, op: Operation) -> int:
+def _tiles(plan: PlanData, op: Operation) -> int:
     return plan.hardware.tiles(max(op.rows, 1), max(op.cols, 1), op.groups, max(op.positions, 1))
 
 
-def _utilisation(plan: Plan, block: BlockPlan, layers: Sequence[Operation]) -> str:
+def _utilisation(plan: PlanData, block: BlockPlan, layers: Sequence[Operation]) -> str:
     """Share of the devices of its tiles that hold a weight."""
     hardware = plan.hardware
     if hardware.tile_rows is None or hardware.tile_cols is None or not block.tiles:

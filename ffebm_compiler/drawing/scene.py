@@ -16,7 +16,7 @@ from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.text import count
 
 if TYPE_CHECKING:
-    from ffebm_compiler.plan import BlockPlan, DigitalPart, Plan
+    from ffebm_compiler.plan_data import BlockPlan, DigitalPart, PlanData
 
 __all__ = [
     "Domain",
@@ -95,7 +95,7 @@ def shape_words(shape: tuple[int | None, ...] | list[int | None], values: int) -
     return "×".join(map(str, sizes))
 
 
-def totals_words(plan: Plan) -> str:
+def totals_words(plan: PlanData) -> str:
     """The plan in one line: blocks, parts, tiles, conversions and the analog share of the work."""
     tiles = sum(block.tiles for block in plan.blocks)
     share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
@@ -121,7 +121,7 @@ def set_of(items: list[str]) -> list[str]:
     return list(dict.fromkeys(items))
 
 
-def scene_of(plan: Plan) -> Scene:
+def scene_of(plan: PlanData) -> Scene:
     """The scene of a plan.
 
     Raises:
@@ -167,7 +167,7 @@ def _plural(number: int, noun: str) -> str:
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def _edge(plan: Plan, domains: dict[str, Domain], source: str, target: str, tensors: list[str]) -> Edge:
+def _edge(plan: PlanData, domains: dict[str, Domain], source: str, target: str, tensors: list[str]) -> Edge:
     values = sum(plan.graph.values(name) for name in tensors)
     if len(tensors) == 1:
         name = tensors[0]
@@ -191,7 +191,7 @@ def _input_node(name: str, values: int) -> Node:
     return Node(name, "input", f"{name} · input", (), f"network input {name}: {values} values per sample")
 
 
-def _block_node(plan: Plan, block: BlockPlan) -> Node:
+def _block_node(plan: PlanData, block: BlockPlan) -> Node:
     operations = [plan.graph[name] for name in block.operations]
     layers = [op for op in operations if op.role is Role.WEIGHT]
     others = [op for op in operations if op.role is not Role.WEIGHT]
@@ -207,14 +207,14 @@ def _block_node(plan: Plan, block: BlockPlan) -> Node:
     return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip))
 
 
-def _part_node(plan: Plan, part: DigitalPart) -> Node:
+def _part_node(plan: PlanData, part: DigitalPart) -> Node:
     operations = [plan.graph[name] for name in part.operations]
     tooltip = [f"{part.name}: feedforward block, runs digitally"]
     tooltip += [f"{op.path or 'the model itself'}: {op.target}" for op in operations]
     return Node(part.name, "digital", part.name, tuple(part_lines(plan, operations)), "\n".join(tooltip))
 
 
-def part_lines(plan: Plan, operations: list[Operation]) -> list[Line]:
+def part_lines(plan: PlanData, operations: list[Operation]) -> list[Line]:
     """A line for each module path of a digital part; layers that stayed digital come first."""
     stayed = [op for op in operations if (op.path or op.name) in plan.rejected and op.weights]
     lines = [Line(f"{op.path or op.name}: {op.target} stayed digital", "warn") for op in stayed]

@@ -18,7 +18,9 @@ from ffebm_compiler.drawing.layout import Layout, Route, layered
 from ffebm_compiler.drawing.scene import Edge, Line, Node, Scene, scene_of
 
 if TYPE_CHECKING:
-    from ffebm_compiler.plan import Plan
+    from ffebm_compiler.plan_data import PlanData
+
+    pass
 
 __all__ = ["COLOURS", "plain", "svg_text"]
 
@@ -56,7 +58,7 @@ def shorten(text: str, most: int = _MOST_LETTERS) -> str:
     return f"{text[: most // 2 - 1]}…{text[len(text) - (most - most // 2) :]}"
 
 
-def svg_text(plan: Plan) -> str:
+def svg_text(plan: PlanData) -> str:
     """The partition of a plan as the text of an SVG picture.
 
     Raises:

@@ -11,7 +11,8 @@ from ffebm_compiler.errors import HardwareError, PlanError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition import Partition, conversions, partition, tiles_of, too_large
-from ffebm_compiler.plan import Plan
+from ffebm_compiler.passes.partition_placement import place_layers
+from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["PlanDiff", "SweepRow", "advise", "diff_plans", "sweep"]
 
@@ -50,7 +51,7 @@ class PlanDiff:
         return "\n".join(lines)
 
 
-def _company(plan: Plan) -> dict[str, tuple[str, frozenset[str]]]:
+def _company(plan: PlanData) -> dict[str, tuple[str, frozenset[str]]]:
     """For each layer: a text on where it is, and the layers of its block."""
     found: dict[str, tuple[str, frozenset[str]]] = {}
     for block in plan.blocks:
@@ -63,7 +64,7 @@ def _company(plan: Plan) -> dict[str, tuple[str, frozenset[str]]]:
     return found
 
 
-def diff_plans(before: Plan, after: Plan) -> PlanDiff:
+def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
     """What is different in the second plan; see `Plan.diff`."""
     old, new = _company(before), _company(after)
     if old and not set(old) & set(new):
@@ -84,7 +85,7 @@ def diff_plans(before: Plan, after: Plan) -> PlanDiff:
     )
 
 
-def _again(plan: Plan, hardware: Hardware, block_ops: Sequence[str] | None = None) -> Partition:
+def _again(plan: PlanData, hardware: Hardware, block_ops: Sequence[str] | None = None) -> Partition:
     """The partition of a plan's graph for other settings."""
     forced = {
         op.name: _FORCED
@@ -103,7 +104,7 @@ def _macs(graph: OperationGraph, blocks: Sequence[Sequence[str]]) -> int:
     return sum(graph[name].macs for block in blocks for name in block)
 
 
-def advise(plan: Plan) -> tuple[str, ...]:
+def advise(plan: PlanData) -> tuple[str, ...]:
     """What would save conversions or place more layers; see `Plan.advice`."""
     graph, hardware = plan.graph, plan.hardware
     sentences = [*_large_layers(plan)]
@@ -155,7 +156,7 @@ def advise(plan: Plan) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _large_layers(plan: Plan) -> list[str]:
+def _large_layers(plan: PlanData) -> list[str]:
     """One sentence for each layer that is larger than a core."""
     hardware = plan.hardware
     large: list[Operation] = [op for op in plan.graph.operations if op.role is Role.WEIGHT and too_large(op, hardware)]
@@ -174,7 +175,7 @@ def _large_layers(plan: Plan) -> list[str]:
     return [*sentences, *_split_groups(plan)]
 
 
-def _split_groups(plan: Plan) -> list[str]:
+def _split_groups(plan: PlanData) -> list[str]:
     """A sentence where convolutions are split that would take fewer tiles if their groups shared them."""
     hardware, found, apart, together = plan.hardware, set(), 0, 0
     parts = Counter(op.path for op in plan.graph.operations if op.role is Role.WEIGHT)
@@ -195,7 +196,7 @@ def _split_groups(plan: Plan) -> list[str]:
     ]
 
 
-def _tile_steps(plan: Plan) -> list[int]:
+def _tile_steps(plan: PlanData) -> list[int]:
     """Numbers of further tiles with which two neighbouring blocks would fit one core: the smallest and the median."""
     core = plan.hardware.tiles_per_core
     assert core is not None
@@ -227,7 +228,7 @@ class SweepRow:
 
 
 def sweep(
-    plan: Plan, settings: Mapping[str, Sequence[Any]], replan: Callable[[Hardware], Plan] | None = None
+    plan: PlanData, settings: Mapping[str, Sequence[Any]], replan: Callable[[Hardware], PlanData] | None = None
 ) -> list[SweepRow]:
     """Partition a plan's network for every combination of hardware settings.
 
@@ -270,8 +271,6 @@ def sweep(
 def _sweep_row(
     settings: Mapping[str, Any], graph: OperationGraph, fabric: Hardware, blocks: Sequence[Sequence[str]]
 ) -> SweepRow:
-    from ffebm_compiler.plan_placement import place_layers
-
     placed = place_layers([[op for n in block if (op := graph[n]).role is Role.WEIGHT] for block in blocks], fabric)
     macs = sum(op.macs for op in graph.operations if op.role is Role.WEIGHT)
     return SweepRow(

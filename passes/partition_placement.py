@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import Operation
+from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.passes.partition import core_homes, tiles_of
+from ffebm_compiler.plan_data import PlanData
 
-__all__ = ["CorePlacement", "LayerPlacement", "Tile", "TilePlacement", "place_layers"]
+__all__ = ["CorePlacement", "LayerPlacement", "Tile", "TilePlacement", "place_layers", "placement_of"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,13 @@ class TilePlacement:
             if layer.layer == name:
                 return layer
         raise PlanError(f"layer {name!r} is on no tile: it is digital or does not exist")
+
+
+def placement_of(plan: PlanData) -> TilePlacement:
+    """The placement of a plan's layers; arguments and errors as of `place_layers`."""
+    graph = plan.graph
+    layers = [[op for n in block.operations if (op := graph[n]).role is Role.WEIGHT] for block in plan.blocks]
+    return place_layers(layers, plan.hardware)
 
 
 def place_layers(blocks: Sequence[Sequence[Operation]], hardware: Hardware) -> TilePlacement:

@@ -17,14 +17,14 @@ from ffebm_compiler.ir import ALWAYS_JOIN, Role
 from ffebm_compiler.passes.partition import core_homes, quotient_order
 from ffebm_compiler.passes.partition_rules import activations_without_a_layer
 from ffebm_compiler.passes.planning import describe_block
-from ffebm_compiler.plan import BlockPlan, DigitalPart, Plan, fingerprint
+from ffebm_compiler.plan_data import BlockPlan, DigitalPart, PlanData, fingerprint
 
 __all__ = ["check_plan"]
 
 _REMEDY = "make the plan again with ffebm.plan(), or edit it with plan.move()"
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: PlanData) -> None:
     """Check that a plan is complete, acyclic, within capacity and free of contradictions.
 
     Raises:
@@ -50,7 +50,7 @@ def check_plan(plan: Plan) -> None:
     _check_reasons(plan)
 
 
-def _check_homes(plan: Plan) -> None:
+def _check_homes(plan: PlanData) -> None:
     names: set[str] = set()
     home: dict[str, str] = {}
     places: list[BlockPlan | DigitalPart] = [*plan.blocks, *plan.digital_parts]
@@ -71,7 +71,7 @@ def _check_homes(plan: Plan) -> None:
             raise PlanError(f"operation {op.name!r} of {op.path!r} is in no block and no digital part: {_REMEDY}")
 
 
-def _check_members(plan: Plan, block: BlockPlan, users: Mapping[str, list[str]]) -> None:
+def _check_members(plan: PlanData, block: BlockPlan, users: Mapping[str, list[str]]) -> None:
     joins = (*plan.options.block_ops, *ALWAYS_JOIN)
     inside, fed = set(block.operations), set()
     for op in (op for op in plan.graph.operations if op.name in inside):
@@ -116,7 +116,7 @@ def _check_capacity(hardware: Hardware, block: BlockPlan) -> None:
             )
 
 
-def _check_derived(plan: Plan, users: Mapping[str, list[str]]) -> None:
+def _check_derived(plan: PlanData, users: Mapping[str, list[str]]) -> None:
     order = {op.name: index for index, op in enumerate(plan.graph.operations)}
     for block in plan.blocks:
         right = describe_block(plan.graph, plan.hardware, users, order, block.name, block.operations)
@@ -130,7 +130,7 @@ def _check_derived(plan: Plan, users: Mapping[str, list[str]]) -> None:
         _check_capacity(plan.hardware, right)
 
 
-def _check_cores(plan: Plan) -> None:
+def _check_cores(plan: PlanData) -> None:
     hardware = plan.hardware
     if hardware.cores is None:
         return
@@ -142,7 +142,7 @@ def _check_cores(plan: Plan) -> None:
         )
 
 
-def _check_reasons(plan: Plan) -> None:
+def _check_reasons(plan: PlanData) -> None:
     home = {name: block.name for block in plan.blocks for name in block.operations}
     homes: dict[str, set[str]] = {}
     for op in plan.graph.operations:

@@ -1,0 +1,99 @@
+"""The passes from a captured model to the operations that are partitioned, in order.
+
+Each step takes a program and returns it changed; `ir.verify` checks the grammar after each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.ir import OperationGraph, Program, verify
+from ffebm_compiler.passes.annotate import annotate
+from ffebm_compiler.passes.capture import capture
+from ffebm_compiler.passes.contractions import contractions
+from ffebm_compiler.passes.custom_functions import custom_functions
+from ffebm_compiler.passes.dead_code import dead_code
+from ffebm_compiler.passes.expand_vmap import expand_vmap
+from ffebm_compiler.passes.explicit_casts import explicit_casts
+from ffebm_compiler.passes.explicit_padding import explicit_padding
+from ffebm_compiler.passes.fold_batchnorm import fold_batchnorm
+from ffebm_compiler.passes.free_shapes import free_shapes
+from ffebm_compiler.passes.functionalize import functionalize
+from ffebm_compiler.passes.inline_regions import inline_regions
+from ffebm_compiler.passes.merge_modes import merge_modes
+from ffebm_compiler.passes.outside_parameters import outside_parameters
+from ffebm_compiler.passes.rebind import rebind
+from ffebm_compiler.passes.recognise_activations import recognise_activations
+from ffebm_compiler.passes.recurrent import recurrent
+from ffebm_compiler.passes.split_large import split_large
+from ffebm_compiler.plan_data import PlanOptions
+
+__all__ = ["annotated_program", "captured_program", "passes_for"]
+
+Pass = Callable[[Program], Program]
+
+
+def in_each_mode(step: Pass) -> Pass:
+    """A pass over the capture in eval mode and, where there is one, over that in train mode."""
+
+    def both(program: Program) -> Program:
+        if program.training is not None:
+            program.training = step(program.training)
+            verify(program.training)
+        return step(program)
+
+    return both
+
+
+def passes_for(options: PlanOptions) -> list[Pass]:
+    """The passes between capture and annotate, in order."""
+    return [
+        in_each_mode(inline_regions),
+        in_each_mode(expand_vmap),
+        in_each_mode(custom_functions),
+        in_each_mode(explicit_casts),
+        in_each_mode(functionalize),
+        in_each_mode(outside_parameters),
+        in_each_mode(free_shapes),
+        in_each_mode(recurrent),
+        merge_modes,
+        explicit_padding,
+        rebind,
+        dead_code,
+        contractions,
+        recognise_activations,
+        *([fold_batchnorm] if options.fold_batchnorm else []),
+    ]
+
+
+def captured_program(
+    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], options: PlanOptions, shapes: Any
+) -> Program:
+    """The program that a plan is made of: captured, with every pass before annotation done."""
+    program = capture(model, args, kwargs, shapes)
+    for step in passes_for(options):
+        program = step(program)
+        verify(program)
+    return program
+
+
+def annotated_program(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: PlanOptions,
+    shapes: Any,
+    hardware: Hardware,
+) -> tuple[Program, OperationGraph]:
+    """The program that a plan is made of, and its operations; layers larger than a core are split by then."""
+    program = captured_program(model, args, kwargs, options, shapes)
+    graph = annotate(program)
+    if split_large(program, graph, hardware, options.force_digital):
+        verify(program)
+        graph = annotate(program)
+    return program, graph

@@ -21,6 +21,7 @@ from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
 from ffebm_compiler.later_hooks import LaterHooks
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide
@@ -231,13 +232,7 @@ class HybridModel(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         """A submodule by the source's path, also where the path starts with `blocks` or `plan`."""
-        module: nn.Module = self
-        for part in target.split(".") if target else ():
-            child = module._modules.get(part)
-            if child is None:
-                raise AttributeError(f"the model has no module {target!r}")
-            module = child
-        return module
+        return module_at(self, target)
 
     # -- running -----------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from torch import fx, nn
 
 from ffebm_compiler.checked_json import AtLeast, Malformed, typed
 from ffebm_compiler.errors import FFEBMError
+from ffebm_compiler.module_paths import module_at
 
 __all__ = [
     "KEY",
@@ -295,19 +296,19 @@ class Program:
     def runner(self, node: fx.Node) -> nn.Module:
         """The module of the private copy that ran a node."""
         try:
-            return self.source.get_submodule(module_path(node))
+            return module_at(self.source, module_path(node))
         except AttributeError:
             return self.source
 
     def is_asked(self, module: nn.Module) -> bool:
         """Whether code other than torch's own dropout and norms reads the `training` flag of a module."""
-        return any(self.source.get_submodule(path) is module for path in self.asks or ())
+        return any(module_at(self.source, path) is module for path in self.asks or ())
 
     def owner(self, node: fx.Node) -> nn.Module:
         """The module of the private copy whose flag a node follows."""
         path = self.asked(module_path(node))
         try:
-            return self.source.get_submodule(path)
+            return module_at(self.source, path)
         except AttributeError:
             return self.source
 

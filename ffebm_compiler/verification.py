@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import FFEBMError, UnsupportedError
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
@@ -47,7 +48,7 @@ def verify_feedforward(
     for training in modes:
         with hybrid.in_mode(training), hybrid.feedforward_mode(), hybrid.held_feedback():
             for path in folded:  # frozen in the hybrid: the source is compared with its norms frozen too
-                source.get_submodule(path).training = False
+                module_at(source, path).training = False
                 if not path:
                     hybrid.training = False
             state = [*source.buffers(), *hybrid.written_state()]

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ffebm_compiler.ir import NodeInfo, Operation, OperationGraph, Program, Role, info, module_path, set_info
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.dead_code import for_effects_alone
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target_name
 from ffebm_compiler.passes.order_of_draws import draws
@@ -185,7 +186,8 @@ def _owner(program: Program, weight: fx.Node, path: str) -> str:
     running = _submodule(program.source, path)
     for target in targets:
         holder, _, name = target.rpartition(".")
-        tensor = getattr(_submodule(program.source, holder), name, None)
+        holding = _submodule(program.source, holder)
+        tensor = None if holding is None else holding._parameters.get(name, holding._buffers.get(name))
         if running is not None and any(
             held is tensor for held in (*running._parameters.values(), *running._buffers.values())
         ):
@@ -196,7 +198,7 @@ def _owner(program: Program, weight: fx.Node, path: str) -> str:
 
 def _submodule(source: nn.Module, path: str) -> nn.Module | None:
     try:
-        return source.get_submodule(path)
+        return module_at(source, path)
     except AttributeError:
         return None
 

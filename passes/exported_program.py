@@ -11,6 +11,7 @@ from torch.export.graph_signature import InputKind
 
 from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.ir import Program
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
 
 __all__ = ["batch_of", "module_of", "place_of", "program_of"]
@@ -118,7 +119,7 @@ def module_of(exported: ExportedProgram) -> nn.Module:
         for part in parents:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
+            module = module_at(module, part)
         copied = tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):
             module.register_parameter(leaf, nn.Parameter(copied, requires_grad=tensor.requires_grad))

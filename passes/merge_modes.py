@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.align_modes import FLAGS, align, is_size, operands
 from ffebm_compiler.passes.mode_parts import Piece, Side, is_effect, is_write, pieces_of, tensors_read
 from ffebm_compiler.passes.training_mask import mask_of, rate_of
@@ -195,7 +196,7 @@ class _Merge:
         module: nn.Module
         if masked is not None:
             rate = rate_of(masked, reads[0][0][0].meta["val"].dim())
-            module = TrainingMask(self.program.source.get_submodule(owner), masked, self._reason(piece), rate)
+            module = TrainingMask(module_at(self.program.source, owner), masked, self._reason(piece), rate)
             given = [reads[0][0][1]]
         else:
             module = self._switch(piece, owner, reads, given)
@@ -223,7 +224,7 @@ class _Merge:
             parts.append(side.finish(nodes, [result[index] for result in piece.results], len(piece.results) == 1))
             random = random or any(_draws(node) for node in nodes)
             writes = writes or any(is_write(program, node) for node in nodes)
-        owners = {path: self.program.source.get_submodule(path) for path in (owner, *self._linked(piece, owner))}
+        owners = {path: module_at(self.program.source, path) for path in (owner, *self._linked(piece, owner))}
         return ModeSwitch(owners, parts[0], parts[1], self._reason(piece), random, writes)
 
     def _call(self, piece: Piece, name: str, given: list[fx.Node]) -> None:

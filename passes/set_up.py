@@ -22,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import CaptureError, UnsupportedError
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.tracing import ordinary_paths
@@ -134,5 +135,5 @@ def _equal(first: Any, second: Any) -> bool:
 def _is_remade(source: nn.Module, name: str) -> bool:
     """Whether an attribute is what a parametrisation by hooks makes of parameters at every call."""
     path, _, leaf = name.rpartition(".")
-    parameters = source.get_submodule(path)._parameters
+    parameters = module_at(source, path)._parameters
     return any(f"{leaf}_{kind}" in parameters for kind in ("orig", "v"))

@@ -9,6 +9,7 @@
 - autograd's graph is not looked at, and gets no hooks but those of `Tensor.register_hook` (`refused_hooks`).
 - distributions do not look at the values of their parameters.
 - attention and encoders take their ordinary path, not the fused one of eval mode.
+- modules are found by their names, also by those of methods (`type`, `train`).
 - a module with two names is itself, not a stand-in that the model's code would not know again.
 """
 
@@ -25,9 +26,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
+from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.explain_capture import NotTraceable
 from ffebm_compiler.passes.known_values import KnownValues
 from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
@@ -175,6 +178,17 @@ def _modules_are_themselves() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _modules_by_name() -> Iterator[None]:
+    """The exporter looks for a module named as a method of its parent among the attributes, and finds the method."""
+    before = NamedMemberAccessor.get_submodule
+    NamedMemberAccessor.get_submodule = lambda self, name: module_at(self.module, name)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        NamedMemberAccessor.get_submodule = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def tracing(source: nn.Module) -> Iterator[UsersCalls]:
     """The state of torch in which a forward of `source` is traced; what was before is restored."""
     with contextlib.ExitStack() as stack:
@@ -187,6 +201,7 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
             _unchecked_distributions,
             _modules_stay,
             _modules_are_themselves,
+            _modules_by_name,
             _unseeded,
             no_refused_hooks,
         ):

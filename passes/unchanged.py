@@ -44,13 +44,15 @@ def generator_states() -> dict[str, str]:
 
 @contextmanager
 def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """The contents of tensors that are written in place."""
-    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    """The contents of tensors that are written in place, and that they are leaves of autograd's graph."""
+    before = [(tensor, tensor.detach().clone(), tensor.is_leaf) for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, content in before:
+            for tensor, content, leaf in before:
+                if leaf and not tensor.is_leaf:
+                    tensor.detach_()  # something with a gradient was written into it
                 if (tensor.dtype, tensor.device, tensor.shape) != (content.dtype, content.device, content.shape):
                     tensor.data = content  # forward moved its module
                 elif not torch.equal(tensor, content):  # batch norm leaves the version counters of its statistics alone

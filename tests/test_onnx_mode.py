@@ -11,6 +11,7 @@ from test_merge_modes import FORMS, Net
 from torch import nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.onnx import run as onnx_run
 from ffebm_compiler.onnx.mode import warn_of_train_mode
 
 
@@ -56,3 +57,66 @@ def test_a_model_with_two_modes_is_exported_in_eval_mode(form: str, tmp_path: Pa
     (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     wanted = hybrid.eval()(inputs).detach()
     assert (torch.from_numpy(found) - wanted).norm() / wanted.norm() < 1e-5
+
+
+class More(nn.Module):
+    """Train mode has more: values that later code reads, and outputs."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.form = form
+
+    def forward(self, x: torch.Tensor) -> object:
+        h = torch.softmax(self.a(x), -1)
+        if self.training:
+            more = torch.softmax(2 * h, -1)
+        y = torch.softmax(self.b(h), -1)
+        if self.form == "value" and self.training:
+            y = y + more
+        y = self.c(y)
+        if self.form == "tuple" and self.training:
+            return y, torch.softmax(self.b(h.flip(0)), -1)
+        if self.form == "dictionary":
+            return {"y": y, "more": [more, y.mean()]} if self.training else {"y": y}
+        return y
+
+
+@pytest.mark.parametrize("form", ["value", "tuple", "dictionary"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.filterwarnings("ignore:the hybrid is in train mode")
+def test_what_train_mode_alone_computes_is_left_out(form: str, train: bool, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, x = More(form), torch.randn(5, 4)
+    hybrid = ffebm.convert(model, x, hardware=ffebm.Hardware(layers_per_block=1)).train(train)
+    hybrid.export_onnx(tmp_path / "whole.onnx")
+    hybrid.export_onnx(tmp_path / "parts", parts="digital")
+    wanted = model.eval()(x)
+    wanted = (wanted["y"] if isinstance(wanted, dict) else wanted).detach()
+    (whole,) = ort.InferenceSession(tmp_path / "whole.onnx").run(None, {"x": x.numpy()})
+    (parts,) = onnx_run(tmp_path / "parts", [x])
+    torch.testing.assert_close(torch.as_tensor(whole), wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts, wanted, rtol=1e-4, atol=1e-6)
+
+
+class Counts(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.layer, self.always = nn.Linear(4, 4), always
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training or self.always:
+            self.calls += 1
+        return self.layer(x) / (1 + self.calls)
+
+
+@pytest.mark.parametrize("parts", [None, "digital"])
+def test_state_that_a_forward_writes_in_eval_mode_is_named(parts: str | None, tmp_path: Path) -> None:
+    hybrid = ffebm.convert(Counts(always=True).eval(), torch.randn(5, 4))
+    with pytest.warns(ffebm.FFEBMWarning, match="forward writes 'calls' at every call, which the export does not"):
+        hybrid.export_onnx(tmp_path / ("parts" if parts else "whole.onnx"), parts=parts)
+    ffebm.convert(Counts(always=False).eval(), torch.randn(5, 4)).export_onnx(tmp_path / "other.onnx")

@@ -14,7 +14,7 @@ from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx.folder import export_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
-from ffebm_compiler.onnx.mode import warn_of_train_mode
+from ffebm_compiler.onnx.mode import warn_of_train_mode, warn_of_written_state
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
@@ -55,6 +55,7 @@ def export_digital(
     onnx = package("onnx")
     package("onnxscript")
     warn_of_train_mode(hybrid)
+    warn_of_written_state(hybrid)
     progress("tracing")
     steps = Steps.of(hybrid)
     with export_folder(folder) as fresh:

@@ -1,4 +1,4 @@
-"""Mode: exports are in eval mode, and say so where the hybrid is in train mode and that makes a difference."""
+"""Mode: exports are in eval mode and write no state, and say so where that makes a difference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,26 @@ from ffebm_compiler.runtime.feedforward import (
     ReboundInstanceNorm,
 )
 from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.runtime.state import WriteState
 
-__all__ = ["warn_of_train_mode"]
+__all__ = ["warn_of_train_mode", "warn_of_written_state"]
+
+
+def warn_of_written_state(hybrid: HybridModel) -> None:
+    """Issue an `FFEBMWarning` that names the parameters and buffers which a forward in eval mode writes."""
+    written = {
+        module.name
+        for path, module in hybrid.lowered.named_modules()
+        if isinstance(module, WriteState) and "training_part" not in path.split(".")
+    }
+    if written:
+        named = ", ".join(map(repr, sorted(written)[:3])) + (", ..." if len(written) > 3 else "")
+        warnings.warn(
+            f"forward writes {named} at every call, which the export does not: each of its runs starts from "
+            "the present values",
+            FFEBMWarning,
+            stacklevel=4,
+        )
 
 
 def warn_of_train_mode(hybrid: HybridModel) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel, _static_value
+from ffebm_compiler.onnx.absent import absent_outputs
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock
 
@@ -61,6 +62,8 @@ class Step:
     module: nn.Module
     operands: tuple[Operand, ...]
     outputs: tuple[Value, ...]
+    present: tuple[int, ...]
+    """Places of these among the module's outputs: the others are computed in train mode alone."""
 
     @property
     def energy(self) -> bool:
@@ -98,6 +101,7 @@ class _Reader:
         self.values: dict[fx.Node, Value] = {}
         self.known: dict[fx.Node, Tensor | None] = {}
         self.keys: dict[fx.Node, str] = {}
+        self.absent: set[fx.Node] = set()
 
     def read(self) -> Steps:
         placeholders = [node for node in self.run.graph.nodes if node.op == "placeholder"]
@@ -111,6 +115,7 @@ class _Reader:
                 inputs.append(self.values[node])
         # What else is called computes weights from parameters alone: its present value is a constant of the export.
         steps = [self._step(node) for node in self.run.graph.nodes if self._is_step(node)]
+        steps = [step for step in steps if step.outputs]
         output = next(node for node in self.run.graph.nodes if node.op == "output")
         results = output.args[0][: self.hybrid._call_form.outputs]
         return Steps(tuple(inputs), tuple(steps), tuple(self._operand(item, "the network") for item in results))
@@ -125,12 +130,18 @@ class _Reader:
         module = self.run.get_submodule(name)
         picks = {node.args[1]: node for node in call.users if node.target is operator.getitem}
         values = call.meta["val"]
-        outputs = []
+        outputs: dict[int, Value] = {}
+        gone = [isinstance(item, fx.Node) and item in self.absent for item in call.args]
+        missing = absent_outputs(module, gone) if isinstance(module, fx.GraphModule) else [False] * len(values)
         for index, (label, value) in enumerate(zip(self._output_names(name, module, len(values)), values, strict=True)):
-            outputs.append(self._value(label, value))
+            if missing[index]:
+                self.absent.update([picks[index]] if index in picks else [])
+                continue
+            outputs[index] = self._value(label, value)
             if index in picks:
-                self.values[picks[index]] = outputs[-1]
-        return Step(name, module, tuple(self._operand(item, name) for item in call.args), tuple(outputs))
+                self.values[picks[index]] = outputs[index]
+        operands = tuple(self._operand(item, name) for item in call.args)
+        return Step(name, module, operands, tuple(outputs.values()), tuple(outputs))
 
     def _output_names(self, name: str, module: nn.Module, count: int) -> tuple[str, ...]:
         """The operations that compute the outputs, by their names in the plan."""
@@ -141,7 +152,7 @@ class _Reader:
         return names if len(names) == count else tuple(f"{name}.{index}" for index in range(count))
 
     def _operand(self, item: Any, reader: str) -> Operand:
-        if item is None:
+        if item is None or item in self.absent:
             return Operand()
         if not isinstance(item, fx.Node):
             raise ExportError(f"{reader} reads or returns {item!r}, which is no tensor: return tensors only")

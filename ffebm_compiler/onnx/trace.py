@@ -1,6 +1,6 @@
 """Trace: steps of a hybrid become one ONNX model, by `torch.onnx.export`.
 
-The steps are copied into one fx graph whose parameters are its buffers, under the source's names,
+The steps are copied into one fx graph whose parameters are its buffers,
 and whose batch norm and dropout are in eval mode: the hybrid itself is not touched. One export
 for many parts costs little more than one for a single part.
 """
@@ -8,8 +8,8 @@ for many parts costs little more than one for a single part.
 from __future__ import annotations
 
 import copy
-import keyword
 import logging
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.steps import Operand, Step, Value
 from ffebm_compiler.runtime.feedforward import ReboundDropout
-from ffebm_compiler.runtime.modes import TrainingMask
+from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
 
 __all__ = ["MODULE_KEY", "Trace"]
 
@@ -51,9 +51,15 @@ class Trace:
 
     def output(self, name: str, node: fx.Node) -> None:
         """A new output of the model; an input, a tensor or another output that is handed on is copied."""
-        if node.op in ("placeholder", "get_attr") or any(node is known for _, known in self.outputs):
+        handed_on = node.op in ("placeholder", "get_attr") or self._may_hand_on(node)
+        if handed_on or any(node is known for _, known in self.outputs):
             node = self.graph.call_function(torch.ops.aten.clone.default, (node,))
         self.outputs.append((name, node))
+
+    def _may_hand_on(self, node: fx.Node) -> bool:
+        """Whether a node may be an operand of its own: where train mode alone computes something else of it."""
+        call = node.args[0] if node.target is operator.getitem else node
+        return isinstance(call, fx.Node) and isinstance(self.root._modules.get(str(call.target)), ModeSwitch)
 
     def operand(self, operand: Operand, of: Callable[[Value], fx.Node]) -> fx.Node | None:
         """The node of an operand; a known tensor becomes a buffer, once."""
@@ -62,27 +68,22 @@ class Trace:
         if operand.tensor is None:
             return None
         if operand.key not in self._buffers:
-            *path, leaf = map(_speakable, operand.key.split("."))
-            owner = self.root
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_buffer(leaf, operand.tensor)
+            name = f"tensor_{len(self._buffers)}"  # the hybrid's may be that of an attribute, or no name of Python's
+            self.root.register_buffer(name, operand.tensor)
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
-                self._buffers[operand.key] = self.graph.get_attr(".".join((*path, leaf)))
-            self._renamed[".".join((*path, leaf))] = operand.key
+                self._buffers[operand.key] = self.graph.get_attr(name)
+            self._renamed[name] = operand.key
         return self._buffers[operand.key]
 
     def feedforward(self, step: Step, operands: Sequence[fx.Node | None]) -> list[fx.Node]:
-        """Copy a feedforward part, in eval mode; returns the nodes of its outputs."""
+        """Copy a feedforward part, in eval mode; returns the nodes of the step's outputs."""
         part = step.module
         assert isinstance(part, fx.GraphModule)
         placeholders = [node for node in part.graph.nodes if node.op == "placeholder"]
         known: dict[fx.Node, Any] = dict(zip(placeholders, operands, strict=True))
         for node in part.graph.nodes:
             if node.op == "output":
-                return [known[result] for result in node.args[0]]
+                return [known[node.args[0][index]] for index in step.present]
             if node.op == "placeholder":
                 continue
             if node.op == "call_module" and isinstance(
@@ -138,8 +139,11 @@ class Trace:
         except Exception as error:  # the exporter raises many kinds
             raise ExportError(_first_cause(error)) from error
         assert program is not None  # it is None for the old exporter alone
-        for value in list(program.model.graph.initializers.values()):
-            value.name = self._renamed.get(str(value.name), value.name)
+        graph = program.model.graph
+        taken = {value.name for value in (*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs))}
+        for value in list(graph.initializers.values()):
+            name = self._renamed.get(str(value.name), value.name)
+            value.name = f"{name}.weight" if name in taken else name
         _clean(program.model)
         _name_sizes(program.model, [value for _, value in self.inputs])
         return program.model
@@ -154,12 +158,6 @@ class Trace:
                 seen_other = True
             elif seen_other:
                 first.prepend(node)
-
-
-def _speakable(name: str) -> str:
-    """A name that generated code can hold: a module may be called `class` or hold a quotation mark."""
-    name = name.replace('"', "_quote_")
-    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def _pick(values: Sequence[Tensor], index: int) -> Tensor:

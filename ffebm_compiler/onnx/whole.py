@@ -13,7 +13,7 @@ from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx.digital import part_models
 from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
-from ffebm_compiler.onnx.mode import warn_of_train_mode
+from ffebm_compiler.onnx.mode import warn_of_train_mode, warn_of_written_state
 from ffebm_compiler.onnx.model_file import write_model
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.steps import Step, Steps, Value
@@ -80,6 +80,7 @@ def export_whole(
     package("onnx")
     package("onnxscript")
     warn_of_train_mode(hybrid)
+    warn_of_written_state(hybrid)
     progress("tracing")
     steps = Steps.of(hybrid)
     functions = {step.name: block_function(step) for step in steps.steps if step.energy}

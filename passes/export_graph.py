@@ -22,8 +22,9 @@ from torch.export.graph_signature import InputKind
 from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.passes.containers import Recipe
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
-from ffebm_compiler.passes.explain_capture import explained
+from ffebm_compiler.passes.explain_capture import NotTraceable, explained
 from ffebm_compiler.passes.exported_program import batch_of
+from ffebm_compiler.passes.hidden_compiler import hidden_compiler
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.plain_call import plain_call
 from ffebm_compiler.passes.process import process_unchanged
@@ -104,6 +105,20 @@ def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> t
 
 
 def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
+    try:
+        return _traced(source, args, kwargs, dynamic_shapes)
+    except CaptureError as error:
+        if isinstance(error.__cause__, NotTraceable):
+            raise
+        with hidden_compiler() as asked:
+            try:
+                return _traced(source, args, kwargs, dynamic_shapes)
+            except CaptureError as other:
+                # A failure of Python's own kind is that of the branch for compilers, which the source does not take.
+                raise other if asked and type(error.__cause__).__module__ == "builtins" else error from None
+
+
+def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter logs whole graphs before it raises what we explain below
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import traceback
+from types import FrameType
 from typing import Any
 
 import torch
@@ -90,9 +91,8 @@ def _where(source: nn.Module, error: BaseException) -> str:
     path, kind, called, place, own = "", "", "", ("", 0), False
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        names_of_locals = frame.f_code.co_varnames
-        owner = frame.f_locals.get(names_of_locals[0]) if names_of_locals else None
-        if isinstance(owner, nn.Module) and id(owner) in names and not _is_machinery(frame.f_globals):
+        owner = _owner(frame)
+        if owner is not None and id(owner) in names and not _is_machinery(frame.f_globals):
             path, called = names[id(owner)] or type(source).__name__, ""
             foreign = type(owner).__module__.startswith("torch.")
             kind = f", in {type(owner).__name__}" if foreign else ""
@@ -106,6 +106,17 @@ def _where(source: nn.Module, error: BaseException) -> str:
         return ""
     code = linecache.getline(*place).strip()
     return f" in module {path!r} ({place[0]}, line {place[1]}){f' at {code!r}' if code else ''}{kind}{called}"
+
+
+def _owner(frame: FrameType) -> nn.Module | None:
+    """The module whose method a frame runs; None for a function that was merely given a module."""
+    code = frame.f_code
+    first = code.co_varnames[0] if code.co_varnames else ""
+    owner = frame.f_locals.get(first)
+    if not isinstance(owner, nn.Module):
+        return None
+    methods = (vars(kind).get(code.co_name) for kind in type(owner).__mro__)
+    return owner if first == "self" or any(getattr(method, "__code__", None) is code for method in methods) else None
 
 
 def _is_torch(names: dict[str, Any]) -> bool:

@@ -1,9 +1,10 @@
-"""Known values: branches on buffers are decided by what the buffers hold at conversion.
+"""Known values: branches on buffers are decided by what the buffers hold at conversion, on constants by what they are.
 
 `if self.observer_enabled[0] == 1:` asks for the value of a tensor, which a traced forward has not.
 Where it was computed from small buffers alone, the value is that of the buffers: the branch is a
 setting of the model, and the person is told which one was kept. A buffer that the forward branches
-on and also writes (a flag that the first call sets) is no setting: it is refused.
+on and also writes (a flag that the first call sets) is no setting: it is refused. A tensor that the
+forward makes of Python numbers, such as `torch.tensor(sizes)`, has the same value at every call.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _READS = (
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist, torch.equal,
     torch.is_nonzero, torch.allclose,
 )  # fmt: skip
+_FACTORIES = (
+    torch.tensor, torch.as_tensor, torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.eye,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,16 @@ class _Known:
     value: Tensor
     names: frozenset[str]
     """The buffers that it was computed from."""
+    version: int = 0
+    """How often the traced tensor had been written when its value was noted."""
+
+
+class _Draws(Exception):
+    """A call draws random numbers."""
 
 
 class KnownValues:
-    """Follows what a traced forward computes from small buffers alone."""
+    """Follows what a traced forward computes from small buffers and Python numbers alone."""
 
     def __init__(self, source: nn.Module) -> None:
         self._owners: dict[str, tuple[nn.Module, str]] = {}
@@ -49,7 +59,7 @@ class KnownValues:
             for leaf, buffer in module._buffers.items():
                 if buffer is not None and _is_small(buffer) and not buffer.is_meta:
                     name = f"{path}.{leaf}" if path else leaf
-                    self._owners[name], self._values[name] = (module, leaf), buffer.detach()
+                    self._owners[name], self._values[name] = (module, leaf), buffer.detach().clone()
         self._known: dict[int, _Known] = {}
         self._probe: Tensor | None = None
         self._written: set[str] = set()
@@ -58,10 +68,8 @@ class KnownValues:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Whether a call asks for a value that is known, and the value; notes what other calls compute or write."""
-        if not self._values:
-            return False, None
         self._refresh()
-        known = [self._known.get(id(tensor)) for tensor in _tensors(args, kwargs)]
+        known = [self._of(tensor) for tensor in _tensors(args, kwargs)]
         if _writes(func, kwargs):
             target = next(_tensors(args, {}), None)
             entry = self._known.pop(id(target), None)
@@ -76,19 +84,27 @@ class KnownValues:
         return False, None
 
     def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Note the value of a result that was computed from known tensors alone."""
-        if not self._known or not isinstance(result, Tensor) or _writes(func, kwargs):
+        """Note the value of a result that was computed from known tensors alone, or from none."""
+        known = [self._of(tensor) for tensor in _tensors(args, kwargs)]
+        if not all(known) or _writes(func, kwargs) or _symbolic(args, kwargs):
             return
-        known = [self._known.get(id(tensor)) for tensor in _tensors(args, kwargs)]
-        if not known or not all(known) or _draws(func):
+        if not known and func not in _FACTORIES:
             return
         try:
             value = self._compute(func, args, kwargs)
-        except Exception:  # sizes of the traced inputs among the arguments
+        except Exception:  # it draws, or something among the arguments is not known after all
             return
-        if isinstance(value, Tensor) and _is_small(value):
-            names = frozenset().union(*(entry.names for entry in known if entry is not None))
-            self._known[id(result)] = _Known(result, value, names)
+        names = frozenset().union(*(entry.names for entry in known if entry is not None))
+        several = isinstance(result, list | tuple) and isinstance(value, list | tuple)
+        for traced, real in zip(result, value, strict=True) if several else ((result, value),):
+            if isinstance(traced, Tensor) and isinstance(real, Tensor) and _is_small(real):
+                self._known[id(traced)] = _Known(traced, real, names, traced._version)
+                if not names:
+                    _of_known_size(traced, real)
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether the value of a traced tensor is known."""
+        return self._of(tensor) is not None
 
     def check(self) -> None:
         """Refuse a forward that branches on a buffer and writes it.
@@ -113,6 +129,8 @@ class KnownValues:
 
     def _refresh(self) -> None:
         """The exporter puts other tensors in the place of the buffers: know those too."""
+        if not self._owners:
+            return
         module, leaf = next(iter(self._owners.values()))
         probe = module._buffers.get(leaf)
         if probe is None or probe is self._probe:
@@ -123,13 +141,25 @@ class KnownValues:
             if buffer is not None:
                 self._known[id(buffer)] = _Known(buffer, self._values[name], frozenset((name,)))
 
+    def _of(self, tensor: Tensor) -> _Known | None:
+        """What is known of a tensor; nothing where it has been written since."""
+        known = self._known.get(id(tensor))
+        if known is None or known.names or tensor._version == known.version:
+            return known
+        return None
+
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def real(leaf: Any) -> Any:
             return self._known[id(leaf)].value if isinstance(leaf, Tensor) else leaf
 
         real_args, real_kwargs = pytree.tree_map(real, (args, kwargs))
-        with _disable_current_modes(), torch.no_grad():
-            return func(*real_args, **real_kwargs)
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            drawn = torch.get_rng_state()
+            value = func(*real_args, **real_kwargs)
+            if not torch.equal(torch.get_rng_state(), drawn):
+                torch.set_rng_state(drawn)
+                raise _Draws
+        return value
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -150,12 +180,17 @@ def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
     return special or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
-def _draws(func: Any) -> bool:
-    return "rand" in getattr(func, "__name__", "") or getattr(func, "__name__", "") in (
-        "bernoulli",
-        "multinomial",
-        "normal",
-    )
+def _symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether sizes of the traced inputs are among the arguments."""
+    symbols = torch.SymInt | torch.SymFloat | torch.SymBool
+    return any(isinstance(leaf, symbols) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+def _of_known_size(traced: Tensor, value: Tensor) -> None:
+    """Tell the exporter the sizes that follow from a constant's values (`nonzero`, `repeat_interleave`)."""
+    for size, length in zip(traced.shape, value.shape, strict=True):
+        if isinstance(size, torch.SymInt):
+            torch._check(size == length)
 
 
 def _users_line() -> str:

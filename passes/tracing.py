@@ -4,7 +4,8 @@
 - `x.data` is `x.detach()`, which the exporter can record.
 - autocast regions around the call of `convert` are off: the hybrid runs under whatever its caller has on.
 - a layer that is moved in the forward to where it is already stays as it is.
-- a branch on a buffer is decided by its value (`known_values`).
+- a branch on a buffer or a constant is decided by its value (`known_values`), one on random numbers is refused
+  (`drawn_values`).
 - random numbers come from torch's default generator, which the forward does not seed.
 - autograd's graph is not looked at, and gets no hooks but those of `Tensor.register_hook` (`refused_hooks`).
 - distributions do not look at the values of their parameters.
@@ -16,6 +17,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.drawn_values import DrawnValues
 from ffebm_compiler.passes.explain_capture import NotTraceable
 from ffebm_compiler.passes.known_values import KnownValues
 from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
@@ -52,14 +56,17 @@ class UsersCalls(TorchFunctionMode):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.known = KnownValues(source)
+        self.drawn = DrawnValues(self.known.knows)
         self.outside: list[torch.Tensor] = []
         """Tensors with `requires_grad` that no module registers: the tracer sees them as they are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the call, marked where no gradient is recorded."""
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # torch traces itself: flex attention, torch.cond
+            return func(*args, **kwargs)
         if func == _DATA:
-            return args[0].detach()
+            func, args = torch.Tensor.detach, args[:1]
         if func == GRADIENT_FUNCTION:
             node = func(*args)
             return None if node is None else GradientFunction(node)
@@ -74,6 +81,7 @@ class UsersCalls(TorchFunctionMode):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.requires_grad
         ]
         args, kwargs = tuple(map(_default, args)), {key: _default(value) for key, value in kwargs.items()}
+        self.drawn.call(func, args)
         known, value = self.known.call(func, args, kwargs)
         if known:
             return value
@@ -83,6 +91,7 @@ class UsersCalls(TorchFunctionMode):
             with traceback.preserve_node_meta(), traceback.annotate({WITHOUT_GRADIENT: True}):
                 result = func(*args, **kwargs)
         self.known.computed(func, args, kwargs, result)
+        self.drawn.computed(func, args, kwargs, result)
         return result
 
 
@@ -104,7 +113,9 @@ def _unseeded() -> Iterator[None]:
     places = [(module, name) for module in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")]
     before = {(module, name): getattr(module, name) for module, name in places}
 
-    def refused(*_: Any, **__: Any) -> Any:
+    def refused(module: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if str(sys._getframe(1).f_globals.get("__name__", "")).startswith("torch._dynamo."):
+            return before[module, name](*args, **kwargs)  # it keeps the state while it traces torch.cond's branches
         raise NotTraceable(
             "torch's random generator is seeded or set here, which a graph does not hold: every forward would draw on "
             "where the last one stopped; keep the numbers in a buffer, or draw them without a seed"
@@ -112,7 +123,7 @@ def _unseeded() -> Iterator[None]:
 
     try:
         for module, name in places:
-            setattr(module, name, refused)
+            setattr(module, name, functools.partial(refused, module, name))
         yield
     finally:
         for (module, name), function in before.items():

@@ -71,7 +71,36 @@ def moved(self: nn.Module, x: Tensor) -> Tensor:
     return self.a.double()(x.double())  # MARK
 
 
+def _layers_kept(layers: list[nn.Module], rate: float) -> list[nn.Module]:
+    dropped = torch.zeros(len(layers)).uniform_(0.0, 1.0) < rate
+    return [layer for layer, drop in zip(layers, dropped, strict=True) if not drop]  # MARK
+
+
+def dropped(self: nn.Module, x: Tensor) -> Tensor:
+    for layer in _layers_kept([self.a, self.b], 0.3):
+        x = layer(x)
+    return x
+
+
+def skipped(self: nn.Module, x: Tensor) -> Tensor:
+    x = self.a(x)
+    return x if torch.rand([]) < 0.5 else self.b(x)  # MARK
+
+
+def _positive(layer: nn.Module, x: Tensor) -> bool:
+    return bool(layer.weight.sum() + x.sum() > 0)  # MARK
+
+
+def function_of_a_module(self: nn.Module, x: Tensor) -> Tensor:
+    return self.a(x) if _positive(self.b, x) else x
+
+
+_DRAWN = r"random numbers that the forward draws decide here what runs.*multiply .* or set the rate to 0"
+
 CASES = {
+    dropped: _DRAWN,
+    skipped: _DRAWN,
+    function_of_a_module: r"depends on the values of a tensor",
     branch: r"depends on the values of a tensor \(data-dependent\).*torch\.where",
     loop: r"depends on the values of a tensor \(data-dependent\).*make the branch depend on shapes",
     number: r"a Python number here depends on the values of a tensor",

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import noise, seeded
+from same_as_source import assert_same
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import CaptureError
+
+
+class Inner(nn.Module):
+    """Two layers, and a forward from outside."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
 
 
 class Flags(nn.Module):
@@ -97,3 +112,90 @@ def test_fake_quantised_models_with_their_observers_off() -> None:
         found, expected = hybrid(x), model.eval()(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert any("'0.fake_quant_enabled'" in note for note in hybrid.plan.notes)
+
+
+def pyramid(self: nn.Module, x: Tensor) -> Tensor:
+    """Levels whose sizes are kept in a tensor, as in deformable attention."""
+    sizes = torch.as_tensor([[2, 2], [4, 1]])
+    starts = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
+    parts = [x[:, int(start) : int(start) + int(h * w)] for (h, w), start in zip(sizes, starts, strict=True)]
+    first, second = sizes.unbind(0)
+    return self.a(torch.cat(parts, 1)) * (2 if torch.equal(first, second) else 3)
+
+
+def repeated(self: nn.Module, x: Tensor) -> Tensor:
+    """Segments of known lengths."""
+    segment = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 5, 2]))
+    return self.a(x) * segment + (segment == 1).nonzero()[:, 0].sum() * torch.ones(len(segment))
+
+
+def filled(self: nn.Module, x: Tensor) -> Tensor:
+    """A table that is filled step by step: only what is known is decided."""
+    table = torch.zeros(4)
+    limit = torch.full((), 3.0)
+    return self.a(x) if (table < limit).all() else self.b(x)
+
+
+@pytest.mark.parametrize("forward", [pyramid, repeated, filled], ids=lambda f: f.__name__)
+def test_tensors_of_python_numbers_have_their_values(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    hybrid = assert_same(seeded(lambda: Inner(forward)), noise(3, 8))
+    assert not hybrid.plan.notes
+    x = noise(5, 8, seed=1)
+    torch.testing.assert_close(hybrid.eval()(x), forward(hybrid, x), rtol=1e-5, atol=1e-6)
+
+
+def assigned(table: Tensor, x: Tensor) -> None:
+    table[0] = x.sum()
+
+
+def through_a_view(table: Tensor, x: Tensor) -> None:
+    table[1:].copy_(x[0, :3])
+
+
+def through_data(table: Tensor, x: Tensor) -> None:
+    table.data.add_(x.mean())
+
+
+def with_out(table: Tensor, x: Tensor) -> None:
+    torch.mul(x[0, :4], 2.0, out=table)
+
+
+def rectified(table: Tensor, x: Tensor) -> None:
+    torch.relu_(table.sub_(x[0, :4]))
+
+
+@pytest.mark.parametrize(
+    "write", [assigned, through_a_view, through_data, with_out, rectified], ids=lambda f: f.__name__
+)
+def test_a_constant_that_was_written_is_unknown(write: Callable[[Tensor, Tensor], None]) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        table = torch.zeros(4)
+        write(table, x)
+        return self.a(x) if table.sum() > 0 else self.b(x)
+
+    with pytest.raises(CaptureError, match="depends on the values of a tensor"):
+        ffebm.convert(seeded(lambda: Inner(forward)), noise(6, 8))
+
+
+def test_what_is_drawn_from_constants_is_unknown() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        kept = F.dropout(torch.ones(4), 0.5, training=True)
+        return self.a(x) if kept.sum() > 4 else self.b(x)
+
+    with pytest.raises(CaptureError, match="depends on the values of a tensor"):
+        ffebm.convert(seeded(lambda: Inner(forward)), noise(6, 8))
+
+
+def test_a_buffer_stays_as_it_was_when_its_value_is_followed() -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.register_buffer("limits", torch.tensor([-1.0, 2.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * F.relu(self.limits.clone(), inplace=True).sum()
+
+    model = seeded(Clipped)
+    assert_same(model, noise(4, 8))
+    assert model.limits.tolist() == [-1.0, 2.0]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ffebm_compiler.conversion import Conversion
-from ffebm_compiler.errors import InputError, NotYetError, PlanError
+from ffebm_compiler.errors import InputError, PlanError
 from ffebm_compiler.hardware import Hardware, resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.ir import OperationGraph, Program
@@ -24,6 +24,8 @@ from ffebm_compiler.passes.planning import make_plan
 from ffebm_compiler.pipeline import annotated_program
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
 from ffebm_compiler.recast import Casts
+from ffebm_compiler.runtime.energies.base import Energy
+from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
 
@@ -33,6 +35,9 @@ _OTHER_ORDER = (
     "random numbers are drawn in another order than in the source, since blocks and digital parts hold draws of "
     "several branches: of the same distribution, but for one seed dropout masks and the like are others"
 )
+
+DEFAULT_FEEDBACK = float(str(DEFAULT_ENERGY.default_feedback))
+"""The object that says, by being itself, that no feedback was given: each energy has a default of its own."""
 
 
 @dataclass
@@ -119,8 +124,8 @@ def convert(
     kwargs: Mapping[str, Any] | None = None,
     *,
     hardware: str | Hardware = "crossbar-256",
-    feedback: float | str = 0.1,
-    energy: str = "hopfield",
+    feedback: float | str = DEFAULT_FEEDBACK,
+    energy: str | Energy = "hopfield",
     gradient: str | Estimator = "ep",
     solver: Solver | None = None,
     fold_batchnorm: bool = False,
@@ -138,8 +143,9 @@ def convert(
         example_inputs: a tensor or a tuple of the forward's positional arguments.
         kwargs: the forward's keyword arguments.
         hardware: a preset's name (`hardware_presets()`) or a `Hardware`.
-        feedback: the loop gain κ of every block, in (0, 1); or `"symmetric"` (γ = 1).
-        energy: `"hopfield"`.
+        feedback: for a Hopfield energy the loop gain κ of every block, in (0, 1), 0.1 where it is left out; for a
+            resistive one the amplifiers' gain γ > 0 itself, 0.01 where it is left out; or `"symmetric"` (γ = 1).
+        energy: what the blocks minimise: `"hopfield"`, `"resistive"`, or an energy object.
         gradient: `"ep"`, `"implicit"`, `"unrolled"`, or an estimator object.
         solver: a solver object; None chooses per block.
         fold_batchnorm: fold eval-mode batch norm into the layer before it.
@@ -156,11 +162,8 @@ def convert(
     Raises:
         FFEBMError: a subclass that says what was given, what was expected and what to do.
     """
-    feedback = check_feedback(feedback)
-    if energy != "hopfield":
-        if energy == "resistive":
-            raise NotYetError("energy='resistive' is announced but not built yet: use 'hopfield'")
-        raise InputError(f"energy is {energy!r}; expected 'hopfield'")
+    kind = energy_of(energy)
+    feedback = kind.check_feedback(kind.default_feedback if feedback is DEFAULT_FEEDBACK else feedback)
     if solver is not None and not isinstance(solver, Solver):
         raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
     estimator = estimator_of(gradient)
@@ -186,23 +189,7 @@ def convert(
         plan = replace(plan, notes=(*plan.notes, _OTHER_ORDER))
     hybrid = HybridModel(front.program, plan, lowered, casts)
     hybrid.conversion = Conversion.of(front.args, front.kwargs, dynamic_shapes)
-    hybrid.configure(feedback=feedback, estimator=estimator, solver=solver)
+    hybrid.configure(feedback=feedback, estimator=estimator, solver=solver, energy=kind)
     hybrid.calibrate(*front.args, **front.kwargs)
     hybrid.verify_feedforward(model, front.args, front.kwargs)
     return hybrid
-
-
-def check_feedback(feedback: object) -> float | str:
-    """A loop gain in (0, 1) or `"symmetric"`.
-
-    Raises:
-        InputError: for anything else.
-    """
-    if feedback == "symmetric":
-        return "symmetric"
-    if isinstance(feedback, bool) or not isinstance(feedback, int | float) or not 0 < feedback < 1:
-        raise InputError(
-            f"feedback is {feedback!r}; expected a loop gain strictly between 0 and 1 (below 1 every block is "
-            "certain to settle; 0.1 is the default), or 'symmetric'"
-        )
-    return float(feedback)

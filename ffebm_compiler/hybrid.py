@@ -27,6 +27,8 @@ from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.energies.base import Energy
+from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock, ReboundOperation
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
@@ -70,6 +72,7 @@ _OWN = frozenset(
         "_sources",
         "_source",
         "conversion",
+        "energy_function",
         "project_to",
         "recertify_every",
         "training",
@@ -106,6 +109,8 @@ class HybridModel(nn.Module):
         self._differs_in_training = bool(program.asks) and not program.refused_in_training
         self._draws_in_order = lowered.draws_in_order
         self._folded = frozenset(program.folded)
+        self.energy_function: Energy = DEFAULT_ENERGY
+        """What the blocks minimise, as `convert` was asked for it."""
         self.conversion: Conversion | None = None
         """What `convert` was called with; `save` stores it."""
         self.recertify_every: int | None = 100
@@ -329,9 +334,19 @@ class HybridModel(nn.Module):
             values = tuple(_static_value(run, node, known) for node in call.args)
         return values[:count], values[count:]
 
-    def configure(self, *, feedback: float | str, estimator: Estimator, solver: Solver | None) -> None:
-        """Set feedback, estimator and solver of every block, without measuring anything."""
+    def configure(
+        self, *, feedback: float | str, estimator: Estimator, solver: Solver | None, energy: Energy | None = None
+    ) -> None:
+        """Set feedback, estimator, solver and (where one is given) energy of every block, without measuring anything.
+
+        Raises:
+            UnsupportedError: where a block with feedback holds what the energy does not admit.
+        """
+        if energy is not None:
+            self.energy_function = energy
         for block in self._energy.values():
+            if energy is not None:
+                block.set_energy(energy)
             block.gain.feedback = feedback
             block.estimator = estimator
             block.solver = solver
@@ -510,10 +525,14 @@ class HybridModel(nn.Module):
             block.solver = solver
 
     def set_feedback(self, feedback: float | str) -> None:
-        """Set the loop gain κ of every block, in (0, 1), or `"symmetric"`."""
-        from ffebm_compiler.convert import check_feedback
+        """Set the feedback of every block: the loop gain κ in (0, 1) (of a resistive energy the gain γ > 0 itself).
 
-        value = check_feedback(feedback)
+        `"symmetric"` is γ = 1.
+
+        Raises:
+            InputError: for what is no feedback of the blocks' energy.
+        """
+        value = self.energy_function.check_feedback(feedback)
         for name, block in self._energy.items():
             enough = block.set_feedback(value)
             if not enough or not block.gain.fits(self._made_of(name)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.anderson import Anderson
+from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
 from ffebm_compiler.runtime.estimator import Estimator
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
 from ffebm_compiler.runtime.newton import NewtonCG
@@ -46,7 +47,12 @@ def state_of(hybrid: HybridModel) -> dict[str, Any]:
             "gradient": named(module.estimator),
             "solver": named(module.solver),
         }
-    return {"recertify_every": hybrid.recertify_every, "project_to": hybrid.project_to, "blocks": blocks}
+    return {
+        "recertify_every": hybrid.recertify_every,
+        "project_to": hybrid.project_to,
+        "blocks": blocks,
+        "energy": name_of(hybrid.energy_function),
+    }
 
 
 def named(value: Estimator | Solver | None) -> dict[str, Any] | None:
@@ -123,8 +129,10 @@ class Arrival:
 
 
 def _of_same_blocks(hybrid: HybridModel, state: Any) -> bool:
-    """Whether a state is of a hybrid with the same blocks."""
+    """Whether a state is of a hybrid with the same blocks and the same energy."""
     try:
+        if state.get("energy", DEFAULT_ENERGY.name) != name_of(hybrid.energy_function):
+            return False
         layers = {name: list(block["layers"]) for name, block in state["blocks"].items()}
     except (KeyError, TypeError, AttributeError):
         return False

@@ -59,14 +59,22 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
     vectors = read_tensors(folder / "loop_gain.safetensors", InputError, REMEDY)
     plan = Plan.from_json(folder / "plan.json")
     try:
-        hybrid = convert(model, args, kwargs, hardware=plan.hardware, dynamic_shapes=kept.dynamic_shapes, plan=plan)
+        hybrid = convert(
+            model,
+            args,
+            kwargs,
+            hardware=plan.hardware,
+            energy=settings.energy,
+            dynamic_shapes=kept.dynamic_shapes,
+            plan=plan,
+        )
     except FFEBMError as error:
         raise type(error)(f"{folder} does not fit the model: {error}") from error
     present = hybrid.state_dict(keep_vars=True)
     check_weights(folder / "weights.safetensors", tensors, present)
     check_state(path, settings, hybrid)
     check_tracks(folder / "loop_gain.safetensors", vectors, settings, hybrid)
-    state = _with_tensors(values["state"], vectors)
+    state = _with_tensors({**values["state"], "energy": settings.energy}, vectors)
     aliases = {id(tensor): name for name, tensor in reversed(present.items())}
     full: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in present.items():

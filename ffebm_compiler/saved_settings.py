@@ -13,6 +13,7 @@ from torch import Tensor
 from ffebm_compiler.checked_json import AtLeast, Malformed, Number, read_json, short, typed
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hybrid_state import ESTIMATORS, SOLVERS
+from ffebm_compiler.runtime.energies.choice import energy_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
@@ -24,7 +25,6 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Count = Annotated[int, AtLeast(0)]
 _Positive = Annotated[float, AtLeast(0, above=True, most=1e100)]
 _Magnitude = Annotated[float, AtLeast(0, most=1e100)]
-_Share = Annotated[float, AtLeast(0, above=True, most=1)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Track:
 @dataclass(frozen=True)
 class _BlockState:
     layers: tuple[str, ...]
-    feedback: _Share | Literal["symmetric"]
+    feedback: _Positive | Literal["symmetric"]
     changes: _Count
     norms: tuple[tuple[_Count, _Count, _Magnitude | None], ...]
     scales: tuple[_Positive, ...]
@@ -53,6 +53,7 @@ class _BlockState:
     measured: bool
     gradient: Mapping[str, Any]
     solver: Mapping[str, Any] | None
+    amplifiers: tuple[_Magnitude, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Settings:
     training: bool
     other_mode: tuple[str, ...]
     frozen: tuple[str, ...]
-    energy: Literal["hopfield"]
+    energy: Literal["hopfield", "resistive"]
     conversion: _Conversion
     state: _State
 
@@ -93,11 +94,22 @@ def read_settings(path: Path, schema: int) -> tuple[Settings, dict[str, Any]]:
             _check_kind(block.gradient, ESTIMATORS, f"{place}.gradient")
             if block.solver is not None:
                 _check_kind(block.solver, SOLVERS, f"{place}.solver")
+            _check_feedback(settings.energy, block.feedback, f"{place}.feedback")
+            if len(block.amplifiers) not in (0, len(block.layers)):
+                raise Malformed(f"{place}.amplifiers: expected {len(block.layers)} numbers, one a layer")
             if len(block.scales) != len(block.layers):
                 raise Malformed(f"{place}.scales: expected {len(block.layers)} numbers, one a layer")
     except Malformed as error:
         raise InputError(f"{path} is malformed ({error}): {REMEDY}") from error
     return settings, found
+
+
+def _check_feedback(energy: str, feedback: float | str, place: str) -> None:
+    """That a feedback is one of the energy's."""
+    try:
+        energy_of(energy).check_feedback(feedback)
+    except InputError as error:
+        raise Malformed(f"{place}: {error}") from error
 
 
 def _check_kind(stored: Mapping[str, Any], kinds: Mapping[str, type], place: str) -> None:

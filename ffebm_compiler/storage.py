@@ -59,7 +59,7 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         # Modules that are frozen on their own, such as a batch norm in eval mode while the rest trains.
         "other_mode": [name for name, module in hybrid.named_modules() if module.training != hybrid.training],
         "frozen": [name for name, parameter in hybrid.named_parameters() if not parameter.requires_grad],
-        "energy": "hopfield",
+        "energy": state["energy"],
         "conversion": {
             "structure": conversion.structure,
             "leaves": list(conversion.leaves),
@@ -68,7 +68,7 @@ def save(hybrid: HybridModel, path: str | Path) -> None:
         "state": _without_tensors(state),
     }
     try:
-        settings["conversion"]["containers"] = stored_recipe(conversion.containers)  # type: ignore[index]
+        settings["conversion"]["containers"] = stored_recipe(conversion.containers)
         check_described(conversion.structure, conversion.leaves, "the example inputs")
         text = json.dumps(settings, indent=1)
     except TypeError as error:
@@ -105,6 +105,11 @@ def _unique(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _check_storable(state: Mapping[str, Any]) -> None:
+    if state["energy"] is None:
+        raise ExportError(
+            "the energy of the blocks is of a class of your own, which cannot be stored: save hybrid.plan.to_json() "
+            "and hybrid.state_dict(), and call convert(..., energy=..., plan=...) again"
+        )
     for name, block in state["blocks"].items():
         for what, known in (("gradient", "gradient estimator"), ("solver", "solver")):
             if block[what] is not None and block[what]["kind"] is None:
@@ -137,4 +142,4 @@ def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
         }
         for block, kept in state["blocks"].items()
     }
-    return {**state, "blocks": blocks}
+    return {name: value for name, value in state.items() if name != "energy"} | {"blocks": blocks}

@@ -147,7 +147,13 @@ def summary_text(hybrid: HybridModel) -> str:
         "stationary only",
     )
     table = table_text("equilibria (sweeps predicted and in the last forward)", columns, rows)
-    return "\n".join([plan_text(hybrid.plan), table, *_solver_lines(hybrid)])
+    return "\n".join([plan_text(hybrid.plan), table, *_energy_lines(hybrid), *_solver_lines(hybrid)])
+
+
+def _energy_lines(hybrid: HybridModel) -> list[str]:
+    """What the blocks with feedback minimise, and the feedback that they hold."""
+    blocks = [block.module for block in hybrid.blocks if block.certificate is not None]
+    return list(dict.fromkeys(module.energy_function.describe(module.feedback) for module in blocks))
 
 
 def _solver_lines(hybrid: HybridModel) -> list[str]:

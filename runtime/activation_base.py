@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
 
@@ -19,6 +20,7 @@ from ffebm_compiler.errors import InputError, UnsupportedError
 
 __all__ = [
     "Activation",
+    "Lines",
     "clamp_step",
     "clamp_stepper",
     "gauss_legendre",
@@ -27,6 +29,16 @@ __all__ = [
     "longest",
     "sigmoid_step",
 ]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """σ as straight lines: slopes a_0..a_n on both sides of the knots h_1 < … < h_n."""
+
+    knots: tuple[float, ...]
+    slopes: tuple[float, ...]
+    start: float = 0.0
+    """σ(h_1); σ(0) where there are no knots."""
 
 
 class Activation(ABC):
@@ -78,6 +90,11 @@ class Activation(ABC):
         even the smooth ones: where two pieces meet they have no common extension.
         """
         return False
+
+    @property
+    def lines(self) -> Lines | None:
+        """σ as straight lines; None where it is made of anything else."""
+        return None
 
     @abstractmethod
     def value(self, h: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.activation_base import Activation, clamp_step, clamp_stepper, in_double, infinite_outside
+from ffebm_compiler.runtime.activation_base import (
+    Activation,
+    Lines,
+    clamp_step,
+    clamp_stepper,
+    in_double,
+    infinite_outside,
+)
 
 __all__ = [
     "CELU",
@@ -39,6 +46,7 @@ class Identity(Activation):
     monotone = True
     smooth = True
     holomorphic = True
+    lines = Lines((), (1.0,))
 
     def value(self, h: Tensor) -> Tensor:
         return h
@@ -67,6 +75,12 @@ class _Clamp(Activation):
     smooth = False
     lo: float
     hi: float
+
+    @property
+    def lines(self) -> Lines:
+        bounds = tuple(bound for bound in (self.lo, self.hi) if abs(bound) < inf)
+        slopes = (*((0.0,) if self.lo > -inf else ()), 1.0, *((0.0,) if self.hi < inf else ()))
+        return Lines(bounds, slopes, bounds[0] if bounds else 0.0)
 
     def primitive(self, h: Tensor) -> Tensor:
         s = h.clamp(self.lo, self.hi)
@@ -154,6 +168,10 @@ class LeakyReLU(Activation):
             raise InputError(f"{self!r}: negative_slope must be finite")
 
     @property
+    def lines(self) -> Lines:
+        return Lines((0.0,), (self.negative_slope, 1.0))
+
+    @property
     def lipschitz(self) -> float:
         return max(1.0, abs(self.negative_slope))
 
@@ -196,6 +214,10 @@ class Softshrink(Activation):
         if not 0 <= self.lambd < inf:
             raise InputError(f"{self!r}: lambd must be finite and not negative")
 
+    @property
+    def lines(self) -> Lines:
+        return Lines((-self.lambd, self.lambd), (1.0, 0.0, 1.0)) if self.lambd > 0 else Lines((), (1.0,))
+
     def value(self, h: Tensor) -> Tensor:
         return F.softshrink(h, self.lambd)
 
@@ -217,6 +239,7 @@ class Hardsigmoid(Activation):
     """σ(h) = clamp(h/6 + ½, 0, 1), Λ(h) = h s − G(s) with s = σ(h), G(s) = 3s² − 3s on [0, 1]."""
 
     name = "hardsigmoid"
+    lines = Lines((-3.0, 3.0), (0.0, 1 / 6, 0.0))
     lipschitz = 1 / 6
     monotone = True
     smooth = False

@@ -14,7 +14,7 @@ from ffebm_compiler.runtime.activations import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.chaining import Settle
 from ffebm_compiler.runtime.energies.base import Energy, Setting
-from ffebm_compiler.runtime.energies.hopfield import Hopfield
+from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
@@ -59,7 +59,7 @@ class EnergyBlock(nn.Module):
         self.program = program
         self.estimator: Estimator = estimator or EquilibriumPropagation()
         self.solver: Solver | None = None
-        self.energy_function: Energy = Hopfield()
+        self.energy_function: Energy = DEFAULT_ENERGY
         """What the block minimises; `set_energy` chooses it."""
         self.gain = HeldGain(program, self.energy_function)
         """What the amplifiers are set to, the loop gain it amounts to, and how that is held while the weights move."""

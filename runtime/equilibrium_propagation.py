@@ -216,6 +216,13 @@ def _second_order(
     if isinstance(strength, complex):
         pairs.append((-1.0, [_imaginary(part) for part in turned], [_imaginary(part) for part in moved]))
     for sign, cotangents, currents in pairs:
+        middle = [
+            torch.zeros_like(state) if part is None else part * (0.5 / scale)
+            for part, state, scale in zip(currents, at.states, at.scales, strict=True)
+        ]
+        at.setting.energy.add_weight_terms(
+            at.frame, at.setting, cotangents, middle, gradients.weights, at.weights_needed, sign
+        )
         for index, (cotangent, scale) in enumerate(zip(cotangents, at.scales, strict=True)):
             ratio, deviations = at.frame.deviations(index, currents, at.scales)
             if cotangent is None or all(value is None for value in deviations):
@@ -240,10 +247,10 @@ def _imaginary(part: Tensor | None) -> Tensor | None:
 
 
 def _check_holomorphic(at: Situation) -> None:
-    for layer in at.frame.program.layers:
-        if not layer.activation.holomorphic:
+    for layer, activation in zip(at.frame.program.layers, at.setting.activations(at.frame), strict=True):
+        if not activation.holomorphic:
             raise UnsupportedError(
-                f"{at.name}: the activation {layer.activation.name} of layer {layer.name} has no holomorphic "
+                f"{at.name}: the activation {activation.name} of layer {layer.name} has no holomorphic "
                 "extension, so that it cannot be nudged in the complex plane: use variant='centered', or another "
                 "activation"
             )

@@ -7,7 +7,8 @@ midpoint m of the states) and hands them to one contraction,
     δ_x   = Σ_l (∂d_l/∂x)ᵀ e_l ,        e = −u,
 
 which for equilibrium propagation is exactly [∂E(s⁺) − ∂E(s⁻)]/(difference of β), expanded so
-that nothing cancels: u = c v̄ with v̄ the mean deviation and m the midpoint of the two states.
+that nothing cancels: u = c v̄ with v̄ the mean deviation and m the midpoint of the two states. An energy whose potentials
+hold weights adds terms of its own.
 
 Sources: Scellier & Bengio 2017 (arXiv 1602.05179), Laborieux et al. 2021 (arXiv 2006.03824),
 Nest & Ernoult 2024 (arXiv 2409.03306), Bai et al. 2019 (arXiv 1909.01377) for the implicit form.
@@ -85,6 +86,8 @@ def contract(
                 bias=False,
                 factor=ratio,
             )
+    if wants_weights:
+        at.setting.energy.add_weight_terms(frame, at.setting, currents, middle, weights, at.weights_needed)
     if wants_weights and any(layer.parameters for layer in program.layers):
         _parameters(at, currents, errors, weights)
     return Gradients(
@@ -100,14 +103,14 @@ def _parameters(
     weights: list[Tensor | None],
 ) -> None:
     """Add the gradients of the activations' parameters."""
-    phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
+    phase, activations = AdjointPhase(at.frame, at.setting, at.preactivations, errors), at.setting.activations(at.frame)
     for index, current in enumerate(currents):
         phase.store(index, current)
     for index, layer in enumerate(at.frame.program.layers):
         force = phase.force(index) if layer.parameters else None
         if force is None:
             continue
-        found = at.frame.activations[index].parameter_gradients(at.preactivations[index], force)
+        found = activations[index].parameter_gradients(at.preactivations[index], force)
         for place, gradient in zip(layer.parameters, found, strict=True):
             present = weights[place]
             weights[place] = gradient if present is None else present + gradient

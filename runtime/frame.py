@@ -6,6 +6,7 @@ What depends on the inputs alone is evaluated once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class Frame:
         self.shapes = shapes if shapes is not None else {}
         self.shapes.update({index: value.shape for index, value in enumerate(inputs)})
         self._fixed: dict[int, Tensor] = dict(enumerate(self.inputs))
+        self.memory: dict[Any, Any] = {}
+        """What an energy has computed from these weights, for the next phase that asks."""
         self.coarse = False
         """Whether products of what depends on states are computed in bfloat16."""
         self._rounded: dict[int, Tensor] = {}

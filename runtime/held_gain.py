@@ -259,6 +259,11 @@ class HeldGain:
             "radius": None if certificate is None else _finite(certificate.radius),
             "contraction": None if certificate is None else _finite(certificate.contraction),
             "tracks": self.gauge.state(),
+            **(
+                {}
+                if certificate is None or not certificate.amplifiers
+                else {"amplifiers": list(certificate.amplifiers)}
+            ),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -270,6 +275,12 @@ class HeldGain:
         layers = [layer.name for layer in self.program.layers]
         edges = [] if self.certificate is None else [(k, m) for k, m, _ in self.certificate.norms]
         norms = [(int(k), int(m), _number(norm)) for k, m, norm in state["norms"]]
+        amplifiers = tuple(float(gain) for gain in state.get("amplifiers", ()))
+        if len(amplifiers) != len(self.setting.amplifiers):
+            raise InputError(
+                f"the stored feedback of {self.program.name} is of another energy: convert with the energy of the "
+                "saved hybrid"
+            )
         if list(state["layers"]) != layers or [(k, m) for k, m, _ in norms] != edges:
             raise InputError(
                 f"the stored feedback of {self.program.name} is of other layers ({', '.join(state['layers'])}): it "
@@ -280,7 +291,7 @@ class HeldGain:
         if self.certificate is not None:
             scales = tuple(float(scale) for scale in state["scales"])
             self.certificate = Certificate(
-                tuple(norms), scales, _number(state["radius"]), _number(state["contraction"])
+                tuple(norms), scales, _number(state["radius"]), _number(state["contraction"]), amplifiers
             )
         self.gauge.restore(state["tracks"])
 

@@ -76,6 +76,10 @@ class Operator(ABC):
         """∂⟨p, A(θ) x + b(θ)⟩/∂θ for each weight that is needed; without the bias term if `bias` is false."""
         return [None] * len(weights)
 
+    def absolute(self) -> Operator:
+        """The operator of the absolute values |A|, for weights |θ|: its own coefficients lose sign and constant."""
+        return self
+
     def draw(self, values: Sequence[Tensor]) -> Tensor | None:
         """The constant of this forward, where the operator `draws` or `selects`."""
         return None
@@ -222,6 +226,10 @@ class Sum(Operator):
     factors: tuple[float, ...]
     constant: float = 0.0
 
+    def absolute(self) -> Sum:
+        """Σ_i |f_i| x_i."""
+        return Sum(tuple(abs(factor) for factor in self.factors))
+
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """The sum."""
         total = self._combine(values)
@@ -257,6 +265,10 @@ class Scale(Operator):
     """y = f x."""
 
     factor: float
+
+    def absolute(self) -> Scale:
+        """|f| x."""
+        return Scale(abs(self.factor))
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """The product."""

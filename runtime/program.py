@@ -12,7 +12,7 @@ deviation coordinates and the gradients rely on. `runtime/frame.py` evaluates it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ffebm_compiler.runtime.activations import Activation
@@ -127,6 +127,15 @@ class BlockProgram:
     def monotone(self) -> bool:
         """Whether all activations are: an equilibrium is then a minimum of the energy, else a stationary point."""
         return all(layer.activation.monotone for layer in self.layers)
+
+    @cached_property
+    def absolute(self) -> BlockProgram:
+        """The same block with operators of absolute values: |J_{ml}| at weights |θ|."""
+        layers = tuple(
+            replace(layer, instructions=tuple(replace(i, operator=i.operator.absolute()) for i in layer.instructions))
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
 
     @cached_property
     def masks(self) -> frozenset[int]:

@@ -333,7 +333,7 @@ def test_contradicting_and_impossible_placements() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"energy": "boltzmann"}, r"energy is 'boltzmann'; expected 'hopfield'"),
+        ({"energy": "boltzmann"}, r"energy is 'boltzmann'; expected 'hopfield' or 'resistive'"),
         ({"gradient": "backprop"}, r"gradient is 'backprop'; expected 'ep', 'implicit', 'unrolled'"),
         ({"gradient": 3}, r"gradient is 3"),
         ({"solver": "newton"}, r"solver is a str; expected a Solver"),
@@ -536,7 +536,7 @@ def test_sources_stay_as_they_are_after_an_error() -> None:
 def test_not_built_yet_says_what_to_use() -> None:
     model, x = mlp()
     hybrid = ffebm.convert(model, x)
-    fails(ffebm.NotYetError, r"energy='resistive'", ffebm.convert, model, x, energy="resistive")
+    fails(ffebm.NotYetError, r"energy='drn'", ffebm.convert, model, x, energy="drn")
     assert issubclass(ffebm.NotYetError, NotImplementedError)
     assert hybrid(x).shape == (6, 5)
 

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.errors import ExportError, FFEBMError
+from ffebm_compiler.errors import ExportError, FFEBMError, UnsupportedError
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS
 from ffebm_compiler.onnx.manifest_file import read_manifest
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.program_file import program_from_json
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
 from ffebm_compiler.runtime.solvers import GaussSeidel
 from ffebm_compiler.tensor_file import read_tensors
 from ffebm_compiler.whole_folders import digest_of, recover_folder
@@ -109,10 +110,18 @@ class Exported:
                 raise ValueError(f"{step['name']} reads {operand['tensor']!r}, which {WEIGHTS} does not hold")
         settling = step["settling"]
         block = EnergyBlock(program)
+        energy = energy_of(step.get("energy", DEFAULT_ENERGY.name))
+        amplifiers = tuple(float(gain) for gain in step.get("amplifiers", ()))
+        if len(amplifiers) != (len(program.layers) if energy.amplified and program.coupled else 0):
+            raise ValueError(f"{step['name']} has {len(amplifiers)} amplifiers and {len(program.layers)} layers")
+        try:
+            block.set_energy(energy)
+        except UnsupportedError as error:
+            raise ValueError(str(error)) from error
         block.gain.feedback = step["feedback"]
         radius = step["spectral_radius"]
         radius = math.inf if radius is None else float(radius)
-        block.gain.certificate = Certificate((), scales, radius, settling["contraction"])
+        block.gain.certificate = Certificate((), scales, radius, settling["contraction"], amplifiers)
         block.solver = GaussSeidel(
             rtol=settling["rtol"],
             max_sweeps=settling["max_sweeps"],

@@ -58,6 +58,11 @@ def block_function(step: Step) -> BlockFunction:
     """
     block = step.module
     assert isinstance(block, EnergyBlock)
+    if block.setting.amplifiers:
+        raise ExportError(
+            f"{step.name} has a {block.energy_function.name} energy, which has no ONNX form yet: export with "
+            "parts='digital', whose manifest holds the block, or use energy='hopfield'"
+        )
     dtype = step.outputs[0].dtype
     if dtype not in ("float32", "float64"):
         raise ExportError(

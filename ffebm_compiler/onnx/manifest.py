@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx.folder import FORMAT
 from ffebm_compiler.onnx.packages import OPSET
 from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
 from ffebm_compiler.runtime.relaxation import stopping_rule
 from ffebm_compiler.runtime.solvers import GaussSeidel
 
@@ -119,6 +121,10 @@ def _energy_step(hybrid: HybridModel, step: Step) -> dict[str, Any]:
     plan = hybrid.plan.block(step.name)
     certificate = block.certificate
     radius = certificate.radius if certificate is not None else 0.0
+    energy = name_of(block.energy_function)
+    if energy is None:
+        raise ExportError(f"the energy of {step.name} is of a class of your own, which has no ONNX form")
+    other = {} if energy == DEFAULT_ENERGY.name else {"energy": energy, "amplifiers": list(block.setting.amplifiers)}
     count = block.program.inputs
     dtype = next((value.dtype for value in step.outputs), "float32")
     return {
@@ -139,6 +145,7 @@ def _energy_step(hybrid: HybridModel, step: Step) -> dict[str, Any]:
         "loop_gain": block.loop_gain if math.isfinite(block.loop_gain) else None,
         "spectral_radius": radius if math.isfinite(radius) else None,
         "scales": list(block.scales),
+        **other,
         "settling": settling_of(block, dtype),
         "program": program_to_json(block.program),
     }

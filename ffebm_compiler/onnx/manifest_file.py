@@ -62,6 +62,8 @@ class _Energy:
     scales: tuple[_Positive, ...]
     settling: _Settling
     program: Mapping[str, Any]
+    energy: Literal["hopfield", "resistive"] = "hopfield"
+    amplifiers: tuple[Annotated[float, AtLeast(0, most=1e100)], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class Energy(ABC):
 
     name: ClassVar[str]
     """What `convert` and files call it."""
+    amplified: ClassVar[bool]
+    """Whether an amplifier with a gain of its own follows every layer."""
     default_feedback: ClassVar[float]
     """The feedback that a block has where none is given."""
 
@@ -117,6 +119,10 @@ class Energy(ABC):
         Raises:
             InputError: where an edge between two states holds no weight that could be scaled.
         """
+
+    @abstractmethod
+    def describe(self, feedback: float | str) -> str:
+        """The energy and its feedback, as a phrase for a report."""
 
     @abstractmethod
     def remedy(self, feedback: float | str, loop_gain: float) -> str:

@@ -41,6 +41,7 @@ class Hopfield(Energy):
     """Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩]; `feedback` is the loop gain κ = ρ(A)² in (0, 1), or "symmetric" (γ = 1)."""
 
     name = "hopfield"
+    amplified = False
     default_feedback = 0.1
 
     def check_feedback(self, feedback: object) -> float | str:
@@ -108,6 +109,11 @@ class Hopfield(Energy):
     def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
         """Caps the norms of the edges where the loop gain exceeds the limit."""
         return projection(program, certificate, limit) if certificate.loop_gain > limit else {}
+
+    def describe(self, feedback: float | str) -> str:
+        """With κ, or γ = 1."""
+        held = "symmetric feedback, γ = 1" if isinstance(feedback, str) else f"loop gain κ = {feedback:.3g}"
+        return f"Hopfield energy, {held}"
 
     def remedy(self, feedback: float | str, loop_gain: float) -> str:
         """Another feedback, smaller weights or more sweeps."""

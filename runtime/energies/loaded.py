@@ -1,0 +1,165 @@
+"""`Loaded`: the activation of a state that drives a load, solved exactly where it is made of straight lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.runtime.activation_base import Activation, Lines, clamp_stepper
+
+__all__ = ["Loaded"]
+
+Bound = float | Tensor
+
+
+@dataclass(frozen=True)
+class Loaded(Activation):
+    """The s that solves ∂G(s) + e s ∋ h, for the potential G of a piecewise linear σ and a load e ≥ 0.
+
+    A line of σ with slope a through (h_i, s_i) becomes a line of slope a/(1 + a e) through (h_i + e s_i, s_i). For ReLU
+    and clamps of slope 1 that is σ(h/(1 + e)); for a leak or another slope no division of the field is.
+    """
+
+    activation: Activation
+    """σ, monotone and made of straight lines."""
+    load: Tensor = field(compare=False, repr=False)
+    """e = D − 1, to be broadcast over h."""
+
+    @property
+    def name(self) -> str:
+        return self.activation.name
+
+    @property
+    def lipschitz(self) -> float:
+        """That of σ: a load makes no slope larger."""
+        return self.activation.lipschitz
+
+    @property
+    def monotone(self) -> bool:
+        return True
+
+    @property
+    def smooth(self) -> bool:
+        return self.activation.smooth
+
+    @property
+    def holomorphic(self) -> bool:
+        return len(self._lines.slopes) == 1
+
+    @property
+    def steepest(self) -> Tensor:
+        """The largest slope, by unit."""
+        slope = max(self._lines.slopes)
+        return slope / (1 + slope * self.load)
+
+    def kept(self) -> Loaded:
+        """With the load as it is now."""
+        return replace(self, load=self.load.detach())
+
+    @cached_property
+    def _lines(self) -> Lines:
+        lines = self.activation.lines
+        if lines is None:
+            raise UnsupportedError(
+                f"{self.activation!r} is not made of straight lines, so that no load is solved exactly"
+            )
+        return lines
+
+    @cached_property
+    def _knots(self) -> tuple[tuple[Bound, float], ...]:
+        """(h_i + e s_i, s_i) of every knot."""
+        lines, value = self._lines, self._lines.start
+        found: list[tuple[Bound, float]] = []
+        for index, knot in enumerate(lines.knots):
+            if index:
+                value += lines.slopes[index] * (knot - lines.knots[index - 1])
+            found.append((knot + value * self.load if value else knot, value))
+        return tuple(found)
+
+    @cached_property
+    def _pieces(self) -> tuple[tuple[Tensor, Bound, Bound], ...]:
+        """(slope, lower end, upper end) of every line that is not flat."""
+        ends: list[Bound] = [-inf, *(place for place, _ in self._knots), inf]
+        return tuple(
+            (slope / (1 + slope * self.load), lo, hi)
+            for slope, (lo, hi) in zip(self._lines.slopes, pairwise(ends), strict=True)
+            if slope
+        )
+
+    def value(self, h: Tensor) -> Tensor:
+        lines = self._lines
+        steep = [index for index, slope in enumerate(lines.slopes) if slope]
+        if len(steep) == 1:  # one line between two values, which are met exactly
+            index = steep[0]
+            slope, knots = lines.slopes[index], self._knots
+            offset = lines.start / slope - (lines.knots[max(index - 1, 0)] if knots else 0.0)
+            line = (h + offset if offset else h) * self._pieces[0][0]
+            lo = knots[index - 1][1] if index else None
+            hi = knots[index][1] if index < len(knots) else None
+            return line if lo is None and hi is None else line.clamp(lo, hi)
+        total = torch.full_like(h, lines.start)
+        for steepness, least, most in self._pieces:
+            first = most if isinstance(least, float) and least == -inf else least
+            total = total + steepness * (_clip(h, least, most) - first)
+        return total
+
+    def derivative(self, h: Tensor) -> Tensor:
+        total = torch.zeros_like(h)
+        for slope, lo, hi in self._pieces:
+            total = total + slope * ((h > lo) & (h <= hi)).to(h.dtype)
+        return total
+
+    def potential(self, s: Tensor) -> Tensor:
+        """G(s) + ½ e s²."""
+        return self.activation.potential(s) + 0.5 * self.load * s * s
+
+    def primitive(self, h: Tensor) -> Tensor:
+        s = self.value(h)
+        return h * s - self.potential(s)
+
+    def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
+        return self.stepper(h, t)(k)
+
+    def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
+        """Σ over the lines of slope · the step quotient of a clamp to its ends."""
+        steps = [(slope, _stepper(h, t, lo, hi)) for slope, lo, hi in self._pieces]
+        if len(steps) == 1:
+            slope, step = steps[0]
+            return lambda k: slope * step(k)
+
+        def combined(k: Tensor) -> Tensor:
+            total = torch.zeros_like(k)
+            for slope, step in steps:
+                total = total + slope * step(k)
+            return total
+
+        return combined
+
+    def complex_quotient(self, h: Tensor, k: Tensor, t: complex) -> Tensor:
+        return super().complex_quotient(h, k, t) if not self.holomorphic else self._pieces[0][0] * k
+
+
+def _clip(h: Tensor, lo: Bound, hi: Bound) -> Tensor:
+    if not isinstance(lo, float) or lo > -inf:
+        h = torch.maximum(h, lo) if isinstance(lo, Tensor) else h.clamp_min(lo)
+    if not isinstance(hi, float) or hi < inf:
+        h = torch.minimum(h, hi) if isinstance(hi, Tensor) else h.clamp_max(hi)
+    return h
+
+
+def _stepper(h: Tensor, t: float, lo: Bound, hi: Bound) -> Callable[[Tensor], Tensor]:
+    """k ↦ [clip(h + t k) − clip(h)]/t for bounds that may differ from unit to unit; see `clamp_stepper`."""
+    if isinstance(lo, float) and isinstance(hi, float):
+        return clamp_stepper(h, t, lo, hi)
+    s = _clip(h, lo, hi)
+    beyond = (h - s) / t
+    first, last = (lo, hi) if t > 0 else (hi, lo)
+    least, most = (first - s) / t, (last - s) / t
+    return lambda k: torch.minimum(torch.maximum(k + beyond, least), most)

@@ -1,0 +1,192 @@
+"""The resistive energy of a block, with amplifiers: conductances load what they connect.
+
+Signed weights sit on differential lines, and an amplifier of gain A_m follows every layer. With |J_m| the operator of
+the absolute values of all coefficients of layer m,
+
+    A_m = max_i (|J_m| 1)_i   over all inputs of layer m: states, clamped inputs and wires, not the bias,
+    D^l = 1 + Σ_{m>l} γ_{l,m} A_m |J_{ml}|ᵀ 1 ,
+    E(s; θ, x) = Σ_l c_l [ G_l(s_l) + ½ ⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l(s_1..s_{l−1}, x; θ)⟩ ] .
+
+A state solves ∂G_l(s) + (D^l − 1) s ∋ h_l, which `Loaded` does exactly. E is a sum of squares
+
+    c_m |w| A_m ½ (s_source ∓ s_m/A_m)²   and   c_m ½ (1 − row sum/A_m) s_m² + c_m (G_m(s_m) − ½ s_m²)
+
+(for slopes of at most 1), so that it is convex and has one minimum whatever γ is, as long as no A_m is below its row
+sum: the pad from a node to ground, A_m − row sum, would then be negative. γ and A are what amplifiers are set to: they
+are held while a gradient is taken, and measured again wherever γ would be.
+
+Sources: Scellier 2024 (arXiv 2402.11674) for the network of resistors and diodes; Kendall et al. 2020
+(arXiv 2006.01981) for amplifiers between layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.runtime.activation_base import Activation
+from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.contraction import Contraction
+from ffebm_compiler.runtime.energies.base import Energy, Gauge, Setting
+from ffebm_compiler.runtime.energies.loaded import Loaded
+from ffebm_compiler.runtime.energies.loads import loads_of, magnitudes_of, multiplying_weights, over_samples
+from ffebm_compiler.runtime.energies.row_sums import RowSums
+from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.operators import Convolution
+from ffebm_compiler.runtime.program import BlockProgram, Layer
+
+__all__ = ["Resistive"]
+
+
+@dataclass(frozen=True)
+class Resistive(Energy):
+    """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]; `feedback` is γ itself, any positive number.
+
+    `"symmetric"` is γ = 1. Blocks with feedback hold linear layers and sums, and activations of straight lines.
+    """
+
+    name = "resistive"
+    amplified = True
+    default_feedback = 0.01
+
+    def check_feedback(self, feedback: object) -> float | str:
+        """A gain γ > 0 or `"symmetric"`."""
+        if feedback == "symmetric":
+            return "symmetric"
+        number = isinstance(feedback, int | float) and not isinstance(feedback, bool)
+        if not number or not 1e-12 <= feedback <= 1e12:  # type: ignore[operator]
+            raise InputError(
+                f"feedback is {feedback!r}; expected the gain γ of the amplifiers of a resistive energy, a number from "
+                "1e-12 to 1e12 (every one settles; 0.01 is the default), or 'symmetric', which is 1"
+            )
+        return float(feedback)  # type: ignore[arg-type]
+
+    def check_program(self, program: BlockProgram) -> None:
+        """Linear layers and wires, with activations of straight lines whose slopes are from 0 to 1."""
+        for layer in program.layers:
+            _check_activation(program, layer)
+            for instruction in layer.instructions:
+                operator = instruction.operator
+                if isinstance(operator, Convolution | Contraction) or operator.selects:
+                    what = "max pooling" if operator.selects else f"a {type(operator).__name__.lower()}"
+                    raise UnsupportedError(
+                        f"{program.name}: layer {layer.name!r} holds {what}, and a resistive energy has linear layers "
+                        f"and sums only so far: keep the layer digital (force_digital={layer.name!r}), give each layer "
+                        "a block of its own (hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
+                    )
+
+    def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
+        """σ_l at the load D^l − 1; a layer that feeds none has its own activation."""
+        found = frame.memory.get(setting)
+        if found is None:
+            loads = loads_of(frame, setting)
+            found = frame.memory[setting] = tuple(
+                activation if load is None else Loaded(activation, load)
+                for activation, load in zip(frame.activations, loads, strict=True)
+            )
+        return found
+
+    def value(
+        self,
+        frame: Frame,
+        setting: Setting,
+        states: Sequence[Tensor],
+        preactivations: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]."""
+        drives = [frame.drive(index, states) for index in range(len(states))]
+        terms = [
+            scale * (activation.potential(state).sum() - (state * drive).sum())
+            for scale, activation, state, drive in zip(
+                setting.scales, self.activations(frame, setting), states, drives, strict=True
+            )
+        ]
+        return torch.stack(terms).sum()
+
+    def add_weight_terms(
+        self,
+        frame: Frame,
+        setting: Setting,
+        currents: Sequence[Tensor | None],
+        middle: Sequence[Tensor],
+        gradients: list[Tensor | None],
+        needed: Sequence[bool],
+        factor: float = 1.0,
+    ) -> None:
+        """−A_m sign(W) ∘ ∂⟨1, Σ_l (c_m/c_l) J_{ml} (e∘m)_l⟩/∂|W|, over the edges that feed back."""
+        program = frame.program
+        wanted = [need and place in multiplying_weights(program) for place, need in enumerate(needed)]
+        if not any(wanted):
+            return
+        magnitudes = magnitudes_of(frame)
+        products = [
+            None if e is None else over_samples(e * m, magnitudes) for e, m in zip(currents, middle, strict=True)
+        ]
+        found: list[Tensor | None] = [None] * program.weights
+        for index, gain in enumerate(setting.amplifiers):
+            ratio, deviations = magnitudes.deviations(index, products, setting.scales)
+            if all(value is None for value in deviations):
+                continue
+            layer = program.layers[index]
+            like = next(value for value in deviations if value is not None)
+            magnitudes.pullback(
+                index,
+                like.new_full(magnitudes.shapes[layer.drive], gain),
+                registers=magnitudes.tangent_registers(
+                    index, deviations, magnitudes.program.operand_instructions[index]
+                ),
+                gradients=found,
+                needed=wanted,
+                bias=False,
+                factor=ratio,
+            )
+        for place, part in enumerate(found):
+            weight, present = frame.weights[place], gradients[place]
+            if part is not None and weight is not None:
+                term = weight.sign() * part
+                gradients[place] = term * -factor if present is None else torch.add(present, term, alpha=-factor)
+
+    def gauge(self, program: BlockProgram) -> Gauge:
+        """Row sums, and the spectral radius of the whole block."""
+        return RowSums(self, program)
+
+    def contraction(self, program: BlockProgram, certificate: Certificate, feedback: float | str) -> float | None:
+        """ρ² on a chain, more with odd cycles; at symmetric feedback too."""
+        return certificate.contraction if certificate.certified else None
+
+    def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
+        """Nothing: it settles at every γ."""
+        return {}
+
+    def describe(self, feedback: float | str) -> str:
+        """With γ."""
+        return f"resistive energy with amplifiers, γ = {1.0 if isinstance(feedback, str) else feedback:.3g}"
+
+    def remedy(self, feedback: float | str, loop_gain: float) -> str:
+        """More sweeps, a smaller γ, or amplifiers that fit the weights."""
+        gamma = 1.0 if isinstance(feedback, str) else feedback
+        return (
+            f"its energy is convex, with a loop gain of {loop_gain:.3g} at γ = {gamma:.3g}: lower `feedback`, call "
+            "hybrid.recertify() if the weights have changed since (evaluation leaves the amplifiers as they are), or "
+            "allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
+        )
+
+
+def _check_activation(program: BlockProgram, layer: Layer) -> None:
+    activation = layer.activation
+    if activation.lines is None or not activation.monotone:
+        why = "is not made of rising straight lines"
+    elif activation.lipschitz > 1:
+        why = f"has a slope of {activation.lipschitz:.3g} and not one from 0 to 1"
+    else:
+        return
+    raise UnsupportedError(
+        f"{program.name}: the activation {activation.name} of layer {layer.name!r} {why}, as a resistive energy needs "
+        "it. Use ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or softshrink, keep the layer digital "
+        f"(force_digital={layer.name!r}), give each layer a block of its own "
+        "(hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
+    )

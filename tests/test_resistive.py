@@ -1,0 +1,691 @@
+"""The resistive energy against formulas that are written down here once more, and against scipy."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from networks import CASES, MLP, Branches, Projections, noise, seeded
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.onnx.execute import run
+from ffebm_compiler.runtime.activations import (
+    Clamp,
+    Hardsigmoid,
+    Hardtanh,
+    Identity,
+    LeakyReLU,
+    ReLU,
+    Softshrink,
+)
+from ffebm_compiler.runtime.energies.base import Energy
+from ffebm_compiler.runtime.energies.loaded import Loaded
+from ffebm_compiler.runtime.energies.resistive import Resistive
+from ffebm_compiler.runtime.frame import Frame
+
+ADMITTED = (
+    Identity(),
+    ReLU(),
+    Hardtanh(),
+    Hardtanh(-0.5, 2.0),
+    Clamp(lo=-0.75),
+    Clamp(hi=1.25),
+    Clamp(0.25, 1.0),
+    LeakyReLU(),
+    LeakyReLU(0.3),
+    Softshrink(),
+    Hardsigmoid(),
+)
+EXACT = ffebm.GaussSeidel(rtol=1e-14, on_failure="warn")
+
+
+class Sloped(nn.Module):
+    """The papers' hard sigmoid: a clamp of half the field."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(0.5 * x, 0, 1)
+
+
+# -- a state and its load ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ADMITTED, ids=repr)
+@pytest.mark.parametrize("load", [0.0, 0.4, 7.0])
+def test_a_loaded_state_solves_its_equation(activation: Any, load: float) -> None:
+    h = torch.linspace(-6, 6, 41, dtype=torch.float64)
+    found = Loaded(activation, torch.tensor(load, dtype=torch.float64)).value(h)
+    for field, state in zip(h.tolist(), found.tolist(), strict=True):
+
+        def excess(inner: float, field: float = field) -> float:  # ∂G(s) = inner at s = σ(inner)
+            return inner + load * float(activation.value(torch.tensor(inner, dtype=torch.float64))) - field
+
+        inner = scipy.optimize.brentq(excess, -80, 80, xtol=1e-14)
+        assert state == pytest.approx(float(activation.value(torch.tensor(inner, dtype=torch.float64))), abs=1e-12)
+
+
+@pytest.mark.parametrize("activation", ADMITTED, ids=repr)
+@pytest.mark.parametrize("t", [1.7, -1.7, 1e-2, -1e-2])
+def test_the_quotient_of_a_loaded_state(activation: Any, t: float) -> None:
+    load = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64)
+    sigma = Loaded(activation, load)
+    h, k = 3 * noise(200, 3, seed=1).double(), 2 * noise(200, 3, seed=2).double()
+    expected = (sigma.value(h + t * k) - sigma.value(h)) / t
+    torch.testing.assert_close(sigma.quotient(h, k, t), expected, rtol=1e-9, atol=1e-11)
+    # In float32 nothing may cancel at a tiny step: the same points in float64 are the reference.
+    small = torch.tensor(1e-6 if t > 0 else -1e-6)
+    single = Loaded(activation, load.float()).quotient(h.float(), k.float(), float(small))
+    double = sigma.quotient(h.float().double(), k.float().double(), float(small))
+    away = (double - sigma.derivative(h.float().double()) * k.float().double()).abs() <= 1e-9  # no kink is crossed
+    assert away.double().mean() > 0.99
+    torch.testing.assert_close(single[away].double(), double[away], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ADMITTED, ids=repr)
+def test_slope_and_potential_of_a_loaded_state(activation: Any) -> None:
+    load = torch.tensor([0.2, 1.5], dtype=torch.float64)
+    sigma = Loaded(activation, load)
+    h = (4 * noise(50, 2, seed=3)).double().requires_grad_()
+    value = sigma.value(h)
+    (slope,) = torch.autograd.grad(value.sum(), h)
+    torch.testing.assert_close(sigma.derivative(h.detach()), slope)
+    assert (slope <= sigma.steepest + 1e-12).all()
+    # F(s) = G(s) + ½ e s², and Λ' = σ.
+    torch.testing.assert_close(sigma.potential(value), activation.potential(value) + 0.5 * load * value**2)
+    (again,) = torch.autograd.grad(sigma.primitive(h).sum(), h)
+    torch.testing.assert_close(again, value, rtol=1e-9, atol=1e-9)
+
+
+# -- blocks, written down by hand ----------------------------------------------------------------
+
+# By layer: the weights from each state (−1 is the input; a wire is a matrix too), and the bias.
+
+
+def chain(model: MLP) -> list[tuple[dict[int, Tensor], Tensor]]:
+    """(weights by source, bias) of every layer of an MLP."""
+    return [({index - 1: layer.weight}, layer.bias) for index, layer in enumerate(model.layers)]
+
+
+def branches(model: Branches) -> list[tuple[dict[int, Any], Tensor]]:
+    """States σ(a), σ(c), σ(b + d + wire), e: two weights on one edge are two conductances."""
+    wire = torch.eye(7, dtype=torch.float64)
+    return [
+        ({-1: model.a.weight}, model.a.bias),
+        ({0: model.c.weight}, model.c.bias),
+        ({0: [model.b.weight, wire], 1: model.d.weight}, model.b.bias + model.d.bias),
+        ({2: model.e.weight}, model.e.bias),
+    ]
+
+
+def projections(model: Projections) -> list[tuple[dict[int, Any], Tensor]]:
+    """States σ(q), σ(k), σ(v) and out(q + k − v)."""
+    w = model.out.weight
+    return [
+        ({-1: model.q.weight}, torch.zeros(5, dtype=torch.float64)),
+        ({-1: model.k.weight}, model.k.bias),
+        ({-1: model.v.weight}, model.v.bias),
+        ({0: w, 1: w, 2: -w}, model.out.bias),
+    ]
+
+
+BLOCKS: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
+    "mlp": (chain, (0, 1, 2, 3)),
+    "branches": (branches, (0, 1, 2, 3)),
+    "projections": (projections, (0, 0, 0, 1)),
+}
+"""Layers of a block and their depths."""
+
+
+def pieces(weights: Any) -> list[Tensor]:
+    return weights if isinstance(weights, list) else [weights]
+
+
+def by_hand(layers: Any, depths: tuple[int, ...], gamma: float) -> tuple[list[float], list[Tensor], list[float]]:
+    """(A_m, D^l, c_l) from the definition."""
+    amplifiers = [
+        float(sum(w.detach().abs().sum(1) for ws in sources.values() for w in pieces(ws)).max())
+        for sources, _ in layers
+    ]
+    loads = [torch.ones_like(bias) for _, bias in layers]
+    for m, (sources, _) in enumerate(layers):
+        for k, ws in sources.items():
+            for w in pieces(ws) if k >= 0 else ():
+                loads[k] = loads[k] + gamma ** (depths[m] - depths[k]) * amplifiers[m] * w.abs().sum(0)
+    return amplifiers, loads, [gamma ** (depth - max(depths)) for depth in depths]
+
+
+def plain(activation: nn.Module) -> tuple[Callable[[Tensor], Tensor], tuple[float | None, float | None]]:
+    """(potential of s, bounds of s) of an activation, from its definition."""
+    if isinstance(activation, nn.ReLU):
+        return (lambda s: 0.5 * s**2), (0.0, None)
+    if isinstance(activation, nn.LeakyReLU):
+        return (lambda s: 0.5 * torch.where(s > 0, s**2, s**2 / activation.negative_slope)), (None, None)
+    assert isinstance(activation, nn.Hardsigmoid)
+    return (lambda s: 3 * s**2 - 3 * s), (0.0, 1.0)
+
+
+def energy_by_hand(case: str, model: Any, activation: nn.Module, gamma: float, x: Tensor, states: list[Tensor]) -> Any:
+    make, depths = BLOCKS[case]
+    layers = make(model)
+    _, loads, scales = by_hand(layers, depths, gamma)
+    potential, _ = plain(activation)
+    total = torch.zeros((), dtype=torch.float64)
+    for index, (sources, bias) in enumerate(layers):
+        s = states[index]
+        drive = bias + sum((x if k < 0 else states[k]) @ w.T for k, ws in sources.items() for w in pieces(ws))
+        g = potential(s) if index < len(layers) - 1 else 0.5 * s**2
+        total = total + scales[index] * (g + 0.5 * (loads[index] - 1) * s**2 - s * drive).sum()
+    return total
+
+
+def resistive(case: str, activation: Callable[[], nn.Module], gamma: float) -> tuple[ffebm.HybridModel, Any, Tensor]:
+    model, x = CASES[case].make(activation)
+    model, x = model.double(), x.double()
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=gamma, solver=EXACT, **CASES[case].options)
+    assert len(hybrid.blocks) == 1
+    return hybrid, model, x
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.3), "hardsigmoid": nn.Hardsigmoid}
+every_block = pytest.mark.parametrize("case", BLOCKS)
+every_kind = pytest.mark.parametrize("kind", ACTIVATIONS)
+
+
+@every_block
+@every_kind
+@pytest.mark.parametrize("gamma", [0.2, 1.0, 4.0])
+def test_states_are_the_minimum_that_scipy_finds(case: str, kind: str, gamma: float) -> None:
+    hybrid, model, x = resistive(case, ACTIVATIONS[kind], gamma)
+    (block,) = hybrid.blocks
+    settled = block.settle(x)
+    amplifiers, loads, scales = by_hand(BLOCKS[case][0](model), BLOCKS[case][1], gamma)
+    assert block.module.scales == pytest.approx(scales)
+    certificate = block.certificate
+    assert certificate is not None
+    assert certificate.amplifiers == pytest.approx(amplifiers)
+    activation = ACTIVATIONS[kind]()
+    _, bounds = plain(activation)
+    shapes = [state.shape for state in settled.states]
+
+    def split(flat: Any) -> list[Tensor]:
+        parts = torch.as_tensor(flat).split([math.prod(shape) for shape in shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    weight = torch.cat([(c * d).expand(shape).flatten() for c, d, shape in zip(scales, loads, shapes, strict=True)])
+    root = weight.sqrt().detach()  # in s √(c D) the problem is well scaled
+
+    def value(flat: Any) -> tuple[float, Any]:
+        states = [s.requires_grad_() for s in split(torch.as_tensor(flat) / root)]
+        energy = energy_by_hand(case, model, activation, gamma, x, states)
+        found = torch.cat([g.flatten() for g in torch.autograd.grad(energy, states)])
+        return float(energy.detach()), (found / root).numpy()
+
+    limits = [bounds] * (len(shapes) - 1) + [(None, None)]
+    scaled = iter(root.tolist())
+    box = [
+        tuple(None if edge is None else edge * r for edge in limit)
+        for limit, state in zip(limits, settled.states, strict=True)
+        for r in (next(scaled) for _ in range(state.numel()))
+    ]
+    start = np.concatenate([np.full(math.prod(shape), 0.5) for shape in shapes])
+    best = scipy.optimize.minimize(
+        value, start, jac=True, bounds=box, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 0, "gtol": 1e-11}
+    )
+    for found, expected in zip(settled.states, split(torch.as_tensor(best.x) / root), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    mine = block.energy(x, states=settled.states).detach()
+    by_definition = energy_by_hand(case, model, activation, gamma, x, list(settled.states)).detach()
+    assert float(mine) == pytest.approx(float(by_definition), rel=1e-12)
+    assert float(mine) <= best.fun + 1e-9 * abs(best.fun)
+
+
+@every_block
+@every_kind
+@pytest.mark.parametrize("gamma", [1e-4, 0.01, 0.6, 50.0])
+def test_states_are_stationary_in_the_energy_by_hand(case: str, kind: str, gamma: float) -> None:
+    hybrid, model, x = resistive(case, ACTIVATIONS[kind], gamma)
+    states = [state.requires_grad_() for state in hybrid.blocks[0].settle(x).states]
+    activation = ACTIVATIONS[kind]()
+    _, _, scales = by_hand(BLOCKS[case][0](model), BLOCKS[case][1], gamma)
+    slopes = torch.autograd.grad(energy_by_hand(case, model, activation, gamma, x, states), states)
+    _, (low, high) = plain(activation)
+    for index, (scale, state, slope) in enumerate(zip(scales, states, slopes, strict=True)):
+        bounded = index < len(states) - 1
+        at_low = (state == low) if bounded and low is not None else torch.zeros_like(state, dtype=torch.bool)
+        at_high = (state == high) if bounded and high is not None else torch.zeros_like(state, dtype=torch.bool)
+        assert (slope / scale)[~(at_low | at_high)].abs().max() <= 1e-10
+        assert (slope[at_low] >= -1e-10).all()  # the energy must not fall inwards
+        assert (slope[at_high] <= 1e-10).all()
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean()
+
+
+@pytest.mark.parametrize("case", [*BLOCKS, "tied", "gains"])
+@pytest.mark.parametrize("kind", [*ACTIVATIONS, "sloped"])
+@pytest.mark.parametrize("estimator", ["ep", "implicit", "unrolled"])
+def test_gradients_are_finite_differences_with_gamma_and_amplifiers_held(case: str, kind: str, estimator: str) -> None:
+    activation = Sloped if kind == "sloped" else ACTIVATIONS[kind]
+    model, x = CASES[case].make(activation)
+    options = {"block_ops": ("add", "reshape", "scale"), **CASES[case].options}
+    hybrid = ffebm.convert(model.double(), x.double(), energy="resistive", feedback=0.4, solver=EXACT, **options)
+    before = [block.module.setting for block in hybrid.blocks]
+    assert any(setting.amplifiers for setting in before)
+    x = x.double()
+    # β so small that no unit crosses a kink; the midpoint makes the quadratic part exact at any β.
+    ep = ffebm.EquilibriumPropagation(1e-6, "centered")
+    hybrid.set_gradient(ep if estimator == "ep" else estimator)
+    given = x.clone().requires_grad_()
+    loss_of(hybrid(given)).backward()
+    tensors = {**dict(hybrid.named_parameters()), "x": given}
+    gradients = {name: tensor.grad.clone() for name, tensor in tensors.items() if tensor.grad is not None}
+    assert set(gradients) == set(tensors)
+    for index, (name, gradient) in enumerate(gradients.items()):
+        direction = noise(*gradient.shape, seed=100 + index).double()
+        direction /= direction.norm()
+
+        def shifted(step: float, name: str = name, direction: Tensor = direction) -> float:
+            point, moved = x, step * direction
+            with torch.no_grad():
+                if name == "x":
+                    point = x + moved
+                else:
+                    tensors[name].add_(moved)
+                result = float(loss_of(hybrid(point)))
+                if name != "x":
+                    tensors[name].sub_(moved)
+            return result
+
+        step = 1e-4
+        ends = [shifted(factor * step) for factor in (1, -1, 2, -2)]
+        slope = (8 * (ends[0] - ends[1]) - (ends[2] - ends[3])) / (12 * step)
+        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-7, abs=1e-7 * float(gradient.norm()))
+    assert [block.module.setting for block in hybrid.blocks] == before
+
+
+def test_a_gradient_without_the_loads_or_with_free_amplifiers_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the extra term is worth, and why A is held: both were measured in the prototype as well."""
+    hybrid, _, x = resistive("mlp", nn.ReLU, 0.4)
+    hybrid.set_gradient("implicit")
+    loss_of(hybrid(x)).backward()
+    weight = hybrid.get_parameter("layers.2.weight")
+    assert weight.grad is not None
+    found, direction = weight.grad.clone(), noise(*weight.shape, seed=5).double()
+    ends = []
+    for sign in (1, -1):
+        moved = copy.deepcopy(hybrid)
+        with torch.no_grad():
+            moved.get_parameter("layers.2.weight").add_(sign * 1e-5 * direction)
+        moved.recertify()
+        ends.append(float(loss_of(moved(x)).detach()))
+    free = (ends[0] - ends[1]) / 2e-5
+    assert abs(float((found * direction).sum()) / free - 1) > 1e-3
+    monkeypatch.setattr(Resistive, "add_weight_terms", lambda *_, **__: None)
+    hybrid.zero_grad()
+    loss_of(hybrid(x)).backward()
+    assert (weight.grad - found).norm() > 0.01 * found.norm()
+
+
+# -- the certificate -----------------------------------------------------------------------------
+
+
+def dense(layers: Any, loads: list[Tensor], scales: list[float], lip: float) -> np.ndarray:
+    """(c S)^½ B (S/c)^½ of a block by hand, S the steepest slopes."""
+    sizes = [len(bias) for _, bias in layers]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    coupling, diagonal = np.zeros((starts[-1], starts[-1])), np.zeros(starts[-1])
+    for m, (sources, _) in enumerate(layers):
+        own = lip if m < len(layers) - 1 else 1.0
+        diagonal[starts[m] : starts[m + 1]] = (scales[m] * (1 / own + loads[m] - 1)).detach().numpy()
+        for k, ws in sources.items():
+            if k < 0:
+                continue
+            part = scales[m] * sum(pieces(ws)).detach().numpy()
+            coupling[starts[m] : starts[m + 1], starts[k] : starts[k + 1]] += part
+            coupling[starts[k] : starts[k + 1], starts[m] : starts[m + 1]] += part.T
+    root = np.sqrt(diagonal)
+    return coupling / root[:, None] / root[None]
+
+
+@every_block
+@pytest.mark.parametrize(("kind", "lip"), [("relu", 1.0), ("hardsigmoid", 1 / 6)])
+@pytest.mark.parametrize("gamma", [0.01, 1.0, 30.0])
+def test_the_certificate_is_the_spectral_radius_of_the_whole_block(
+    case: str, kind: str, lip: float, gamma: float
+) -> None:
+    hybrid, model, _ = resistive(case, ACTIVATIONS[kind], gamma)
+    layers = BLOCKS[case][0](model)
+    _, loads, scales = by_hand(layers, BLOCKS[case][1], gamma)
+    matrix = dense(layers, loads, scales, lip)
+    certificate = hybrid.blocks[0].certificate
+    assert certificate is not None
+    expected = float(np.abs(np.linalg.eigvalsh(matrix)).max())
+    assert expected <= certificate.radius <= 1.006 * expected
+    lower, upper = np.tril(matrix, -1), np.triu(matrix, 1)
+    sweep = float(np.abs(np.linalg.eigvals(np.linalg.solve(np.eye(len(matrix)) - lower, upper))).max())
+    assert 0.99 * sweep <= certificate.contraction <= 1.15 * max(sweep, expected**2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("gamma", [1e-3, 1.0, 50.0])
+def test_every_gamma_settles_whatever_the_weights_are(seed: int, gamma: float) -> None:
+    model = seeded(lambda: Branches(nn.ReLU), seed).double()
+    scale = 10.0 ** (seed - 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+            if seed % 2:
+                parameter.abs_()  # nothing cancels: the slowest
+    x = noise(5, 6).double()
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=gamma, hardware=ffebm.Hardware(layers_per_block=8))
+    (block,) = hybrid.blocks
+    settled = block.settle(x)
+    assert settled.converged
+    assert block.certificate is not None
+    assert block.certificate.certified
+    assert block.residual(x, states=settled.states) <= 1e-10
+    # It starts at the feedforward values, which may be far away: the certificate counts from there.
+    with hybrid.feedforward_mode(), hybrid.recording() as record:
+        hybrid(x)
+    frame = Frame(block.module.program, *(record["block_1"][0][:1], record["block_1"][0][1:]))
+    with torch.no_grad():
+        starts = frame.feedforward()
+    far = max(float((a - b).norm() / b.norm()) for a, b in zip(starts, settled.states, strict=True))
+    assert settled.sweeps <= math.log(1e-13 / max(far, 1)) / math.log(block.certificate.contraction) + 3
+
+
+# -- a setting that training measures again ------------------------------------------------------
+
+
+def small() -> tuple[ffebm.HybridModel, Tensor]:
+    model, x = CASES["mlp"].make(nn.ReLU)
+    return ffebm.convert(model, x, energy="resistive"), x
+
+
+def row_sums(hybrid: ffebm.HybridModel) -> list[float]:
+    return [float(layer.weight.detach().abs().sum(1).max()) for layer in hybrid.to_digital().layers]  # type: ignore[union-attr]
+
+
+def test_training_measures_the_amplifiers_and_evaluation_leaves_them() -> None:
+    hybrid, x = small()
+    (block,) = hybrid.blocks
+    assert block.module.feedback == 0.01
+    assert block.module.setting.amplifiers == pytest.approx(row_sums(hybrid))
+    optimizer = torch.optim.SGD(hybrid.parameters(), 0.5)
+    hybrid.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(hybrid(x)).backward()
+        optimizer.step()
+    held = block.module.setting
+    assert held.amplifiers != pytest.approx(row_sums(hybrid), rel=1e-4)  # of the weights before the last step
+    hybrid.eval()
+    hybrid(x)
+    with hybrid.held_feedback():
+        hybrid.train()(x)
+    assert block.module.setting == held
+    before = block.certificate
+    hybrid(x)
+    assert block.module.setting.amplifiers == pytest.approx(row_sums(hybrid))
+    assert block.module.setting.scales == held.scales
+    assert before is not None
+    assert before.amplifiers == held.amplifiers
+
+
+def test_a_stale_amplifier_is_told_by_the_certificate_and_settled_anew() -> None:
+    hybrid, x = small()
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            parameter.mul_(40)
+    hybrid.set_solver(ffebm.GaussSeidel(max_sweeps=50))
+    hybrid.set_feedback(0.5)  # measures: the amplifiers fit
+    (block,) = hybrid.blocks
+    assert block.certificate is not None
+    assert block.certificate.certified
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            parameter.mul_(40)
+    assert not block.certificate.certified  # pads would be negative
+    settled = block.settle(x)  # once more at the amplifiers that these weights need
+    assert settled.converged
+    hybrid.recertify()
+    assert block.certificate.certified
+    assert block.module.setting.amplifiers == pytest.approx(row_sums(hybrid))
+
+
+def test_a_step_of_training_moves_downhill_and_accuracy_survives_conversion() -> None:
+    hybrid, x = small()
+    hybrid.train()
+    optimizer = torch.optim.Adam(hybrid.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = loss_of(hybrid(x))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
+
+
+# -- what knows it -------------------------------------------------------------------------------
+
+
+def test_files_copies_and_state_dicts_keep_it(tmp_path: Path) -> None:
+    hybrid, x = small()
+    hybrid.set_feedback(2.5)
+    hybrid.train()
+    loss_of(hybrid(x)).backward()
+    torch.optim.SGD(hybrid.parameters(), 0.1).step()
+    hybrid.eval()  # the amplifiers are of the weights before
+    (block,) = hybrid.blocks
+    expected = hybrid(x)
+    hybrid.save(tmp_path / "saved")
+    model, _ = CASES["mlp"].make(nn.ReLU)
+    other = ffebm.convert(model, x, energy="resistive")
+    other.load_state_dict(hybrid.state_dict())
+    for again in (ffebm.load(tmp_path / "saved", model), copy.deepcopy(hybrid), other):
+        assert again.blocks[0].module.setting == block.module.setting
+        assert again.blocks[0].module.feedback == 2.5
+        assert torch.equal(again(x), expected)
+        assert torch.equal(again.blocks[0].states[0], block.states[0])
+    # A Hopfield hybrid takes the weights alone.
+    hopfield = ffebm.convert(model, x)
+    with torch.no_grad():
+        hybrid.get_parameter("layers.1.weight").mul_(1.5)
+    hopfield.load_state_dict(hybrid.state_dict())
+    assert hopfield.blocks[0].module.feedback == 0.1
+    assert hopfield.blocks[0].module.setting.amplifiers == ()
+    assert hopfield.blocks[0].loop_gain == pytest.approx(0.1)
+    other.load_state_dict(hopfield.state_dict())
+    assert other.blocks[0].module.setting.amplifiers == pytest.approx(row_sums(hybrid))
+
+
+def test_a_malformed_file_is_refused(tmp_path: Path) -> None:
+    hybrid, _ = small()
+    hybrid.save(tmp_path / "saved")
+    model, _ = CASES["mlp"].make(nn.ReLU)
+    path = tmp_path / "saved" / "hybrid.json"
+    text = path.read_text()
+    gains = text[text.index('"amplifiers"') : text.index("]", text.index('"amplifiers"')) + 1]
+    path.write_text(text.replace(gains, '"amplifiers": [1.0]'))
+    with pytest.raises(ffebm.InputError, match=r"amplifiers: expected 4 numbers, one a layer"):
+        ffebm.load(tmp_path / "saved", model)
+    path.write_text(text.replace('"energy": "resistive"', '"energy": "hopfield"'))
+    with pytest.raises(ffebm.InputError, match="of another energy"):
+        ffebm.load(tmp_path / "saved", model)
+    path.write_text(text.replace('"feedback": 0.01', '"feedback": 1e-30'))
+    with pytest.raises(ffebm.InputError, match="expected the gain γ"):
+        ffebm.load(tmp_path / "saved", model)
+
+
+def test_reports_know_it() -> None:
+    hybrid, x = small()
+    hybrid.set_feedback(0.7)
+    summary = hybrid.summary()
+    assert "resistive energy with amplifiers, γ = 0.7" in summary
+    diagnosis = hybrid.diagnose(x)["block_1"]
+    assert diagnosis.monotone
+    energies = np.array(diagnosis.energies)
+    assert (np.diff(energies) <= 1e-6 * abs(energies).max()).all()  # convex, and a sweep minimises layer by layer
+    assert energies[-1] < energies[0]
+    comparison = hybrid.compare(x)
+    assert comparison.blocks["block_1"] > 1e-3
+    hybrid.set_feedback(1e-9)
+    assert hybrid.compare(x).output < 1e-5  # the source, where nothing feeds back
+    hybrid.set_feedback("symmetric")
+    assert hybrid.blocks[0].module.scales == (1.0,) * 4
+    assert hybrid.project() == {}
+    report = ffebm.check_gradients(hybrid, x, loss_of)
+    assert report.worst("ep")[1].cosine > 0.9999
+    assert report.worst("implicit")[1].cosine > 0.9999
+    assert "block_1" in str(hybrid.cost_report())
+    assert "loop gain" in hybrid._repr_html_()
+
+
+def test_the_manifest_holds_it_and_one_file_is_refused(tmp_path: Path) -> None:
+    hybrid, x = small()
+    hybrid.set_feedback(0.7)
+    hybrid.export_onnx(tmp_path / "parts", parts="digital")
+    (found,) = run(tmp_path / "parts", [x])
+    torch.testing.assert_close(found, hybrid(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ffebm.ExportError, match="block_1 has a resistive energy, which has no ONNX form yet"):
+        hybrid.export_onnx(tmp_path / "whole.onnx")
+
+
+class Tokens(nn.Module):
+    """An MLP on tokens, with dropout between its layers."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 9), nn.Linear(9, 4)
+        self.drop = nn.Dropout(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.drop(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize("shapes", ["batch", None])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_tokens_masks_and_fixed_batches(shapes: Any, rate: float) -> None:
+    x = noise(3, 6, 5).double()
+    model = seeded(lambda: Tokens(rate)).double()
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=0.5, dynamic_shapes=shapes, solver=EXACT).train()
+    (block,) = hybrid.blocks
+    gain = 1 / (1 - rate)
+    assert block.module.setting.amplifiers[1] == pytest.approx(gain * float(model.b.weight.detach().abs().sum(1).max()))
+    found = {}
+    for name in ("ep", "implicit", "unrolled"):
+        hybrid.set_gradient(ffebm.EquilibriumPropagation(1e-6, "centered") if name == "ep" else name)
+        hybrid.zero_grad()
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            loss_of(hybrid(x)).backward()
+        found[name] = {key: p.grad.clone() for key, p in hybrid.named_parameters() if p.grad is not None}
+    for name, gradient in found["unrolled"].items():
+        for other in ("ep", "implicit"):
+            assert (found[other][name] - gradient).norm() <= 1e-8 * gradient.norm(), (other, name)
+
+
+def test_complex_nudges_of_linear_layers() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))).double()
+    x = noise(5, 4).double()
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=0.5, solver=EXACT)
+    found = []
+    for estimator in ("unrolled", ffebm.EquilibriumPropagation(0.3, "holomorphic", points=3)):
+        hybrid.set_gradient(estimator)
+        hybrid.zero_grad()
+        loss_of(hybrid(x)).backward()
+        found.append({name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+class Einsum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(0.4 * torch.randn(3, 6, 5)), nn.Parameter(0.4 * torch.randn(3, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = torch.relu(torch.einsum("bd,hde->bhe", x, self.first))
+        return torch.einsum("bhe,hef->bhf", s, self.second)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "message"),
+    [
+        ((nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (2, 4), "activation tanh of layer '0' is not made of rising"),
+        ((nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 3)), (2, 4), "activation prelu of layer '0' is not made of rising"),
+        (
+            (nn.Linear(4, 5), nn.LeakyReLU(-0.2), nn.Linear(5, 3)),
+            (2, 4),
+            "relu of layer '0' is not made of rising",
+        ),
+        ((nn.Linear(4, 5), nn.LeakyReLU(1.5), nn.Linear(5, 3)), (2, 4), "leaky_relu of layer '0' has a slope of 1.5"),
+        (
+            (nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3)),
+            (2, 2, 9),
+            "'0' holds a convolution.*force_digital='0'",
+        ),
+        ((Einsum(),), (2, 6), "holds a contraction"),
+    ],
+)
+def test_what_it_does_not_hold_is_refused_by_name(layers: Any, shape: Any, message: str) -> None:
+    model, x = nn.Sequential(*layers), noise(*shape)
+    with pytest.raises(ffebm.UnsupportedError, match=rf"block_1: .*{message}.*energy='hopfield'"):
+        ffebm.convert(model, x, energy="resistive")
+    # Blocks of one layer have no feedback, and so no load: any layer will do, as the message says.
+    hybrid = ffebm.convert(model, x, energy="resistive", hardware=ffebm.Hardware(layers_per_block=1))
+    torch.testing.assert_close(hybrid(x), model(x))
+
+
+@pytest.mark.parametrize("feedback", [0, -1.0, math.inf, math.nan, "weak", None, True])
+def test_feedback_outside_its_range(feedback: Any) -> None:
+    model, x = nn.Linear(3, 2), noise(2, 3)
+    with pytest.raises(ffebm.InputError, match=r"expected the gain γ of the amplifiers .*'symmetric'"):
+        ffebm.convert(model, x, energy="resistive", feedback=feedback)
+    hybrid, _ = small()
+    with pytest.raises(ffebm.InputError, match=r"expected the gain γ of the amplifiers .*'symmetric'"):
+        hybrid.set_feedback(feedback)
+
+
+def test_energies_by_name_and_as_objects() -> None:
+    model, x = CASES["mlp"].make(nn.ReLU)
+    by_name, by_object = (ffebm.convert(model, x, energy=energy) for energy in ("resistive", Resistive()))
+    assert by_name.blocks[0].module.setting == by_object.blocks[0].module.setting
+    with pytest.raises(ffebm.NotYetError, match="energy='drn'"):
+        ffebm.convert(model, x, energy="drn")
+    for wrong in ("boltzmann", None, Resistive):
+        with pytest.raises(ffebm.InputError, match="expected 'hopfield' or 'resistive'"):
+            ffebm.convert(model, x, energy=wrong)
+
+
+def test_an_energy_of_your_own_works_and_is_not_stored(tmp_path: Path) -> None:
+    class Mine(Resistive):
+        name = "mine"
+
+    model, x = CASES["mlp"].make(nn.ReLU)
+    energy: Energy = Mine()
+    hybrid = ffebm.convert(model, x, energy=energy)
+    assert torch.equal(hybrid(x), ffebm.convert(model, x, energy="resistive")(x))
+    with pytest.raises(ffebm.ExportError, match="energy of the blocks is of a class of your own"):
+        hybrid.save(tmp_path / "saved")
+    with pytest.raises(ffebm.ExportError, match="energy of block_1 is of a class of your own"):
+        hybrid.export_onnx(tmp_path / "parts", parts="digital")
+
+
+def test_samples_that_do_not_settle_are_named_with_a_remedy() -> None:
+    model, x = CASES["mlp"].make(nn.ReLU)
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=2.0, solver=ffebm.GaussSeidel(max_sweeps=1))
+    with pytest.raises(ffebm.ConvergenceError, match=r"block_1.*its energy is convex.*at γ = 2: lower `feedback`"):
+        hybrid(x)

@@ -43,6 +43,8 @@ _TIMM = """
     mixer_s32_224 resmlp_12_224 gmlp_ti16_224 gmixer_12_224
 """
 _LARGE = {"inception_v3": 96, "inception_v4": 96, "inception_resnet_v2": 96, "legacy_xception": 96, "tresnet_m": 64}
+_ONE_SIZE = ("bat_resnext26ts", "halonet26t", "eca_halonext26ts", "efficientformer_l1", "crossvit_tiny_240")
+"""Those that other sizes do not fit, whatever their configuration says."""
 _WINDOW = {
     "swin_tiny_patch4_window7_224": {"window_size": 4},
     "swinv2_tiny_window8_256": {"window_size": 4},
@@ -57,7 +59,10 @@ def _timm(name: str) -> Callable[[], Case]:
         size, config = _LARGE.get(name, 64), timm.get_pretrained_cfg(name)
         assert config is not None
         settings = {"pretrained": False, **_WINDOW.get(name, {})}
-        if config.fixed_input_size:
+        if name in _ONE_SIZE:
+            size = config.input_size[-1]
+            net = timm.create_model(name, **settings)
+        elif config.fixed_input_size:
             try:
                 net = timm.create_model(name, img_size=size, **settings)
             except (AssertionError, TypeError, ValueError, RuntimeError):  # of one size only
@@ -81,7 +86,7 @@ _VISION: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         for name, size in SIZES.items()
     },
     "googlenet": ("", {"init_weights": True}, (3, 64, 64)),
-    "inception_v3": ("", {"init_weights": True}, (3, 75, 75)),
+    "inception_v3": ("", {"init_weights": True}, (3, 299, 299)),
     "efficientnet_v2_s": ("", {}, (3, 64, 64)),
     "maxvit_t": ("", {"input_size": (224, 224)}, (3, 224, 224)),
     "mnasnet1_3": ("", {}, (3, 64, 64)),

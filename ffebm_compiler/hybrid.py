@@ -24,7 +24,7 @@ from ffebm_compiler.later_hooks import LaterHooks
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan import Plan
-from ffebm_compiler.recast import Casts, dtype_of, keep_wide
+from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy
@@ -201,11 +201,15 @@ class HybridModel(nn.Module):
         """Another device or dtype is no change of the weights: the feedback stays."""
         current, before = self._measured(), dtype_of(self)
         constants = dict(self.lowered._buffers)
+        there = next((parameter.device for parameter in self.parameters()), None)
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = dtype_of(self)
         if before is not None and after is not None and before is not after:
             keep_wide(self.lowered, constants)
             self._casts.follow(self, before, after)
+        here = next((parameter.device for parameter in self.parameters()), None)
+        if here is not None and there is not None and here != there:
+            move(self, there, here)
         self._fit(current)
         return result
 

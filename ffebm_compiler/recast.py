@@ -3,7 +3,7 @@
 `.to(y.dtype)` and `.float()` look the same in a graph: a cast to the dtype seen at capture. So when
 `.double()`, `.to(torch.bfloat16)` or `.half()` changes the parameters, the source is captured again
 in its new dtype, and the dtypes in the digital parts become those of the new graph. It is done only
-for models that name a dtype in their forward, once for each dtype.
+for models that name a dtype in their forward, once for each dtype. A new device only changes its name.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
 from ffebm_compiler.pipeline import annotated_program
+from ffebm_compiler.runtime.block_graph import CAPTURED_NAME
 from ffebm_compiler.runtime.casts import autocast_to
+from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
     from ffebm_compiler.ir import Program
 
-__all__ = ["Casts", "dtype_of", "keep_wide"]
-
-NAME = "ffebm_captured_name"
-"""Meta key: a captured node's name, which lowering may change."""
+__all__ = ["Casts", "dtype_of", "keep_wide", "move"]
 
 
 @dataclass
@@ -48,11 +47,12 @@ class Casts:
     def of(cls, program: Program) -> Casts:
         """Read a captured program, and mark its nodes so that they are found after lowering."""
         dtype = dtype_of(program.source)
-        casts = cls(tuple(str(node.target) for node in _operations(program)), dtype)
+        casts = cls(_targets(program), dtype)
         if dtype is not None:
             casts.known[dtype] = _named(program)
-        for node in program.graph.nodes:
-            node.meta[NAME] = node.name
+        for prefix, graph_module in _graphs(program.graph_module):
+            for node in graph_module.graph.nodes:
+                node.meta[CAPTURED_NAME] = prefix + node.name
         return casts
 
     def follow(self, hybrid: HybridModel, before: torch.dtype, after: torch.dtype) -> None:
@@ -90,13 +90,12 @@ class Casts:
             program, _ = annotated_program(source, args, kwargs, hybrid.plan.options, free, hybrid.plan.hardware)
         except FFEBMError as error:
             raise CaptureError(f"the model cannot be traced in {after}: {error}") from error
-        if tuple(str(node.target) for node in _operations(program)) != self.operations:
+        if _targets(program) != self.operations:
             raise UnsupportedError(
                 f"in {after} the model runs other operations than in {before}, in which it was converted: convert it "
                 f"in {after}"
             )
-        names = [node.name for node in _operations(program)]
-        first = {name: index for index, name in enumerate(names)}
+        first = {name: index for index, (name, _) in enumerate(_operations(program))}
         named = _named(program)
         mine = self.known[before]
         captured = list(mine)
@@ -126,24 +125,83 @@ def _like(leaf: Any, before: torch.dtype | None, after: torch.dtype, device: tor
     return leaf.to(device=device, dtype=after if leaf.dtype is before else leaf.dtype)
 
 
-def _operations(program: Program) -> Iterator[fx.Node]:
-    """The operations that a change of dtype must leave as they are."""
-    for node in program.graph.nodes:
-        is_shape = isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat)
-        if node.op in ("call_function", "call_module") and not is_shape and node.target is not autocast_to:
-            yield node
+def move(hybrid: HybridModel, before: torch.device, after: torch.device) -> None:
+    """Name `after` in a hybrid's graphs where they name `before`: the exporter notes the device of every new tensor."""
+
+    def moved(leaf: Any) -> Any:
+        here = isinstance(leaf, torch.device) and leaf.type == before.type and leaf.index in (None, before.index)
+        return after if here else leaf
+
+    for module in _graphs_of(hybrid):
+        changed = False
+        for node in module.graph.nodes:
+            if any(isinstance(leaf, torch.device) for leaf in _leaves((node.args, node.kwargs))):
+                node.args, node.kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), moved)
+                changed = True
+        if changed:
+            module.recompile()
 
 
-def _dtypes(arguments: Any) -> tuple[torch.dtype, ...]:
-    found: list[torch.dtype] = []
+def _graphs(graph_module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """A captured graph and those of its operations that follow a mode, each with the prefix of its nodes' names."""
+    yield "", graph_module
+    for name, module in graph_module.named_children():
+        for part in ("evaluation", "training_part"):
+            inner = module._modules.get(part)
+            if isinstance(module, ModeSwitch | TrainingMask) and isinstance(inner, fx.GraphModule):
+                yield f"{name}.{part}.", inner
+
+
+def _graphs_of(hybrid: HybridModel) -> list[fx.GraphModule]:
+    """All graphs that a hybrid runs, those of masks inside its blocks too."""
+    masks = []
+    for block in hybrid.blocks:
+        program = block.module.program
+        drives = [instruction for layer in program.layers for instruction in layer.instructions]
+        for instruction in (*drives, *program.readout):
+            masks.append(getattr(getattr(instruction.operator, "source", None), "training_part", None))
+    found = [*hybrid.lowered.modules(), *masks]
+    return list(dict.fromkeys(module for module in found if isinstance(module, fx.GraphModule)))
+
+
+def _operations(program: Program) -> Iterator[tuple[str, fx.Node]]:
+    """The operations that a change of dtype must leave as they are, with their names."""
+    for prefix, graph_module in _graphs(program.graph_module):
+        for node in graph_module.graph.nodes:
+            is_shape = isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat)
+            if node.op in ("call_function", "call_module") and not is_shape and not _casts_alone(graph_module, node):
+                yield prefix + node.name, node
+
+
+def _casts_alone(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node does no more than autocast does, which depends on the dtype of what it meets."""
+    if node.op != "call_module":
+        return node.target is autocast_to
+    module = graph_module.get_submodule(str(node.target))
+    if not isinstance(module, ModeSwitch):
+        return False
+    inner = [node for part in (module.evaluation, module.training_part) for node in part.graph.nodes]
+    return all(node.op in ("placeholder", "output") or node.target is autocast_to for node in inner)
+
+
+def _targets(program: Program) -> tuple[str, ...]:
+    """What runs, with the operations of both modes by their places, since their names are numbers."""
+    return tuple(str(node.target).rstrip("0123456789") for _, node in _operations(program))
+
+
+def _leaves(arguments: Any) -> list[Any]:
+    found: list[Any] = []
 
     def note(leaf: Any) -> Any:
-        if isinstance(leaf, torch.dtype):
-            found.append(leaf)
+        found.append(leaf)
         return leaf
 
     fx.node.map_aggregate(arguments, note)
-    return tuple(found)
+    return found
+
+
+def _dtypes(arguments: Any) -> tuple[torch.dtype, ...]:
+    return tuple(leaf for leaf in _leaves(arguments) if isinstance(leaf, torch.dtype))
 
 
 def _replaced(arguments: Any, dtypes: tuple[torch.dtype, ...]) -> Any:
@@ -156,16 +214,15 @@ def _replaced(arguments: Any, dtypes: tuple[torch.dtype, ...]) -> Any:
 
 
 def _named(program: Program) -> dict[str, tuple[torch.dtype, ...]]:
-    found = {node.name: _dtypes((node.args, node.kwargs)) for node in _operations(program)}
+    found = {name: _dtypes((node.args, node.kwargs)) for name, node in _operations(program)}
     return {name: dtypes for name, dtypes in found.items() if dtypes}
 
 
 def _set(hybrid: HybridModel, named: dict[str, tuple[torch.dtype, ...]]) -> None:
-    for module in [hybrid.lowered, *hybrid.feedforward_blocks.values()]:
-        assert isinstance(module, fx.GraphModule)
+    for module in _graphs_of(hybrid):
         changed = False
         for node in module.graph.nodes:
-            dtypes = named.get(node.meta.get(NAME, ""))
+            dtypes = named.get(node.meta.get(CAPTURED_NAME, ""))
             if dtypes is None or _dtypes((node.args, node.kwargs)) == dtypes:
                 continue
             node.args, node.kwargs = _replaced((node.args, dict(node.kwargs)), dtypes)

@@ -2,7 +2,7 @@
 
 `torch.fx` pickles code and traces it again when it is opened. A call without tensors among its
 arguments (`rand`) is then executed and becomes a constant, and a function of this package is traced
-into. Here the nodes themselves are stored; their metadata, which holds the tracer's tensors, is not.
+into. Here the nodes themselves are stored; of their metadata, which holds the tracer's tensors, a name alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["BlockGraph"]
+__all__ = ["CAPTURED_NAME", "BlockGraph"]
+
+CAPTURED_NAME = "ffebm_captured_name"
+"""Meta key: the name of the captured operation that a node is. It is stored with the node."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class BlockGraph(fx.GraphModule):
                 node.name,
                 _Overload.of(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target,
                 *_referred((node.args, dict(node.kwargs)), places),
+                node.meta.get(CAPTURED_NAME),
             )
             for node in self.graph.nodes
         ]
@@ -84,12 +88,14 @@ def _rebuilt(kind: type[BlockGraph], name: str, nodes: list[Any], state: tuple[A
         root.register_buffer(key, buffer, persistent=key not in temporary)
     graph = fx.Graph()
     made: list[fx.Node] = []
-    for op, label, target, args, kwargs in nodes:
+    for op, label, target, args, kwargs, captured in nodes:
         known = target.operator() if isinstance(target, _Overload) else target
         here = fx.node.map_aggregate(
             (args, kwargs), lambda value: made[value.place] if isinstance(value, _Node) else value
         )
         made.append(graph.create_node(op, known, here[0], here[1], name=label))
+        if captured is not None:
+            made[-1].meta[CAPTURED_NAME] = captured
     module = kind(root, graph, name)
     module._non_persistent_buffers_set.update(temporary)
     module.training = training

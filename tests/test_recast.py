@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,93 @@ def test_casts_are_those_of_the_source_in_every_dtype(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(hybrid(x), before, rtol=0, atol=0)
     torch.testing.assert_close(cast.float()(x), before, rtol=2e-2, atol=2e-2)
+
+
+def noisy(self: nn.Module, h: Tensor) -> Tensor:
+    return h + torch.rand(h.shape, dtype=h.dtype)
+
+
+def dropped(self: nn.Module, h: Tensor) -> Tensor:
+    """Stochastic depth as torchvision writes it: a factor of the shape alone."""
+    return h * torch.empty(h.shape[0], 1, dtype=h.dtype).bernoulli_(0.5)
+
+
+def widened(self: nn.Module, h: Tensor) -> Tensor:
+    return (3 * h.float()).to(h.dtype)
+
+
+def of_weights(self: nn.Module, h: Tensor) -> Tensor:
+    return h @ (2 * self.a.weight.float()).to(h.dtype)
+
+
+def in_autocast(self: nn.Module, h: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.a(h).to(h.dtype)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", [noisy, dropped, widened, of_weights, in_autocast], ids=lambda f: f.__name__)
+def test_casts_of_what_one_mode_alone_computes(
+    part: Callable[[nn.Module, Tensor], Tensor], dtype: torch.dtype, mode: str
+) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(torch.tanh(part(self, h) if self.training == (mode == "train") else h))
+
+    check(seeded(lambda: Layers(forward)), dtype)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_hybrid_from_a_file_follows_its_dtype(mode: str) -> None:
+    check(seeded(lambda: Widened(mode)), torch.float64, filed=True)
+
+
+def check(model: nn.Module, dtype: torch.dtype, filed: bool = False) -> None:
+    hybrid = ffebm.convert(model, noise(4, 8), hardware=ONE)
+    if filed:
+        hybrid = _filed(hybrid)
+    hybrid.to(dtype)
+    model.to(dtype)
+    x = noise(5, 8, seed=1).to(dtype)
+    for train in (True, False):
+        found, wanted = (_drawn(network.train(train), x) for network in (hybrid, model))
+        assert found.dtype is wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=2e-2 if dtype is torch.bfloat16 else 1e-9, atol=1e-6)
+
+
+class Widened(Layers):
+    """A class, for pickle."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(widened)
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(torch.tanh(widened(self, h) if self.training == (self.mode == "train") else h))
+
+
+def _filed(hybrid: ffebm.HybridModel) -> ffebm.HybridModel:
+    file = io.BytesIO()
+    torch.save(hybrid, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _drawn(network: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return network(x).detach()
+
+
+def test_new_tensors_are_made_where_the_hybrid_is() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = self.a(x) + torch.arange(8, device=x.device)
+        return self.b(torch.tanh(h + torch.rand(h.shape, device=x.device) if self.training else h))
+
+    hybrid = ffebm.convert(seeded(lambda: Layers(forward)), noise(4, 8), force_digital="*").to("meta")
+    for train in (True, False):
+        assert hybrid.train(train)(noise(5, 8).to("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("forward", [norm, region], ids=lambda f: f.__name__)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["process_unchanged", "reachable"]
+__all__ = ["is_users", "process_unchanged", "reachable"]
 
 _OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "numpy", "networkx", "ffebm_compiler"}
 """Top-level packages whose caches are their own affair."""
@@ -47,7 +47,8 @@ def process_unchanged(source: nn.Module) -> Iterator[None]:
             _without_fakes(container)
 
 
-def _is_users(module: object) -> bool:
+def is_users(module: object) -> bool:
+    """Whether a module, by its name, is neither torch's, nor the standard library's, nor this package's."""
     return isinstance(module, str) and module.partition(".")[0] not in _OTHERS
 
 
@@ -67,7 +68,7 @@ def reachable(source: nn.Module) -> Iterator[Any]:
 def _parts(found: Any) -> list[Any]:
     """What an object's code names, for objects that are defined outside of the known packages."""
     if isinstance(found, FunctionType):
-        if not _is_users(found.__module__):
+        if not is_users(found.__module__):
             return []
         names = _names(found.__code__)
         values = [found.__globals__[name] for name in names if name in found.__globals__]
@@ -75,7 +76,7 @@ def _parts(found: Any) -> list[Any]:
         cells = [_content(cell) for cell in found.__closure__ or ()]
         return [*values, *inner, *cells, *vars(found).values()]
     if isinstance(found, type):
-        return [part for kind in found.__mro__ if _is_users(kind.__module__) for part in vars(kind).values()]
+        return [part for kind in found.__mro__ if is_users(kind.__module__) for part in vars(kind).values()]
     if isinstance(found, MethodType):
         return [found.__func__, found.__self__]
     if isinstance(found, staticmethod | classmethod | functools._lru_cache_wrapper):
@@ -86,7 +87,7 @@ def _parts(found: Any) -> list[Any]:
         return [found.func, *found.args]
     if isinstance(found, dict):
         return [value for value in found.values() if isinstance(value, FunctionType | MethodType)]
-    if isinstance(found, ModuleType | nn.Module) or not _is_users(type(found).__module__):
+    if isinstance(found, ModuleType | nn.Module) or not is_users(type(found).__module__):
         return []
     return [type(found), *getattr(found, "__dict__", {}).values()]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import CaptureError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.changing_line import changing_line
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.tracing import ordinary_paths
@@ -48,7 +49,6 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         first = _called(source, args, kwargs, drawn)
         if drawn:
-            before.restore()
             raise _Drawn
         if not before.changed():
             return ""
@@ -56,9 +56,14 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         again = Attributes(source)
         second = _called(source, args, kwargs, drawn)
     except _Drawn:
+        place: list[str] = []
+        with suppress(Exception):
+            _called(source, args, kwargs, set(), place)
+        before.restore()
         raise CaptureError(
-            f"forward draws random numbers from {' and '.join(sorted(drawn))}, which a captured graph would repeat for "
-            "ever: draw them with torch (torch.rand(())), or outside of forward and hand them in as an input"
+            f"forward draws random numbers from {' and '.join(sorted(drawn))}{''.join(place)}, which a captured graph "
+            "would repeat for ever: draw them with torch (torch.rand(())), or outside of forward and hand them in as "
+            "an input"
         ) from None
     except Exception:
         before.restore()
@@ -81,8 +86,13 @@ class _Drawn(Exception):
     """A forward drew from a generator that is not torch's."""
 
 
-def _called(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], drawn: set[str]) -> list[Any]:
-    """The outputs of a call that changes attributes alone; `drawn` gets the generators, not torch's, that it uses."""
+def _called(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], drawn: set[str], place: list[str] | None = None
+) -> list[Any]:
+    """The outputs of a call that changes attributes alone; `drawn` gets the generators, not torch's, that it uses.
+
+    `place` gets the line that draws first.
+    """
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
     state = [*source.parameters(), *source.buffers()]
@@ -95,10 +105,14 @@ def _called(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dr
         torch.enable_grad(),
     ):
         states = generator_states()
-        outputs = [
-            leaf.detach() if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves_of(source(*_own(args), **_own(kwargs)))
-        ]
+        with ExitStack() as stack:
+            if place is not None:
+                watch = changing_line(lambda: (generator_states(), [*own.drawn()]))
+                stack.callback(place.extend, stack.enter_context(watch))
+            outputs = [
+                leaf.detach() if isinstance(leaf, Tensor) else leaf
+                for leaf in leaves_of(source(*_own(args), **_own(kwargs)))
+            ]
         drawn.update(name for name, value in generator_states().items() if value != states.get(name, value))
         drawn.update(own.drawn())
     for now, before in registered:  # a buffer that forward assigns; one that it makes stays

@@ -2,6 +2,8 @@
 
 import functools
 import random
+import re
+import sys
 from collections.abc import Callable
 
 import numpy
@@ -197,7 +199,7 @@ class Skips(nn.Module):
         self.draw, self.always = draw, always
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (self.training or self.always) and self.draw() < 0.5:
+        if (self.training or self.always) and self.draw() < 0.5:  # DRAWN
             return self.b(x)
         return self.b(torch.tanh(self.a(x)))
 
@@ -208,8 +210,11 @@ GENERATORS = {"Python's own generator": random.random, "numpy's generator": lamb
 @pytest.mark.parametrize("name", GENERATORS)
 def test_draws_of_other_generators_are_refused(name: str) -> None:
     x, state = torch.randn(3, 8), random.getstate()
-    with pytest.raises(ffebm.CaptureError, match=rf"forward draws random numbers from {name}.*draw them with torch"):
+    place = rf"\({re.escape(__file__)}, line \d+\) at '.*(# DRAWN|numpy\.random\.rand).*', which a captured graph would"
+    tracer = sys.gettrace()
+    with pytest.raises(ffebm.CaptureError, match=rf"forward draws random numbers from {name}.* {place}.*with torch"):
         ffebm.convert(Skips(GENERATORS[name], always=True), x)
+    assert sys.gettrace() is tracer
     model = Skips(GENERATORS[name], always=False).eval()
     hybrid = ffebm.convert(model, x, hardware=ffebm.Hardware(layers_per_block=1))
     torch.testing.assert_close(hybrid(x), model(x))

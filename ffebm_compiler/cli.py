@@ -15,25 +15,7 @@ from torch import Tensor
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli_errors import Commands, show_warning
-from ffebm_compiler.cli_options import (
-    BlockOps,
-    Feedback,
-    Fold,
-    Force,
-    ForceAnalog,
-    ForceDigital,
-    HardwareName,
-    Inputs,
-    Model,
-    NoVerify,
-    OnUnsupported,
-    Seed,
-    Tolerance,
-    Weights,
-    check_alone,
-    check_free,
-    converted,
-)
+from ffebm_compiler.cli_options import Force, NoVerify, Settings, Tolerance, check_alone, check_free, with_settings
 from ffebm_compiler.cli_plan import plan
 from ffebm_compiler.passes.containers import leaves_of
 
@@ -96,18 +78,9 @@ main.command()(plan)
 
 
 @main.command()
+@with_settings()
 def convert(
-    model: Model,
-    inputs: Inputs = None,
-    weights: Weights = None,
-    hardware: HardwareName = "crossbar-256",
-    feedback: Feedback = "0.1",
-    fold_batchnorm: Fold = False,
-    block_ops: BlockOps = "add,reshape",
-    force_digital: ForceDigital = None,
-    force_analog: ForceAnalog = None,
-    on_unsupported: OnUnsupported = "digital",
-    seed: Seed = 0,
+    settings: Settings,
     costs: Annotated[bool, typer.Option("--costs", help="Add the modelled energy and latency.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Save the hybrid to this folder, for ffebm.load.")
@@ -117,10 +90,7 @@ def convert(
 
     Example: ffebm convert mypackage.models:resnet --input 1x3x32x32 --feedback 0.3
     """
-    hybrid, args, kwargs = converted(
-        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
-        on_unsupported, seed,
-    )  # fmt: skip
+    hybrid, args, kwargs = settings.converted()
     if out is not None:
         hybrid.save(out)
     comparison = hybrid.compare(*args, **kwargs)
@@ -133,18 +103,9 @@ def convert(
 
 
 @main.command()
+@with_settings()
 def check(
-    model: Model,
-    inputs: Inputs = None,
-    weights: Weights = None,
-    hardware: HardwareName = "crossbar-256",
-    feedback: Feedback = "0.1",
-    fold_batchnorm: Fold = False,
-    block_ops: BlockOps = "add,reshape",
-    force_digital: ForceDigital = None,
-    force_analog: ForceAnalog = None,
-    on_unsupported: OnUnsupported = "digital",
-    seed: Seed = 0,
+    settings: Settings,
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Exit with 1 where EP's cosine is below this anywhere.")
     ] = None,
@@ -153,10 +114,7 @@ def check(
 
     Example: ffebm check ffebm_compiler.demo_models:DigitsCNN --input 4x1x8x8 --fold-batchnorm --min-cosine 0.999
     """
-    hybrid, args, kwargs = converted(
-        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
-        on_unsupported, seed,
-    )  # fmt: skip
+    hybrid, args, kwargs = settings.converted()
     given = dict(zip(inspect.signature(hybrid).parameters, args, strict=False)) | kwargs if kwargs else args
     report = ffebm.check_gradients(hybrid, given, _random_loss)
     typer.echo(str(report))
@@ -167,22 +125,14 @@ def check(
 
 
 @main.command()
+@with_settings(
+    model=Annotated[
+        str, typer.Argument(metavar="MODEL", help="As for plan; or a plan's .json file, of ffebm plan --out, alone.")
+    ]
+)
 def draw(
+    settings: Settings,
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="As for plan; or a plan's .json file, of ffebm plan --out, alone."),
-    ],
-    inputs: Inputs = None,
-    weights: Weights = None,
-    hardware: HardwareName = "crossbar-256",
-    feedback: Feedback = "0.1",
-    fold_batchnorm: Fold = False,
-    block_ops: BlockOps = "add,reshape",
-    force_digital: ForceDigital = None,
-    force_analog: ForceAnalog = None,
-    on_unsupported: OnUnsupported = "digital",
-    seed: Seed = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .html, .svg, .png, .pdf or .dot.")] = Path(
         "partition.html"
     ),
@@ -196,32 +146,20 @@ def draw(
 
     check_format(out)
     check_free(out, force)
-    if model.lower().endswith(".json"):
+    if settings.model.lower().endswith(".json"):
         check_alone(context, ("model", "out", "force"))
-        save_picture(ffebm.Plan.from_json(model), out)
+        save_picture(ffebm.Plan.from_json(settings.model), out)
     else:
-        hybrid, _, _ = converted(
-            model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
-            on_unsupported, seed,
-        )  # fmt: skip
+        hybrid, _, _ = settings.converted()
         save_picture(hybrid.plan, out, hybrid)
     typer.echo(f"wrote {out}")
 
 
 @main.command()
+@with_settings()
 def export(
-    model: Model,
+    settings: Settings,
     out: Annotated[Path, typer.Option("--out", "-o", help="FILE.onnx: the whole hybrid. Else a folder.")],
-    inputs: Inputs = None,
-    weights: Weights = None,
-    hardware: HardwareName = "crossbar-256",
-    feedback: Feedback = "0.1",
-    fold_batchnorm: Fold = False,
-    block_ops: BlockOps = "add,reshape",
-    force_digital: ForceDigital = None,
-    force_analog: ForceAnalog = None,
-    on_unsupported: OnUnsupported = "digital",
-    seed: Seed = 0,
     force: Force = False,
     no_verify: NoVerify = False,
     tolerance: Tolerance = 1e-4,
@@ -236,10 +174,7 @@ def export(
     from ffebm_compiler.cli_export import write_onnx
 
     check_free(out if out.suffix.lower() == ".onnx" else None, force)
-    hybrid, args, kwargs = converted(
-        model, inputs, weights, hardware, feedback, fold_batchnorm, block_ops, force_digital, force_analog,
-        on_unsupported, seed,
-    )  # fmt: skip
+    hybrid, args, kwargs = settings.converted()
     for line in write_onnx(hybrid, out, args, kwargs, None if no_verify else tolerance):
         typer.echo(line)
 

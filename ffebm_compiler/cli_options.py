@@ -1,11 +1,16 @@
-"""The options that the commands share, and what they do with them."""
+"""The options that the commands share: one dataclass, from which every command's `--help` is made.
+
+A command takes `settings: Settings` and options of its own; `with_settings` gives it the parameters that typer reads.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -14,28 +19,9 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli_models import feedback_of, hardware_of, load_model, load_weights, random_inputs
+from ffebm_compiler.hardware import Hardware
 
-__all__ = [
-    "BlockOps",
-    "Feedback",
-    "Fold",
-    "Force",
-    "ForceAnalog",
-    "ForceDigital",
-    "HardwareName",
-    "Inputs",
-    "Model",
-    "NoVerify",
-    "OnUnsupported",
-    "Seed",
-    "Tolerance",
-    "Weights",
-    "check_alone",
-    "check_free",
-    "converted",
-    "names_of",
-    "prepared",
-]
+__all__ = ["Force", "NoVerify", "Settings", "Tolerance", "check_alone", "check_free", "with_settings"]
 
 Model = Annotated[
     str,
@@ -45,35 +31,6 @@ Model = Annotated[
         "torchvision:NAME, transformers:NAME with random weights.",
     ),
 ]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        "-i",
-        metavar="SHAPE",
-        help="An input's shape, batch first, as 1x3x32x32, 1x16:int64 or mask=1x16:bool; repeat it for each input. "
-        "Models of a library have a default.",
-    ),
-]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", help="A state_dict to load first: .safetensors, or from torch.save.")
-]
-HardwareName = Annotated[
-    str, typer.Option("--hardware", "-w", help="ideal, crossbar-64, crossbar-256, or a .toml or .json file.")
-]
-Fold = Annotated[bool, typer.Option("--fold-batchnorm", help="Fold batch norm into the layer before it.")]
-BlockOps = Annotated[
-    str, typer.Option("--block-ops", help="Wiring allowed inside a block, joined by commas, e.g. add,reshape,avg_pool.")
-]
-ForceDigital = Annotated[
-    list[str] | None, typer.Option("--force-digital", help="Keep modules of this pattern digital, e.g. 'layer4.*'.")
-]
-ForceAnalog = Annotated[list[str] | None, typer.Option("--force-analog", help="Insist on modules of this pattern.")]
-OnUnsupported = Annotated[
-    str, typer.Option("--on-unsupported", help="A layer that cannot be analog stays 'digital', or is an 'error'.")
-]
-Feedback = Annotated[str, typer.Option("--feedback", "-f", help="Loop gain between 0 and 1, or symmetric.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.", min=0)]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not run what was written in onnxruntime beside the hybrid.")
 ]
@@ -83,53 +40,115 @@ Tolerance = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 
-def prepared(
-    name: str, inputs: list[str] | None, weights: Path | None, seed: int
-) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
-    """The named model with its weights, and random inputs."""
-    torch.manual_seed(seed)
-    model = load_model(name)
-    if weights is not None:
-        load_weights(model.module, weights)
-    args, kwargs = random_inputs(inputs or model.inputs, seed)
-    return model.module, args, kwargs
+@dataclass(frozen=True)
+class Settings:
+    """What a command makes its plan or hybrid of."""
+
+    model: Model
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="SHAPE",
+            help="An input's shape, batch first, as 1x3x32x32, 1x16:int64 or mask=1x16:bool; repeat it for each input. "
+            "Models of a library have a default.",
+        ),
+    ] = None
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="A state_dict to load first: .safetensors, or from torch.save.")
+    ] = None
+    hardware: Annotated[
+        str, typer.Option("--hardware", "-w", help="ideal, crossbar-64, crossbar-256, or a .toml or .json file.")
+    ] = "crossbar-256"
+    feedback: Annotated[str, typer.Option("--feedback", "-f", help="Loop gain between 0 and 1, or symmetric.")] = "0.1"
+    fold_batchnorm: Annotated[
+        bool, typer.Option("--fold-batchnorm", help="Fold batch norm into the layer before it.")
+    ] = False
+    block_ops: Annotated[
+        str,
+        typer.Option("--block-ops", help="Wiring allowed inside a block, joined by commas, e.g. add,reshape,avg_pool."),
+    ] = "add,reshape"
+    force_digital: Annotated[
+        list[str] | None, typer.Option("--force-digital", help="Keep modules of this pattern digital, e.g. 'layer4.*'.")
+    ] = None
+    force_analog: Annotated[
+        list[str] | None, typer.Option("--force-analog", help="Insist on modules of this pattern.")
+    ] = None
+    on_unsupported: Annotated[
+        str, typer.Option("--on-unsupported", help="A layer that cannot be analog stays 'digital', or is an 'error'.")
+    ] = "digital"
+    seed: Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.", min=0)] = 0
+
+    def fabric(self) -> Hardware:
+        """The hardware."""
+        return hardware_of(self.hardware)
+
+    def source(self) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
+        """The model with its weights, and random inputs."""
+        torch.manual_seed(self.seed)
+        named = load_model(self.model)
+        if self.weights is not None:
+            load_weights(named.module, self.weights)
+        args, kwargs = random_inputs(self.inputs or named.inputs, self.seed)
+        return named.module, args, kwargs
+
+    def options(self) -> dict[str, Any]:
+        """What `plan` and `convert` are asked for beside the hardware."""
+        return {
+            "fold_batchnorm": self.fold_batchnorm,
+            "block_ops": tuple(part.strip() for part in self.block_ops.split(",") if part.strip()),
+            "force_digital": self.force_digital or (),
+            "force_analog": self.force_analog or (),
+            "on_unsupported": self.on_unsupported,
+        }
+
+    def converted(self) -> tuple[ffebm.HybridModel, tuple[Tensor, ...], dict[str, Tensor]]:
+        """The model converted, and the random inputs that it was converted with."""
+        gain, fabric = feedback_of(self.feedback), self.fabric()
+        module, args, kwargs = self.source()
+        with Console(stderr=True).status(f"converting {self.model}"):
+            hybrid = ffebm.convert(module, args, kwargs, hardware=fabric, feedback=gain, **self.options())
+        return hybrid, args, kwargs
 
 
-def converted(
-    name: str,
-    inputs: list[str] | None,
-    weights: Path | None,
-    hardware: str,
-    feedback: str,
-    fold_batchnorm: bool,
-    block_ops: str,
-    force_digital: list[str] | None,
-    force_analog: list[str] | None,
-    on_unsupported: str,
-    seed: int,
-) -> tuple[ffebm.HybridModel, tuple[Tensor, ...], dict[str, Tensor]]:
-    """The named model converted, and the random inputs that it was converted with."""
-    gain, fabric = feedback_of(feedback), hardware_of(hardware)
-    module, args, kwargs = prepared(name, inputs, weights, seed)
-    with Console(stderr=True).status(f"converting {name}"):
-        hybrid = ffebm.convert(
-            module,
-            args,
-            kwargs,
-            hardware=fabric,
-            feedback=gain,
-            fold_batchnorm=fold_batchnorm,
-            block_ops=names_of(block_ops),
-            force_digital=force_digital or (),
-            force_analog=force_analog or (),
-            on_unsupported=on_unsupported,
-        )
-    return hybrid, args, kwargs
+def with_settings(without: Sequence[str] = (), **instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a parameter for each field of `Settings`, before its own.
 
+    Args:
+        without: fields that mean nothing for it.
+        instead: annotations to use for fields in place of their own.
+    """
 
-def names_of(text: str) -> tuple[str, ...]:
-    """The names in a list joined by commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        hints = {**get_type_hints(Settings, include_extras=True), **instead}
+        shared = [field for field in fields(Settings) if field.name not in without]
+        own = get_type_hints(command, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in shared
+        ]
+        parameters += [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own[parameter.name])
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.name != "settings"
+        ]
+
+        def run(**given: Any) -> None:
+            settings = Settings(**{field.name: given.pop(field.name) for field in shared})
+            command(settings=settings, **given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorated
 
 
 def check_free(path: Path | None, force: bool) -> None:

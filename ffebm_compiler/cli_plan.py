@@ -12,23 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.cli_models import hardware_of
-from ffebm_compiler.cli_options import (
-    BlockOps,
-    Fold,
-    Force,
-    ForceAnalog,
-    ForceDigital,
-    HardwareName,
-    Inputs,
-    Model,
-    OnUnsupported,
-    Seed,
-    Weights,
-    check_free,
-    names_of,
-    prepared,
-)
+from ffebm_compiler.cli_options import Force, Settings, check_free, with_settings
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.passes.partition_compare import SweepRow, sweep
@@ -40,17 +24,9 @@ __all__ = ["plan", "sweep_settings", "sweep_text"]
 _WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
 
 
+@with_settings(without=("feedback",))
 def plan(
-    model: Model,
-    inputs: Inputs = None,
-    weights: Weights = None,
-    hardware: HardwareName = "crossbar-256",
-    fold_batchnorm: Fold = False,
-    block_ops: BlockOps = "add,reshape",
-    force_digital: ForceDigital = None,
-    force_analog: ForceAnalog = None,
-    on_unsupported: OnUnsupported = "digital",
-    seed: Seed = 0,
+    settings: Settings,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON to this file.")] = None,
     force: Force = False,
@@ -73,19 +49,9 @@ def plan(
     if sweep and (out is not None or explain):
         raise InputError("--sweep prints a table of many plans: leave out --out and --explain")
     check_free(out, force)
-    fabric = hardware_of(hardware)
-    module, args, kwargs = prepared(model, inputs, weights, seed)
-    planned = functools.partial(
-        ffebm.plan,
-        module,
-        args,
-        kwargs,
-        fold_batchnorm=fold_batchnorm,
-        block_ops=names_of(block_ops),
-        force_digital=force_digital or (),
-        force_analog=force_analog or (),
-        on_unsupported=on_unsupported,
-    )
+    fabric = settings.fabric()
+    module, args, kwargs = settings.source()
+    planned = functools.partial(ffebm.plan, module, args, kwargs, **settings.options())
     made = planned(hardware=fabric)
     if out is not None:
         made.to_json(out)

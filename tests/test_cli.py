@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli import main
+from ffebm_compiler.cli_options import Settings
 from ffebm_compiler.demo_models import DigitsCNN, digits_mlp
 
 FFEBM = Path(sys.executable).with_name("ffebm")
@@ -24,6 +27,7 @@ MLP = ["ffebm_compiler.demo_models:digits_mlp", "--input", "1x1x8x8"]
 
 MODELS = """
 import torch
+import typer
 from torch import nn
 
 class Masked(nn.Module):
@@ -325,3 +329,19 @@ def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(cli.main, ["convert", *MLP])
     assert result.exit_code == 0
     assert result.stderr == "warning: first second (ConvergenceWarning)\n"
+
+
+def test_every_command_that_takes_a_model_has_the_options_of_one_dataclass() -> None:
+    commands = typer.main.get_group(main).commands
+    shared = {
+        name: {param.name: (param.opts, param.default, getattr(param, "help", None)) for param in commands[name].params}
+        for name in ("plan", "convert", "check", "draw", "export")
+    }
+    for field in dataclasses.fields(Settings):
+        described = {name: options.get(field.name) for name, options in shared.items()}
+        if field.name == "feedback":  # a plan has no feedback
+            assert described.pop("plan") is None
+        if field.name == "model":  # a stored plan may be drawn
+            assert "plan's .json file" in str(described.pop("draw"))
+        assert None not in described.values()
+        assert len({str(value) for value in described.values()}) == 1, field.name

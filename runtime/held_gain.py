@@ -50,6 +50,7 @@ class HeldGain:
         self._every: int | None = None
         self._seen: tuple[WeightStamp, Certificate] | None = None
         self._warned = False
+        self._kept: tuple[Certificate | None, float | str, tuple[Setting, float | None]] | None = None
         self._examples: list[Tensor] = []
         self._shapes: dict[int, torch.Size] = {}
 
@@ -65,8 +66,7 @@ class HeldGain:
     @property
     def setting(self) -> Setting:
         """The energy and what its amplifiers are set to."""
-        amplifiers = () if self.certificate is None else self.certificate.amplifiers
-        return Setting(self.energy, self.scales, amplifiers)
+        return self._derived()[0]
 
     @property
     def loop_gain(self) -> float:
@@ -76,9 +76,20 @@ class HeldGain:
     @property
     def contraction(self) -> float | None:
         """Factor by which a sweep contracts, where it is certified to."""
-        if self.certificate is None:
-            return None
-        return self.energy.contraction(self.program, self.certificate, self.feedback)
+        return self._derived()[1]
+
+    def _derived(self) -> tuple[Setting, float | None]:
+        """(setting, contraction), made once for a certificate and a feedback."""
+        certificate, kept = self.certificate, self._kept
+        if kept is None or kept[0] is not certificate or kept[1] != self.feedback:
+            amplifiers: tuple[float, ...] = ()
+            contraction = None
+            if certificate is not None:
+                amplifiers = certificate.amplifiers
+                contraction = self.energy.contraction(self.program, certificate, self.feedback)
+            kept = certificate, self.feedback, (Setting(self.energy, self.scales, amplifiers), contraction)
+            self._kept = kept
+        return kept[2]
 
     def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
         """Remember these inputs' shapes, measure the operator norms and set the feedback."""

@@ -16,6 +16,7 @@ from networks import CASES, MLP, Branches, Projections, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.onnx import verify
 from ffebm_compiler.onnx.execute import run
 from ffebm_compiler.runtime.activations import (
     Clamp,
@@ -550,14 +551,23 @@ def test_reports_know_it() -> None:
     assert "loop gain" in hybrid._repr_html_()
 
 
-def test_the_manifest_holds_it_and_one_file_is_refused(tmp_path: Path) -> None:
+def test_the_manifest_holds_it(tmp_path: Path) -> None:
     hybrid, x = small()
     hybrid.set_feedback(0.7)
     hybrid.export_onnx(tmp_path / "parts", parts="digital")
     (found,) = run(tmp_path / "parts", [x])
     torch.testing.assert_close(found, hybrid(x), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ffebm.ExportError, match="block_1 has a resistive energy, which has no ONNX form yet"):
-        hybrid.export_onnx(tmp_path / "whole.onnx")
+
+
+@pytest.mark.parametrize("case", ["mlp", "branches", "projections", "gains"])
+@pytest.mark.parametrize("kind", [*ACTIVATIONS, "hardtanh", "softshrink"])
+def test_one_onnx_file_settles_to_the_same_states(tmp_path: Path, case: str, kind: str) -> None:
+    others = {"hardtanh": lambda: nn.Hardtanh(-0.2, 0.3), "softshrink": lambda: nn.Softshrink(0.1)}
+    model, x = CASES[case].make({**ACTIVATIONS, **others}[kind])
+    tight = ffebm.GaussSeidel(rtol=1e-6)
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=0.7, solver=tight, **CASES[case].options)
+    hybrid.export_onnx(tmp_path / "whole.onnx")
+    assert max(verify(hybrid, tmp_path / "whole.onnx", (x,)).values()) <= 1e-5
 
 
 class Tokens(nn.Module):
@@ -680,8 +690,9 @@ def test_an_energy_of_your_own_works_and_is_not_stored(tmp_path: Path) -> None:
     assert torch.equal(hybrid(x), ffebm.convert(model, x, energy="resistive")(x))
     with pytest.raises(ffebm.ExportError, match="energy of the blocks is of a class of your own"):
         hybrid.save(tmp_path / "saved")
-    with pytest.raises(ffebm.ExportError, match="energy of block_1 is of a class of your own"):
-        hybrid.export_onnx(tmp_path / "parts", parts="digital")
+    for parts in ("digital", None):
+        with pytest.raises(ffebm.ExportError, match="energy of block_1 is of a class of your own"):
+            hybrid.export_onnx(tmp_path / "parts", parts=parts)
 
 
 def test_samples_that_do_not_settle_are_named_with_a_remedy() -> None:

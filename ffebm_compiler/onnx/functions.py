@@ -8,7 +8,9 @@ at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. What 
 alone is computed before the loop. An ONNX function cannot raise: the outputs of a block that did
 not settle are NaN.
 
-Blocks of one structure share one function; γ and the limits are attributes of the call.
+Where the energy has amplifiers, the loads on the states are computed from the weights before the loop, and a state is
+σ under its load (`load_nodes.py`). Blocks of one structure share one function; γ, the amplifiers' gains and the limits
+are attributes of the call.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.activation_nodes import activation_nodes
 from ffebm_compiler.onnx.emit import Names, Writer
+from ffebm_compiler.onnx.load_nodes import LoadedActivation
 from ffebm_compiler.onnx.manifest import settling_of
 from ffebm_compiler.onnx.operator_nodes import adjoint_nodes, apply_nodes
 from ffebm_compiler.onnx.packages import OPSET, package
@@ -32,6 +35,8 @@ from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.shapes import register_shapes
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.energies.choice import name_of
+from ffebm_compiler.runtime.energies.loads import multiplying_weights
 from ffebm_compiler.runtime.program import BlockProgram, Instruction
 
 __all__ = ["DOMAIN", "BlockFunction", "block_function"]
@@ -58,11 +63,8 @@ def block_function(step: Step) -> BlockFunction:
     """
     block = step.module
     assert isinstance(block, EnergyBlock)
-    if block.setting.amplifiers:
-        raise ExportError(
-            f"{step.name} has a {block.energy_function.name} energy, which has no ONNX form yet: export with "
-            "parts='digital', whose manifest holds the block, or use energy='hopfield'"
-        )
+    if name_of(block.energy_function) is None:
+        raise ExportError(f"the energy of {step.name} is of a class of your own, which has no ONNX form")
     dtype = step.outputs[0].dtype
     if dtype not in ("float32", "float64"):
         raise ExportError(
@@ -96,6 +98,10 @@ class _Builder:
             for later in self.program.downstream[index]
             if self.coupled
         }
+        self.amplifiers = {
+            index: f"amplifier_{index}" for index, _ in enumerate(self.block.setting.amplifiers) if self.coupled
+        }
+        """Where the energy has amplifiers: its states are loaded."""
 
     def build(self) -> BlockFunction:
         onnx = package("onnx")
@@ -139,6 +145,8 @@ class _Builder:
         }
         for (index, later), name in self.gammas.items():
             attributes[name] = scales[later] / scales[index]
+        for index, name in self.amplifiers.items():
+            attributes[name] = self.block.setting.amplifiers[index]
         return attributes
 
     def _digest(self) -> str:
@@ -154,6 +162,7 @@ class _Builder:
             self.coupled,
             self.settling["schedule"],
             self.settling["on_failure"],
+            *([self.block.energy_function.name] if self.amplifiers else []),
         ]
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -213,6 +222,7 @@ class _Builder:
         least, most = self.main.setting("min_sweeps", "int"), self.main.setting("max_sweeps", "int")
         before_least = self.main.op("Sub", least, self.main.constant(np.array(1, dtype=np.int64)))
         sweep = names.fresh("sweep")
+        loaded = self._loaded(states, gammas)
         carried = [names.fresh("s") for _ in states]
         present = list(carried)
         pulled: dict[str, dict[int, str]] = {}
@@ -227,7 +237,11 @@ class _Builder:
                 part = pulled[present[later]].get(self.program.layers[index].state)
                 if part is not None:
                     terms.append(body.op("Mul", part, gammas[index, later]))
-            present[index] = self._activate(body, index, body.added(terms))
+            present[index] = (
+                loaded[index].value(body, body.added(terms))
+                if index in loaded
+                else self._activate(body, index, body.added(terms))
+            )
             changes.append(self._change(body, before, present[index]))
         residual = body.op("Max", *changes) if len(changes) > 1 else changes[0]
         more = body.op("Or", body.op("Greater", residual, limit), body.op("Less", sweep, before_least))
@@ -257,6 +271,24 @@ class _Builder:
         )
         return results, self.main.op("LessOrEqual", last, limit)
 
+    def _loaded(self, states: Sequence[str], gammas: Mapping[tuple[int, int], str]) -> dict[int, LoadedActivation]:
+        """The layers whose states the conductances of later ones load: D^l − 1 = Σ_m γ_{l,m} A_m |J_{ml}|ᵀ 1."""
+        parts: dict[int, list[str]] = {}
+        magnitudes: list[str | None] = list(self.weights)
+        for place in multiplying_weights(self.program) if self.amplifiers else ():
+            magnitudes[place] = self.main.op("Abs", self.weights[place])
+        for later, name in self.amplifiers.items():
+            shape = self.main.op("Shape", states[later])
+            ones = self.main.op("Expand", self.main.setting(name, "float"), shape)
+            found = self._pullback(self.main, later, ones, self.program.absolute, magnitudes)
+            for index in self.program.upstream[later]:
+                part = found[self.program.layers[index].state]
+                parts.setdefault(index, []).append(self.main.op("Mul", part, gammas[index, later]))
+        return {
+            index: LoadedActivation(self.main, self.program.layers[index].activation, self.main.added(terms))
+            for index, terms in parts.items()
+        }
+
     def _order(self) -> list[int]:
         count = len(self.program.layers)
         if self.settling["schedule"] == "backward":
@@ -271,9 +303,19 @@ class _Builder:
         tiny = writer.number(float(np.finfo(self.dtype).tiny))
         return writer.op("Div", moved, writer.op("Add", norm, tiny))
 
-    def _pullback(self, writer: Writer, index: int, cotangent: str) -> dict[int, str]:
-        """Register of each state that the drive of a layer reads -> its part of J_lᵀ p."""
-        layer = self.program.layers[index]
+    def _pullback(
+        self,
+        writer: Writer,
+        index: int,
+        cotangent: str,
+        program: BlockProgram | None = None,
+        weights: Sequence[str | None] = (),
+    ) -> dict[int, str]:
+        """Register of each state that the drive of a layer reads -> its part of J_lᵀ p.
+
+        Of the block itself, or of a program of the same registers at other weights.
+        """
+        layer = (program or self.program).layers[index]
         pending: dict[int, list[str]] = {layer.drive: [cotangent]}
         for instruction in reversed(layer.instructions):
             if instruction.output not in pending:
@@ -287,7 +329,7 @@ class _Builder:
                     writer,
                     instruction.operator,
                     arriving,
-                    self._weights(instruction),
+                    [None if place is None else (weights or self.weights)[place] for place in instruction.weights],
                     [self.shapes[register] for register in instruction.operands],
                     self.shapes[instruction.output],
                     wanted,

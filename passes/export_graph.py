@@ -45,7 +45,7 @@ class Exported:
     """How the containers of the inputs are made of plain ones."""
     outputs: Recipe
     settings: tuple[str, ...] = ()
-    """Branches that were decided by values of buffers: a sentence for each."""
+    """Branches that were decided by values of buffers, checks of data that are left out: a sentence for each."""
     note: str = ""
     """What the person should know, or nothing."""
     outside: tuple[torch.Tensor, ...] = ()
@@ -126,7 +126,7 @@ def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
             with keep_custom_functions() as functions:
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             calls.known.check()
-        found, outside = tuple(calls.known.notes()), tuple(calls.outside)
+        found, outside = calls.notes(), tuple(calls.outside)
         return Exported(program, functions, Recipe(), Recipe(), settings=found, outside=outside)
     except Exception as error:
         with _as_before(source), tensors_unchanged([*source.parameters(), *source.buffers()]):

@@ -9,7 +9,6 @@ forward makes of Python numbers, such as `torch.tensor(sizes)`, has the same val
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ffebm_compiler.passes.explain_capture import NotTraceable
+from ffebm_compiler.passes.source_line import running_line
 
 __all__ = ["KnownValues"]
 
@@ -77,7 +77,7 @@ class KnownValues:
             return False, None
         if func in _READS and known and all(known):
             names = frozenset().union(*(entry.names for entry in known if entry is not None))
-            line = _users_line()
+            line = running_line()
             for name in names:
                 self.reads.setdefault(name, line)
             return True, self._compute(func, args, kwargs)
@@ -191,15 +191,3 @@ def _of_known_size(traced: Tensor, value: Tensor) -> None:
     for size, length in zip(traced.shape, value.shape, strict=True):
         if isinstance(size, torch.SymInt):
             torch._check(size == length)
-
-
-def _users_line() -> str:
-    """The innermost line of the running code that is neither torch's nor this package's."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        module = str(frame.f_globals.get("__name__", ""))
-        if not module.startswith(("torch.", "ffebm_compiler.")) and not file.startswith("<"):
-            return f" ({file}, line {frame.f_lineno})"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""

@@ -1,10 +1,12 @@
-"""The line of the user's own code that ran a node."""
+"""The line of the user's own code that ran a node, or that is running."""
 
 from __future__ import annotations
 
+import sys
+
 from torch import fx
 
-__all__ = ["source_line"]
+__all__ = ["running_line", "source_line"]
 
 
 def source_line(node: fx.Node) -> str:
@@ -17,3 +19,15 @@ def source_line(node: fx.Node) -> str:
         return ""
     file, number, *_ = own[-1].removeprefix('File "').split('", line ')
     return f" ({file}, line {number.split(',')[0]})"
+
+
+def running_line() -> str:
+    """` (FILE, line N)` of the innermost line of the running code that is neither torch's nor this package's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        module = str(frame.f_globals.get("__name__", ""))
+        if not module.startswith(("torch.", "ffebm_compiler.")) and not file.startswith("<"):
+            return f" ({file}, line {frame.f_lineno})"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

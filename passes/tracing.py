@@ -6,6 +6,7 @@
 - a layer that is moved in the forward to where it is already stays as it is.
 - a branch on a buffer or a constant is decided by its value (`known_values`), one on random numbers is refused
   (`drawn_values`).
+- a check that raises for some values of the data is passed (`data_checks`), values are finite (`finite_values`).
 - random numbers come from torch's default generator, which the forward does not seed.
 - autograd's graph is not looked at, and gets no hooks but those of `Tensor.register_hook` (`refused_hooks`).
 - distributions do not look at the values of their parameters.
@@ -34,8 +35,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.data_checks import DataChecks
 from ffebm_compiler.passes.drawn_values import DrawnValues
 from ffebm_compiler.passes.explain_capture import NotTraceable
+from ffebm_compiler.passes.finite_values import FiniteValues
 from ffebm_compiler.passes.known_values import KnownValues
 from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
 
@@ -57,8 +60,14 @@ class UsersCalls(TorchFunctionMode):
         super().__init__()
         self.known = KnownValues(source)
         self.drawn = DrawnValues(self.known.knows)
+        self.checks = DataChecks()
+        self.finite = FiniteValues()
         self.outside: list[torch.Tensor] = []
         """Tensors with `requires_grad` that no module registers: the tracer sees them as they are."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What was decided for the forward while it was traced: a sentence for each place."""
+        return (*self.known.notes(), *self.checks.notes(), *self.finite.notes())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the call, marked where no gradient is recorded."""
@@ -81,10 +90,14 @@ class UsersCalls(TorchFunctionMode):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.requires_grad
         ]
         args, kwargs = tuple(map(_default, args)), {key: _default(value) for key, value in kwargs.items()}
-        self.drawn.call(func, args)
         known, value = self.known.call(func, args, kwargs)
         if known:
             return value
+        answer = self.checks.call(func)
+        answer = self.finite.call(func, args) if answer is None else answer
+        if answer is not None:
+            return answer
+        self.drawn.call(func, args)
         if torch.is_grad_enabled():
             result = func(*args, **kwargs)
         else:
@@ -92,6 +105,7 @@ class UsersCalls(TorchFunctionMode):
                 result = func(*args, **kwargs)
         self.known.computed(func, args, kwargs, result)
         self.drawn.computed(func, args, kwargs, result)
+        self.finite.computed(func, args, result)
         return result
 
 

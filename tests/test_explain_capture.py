@@ -42,11 +42,6 @@ def number(self: nn.Module, x: Tensor) -> Tensor:
     return self.a(x)[:n]
 
 
-def assertion(self: nn.Module, x: Tensor) -> Tensor:
-    assert (x.abs() >= 0).all()  # MARK
-    return self.a(x)
-
-
 def numpy_inside(self: nn.Module, x: Tensor) -> Tensor:
     return self.a(torch.from_numpy(np.tanh(x.numpy())))  # MARK
 
@@ -104,7 +99,6 @@ CASES = {
     branch: r"depends on the values of a tensor \(data-dependent\).*torch\.where",
     loop: r"depends on the values of a tensor \(data-dependent\).*make the branch depend on shapes",
     number: r"a Python number here depends on the values of a tensor",
-    assertion: r"depends on the values of a tensor",
     numpy_inside: r"the values leave torch here \(\.numpy\(\)\); use torch operations",
     gradient: r"a gradient is taken inside the forward \(grad\).*take it outside",
     backward: r"a gradient is taken inside the forward \(backward\).*take it outside",

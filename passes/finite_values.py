@@ -1,0 +1,56 @@
+"""Finite values: a branch on whether values are finite takes the way of those that are, and is told.
+
+`if not torch.isfinite(h).all(): h = h.clamp(...)` guards against overflow. The graph holds one way, that of the values
+for which a network is trained and used.
+
+Promise: only what was computed from `isfinite`, `isnan` and `isinf` alone is decided, and every such place is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.passes.source_line import running_line
+
+__all__ = ["FiniteValues"]
+
+_OF_FINITE = {"isfinite": True, "isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
+"""Function -> what it says of every finite value."""
+_SAME = ("all", "any", "amax", "amin", "detach", "flatten", "reshape")
+_NOT = ("logical_not", "bitwise_not", "__invert__")
+
+
+class FiniteValues:
+    """Follows what a traced forward would compute from finite values."""
+
+    def __init__(self) -> None:
+        self._uniform: dict[int, tuple[Tensor, bool]] = {}
+        self._lines: dict[str, None] = {}
+
+    def call(self, func: Any, args: tuple[Any, ...]) -> bool | None:
+        """The answer to a call that asks whether values are finite; None for every other call."""
+        asks = func in (Tensor.__bool__, Tensor.item, torch.is_nonzero)
+        if not asks or not isinstance(args[0], Tensor) or id(args[0]) not in self._uniform:
+            return None
+        self._lines[running_line()] = None
+        return self._uniform[id(args[0])][1]
+
+    def computed(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Note a result whose every element is the same for finite values."""
+        name = getattr(func, "__name__", "")
+        known = self._uniform.get(id(args[0])) if args else None
+        if not isinstance(result, Tensor) or (name not in _OF_FINITE and known is None):
+            return
+        if name in _OF_FINITE:
+            self._uniform[id(result)] = result, _OF_FINITE[name]
+        elif known is not None and name in (*_SAME, *_NOT):
+            self._uniform[id(result)] = result, known[1] != (name in _NOT)
+
+    def notes(self) -> Iterator[str]:
+        """What the person should know: one sentence for each branch."""
+        for line in self._lines:
+            yield f"the forward branches on whether values are finite{line}: it is captured for finite ones"

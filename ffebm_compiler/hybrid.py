@@ -501,13 +501,15 @@ class HybridModel(nn.Module):
         Raises:
             FFEBMError: where it does not, which is a defect of the compiler.
         """
-        from ffebm_compiler.verification import verify_feedforward
+        from ffebm_compiler.mixed_modes import allow_mixed_modes
+        from ffebm_compiler.verification import same_outputs, verify_feedforward
 
         source = self.__dict__["_source"]
         if type(source) is nn.Module or (self._call_form.random and not self._draws_in_order):
             return
         modes = (False, True) if self._differs_in_training else (False,)
         verify_feedforward(self, source, args, kwargs, modes, self._folded)
+        allow_mixed_modes(self, source, lambda: same_outputs(self, source, args, kwargs))
 
     # -- settings ----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unc
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid import HybridModel
 
-__all__ = ["verify_feedforward"]
+__all__ = ["same_outputs", "verify_feedforward"]
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ALLOWED = 30
@@ -72,6 +72,15 @@ def verify_feedforward(
                     f"the converted graph deviates from the source by {error:.2e} (relative) in {_name(training)} mode "
                     "with feedback off: this is a defect of the compiler, please report the model"
                 )
+
+
+def same_outputs(hybrid: HybridModel, source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a hybrid and the private copy of its source compute the same in the modes in which their modules are."""
+    state = [*source.buffers(), *hybrid.written_state()]
+    wanted = _of_source(source, state, args, kwargs)
+    found = _leaves(hybrid, source, state, args, kwargs)
+    error, limit = _deviation(found, wanted)
+    return len(found) == len(wanted) and error <= limit
 
 
 def _deviation(found: list[Any], wanted: list[Any]) -> tuple[float, float]:

@@ -147,6 +147,7 @@ class _Functionalizer:
             value = self._value(node, form, before)
             if without_gradient(node):
                 value = self._new(written_without_gradient, (before, value), target)
+                value.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})  # who writes, not whose it is
             self.set(place, value)
             if self._is_state(root):
                 self.write_state(root, node)

@@ -54,6 +54,8 @@ class _Merge:
         self.home: dict[fx.Node, Piece] = {}
         self.order: dict[Piece, int] = {}
         self.value: dict[Value, fx.Node] = {}
+        self.crossing: dict[tuple[Piece, fx.Node], Value] = {}
+        """A value that a piece reads -> the value of both modes that it is one side of."""
         self.static: dict[fx.Node, bool] = {}
         self.made = 0
 
@@ -133,21 +135,49 @@ class _Merge:
 
     def _results(self, pieces: list[Piece], joins: dict[tuple[fx.Node, fx.Node], int]) -> None:
         """Say which values each piece hands out."""
-        for piece in pieces:
-            for node in piece.evaluation:
-                for operand in tensors_read(node, self._is_pair):
-                    self._single(operand, None, piece)
-            for node in piece.training:
-                for operand in tensors_read(node, self._is_pair):
-                    self._single(None, operand, piece)
         for (a, b), place in joins.items():
             host = max((self.home[n] for n in (a, b) if n in self.home), key=self.order.__getitem__, default=None)
             if host is None or not self._before(a, host) or not self._before(b, host):
                 host = Piece(place, [], [])
                 self.order[host] = len(self.order)
             host.results.append((a, b))
-            self._single(a, None, host)
-            self._single(None, b, host)
+        for piece in sorted(self.order, key=lambda piece: (piece.place, self.order[piece]), reverse=True):
+            self._cross(piece)  # the last first: what one reads, the one before it hands out
+        for piece in self.order:
+            for node in self._outside(piece, 0):
+                if (piece, node) not in self.crossing:
+                    self._single(node, None, piece)
+            for node in self._outside(piece, 1):
+                if (piece, node) not in self.crossing:
+                    self._single(None, node, piece)
+
+    def _outside(self, piece: Piece, side: int) -> list[fx.Node]:
+        """What a piece reads in one mode of what others compute, each once."""
+        nodes = (piece.evaluation, piece.training)[side]
+        wanted = [operand for node in nodes for operand in tensors_read(node, self._is_pair)]
+        wanted += [value for result in piece.results if (value := result[side]) is not None]
+        return [node for node in dict.fromkeys(wanted) if self.home.get(node) is not piece]
+
+    def _cross(self, piece: Piece) -> None:
+        """Take what a piece reads of another for one value, where each mode reads one: what a module hands to the next.
+
+        Each may then follow its own module's flag. Whether it is one value is tried (`mixed_modes`).
+        """
+        ours, theirs = self._outside(piece, 0), self._outside(piece, 1)
+        alone = [node for node in ours if not any(self.twin.get(other) is node for other in theirs)]
+        others = [node for node in theirs if self.twin.get(node) not in ours]
+        if len(alone) != 1 or len(others) != 1 or not _alike(alone[0], others[0]):
+            return
+        a, b = alone[0], others[0]
+        homes = [self.home[node] for node in (a, b) if node in self.home]
+        host = max(homes, key=lambda home: (home.place, self.order[home]), default=None)
+        if host is None or self.static[a] != self.static[b] or self._owner(host) == self._owner(piece):
+            return
+        if not self._before(a, host) or not self._before(b, host):
+            return
+        if (a, b) not in host.results:
+            host.results.append((a, b))
+        self.crossing[piece, a] = self.crossing[piece, b] = (a, b)
 
     def _before(self, node: fx.Node, piece: Piece) -> bool:
         """Whether a value is there when a piece runs."""
@@ -195,7 +225,7 @@ class _Merge:
         given = list(dict.fromkeys(merged for side in reads for _, merged in side))
         module: nn.Module
         if masked is not None:
-            rate = rate_of(masked, reads[0][0][0].meta["val"].dim())
+            rate = rate_of(masked, reads[0][0][0].meta["val"])
             module = TrainingMask(module_at(self.program.source, owner), masked, self._reason(piece), rate)
             given = [reads[0][0][1]]
         else:
@@ -208,10 +238,11 @@ class _Merge:
 
     def _reads(self, piece: Piece, side: int, merged: Callable[[fx.Node], fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
         """What a piece reads in one mode: the value in that mode's capture, and the merged node."""
-        nodes = (piece.evaluation, piece.training)[side]
-        wanted = [operand for node in nodes for operand in tensors_read(node, self._is_pair)]
-        wanted += [value for result in piece.results if (value := result[side]) is not None]
-        return [(node, merged(node)) for node in dict.fromkeys(wanted) if self.home.get(node) is not piece]
+        found = []
+        for node in self._outside(piece, side):
+            crossing = self.crossing.get((piece, node))
+            found.append((node, merged(node) if crossing is None else self.value[crossing]))
+        return found
 
     def _switch(
         self, piece: Piece, owner: str, reads: list[list[tuple[fx.Node, fx.Node]]], given: list[fx.Node]
@@ -224,8 +255,10 @@ class _Merge:
             parts.append(side.finish(nodes, [result[index] for result in piece.results], len(piece.results) == 1))
             random = random or any(_draws(node) for node in nodes)
             writes = writes or any(is_write(program, node) for node in nodes)
-        owners = {path: module_at(self.program.source, path) for path in (owner, *self._linked(piece, owner))}
-        return ModeSwitch(owners, parts[0], parts[1], self._reason(piece), random, writes)
+        linked, joined = self._linked(piece, owner)
+        owners = {path: module_at(self.program.source, path) for path in (owner, *linked)}
+        others = {path: module_at(self.program.source, path) for path in joined}
+        return ModeSwitch(owners, parts[0], parts[1], self._reason(piece), random, writes, others)
 
     def _call(self, piece: Piece, name: str, given: list[fx.Node]) -> None:
         """Call a piece's module, and note which node is which value."""
@@ -248,19 +281,24 @@ class _Merge:
     def _owner(self, piece: Piece) -> str:
         """The innermost such module around a piece."""
         nodes = [*piece.training, *piece.evaluation]
-        nodes = nodes or [n for result in piece.results for n in result if n is not None]
+        values = [n for result in piece.results for n in result if n is not None]
+        nodes = nodes or [n for n in values if n.op != "placeholder"] or values
         return self.program.asked(_common([module_path(node) for node in nodes]))
 
-    def _linked(self, piece: Piece, owner: str) -> list[str]:
-        """The other modules whose flags must be the same: a capture has both or neither of what they do."""
-        homes = [self.home[node] for nodes in (piece.evaluation, piece.training) for node in nodes if node in self.home]
-        for side in (0, 1):
-            nodes = (piece.evaluation, piece.training)[side]
-            wanted = [operand for node in nodes for operand in tensors_read(node, self._is_pair)]
-            wanted += [value for result in piece.results if (value := result[side]) is not None]
-            homes += [self.home[node] for node in wanted if node in self.home]
-        asked = [self._asked(node) for home in homes for node in (*home.evaluation, *home.training)]
-        return [path for path in dict.fromkeys(asked) if path != owner]
+    def _linked(self, piece: Piece, owner: str) -> tuple[list[str], list[str]]:
+        """The other modules whose flags must be the same: a capture has both or neither of what they do.
+
+        Behind them those whose flags need not be, since one value is read of them.
+        """
+        homes: tuple[list[Piece], list[Piece]] = ([piece], [])
+        for node in (*self._outside(piece, 0), *self._outside(piece, 1)):
+            if node in self.home:
+                homes[(piece, node) in self.crossing].append(self.home[node])
+        linked, joined = (
+            [self._asked(node) for home in held for node in (*home.evaluation, *home.training)] for held in homes
+        )
+        linked = [path for path in dict.fromkeys(linked) if path != owner]
+        return linked, [path for path in dict.fromkeys(joined) if path != owner and path not in linked]
 
     def _stack(self, piece: Piece) -> object:
         nodes = [*piece.training, *piece.evaluation, *(n for result in piece.results for n in result if n is not None)]
@@ -301,6 +339,17 @@ class _Merge:
 
 def _next_of(nodes: Iterator[fx.Node]) -> Callable[[fx.Node], fx.Node]:
     return lambda _: next(nodes)
+
+
+def _alike(ours: fx.Node, theirs: fx.Node) -> bool:
+    """Whether two values have one shape and one dtype."""
+    a, b = ours.meta.get("val"), theirs.meta.get("val")
+    return (
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and str(a.shape) == str(b.shape)
+        and a.dtype is b.dtype
+    )
 
 
 def _draws(node: fx.Node) -> bool:

@@ -95,6 +95,7 @@ def pieces_of(
     together.add_edges_from(
         (one, other) for one, other in links if static[one] == static[other] and owner(one) == owner(other)
     )
+    together.add_edges_from(_of_one_module(together, set(difference.evaluation), static, owner))
     group = {node: place for place, held in enumerate(networkx.connected_components(together)) for node in held}
     between: networkx.DiGraph[int] = networkx.DiGraph()
     between.add_nodes_from(group.values())
@@ -116,6 +117,22 @@ def pieces_of(
         )
         for place in networkx.lexicographical_topological_sort(merged, key=rank.__getitem__)
     ]
+
+
+def _of_one_module(
+    together: Any, evaluation: set[fx.Node], static: Mapping[fx.Node, bool], owner: Callable[[fx.Node], str]
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Links of what a module does in eval mode and what it does in place of it in train mode, where each is one."""
+    import networkx
+
+    found: dict[tuple[str, bool], tuple[list[fx.Node], list[fx.Node]]] = {}
+    for held in networkx.connected_components(together):
+        sides = {node in evaluation for node in held}
+        first = next(iter(held))
+        of_module = found.setdefault((owner(first), static[first]), ([], []))
+        for side in sides:
+            of_module[side].append(first)
+    return [(ours[0], theirs[0]) for ours, theirs in found.values() if len(ours) == len(theirs) == 1]
 
 
 class Side:

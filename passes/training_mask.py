@@ -33,6 +33,9 @@ OF_SHAPE = (
 )
 """Operations that read the shape, the dtype and the device of their operand, not its values."""
 
+_SAMPLES = 1024
+"""How many factors are drawn to find the largest one."""
+
 
 def mask_of(piece: Piece, reads: list[list[tuple[fx.Node, fx.Node]]], training: Program) -> fx.GraphModule | None:
     """The graph x -> x · m of a piece that only train mode has, or None where it is something else."""
@@ -56,12 +59,27 @@ def mask_of(piece: Piece, reads: list[list[tuple[fx.Node, fx.Node]]], training: 
     return side.finish(piece.training, [result], single=True)
 
 
-def rate_of(part: fx.GraphModule, rank: int) -> float:
-    """The p for which 1/(1 − p) is the largest factor that a mask has: what it can add to a norm."""
+def rate_of(part: fx.GraphModule, captured: torch.Tensor) -> float:
+    """The p for which 1/(1 − p) is the largest factor that a mask has: what it can add to a norm.
+
+    Args:
+        part: the graph x -> x · m.
+        captured: x as it was captured; a size that is fixed there may be one in the graph.
+    """
+    leading = [size if isinstance(size, int) else _SAMPLES for size in captured.shape[:1]]
+    try:
+        largest = _largest(part, (*leading, *(1 for _ in captured.shape[1:])))
+    except RuntimeError:  # sizes of the capture that do not broadcast
+        sizes = (size.node.hint if isinstance(size, torch.SymInt) else size for size in captured.shape[1:])
+        largest = _largest(part, (*leading, *sizes))
+    return 1 - 1 / largest if largest > 1 else 0.0
+
+
+def _largest(part: fx.GraphModule, shape: tuple[int, ...]) -> float:
     with generators_unchanged(), torch.no_grad():
         torch.manual_seed(0)
-        largest = float(part(torch.ones((1024,) + (1,) * (rank - 1))).abs().max())
-    return 1 - 1 / largest if largest > 1 else 0.0
+        draws = range(max(1, _SAMPLES // max(1, *shape[:1], 1)))
+        return max(float(part(torch.ones(shape)).abs().max()) for _ in draws)
 
 
 def _is_multiple(node: fx.Node, x: fx.Node) -> bool:

@@ -34,11 +34,16 @@ class ModeSwitch(ReboundOperation):
         reason: str,
         random: bool,
         writes: bool,
+        joined: dict[str, nn.Module] | None = None,
     ) -> None:
         super().__init__(next(iter(owners.values())))
         self.paths = tuple(owners)
         """Module paths: of the owner, and of others that must be in the same mode."""
         self.__dict__["_linked"] = tuple(owners.values())
+        self.joined_paths = tuple(joined or ())
+        """Module paths of others that hand one value to it, and must be in the same mode as long as not `checked`."""
+        self.__dict__["_joined"] = tuple((joined or {}).values())
+        self.checked = False
         self.evaluation = evaluation
         self.training_part = training
         self.reason = reason
@@ -51,7 +56,14 @@ class ModeSwitch(ReboundOperation):
     def follow(self, source: nn.Module, root: nn.Module) -> None:
         """Let `root`, which stands for the source itself, be followed in its place."""
         super().follow(source, root)
-        self.__dict__["_linked"] = tuple(root if owner is source else owner for owner in self.__dict__["_linked"])
+        for key in ("_linked", "_joined"):
+            self.__dict__[key] = tuple(root if owner is source else owner for owner in self.__dict__[key])
+
+    @property
+    def joined(self) -> tuple[nn.Module, ...]:
+        """The modules at `joined_paths`."""
+        joined: tuple[nn.Module, ...] = self.__dict__["_joined"]
+        return joined
 
     def forward(self, *operands: Any) -> Any:
         """The results of the present mode; a single one is no tuple.
@@ -60,7 +72,10 @@ class ModeSwitch(ReboundOperation):
             UnsupportedError: where modules that were captured in one mode are in different ones.
         """
         active = self.active
-        for path, owner in zip(self.paths, self.__dict__["_linked"], strict=True):
+        others = list(zip(self.paths, self.__dict__["_linked"], strict=True))
+        if not self.checked:
+            others += zip(self.joined_paths, self.joined, strict=True)
+        for path, owner in others:
             if owner.training != active:
                 raise UnsupportedError(
                     f"module {self.paths[0]!r} is in {'train' if active else 'eval'} mode and module {path!r} is not, "

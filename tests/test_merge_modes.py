@@ -388,7 +388,7 @@ def test_train_mode_that_cannot_be_traced_is_refused_there() -> None:
         hybrid.train()(torch.randn(5, 8))
 
 
-def test_operands_of_modules_in_different_modes_are_refused() -> None:
+def test_operands_of_modules_in_different_modes() -> None:
     def form(net, x):
         hidden = net.a(x)
         early = net.outer(hidden) if net.training else None
@@ -399,10 +399,13 @@ def test_operands_of_modules_in_different_modes_are_refused() -> None:
             return x * 2 if self.training else x
 
     model = Net(form, outer=nn.Linear(8, 8), inner=Inner())
-    hybrid = ffebm.convert(model, torch.randn(5, 8), hardware=ONE_LAYER).train()
-    hybrid.get_submodule("inner").eval()
-    with pytest.raises(ffebm.UnsupportedError, match="put both in one mode"):
-        hybrid(torch.ones(5, 8))
+    hybrid = ffebm.convert(model, torch.randn(5, 8), hardware=ONE_LAYER)
+    for network in (hybrid, model):
+        network.train().get_submodule("inner").eval()
+    assert deviation(hybrid(torch.ones(5, 8)), model(torch.ones(5, 8))) < 1e-5
+    for network in (hybrid, model):
+        network.eval().get_submodule("inner").train()
+    assert deviation(hybrid(torch.ones(5, 8)), model(torch.ones(5, 8))) < 1e-5
 
 
 def _norm_module(net: Net, x: torch.Tensor) -> torch.Tensor:
@@ -440,3 +443,22 @@ def test_folded_batch_norm_is_frozen_in_both_modes_and_the_rest_follows(form: Fo
         net.eval()
         expected = net(x) + 1
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 8), ()])
+def test_a_mask_of_a_fixed_size_has_its_rate(shape: tuple[int, ...]) -> None:
+    def form(net, x):
+        h = net.a(x)
+        assert len(x) == 5
+        return net.c(h * h.new_empty(shape).bernoulli_(0.8) / 0.8 if net.training else h)
+
+    assert_same(Net(form), torch.randn(5, 8), train=True)
+    hybrid = ffebm.convert(Net(form), torch.randn(5, 8))
+    masks = _masks(hybrid)
+    assert [mask.rate for mask in masks] == pytest.approx([0.2], abs=1e-6)
+
+
+def _masks(hybrid: ffebm.HybridModel) -> list[TrainingMask]:
+    drives = [i for block in hybrid.blocks for layer in block.module.program.layers for i in layer.instructions]
+    held = [getattr(instruction.operator, "source", None) for instruction in drives]
+    return [module for module in (*held, *hybrid.modules()) if isinstance(module, TrainingMask)]

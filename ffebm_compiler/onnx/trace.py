@@ -170,8 +170,9 @@ def _evaluated(module: nn.Module) -> nn.Module:
     twin.__dict__ = dict(module.__dict__)
     if "_owner" in twin.__dict__:
         twin.__dict__["_owner"] = nn.Identity().eval()
-    if "_linked" in twin.__dict__:
-        twin.__dict__["_linked"] = tuple(nn.Identity().eval() for _ in twin.__dict__["_linked"])
+    for key in ("_linked", "_joined"):
+        if key in twin.__dict__:
+            twin.__dict__[key] = tuple(nn.Identity().eval() for _ in twin.__dict__[key])
     twin.training = False
     return twin
 

@@ -58,7 +58,7 @@ class BoundBlock:
 
     @property
     def certificate(self) -> Certificate | None:
-        """Norms, scales and spectral radius of the present weights; None for a block without feedback.
+        """Spectral radius of the present weights and what the amplifiers are set to; None for a block without feedback.
 
         Where the weights have changed since the last measurement they are measured here, to convergence; reading it
         changes no feedback.
@@ -101,7 +101,9 @@ class BoundBlock:
     def energy(
         self, *inputs: Tensor, states: Sequence[Tensor], preactivations: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """E(s; θ, x) = Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩], summed over the batch (dimensionless scalar).
+        """E(s; θ, x) = Σ_l c_l [F_l(s_l) − ⟨s_l, d_l⟩], summed over the batch (dimensionless scalar).
+
+        F_l is the potential G_l of the layer's activation, and of a resistive energy G_l(s_l) + ½⟨D^l − 1, s_l²⟩.
 
         Raises:
             InputError: for another number of inputs or states.

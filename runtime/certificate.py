@@ -13,11 +13,11 @@ class Certificate:
     """What is known about a block's well-posedness."""
 
     norms: tuple[tuple[int, int, float], ...]
-    """(l, m, ‖J_{ml}‖₂) of every edge."""
+    """(l, m, ‖J_{ml}‖₂) of every edge, where the energy is measured by them."""
     scales: tuple[float, ...]
     """c_l, with 1 for the deepest layer."""
     radius: float
-    """ρ(A)."""
+    """ρ(A), A the comparison matrix of the layers or the scaled coupling of the whole block, as the energy has it."""
     sweep_radius: float | None = None
     """ρ((1 − L)⁻¹U) of A = L + U, the factor by which a Gauss–Seidel sweep contracts; None: taken for ρ(A)²."""
 

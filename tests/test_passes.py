@@ -28,10 +28,10 @@ from ffebm_compiler.passes.free_shapes import free_shapes
 from ffebm_compiler.passes.functionalize import functionalize
 from ffebm_compiler.passes.merge_modes import merge_modes
 from ffebm_compiler.passes.rebind import rebind
+from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certify, edge_norms, gain_for, scales_for
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.free_phase import FreePhase
-from ffebm_compiler.runtime.loop_gain import MARGIN, certify, edge_norms, gain_for, scales_for
 from ffebm_compiler.runtime.operators import (
     Concat,
     Convolution,

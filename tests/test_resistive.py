@@ -570,6 +570,35 @@ def test_one_onnx_file_settles_to_the_same_states(tmp_path: Path, case: str, kin
     assert max(verify(hybrid, tmp_path / "whole.onnx", (x,)).values()) <= 1e-5
 
 
+SOLVERS = {
+    "anderson": ffebm.Anderson(),
+    "newton": ffebm.NewtonCG(slow=0.0),
+    "even_odd": ffebm.GaussSeidel(schedule="even_odd"),
+    "by sample": ffebm.GaussSeidel(termination="sample"),
+    "bfloat16": ffebm.GaussSeidel(precision="bfloat16"),
+    "warm": ffebm.GaussSeidel(start="last"),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_finds_the_same_states_and_gradients(name: str) -> None:
+    model, x = CASES["branches"].make(lambda: nn.LeakyReLU(0.3))
+    options = CASES["branches"].options
+    found = []
+    for solver in (ffebm.GaussSeidel(rtol=1e-7), SOLVERS[name]):
+        hybrid = ffebm.convert(model, x, energy="resistive", feedback=2.0, solver=solver, **options)
+        if name == "warm":
+            hybrid(1.01 * x)
+        loss_of(hybrid(x)).backward()
+        gradients = {key: p.grad for key, p in hybrid.named_parameters() if p.grad is not None}
+        found.append((hybrid.blocks[0].states, gradients))
+    for ours, theirs in zip(found[0][0], found[1][0], strict=True):
+        assert (ours - theirs).norm() <= 2e-4 * ours.norm()
+    for key, gradient in found[0][1].items():
+        other = found[1][1][key]
+        assert float((gradient * other).sum() / gradient.norm() / other.norm()) > 0.9999, key
+
+
 class Tokens(nn.Module):
     """An MLP on tokens, with dropout between its layers."""
 

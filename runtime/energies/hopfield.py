@@ -4,7 +4,7 @@
 
 G_l the potential of the layer's activation (∂G_l = σ_l⁻¹), so that σ_l is the activation itself. Where an activation is
 not monotone G_l is written in the pre-activation, h σ(h) − Λ(h): an equilibrium is then a stationary point of E, not a
-minimum. A loop gain below one certifies it (`runtime/loop_gain.py`).
+minimum. A loop gain below one certifies it (`runtime/energies/loop_gain.py`).
 
 Sources: Hopfield 1984; Scellier & Bengio 2017 (arXiv 1602.05179); Nest & Ernoult 2024.
 """
@@ -22,11 +22,11 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.activation_base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
+from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certificate_at, certify, edge_gain, edge_norms
+from ffebm_compiler.runtime.energies.projection import projection
+from ffebm_compiler.runtime.energies.tracked_norms import TrackedNorms
 from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.loop_gain import MARGIN, certificate_at, certify, edge_gain, edge_norms
 from ffebm_compiler.runtime.program import BlockProgram
-from ffebm_compiler.runtime.projection import projection
-from ffebm_compiler.runtime.tracked_norms import TrackedNorms
 
 __all__ = ["Hopfield"]
 

@@ -21,9 +21,9 @@ from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
 from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.loads import row_sums_of
+from ffebm_compiler.runtime.energies.loop_gain import MARGIN, scales_for
 from ffebm_compiler.runtime.error_phases import AdjointPhase
 from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.loop_gain import MARGIN, scales_for
 from ffebm_compiler.runtime.program import BlockProgram
 
 __all__ = ["RowSums"]

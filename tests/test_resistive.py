@@ -201,7 +201,7 @@ every_kind = pytest.mark.parametrize("kind", ACTIVATIONS)
 
 @every_block
 @every_kind
-@pytest.mark.parametrize("gamma", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("gamma", [0.2, 4.0])
 def test_states_are_the_minimum_that_scipy_finds(case: str, kind: str, gamma: float) -> None:
     hybrid, model, x = resistive(case, ACTIVATIONS[kind], gamma)
     (block,) = hybrid.blocks
@@ -249,7 +249,7 @@ def test_states_are_the_minimum_that_scipy_finds(case: str, kind: str, gamma: fl
 
 @every_block
 @every_kind
-@pytest.mark.parametrize("gamma", [1e-4, 0.01, 0.6, 50.0])
+@pytest.mark.parametrize("gamma", [1e-4, 0.6, 50.0])
 def test_states_are_stationary_in_the_energy_by_hand(case: str, kind: str, gamma: float) -> None:
     hybrid, model, x = resistive(case, ACTIVATIONS[kind], gamma)
     states = [state.requires_grad_() for state in hybrid.blocks[0].settle(x).states]
@@ -272,8 +272,7 @@ def loss_of(output: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", [*BLOCKS, "tied", "gains"])
 @pytest.mark.parametrize("kind", [*ACTIVATIONS, "sloped"])
-@pytest.mark.parametrize("estimator", ["ep", "implicit", "unrolled"])
-def test_gradients_are_finite_differences_with_gamma_and_amplifiers_held(case: str, kind: str, estimator: str) -> None:
+def test_gradients_are_finite_differences_with_gamma_and_amplifiers_held(case: str, kind: str) -> None:
     activation = Sloped if kind == "sloped" else ACTIVATIONS[kind]
     model, x = CASES[case].make(activation)
     options = {"block_ops": ("add", "reshape", "scale"), **CASES[case].options}
@@ -282,15 +281,17 @@ def test_gradients_are_finite_differences_with_gamma_and_amplifiers_held(case: s
     assert any(setting.amplifiers for setting in before)
     x = x.double()
     # β so small that no unit crosses a kink; the midpoint makes the quadratic part exact at any β.
-    ep = ffebm.EquilibriumPropagation(1e-6, "centered")
-    hybrid.set_gradient(ep if estimator == "ep" else estimator)
-    given = x.clone().requires_grad_()
-    loss_of(hybrid(given)).backward()
-    tensors = {**dict(hybrid.named_parameters()), "x": given}
-    gradients = {name: tensor.grad.clone() for name, tensor in tensors.items() if tensor.grad is not None}
-    assert set(gradients) == set(tensors)
-    for index, (name, gradient) in enumerate(gradients.items()):
-        direction = noise(*gradient.shape, seed=100 + index).double()
+    gradients: dict[str, dict[str, Tensor]] = {}
+    for estimator in (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled"):
+        hybrid.set_gradient(estimator)
+        hybrid.zero_grad()
+        given = x.clone().requires_grad_()
+        loss_of(hybrid(given)).backward()
+        tensors = {**dict(hybrid.named_parameters()), "x": given}
+        gradients[str(estimator)] = {name: t.grad.clone() for name, t in tensors.items() if t.grad is not None}
+        assert set(gradients[str(estimator)]) == set(tensors)
+    for index, (name, tensor) in enumerate(tensors.items()):
+        direction = noise(*tensor.shape, seed=100 + index).double()
         direction /= direction.norm()
 
         def shifted(step: float, name: str = name, direction: Tensor = direction) -> float:
@@ -308,7 +309,9 @@ def test_gradients_are_finite_differences_with_gamma_and_amplifiers_held(case: s
         step = 1e-4
         ends = [shifted(factor * step) for factor in (1, -1, 2, -2)]
         slope = (8 * (ends[0] - ends[1]) - (ends[2] - ends[3])) / (12 * step)
-        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-7, abs=1e-7 * float(gradient.norm()))
+        for found in gradients.values():
+            near = pytest.approx(slope, rel=1e-7, abs=1e-7 * float(found[name].norm()))
+            assert float((found[name] * direction).sum()) == near, name
     assert [block.module.setting for block in hybrid.blocks] == before
 
 
@@ -462,7 +465,50 @@ def test_a_stale_amplifier_is_told_by_the_certificate_and_settled_anew() -> None
     assert block.module.setting.amplifiers == pytest.approx(row_sums(hybrid))
 
 
-def test_a_step_of_training_moves_downhill_and_accuracy_survives_conversion() -> None:
+@pytest.mark.parametrize("case", ["mlp", "branches"])
+@pytest.mark.parametrize("rate", [1e-3, 3e-2])
+def test_told_and_true_contraction_agree_after_any_step(case: str, rate: float) -> None:
+    make, depths = BLOCKS[case]
+    model, x = CASES[case].make(nn.ReLU)
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=0.5, **CASES[case].options).train()
+    (block,) = hybrid.blocks
+    optimizer = torch.optim.Adam(hybrid.parameters(), rate)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of(hybrid(x)).backward()
+        layers = make(hybrid.to_digital().double())
+        amplifiers, loads, scales = by_hand(layers, depths, 0.5)
+        true = float(np.abs(np.linalg.eigvalsh(dense(layers, loads, scales, 1.0))).max())
+        told = block.module.certificate
+        assert told is not None
+        assert told.amplifiers == pytest.approx(amplifiers, rel=1e-5)
+        assert told.loop_gain == pytest.approx(true**2, rel=0.05)
+        assert told.certified
+        optimizer.step()
+
+
+def test_resumed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def steps(hybrid: ffebm.HybridModel, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss_of(hybrid(x)).backward()
+            optimizer.step()
+
+    hybrid, x = small()
+    hybrid.train()
+    optimizer = torch.optim.SGD(hybrid.parameters(), 0.2)
+    steps(hybrid, optimizer, 4)
+    hybrid.save(tmp_path / "saved")
+    model, _ = CASES["mlp"].make(nn.ReLU)
+    again = ffebm.load(tmp_path / "saved", model)
+    steps(hybrid, optimizer, 3)
+    steps(again, torch.optim.SGD(again.parameters(), 0.2), 3)
+    assert again.blocks[0].module.certificate == hybrid.blocks[0].module.certificate
+    for (name, ours), (_, theirs) in zip(hybrid.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_training_moves_downhill() -> None:
     hybrid, x = small()
     hybrid.train()
     optimizer = torch.optim.Adam(hybrid.parameters(), 1e-2)
@@ -559,8 +605,17 @@ def test_the_manifest_holds_it(tmp_path: Path) -> None:
     torch.testing.assert_close(found, hybrid(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["mlp", "branches", "projections", "gains"])
-@pytest.mark.parametrize("kind", [*ACTIVATIONS, "hardtanh", "softshrink"])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        ("mlp", "relu"),
+        ("branches", "leaky"),
+        ("projections", "hardsigmoid"),
+        ("gains", "softshrink"),
+        ("tied", "hardtanh"),
+        ("branches", "softshrink"),
+    ],
+)
 def test_one_onnx_file_settles_to_the_same_states(tmp_path: Path, case: str, kind: str) -> None:
     others = {"hardtanh": lambda: nn.Hardtanh(-0.2, 0.3), "softshrink": lambda: nn.Softshrink(0.1)}
     model, x = CASES[case].make({**ACTIVATIONS, **others}[kind])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.activation_base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
 from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.loads import row_sums_of
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, scales_for
+from ffebm_compiler.runtime.energies.tracked_norms import Track, drawn_probe, followed
 from ffebm_compiler.runtime.error_phases import AdjointPhase
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.program import BlockProgram
@@ -37,11 +38,13 @@ _SWEEPS = 30
 
 
 class RowSums(Gauge):
-    """A_m exactly, and ρ of the whole block. Nothing is kept: both depend on the weights and γ alone."""
+    """A_m exactly, and ρ of the whole block, followed from step to step as `tracked_norms.py` follows an operator."""
 
     def __init__(self, energy: Energy, program: BlockProgram) -> None:
         self.energy = energy
         self.program = program
+        self._track: Track | None = None
+        self._probe: Tensor | None = None
 
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
         """A from the row sums, c from γ."""
@@ -62,10 +65,22 @@ class RowSums(Gauge):
     def follow(
         self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
     ) -> Certificate:
-        """The same as `certify`: row sums are exact at once."""
-        like = next(weight for weight in frame.weights if weight is not None)
-        states = [like.new_empty(frame.shapes[layer.drive]) for layer in self.program.layers]
-        return self.certify(frame, states, feedback)
+        """A from the row sums, exact at once; ρ followed."""
+        if converge:
+            return self.certify(*evaluated(), feedback)
+        amplifiers = row_sums_of(frame)
+        if not all(math.isfinite(gain) for gain in amplifiers):
+            return replace(present, radius=math.inf, sweep_radius=None, amplifiers=amplifiers)
+        block = _Block(frame, Setting(self.energy, present.scales, amplifiers))
+        if self._probe is None or self._probe.shape[1] != block.size:
+            self._probe = block.probe(seed=0)
+        self._probe = block.here(self._probe)
+        self._track = followed(block, self._probe, self._track)
+        radius = 0.0 if self._track is None else _below_one(self._track.norm)
+        # On odd cycles a sweep contracts by more than ρ²; how much more was measured to convergence.
+        longer = present.contraction / present.loop_gain if present.loop_gain else 1.0
+        sweep = max(radius**2, min(longer * radius**2, radius))
+        return Certificate((), present.scales, radius, sweep, amplifiers)
 
     def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:
         """ρ depends on γ in every unit."""
@@ -76,22 +91,29 @@ class RowSums(Gauge):
         return None
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Nothing."""
-        return {}
+        """What is kept of the whole block, under its first edge."""
+        if self._track is None:
+            return {}
+        norm, vectors, image = self._track.norm, self._track.vectors, self._track.image
+        return {self._key: {"norm": norm, "vectors": vectors, "image": image}}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Nothing."""
+        """What is kept of the whole block."""
+        kept = state.get(self._key)
+        self._track = None if kept is None else Track(float(kept["norm"]), kept["vectors"], kept["image"])
+
+    @property
+    def _key(self) -> str:
+        return next(f"{above[0]}-{later}" for later, above in enumerate(self.program.upstream) if above)
 
     def _certificate(
         self, frame: Frame, states: Sequence[Tensor], scales: tuple[float, ...], amplifiers: tuple[float, ...]
     ) -> Certificate:
         if not all(math.isfinite(gain) for gain in amplifiers):
             return Certificate((), scales, math.inf, None, amplifiers)
-        setting = Setting(self.energy, scales, amplifiers)
-        slopes = [_steepest(sigma, s) for sigma, s in zip(setting.activations(frame), states, strict=True)]
-        phase = AdjointPhase(frame, setting, states, [None] * len(slopes), slopes)
-        radius = _below_one(_radius(phase))
-        sweep = max(radius**2, _below_one(self._sweep_radius(phase)))
+        block = _Block(frame, Setting(self.energy, scales, amplifiers))
+        radius = _below_one(_radius(block))
+        sweep = max(radius**2, _below_one(self._sweep_radius(block.phase(1))))
         return Certificate((), scales, radius, sweep, amplifiers)
 
     def _sweep_radius(self, phase: AdjointPhase) -> float:
@@ -119,12 +141,6 @@ def _gamma(feedback: float | str) -> float:
     return 1.0 if isinstance(feedback, str) else feedback
 
 
-def _steepest(activation: Activation, like: Tensor) -> Tensor:
-    """The largest slope of a state, by unit."""
-    slope = activation.steepest if isinstance(activation, Loaded) else torch.full_like(like, activation.lipschitz)
-    return slope.expand(like.shape)
-
-
 def _below_one(measured: float) -> float:
     """A measured radius with the margin of its measurement, which takes none that is below one to one."""
     return min(measured * MARGIN, (1 + measured) / 2) if measured < 1 else measured * MARGIN
@@ -135,30 +151,70 @@ def _random(phase: AdjointPhase) -> list[Tensor]:
     return [torch.randn(s.shape, generator=generator, dtype=torch.float32).to(s) for s in phase.slopes]
 
 
-def _radius(phase: AdjointPhase) -> float:
-    """The largest |eigenvalue| of (c S)^½ B (S/c)^½ by Lanczos, from below."""
-    outer = [torch.sqrt(slope * scale) for slope, scale in zip(phase.slopes, phase.scales, strict=True)]
-    inner = [root / scale for root, scale in zip(outer, phase.scales, strict=True)]
+class _Block:
+    """(c S)^½ B (S/c)^½ on the rows of a matrix, each the states of one sample, layer after layer. It is symmetric."""
 
-    def matrix(vector: list[Tensor]) -> list[Tensor]:
-        for index, (root, part) in enumerate(zip(outer, vector, strict=True)):
-            phase.store(index, root * part)
-        forces = [phase.force(index) for index in range(len(vector))]
-        return [
-            torch.zeros_like(root) if force is None else root * force for root, force in zip(inner, forces, strict=True)
+    def __init__(self, frame: Frame, setting: Setting) -> None:
+        self.frame = frame
+        self.setting = setting
+        shapes = [frame.shapes[layer.drive] for layer in frame.program.layers]
+        like = next(weight for weight in frame.weights if weight is not None)
+        self.slopes = [
+            (sigma.steepest if isinstance(sigma, Loaded) else like.new_full((), sigma.lipschitz)).expand(shape)
+            for sigma, shape in zip(setting.activations(frame), shapes, strict=True)
         ]
+        self.outer = [(slope * scale).sqrt() for slope, scale in zip(self.slopes, setting.scales, strict=True)]
+        self.inner = [root / scale for root, scale in zip(self.outer, setting.scales, strict=True)]
+        self.sizes = [slope.numel() for slope in self.slopes]
+        self.size = sum(self.sizes)
 
-    vector = _random(phase)
-    size = _norm(vector)
-    vector = [part / size for part in vector]
-    before = [torch.zeros_like(part) for part in vector]
+    def phase(self, copies: int) -> AdjointPhase:
+        """The linear response of so many copies of the sample, at the steepest slopes."""
+        nothing: list[Tensor | None] = [None] * len(self.slopes)
+        return AdjointPhase(self.frame.repeated(copies), self.setting, self.slopes, nothing, self.slopes)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """M x for every row x."""
+        if len(rows) > 1 and not self.frame.program.resizable:
+            return torch.cat([self.forward(row[None]) for row in rows])
+        phase, count = self.phase(len(rows)), len(rows)
+        for index, (part, root) in enumerate(zip(rows.split(self.sizes, 1), self.outer, strict=True)):
+            shape = root.shape if count == 1 else (count, *root.shape[1:])
+            phase.store(index, part.reshape(shape) * root)
+        forces = [phase.force(index) for index in range(len(self.sizes))]
+        return torch.cat(
+            [
+                rows.new_zeros((count, size)) if force is None else (force * root).reshape(count, size)
+                for force, root, size in zip(forces, self.inner, self.sizes, strict=True)
+            ],
+            1,
+        )
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        """The same."""
+        return self.forward(rows)
+
+    def probe(self, seed: int) -> Tensor:
+        """A random row of unit length on average."""
+        return self.here(drawn_probe(self.size, seed))
+
+    def here(self, rows: Tensor) -> Tensor:
+        """Rows on the device and in the dtype of the weights."""
+        return rows.to(self.outer[0])
+
+
+def _radius(block: _Block) -> float:
+    """The largest |eigenvalue| of a block's matrix by Lanczos, from below."""
+    vector = block.probe(seed=0)
+    vector = vector / torch.linalg.vector_norm(vector)
+    before = torch.zeros_like(vector)
     diagonal: list[float] = []
     beside: list[float] = []
     history: list[float] = []
     beta = 0.0
     for _ in range(_STEPS):
-        image = matrix(vector)
-        alpha = sum(float((a * b).sum()) for a, b in zip(image, vector, strict=True))
+        image = block.forward(vector)
+        alpha = float((image * vector).sum())
         diagonal.append(alpha)
         tridiagonal = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
         if not np.isfinite(tridiagonal).all():
@@ -166,14 +222,10 @@ def _radius(phase: AdjointPhase) -> float:
         history.append(float(np.abs(np.linalg.eigvalsh(tridiagonal)).max()))
         if len(history) > _PATIENCE and history[-1] - history[-1 - _PATIENCE] <= _TOLERANCE * history[-1]:
             break
-        image = [i - alpha * v - beta * b for i, v, b in zip(image, vector, before, strict=True)]
-        beta = _norm(image)
+        image = image - alpha * vector - beta * before
+        beta = float(torch.linalg.vector_norm(image))
         if beta <= 1e-7 * history[-1] or beta == 0:
             break
         beside.append(beta)
-        before, vector = vector, [part / beta for part in image]
+        before, vector = vector, image / beta
     return history[-1]
-
-
-def _norm(parts: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from ffebm_compiler.runtime.frame import Frame
 from ffebm_compiler.runtime.operators import Linear, Scale, Sum
 
-__all__ = ["Track", "TrackedNorms"]
+__all__ = ["LinearMap", "Track", "TrackedNorms", "drawn_probe", "followed"]
 
 _KEPT = 3
 _JUMP = 0.01
@@ -51,6 +51,22 @@ class Track:
     """U, one vector a row, with the entries in the order of memory."""
     image: Tensor
     """J p at the last measurement, in one row."""
+
+
+class LinearMap(Protocol):
+    """A linear map on the rows of a matrix."""
+
+    def forward(self, rows: Tensor) -> Tensor | None:
+        """J x for every row x; None where J is zero."""
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        """Jᵀ y for every row y."""
+
+    def probe(self, seed: int) -> Tensor:
+        """A random row of unit length on average."""
+
+    def here(self, rows: Tensor) -> Tensor:
+        """Rows kept from before, on the device and in the dtype of now."""
 
 
 class TrackedNorms:
@@ -75,7 +91,7 @@ class TrackedNorms:
                     if probe is None or probe.shape[1] != edge.inner.numel():
                         probe = edge.probe(seed=0)
                     probe = self._probes[place] = edge.here(probe)
-                    track = _followed(edge, probe, self.tracks.get(place))
+                    track = followed(edge, probe, self.tracks.get(place))
                     if track is not None:
                         self.tracks[place] = track
                     found.append((earlier, later, 0.0 if track is None else track.norm))
@@ -150,10 +166,7 @@ class _Edge:
 
     def probe(self, seed: int) -> Tensor:
         """A random state of unit length on average: the same for the same seed, on any device and rank."""
-        generator = torch.Generator().manual_seed(seed)
-        size = self.inner.numel()
-        drawn = torch.randn((1, size), generator=generator, dtype=torch.float32)
-        return drawn.div_(math.sqrt(max(1, size))).to(self.device, self.dtype)
+        return drawn_probe(self.inner.numel(), seed).to(self.device, self.dtype)
 
     def here(self, rows: Tensor) -> Tensor:
         """Rows kept from before, on the device and in the dtype of the weights now."""
@@ -177,8 +190,14 @@ def _without_tokens(frame: Frame, earlier: int, later: int) -> Frame:
     return Frame(frame.program, (), frame.weights, frame.drawn, shapes, frozen=True)
 
 
-def _followed(edge: _Edge, probe: Tensor, track: Track | None) -> Track | None:
-    """The track of an edge after a change of the weights; None where its operator is zero."""
+def drawn_probe(size: int, seed: int) -> Tensor:
+    """A random row of unit length on average: the same for the same seed, on any device and rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((1, size), generator=generator, dtype=torch.float32).div_(math.sqrt(max(1, size)))
+
+
+def followed(edge: LinearMap, probe: Tensor, track: Track | None) -> Track | None:
+    """The track of an edge (or of another map) after a change of the weights; None where its operator is zero."""
     image = edge.forward(probe)
     if image is None:
         return None
@@ -191,7 +210,7 @@ def _followed(edge: _Edge, probe: Tensor, track: Track | None) -> Track | None:
     return Track(norm, vectors, image)
 
 
-def _converged(edge: _Edge, norm: float, vectors: Tensor) -> tuple[float, Tensor]:
+def _converged(edge: LinearMap, norm: float, vectors: Tensor) -> tuple[float, Tensor]:
     """Passes with fresh probes until the norm rests in two of them."""
     resting = 0
     for index in range(_PASSES):
@@ -207,7 +226,7 @@ def _converged(edge: _Edge, norm: float, vectors: Tensor) -> tuple[float, Tensor
     return norm, vectors
 
 
-def _rayleigh_ritz(edge: _Edge, left: Tensor) -> tuple[float, Tensor]:
+def _rayleigh_ritz(edge: LinearMap, left: Tensor) -> tuple[float, Tensor]:
     """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y, of any length."""
     basis = edge.transpose(left)
     images = edge.forward(basis)

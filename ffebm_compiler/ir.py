@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -313,19 +313,65 @@ class Program:
             return self.source
 
 
-def verify(program: Program) -> None:
-    """Check the invariants of a program after a pass.
+@dataclass(frozen=True)
+class Promise:
+    """What a pass ensures of every node that it leaves, and every later pass keeps."""
+
+    text: str
+    """What is wrong with a node that breaks it: the end of the sentence `node ... `."""
+    broken: Callable[[Program, fx.Node], bool]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step from program to program, with what it ensures."""
+
+    run: Callable[[Program], Program]
+    promises: tuple[Promise, ...] = ()
+
+    def __call__(self, program: Program) -> Program:
+        """The program after the pass."""
+        return self.run(program)
+
+
+def ensures(text: str, broken: Callable[[Program, fx.Node], bool]) -> Callable[[Callable[[Program], Program]], Pass]:
+    """Make a function a pass with a promise: of no node it leaves is `broken` true; `text` says what that means."""
+    return lambda run: Pass(run, (Promise(text, broken),))
+
+
+def verify(program: Program, promises: Sequence[Promise] = ()) -> None:
+    """Check the invariants of a program, and what the passes so far have promised.
 
     Raises:
         FFEBMError: naming the node that breaks one.
     """
     seen: set[fx.Node] = set()
-    for node in program.graph.nodes:
+    names: set[str] = set()
+    nodes = list(program.graph.nodes)
+    for node in nodes:
+        if node.name in names:
+            raise _defect(node, "has the name of another")
+        names.add(node.name)
         for operand in node.all_input_nodes:
             if operand not in seen:
-                raise FFEBMError(f"node {node.name!r} uses {operand.name!r} before it is computed")
+                raise _defect(node, f"uses {operand.name!r} before it is computed")
         seen.add(node)
-    placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+        if node.op in ("call_function", "call_module") and "val" not in node.meta:
+            raise _defect(node, "has no captured value (meta 'val')")
+        for promise in promises:
+            if promise.broken(program, node):
+                raise _defect(node, promise.text)
+    if [node.op for node in nodes].count("output") != 1 or nodes[-1].op != "output":
+        raise FFEBMError("the graph does not end with its one output: this is a defect of the compiler, please report")
+    placeholders = [node.name for node in nodes if node.op == "placeholder"]
     expected = [*program.lifted, *program.constants, *program.inputs]
     if sorted(placeholders) != sorted(expected):
         raise FFEBMError(f"placeholders {placeholders} do not match the program's inputs {expected}")
+
+
+def _defect(node: fx.Node, what: str) -> FFEBMError:
+    path = module_path(node)
+    where = f" of module {path!r}" if path else ""
+    return FFEBMError(
+        f"node {node.name!r} ({node.target}){where} {what}: this is a defect of the compiler, please report the model"
+    )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import OperationGraph, Program, verify
+from ffebm_compiler.ir import OperationGraph, Pass, Program, Promise, verify
 from ffebm_compiler.passes.annotate import annotate
 from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.contractions import contractions
@@ -35,22 +35,21 @@ from ffebm_compiler.plan_data import PlanOptions
 
 __all__ = ["annotated_program", "captured_program", "passes_for"]
 
-Pass = Callable[[Program], Program]
 
-
-def in_each_mode(step: Pass) -> Pass:
+def in_each_mode(step: Pass | Callable[[Program], Program]) -> Pass:
     """A pass over the capture in eval mode and, where there is one, over that in train mode."""
+    promises = step.promises if isinstance(step, Pass) else ()
 
     def both(program: Program) -> Program:
         if program.training is not None:
             program.training = step(program.training)
-            verify(program.training)
+            verify(program.training, promises)
         return step(program)
 
-    return both
+    return Pass(both, promises)
 
 
-def passes_for(options: PlanOptions) -> list[Pass]:
+def passes_for(options: PlanOptions) -> list[Pass | Callable[[Program], Program]]:
     """The passes between capture and annotate, in order."""
     return [
         in_each_mode(inline_regions),
@@ -76,9 +75,12 @@ def captured_program(
 ) -> Program:
     """The program that a plan is made of: captured, with every pass before annotation done."""
     program = capture(model, args, kwargs, shapes)
+    verify(program)
+    promises: list[Promise] = []
     for step in passes_for(options):
         program = step(program)
-        verify(program)
+        promises += step.promises if isinstance(step, Pass) else ()
+        verify(program, promises)
     return program
 
 

@@ -13,16 +13,21 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Program, ensures
 from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
 
 __all__ = ["dead_code", "for_effects_alone"]
 
 
+def _is_dead(program: Program, node: fx.Node) -> bool:
+    return node.op not in ("placeholder", "output") and not node.users and not _has_effect(program, node)
+
+
+@ensures("is read by nothing and does nothing", _is_dead)
 def dead_code(program: Program) -> Program:
     """Erase what nothing reads, from the end of the graph to its beginning."""
     for node in reversed(list(program.graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or _has_effect(program, node):
+        if not _is_dead(program, node):
             continue
         program.graph.erase_node(node)
         if node.op == "call_module":

@@ -19,7 +19,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.ir import Program, ensures, module_path
 from ffebm_compiler.passes.source_line import source_line
 
 __all__ = ["expand_vmap"]
@@ -27,6 +27,11 @@ __all__ = ["expand_vmap"]
 _OPEN, _CLOSE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
 
+def _is_of_vmap(program: Program, node: fx.Node) -> bool:
+    return _name(node) in (_OPEN, _CLOSE, "_add_batch_dim", "_remove_batch_dim", "lazy_load_decompositions")
+
+
+@ensures("belongs to a level of vmap", _is_of_vmap)
 def expand_vmap(program: Program) -> Program:
     """Replace every stretch of the graph that runs under vmap.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Program, ensures
 
 __all__ = ["explicit_padding"]
 
@@ -24,21 +24,23 @@ _PLAIN = {
 }
 
 
+def _is_lopsided(program: Program, node: fx.Node) -> bool:
+    return node.target in _PLAIN and _arguments(node)[4] == "same" and any(total % 2 for total in _totals(node))
+
+
+@ensures("is a convolution whose padding is not symmetric", _is_lopsided)
 def explicit_padding(program: Program) -> Program:
     """Split every convolution whose `"same"` padding is asymmetric."""
     graph = program.graph
     for node in list(graph.nodes):
         if node.target not in _PLAIN:
             continue
-        value, weight, bias, stride, padding, dilation, groups = _arguments(node)
+        value, weight, bias, stride, _, dilation, groups = _arguments(node)
         assert isinstance(value, fx.Node)
         assert isinstance(weight, fx.Node)
-        kernel = [int(size) for size in weight.meta["val"].shape[2:]]
-        assert isinstance(dilation, list | tuple)
-        steps = [int(d) for d in dilation] * (len(kernel) if len(dilation) == 1 else 1)
-        totals = [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
-        if padding != "same" or not any(total % 2 for total in totals):
+        if not _is_lopsided(program, node):
             continue
+        totals = _totals(node)
         # torch pads the odd element at the end; the last dimension comes first.
         sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
         with graph.inserting_before(node):
@@ -48,13 +50,22 @@ def explicit_padding(program: Program) -> Program:
                 padded.meta["val"] = aten.constant_pad_nd.default(value.meta["val"], sides)
             plain = graph.call_function(
                 _PLAIN[node.target],
-                (padded, weight, bias, list(stride), [0] * len(kernel), list(steps), groups),
+                (padded, weight, bias, list(stride), [0] * len(totals), list(dilation), groups),
             )
         plain.meta = dict(node.meta)
         node.replace_all_uses_with(plain)
         graph.erase_node(node)
     graph.lint()
     return program
+
+
+def _totals(node: fx.Node) -> list[int]:
+    """For each dimension, what a convolution of `"same"` padding pads on both sides together."""
+    weight, dilation = node.args[1], _arguments(node)[5]
+    assert isinstance(weight, fx.Node)
+    kernel = [int(size) for size in weight.meta["val"].shape[2:]]
+    steps = [int(d) for d in dilation] * (len(kernel) if len(dilation) == 1 else 1)
+    return [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
 
 
 def _arguments(node: fx.Node) -> list:  # type: ignore[type-arg]

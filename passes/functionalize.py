@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.ir import Program, ensures, module_path
 from ffebm_compiler.passes.functional_form import FunctionalForm, functional_form, is_random, moves_no_data, writes
 from ffebm_compiler.passes.inline_regions import without_gradient
 from ffebm_compiler.passes.put_back import put_back
@@ -35,6 +35,11 @@ from ffebm_compiler.runtime.state import WriteState
 __all__ = ["functionalize"]
 
 
+def _writes_in_place(program: Program, node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+@ensures("writes in place", _writes_in_place)
 def functionalize(program: Program) -> Program:
     """Replace every in-place operation on an intermediate value.
 

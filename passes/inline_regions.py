@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.ir import Program, ensures, module_path
 from ffebm_compiler.passes.source_line import source_line
 from ffebm_compiler.passes.tracing import WITHOUT_GRADIENT
 from ffebm_compiler.runtime.flex_attention import FlexAttention
@@ -38,6 +38,11 @@ class Autocast:
     enabled: bool
 
 
+def _is_captured(program: Program, node: fx.Node) -> bool:
+    return node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+@ensures("calls a captured submodule", _is_captured)
 def inline_regions(program: Program) -> Program:
     """Inline every `wrap_with_set_grad_enabled` and `wrap_with_autocast`.
 

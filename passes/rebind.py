@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Program, ensures
 from ffebm_compiler.passes.merge_modes import TRAINING
 from ffebm_compiler.passes.training_reads import is_rebound
 from ffebm_compiler.runtime.feedforward import (
@@ -40,6 +40,11 @@ _DROPOUTS = (
 )
 
 
+def _is_unbound(program: Program, node: fx.Node) -> bool:
+    return node.op == "call_function" and _bound(program, node) is not None
+
+
+@ensures("follows a training flag of the source and is not bound to it", _is_unbound)
 def rebind(program: Program) -> Program:
     """Replace batch norm, instance norm, dropout and attention dropout by modules bound to the source."""
     parts = [

@@ -53,6 +53,20 @@ _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backwar
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
+_PROPERTIES = (
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_sparse", "is_sparse_csr",
+    "is_quantized", "is_nested", "is_mkldnn", "is_meta", "is_cpu", "is_cuda", "is_mps", "itemsize", "nbytes",
+)  # fmt: skip
+_METHODS = (
+    "size", "dim", "numel", "stride", "storage_offset", "untyped_storage", "element_size", "is_contiguous",
+    "is_inference", "is_conj", "is_neg", "is_floating_point", "is_complex", "_is_view",
+)  # fmt: skip
+_ABOUT = frozenset(
+    (*(getattr(torch.Tensor, n).__get__ for n in _PROPERTIES), *(getattr(torch.Tensor, n) for n in _METHODS))
+)
+"""Calls that ask about a tensor and not for its values; the exporter makes dozens of them for every operation."""
+
+
 class UsersCalls(TorchFunctionMode):
     """Sees every call of torch that the forward makes."""
 
@@ -72,6 +86,8 @@ class UsersCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the call, marked where no gradient is recorded."""
         kwargs = kwargs or {}
+        if func in _ABOUT:
+            return func(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():  # torch traces itself: flex attention, torch.cond
             return func(*args, **kwargs)
         if func == _DATA:

@@ -19,14 +19,14 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from ffebm_compiler.errors import CaptureError, InputError
+from ffebm_compiler.errors import CaptureError, InputError, UnsupportedError
 from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.check_model import check_finite, check_model
 from ffebm_compiler.passes.copied_closures import parameters_outside
 from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
-from ffebm_compiler.passes.set_up import set_up
+from ffebm_compiler.passes.set_up import same_in_evaluation, set_up
 from ffebm_compiler.passes.training_reads import is_rebound, training_reads
 from ffebm_compiler.passes.without_cache import without_cache
 
@@ -75,7 +75,8 @@ def _in_both_modes(
 ) -> Program:
     """The capture in eval mode, with the one in train mode where the model may do something else then."""
     source.eval()
-    kept = [set_up(source, args, kwargs)]
+    evaluation = set_up(source, args, kwargs)
+    kept = [evaluation.note]
     source.train()  # a model may forget then what it keeps between calls in eval mode
     source.eval()
     with training_reads() as reads:
@@ -88,7 +89,7 @@ def _in_both_modes(
     if asks:
         source.train()
         try:
-            kept.append(set_up(source, args, kwargs))
+            kept.append(set_up(source, args, kwargs, evaluation).note)
             for module in source.modules():
                 if is_rebound(module) and module not in asks:
                     module.training = False  # `rebind` makes it follow its flag
@@ -104,6 +105,11 @@ def _in_both_modes(
             _refuse_outside(trained, model)
             training = _wrapped(replace(trained, note=""), source)
         except (CaptureError, InputError) as error:
+            refused = str(error)
+        except UnsupportedError as error:
+            source.train()
+            if not same_in_evaluation(source, args, kwargs, evaluation):
+                raise  # what the calls in train mode left cannot be undone
             refused = str(error)
     program = _wrapped(exported, source)
     program.training, program.refused_in_training = training, refused

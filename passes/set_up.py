@@ -4,8 +4,8 @@ The first call of a forward may make buffers, tables and caches; traced, they wo
 tensors. So there is one eager call first. What it kept of parameters (a table computed from weights)
 is forgotten again, so that the trace computes it.
 
-An attribute that every call sets is state that the hybrid does not have: where the output depends on
-it, the model is refused, else it is noted.
+State between calls that no parameter or buffer holds is state that the hybrid does not have: where the
+output depends on it, the model is refused, else an attribute that every call sets is noted.
 
 Promise: the module is what it was, but for what its first call sets up once and for all.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,39 +27,56 @@ from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.changing_line import changing_line
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
+from ffebm_compiler.passes.repeated_calls import differ, differing_module
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import Attributes, generator_states, generators_unchanged, tensors_unchanged
 
-__all__ = ["set_up"]
+__all__ = ["SetUp", "same_in_evaluation", "set_up"]
 
 
-def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class SetUp:
+    """What the calls of a module showed."""
+
+    note: str = ""
+    """What to tell of attributes that every call sets, or nothing."""
+    outputs: tuple[Any, ...] | None = None
+    """What a call returns; None where it fails."""
+
+
+def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: SetUp | None = None) -> SetUp:
     """Call a module in its present mode until it has set up what it needs; no results, draws or written state stay.
 
     A call that fails leaves the module as it was: the exporter's failure will be explained.
 
-    Returns:
-        What to tell of attributes that every call sets, or nothing.
+    Args:
+        source: the module.
+        args: its positional inputs.
+        kwargs: its keyword inputs.
+        evaluation: what its calls in eval mode showed, for a module that is in train mode.
 
     Raises:
-        UnsupportedError: where an attribute that an earlier call set changes the output of a later one.
+        UnsupportedError: where what an earlier call left, such as an attribute, changes the output of a later one.
         CaptureError: where forward draws from the generators of Python or numpy.
     """
     before = Attributes(source)
     drawn: set[str] = set()
     try:
         first = _called(source, args, kwargs, drawn)
-        if drawn:
-            raise _Drawn
-        if not before.changed():
-            return ""
         before.forget(_of_parameters)
         again = Attributes(source)
         second = _called(source, args, kwargs, drawn)
+        again.forget(_of_parameters)
+        kept = [name for name in again.changed() if not _is_remade(source, name)]
+        other = differ(first, second)
+        if other and not kept:  # the first call may have set something up
+            other = differ(second, _called(source, args, kwargs, drawn))
+        where = differing_module(source, lambda: _called(source, args, kwargs, drawn)) if other and not kept else ""
+        left = evaluation is not None and not same_in_evaluation(source, args, kwargs, evaluation)
     except _Drawn:
         place: list[str] = []
         with suppress(Exception):
-            _called(source, args, kwargs, set(), place)
+            _called(source, args, kwargs, None, place)
         before.restore()
         raise CaptureError(
             f"forward draws random numbers from {' and '.join(sorted(drawn))}{''.join(place)}, which a captured graph "
@@ -67,19 +85,35 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         ) from None
     except Exception:
         before.restore()
-        return ""
-    again.forget(_of_parameters)
-    kept = [name for name in again.changed() if not _is_remade(source, name)]
+        return SetUp()
     again.restore()
-    if not kept:
-        return ""
     named = ", ".join(repr(name) for name in kept[:4]) + (", ..." if len(kept) > 4 else "")
-    if len(first) != len(second) or not all(map(_equal, first, second)):
+    if other or left:
+        before.restore()
+        place_of_state = f" in the attribute {named}" if kept else ""
+        if not kept:
+            place_of_state = f" in module {where!r}" if where else ""
+            place_of_state += " outside of parameters and buffers (an object, a global variable, a closure, a tensor)"
+        what = "output" if other else "output in eval mode"
         raise UnsupportedError(
-            f"the model's output depends on what an earlier call left in the attribute {named}: keep it in a buffer "
+            f"the model's {what} depends on what an earlier call left{place_of_state}: keep it in a buffer "
             "(register_buffer) that forward writes in place, or hand it in as an input"
         )
-    return f"forward sets attributes ({named}) at every call, which the hybrid does not: its output is the same"
+    if not kept:
+        return SetUp("", tuple(second))
+    note = f"forward sets attributes ({named}) at every call, which the hybrid does not: its output is the same"
+    return SetUp(note, tuple(second))
+
+
+def same_in_evaluation(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: SetUp) -> bool:
+    """Whether a module that is in train mode computes in eval mode what it computed there before."""
+    if evaluation.outputs is None:
+        return True
+    source.eval()
+    try:
+        return not differ(evaluation.outputs, _called(source, args, kwargs, None))
+    finally:
+        source.train()
 
 
 class _Drawn(Exception):
@@ -87,11 +121,20 @@ class _Drawn(Exception):
 
 
 def _called(
-    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], drawn: set[str], place: list[str] | None = None
+    source: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    drawn: set[str] | None,
+    place: list[str] | None = None,
 ) -> list[Any]:
-    """The outputs of a call that changes attributes alone; `drawn` gets the generators, not torch's, that it uses.
+    """The outputs of a call that changes attributes alone.
 
-    `place` gets the line that draws first.
+    Args:
+        source: the module.
+        args: its positional inputs.
+        kwargs: its keyword inputs.
+        drawn: gets the generators, not torch's, that the call uses, and the call fails with `_Drawn` then.
+        place: gets the line that draws first.
     """
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
@@ -113,10 +156,13 @@ def _called(
                 leaf.detach() if isinstance(leaf, Tensor) else leaf
                 for leaf in leaves_of(source(*_own(args), **_own(kwargs)))
             ]
-        drawn.update(name for name, value in generator_states().items() if value != states.get(name, value))
-        drawn.update(own.drawn())
+        if drawn is not None:
+            drawn.update(name for name, value in generator_states().items() if value != states.get(name, value))
+            drawn.update(own.drawn())
     for now, before in registered:  # a buffer that forward assigns; one that it makes stays
         now.update(before)
+    if drawn:
+        raise _Drawn
     return outputs
 
 
@@ -138,12 +184,6 @@ def _own(inputs: Any) -> Any:
 def _of_parameters(value: Any) -> bool:
     """Whether something holds a tensor that was computed from parameters."""
     return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in pytree.tree_leaves(value))
-
-
-def _equal(first: Any, second: Any) -> bool:
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return True
-    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _is_remade(source: nn.Module, name: str) -> bool:

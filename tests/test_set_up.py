@@ -164,6 +164,138 @@ def test_state_that_changes_the_output_is_refused_by_name() -> None:
         ffebm.convert(Net(schedule), torch.randn(5, 8))
 
 
+class Counter:
+    """State that is no attribute of a module."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        self.n, self.last = 0, torch.zeros(())
+
+    def step(self) -> int:
+        self.n += 1
+        return self.n
+
+
+GLOBAL = [0]
+
+
+def in_an_object(net, h):
+    return h * net.counter.step()
+
+
+def in_a_nested_container(net, h):
+    net.nested["a"]["n"] += 1
+    return h * net.nested["a"]["n"]
+
+
+def in_a_plain_tensor(net, h):
+    net.last.add_(1)
+    return h * net.last
+
+
+def in_an_activation(net, h):
+    h = h + net.counter.last.mean()
+    net.counter.last = h.detach()
+    return h
+
+
+def in_a_class(net, h):
+    Counter.calls += 1
+    return h * Counter.calls
+
+
+def in_a_global(net, h):
+    GLOBAL[0] += 1
+    return h * GLOBAL[0]
+
+
+def in_a_default(net, h, kept=[0]):  # noqa: B006
+    kept[0] += 1
+    return h * kept[0]
+
+
+STATES = (
+    in_an_object,
+    in_a_nested_container,
+    in_a_plain_tensor,
+    in_an_activation,
+    in_a_class,
+    in_a_global,
+    in_a_default,
+)
+
+
+class Stateful(Net):
+    def __init__(self, form) -> None:
+        super().__init__(form)
+        self.counter, self.nested = Counter(), {"a": {"n": 0}}
+
+
+@pytest.mark.parametrize("form", STATES, ids=lambda form: form.__name__)
+def test_state_outside_of_parameters_and_buffers_is_refused(form) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Stateful(form), nn.Linear(4, 4))
+    refusal = (
+        r"output depends on what an earlier call left in module '1' outside of parameters and buffers.*register_buf"
+    )
+    with pytest.raises(ffebm.UnsupportedError, match=refusal):
+        ffebm.convert(model, torch.randn(5, 8))
+
+
+def average_of_training(net, h):
+    if net.training:
+        net.last = 0.9 * net.last + 0.1 * h.detach().mean(0)
+        return h
+    return h - net.last
+
+
+def schedule_of_training(net, h):
+    net.count += net.training
+    return h * (1 + net.count) if net.training else h
+
+
+@pytest.mark.parametrize("form", [average_of_training, schedule_of_training], ids=lambda form: form.__name__)
+def test_state_of_training_is_refused_in_training(form) -> None:
+    model, x = Net(form).eval(), torch.randn(5, 8)
+    hybrid = assert_same(model, x, train=False)
+    with pytest.raises(
+        ffebm.UnsupportedError, match=r"train mode.*depends on what an earlier call left in the attribute"
+    ):
+        hybrid.train()(x)
+
+
+def test_what_training_leaves_in_an_object_is_refused() -> None:
+    def counted(net, h):
+        return h * (1 + net.counter.step()) if net.training else h * (1 + net.counter.n)
+
+    with pytest.raises(
+        ffebm.UnsupportedError, match="depends on what an earlier call left in module 'Stateful' outside"
+    ):
+        ffebm.convert(Stateful(counted), torch.randn(5, 8))
+
+    def only_kept(net, h):
+        return h * (1 + 0 * net.counter.step()) if net.training else h * (1 + net.counter.n)
+
+    with pytest.raises(
+        ffebm.UnsupportedError, match="output in eval mode depends on what an earlier call left outside"
+    ):
+        ffebm.convert(Stateful(only_kept), torch.randn(5, 8))
+
+
+def test_a_first_call_that_alone_gives_something_else_is_set_up() -> None:
+    def first(net, h):
+        if net.counter.n == 0:
+            net.counter.n = 1
+            return h * 0
+        return h
+
+    model, x = Stateful(first), torch.randn(5, 8)
+    hybrid = ffebm.convert(model, x, hardware=ONE_LAYER)
+    before = model(x)
+    assert deviation(before, model(x)) > 0.1
+    assert deviation(hybrid(x), model(x)) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
 def test_weights_made_by_hooks_are_no_state() -> None:
     model = nn.Sequential(nn.utils.weight_norm(nn.Linear(8, 8)), nn.Tanh(), nn.utils.spectral_norm(nn.Linear(8, 4)))

@@ -1,0 +1,73 @@
+"""Repeated calls: whether a forward is a function of its inputs, its tensors and torch's seed.
+
+State that no parameter or buffer holds (an object's counter, a global variable, a closure, a plain tensor) shows in
+this: the same call, made again, gives another output.
+
+Promise: hooks are removed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from ffebm_compiler.passes.containers import leaves_of
+
+__all__ = ["differ", "differing_module"]
+
+_ROUNDING = 1e-4
+"""‖a − b‖/‖b‖ that the order of a sum may make, on a device that changes it from call to call."""
+
+
+def differ(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether the outputs of two calls are others, beyond rounding."""
+    return len(first) != len(second) or not all(map(_same, first, second))
+
+
+def differing_module(source: nn.Module, call: Callable[[], object]) -> str:
+    """The innermost module that gives other outputs for the same inputs when `call` is made again; "" if none does."""
+    names = {module: name for name, module in source.named_modules()}
+    runs: list[list[tuple[nn.Module, list[Any], list[Any]]]] = []
+    for _ in range(2):
+        seen: list[tuple[nn.Module, list[Any], list[Any]]] = []
+        runs.append(seen)
+
+        def note(module: nn.Module, inputs: Any, output: Any, seen: Any = seen) -> None:
+            seen.append((module, _copied(inputs), _copied(output)))
+
+        handle = register_module_forward_hook(note)
+        try:
+            call()
+        finally:
+            handle.remove()
+    for (module, inputs, outputs), (other, again, results) in zip(*runs, strict=False):
+        if module is not other:
+            return ""
+        if differ(outputs, results) and not differ(inputs, again):
+            return names.get(module, "") or type(module).__name__
+    return ""
+
+
+def _copied(value: Any) -> list[Any]:
+    return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(value)]
+
+
+def _same(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return True
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    if first.is_meta or not first.numel():
+        return True
+    if not (first.is_floating_point() or first.is_complex()):
+        return bool(torch.equal(first, second)) or first.device.type != "cpu"
+    wide = torch.complex128 if first.is_complex() else torch.float64
+    one, other = first.to(wide), second.to(wide)
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    one, other = one.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
+    return float((one - other).norm()) <= _ROUNDING * float(other.norm())

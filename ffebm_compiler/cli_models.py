@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler.convert import DEFAULT_FEEDBACK
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hardware import Hardware, resolve_hardware
 
@@ -128,18 +129,20 @@ def hardware_of(text: str) -> Hardware:
     return resolve_hardware(text)
 
 
-def feedback_of(text: str) -> float | str:
-    """A loop gain or `"symmetric"`; its range is checked by `convert`.
+def feedback_of(text: str | None) -> float | str:
+    """A number, `"symmetric"`, or where nothing was given the energy's default; its range is checked by `convert`.
 
     Raises:
         InputError: for what is neither.
     """
+    if text is None:
+        return DEFAULT_FEEDBACK
     if text == "symmetric":
         return text
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"--feedback is {text!r}; expected a number between 0 and 1, or symmetric") from error
+        raise InputError(f"--feedback is {text!r}; expected a number such as 0.1, or symmetric") from error
 
 
 def _callable(module_name: str, attribute: str) -> NamedModel:

@@ -61,7 +61,18 @@ class Settings:
     hardware: Annotated[
         str, typer.Option("--hardware", "-w", help="ideal, crossbar-64, crossbar-256, or a .toml or .json file.")
     ] = "crossbar-256"
-    feedback: Annotated[str, typer.Option("--feedback", "-f", help="Loop gain between 0 and 1, or symmetric.")] = "0.1"
+    energy: Annotated[str, typer.Option("--energy", help="What the blocks minimise: hopfield or resistive.")] = (
+        "hopfield"
+    )
+    feedback: Annotated[
+        str | None,
+        typer.Option(
+            "--feedback",
+            "-f",
+            help="Loop gain between 0 and 1 (of a resistive energy its gain, above 0), or symmetric; 0.1 (0.01) where "
+            "it is left out.",
+        ),
+    ] = None
     fold_batchnorm: Annotated[
         bool, typer.Option("--fold-batchnorm", help="Fold batch norm into the layer before it.")
     ] = False
@@ -108,7 +119,9 @@ class Settings:
         gain, fabric = feedback_of(self.feedback), self.fabric()
         module, args, kwargs = self.source()
         with Console(stderr=True).status(f"converting {self.model}"):
-            hybrid = ffebm.convert(module, args, kwargs, hardware=fabric, feedback=gain, **self.options())
+            hybrid = ffebm.convert(
+                module, args, kwargs, hardware=fabric, feedback=gain, energy=self.energy, **self.options()
+            )
         return hybrid, args, kwargs
 
 

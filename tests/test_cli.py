@@ -316,6 +316,14 @@ def test_refusals(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     assert message in refused(*args)
 
 
+def test_a_resistive_energy_by_name(tmp_path: Path) -> None:
+    options = ("--energy", "resistive", "--feedback", "2")
+    assert "resistive energy with amplifiers, γ = 2" in done("convert", *MLP, *options)
+    assert "γ = 0.01" in done("convert", *MLP, "--energy", "resistive")
+    done("export", *MLP, *options, "--out", str(tmp_path / "mlp.onnx"))  # verified in onnxruntime
+    assert "energy is 'drm'" in refused("convert", *MLP, "--energy", "drm")
+
+
 def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
@@ -339,7 +347,7 @@ def test_every_command_that_takes_a_model_has_the_options_of_one_dataclass() -> 
     }
     for field in dataclasses.fields(Settings):
         described = {name: options.get(field.name) for name, options in shared.items()}
-        if field.name == "feedback":  # a plan has no feedback
+        if field.name in ("energy", "feedback"):  # a plan has neither
             assert described.pop("plan") is None
         if field.name == "model":  # a stored plan may be drawn
             assert "plan's .json file" in str(described.pop("draw"))

@@ -33,6 +33,12 @@ _FACTORIES = (
     torch.tensor, torch.as_tensor, torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.eye,
 )  # fmt: skip
 
+_SIZED = frozenset((
+    "pad", "view", "reshape", "expand", "repeat", "tile", "zeros", "ones", "full", "empty", "new_zeros", "new_ones",
+    "new_full", "new_empty", "interpolate",
+))  # fmt: skip
+"""Functions among whose arguments is a list of sizes, of which each may be a tensor."""
+
 
 @dataclass(frozen=True)
 class _Known:
@@ -76,12 +82,32 @@ class KnownValues:
             self._written |= entry.names if entry is not None else frozenset()
             return False, None
         if func in _READS and known and all(known):
-            names = frozenset().union(*(entry.names for entry in known if entry is not None))
-            line = running_line()
-            for name in names:
-                self.reads.setdefault(name, line)
+            self._read(known)
             return True, self._compute(func, args, kwargs)
         return False, None
+
+    def sizes(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a call, with numbers in place of known tensors in a list of sizes."""
+        if getattr(func, "__name__", "") not in _SIZED:
+            return args
+        own = args[:1] if args and isinstance(args[0], Tensor) else ()
+        return (
+            *own,
+            *(type(a)(map(self._size, a)) if type(a) in (list, tuple) else self._size(a) for a in args[len(own) :]),
+        )
+
+    def _size(self, size: Any) -> Any:
+        known = self._of(size) if isinstance(size, Tensor) else None
+        if known is None or known.value.dim() or known.value.is_floating_point():
+            return size
+        self._read([known])
+        return int(known.value)
+
+    def _read(self, known: list[_Known | None]) -> None:
+        """Note that values decide something."""
+        line = running_line()
+        for name in frozenset().union(*(entry.names for entry in known if entry is not None)):
+            self.reads.setdefault(name, line)
 
     def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note the value of a result that was computed from known tensors alone, or from none."""

@@ -114,6 +114,7 @@ class UsersCalls(TorchFunctionMode):
         if answer is not None:
             return answer
         self.drawn.call(func, args)
+        args = self.known.sizes(func, args)
         if torch.is_grad_enabled():
             result = func(*args, **kwargs)
         else:

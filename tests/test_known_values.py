@@ -59,6 +59,21 @@ def test_branches_on_buffers_are_settings(ready: bool, limit: float) -> None:
     assert "buffer 'limit'" in notes
 
 
+def test_sizes_that_are_buffers_are_settings() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+            self.register_buffer("total", torch.tensor(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = F.pad(self.a(x), (self.total, self.total - 2))
+            return wide[:, 2:] if wide.shape[1] > 10 else wide
+
+    hybrid = assert_same(seeded(Padded), noise(4, 8))
+    assert any("buffer 'total'" in note and "at conversion, 3" in note for note in hybrid.plan.notes)
+
+
 def test_a_flag_that_the_forward_sets_is_refused() -> None:
     class Lazy(nn.Module):
         def __init__(self) -> None:
@@ -129,6 +144,14 @@ def repeated(self: nn.Module, x: Tensor) -> Tensor:
     return self.a(x) * segment + (segment == 1).nonzero()[:, 0].sum() * torch.ones(len(segment))
 
 
+def padded(self: nn.Module, x: Tensor) -> Tensor:
+    """Sizes that are tensors, as in audio codecs."""
+    total = torch.tensor(3)
+    left = total // 2
+    wide = F.pad(self.a(x), (left, total - left), "constant", 1.0)
+    return wide.reshape(-1, torch.tensor(11)) if wide.shape[1] <= 11 else x
+
+
 def filled(self: nn.Module, x: Tensor) -> Tensor:
     """A table that is filled step by step: only what is known is decided."""
     table = torch.zeros(4)
@@ -136,7 +159,7 @@ def filled(self: nn.Module, x: Tensor) -> Tensor:
     return self.a(x) if (table < limit).all() else self.b(x)
 
 
-@pytest.mark.parametrize("forward", [pyramid, repeated, filled], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("forward", [pyramid, repeated, padded, filled], ids=lambda f: f.__name__)
 def test_tensors_of_python_numbers_have_their_values(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
     hybrid = assert_same(seeded(lambda: Inner(forward)), noise(3, 8))
     assert not hybrid.plan.notes

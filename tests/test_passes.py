@@ -61,7 +61,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("folder", LAYERS)
 def test_imports_point_one_way(folder: str) -> None:
-    files = list((ROOT / folder).glob("*.py"))
+    files = list((ROOT / folder).rglob("*.py"))
     assert len(files) > 5
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -22,6 +22,8 @@ from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
 from ffebm_compiler.later_hooks import LaterHooks
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.exported_program import place_of
+from ffebm_compiler.passes.held import plain_tensors
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
@@ -69,6 +71,7 @@ _OWN = frozenset(
         "_lifted",
         "_plan",
         "_run",
+        "_shared",
         "_sources",
         "_source",
         "conversion",
@@ -136,6 +139,8 @@ class HybridModel(nn.Module):
         self._load_state_dict_post_hooks.update(source._load_state_dict_post_hooks)
         self.register_load_state_dict_post_hook(settle_arrival)  # type: ignore[no-untyped-call]
         self._later_hooks = LaterHooks(source)
+        self._shared = _shared(source, lowered.graph_module)
+        """Constants of the graph that are tensors in attributes of the source, which may change there."""
         self.__signature__ = signature_of(source)
         bind_forward(self, self.__signature__)
 
@@ -193,6 +198,10 @@ class HybridModel(nn.Module):
         """The inverse of `__getstate__`."""
         current = state.pop("_current")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, tensor in self._shared.items():  # a copy of a parameter has memory of its own
+            constant = self.lowered._buffers[name]
+            if constant is not None and constant.dtype is tensor.dtype and constant.device == tensor.device:
+                self.lowered._buffers[name] = tensor.detach()
         if "forward" not in self.__dict__:
             bind_forward(self, self.__signature__)
         self._fit(current)
@@ -306,9 +315,13 @@ class HybridModel(nn.Module):
         """The parameter or buffer of this name."""
         path, _, leaf = name.rpartition(".")
         module = self.get_submodule(path)
-        value = module._parameters.get(leaf)
-        found = value if value is not None else module._buffers[leaf]
-        assert found is not None
+        parameter = module._parameters.get(leaf)
+        found: Tensor | None = parameter if parameter is not None else module._buffers.get(leaf)
+        if found is None:
+            raise UnsupportedError(
+                f"the hybrid has no {name!r} any more (module {path!r} is a {type(module).__name__}): a hybrid takes "
+                "new tensors of the same names and shapes only; change the source and convert it again"
+            )
         return found
 
     def _made_of(self, name: str) -> list[Tensor]:
@@ -666,6 +679,13 @@ class HybridModel(nn.Module):
         from ffebm_compiler.storage import save
 
         save(self, path)
+
+
+def _shared(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:
+    """Name of a constant -> the tensor among the source's attributes that it shares its memory with."""
+    places = {place_of(tensor): tensor for tensor in plain_tensors(source)} if lowered._buffers else {}
+    constants = ((name, places.get(place_of(value))) for name, value in lowered._buffers.items() if value is not None)
+    return {name: tensor for name, tensor in constants if tensor is not None}
 
 
 def _static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ffebm_compiler.errors import FFEBMError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.held import held_tensors
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 
@@ -51,7 +52,7 @@ def verify_feedforward(
                 module_at(source, path).training = False
                 if not path:
                     hybrid.training = False
-            state = [*source.buffers(), *hybrid.written_state()]
+            state = [*held_tensors(source), *hybrid.written_state()]
             wanted = _of_source(source, state, args, kwargs)
             found = _leaves(hybrid, source, state, args, kwargs)
             if len(wanted) != len(found):
@@ -76,7 +77,7 @@ def verify_feedforward(
 
 def same_outputs(hybrid: HybridModel, source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a hybrid and the private copy of its source compute the same in the modes in which their modules are."""
-    state = [*source.buffers(), *hybrid.written_state()]
+    state = [*held_tensors(source), *hybrid.written_state()]
     wanted = _of_source(source, state, args, kwargs)
     found = _leaves(hybrid, source, state, args, kwargs)
     error, limit = _deviation(found, wanted)
@@ -117,7 +118,7 @@ def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                 if parameter.is_floating_point():
                     noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                     parameter.mul_(1 + factor * 8 * torch.finfo(parameter.dtype).eps * noise)
-        results.append(_of_source(copied, list(copied.buffers()), args, kwargs))
+        results.append(_of_source(copied, held_tensors(copied), args, kwargs))
     pairs = zip(*results, strict=True)
     changes = [_relative(b, a) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
     return max(changes, default=0.0)

@@ -24,10 +24,11 @@ from ffebm_compiler.passes.containers import Recipe
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
 from ffebm_compiler.passes.explain_capture import NotTraceable, explained
 from ffebm_compiler.passes.exported_program import batch_of
+from ffebm_compiler.passes.held import held_tensors, plain_tensors
 from ffebm_compiler.passes.hidden_compiler import hidden_compiler
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.plain_call import plain_call
-from ffebm_compiler.passes.process import process_unchanged
+from ffebm_compiler.passes.process import process_unchanged, reachable
 from ffebm_compiler.passes.tracing import tracing
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 
@@ -129,7 +130,7 @@ def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
         found, outside = calls.notes(), tuple(calls.outside)
         return Exported(program, functions, Recipe(), Recipe(), settings=found, outside=outside)
     except Exception as error:
-        with _as_before(source), tensors_unchanged([*source.parameters(), *source.buffers()]):
+        with _as_before(source), tensors_unchanged(held_tensors(source)):
             raise explained(source, args, kwargs, error) from error
     finally:
         logging.disable(quiet)
@@ -148,10 +149,12 @@ def _silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_before(source: nn.Module) -> Iterator[None]:
+    reached = reachable(source)
     with (
         attributes_unchanged(source),
-        process_unchanged(source),
-        own_generators_unchanged(source),
+        process_unchanged(source, reached),
+        own_generators_unchanged(source, reached),
+        tensors_unchanged(plain_tensors(source, reached)),  # small constants are computed with while they are traced
         generators_unchanged(),
     ):
         yield

@@ -13,6 +13,7 @@ from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.ir import Program
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
+from ffebm_compiler.passes.held import held_tensors
 
 __all__ = ["batch_of", "module_of", "place_of", "program_of"]
 
@@ -43,6 +44,7 @@ def program_of(
     lifted: dict[str, str] = {}
     constants: dict[str, torch.Tensor] = {}
     trained: dict[str, torch.Tensor] = {}
+    held = {place_of(tensor) for tensor in held_tensors(source)}
     outside_places = {place_of(tensor) for tensor in outside}
     names: list[str] = []
     for spec in exported.graph_signature.input_specs:
@@ -55,7 +57,8 @@ def program_of(
             if place_of(constant) in places:  # a function that closes over a parameter
                 lifted[name] = places[place_of(constant)]
             else:
-                constants[name] = constant.detach().clone()
+                shared = place_of(constant) in held  # what changes it in the source's attributes changes it here
+                constants[name] = constant.detach() if shared else constant.detach().clone()
                 if constant.requires_grad or place_of(constant) in outside_places:
                     trained[name] = constant
         elif spec.kind == InputKind.USER_INPUT:

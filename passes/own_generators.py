@@ -24,7 +24,7 @@ __all__ = ["OwnGenerators", "own_generators_unchanged"]
 class OwnGenerators:
     """The generators of a model, by name, and the states in which they are now."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: nn.Module, reached: list[Any] | None = None) -> None:
         numpy: Any = sys.modules.get("numpy")
         kinds: tuple[type, ...] = (torch.Generator, random.Random)
         if numpy is not None:
@@ -37,7 +37,7 @@ class OwnGenerators:
         shared = [torch.default_generator, getattr(random.random, "__self__", None)]
         shared += [] if numpy is None else [numpy.random.random.__self__]
         self.found: dict[str, Any] = {}
-        for value in reachable(source):
+        for value in reachable(source) if reached is None else reached:
             if isinstance(value, kinds) and not any(value is known for known in shared):
                 kind = (
                     f"a {type(value).__module__.removesuffix('._C').removesuffix('._generator')}.{type(value).__name__}"
@@ -61,9 +61,9 @@ class OwnGenerators:
 
 
 @contextmanager
-def own_generators_unchanged(source: nn.Module) -> Iterator[OwnGenerators]:
+def own_generators_unchanged(source: nn.Module, reached: list[Any] | None = None) -> Iterator[OwnGenerators]:
     """The states of a model's own generators."""
-    generators = OwnGenerators(source)
+    generators = OwnGenerators(source, reached)
     try:
         yield generators
     finally:

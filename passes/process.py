@@ -28,10 +28,10 @@ _OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "num
 
 
 @contextmanager
-def process_unchanged(source: nn.Module) -> Iterator[None]:
+def process_unchanged(source: nn.Module, reached: list[Any] | None = None) -> Iterator[None]:
     """Empty the caches of a model's code that were filled with fake tensors; restore torch's functional level."""
     level = torch._C._functorch.maybe_current_level()
-    found = list(reachable(source))
+    found = reachable(source) if reached is None else reached
     caches: list[Any] = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
     containers = [value for value in found if type(value) in _CONTAINERS]
     misses = [cache.cache_info().misses for cache in caches]
@@ -52,8 +52,9 @@ def is_users(module: object) -> bool:
     return isinstance(module, str) and module.partition(".")[0] not in _OTHERS
 
 
-def reachable(source: nn.Module) -> Iterator[Any]:
-    """What the code of a model can reach by name and attributes, tensors and plain values aside."""
+def reachable(source: nn.Module) -> list[Any]:
+    """What the code of a model can reach by name and attributes, each once; plain values aside."""
+    reached: list[Any] = []
     pending: list[Any] = [part for module in source.modules() for part in (type(module), *vars(module).values())]
     seen: set[int] = set()
     while pending:
@@ -61,8 +62,10 @@ def reachable(source: nn.Module) -> Iterator[Any]:
         if id(found) in seen or isinstance(found, _PLAIN):
             continue
         seen.add(id(found))
-        yield found
-        pending += _parts(found)
+        reached.append(found)
+        if not isinstance(found, torch.Tensor):
+            pending += _parts(found)
+    return reached
 
 
 def _parts(found: Any) -> list[Any]:
@@ -85,8 +88,8 @@ def _parts(found: Any) -> list[Any]:
         return [found.fget]
     if isinstance(found, functools.partial):
         return [found.func, *found.args]
-    if isinstance(found, dict):
-        return [value for value in found.values() if isinstance(value, FunctionType | MethodType)]
+    if isinstance(found, dict):  # a subclass may import packages where its own `values` is called
+        return [value for value in dict.values(found) if isinstance(value, FunctionType | MethodType)]
     if isinstance(found, ModuleType | nn.Module) or not is_users(type(found).__module__):
         return []
     return [type(found), *getattr(found, "__dict__", {}).values()]
@@ -101,7 +104,7 @@ def _names(code: CodeType) -> set[str]:
     return names
 
 
-_PLAIN = (torch.Tensor, str, bytes, int, float, bool, type(None))
+_PLAIN = (str, bytes, int, float, bool, type(None))
 _CONTAINERS = (dict, list)
 
 
@@ -114,7 +117,7 @@ def _content(cell: CellType) -> Any:
 
 def _without_fakes(container: Any) -> None:
     if isinstance(container, dict):
-        for key in [key for key, value in container.items() if _holds_fake(value)]:
+        for key in [key for key, value in dict.items(container) if _holds_fake(value)]:
             del container[key]
     elif any(_holds_fake(value) for value in container):
         container[:] = [value for value in container if not _holds_fake(value)]
@@ -126,4 +129,4 @@ def _holds_fake(value: Any) -> bool:
         return True
     if isinstance(value, list | tuple):
         return any(isinstance(item, FakeTensor) for item in value)
-    return isinstance(value, dict) and any(isinstance(item, FakeTensor) for item in value.values())
+    return isinstance(value, dict) and any(isinstance(item, FakeTensor) for item in dict.values(value))

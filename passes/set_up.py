@@ -26,7 +26,9 @@ from ffebm_compiler.errors import CaptureError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.changing_line import changing_line
 from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.held import held_tensors
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
+from ffebm_compiler.passes.process import reachable
 from ffebm_compiler.passes.repeated_calls import differ, differing_module
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import Attributes, generator_states, generators_unchanged, tensors_unchanged
@@ -138,10 +140,11 @@ def _called(
     """
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
-    state = [*source.parameters(), *source.buffers()]
+    reached = reachable(source)
+    state = held_tensors(source, reached)
     with (
         ordinary_paths(),
-        own_generators_unchanged(source) as own,
+        own_generators_unchanged(source, reached) as own,
         generators_unchanged(),
         tensors_unchanged(state),
         _silent(),

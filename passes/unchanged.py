@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler.passes.held import containers_in, content_of, own_attributes, refill
+
 __all__ = ["Attributes", "attributes_unchanged", "generator_states", "generators_unchanged", "tensors_unchanged"]
 
 
@@ -64,22 +66,28 @@ class Attributes:
 
     def __init__(self, source: nn.Module) -> None:
         self.modules = dict(source.named_modules())
-        self.before = {name: _own(module) for name, module in self.modules.items()}
+        self.before = {name: own_attributes(module) for name, module in self.modules.items()}
         self.registered = {
             name: (dict(module._parameters), dict(module._buffers)) for name, module in self.modules.items()
         }
-        self.contents: dict[str, dict[str, Any]] = {
-            name: {key: _content(value) for key, value in own.items()} for name, own in self.before.items()
+        modules = list(self.modules.values())
+        self.contents: dict[str, dict[str, list[tuple[Any, Any]]]] = {
+            name: {
+                key: [(container, content_of(container)) for container in containers_in(value, modules)]
+                for key, value in own.items()
+            }
+            for name, own in self.before.items()
         }
 
     def changed(self) -> list[str]:
         """Names of the attributes that are others now, or hold something else."""
         found = []
         for name, module in self.modules.items():
-            now, before = _own(module), self.before[name]
+            now, before = own_attributes(module), self.before[name]
             for key in dict.fromkeys([*before, *now]):
                 same = key in now and key in before and _same(before[key], now[key])
-                if not same or not _same_content(self.contents[name][key], _content(now[key])):
+                kept = self.contents[name].get(key, ())
+                if not same or not all(_same_content(content, content_of(container)) for container, content in kept):
                     found.append(f"{name}.{key}" if name else key)
         return found
 
@@ -90,29 +98,29 @@ class Attributes:
                 if list(present) != list(known) or any(present[key] is not known[key] for key in known):
                     present.clear()  # forward assigned a buffer, or made one
                     present.update(known)
-            now, before = _own(module), self.before[name]
+            now, before = own_attributes(module), self.before[name]
             for key in now:
                 if key not in before:
                     del module.__dict__[key]
             for key, value in before.items():
                 if now.get(key) is not value:
                     module.__dict__[key] = value
-                content = self.contents[name][key]
-                if content is not None and not _same_content(content, _content(value)):
-                    _refill(value, content)
+                for container, content in self.contents[name][key]:
+                    if not _same_content(content, content_of(container)):
+                        refill(container, content)
 
     def forget(self, unwanted: Callable[[Any], bool]) -> None:
         """Give the modules back what they had in place of what is unwanted; other changes stay."""
         for name, module in self.modules.items():
             before = self.before[name]
-            for key, value in _own(module).items():
+            for key, value in own_attributes(module).items():
                 if unwanted(value) and not (key in before and before[key] is value):
                     if key in before:
                         module.__dict__[key] = before[key]
                     else:
                         del module.__dict__[key]
                 elif isinstance(value, dict) and key in before and before[key] is value:
-                    known = dict(self.contents[name][key] or ())
+                    known = dict(self.contents[name][key][0][1])
                     _without(value, [part for part, item in value.items() if unwanted(item) and part not in known])
 
 
@@ -124,22 +132,6 @@ def attributes_unchanged(source: nn.Module) -> Iterator[Attributes]:
         yield attributes
     finally:
         attributes.restore()
-
-
-_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
-
-
-def _own(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key not in _OF_TORCH and key != "training"}
-
-
-def _content(value: Any) -> Any:
-    """A shallow copy of what a container holds; None for anything else."""
-    if isinstance(value, dict):
-        return list(value.items())
-    if isinstance(value, list | set):
-        return list(value)
-    return None
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -168,11 +160,3 @@ def _same_content(one: Any, other: Any) -> bool:
 def _without(container: dict[Any, Any], keys: list[Any]) -> None:
     for key in keys:
         del container[key]
-
-
-def _refill(container: Any, content: list[Any]) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)

@@ -1,6 +1,8 @@
 """The user's model and process are as before; state in attributes is refused or told, set-up is done once."""
 
+import copy
 import functools
+import itertools
 import random
 import re
 import sys
@@ -189,11 +191,6 @@ def in_a_nested_container(net, h):
     return h * net.nested["a"]["n"]
 
 
-def in_a_plain_tensor(net, h):
-    net.last.add_(1)
-    return h * net.last
-
-
 def in_an_activation(net, h):
     h = h + net.counter.last.mean()
     net.counter.last = h.detach()
@@ -218,7 +215,6 @@ def in_a_default(net, h, kept=[0]):  # noqa: B006
 STATES = (
     in_an_object,
     in_a_nested_container,
-    in_a_plain_tensor,
     in_an_activation,
     in_a_class,
     in_a_global,
@@ -235,9 +231,9 @@ class Stateful(Net):
 @pytest.mark.parametrize("form", STATES, ids=lambda form: form.__name__)
 def test_state_outside_of_parameters_and_buffers_is_refused(form) -> None:
     model = nn.Sequential(nn.Linear(8, 8), Stateful(form), nn.Linear(4, 4))
-    refusal = (
-        r"output depends on what an earlier call left in module '1' outside of parameters and buffers.*register_buf"
-    )
+    attribute = {in_an_object: "counter", in_an_activation: "counter", in_a_nested_container: "nested"}.get(form)
+    place = f"in the attribute '1.{attribute}'" if attribute else "in module '1' outside of parameters and buffers"
+    refusal = rf"output depends on what an earlier call left {place}.*register_buf"
     with pytest.raises(ffebm.UnsupportedError, match=refusal):
         ffebm.convert(model, torch.randn(5, 8))
 
@@ -264,22 +260,28 @@ def test_state_of_training_is_refused_in_training(form) -> None:
         hybrid.train()(x)
 
 
-def test_what_training_leaves_in_an_object_is_refused() -> None:
+def test_what_training_leaves_in_an_object_is_refused_in_training() -> None:
     def counted(net, h):
         return h * (1 + net.counter.step()) if net.training else h * (1 + net.counter.n)
+
+    def only_kept(net, h):
+        return h * (1 + 0 * net.counter.step()) if net.training else h * (1 + net.counter.n)
+
+    for form, what in ((counted, "output"), (only_kept, "output in eval mode")):
+        hybrid = assert_same(Stateful(form).eval(), torch.randn(5, 8), train=False)
+        with pytest.raises(ffebm.UnsupportedError, match=f"{what} depends on what an earlier call left .* 'counter'"):
+            hybrid.train()(torch.randn(5, 8))
+
+
+def test_what_training_leaves_outside_is_refused() -> None:
+    def counted(net, h):
+        GLOBAL[0] += net.training
+        return h * (1 + GLOBAL[0])
 
     with pytest.raises(
         ffebm.UnsupportedError, match="depends on what an earlier call left in module 'Stateful' outside"
     ):
         ffebm.convert(Stateful(counted), torch.randn(5, 8))
-
-    def only_kept(net, h):
-        return h * (1 + 0 * net.counter.step()) if net.training else h * (1 + net.counter.n)
-
-    with pytest.raises(
-        ffebm.UnsupportedError, match="output in eval mode depends on what an earlier call left outside"
-    ):
-        ffebm.convert(Stateful(only_kept), torch.randn(5, 8))
 
 
 def test_a_first_call_that_alone_gives_something_else_is_set_up() -> None:
@@ -420,3 +422,137 @@ def test_generators_of_torch_and_seeds_are_refused_with_their_line(form: str) ->
 
 def test_torchs_default_generator_may_be_named() -> None:
     assert_same(Net(lambda net, h: h + torch.rand(8, generator=torch.default_generator)), torch.ones(5, 8))
+
+
+COUNTER = [1.0]
+TOTAL = torch.ones(1)
+
+
+class Holder:
+    """An object of the user's own."""
+
+    def __init__(self) -> None:
+        self.count, self.table, self.total = 1.0, [1.0], torch.ones(1)
+
+
+def adds_to(tensor_of: Callable[[nn.Module], torch.Tensor]) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    def forward(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        tensor_of(net).add_(1)
+        return h * tensor_of(net)
+
+    return forward
+
+
+def average(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        net.average.mul_(0.9).add_(0.1 * h.detach().mean(0))
+    return h - net.average
+
+
+PLAIN = {
+    "attribute": adds_to(lambda net: net.total),
+    "list": adds_to(lambda net: net.totals[0]),
+    "dictionary": adds_to(lambda net: net.totals[1]["a"]),
+    "object": adds_to(lambda net: net.holder.total),
+    "average": average,
+    "train mode": lambda net, h: adds_to(lambda net: net.total)(net, h) if net.training else h * net.total,
+}
+
+
+@pytest.mark.parametrize("form", PLAIN)
+def test_tensors_that_are_no_buffers_are_written_as_in_the_source(form: str) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        model = Net(PLAIN[form])
+        model.total, model.average, model.holder = torch.ones(1), torch.zeros(8), Holder()
+        model.totals = [torch.ones(1), {"a": torch.ones(1)}]
+        return model
+
+    source, x = made(), torch.randn(5, 8)
+    hybrid = ffebm.convert(made(), x, hardware=ONE_LAYER)
+    for train in (False, True, False):
+        for _ in range(2):
+            assert deviation(hybrid.train(train)(x), source.train(train)(x)) < 1e-5
+    digital = hybrid.to_digital()
+    assert deviation(digital(x), source(x)) < 1e-5
+
+
+def counts_in_an_object(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    net.holder.count += 1
+    return h * net.holder.count
+
+
+def counts_deep_inside(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    net.holder.table[0] += 1
+    return h * net.holder.table[0]
+
+
+def another_tensor_in_an_object(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    net.holder.total = net.holder.total + 1
+    return h * net.holder.total
+
+
+def counts_outside(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    COUNTER[0] += 1
+    return h * COUNTER[0]
+
+
+def counts_in_the_class(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    type(net).calls = getattr(type(net), "calls", 1) + 1
+    return h * type(net).calls
+
+
+STATE = {
+    "object": (counts_in_an_object, "attribute 'holder'"),
+    "deep inside": (counts_deep_inside, "attribute 'holder'"),
+    "another tensor": (another_tensor_in_an_object, "attribute 'holder'"),
+    "outside": (counts_outside, r"left in module .* outside of parameters and buffers"),
+    "class": (counts_in_the_class, r"left in module .* outside of parameters and buffers"),
+    "iterator": (lambda net, h: h * next(net.numbers), r"left in module .* outside of parameters and buffers"),
+}
+
+
+@pytest.mark.parametrize("form", STATE)
+def test_state_wherever_it_is_kept_is_refused_with_its_cause(form: str) -> None:
+    compute, reason = STATE[form]
+    model = Net(compute)
+    model.holder, model.numbers = Holder(), itertools.count(1)
+    with pytest.raises(ffebm.UnsupportedError, match=reason):
+        ffebm.convert(model, torch.ones(5, 8))
+    assert (model.holder.count, model.holder.table) == (1.0, [1.0])
+
+
+def test_a_tensor_that_the_code_names_is_as_before() -> None:
+    ffebm.convert(Net(lambda net, h: adds_to(lambda _: TOTAL)(net, h)), torch.ones(5, 8))
+    assert torch.equal(TOTAL, torch.ones(1))
+
+
+def test_a_hidden_module_and_a_plain_tensor_are_followed() -> None:
+    def compute(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        return net.teacher[0](h) * net.total
+
+    model, x = Net(compute), torch.randn(5, 8)
+    model.teacher, model.total = [nn.Linear(8, 8).requires_grad_(False)], torch.ones(1)
+    hybrid = ffebm.convert(model, x, hardware=ONE_LAYER)
+    for network in (hybrid, copy.deepcopy(hybrid)):
+        before = network(x)
+        network.teacher[0].weight.zero_()
+        network.total.fill_(3.0)
+        assert deviation(network(x), before) > 0.1
+        assert deviation(network(x), network.to_digital()(x)) < 1e-5
+
+
+class Imports(dict[str, object]):
+    """A dictionary whose values are made where they are asked for, as transformers' are."""
+
+    def values(self) -> object:
+        raise AssertionError("nobody may ask for the values")
+
+    items = values
+
+
+LAZY = Imports(a=1)
+
+
+def test_a_lazy_dictionary_that_the_code_names_stays_lazy() -> None:
+    assert_same(Net(lambda net, h: h * (2 if "a" in LAZY else 1)), torch.randn(5, 8))

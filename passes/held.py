@@ -1,0 +1,102 @@
+"""Held: what a model's attributes hold beside its modules, parameters and buffers, in containers and objects too.
+
+Promise: `containers_in` finds each mutable container once, not deeper than a few levels; `held_tensors` each tensor.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ffebm_compiler.passes.process import is_users, reachable
+
+__all__ = ["containers_in", "content_of", "held_tensors", "own_attributes", "plain_tensors", "refill"]
+
+_DEPTH, _ITEMS = 4, 1000
+"""What is deeper, or behind so many items, is data and no state of a forward."""
+_NO_OBJECTS = (Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that are not torch's."""
+    return {key: value for key, value in vars(module).items() if key not in _OF_TORCH and key != "training"}
+
+
+def content_of(container: Any) -> Any:
+    """A shallow copy of what a container or an object holds; None for anything else."""
+    if isinstance(container, dict):
+        return list(dict.items(container))
+    if isinstance(container, list | set | deque):
+        return list(container)
+    return list(vars(container).items()) if _is_object(container) else None
+
+
+def refill(container: Any, content: list[Any]) -> None:
+    """Give a container back what it held."""
+    target = container if isinstance(container, dict | list | set | deque) else vars(container)
+    target.clear()
+    if isinstance(target, list | deque):
+        target.extend(content)
+    else:
+        target.update(content)
+
+
+def containers_in(value: Any, apart: Iterable[nn.Module] = ()) -> list[Any]:
+    """The mutable containers and objects in a value, itself included; not those in the modules `apart`."""
+    found: list[Any] = []
+    seen = {id(module) for module in apart}
+    pending = [(value, 0)]
+    while pending and len(found) < _ITEMS:
+        here, depth = pending.pop()
+        if id(here) in seen or depth > _DEPTH:
+            continue
+        seen.add(id(here))
+        if content_of(here) is not None:
+            found.append(here)
+        pending += [(item, depth + 1) for item in islice(_items(here), _ITEMS)]
+    return found
+
+
+def held_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[Tensor]:
+    """The parameters and buffers of a model, and the tensors that its attributes hold or its code names, each once."""
+    registered = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+    return [
+        *registered.values(),
+        *(tensor for tensor in plain_tensors(source, reached) if id(tensor) not in registered),
+    ]
+
+
+def plain_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[Tensor]:
+    """The tensors that a model's attributes hold beside its parameters and buffers, or its code names, each once."""
+    modules = list(source.modules())
+    named = reachable(source) if reached is None else reached
+    found = {id(value): value for value in named if isinstance(value, Tensor) and not isinstance(value, FakeTensor)}
+    for module in modules:
+        for value in own_attributes(module).values():
+            for holder in ([value], *containers_in(value, modules)):
+                for item in islice(_items(holder), _ITEMS):
+                    if isinstance(item, Tensor) and not isinstance(item, FakeTensor):
+                        found.setdefault(id(item), item)
+    return list(found.values())
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object with attributes, of a class that is not torch's or Python's own."""
+    if isinstance(value, nn.Module):
+        return True  # hidden from its parent in a list, as teachers are
+    return not isinstance(value, _NO_OBJECTS) and hasattr(value, "__dict__") and is_users(type(value).__module__)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        return iter(dict.values(value))
+    if isinstance(value, list | tuple | set | deque):
+        return iter(value)
+    return iter(vars(value).values()) if _is_object(value) else iter(())

@@ -60,6 +60,7 @@ _RUN = "_ffebm"
 
 _OWN = frozenset(
     (
+        "_asks",
         "_call_form",
         "_casts",
         "_differs_in_training",
@@ -110,6 +111,7 @@ class HybridModel(nn.Module):
         self._lifted = tuple(program.lifted.values())
         self._casts = casts
         self._differs_in_training = bool(program.asks) and not program.refused_in_training
+        self._asks = tuple(sorted(program.asks or ()))
         self._draws_in_order = lowered.draws_in_order
         self._folded = frozenset(program.folded)
         self.energy_function: Energy = DEFAULT_ENERGY
@@ -272,11 +274,8 @@ class HybridModel(nn.Module):
 
         In training it looks for blocks whose weights have changed; they measure their loop gain before they settle.
         """
-        if self.training and self._call_form.refused_in_training:
-            raise UnsupportedError(
-                f"the hybrid cannot run in train mode, since the source could not be captured in it: "
-                f"{self._call_form.refused_in_training}; call eval() to run it"
-            )
+        if self._call_form.refused_in_training:
+            self._refuse_train_mode()
         self._later_hooks.look()
         leaves = self._call_form.leaves(args, kwargs)
         if self.training:
@@ -286,6 +285,17 @@ class HybridModel(nn.Module):
             if changed and self.project_to is not None:
                 self.project(self.project_to)
         return [*self._tensors(), *leaves]
+
+    def _refuse_train_mode(self) -> None:
+        """Refuse a call with a module in train mode whose code asks for it, where there is no capture of that."""
+        asking = [path for path in self._asks if self.get_submodule(path).training]
+        if asking:
+            named = ", ".join(repr(path) if path else "the model" for path in asking[:3]) + ", ..." * (len(asking) > 3)
+            raise UnsupportedError(
+                f"the hybrid cannot run in train mode, since the source could not be captured in it: "
+                f"{self._call_form.refused_in_training}; call eval() to run it, on the whole or on what asks for its "
+                f"mode ({named})"
+            )
 
     def _sources_of_blocks(self) -> dict[str, tuple[str, ...]]:
         """For each block with feedback, names of the parameters and buffers that its weights are made of."""

@@ -157,3 +157,32 @@ def test_modules_that_hand_on_more_than_one_value_must_be_in_one_mode() -> None:
         ffebm.UnsupportedError, match=r"'backbone\.0' is in train mode and module 'backbone\.0\.pair' is"
     ):
         hybrid(x)
+
+
+class Drops(nn.Module):
+    """Skips its layer at random, by a number of Python's: no graph holds its train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and float(torch.rand(())) < 0.5 else self.layer(x)
+
+
+def test_what_has_no_train_mode_may_be_frozen_while_the_rest_trains() -> None:
+    torch.manual_seed(0)
+    source, x = nn.Sequential(Drops(), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)), torch.randn(6, 8)
+    hybrid = ffebm.convert(source, x, hardware=ONE_LAYER)
+    outputs = []
+    for network in (hybrid, source):
+        network.train().get_submodule("0").eval()
+        torch.manual_seed(1)
+        outputs.append(network(x))
+    assert deviation(*outputs) < 1e-5
+    for modes in (lambda: hybrid.train(), lambda: hybrid.eval().get_submodule("0").train()):
+        modes()
+        with pytest.raises(
+            ffebm.UnsupportedError, match=r"cannot run in train mode.*on what asks for its mode \('0'\)"
+        ):
+            hybrid(x)

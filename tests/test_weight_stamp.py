@@ -15,7 +15,7 @@ from ffebm_compiler.runtime.weight_stamp import WeightStamp
 
 def weights() -> list[Tensor]:
     plain, wide = nn.Parameter(noise(6, 5)), nn.Parameter(noise(8, 3, 3, 3).to(memory_format=torch.channels_last))
-    return [plain, wide, noise(()), noise(0, 4)]
+    return [plain, wide, noise(), noise(0, 4)]
 
 
 def test_the_same_tensors_fit() -> None:

@@ -124,7 +124,7 @@ def test_a_capture_is_verified_too() -> None:
     made = capture(seeded(Net), (noise(2, 3, 6),), {})
     verify(made)
     made.lifted["another"] = "conv.weight"
-    with pytest.raises(FFEBMError, match="placeholders .* do not match the program's inputs"):
+    with pytest.raises(FFEBMError, match=r"placeholders .* do not match the program's inputs"):
         verify(made)
 
 

@@ -44,6 +44,11 @@ def check_model(model: object) -> None:
                 "a hybrid runs blocks, not modules, and the hook would meet those; remove it before converting"
             )
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"module {name!r} is a TorchScript module, which hides its Python forward: put the eager nn.Module in "
+                "its place"
+            )
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise InputError(f"module {name!r} is quantised: pass the float model; `Hardware` has the bits")
         if module._backward_hooks or module._backward_pre_hooks:

@@ -1,7 +1,7 @@
 """Tracing: what must hold while `torch.export` runs the forward, so that it sees what the user's code does.
 
 - an operation that runs without gradient is marked: inside autocast regions the exporter forgets `no_grad`.
-- `x.data` is `x.detach()`, which the exporter can record.
+- `x.data` is `x.detach()`, and `x.data = y` a write in place, which the exporter can record.
 - autocast regions around the call of `convert` are off: the hybrid runs under whatever its caller has on.
 - a layer that is moved in the forward to where it is already stays as it is.
 - a branch on a buffer or a constant is decided by its value (`known_values`), one on random numbers is refused
@@ -51,6 +51,7 @@ _STANDS_IN = "enable_attr_proxy"
 """The exporter's attribute that says whether it makes stand-ins for modules."""
 _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 _PROPERTIES = (
@@ -92,6 +93,8 @@ class UsersCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _DATA:
             func, args = torch.Tensor.detach, args[:1]
+        if func == _SET_DATA:
+            return _data_is_set(*args)
         if func == GRADIENT_FUNCTION:
             node = func(*args)
             return None if node is None else GradientFunction(node)
@@ -124,6 +127,16 @@ class UsersCalls(TorchFunctionMode):
         self.drawn.computed(func, args, kwargs, result)
         self.finite.computed(func, args, result)
         return result
+
+
+def _data_is_set(target: torch.Tensor, value: torch.Tensor) -> None:
+    """`weight.data = value` as a write in place, which the exporter can record."""
+    if (target.shape, target.dtype, target.device) != (value.shape, value.dtype, value.device):
+        raise NotTraceable(
+            f"a tensor's data is set here to another one, of shape {tuple(value.shape)} and {value.dtype} in place of "
+            f"{tuple(target.shape)} and {target.dtype}; set it before the model is converted"
+        )
+    target.detach().copy_(value.detach())
 
 
 def _default(argument: Any) -> Any:

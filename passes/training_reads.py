@@ -1,6 +1,6 @@
 """Who reads `training`: the modules whose forward may compute something else in train mode.
 
-While the model is traced, every read of a module's flag is noted with the code that read it. A
+While the model is traced, every read of a module's flag is noted with the code that read it, and every write. A
 read by torch's own dropout or batch norm needs no second capture: `rebind` follows their flags.
 
 Promise: a model none of whose modules `asks` computes the same in both modes, but for operations
@@ -77,6 +77,7 @@ def training_reads() -> Iterator[TrainingReads]:
 
     def write(module: nn.Module, flag: bool) -> None:
         module.__dict__["training"] = flag
+        reads.asks.add(module)  # a forward that sets a flag (`self.teacher.eval()`) does not follow it
 
     nn.Module.training = property(read, write)  # type: ignore[assignment]
     try:

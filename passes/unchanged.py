@@ -57,7 +57,9 @@ def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
                     tensor.detach_()  # something with a gradient was written into it
                 if (tensor.dtype, tensor.device, tensor.shape) != (content.dtype, content.device, content.shape):
                     tensor.data = content  # forward moved its module
-                elif not torch.equal(tensor, content):  # batch norm leaves the version counters of its statistics alone
+                elif tensor.layout is not torch.strided or not torch.equal(
+                    tensor, content
+                ):  # batch norm leaves the version counters of its statistics alone
                     tensor.copy_(content)
 
 

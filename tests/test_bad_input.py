@@ -58,6 +58,8 @@ def test_something_that_is_no_module(call: Callable[..., Any], model: object, na
 def test_script_module() -> None:
     scripted = torch.jit.trace(nn.Linear(4, 3), noise(2, 4))
     fails(ffebm.InputError, r"TorchScript.*pass the eager nn\.Module", ffebm.convert, scripted, noise(2, 4))
+    holds = nn.Sequential(nn.Linear(4, 4), scripted)
+    fails(ffebm.InputError, r"module '1' is a TorchScript module.*put the eager", ffebm.convert, holds, noise(2, 4))
 
 
 def test_data_parallel() -> None:

@@ -94,6 +94,68 @@ def test_modules_with_two_names_are_themselves(train: bool) -> None:
     assert_same(seeded(Shared), noise(5, 6), train=train, calls=2)
 
 
+class Teacher(nn.Module):
+    """A forward that sets the flags of its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.teacher = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.always = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.teacher.eval()
+        self.always.train()
+        return self.student(x), self.always(self.teacher(x))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_flags_that_a_forward_sets_stay_set(train: bool) -> None:
+    assert_same(seeded(Teacher), noise(5, 6), train=train, calls=2)
+
+
+class Clipped(nn.Module):
+    """Weights that shrink at every call in train mode."""
+
+    def __init__(self, of_same_shape: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.of_same_shape = of_same_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            data = self.linear.weight.data
+            self.linear.weight.data = 0.9 * data if self.of_same_shape else 0.9 * data[:3]
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_data_that_a_forward_sets_is_written(train: bool) -> None:
+    model = seeded(lambda: Clipped(True))
+    before = model.linear.weight.detach().clone()
+    hybrid = assert_same(model, noise(5, 6), train=train, calls=3)
+    torch.testing.assert_close(hybrid.get_parameter("linear.weight").detach(), before * (0.9**3 if train else 1.0))
+
+
+def test_data_of_another_shape_is_refused() -> None:
+    hybrid = ffebm.convert(seeded(lambda: Clipped(False)), noise(5, 6)).train()
+    with pytest.raises(ffebm.UnsupportedError, match=r"data is set here to another one, of shape \(3, 6\)"):
+        hybrid(noise(5, 6))
+
+
+def test_a_sparse_buffer() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+            self.register_buffer("neighbours", torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 0, 0]]).to_sparse())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.neighbours, self.linear(x))
+
+    assert_same(seeded(Graph), noise(3, 6))
+
+
 def test_tracing_leaves_torch_as_it_was() -> None:
     model = nn.Linear(2, 2)
     apply, fast = nn.Module._apply, torch.backends.mha.get_fastpath_enabled()

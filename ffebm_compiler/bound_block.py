@@ -13,7 +13,7 @@ from ffebm_compiler.runtime.block import EnergyBlock, Equilibrium
 from ffebm_compiler.runtime.certificate import Certificate
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_parts import HybridParts
 
 __all__ = ["BoundBlock"]
 
@@ -21,7 +21,7 @@ __all__ = ["BoundBlock"]
 class BoundBlock:
     """An energy block of a hybrid, with the hybrid's present weights filled in."""
 
-    def __init__(self, hybrid: HybridModel, module: EnergyBlock, plan: BlockPlan) -> None:
+    def __init__(self, hybrid: HybridParts, module: EnergyBlock, plan: BlockPlan) -> None:
         self._hybrid = hybrid
         self.module = module
         self.plan = plan

@@ -16,7 +16,7 @@ from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.text import table_text
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["Agreement", "Comparison", "GradientReport", "check_gradients", "compare"]
 
@@ -56,7 +56,7 @@ def _relative(found: Any, expected: Any) -> float:
     return worst
 
 
-def compare(hybrid: HybridModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Comparison:
+def compare(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Comparison:
     """Run a hybrid in eval mode with and without feedback on the same inputs.
 
     Without feedback it computes its source's function, which `convert` has verified.
@@ -120,7 +120,7 @@ class GradientReport:
         return table_text("gradients against float64 unrolled", columns, rows)
 
 
-def check_gradients(hybrid: HybridModel, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> GradientReport:
+def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> GradientReport:
     """Compare the gradients of all estimators with autograd through the relaxation in float64.
 
     Args:
@@ -145,12 +145,12 @@ def check_gradients(hybrid: HybridModel, inputs: Any, loss_fn: Callable[[Any], T
     )
 
 
-def _dtype(hybrid: HybridModel) -> torch.dtype:
+def _dtype(hybrid: HybridCore) -> torch.dtype:
     return next((p.dtype for p in hybrid.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _gradients(
-    hybrid: HybridModel, inputs: Any, loss_fn: Callable[[Any], Tensor], estimator: str, dtype: torch.dtype
+    hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Tensor], estimator: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     model = copy.deepcopy(hybrid).to(dtype)
     model.zero_grad(set_to_none=True)

@@ -28,6 +28,7 @@ from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
 from ffebm_compiler.runtime.gradients import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.verification import verify_feedforward
 
 __all__ = ["convert", "plan"]
 
@@ -191,5 +192,5 @@ def convert(
     hybrid.conversion = Conversion.of(front.args, front.kwargs, dynamic_shapes)
     hybrid.configure(feedback=feedback, estimator=estimator, solver=solver, energy=kind)
     hybrid.calibrate(*front.args, **front.kwargs)
-    hybrid.verify_feedforward(model, front.args, front.kwargs)
+    verify_feedforward(hybrid, front.args, front.kwargs)
     return hybrid

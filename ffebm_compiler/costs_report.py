@@ -33,7 +33,7 @@ from ffebm_compiler.plan_data import BlockPlan, PlanData
 from ffebm_compiler.text import count, table_text
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["BlockCost", "CostReport", "cost_report", "cost_report_of", "predicted_sweeps"]
 
@@ -171,7 +171,7 @@ def cost_report(
         feedback: the loop gain κ that the sweeps of a phase are predicted from.
         rtol: relative change at which a phase stops.
         nudged_phases: 1 for one-sided equilibrium propagation (the default), 2 for centered.
-        sweeps: sweeps per block, where they are known better (`HybridModel.cost_report` knows).
+        sweeps: sweeps per block, where they are known better (`HybridCore.cost_report` knows).
 
     Raises:
         InputError: for a feedback, tolerance or number of phases out of range.
@@ -214,7 +214,7 @@ def cost_report(
     )
 
 
-def cost_report_of(hybrid: HybridModel) -> CostReport:
+def cost_report_of(hybrid: HybridCore) -> CostReport:
     """The report of a hybrid: sweeps from the certificate of each block, phases from its estimator."""
     sweeps: dict[str, int | None] = {}
     phases = 1

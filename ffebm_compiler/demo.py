@@ -23,6 +23,7 @@ from ffebm_compiler.convert import convert
 from ffebm_compiler.demo_models import Digits, DigitsCNN, load_digits
 from ffebm_compiler.demo_onnx import Deviations, onnx_deviations, require_onnx
 from ffebm_compiler.demo_report import Row, Steps, results_text, write_results
+from ffebm_compiler.demo_settings import DemoSettings
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.text import table_text
@@ -33,30 +34,6 @@ __all__ = ["DemoSettings", "run_demo"]
 FEEDBACK = 0.1
 LOOP_GAINS = (0.03, 0.1, 0.3, 0.5)
 _BATCH = 64
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What the demo does.
-
-    Raises:
-        InputError: for a number of epochs below one, or a negative seed.
-    """
-
-    out: Path
-    seed: int = 0
-    epochs: int = 8
-    """Epochs of backpropagation on the source."""
-    ep_epochs: int = 5
-    """Epochs of equilibrium propagation on each hybrid."""
-    sweep: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if self.epochs < 1 or self.ep_epochs < 1:
-            raise InputError(f"epochs are {self.epochs} and {self.ep_epochs}; expected at least 1 of each kind")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected 0 or more")
 
 
 @dataclass

@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ffebm_compiler.checked_json import parse_json
+from ffebm_compiler.demo_settings import DemoSettings
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.text import table_text
 from ffebm_compiler.whole_files import write_whole
-
-if TYPE_CHECKING:
-    from ffebm_compiler.demo import DemoSettings
 
 __all__ = ["Row", "Steps", "results_text", "write_results"]
 

@@ -14,7 +14,7 @@ from ffebm_compiler.text import table_text
 
 if TYPE_CHECKING:
     from ffebm_compiler.bound_block import BoundBlock
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["BlockDiagnosis", "Diagnosis", "diagnose"]
 
@@ -73,7 +73,7 @@ class Diagnosis:
         return table_text("relaxation of the energy blocks", columns, rows)
 
 
-def diagnose(hybrid: HybridModel, args: tuple[Any, ...], kwargs: Mapping[str, Any], sweeps: int) -> Diagnosis:
+def diagnose(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any], sweeps: int) -> Diagnosis:
     """Run the hybrid in eval mode, then each block's free phase again for a number of sweeps, recording it."""
     with hybrid._evaluating():
         with hybrid.recording() as record:

@@ -23,7 +23,7 @@ from ffebm_compiler.runtime.newton import NewtonCG
 from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_parts import HybridParts
 
 __all__ = ["ESTIMATORS", "METADATA", "SOLVERS", "Arrival", "named", "restore", "settle_arrival", "state_of"]
 
@@ -36,14 +36,13 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
 
 
-def state_of(hybrid: HybridModel) -> dict[str, Any]:
+def state_of(hybrid: HybridParts) -> dict[str, Any]:
     """The state of a hybrid beside its tensors; an estimator or a solver of your own class is left out."""
     blocks = {}
-    for block in hybrid.blocks:
-        module = block.module
-        blocks[block.name] = {
+    for name, module in hybrid.energy_blocks.items():
+        blocks[name] = {
             **module.gain.state(),
-            "measured": module.gain.fits(hybrid._made_of(block.name)),
+            "measured": module.gain.fits(hybrid._made_of(name)),
             "gradient": named(module.estimator),
             "solver": named(module.solver),
         }
@@ -73,13 +72,13 @@ def _made(stored: Mapping[str, Any] | None, kinds: Mapping[str, Any], present: A
     return present if kind is None else kinds[kind](**fields)
 
 
-def restore(hybrid: HybridModel, state: Mapping[str, Any]) -> None:
+def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
     """Take over what `state_of` returned, at weights that are there already.
 
     Raises:
         InputError: for a state that is malformed or of another plan.
     """
-    blocks = {block.name: block.module for block in hybrid.blocks}
+    blocks = hybrid.energy_blocks
     try:
         stored = state["blocks"]
         if list(stored) != list(blocks):
@@ -113,7 +112,7 @@ class Arrival:
     """Blocks with feedback whose weights it changes."""
 
     @classmethod
-    def of(cls, hybrid: HybridModel, state_dict: Mapping[str, Any], prefix: str, metadata: Any) -> Arrival:
+    def of(cls, hybrid: HybridParts, state_dict: Mapping[str, Any], prefix: str, metadata: Any) -> Arrival:
         """Look at a state dict for a hybrid that still has its former weights."""
         state = metadata.get(METADATA) if isinstance(metadata, Mapping) else None
         whole, changed = True, []
@@ -128,7 +127,7 @@ class Arrival:
         return cls(state, tuple(changed))
 
 
-def _of_same_blocks(hybrid: HybridModel, state: Any) -> bool:
+def _of_same_blocks(hybrid: HybridParts, state: Any) -> bool:
     """Whether a state is of a hybrid with the same blocks and the same energy."""
     try:
         if state.get("energy", DEFAULT_ENERGY.name) != name_of(hybrid.energy_function):
@@ -136,7 +135,9 @@ def _of_same_blocks(hybrid: HybridModel, state: Any) -> bool:
         layers = {name: list(block["layers"]) for name, block in state["blocks"].items()}
     except (KeyError, TypeError, AttributeError):
         return False
-    return layers == {b.name: [layer.name for layer in b.module.program.layers] for b in hybrid.blocks}
+    return layers == {
+        name: [layer.name for layer in block.program.layers] for name, block in hybrid.energy_blocks.items()
+    }
 
 
 def _same(present: Tensor, arriving: object) -> bool:

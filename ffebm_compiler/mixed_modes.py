@@ -15,12 +15,12 @@ from torch import nn
 from ffebm_compiler.runtime.modes import ModeSwitch
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["allow_mixed_modes"]
 
 
-def allow_mixed_modes(hybrid: HybridModel, source: nn.Module, same: Callable[[], bool]) -> None:
+def allow_mixed_modes(hybrid: HybridCore, source: nn.Module, same: Callable[[], bool]) -> None:
     """Let modules that hand one value on be in different modes, where `same()` holds with neighbours in two modes.
 
     Args:
@@ -40,7 +40,7 @@ def allow_mixed_modes(hybrid: HybridModel, source: nn.Module, same: Callable[[],
 
 
 def _agree(
-    hybrid: HybridModel, source: nn.Module, sides: dict[nn.Module, bool], first: bool, same: Callable[[], bool]
+    hybrid: HybridCore, source: nn.Module, sides: dict[nn.Module, bool], first: bool, same: Callable[[], bool]
 ) -> bool:
     with hybrid.in_mode(True), hybrid.feedforward_mode(), hybrid.held_feedback():
         for module, side in sides.items():

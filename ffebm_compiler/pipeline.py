@@ -5,6 +5,7 @@ Each step takes a program and returns it changed; `ir.verify` checks the grammar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,7 @@ def in_each_mode(step: Pass | Callable[[Program], Program]) -> Pass:
     """A pass over the capture in eval mode and, where there is one, over that in train mode."""
     promises = step.promises if isinstance(step, Pass) else ()
 
+    @functools.wraps(step.run if isinstance(step, Pass) else step)
     def both(program: Program) -> Program:
         if program.training is not None:
             program.training = step(program.training)

@@ -23,7 +23,7 @@ from ffebm_compiler.runtime.casts import autocast_to
 from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_parts import HybridParts
     from ffebm_compiler.ir import Program
 
 __all__ = ["Casts", "dtype_of", "keep_wide", "move"]
@@ -55,7 +55,7 @@ class Casts:
                 node.meta[CAPTURED_NAME] = prefix + node.name
         return casts
 
-    def follow(self, hybrid: HybridModel, before: torch.dtype, after: torch.dtype) -> None:
+    def follow(self, hybrid: HybridParts, before: torch.dtype, after: torch.dtype) -> None:
         """Give the digital parts the dtypes that the source names when its parameters are of dtype `after`.
 
         Raises:
@@ -68,7 +68,7 @@ class Casts:
         _set(hybrid, self.known[after])
 
     def _captured(
-        self, hybrid: HybridModel, before: torch.dtype, after: torch.dtype
+        self, hybrid: HybridParts, before: torch.dtype, after: torch.dtype
     ) -> dict[str, tuple[torch.dtype, ...]]:
         source = hybrid.__dict__["_source"]
         if type(source) is nn.Module or hybrid.conversion is None:
@@ -125,7 +125,7 @@ def _like(leaf: Any, before: torch.dtype | None, after: torch.dtype, device: tor
     return leaf.to(device=device, dtype=after if leaf.dtype is before else leaf.dtype)
 
 
-def move(hybrid: HybridModel, before: torch.device, after: torch.device) -> None:
+def move(hybrid: HybridParts, before: torch.device, after: torch.device) -> None:
     """Name `after` in a hybrid's graphs where they name `before`: the exporter notes the device of every new tensor."""
 
     def moved(leaf: Any) -> Any:
@@ -152,11 +152,11 @@ def _graphs(graph_module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]
                 yield f"{name}.{part}.", inner
 
 
-def _graphs_of(hybrid: HybridModel) -> list[fx.GraphModule]:
+def _graphs_of(hybrid: HybridParts) -> list[fx.GraphModule]:
     """All graphs that a hybrid runs, those of masks inside its blocks too."""
     masks = []
-    for block in hybrid.blocks:
-        program = block.module.program
+    for block in hybrid.energy_blocks.values():
+        program = block.program
         drives = [instruction for layer in program.layers for instruction in layer.instructions]
         for instruction in (*drives, *program.readout):
             masks.append(getattr(getattr(instruction.operator, "source", None), "training_part", None))
@@ -218,7 +218,7 @@ def _named(program: Program) -> dict[str, tuple[torch.dtype, ...]]:
     return {name: dtypes for name, dtypes in found.items() if dtypes}
 
 
-def _set(hybrid: HybridModel, named: dict[str, tuple[torch.dtype, ...]]) -> None:
+def _set(hybrid: HybridParts, named: dict[str, tuple[torch.dtype, ...]]) -> None:
     for module in _graphs_of(hybrid):
         changed = False
         for node in module.graph.nodes:

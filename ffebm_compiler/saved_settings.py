@@ -16,7 +16,7 @@ from ffebm_compiler.hybrid_state import ESTIMATORS, SOLVERS
 from ffebm_compiler.runtime.energies.choice import energy_of
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["REMEDY", "Settings", "check_state", "check_tracks", "check_weights", "read_settings"]
 
@@ -152,7 +152,7 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor], present: Mapping[st
             )
 
 
-def check_state(path: Path, settings: Settings, hybrid: HybridModel) -> None:
+def check_state(path: Path, settings: Settings, hybrid: HybridCore) -> None:
     """That the names in the settings are those of the hybrid.
 
     Raises:
@@ -172,7 +172,7 @@ def check_state(path: Path, settings: Settings, hybrid: HybridModel) -> None:
                 raise InputError(f"{path} is malformed ({place}: the model has no {short(name)}): {REMEDY}")
 
 
-def check_tracks(path: Path, tensors: Mapping[str, Tensor], settings: Settings, hybrid: HybridModel) -> None:
+def check_tracks(path: Path, tensors: Mapping[str, Tensor], settings: Settings, hybrid: HybridCore) -> None:
     """That what is kept of a block's loop gain is of its edges, and of one size for each.
 
     Raises:

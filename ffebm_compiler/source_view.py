@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import inspect
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ffebm_compiler.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
 
 __all__ = ["attribute_of_source", "bind_forward", "free_name", "separate_tied", "signature_of", "without_bound_forward"]
 
@@ -33,12 +30,12 @@ def signature_of(source: nn.Module) -> inspect.Signature | None:
     return None if type(source) is nn.Module else inspect.signature(source.forward)
 
 
-def bind_forward(hybrid: HybridModel, signature: inspect.Signature | None) -> None:
+def bind_forward(hybrid: nn.Module, signature: inspect.Signature | None) -> None:
     """Give `hybrid.forward` the signature that tools look for: a bound method with it."""
     if signature is None:
         return
 
-    def forward(self: HybridModel, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
 
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
@@ -81,7 +78,7 @@ def _no_generation(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def attribute_of_source(hybrid: HybridModel, source: nn.Module, name: str) -> Any:
+def attribute_of_source(hybrid: nn.Module, source: nn.Module, name: str) -> Any:
     """The source's attribute `name`, as the hybrid hands it out.
 
     Raises:
@@ -91,7 +88,7 @@ def attribute_of_source(hybrid: HybridModel, source: nn.Module, name: str) -> An
     if name.startswith("__"):
         raise missing
     if name == "accepts_loss_kwargs":  # transformers' Trainer asks whether it may pass `num_items_in_batch`
-        return "num_items_in_batch" in hybrid._call_form.keywords
+        return "num_items_in_batch" in hybrid.__dict__["_call_form"].keywords
     if name == "generate" and hasattr(source, "generation_config"):
         return _no_generation
     found = inspect.getattr_static(type(source), name, None)

@@ -24,7 +24,7 @@ from ffebm_compiler.whole_files import saying
 from ffebm_compiler.whole_folders import whole_folder
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["FILES", "SCHEMA", "save"]
 
@@ -33,7 +33,7 @@ SCHEMA = 2
 FILES = ("hybrid.json", "plan.json", "weights.safetensors", "loop_gain.safetensors")
 
 
-def save(hybrid: HybridModel, path: str | Path) -> None:
+def save(hybrid: HybridCore, path: str | Path) -> None:
     """Write a hybrid into a folder; an earlier save there is replaced as a whole, or left as it is where that fails.
 
     Raises:

@@ -16,7 +16,7 @@ from ffebm_compiler.errors import PlanError
 from ffebm_compiler.passes.partition_placement import placement_of
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import BlockPlan, PlanData
 
 __all__ = ["count", "plan_text", "summary_text", "table_text"]
@@ -110,7 +110,7 @@ def _fabric_line(plan: PlanData) -> str:
     return f"{text}; {100 * placed.utilisation:.1f} % of the tiles' devices hold a weight"
 
 
-def summary_text(hybrid: HybridModel) -> str:
+def summary_text(hybrid: HybridCore) -> str:
     """The plan and what each block settles with."""
     rows = []
     for block in hybrid.blocks:
@@ -150,13 +150,13 @@ def summary_text(hybrid: HybridModel) -> str:
     return "\n".join([plan_text(hybrid.plan), table, *_energy_lines(hybrid), *_solver_lines(hybrid)])
 
 
-def _energy_lines(hybrid: HybridModel) -> list[str]:
+def _energy_lines(hybrid: HybridCore) -> list[str]:
     """What the blocks with feedback minimise, and the feedback that they hold."""
     blocks = [block.module for block in hybrid.blocks if block.certificate is not None]
     return list(dict.fromkeys(module.energy_function.describe(module.feedback) for module in blocks))
 
 
-def _solver_lines(hybrid: HybridModel) -> list[str]:
+def _solver_lines(hybrid: HybridCore) -> list[str]:
     """Which blocks settle with which solver, and why."""
     groups: dict[str, list[str]] = {}
     for block in hybrid.blocks:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import FFEBMError, UnsupportedError
+from ffebm_compiler.mixed_modes import allow_mixed_modes
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.held import held_tensors
@@ -18,17 +19,31 @@ from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
 
-__all__ = ["same_outputs", "verify_feedforward"]
+__all__ = ["verify_feedforward"]
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ALLOWED = 30
 """Times the change by round-off in its weights that a source's output may be off."""
 
 
-def verify_feedforward(
-    hybrid: HybridModel,
+def verify_feedforward(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check that with feedback off a hybrid computes what its source computes, in each mode and where modes mix.
+
+    Raises:
+        FFEBMError: where it does not, which is a defect of the compiler.
+    """
+    source = hybrid.__dict__["_source"]
+    if type(source) is nn.Module or (hybrid._call_form.random and not hybrid._draws_in_order):
+        return
+    modes = (False, True) if hybrid._differs_in_training else (False,)
+    _compare(hybrid, source, args, kwargs, modes, hybrid._folded)
+    allow_mixed_modes(hybrid, source, lambda: _same_outputs(hybrid, source, args, kwargs))
+
+
+def _compare(
+    hybrid: HybridCore,
     source: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -75,7 +90,7 @@ def verify_feedforward(
                 )
 
 
-def same_outputs(hybrid: HybridModel, source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _same_outputs(hybrid: HybridCore, source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a hybrid and the private copy of its source compute the same in the modes in which their modules are."""
     state = [*held_tensors(source), *hybrid.written_state()]
     wanted = _of_source(source, state, args, kwargs)

@@ -27,7 +27,7 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.ir import Program, ensures, module_path
 from ffebm_compiler.passes.functional_form import FunctionalForm, functional_form, is_random, moves_no_data, writes
 from ffebm_compiler.passes.inline_regions import without_gradient
-from ffebm_compiler.passes.put_back import put_back
+from ffebm_compiler.passes.put_back import Step, put_back
 from ffebm_compiler.passes.source_line import source_line
 from ffebm_compiler.runtime.in_place import written_without_gradient
 from ffebm_compiler.runtime.state import WriteState
@@ -48,19 +48,6 @@ def functionalize(program: Program) -> Program:
             functional form; it names the module and the user's line.
     """
     return _Functionalizer(program).run()
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """How one view is taken from the value before it."""
-
-    target: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    node: fx.Node
-    """The captured node, for its meta."""
-    index: int | None = None
-    """Which of several views (`split`, `unbind`) it is."""
 
 
 @dataclass(frozen=True)

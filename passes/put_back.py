@@ -8,7 +8,8 @@ view that only shows elements of its operand is undone by looking where it takes
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,10 +17,7 @@ from torch import fx
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.runtime.in_place import put_through, written_without_gradient
 
-if TYPE_CHECKING:
-    from ffebm_compiler.passes.functionalize import Step
-
-__all__ = ["put_back"]
+__all__ = ["Step", "put_back"]
 
 aten = torch.ops.aten
 
@@ -34,6 +32,19 @@ _RESHAPES = (
 )  # fmt: skip
 _SAME = ("alias", "contiguous", "to", "type_as", "clone", "lift_fresh", "resolve_conj", "resolve_neg")
 _OWN_INVERSE = ("t", "transpose", "swapaxes", "swapdims", "numpy_T", "matrix_T", "mT")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """How one view is taken from the value before it."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: fx.Node
+    """The captured node, for its meta."""
+    index: int | None = None
+    """Which of several views (`split`, `unbind`) it is."""
 
 
 def put_back(graph: fx.Graph, step: Step, whole: fx.Node, part: fx.Node) -> fx.Node:

@@ -6,19 +6,43 @@ hands back what the block's gradient estimator makes of it (Nest & Ernoult 2024,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ffebm_compiler.runtime.estimator import Estimator
 from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.free_phase import FreePhase
+from ffebm_compiler.runtime.held_gain import HeldGain
+from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.relaxation import Settled
 from ffebm_compiler.runtime.situation import Situation
-
-if TYPE_CHECKING:
-    from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.solvers import Solver
 
 __all__ = ["Settle"]
+
+
+class Settling(Protocol):
+    """What a block is asked for while it settles and while its gradients are taken; an `EnergyBlock`."""
+
+    program: BlockProgram
+    training: bool
+    gain: HeldGain
+    last: Settled | None
+    estimator: Estimator
+
+    @property
+    def active_solver(self) -> Solver: ...
+    @property
+    def contraction(self) -> float | None: ...
+    def laid_out(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]: ...
+    def relax(self, frame: Frame) -> tuple[FreePhase, Settled]: ...
+    def remember(self, phase: FreePhase) -> None: ...
+    def error_rtol(self, dtype: torch.dtype) -> float: ...
+    def free_rtol(self, dtype: torch.dtype) -> float: ...
+    def hint(self) -> str: ...
 
 
 class Settle(torch.autograd.Function):
@@ -29,7 +53,7 @@ class Settle(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, block: EnergyBlock, drawn: dict[int, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, block: Settling, drawn: dict[int, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         program = block.program
         tensors = block.laid_out(tensors)
         inputs = [value for value in tensors[: program.inputs] if value is not None]
@@ -54,7 +78,7 @@ class Settle(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
-        block: EnergyBlock = ctx.block
+        block: Settling = ctx.block
         program = block.program
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
         count = program.inputs + program.weights

@@ -10,6 +10,7 @@ from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.verification import verify_feedforward
 
 
 class Normed(nn.Module):
@@ -39,7 +40,7 @@ def test_a_deviation_is_a_defect_that_is_told(dtype: torch.dtype) -> None:
         other.last.weight.mul_(1.001)
     hybrid.__dict__["_source"] = other
     with pytest.raises(ffebm.FFEBMError, match=r"deviates from the source by .* in eval mode.*defect of the compiler"):
-        hybrid.verify_feedforward(other, (x,), {})
+        verify_feedforward(hybrid, (x,), {})
 
 
 class AsksForGradients(nn.Module):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ffebm_compiler.costs import Quantity
     from ffebm_compiler.costs_report import BlockCost, CostReport
     from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["block_costs", "costs_of", "curves_of", "total_costs"]
@@ -56,7 +56,7 @@ def _finite(values: Sequence[float]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-def costs_of(plan: PlanData, hybrid: HybridModel | None) -> tuple[CostReport | None, str]:
+def costs_of(plan: PlanData, hybrid: HybridCore | None) -> tuple[CostReport | None, str]:
     """The cost report, with the hybrid's own sweeps if there is one; or None and a note that says why."""
     try:
         return (cost_report(plan) if hybrid is None else cost_report_of(hybrid)), ""

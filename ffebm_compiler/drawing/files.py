@@ -16,7 +16,7 @@ from ffebm_compiler.whole_files import write_whole
 
 if TYPE_CHECKING:
     from ffebm_compiler.diagnosis import Diagnosis
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["html_text", "notebook_html", "save_html", "save_side_by_side", "save_svg", "write_picture"]
@@ -34,7 +34,7 @@ def save_svg(plan: PlanData, path: str | Path) -> None:
 
 def html_text(
     plan: PlanData,
-    hybrid: HybridModel | None = None,
+    hybrid: HybridCore | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
 ) -> str:
@@ -57,7 +57,7 @@ def html_text(
 def save_html(
     plan: PlanData,
     path: str | Path,
-    hybrid: HybridModel | None = None,
+    hybrid: HybridCore | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
 ) -> None:
@@ -88,7 +88,7 @@ def save_side_by_side(
     write_picture(page_text(records, " and ".join(record["title"] for record in records)), path)
 
 
-def notebook_html(plan: PlanData, hybrid: HybridModel | None = None, height: int = 620) -> str:
+def notebook_html(plan: PlanData, hybrid: HybridCore | None = None, height: int = 620) -> str:
     """The interactive page inside a sandboxed frame, which cannot reach the notebook around it.
 
     Raises:

@@ -11,7 +11,7 @@ from ffebm_compiler.drawing.raster import save_image
 from ffebm_compiler.errors import InputError
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["check_format", "save_picture"]
@@ -38,7 +38,7 @@ def check_format(path: str | Path) -> str:
     return suffix
 
 
-def save_picture(plan: PlanData, path: str | Path, hybrid: HybridModel | None = None) -> None:
+def save_picture(plan: PlanData, path: str | Path, hybrid: HybridCore | None = None) -> None:
     """Draw a plan in the format of the path's suffix; an existing file is replaced.
 
     `hybrid` adds loop gains and sweeps to an HTML page.

@@ -12,7 +12,7 @@ from ffebm_compiler.errors import InputError
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
     from ffebm_compiler.diagnosis import Diagnosis
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
 
 __all__ = [
@@ -90,7 +90,7 @@ def gradient_overlay(plan: PlanData, report: GradientReport, estimator: str = "e
     return Overlay(f"1 − cos {estimator}", sentence, values, logarithmic=True)
 
 
-def loop_gain_overlay(hybrid: HybridModel) -> Overlay:
+def loop_gain_overlay(hybrid: HybridCore) -> Overlay:
     """Each block's certified loop gain κ = ρ²."""
     values = {block.name: float(block.loop_gain) for block in hybrid.blocks}
     return Overlay("loop gain", "loop gain κ = ρ², below 1 a block is certain to settle; 0 without feedback", values)

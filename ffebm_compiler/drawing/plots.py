@@ -15,7 +15,7 @@ from ffebm_compiler.errors import InputError
 if TYPE_CHECKING:
     from ffebm_compiler.checks import Comparison, GradientReport
     from ffebm_compiler.diagnosis import Diagnosis
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.passes.partition_compare import SweepRow
 
 __all__ = [
@@ -79,8 +79,8 @@ def plot_gradients(report: GradientReport) -> Any:
 
 
 def feedback_sweep(
-    hybrid: HybridModel,
-    evaluate: Callable[[HybridModel], float],
+    hybrid: HybridCore,
+    evaluate: Callable[[HybridCore], float],
     feedbacks: Iterable[float] = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5),
 ) -> dict[float, float]:
     """`evaluate(hybrid)`, e.g. its accuracy, at each loop gain κ; the hybrid's own feedback is set again afterwards.

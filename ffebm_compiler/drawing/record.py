@@ -17,7 +17,7 @@ from ffebm_compiler.text import count
 if TYPE_CHECKING:
     from ffebm_compiler.bound_block import BoundBlock
     from ffebm_compiler.diagnosis import Diagnosis
-    from ffebm_compiler.hybrid import HybridModel
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import BlockPlan, PlanData
 
 __all__ = ["record_of"]
@@ -25,7 +25,7 @@ __all__ = ["record_of"]
 
 def record_of(
     plan: PlanData,
-    hybrid: HybridModel | None = None,
+    hybrid: HybridCore | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.folder import export_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
 from ffebm_compiler.onnx.mode import warn_of_train_mode, warn_of_written_state
@@ -28,7 +28,7 @@ _LARGE = 1 << 30
 
 
 def export_digital(
-    hybrid: HybridModel,
+    hybrid: HybridCore,
     folder: Path,
     *,
     fuse_batchnorm: bool = False,
@@ -73,7 +73,7 @@ def export_digital(
     return folder
 
 
-def part_models(steps: Steps, hybrid: HybridModel, fuse: bool) -> list[tuple[Step, Any]]:
+def part_models(steps: Steps, hybrid: HybridCore, fuse: bool) -> list[tuple[Step, Any]]:
     """The ONNX models of all feedforward parts, by one export.
 
     Raises:
@@ -91,13 +91,13 @@ def part_models(steps: Steps, hybrid: HybridModel, fuse: bool) -> list[tuple[Ste
         raise ExportError(_blame(parts[0], hybrid, error) if len(parts) == 1 else str(error)) from error
 
 
-def _blame(step: Step, hybrid: HybridModel, error: ExportError) -> str:
+def _blame(step: Step, hybrid: HybridCore, error: ExportError) -> str:
     operations = [hybrid.plan.graph[name] for name in _operations(step, hybrid)]
     named = ", ".join(dict.fromkeys(f"{item.target} of {item.path or 'the model'}" for item in operations))
     return f"{step.name} ({named}) cannot be written as ONNX: {error}"
 
 
-def _exported(parts: Sequence[Step], hybrid: HybridModel, fuse: bool) -> list[tuple[Step, Any]]:
+def _exported(parts: Sequence[Step], hybrid: HybridCore, fuse: bool) -> list[tuple[Step, Any]]:
     trace = Trace()
     ports: list[tuple[list[tuple[str, Value]], list[tuple[str, Value]]]] = []
     for step in parts:
@@ -128,11 +128,11 @@ def _exported(parts: Sequence[Step], hybrid: HybridModel, fuse: bool) -> list[tu
     return models
 
 
-def _operations(step: Step, hybrid: HybridModel) -> tuple[str, ...]:
+def _operations(step: Step, hybrid: HybridCore) -> tuple[str, ...]:
     return next(part.operations for part in hybrid.plan.digital_parts if part.name == step.name)
 
 
-def _file_name(step: Step, hybrid: HybridModel) -> str:
+def _file_name(step: Step, hybrid: HybridCore) -> str:
     """Name of the part and of what it computes, e.g. `digital_1_batch_norm_relu.onnx`."""
     kinds = dict.fromkeys(hybrid.plan.graph[name].target for name in _operations(step, hybrid))
     words: list[str] = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.folder import FORMAT
 from ffebm_compiler.onnx.packages import OPSET
 from ffebm_compiler.onnx.program_json import program_to_json
@@ -56,7 +56,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
 
 
 def manifest_of(
-    hybrid: HybridModel, steps: Steps, files: Mapping[str, str], digests: Mapping[str, str]
+    hybrid: HybridCore, steps: Steps, files: Mapping[str, str], digests: Mapping[str, str]
 ) -> dict[str, Any]:
     """The manifest of an export.
 
@@ -99,7 +99,7 @@ def _names(values: tuple[Value, ...]) -> list[str]:
     return [value.name for value in values]
 
 
-def _feedforward_step(hybrid: HybridModel, step: Step, file: str) -> dict[str, Any]:
+def _feedforward_step(hybrid: HybridCore, step: Step, file: str) -> dict[str, Any]:
     part = next(part for part in hybrid.plan.digital_parts if part.name == step.name)
     read = dict.fromkeys(operand.value.name for operand in step.operands if operand.value is not None)
     return {
@@ -115,7 +115,7 @@ def _feedforward_step(hybrid: HybridModel, step: Step, file: str) -> dict[str, A
     }
 
 
-def _energy_step(hybrid: HybridModel, step: Step) -> dict[str, Any]:
+def _energy_step(hybrid: HybridCore, step: Step) -> dict[str, Any]:
     block = step.module
     assert isinstance(block, EnergyBlock)
     plan = hybrid.plan.block(step.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from ffebm_compiler.errors import FFEBMWarning
-from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.runtime.feedforward import (
     ReboundAttention,
     ReboundBatchNorm,
@@ -18,7 +18,7 @@ from ffebm_compiler.runtime.state import WriteState
 __all__ = ["warn_of_train_mode", "warn_of_written_state"]
 
 
-def warn_of_written_state(hybrid: HybridModel) -> None:
+def warn_of_written_state(hybrid: HybridCore) -> None:
     """Issue an `FFEBMWarning` that names the parameters and buffers which a forward in eval mode writes."""
     written = {
         module.name
@@ -35,7 +35,7 @@ def warn_of_written_state(hybrid: HybridModel) -> None:
         )
 
 
-def warn_of_train_mode(hybrid: HybridModel) -> None:
+def warn_of_train_mode(hybrid: HybridCore) -> None:
     """Issue an `FFEBMWarning` that names the modules which compute something else in train mode, if any are in it."""
     names = {id(module): name or "the model" for name, module in hybrid.named_modules()}
     found: dict[str, str] = {}

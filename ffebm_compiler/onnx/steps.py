@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.hybrid import HybridModel, _static_value
+from ffebm_compiler.hybrid_core import HybridCore
+from ffebm_compiler.hybrid_parts import static_value
 from ffebm_compiler.onnx.absent import absent_outputs
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock
@@ -80,7 +81,7 @@ class Steps:
     outputs: tuple[Operand, ...]
 
     @classmethod
-    def of(cls, hybrid: HybridModel) -> Steps:
+    def of(cls, hybrid: HybridCore) -> Steps:
         """Read the lowered graph of a hybrid, with its present weights.
 
         Raises:
@@ -91,7 +92,7 @@ class Steps:
 
 
 class _Reader:
-    def __init__(self, hybrid: HybridModel) -> None:
+    def __init__(self, hybrid: HybridCore) -> None:
         self.hybrid = hybrid
         run = hybrid.lowered
         assert isinstance(run, fx.GraphModule)
@@ -158,7 +159,7 @@ class _Reader:
             raise ExportError(f"{reader} reads or returns {item!r}, which is no tensor: return tensors only")
         if item in self.values:
             return Operand(value=self.values[item])
-        tensor = _static_value(self.run, item, self.known)
+        tensor = static_value(self.run, item, self.known)
         if tensor is None and self._is_static(item):
             return Operand()  # computed in train mode alone
         if tensor is None:

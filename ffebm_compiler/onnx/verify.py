@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.execute import load, session_of
 from ffebm_compiler.onnx.steps import Steps, Value
 from ffebm_compiler.passes.containers import leaves_of
@@ -28,7 +28,7 @@ Deviations = dict[int, float]
 
 
 def verify(
-    hybrid: HybridModel,
+    hybrid: HybridCore,
     path: str | Path,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
@@ -101,7 +101,7 @@ def _file_runner(path: Path, steps: Steps) -> Callable[[Sequence[Tensor]], list[
 
 
 def _batches(
-    hybrid: HybridModel, steps: Steps, args: tuple[Any, ...], kwargs: dict[str, Any]
+    hybrid: HybridCore, steps: Steps, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
     """The given inputs by the size of their batch and, where it is free, others with a larger one."""
     leaves = [leaf for leaf in hybrid._call_form.leaves(args, kwargs) if isinstance(leaf, Tensor)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.digital import part_models
 from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
 from ffebm_compiler.onnx.mode import warn_of_train_mode, warn_of_written_state
@@ -54,7 +54,7 @@ class _Symbol(nn.Module):
 
 
 def export_whole(
-    hybrid: HybridModel,
+    hybrid: HybridCore,
     path: Path,
     *,
     fuse_batchnorm: bool = False,
@@ -96,7 +96,7 @@ def export_whole(
     return path
 
 
-def _trace(hybrid: HybridModel, steps: Steps, functions: Mapping[str, BlockFunction]) -> Trace:
+def _trace(hybrid: HybridCore, steps: Steps, functions: Mapping[str, BlockFunction]) -> Trace:
     trace = Trace()
     nodes: dict[str, fx.Node] = {value.name: trace.input(value.name, value) for value in steps.inputs}
 
@@ -119,7 +119,7 @@ def _trace(hybrid: HybridModel, steps: Steps, functions: Mapping[str, BlockFunct
     return trace
 
 
-def _metadata(hybrid: HybridModel, step: Step) -> dict[str, str]:
+def _metadata(hybrid: HybridCore, step: Step) -> dict[str, str]:
     plan = hybrid.plan.block(step.name)
     assert isinstance(step.module, EnergyBlock)
     return {
@@ -131,7 +131,7 @@ def _metadata(hybrid: HybridModel, step: Step) -> dict[str, str]:
     }
 
 
-def _finish(model: Any, hybrid: HybridModel, functions: Mapping[str, BlockFunction]) -> None:
+def _finish(model: Any, hybrid: HybridCore, functions: Mapping[str, BlockFunction]) -> None:
     """Add the functions and name things."""
     ir = package("onnx_ir")
     for function in functions.values():

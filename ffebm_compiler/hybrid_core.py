@@ -1,0 +1,318 @@
+"""`HybridCore`: a hybrid that runs, trains and keeps its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ffebm_compiler.bound_block import BoundBlock
+from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.hybrid_parts import HybridParts
+from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
+from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
+from ffebm_compiler.plan_data import PlanData
+from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.energies.base import Energy
+from ffebm_compiler.runtime.gradients import Estimator, estimator_of
+from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.source_view import bind_forward, separate_tied, without_bound_forward
+
+if TYPE_CHECKING:
+    from ffebm_compiler.ir import Program
+    from ffebm_compiler.passes.lower import Lowered
+
+__all__ = ["HybridCore"]
+
+
+class HybridCore(HybridParts):
+    """A hybrid without what is made of it: `forward`, state, feedback, estimators and solvers."""
+
+    def __init__(self, program: Program, plan: PlanData, lowered: Lowered, casts: Casts) -> None:
+        super().__init__(program, plan, lowered)
+        self._casts = casts
+        self.register_load_state_dict_post_hook(settle_arrival)  # type: ignore[no-untyped-call]
+        bind_forward(self, self.__signature__)
+
+    # -- state -------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **others: Any) -> Any:
+        """Tensors under the source's keys; see `separate_tied` for those of transformers."""
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **others)
+        if not keep_vars:
+            separate_tied(self._source, state, prefix)
+        return state
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Tensors under the source's keys, and beside them (in the dictionary's metadata) the state of the blocks."""
+        self._source._save_to_state_dict(destination, prefix, keep_vars)  # with its extra state
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[METADATA] = state_of(self)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
+        self.__dict__["_arriving"] = Arrival.of(self, state_dict, prefix, local_metadata)
+        self._source._load_from_state_dict(state_dict, prefix, local_metadata, *others)  # with its hooks
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: with the blocks whose loop gain is that of the present weights."""
+        return {**without_bound_forward(self.__dict__), "_current": self._measured()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The inverse of `__getstate__`."""
+        current = state.pop("_current")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name, tensor in self._shared.items():  # a copy of a parameter has memory of its own
+            constant = self.lowered._buffers[name]
+            if constant is not None and constant.dtype is tensor.dtype and constant.device == tensor.device:
+                self.lowered._buffers[name] = tensor.detach()
+        if "forward" not in self.__dict__:
+            bind_forward(self, self.__signature__)
+        self._fit(current)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Another device or dtype is no change of the weights: the feedback stays."""
+        current, before = self._measured(), dtype_of(self)
+        constants = dict(self.lowered._buffers)
+        there = next((parameter.device for parameter in self.parameters()), None)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = dtype_of(self)
+        if before is not None and after is not None and before is not after:
+            keep_wide(self.lowered, constants)
+            self._casts.follow(self, before, after)
+        here = next((parameter.device for parameter in self.parameters()), None)
+        if here is not None and there is not None and here != there:
+            move(self, there, here)
+        self._fit(current)
+        return result
+
+    def _measured(self) -> tuple[str, ...]:
+        """The blocks with feedback whose loop gain is that of the present weights."""
+        return tuple(name for name in self._sources if self._energy[name].gain.fits(self._made_of(name)))
+
+    def _fit(self, names: Iterable[str]) -> None:
+        """Note that the loop gain of these blocks is that of the present weights."""
+        for name in names:
+            self._energy[name].gain.fitted(self._made_of(name))
+
+    # -- running -----------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> tuple[BoundBlock, ...]:
+        """The energy blocks, in the plan's order."""
+        return tuple(BoundBlock(self, self._energy[block.name], block) for block in self._plan.blocks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The source's forward, with energy blocks at equilibrium.
+
+        Raises:
+            InputError: for inputs that do not have the captured structure, rank, fixed sizes or
+                kind of dtype, or that hold NaN.
+            ConvergenceError: where a block does not settle.
+        """
+        outputs = self.lowered(*self._operands(args, kwargs))
+        return self._call_form.result(outputs, self.training)
+
+    # The checks read values and stamps change with every step: `torch.compile` would compile anew for each.
+    @torch.compiler.disable(reason="inputs are checked and loop gains measured eagerly")  # type: ignore[untyped-decorator]
+    def _operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What the lowered graph takes: the present tensors and the checked inputs.
+
+        In training it looks for blocks whose weights have changed; they measure their loop gain before they settle.
+        """
+        if self._call_form.refused_in_training:
+            self._refuse_train_mode()
+        self._later_hooks.look()
+        leaves = self._call_form.leaves(args, kwargs)
+        if self.training:
+            changed = False
+            for name in self._sources:
+                changed |= self._energy[name].gain.look(self._made_of(name), self.recertify_every)
+            if changed and self.project_to is not None:
+                self.project(self.project_to)
+        return [*self._tensors(), *leaves]
+
+    def _refuse_train_mode(self) -> None:
+        """Refuse a call with a module in train mode whose code asks for it, where there is no capture of that."""
+        asking = [path for path in self._asks if self.get_submodule(path).training]
+        if asking:
+            named = ", ".join(repr(path) if path else "the model" for path in asking[:3]) + ", ..." * (len(asking) > 3)
+            raise UnsupportedError(
+                f"the hybrid cannot run in train mode, since the source could not be captured in it: "
+                f"{self._call_form.refused_in_training}; call eval() to run it, on the whole or on what asks for its "
+                f"mode ({named})"
+            )
+
+    @contextmanager
+    def feedforward_mode(self) -> Iterator[None]:
+        """Run every block without feedback: the source's own function."""
+        before = {name: block.enabled for name, block in self._energy.items()}
+        try:
+            for block in self._energy.values():
+                block.enabled = False
+            yield
+        finally:
+            for name, enabled in before.items():
+                self._energy[name].enabled = enabled
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all modules, as the source's own `train` does it (a model may freeze parts of itself)."""
+        super().train(mode)
+        source = self.__dict__["_source"]
+        if type(source).train is not nn.Module.train:
+            source.train(mode)
+            self.training = source.training
+        return self
+
+    @contextmanager
+    def held_feedback(self) -> Iterator[None]:
+        """Leave the feedback γ as it is, also in training forwards at changed weights: finite differences need it."""
+        before = {name: self._energy[name].gain.locked for name in self._sources}
+        try:
+            for name in self._sources:
+                self._energy[name].gain.locked = True
+            yield
+        finally:
+            for name, locked in before.items():
+                self._energy[name].gain.locked = locked
+
+    @contextmanager
+    def in_mode(self, training: bool) -> Iterator[None]:
+        """Run in a mode, without gradients; flags, written state and random generators stay as they are."""
+        source = self.__dict__["_source"]
+        flags = {module: module.training for module in (*self.modules(), source)}
+        try:
+            self.train(training)
+            source.training = self.training
+            with torch.no_grad(), generators_unchanged(), tensors_unchanged(self.written_state()):
+                yield
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return self.in_mode(False)
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, tuple[tuple[Any, ...], tuple[Tensor, ...]]]]:
+        """Record (operands, outputs) of every energy block while the context is open."""
+        record: dict[str, tuple[tuple[Any, ...], tuple[Tensor, ...]]] = {}
+
+        def keep(module: nn.Module, operands: tuple[Any, ...], outputs: Any) -> None:
+            assert isinstance(module, EnergyBlock)
+            record[module.name] = (operands, outputs)
+
+        hooks = [block.register_forward_hook(keep) for block in self._energy.values()]
+        try:
+            yield record
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # -- settings ----------------------------------------------------------------------------
+
+    def configure(
+        self, *, feedback: float | str, estimator: Estimator, solver: Solver | None, energy: Energy | None = None
+    ) -> None:
+        """Set feedback, estimator, solver and (where one is given) energy of every block, without measuring anything.
+
+        Raises:
+            UnsupportedError: where a block with feedback holds what the energy does not admit.
+        """
+        if energy is not None:
+            self.energy_function = energy
+        for block in self._energy.values():
+            if energy is not None:
+                block.set_energy(energy)
+            block.gain.feedback = feedback
+            block.estimator = estimator
+            block.solver = solver
+
+    def calibrate(self, *args: Any, **kwargs: Any) -> None:
+        """Measure the loop gain of every block at these inputs' shapes."""
+        with self._evaluating(), self.feedforward_mode(), self.recording() as record:
+            self(*args, **kwargs)
+        for name, (operands, _) in record.items():
+            block = self._energy[name]
+            block.gain.calibrate(operands[: block.program.inputs], operands[block.program.inputs :])
+            block.gain.fitted(self._made_of(name))
+
+    def project(self, limit: float = 0.9) -> dict[str, float]:
+        """Scale weights down so that every block is certified to settle: a projection, for use after `step()`.
+
+        Where a block's loop gain exceeds `limit`, the operator norms of its coupling weights are capped at the one
+        value τ for which its loop gain is `limit`: a weight of norm above τ is multiplied by τ/‖J‖, the others stay.
+        It is for `feedback="symmetric"`: where the loop gain is given as a number, `recertify` sets the feedback to it
+        whatever the weights are. `project_to` does it by itself.
+
+        Args:
+            limit: the largest loop gain κ = ρ² that is left, in (0, 1).
+
+        Returns:
+            Block name -> loop gain before, for the blocks that were changed.
+
+        Raises:
+            InputError: for another limit, or where a block's coupling has no weight to scale.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1:
+            raise InputError(f"limit is {limit!r}; expected a loop gain strictly between 0 and 1, such as 0.9")
+        changed = {}
+        for name, block in self._energy.items():
+            if not isinstance(block.feedback, str):
+                continue
+            self._recertify(name)
+            before = block.loop_gain
+            for index, factor in block.projection(limit).items():
+                with torch.no_grad():
+                    self._parameter_behind(name, index).mul_(factor)
+                changed[name] = before
+            if name in changed:
+                self._recertify(name)
+        return changed
+
+    def _parameter_behind(self, name: str, index: int) -> Tensor:
+        """The parameter that a weight of a block is, or is a view or a multiple (by a folded batch norm) of."""
+        run = self.lowered
+        placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
+        tensors = dict(zip(placeholders, self._tensors(), strict=False))
+        call = self._call_of(name)
+        node = call.args[self._energy[name].program.inputs + index]
+        while node not in tensors:
+            # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
+            node = node.all_input_nodes[0]
+        return tensors[node]
+
+    def set_gradient(self, gradient: str | Estimator) -> None:
+        """Choose the gradient estimator: `"ep"`, `"implicit"`, `"unrolled"` or an object."""
+        estimator = estimator_of(gradient)
+        for block in self._energy.values():
+            block.estimator = estimator
+
+    def set_solver(self, solver: Solver | None) -> None:
+        """Choose how every block settles; None lets each block have the solver that is fastest for it.
+
+        Raises:
+            InputError: for anything but a solver.
+        """
+        if solver is not None and not isinstance(solver, Solver):
+            raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
+        for block in self._energy.values():
+            block.solver = solver
+
+    def set_feedback(self, feedback: float | str) -> None:
+        """Set the feedback of every block: the loop gain κ in (0, 1) (of a resistive energy the gain γ > 0 itself).
+
+        `"symmetric"` is γ = 1.
+
+        Raises:
+            InputError: for what is no feedback of the blocks' energy.
+        """
+        value = self.energy_function.check_feedback(feedback)
+        for name, block in self._energy.items():
+            enough = block.set_feedback(value)
+            if not enough or not block.gain.fits(self._made_of(name)):
+                self._recertify(name)

@@ -1,0 +1,274 @@
+"""What a hybrid is made of: its source's parameters and buffers, its plan, its blocks and its graph.
+
+It holds the source's tensors under the source's names (they are registered on it exactly as on the source). What runs,
+trains and stores them is `HybridCore`, what people call beside that is `HybridModel`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from ffebm_compiler.conversion import Conversion
+from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.later_hooks import LaterHooks
+from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.exported_program import place_of
+from ffebm_compiler.passes.held import plain_tensors
+from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
+from ffebm_compiler.plan_data import PlanData
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.energies.base import Energy
+from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
+from ffebm_compiler.runtime.feedforward import FeedforwardBlock, ReboundOperation
+from ffebm_compiler.signature import CallForm
+from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of
+from ffebm_compiler.written_state import names_of_written_state
+
+if TYPE_CHECKING:
+    from ffebm_compiler.ir import Program
+    from ffebm_compiler.passes.lower import Lowered
+
+__all__ = ["HybridParts", "static_value"]
+
+_RUN = "_ffebm"
+"""Name under which the lowered graph is registered, with more underscores where the source has one of that name."""
+
+
+_OWN = frozenset(
+    (
+        "_asks",
+        "_call_form",
+        "_casts",
+        "_differs_in_training",
+        "_draws_in_order",
+        "_energy",
+        "_feedforward",
+        "_folded",
+        "_later_hooks",
+        "_lifted",
+        "_plan",
+        "_run",
+        "_shared",
+        "_sources",
+        "_source",
+        "conversion",
+        "energy_function",
+        "project_to",
+        "recertify_every",
+        "training",
+    )
+)
+"""Attributes of the hybrid itself. A source may have modules, parameters and buffers of these names."""
+
+
+class HybridParts(nn.Module):
+    """The tensors, the plan, the blocks and the lowered graph of a hybrid, and what is measured of them."""
+
+    def __init__(self, program: Program, plan: PlanData, lowered: Lowered) -> None:
+        super().__init__()
+        source = program.source
+        # The same dictionaries: what `.to()` or an optimizer changes here, changes in the source copy.
+        self.__dict__["_parameters"] = source._parameters
+        self.__dict__["_buffers"] = source._buffers
+        self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
+        self._modules.update(source._modules)
+        self._run = free_name(_RUN, source)
+        self._modules[self._run] = lowered.graph_module
+        self._source = source
+        self._plan = plan
+        self._energy = dict(lowered.energy)
+        self._feedforward = dict(lowered.feedforward)
+        self._call_form = CallForm.of(program)
+        self._lifted = tuple(program.lifted.values())
+        self._differs_in_training = bool(program.asks) and not program.refused_in_training
+        self._asks = tuple(sorted(program.asks or ()))
+        self._draws_in_order = lowered.draws_in_order
+        self._folded = frozenset(program.folded)
+        self.energy_function: Energy = DEFAULT_ENERGY
+        """What the blocks minimise, as `convert` was asked for it."""
+        self.conversion: Conversion | None = None
+        """What `convert` was called with; `save` stores it."""
+        self.recertify_every: int | None = 100
+        """Loop gains are measured after every change of the weights, and to convergence at least every so many; None:
+        to convergence only where the estimate jumps."""
+        self.project_to: float | None = None
+        """Loop gain to which symmetric blocks are then projected, see `project`; None: not by itself."""
+        self._sources = self._sources_of_blocks()
+        """Names of the parameters and buffers that the weights of each block with feedback are made of."""
+        self.training = source.training
+        for module in lowered.graph_module.modules():
+            if isinstance(module, ReboundOperation):
+                module.follow(source, self)
+        for energy_block in lowered.energy.values():
+            block_program = energy_block.program
+            drives = [instruction for layer in block_program.layers for instruction in layer.instructions]
+            for instruction in (*drives, *block_program.readout):
+                rebound = getattr(instruction.operator, "source", None)
+                if isinstance(rebound, ReboundOperation):
+                    rebound.follow(source, self)
+        self._state_dict_hooks.update(source._state_dict_hooks)
+        self._state_dict_pre_hooks.update(source._state_dict_pre_hooks)
+        self._load_state_dict_post_hooks.update(source._load_state_dict_post_hooks)
+        self._later_hooks = LaterHooks(source)
+        self._shared = _shared(source, lowered.graph_module)
+        """Constants of the graph that are tensors in attributes of the source, which may change there."""
+        self.__signature__ = signature_of(source)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The hybrid's own attributes never go where the source's modules and parameters of the same name are."""
+        if name in _OWN:
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """A submodule, parameter or buffer; then what the source has under this name (`config`, `device`, `dtype`)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            source = self.__dict__.get("_source")
+            if source is None:
+                raise
+            return attribute_of_source(self, source, name)
+
+    @property
+    def lowered(self) -> fx.GraphModule:
+        """The graph of energy blocks and digital parts; it holds no tensor of the state."""
+        run = self._modules[self.__dict__["_run"]]
+        assert isinstance(run, fx.GraphModule)
+        return run
+
+    @property
+    def plan(self) -> PlanData:
+        """The partition that this model runs."""
+        return self._plan
+
+    @property
+    def energy_blocks(self) -> Mapping[str, EnergyBlock]:
+        """The energy blocks by name, in the plan's order; `blocks` of a hybrid fills in the present weights."""
+        return {block.name: self._energy[block.name] for block in self._plan.blocks}
+
+    @property
+    def feedforward_blocks(self) -> Mapping[str, nn.Module]:
+        """The digital parts by name."""
+        return self._feedforward
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A submodule by the source's path, also where the path starts with `blocks` or `plan`."""
+        return module_at(self, target)
+
+    def _sources_of_blocks(self) -> dict[str, tuple[str, ...]]:
+        """For each block with feedback, names of the parameters and buffers that its weights are made of."""
+        nodes: Any = self.lowered.graph.nodes
+        names = dict(zip((node for node in nodes if node.op == "placeholder"), self._lifted, strict=False))
+        found = {}
+        for call in nodes:
+            block = self._energy.get(str(call.target)) if call.op == "call_module" else None
+            if block is None or not block.program.coupled:
+                continue
+            pending = [node for node in call.args[block.program.inputs :] if isinstance(node, fx.Node)]
+            seen: dict[fx.Node, None] = {}
+            while pending:
+                node = pending.pop()
+                if node not in seen:
+                    seen[node] = None
+                    pending += node.all_input_nodes
+            found[str(call.target)] = tuple(sorted({names[node] for node in seen if node in names}))
+        return found
+
+    def _call_of(self, name: str) -> Any:
+        """The node of the lowered graph that calls a block."""
+        nodes: Any = self.lowered.graph.nodes
+        return next(node for node in nodes if node.op == "call_module" and node.target == name)
+
+    def _tensor(self, name: str) -> Tensor:
+        """The parameter or buffer of this name."""
+        path, _, leaf = name.rpartition(".")
+        module = self.get_submodule(path)
+        parameter = module._parameters.get(leaf)
+        found: Tensor | None = parameter if parameter is not None else module._buffers.get(leaf)
+        if found is None:
+            raise UnsupportedError(
+                f"the hybrid has no {name!r} any more (module {path!r} is a {type(module).__name__}): a hybrid takes "
+                "new tensors of the same names and shapes only; change the source and convert it again"
+            )
+        return found
+
+    def _made_of(self, name: str) -> list[Tensor]:
+        """The parameters and buffers that the weights of a block with feedback are made of."""
+        return [self._tensor(source) for source in self._sources.get(name, ())]
+
+    def _tensors(self) -> list[Tensor]:
+        """The source's parameters and buffers that the graph reads, in its order."""
+        return [self._tensor(name) for name in self._lifted]
+
+    def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """(inputs, weights) of an energy block; an input that depends on the network's is None."""
+        run = self.lowered
+        call = self._call_of(name)
+        known: dict[fx.Node, Tensor | None] = {}
+        placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
+        known.update(zip(placeholders, self._tensors(), strict=False))
+        count = self._energy[name].program.inputs
+        with generators_unchanged(), tensors_unchanged(self.written_state()):
+            values = tuple(static_value(run, node, known) for node in call.args)
+        return values[:count], values[count:]
+
+    def written_state(self) -> list[Tensor]:
+        """The parameters and buffers that a forward writes, statistics that follow a module's flag aside."""
+        run = self.lowered
+        known = dict(zip(self._lifted, self._tensors(), strict=True)) | dict(run.named_buffers())
+        return [known[name] for name in sorted(names_of_written_state(run, self._lifted))]
+
+    def certificate_of(self, name: str) -> Certificate | None:
+        """What is certified of a block at its present weights and feedback; measured where they have changed."""
+        gain, sources = self._energy[name].gain, self._made_of(name)
+        if gain.certificate is None or gain.fits(sources):
+            return gain.certificate
+        return gain.at(self.operands_of(name)[1], sources)
+
+    def recertify(self) -> None:
+        """Measure the loop gains of the present weights to convergence and set the feedback for them.
+
+        Training forwards hold the loop gain by themselves, and `load_state_dict` of a source's weights does this; call
+        it where you have changed weights and go on in eval mode, which leaves the feedback as it is.
+        """
+        for name in self._energy:
+            self._recertify(name)
+
+    def _recertify(self, name: str) -> None:
+        gain = self._energy[name].gain
+        gain.recertify(self.operands_of(name)[1])
+        gain.fitted(self._made_of(name))
+
+
+def _shared(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:
+    """Name of a constant -> the tensor among the source's attributes that it shares its memory with."""
+    places = {place_of(tensor): tensor for tensor in plain_tensors(source)} if lowered._buffers else {}
+    constants = ((name, places.get(place_of(value))) for name, value in lowered._buffers.items() if value is not None)
+    return {name: tensor for name, tensor in constants if tensor is not None}
+
+
+def static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    """Value of a node that depends on parameters alone; None for one that depends on the inputs."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node in known:
+        return known[node]
+    value: Tensor | None = None
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(run)
+    elif node.op != "placeholder":
+        module = run.get_submodule(str(node.target)) if node.op == "call_module" else None
+        operands = {operand: static_value(run, operand, known) for operand in node.all_input_nodes}
+        known_alone = all(operand is not None for operand in operands.values())
+        if known_alone and not isinstance(module, EnergyBlock | FeedforwardBlock):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
+            value = (module or node.target)(*args, **kwargs)  # type: ignore[operator]
+    known[node] = value
+    return value

@@ -133,6 +133,32 @@ def test_loop_gain(tmp_path: Path) -> None:
     assert all(1 <= row["true_over_told"] < 1.05 < row["power_iteration"] for row in found["growth"])
 
 
+def test_resistive(tmp_path: Path) -> None:
+    path = tmp_path / "resistive.json"
+    small = (
+        "--seeds",
+        "1",
+        "--epochs",
+        "4",
+        "--gammas",
+        "0.001",
+        "--scratch",
+        "0.001",
+        "--widths",
+        "8",
+        "--turns",
+        "1",
+    )
+    done = run("resistive.py", *small, "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))
+    (source, converted), (backprop, scratch) = found["trained"], found["scratch"]
+    assert abs(converted["accuracy"][0] - source["accuracy"][0]) < 2
+    assert abs(scratch["accuracy"][0] - backprop["accuracy"][0]) < 3
+    assert 0 < converted["loop_gain"] < 1
+    assert found["step"][0]["resistive"] > 0
+
+
 @pytest.mark.slow
 def test_from_scratch(tmp_path: Path) -> None:
     """EP with the loop gain held at 0.9 learns as backprop does; one seed and three epochs of the benchmark."""

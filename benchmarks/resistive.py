@@ -1,0 +1,172 @@
+"""What the resistive energy costs a digits MLP: accuracy without retraining and from scratch, sweeps, and the step.
+
+    python benchmarks/resistive.py [--seeds 3] [--epochs 15] [--out benchmarks/results/resistive.json]
+
+The network is 64-128-96-10 with ReLU on scikit-learn's digits, trained by Adam at 2e-3 with a cosine schedule in
+batches of 64; every fourth image tests (450). `trained` converts the network that backprop has trained and measures
+it at every γ. `scratch` trains the hybrid itself by EP. `step` is an EP step of a stack of linear layers in blocks of
+two, in backprop steps of its source: medians of CPU time, all in turn. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.whole_files import write_whole
+
+
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    """Images as rows in [0, 1], labels, and which of them train."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.data, dtype=torch.float32) / 16
+    return images, torch.tensor(digits.target), torch.arange(len(images)) % 4 != 0
+
+
+def network() -> nn.Module:
+    """64-128-96-10."""
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 10))
+
+
+def trained(model: nn.Module, epochs: int) -> nn.Module:
+    """The model after training, in eval mode."""
+    images, labels, train = data()
+    images, labels = images[train], labels[train]
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(images) // 64))
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def accuracy(model: nn.Module) -> float:
+    """Per cent of the test images."""
+    images, labels, train = data()
+    with torch.no_grad():
+        return 100 * float((model(images[~train]).argmax(1) == labels[~train]).float().mean())
+
+
+def without_retraining(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Accuracy, loop gain and sweeps at every γ of networks that backprop has trained."""
+    rows: dict[float, list[tuple[float, float, int]]] = {}
+    for seed in range(options.seeds):
+        torch.manual_seed(seed)
+        source = trained(network(), options.epochs)
+        hybrid = ffebm.convert(source, data()[0][:2], energy="resistive")
+        rows.setdefault(0.0, []).append((accuracy(source), 0.0, 0))
+        for gamma in options.gammas:
+            hybrid.set_feedback(gamma)
+            found = accuracy(hybrid)
+            last = hybrid.blocks[0].module.last
+            rows.setdefault(gamma, []).append((found, hybrid.blocks[0].loop_gain, last.sweeps if last else 0))
+    return [
+        {
+            "gamma": gamma,
+            "accuracy": [run[0] for run in runs],
+            "loop_gain": max(run[1] for run in runs),
+            "sweeps": max(run[2] for run in runs),
+        }
+        for gamma, runs in rows.items()
+    ]
+
+
+def from_scratch(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Accuracy of networks trained by EP at some γ, and by backprop (γ = 0)."""
+    rows = []
+    for gamma in (0.0, *options.scratch):
+        found = []
+        for seed in range(options.seeds):
+            torch.manual_seed(seed)
+            model = network()
+            if gamma:
+                model = ffebm.convert(model, data()[0][:2], energy="resistive", feedback=gamma)
+            found.append(accuracy(trained(model, options.epochs)))
+        rows.append({"gamma": gamma, "accuracy": found})
+    return rows
+
+
+def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A training step."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """CPU time of EP steps relative to backprop's, both energies at their default feedback."""
+    rows = []
+    for width in options.widths:
+        torch.manual_seed(0)
+        stack = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())])
+        x = torch.randn(options.batch, width)
+        pair = ffebm.Hardware(layers_per_block=2)
+        runs = {"backprop": step_of(stack, x)}
+        for energy in ("hopfield", "resistive"):
+            hybrid = ffebm.convert(stack, x[:2], hardware=pair, energy=energy)
+            runs[energy] = step_of(hybrid.train(), x)
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(options.turns + 2):
+            for name, run in runs.items():
+                started = time.process_time()
+                run()
+                if turn >= 2:
+                    seconds[name].append(time.process_time() - started)
+        times = {name: statistics.median(found) for name, found in seconds.items()}
+        rows.append({"width": width, **{name: value / times["backprop"] for name, value in times.items()}})
+    return rows
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gammas", type=float, nargs="+", default=[1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3])
+    parser.add_argument("--scratch", type=float, nargs="+", default=[1e-3, 1e-2, 0.1, 0.3])
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {"trained": without_retraining(options), "scratch": from_scratch(options), "step": steps(options)}
+    print(f"{'γ':>8} {'accuracy %, by seed':>26} {'loop gain':>10} {'sweeps':>7}")
+    for row in results["trained"]:
+        shown = " ".join(f"{value:.2f}" for value in row["accuracy"])
+        print(f"{row['gamma'] or 'source':>8} {shown:>26} {row['loop_gain']:10.3g} {row['sweeps']:7}")
+    print(f"\n{'γ':>8} {'from scratch %, by seed':>26}")
+    for row in results["scratch"]:
+        print(f"{row['gamma'] or 'backprop':>8} {' '.join(f'{value:.2f}' for value in row['accuracy']):>26}")
+    print(f"\n{'width':>8} {'hopfield':>10} {'resistive':>10}   EP steps in backprop steps")
+    for row in results["step"]:
+        print(f"{row['width']:8} {row['hopfield']:10.2f} {row['resistive']:10.2f}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.out, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ffebm_compiler.errors import CaptureError, InputError
+from ffebm_compiler.passes.process import is_users
 
 __all__ = ["NotTraceable", "explained"]
 
@@ -98,7 +99,7 @@ def _where(source: nn.Module, error: BaseException) -> str:
             kind = f", in {type(owner).__name__}" if foreign else ""
             if not (foreign and own):
                 place, own = (file, line), not foreign
-        elif own and not _is_machinery(frame.f_globals) and not _is_torch(frame.f_globals):
+        elif own and is_users(frame.f_globals.get("__name__")):
             place, called = (file, line), ""  # a function that the module calls
         elif path and not called and frame.f_globals.get("__name__") == "torch.nn.functional":
             called = f", in F.{frame.f_code.co_name}"
@@ -117,11 +118,6 @@ def _owner(frame: FrameType) -> nn.Module | None:
         return None
     methods = (vars(kind).get(code.co_name) for kind in type(owner).__mro__)
     return owner if first == "self" or any(getattr(method, "__code__", None) is code for method in methods) else None
-
-
-def _is_torch(names: dict[str, Any]) -> bool:
-    name = str(names.get("__name__", ""))
-    return name == "torch" or name.startswith(("torch.", "ffebm_compiler."))
 
 
 def _is_machinery(names: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -90,11 +91,16 @@ def function_of_a_module(self: nn.Module, x: Tensor) -> Tensor:
     return self.a(x) if _positive(self.b, x) else x
 
 
+def copied_inside(self: nn.Module, x: Tensor) -> Tensor:
+    return copy.deepcopy(self.a)(x)  # MARK
+
+
 _DRAWN = r"random numbers that the forward draws decide here what runs.*multiply .* or set the rate to 0"
 
 CASES = {
     dropped: _DRAWN,
     skipped: _DRAWN,
+    copied_inside: r"rewrite this line",
     function_of_a_module: r"depends on the values of a tensor",
     branch: r"depends on the values of a tensor \(data-dependent\).*torch\.where",
     loop: r"depends on the values of a tensor \(data-dependent\).*make the branch depend on shapes",

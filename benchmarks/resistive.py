@@ -92,15 +92,25 @@ def from_scratch(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Accuracy of networks trained by EP at some γ, and by backprop (γ = 0)."""
     rows = []
     for gamma in (0.0, *options.scratch):
-        found = []
+        found, loads = [], []
         for seed in range(options.seeds):
             torch.manual_seed(seed)
             model = network()
             if gamma:
                 model = ffebm.convert(model, data()[0][:2], energy="resistive", feedback=gamma)
+                loads.append([load(model, gamma)])
             found.append(accuracy(trained(model, options.epochs)))
-        rows.append({"gamma": gamma, "accuracy": found})
+            if isinstance(model, ffebm.HybridModel):
+                loads[-1].append(load(model, gamma))
+        rows.append({"gamma": gamma, "accuracy": found, "load": loads})
     return rows
+
+
+def load(hybrid: nn.Module, gamma: float) -> float:
+    """The mean of D = 1 + γ A |W|ᵀ 1 over the first hidden layer."""
+    assert isinstance(hybrid, ffebm.HybridModel)
+    weight = hybrid.get_parameter("2.weight").detach()
+    return 1 + gamma * hybrid.blocks[0].module.setting.amplifiers[1] * float(weight.abs().sum(0).mean())
 
 
 def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -157,9 +167,11 @@ def main() -> None:
     for row in results["trained"]:
         shown = " ".join(f"{value:.2f}" for value in row["accuracy"])
         print(f"{row['gamma'] or 'source':>8} {shown:>26} {row['loop_gain']:10.3g} {row['sweeps']:7}")
-    print(f"\n{'γ':>8} {'from scratch %, by seed':>26}")
+    print(f"\n{'γ':>8} {'from scratch %, by seed':>26} {'mean D before':>14} {'after':>6}")
     for row in results["scratch"]:
-        print(f"{row['gamma'] or 'backprop':>8} {' '.join(f'{value:.2f}' for value in row['accuracy']):>26}")
+        means = [statistics.mean(ends) for ends in zip(*row["load"], strict=True)]
+        shown = f"{' '.join(f'{value:.2f}' for value in row['accuracy']):>26}"
+        print(f"{row['gamma'] or 'backprop':>8} {shown} " + (f"{means[0]:14.2f} {means[1]:6.2f}" if means else ""))
     print(f"\n{'width':>8} {'hopfield':>10} {'resistive':>10}   EP steps in backprop steps")
     for row in results["step"]:
         print(f"{row['width']:8} {row['hopfield']:10.2f} {row['resistive']:10.2f}")

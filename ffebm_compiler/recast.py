@@ -83,7 +83,7 @@ class Casts:
             }
         args, kwargs = hybrid.conversion.examples()
         device = next(hybrid.parameters()).device
-        args, kwargs = pytree.tree_map(lambda leaf: _like(leaf, self.dtype, after, device), (args, kwargs))
+        args, kwargs = pytree.tree_map(lambda leaf: _in_dtype(leaf, self.dtype, after, device), (args, kwargs))
         shapes = hybrid.conversion.dynamic_shapes
         try:
             free = shapes if shapes in ("batch", None) else None
@@ -119,7 +119,7 @@ def _widens(before: torch.dtype, after: torch.dtype) -> bool:
     return torch.promote_types(before, after) is after
 
 
-def _like(leaf: Any, before: torch.dtype | None, after: torch.dtype, device: torch.device) -> Any:
+def _in_dtype(leaf: Any, before: torch.dtype | None, after: torch.dtype, device: torch.device) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.to(device=device, dtype=after if leaf.dtype is before else leaf.dtype)

@@ -118,19 +118,19 @@ class _Builder:
         """The nodes whose value is a state, in topological order."""
         states = {node for node in self.nodes if info(node).role is Role.ACTIVATION}
         while True:
-            open_ = self._open(states)
-            found = next((node for node in self.nodes if open_[node] and self._must_settle(node)), None)
+            without_state = self._without_state(states)
+            found = next((node for node in self.nodes if without_state[node] and self._must_settle(node)), None)
             if found is None:
                 return [node for node in self.nodes if node in states]
-            states.add(self._anchor(found, open_))
+            states.add(self._anchor(found, without_state))
 
-    def _open(self, states: set[fx.Node]) -> dict[fx.Node, bool]:
+    def _without_state(self, states: set[fx.Node]) -> dict[fx.Node, bool]:
         """Whether a node's value comes from a layer without a state in between."""
-        open_: dict[fx.Node, bool] = {}
+        without_state: dict[fx.Node, bool] = {}
         for node in self.nodes:
-            fed = any(open_.get(operand, False) for operand in _value_operands(node))
-            open_[node] = node not in states and (info(node).role is Role.WEIGHT or fed)
-        return open_
+            fed = any(without_state.get(operand, False) for operand in _value_operands(node))
+            without_state[node] = node not in states and (info(node).role is Role.WEIGHT or fed)
+        return without_state
 
     def _must_settle(self, node: fx.Node) -> bool:
         users = [user for user in node.users if user in self.inside]
@@ -138,11 +138,11 @@ class _Builder:
             return True
         return any(info(user).role is Role.WEIGHT for user in users)
 
-    def _anchor(self, node: fx.Node, open_: dict[fx.Node, bool]) -> fx.Node:
+    def _anchor(self, node: fx.Node, without_state: dict[fx.Node, bool]) -> fx.Node:
         """Back through reshapes to the value itself: the state is what the layer computes."""
         while info(node).kind in ("reshape", "copy", "dropout"):
             operand = _value_operands(node)[0]
-            if not open_.get(operand, False) or len(operand.users) > 1:
+            if not without_state.get(operand, False) or len(operand.users) > 1:
                 break
             node = operand
         return node

@@ -52,7 +52,7 @@ class Anderson(Solver):
                 value = problem.values[index]
                 assert value is not None
                 width = value.numel() // len(mixed)
-                problem.store(index, _like(mixed[:, start : start + width], value, last))
+                problem.store(index, _unflattened(mixed[:, start : start + width], value, last))
                 start += width
         before = [problem.values[index] for index in carried]
         change = sweep_layers(problem, problem.order(), measure, per_sample)
@@ -134,7 +134,7 @@ def _flat(value: Tensor, rows: int, last: bool) -> Tensor:
     return (value.movedim(1, -1) if last else value).reshape(rows, -1)
 
 
-def _like(flat: Tensor, value: Tensor, last: bool) -> Tensor:
+def _unflattened(flat: Tensor, value: Tensor, last: bool) -> Tensor:
     """What `_flat` made of a tensor like `value`, undone."""
     if last:
         batch, channels, height, width = value.shape

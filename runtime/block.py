@@ -67,7 +67,7 @@ class EnergyBlock(nn.Module):
         """False runs the block feedforward (γ = 0), as the source does."""
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
-        self._told = False
+        self._warned_of_held_winners = False
         self._coupled = program.coupled  # a plain bool: torch.compile would guard on the whole program
         self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()
@@ -202,10 +202,10 @@ class EnergyBlock(nn.Module):
             self._rtol(phase),
             f"free phase of {self.name}",
             self.hint,
-            blame=lambda: self._blame(phase.frame),
+            check_operands=lambda: self._check_operands(phase.frame),
         )
-        if phase.held and not self._told:
-            self._tell(phase.frame, phase.settled()[0])
+        if phase.held and not self._warned_of_held_winners:
+            self._warn_of_held_winners(phase.frame, phase.settled()[0])
         return phase, settled
 
     def _settled(self, frame: Frame) -> tuple[FreePhase, Settled]:
@@ -239,12 +239,12 @@ class EnergyBlock(nn.Module):
         first = phase.values[0]
         return self.free_rtol(phase.frame.inputs[0].dtype if first is None else first.dtype)
 
-    def _tell(self, frame: Frame, states: Sequence[Tensor]) -> None:
+    def _warn_of_held_winners(self, frame: Frame, states: Sequence[Tensor]) -> None:
         """Log it, once, where states with held winners of max pooling are no equilibrium with winners chosen anew."""
         drawn = {register: value for register, value in frame.drawn.items() if register in self.program.masks}
         residual = self._residual(Frame(self.program, frame.inputs, frame.weights, drawn), states)
         if residual > 1e-4:
-            self._told = True
+            self._warned_of_held_winners = True
             _log.warning(
                 "%s settled with the winners of its max pooling held after %d sweeps (relative residual %.1e with "
                 "winners chosen anew): near a tie the feedback makes the winner lose, and a hard choice has no "
@@ -254,7 +254,7 @@ class EnergyBlock(nn.Module):
                 residual,
             )
 
-    def _blame(self, frame: Frame) -> None:
+    def _check_operands(self, frame: Frame) -> None:
         """Say so where the block diverged because it was fed NaN."""
         for index, value in enumerate(frame.inputs):
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):

@@ -235,12 +235,14 @@ class Frame:
                 continue
             weights = self._weights(instruction)
             if gradients is not None and registers is not None and any(w is not None for w in instruction.weights):
-                self._weigh(instruction, arriving, weights, registers, gradients, needed, bias, factor)
+                self._add_weight_gradients(instruction, arriving, weights, registers, gradients, needed, bias, factor)
             wanted = [
                 (states and program.from_states[r]) or (inputs and program.from_inputs[r]) for r in instruction.operands
             ]
             if gradients is not None:
-                wanted = [w or self._below(index, r) for w, r in zip(wanted, instruction.operands, strict=True)]
+                wanted = [
+                    w or self._depends_on_weights(index, r) for w, r in zip(wanted, instruction.operands, strict=True)
+                ]
             if not any(wanted):
                 continue
             shapes = [self.shapes[r] for r in instruction.operands]
@@ -259,7 +261,7 @@ class Frame:
             if (states and register in program.states) or (inputs and register < program.inputs)
         }
 
-    def _weigh(
+    def _add_weight_gradients(
         self,
         instruction: Instruction,
         cotangent: Tensor,
@@ -283,12 +285,12 @@ class Frame:
                 else:
                     gradients[index] = torch.add(present, gradient, alpha=factor)
 
-    def _below(self, index: int, register: int) -> bool:
+    def _depends_on_weights(self, index: int, register: int) -> bool:
         """Whether a register of a drive is computed with weights (of the same drive)."""
         for instruction in self.program.layers[index].instructions:
             if instruction.output == register:
                 return any(w is not None for w in instruction.weights) or any(
-                    self._below(index, r) for r in instruction.operands
+                    self._depends_on_weights(index, r) for r in instruction.operands
                 )
         return False
 

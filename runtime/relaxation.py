@@ -73,7 +73,7 @@ def relax(
     subject: str,
     hint: Callable[[], str],
     contraction: float | None = None,
-    blame: Callable[[], None] | None = None,
+    check_operands: Callable[[], None] | None = None,
 ) -> Settled:
     """Run a solver on a problem until it is finished.
 
@@ -84,13 +84,13 @@ def relax(
         subject: what settles, for messages, e.g. "free phase of block_1".
         hint: says what to change where it does not.
         contraction: factor κ < 1 by which a sweep contracts, where certified.
-        blame: asked where states are not finite; raises where what came in was not.
+        check_operands: asked where states are not finite; raises where what came in was not.
 
     Raises:
         ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
     """
     settled = run(problem, solver, rtol, contraction)
-    return concluded(settled, problem, solver, rtol, subject, hint, blame)
+    return concluded(settled, problem, solver, rtol, subject, hint, check_operands)
 
 
 def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None = None) -> Settled:
@@ -105,7 +105,7 @@ def concluded(
     rtol: float,
     subject: str,
     hint: Callable[[], str],
-    blame: Callable[[], None] | None = None,
+    check_operands: Callable[[], None] | None = None,
 ) -> Settled:
     """Warn of samples that did not settle, or raise, as the solver says; the arguments are those of `relax`.
 
@@ -114,8 +114,8 @@ def concluded(
     """
     if settled.converged:
         return settled
-    if settled.lost and blame is not None:
-        blame()
+    if settled.lost and check_operands is not None:
+        check_operands()
     samples = problem.samples or 1
     reason = f"{_sentence(settled, samples, subject, rtol)}; {hint()}"
     hopeless = len(settled.lost) == samples
@@ -235,7 +235,7 @@ class _Relaxation:
             if self.problem.samples is None:
                 self.lost = [0]
                 return True
-            errors = self._blame()
+            errors = self._errors_of_diverged()
         if errors.dim() and self._retire(errors):
             return self.rows is not None and not len(self.rows)
         if self._stalled(worst):
@@ -260,7 +260,7 @@ class _Relaxation:
             return torch.stack([torch.linalg.vector_norm(value) for value in values]).amax()
         return self._by_sample(torch.stack([torch.linalg.vector_norm(v.flatten(1), dim=1) for v in values]).amax(0))
 
-    def _blame(self) -> Tensor:
+    def _errors_of_diverged(self) -> Tensor:
         """Errors by sample where the batch's is not finite: infinite for the samples that diverged."""
         return torch.where(torch.isfinite(self._norms()), self.rtol + 1, math.inf)
 

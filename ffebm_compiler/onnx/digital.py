@@ -88,10 +88,10 @@ def part_models(steps: Steps, hybrid: HybridCore, fuse: bool) -> list[tuple[Step
         if len(parts) > 1:
             for step in parts:  # find out which one it was
                 _exported([step], hybrid, fuse)
-        raise ExportError(_blame(parts[0], hybrid, error) if len(parts) == 1 else str(error)) from error
+        raise ExportError(_with_operations(parts[0], hybrid, error) if len(parts) == 1 else str(error)) from error
 
 
-def _blame(step: Step, hybrid: HybridCore, error: ExportError) -> str:
+def _with_operations(step: Step, hybrid: HybridCore, error: ExportError) -> str:
     operations = [hybrid.plan.graph[name] for name in _operations(step, hybrid)]
     named = ", ".join(dict.fromkeys(f"{item.target} of {item.path or 'the model'}" for item in operations))
     return f"{step.name} ({named}) cannot be written as ONNX: {error}"
@@ -116,7 +116,7 @@ def _exported(parts: Sequence[Step], hybrid: HybridCore, fuse: bool) -> list[tup
         joint = trace.export(fuse)
     except ExportError as error:
         if len(parts) == 1:
-            raise ExportError(_blame(parts[0], hybrid, error)) from error
+            raise ExportError(_with_operations(parts[0], hybrid, error)) from error
         raise
     proto = package("onnx_ir").to_proto(joint)
     models = []

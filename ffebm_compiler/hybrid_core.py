@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_parts import HybridParts
-from ffebm_compiler.hybrid_state import METADATA, Arrival, settle_arrival, state_of
+from ffebm_compiler.hybrid_state import (
+    METADATA,
+    Arrival,
+    own_load_state_dict,
+    own_state_dict,
+    settle_arrival,
+    state_of,
+)
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
@@ -41,11 +48,27 @@ class HybridCore(HybridParts):
     # -- state -------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **others: Any) -> Any:
-        """Tensors under the source's keys; see `separate_tied` for those of transformers."""
+        """Tensors under the source's keys, as the source's own `state_dict` returns them."""
+        if type(self._source).state_dict is nn.Module.state_dict:
+            return self.plain_state_dict(*args, prefix=prefix, keep_vars=keep_vars, **others)
+        return own_state_dict(self, self._source, args, prefix=prefix, keep_vars=keep_vars, **others)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Copy tensors under the source's keys into the hybrid, as the source's own `load_state_dict` does."""
+        if type(self._source).load_state_dict is nn.Module.load_state_dict:
+            return self.plain_load_state_dict(state_dict, *args, **kwargs)
+        return own_load_state_dict(self, self._source, state_dict, *args, **kwargs)
+
+    def plain_state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **others: Any) -> Any:
+        """Tensors under their names; see `separate_tied` for those of transformers."""
         state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **others)
         if not keep_vars:
             separate_tied(self._source, state, prefix)
         return state
+
+    def plain_load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Copy tensors under their names into the hybrid."""
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Tensors under the source's keys, and beside them (in the dictionary's metadata) the state of the blocks."""

@@ -26,7 +26,7 @@ from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.feedforward import FeedforwardBlock, ReboundOperation
 from ffebm_compiler.signature import CallForm
-from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of
+from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of, warn_of_captured
 from ffebm_compiler.written_state import names_of_written_state
 
 if TYPE_CHECKING:
@@ -123,8 +123,9 @@ class HybridParts(nn.Module):
         """The hybrid's own attributes never go where the source's modules and parameters of the same name are."""
         if name in _OWN:
             self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
+            return
+        warn_of_captured(self.__dict__.get("_source"), name, value)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """A submodule, parameter or buffer; then what the source has under this name (`config`, `device`, `dtype`)."""

@@ -7,6 +7,7 @@ same into files. It holds numbers, texts and tensors only: `torch.load(weights_o
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,18 @@ from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
 
-__all__ = ["ESTIMATORS", "METADATA", "SOLVERS", "Arrival", "named", "restore", "settle_arrival", "state_of"]
+__all__ = [
+    "ESTIMATORS",
+    "METADATA",
+    "SOLVERS",
+    "Arrival",
+    "named",
+    "own_load_state_dict",
+    "own_state_dict",
+    "restore",
+    "settle_arrival",
+    "state_of",
+]
 
 METADATA = "ffebm"
 """Key of the state in a module's entry of a state dict's metadata."""
@@ -146,6 +158,34 @@ def _same(present: Tensor, arriving: object) -> bool:
     if present.device != arriving.device or present.is_meta:
         return False
     return torch.equal(present, arriving)
+
+
+def own_state_dict(
+    hybrid: HybridParts, source: nn.Module, args: tuple[Any, ...], *, prefix: str, **others: Any
+) -> OrderedDict[str, Any]:
+    """What a `state_dict` of the source's own returns, with the state of the blocks in its metadata."""
+    found = source.state_dict(*args, prefix=prefix, **others)
+    state = found if isinstance(found, OrderedDict) else OrderedDict(found)
+    metadata = getattr(found, "_metadata", {})
+    metadata.setdefault(prefix[:-1], {})[METADATA] = state_of(hybrid)
+    state._metadata = metadata  # type: ignore[attr-defined]
+    return state
+
+
+def own_load_state_dict(
+    hybrid: HybridParts, source: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Load by a `load_state_dict` of the source's own, which holds the same tensors; then as `settle_arrival`."""
+    state = (getattr(state_dict, "_metadata", None) or {}).get("", {}).get(METADATA)
+    module: Any = hybrid
+    result = source.load_state_dict(state_dict, *args, **kwargs)
+    if state is not None and _of_same_blocks(hybrid, state):
+        restore(hybrid, state)
+        return result
+    for name in hybrid._sources:
+        if not hybrid._energy[name].gain.fits(hybrid._made_of(name)):
+            module._recertify(name)
+    return result
 
 
 def settle_arrival(module: nn.Module, incompatible_keys: object) -> None:

@@ -70,7 +70,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         )
     except FFEBMError as error:
         raise type(error)(f"{folder} does not fit the model: {error}") from error
-    present = hybrid.state_dict(keep_vars=True)
+    present = hybrid.plain_state_dict(keep_vars=True)
     check_weights(folder / "weights.safetensors", tensors, present)
     check_state(path, settings, hybrid)
     check_tracks(folder / "loop_gain.safetensors", vectors, settings, hybrid)
@@ -88,7 +88,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         hybrid._casts.follow(hybrid, before, after)
     full._metadata = {"": {"version": 1, METADATA: state}}  # type: ignore[attr-defined]
     try:
-        hybrid.load_state_dict(full)
+        hybrid.plain_load_state_dict(full)
     except RuntimeError as error:
         raise InputError(f"the saved weights do not fit the model: {error}") from error
     hybrid.train(settings.training)

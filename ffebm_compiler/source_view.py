@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import inspect
 import types
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
-from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.errors import FFEBMWarning, UnsupportedError
+from ffebm_compiler.passes.held import own_attributes
 
-__all__ = ["attribute_of_source", "bind_forward", "free_name", "separate_tied", "signature_of", "without_bound_forward"]
+__all__ = [
+    "attribute_of_source",
+    "bind_forward",
+    "free_name",
+    "separate_tied",
+    "signature_of",
+    "warn_of_captured",
+    "without_bound_forward",
+]
 
 
 def free_name(name: str, source: nn.Module) -> str:
@@ -68,6 +79,24 @@ def separate_tied(source: nn.Module, state: dict[str, Any], prefix: str) -> None
         if id(parameter) in seen and prefix + name in state:
             state[prefix + name] = state[prefix + name].clone()
         seen.add(id(parameter))
+
+
+def warn_of_captured(source: nn.Module | None, name: str, value: Any) -> None:
+    """Set an attribute of the source's own, and warn: what a forward read of it is in the graph as it was."""
+    if source is None or name not in own_attributes(source) or isinstance(value, nn.Module | nn.Parameter):
+        return
+    before, source.__dict__[name] = source.__dict__[name], value
+    plain = (bool, int, float, str, tuple, torch.Tensor, type(None))
+    if before is value or not isinstance(value, plain) or not isinstance(before, plain):
+        return
+    if not isinstance(value, torch.Tensor) and not isinstance(before, torch.Tensor) and before == value:
+        return
+    warnings.warn(
+        f"attribute {name!r} of the source was captured as it was at conversion: where its forward reads it, the "
+        "hybrid goes on with the former value; set it on the source and convert again",
+        FFEBMWarning,
+        stacklevel=3,
+    )
 
 
 def _no_generation(*args: Any, **kwargs: Any) -> Any:

@@ -77,7 +77,7 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
         ) from error
     except Malformed as error:
         raise ExportError(f"the example inputs cannot be stored ({error}): convert with others") from error
-    weights = hybrid.state_dict(keep_vars=True)
+    weights = hybrid.plain_state_dict(keep_vars=True)
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise ExportError(

@@ -153,3 +153,66 @@ def test_generation_is_refused_with_what_to_do_instead(hybrid: ffebm.HybridModel
     with pytest.raises(UnsupportedError, match=r"a hybrid has no generate\(\).*to_digital\(\)\.generate"):
         hybrid.generate(noise(1, 8))
     assert hybrid.accepts_loss_kwargs is False
+
+
+class Scaled(nn.Module):
+    """Reads attributes that a person may set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.factor, self.name, self.table = nn.Linear(4, 4), 2.0, "a", torch.ones(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.factor * self.table
+
+    def set_factor(self, factor: float) -> None:
+        self.factor = factor
+
+
+def test_setting_an_attribute_that_was_captured_is_told() -> None:
+    hybrid = ffebm.convert(Scaled(), torch.randn(3, 4))
+    hybrid.factor, hybrid.name, hybrid.another = 2.0, "a", 3  # as they were, or none of the source's
+    for set_it in (lambda: setattr(hybrid, "factor", 3.0), lambda: hybrid.set_factor(4.0)):
+        with pytest.warns(ffebm.FFEBMWarning, match="attribute 'factor' of the source was captured as it was"):
+            set_it()
+    assert hybrid.factor == 4.0
+    assert hybrid.to_digital().factor == 4.0
+    with pytest.warns(ffebm.FFEBMWarning, match="attribute 'table'"):
+        hybrid.table = torch.zeros(4)
+
+
+class Renaming(nn.Module):
+    """Has state dicts of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        return {f"model.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor], *args: object, **kwargs: object) -> object:
+        return super().load_state_dict({name.removeprefix("model."): v for name, v in state.items()}, *args, **kwargs)
+
+
+def test_state_dicts_of_the_sources_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source, x = Renaming(), torch.randn(3, 4)
+    hybrid = ffebm.convert(source, x, feedback=0.3)
+    assert list(hybrid.state_dict()) == list(source.state_dict())
+    other = Renaming()
+    with torch.no_grad():
+        other.last.weight.mul_(3)
+    hybrid.load_state_dict(other.state_dict())
+    assert torch.equal(hybrid.last.weight, other.last.weight)
+    assert hybrid.blocks[0].loop_gain == pytest.approx(0.3, rel=1e-3)
+    hybrid.set_feedback(0.1)
+    state, before = hybrid.state_dict(), hybrid(x)
+    hybrid.set_feedback(0.4)
+    hybrid.load_state_dict(state)
+    assert torch.equal(hybrid(x), before)
+    hybrid.save(tmp_path / "hybrid")
+    assert torch.equal(ffebm.load(tmp_path / "hybrid", source)(x), before)

@@ -3,7 +3,8 @@
 A graph holds one way through the forward. Where numbers that the forward draws choose the way, none of them is the
 source's.
 
-Promise: a Python branch on what was computed from draws, constants and buffers alone raises `NotTraceable`.
+Promise: a Python branch on, or a Python number of, what was computed from draws, constants and buffers alone raises
+`NotTraceable`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _DRAWS = (
 )  # fmt: skip
 """Functions whose result depends on random numbers and, at most, on what their distribution is."""
 
+_DECIDES = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, torch.is_nonzero)
+
 
 class DrawnValues:
     """Follows what a traced forward computes from random numbers."""
@@ -39,7 +42,7 @@ class DrawnValues:
         Raises:
             NotTraceable: saying what to do instead.
         """
-        if func in (Tensor.__bool__, torch.is_nonzero) and id(args[0]) in self._drawn:
+        if func in _DECIDES and id(args[0]) in self._drawn:
             raise NotTraceable(
                 "random numbers that the forward draws decide here what runs, and a graph holds one way; multiply the "
                 "result of the branch by a random 0 or 1 instead (stochastic depth), or set the rate to 0"

@@ -83,6 +83,10 @@ def skipped(self: nn.Module, x: Tensor) -> Tensor:
     return x if torch.rand([]) < 0.5 else self.b(x)  # MARK
 
 
+def chosen(self: nn.Module, x: Tensor) -> Tensor:
+    return [self.a, self.b][int(torch.randint(0, 2, (1,)))](x)  # MARK
+
+
 def _positive(layer: nn.Module, x: Tensor) -> bool:
     return bool(layer.weight.sum() + x.sum() > 0)  # MARK
 
@@ -100,6 +104,7 @@ _DRAWN = r"random numbers that the forward draws decide here what runs.*multiply
 CASES = {
     dropped: _DRAWN,
     skipped: _DRAWN,
+    chosen: _DRAWN,
     copied_inside: r"rewrite this line",
     function_of_a_module: r"depends on the values of a tensor",
     branch: r"depends on the values of a tensor \(data-dependent\).*torch\.where",

@@ -9,8 +9,9 @@ forward makes of Python numbers, such as `torch.tensor(sizes)`, has the same val
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ class KnownValues:
         self._known: dict[int, _Known] = {}
         self._probe: Tensor | None = None
         self._written: set[str] = set()
+        self._rewritten: _Known | None = None
+        """A constant that the running call writes known values to."""
         self.reads: dict[str, str] = {}
         """Buffer -> the line that first asked for its value."""
 
@@ -77,9 +80,12 @@ class KnownValues:
         self._refresh()
         known = [self._of(tensor) for tensor in _tensors(args, kwargs)]
         if _writes(func, kwargs):
-            target = next(_tensors(args, {}), None)
-            entry = self._known.pop(id(target), None)
-            self._written |= entry.names if entry is not None else frozenset()
+            entry = self._known.get(id(next(_tensors(args, {}), None)))
+            if entry is not None and entry.names:
+                del self._known[id(entry.tensor)]
+                self._written |= entry.names
+            constant = all(known) and not any(known_one.names for known_one in known if known_one is not None)
+            self._rewritten = entry if constant else None
             return False, None
         if func in _READS and known and all(known):
             self._read(known)
@@ -111,8 +117,11 @@ class KnownValues:
 
     def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note the value of a result that was computed from known tensors alone, or from none."""
+        if _writes(func, kwargs):
+            self._rewrite(func, args, kwargs)
+            return
         known = [self._of(tensor) for tensor in _tensors(args, kwargs)]
-        if not all(known) or _writes(func, kwargs) or _symbolic(args, kwargs):
+        if not all(known) or _symbolic(args, kwargs):
             return
         if not known and func not in _FACTORIES:
             return
@@ -120,6 +129,8 @@ class KnownValues:
             value = self._compute(func, args, kwargs)
         except Exception:  # it draws, or something among the arguments is not known after all
             return
+        if not known:
+            value = value.clone()  # `as_tensor` of an array shares its memory
         names = frozenset().union(*(entry.names for entry in known if entry is not None))
         several = isinstance(result, list | tuple) and isinstance(value, list | tuple)
         for traced, real in zip(result, value, strict=True) if several else ((result, value),):
@@ -127,6 +138,18 @@ class KnownValues:
                 self._known[id(traced)] = _Known(traced, real, names, traced._version)
                 if not names:
                     _of_known_size(traced, real)
+
+    def _rewrite(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Write to the value of a constant what the forward writes to it, so that it and its views stay known."""
+        target, self._rewritten = self._rewritten, None
+        if target is None or _symbolic(args, kwargs):
+            return
+        with contextlib.suppress(Exception):
+            self._compute(func, args, kwargs)
+            memory = target.value.untyped_storage().data_ptr()
+            for key, known in self._known.items():
+                if known.value.untyped_storage().data_ptr() == memory:
+                    self._known[key] = replace(known, version=known.tensor._version)
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether the value of a traced tensor is known."""

@@ -153,13 +153,27 @@ def padded(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def filled(self: nn.Module, x: Tensor) -> Tensor:
-    """A table that is filled step by step: only what is known is decided."""
+    """A table that is filled step by step, also through a view."""
     table = torch.zeros(4)
-    limit = torch.full((), 3.0)
-    return self.a(x) if (table < limit).all() else self.b(x)
+    tail = table[1:]
+    table[0] = 5
+    tail.fill_(2.0)
+    tail[tail > table[0]] = torch.tensor(9.0)
+    table += torch.ones(4)
+    if tail.sum() != 9 or table[0] != 6:
+        return self.b(x)
+    return self.a(x) if (table > torch.full((), 2.5)).all() else self.b(x)
 
 
-@pytest.mark.parametrize("forward", [pyramid, repeated, padded, filled], ids=lambda f: f.__name__)
+def beside(self: nn.Module, x: Tensor) -> Tensor:
+    """A table that is unknown once it is written, beside one that is not."""
+    table = torch.zeros(4)
+    table.copy_(x[0, :4])
+    other = torch.zeros(4)
+    return self.a(x) if other.sum() == 0 else self.b(x)
+
+
+@pytest.mark.parametrize("forward", [pyramid, repeated, padded, filled, beside], ids=lambda f: f.__name__)
 def test_tensors_of_python_numbers_have_their_values(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
     hybrid = assert_same(seeded(lambda: Inner(forward)), noise(3, 8))
     assert not hybrid.plan.notes
@@ -181,6 +195,14 @@ def through_data(table: Tensor, x: Tensor) -> None:
 
 def with_out(table: Tensor, x: Tensor) -> None:
     torch.mul(x[0, :4], 2.0, out=table)
+
+
+def with_uniform(table: Tensor, x: Tensor) -> None:
+    table.uniform_(-1.0, 1.0).add_(x[0, :4])
+
+
+def a_view_before(table: Tensor, x: Tensor) -> None:
+    table.view(2, 2)[0].add_(1.0).mul_(x.mean())
 
 
 def rectified(table: Tensor, x: Tensor) -> None:

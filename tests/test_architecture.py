@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import networkx
@@ -13,26 +14,8 @@ from ffebm_compiler.pipeline import passes_for
 from ffebm_compiler.plan_data import PlanOptions
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"ffebm_compiler": "ffebm_compiler", "passes": "ffebm_compiler.passes", "runtime": "ffebm_compiler.runtime"}
-
-FLOORS: dict[str, str] = {
-    "ground": "errors module_paths hidden_files",
-    "files": "checked_json whole_files whole_folders tensor_file",
-    "data": "hardware hardware_file hardware_layers costs ir plan_data",
-    "runtime": "runtime",
-    "passes": "passes",
-    "calls": "pipeline plan_file signature call_arguments source_view later_hooks written_state stored_containers "
-    "example_inputs conversion",
-    "hybrid": "hybrid_parts bound_block hybrid_state recast hybrid_core",
-    "reports": "text checks costs_report diagnosis mixed_modes verification saved_settings storage",
-    "pictures and ONNX": "drawing onnx",
-    "what people hold": "plan hybrid",
-    "what people call": "convert loading",
-    "the package": "ffebm_compiler",
-    "commands": "cli cli_errors cli_export cli_models cli_options cli_plan demo demo_models demo_onnx demo_report "
-    "demo_settings",
-}
-"""From the ground up. A file imports from its own floor and from those below; a folder is named as a whole."""
+sys.path.insert(0, str(ROOT / "docs"))
+from architecture_picture import FLOORS, MODULES, PICTURE, floor_of, imports, picture, room  # noqa: E402
 
 ONLY: dict[str, str] = {"runtime": "ground runtime", "passes": "ground data runtime passes"}
 """Floors that see less than all below them."""
@@ -62,40 +45,10 @@ LONG: dict[str, str] = {
 """Files of more than 300 lines -> why."""
 
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-MODULES = modules()
-
-
-def imports(path: Path) -> set[str]:
-    """The project's modules that a file imports: at its top, inside functions and for its types alone."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            assert not node.level, f"{path} imports relatively"
-            names = (f"{node.module}.{alias.name}" for alias in node.names)
-            found |= {name if name in MODULES else node.module for name in names}
-    return {name for name in found if name.split(".")[0] == "ffebm_compiler"}
-
-
 GRAPH = networkx.DiGraph((name, other) for name, path in MODULES.items() for other in imports(path))
 
 
-def room(name: str) -> str:
-    """The file or folder below the package that a module is, or is in."""
-    return [*name.split("."), "ffebm_compiler"][1]
-
-
-FLOOR = {name: floor for floor, rooms in FLOORS.items() for name in rooms.split()}
+FLOOR = floor_of()
 ORDER = list(FLOORS)
 
 
@@ -143,3 +96,13 @@ def test_every_pass_has_a_test_file_of_its_name() -> None:
     for name in sorted({*names, "annotate", "split_large", "partition", "lower", "lower_block"}):
         assert (ROOT / "passes" / f"{name}.py").exists(), name
         assert (ROOT / "tests" / f"test_{name}.py").exists(), f"no test file for the pass {name}"
+
+
+def test_no_file_imports_relatively() -> None:
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path} imports relatively"
+
+
+def test_the_picture_is_of_the_present_imports() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == picture(), "make architecture"

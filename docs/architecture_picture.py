@@ -3,8 +3,8 @@
     python docs/architecture_picture.py [--check]
 
 A row is a floor, a box a file or folder of the package, a line an import, from the box above to the one below (those of
-`errors` are left out: nearly every file has one). The floors are the table that `tests/test_architecture.py` holds the imports to. `--check` writes nothing and exits with 1
-where the picture is not that of the present imports.
+`errors` are left out: nearly every file has one). The floors are the table that `tests/test_architecture.py` holds the
+imports to. `--check` writes nothing and exits with 1 where the picture is not that of the present imports.
 """
 
 from __future__ import annotations

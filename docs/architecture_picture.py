@@ -101,8 +101,9 @@ def _boxes() -> Iterator[_Box]:
 
 
 def _label(name: str) -> str:
-    files = sum(room(module) == name for module in MODULES)
-    return f"{name}/ ({files} files)" if files > 1 else "__init__" if name == "ffebm_compiler" else name
+    if name == "ffebm_compiler":
+        return "__init__"
+    return f"{name}/" if sum(room(module) == name for module in MODULES) > 1 else name
 
 
 def picture() -> str:

@@ -129,8 +129,6 @@ class KnownValues:
             value = self._compute(func, args, kwargs)
         except Exception:  # it draws, or something among the arguments is not known after all
             return
-        if not known:
-            value = value.clone()  # `as_tensor` of an array shares its memory
         names = frozenset().union(*(entry.names for entry in known if entry is not None))
         several = isinstance(result, list | tuple) and isinstance(value, list | tuple)
         for traced, real in zip(result, value, strict=True) if several else ((result, value),):

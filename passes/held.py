@@ -6,7 +6,7 @@ Promise: `containers_in` finds each mutable container once, not deeper than a fe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from itertools import islice
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = ["containers_in", "content_of", "held_tensors", "own_attributes", "pla
 
 _DEPTH, _ITEMS = 4, 1000
 """What is deeper, or behind so many items, is data and no state of a forward."""
+_PLAIN = (str, bytes, int, float, complex, type(None), Tensor)
 _NO_OBJECTS = (Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 
@@ -48,14 +49,16 @@ def refill(container: Any, content: list[Any]) -> None:
         target.update(content)
 
 
-def containers_in(value: Any, apart: Iterable[nn.Module] = ()) -> list[Any]:
-    """The mutable containers and objects in a value, itself included; not those in the modules `apart`."""
+def containers_in(value: Any, apart: Container[int] = ()) -> list[Any]:
+    """The mutable containers and objects in a value, itself included; not those in the modules of the ids `apart`."""
     found: list[Any] = []
-    seen = {id(module) for module in apart}
+    if isinstance(value, _PLAIN):
+        return found
+    seen: set[int] = set()
     pending = [(value, 0)]
     while pending and len(found) < _ITEMS:
         here, depth = pending.pop()
-        if id(here) in seen or depth > _DEPTH:
+        if isinstance(here, _PLAIN) or id(here) in seen or id(here) in apart or depth > _DEPTH:
             continue
         seen.add(id(here))
         if content_of(here) is not None:
@@ -75,10 +78,10 @@ def held_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[Te
 
 def plain_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[Tensor]:
     """The tensors that a model's attributes hold beside its parameters and buffers, or its code names, each once."""
-    modules = list(source.modules())
+    modules = {id(module) for module in source.modules()}
     named = reachable(source) if reached is None else reached
     found = {id(value): value for value in named if isinstance(value, Tensor) and not isinstance(value, FakeTensor)}
-    for module in modules:
+    for module in source.modules():
         for value in own_attributes(module).values():
             for holder in ([value], *containers_in(value, modules)):
                 for item in islice(_items(holder), _ITEMS):

@@ -72,7 +72,7 @@ class Attributes:
         self.registered = {
             name: (dict(module._parameters), dict(module._buffers)) for name, module in self.modules.items()
         }
-        modules = list(self.modules.values())
+        modules = {id(module) for module in self.modules.values()}
         self.contents: dict[str, dict[str, list[tuple[Any, Any]]]] = {
             name: {
                 key: [(container, content_of(container)) for container in containers_in(value, modules)]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["CopiedClosures", "parameters_outside"]
@@ -122,11 +123,13 @@ class CopiedClosures:
 
 def parameters_outside(constants: Mapping[str, Any], model: nn.Module) -> list[str]:
     """Names of the model's parameters that a trace of its copy found as constants: its code names the model itself."""
-    plain = (Tensor, nn.Parameter)
-    places = {
-        parameter.data_ptr(): name
-        for name, parameter in model.named_parameters()
-        if type(parameter) in plain and parameter.device.type != "meta" and parameter.numel()
-    }
-    found = [value.data_ptr() for value in constants.values() if type(value) in plain and value.device.type != "meta"]
+    places = {parameter.data_ptr(): name for name, parameter in model.named_parameters() if _has_memory(parameter)}
+    found = [value.data_ptr() for value in constants.values() if _has_memory(value)]
     return sorted({places[place] for place in found if place in places})
+
+
+def _has_memory(value: Any) -> bool:
+    """Whether a value is a tensor of its own memory: no subclass, not sparse, not on the meta device."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+        return False
+    return bool(value.device.type != "meta" and value.numel())

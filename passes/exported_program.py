@@ -93,7 +93,8 @@ def _complete_users(graph_module: fx.GraphModule) -> None:
 
 def place_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """What two names of one tensor share; of a tensor without memory of its own, the tensor itself."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
+    has_memory = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if not has_memory or tensor.device.type == "meta" or not tensor.numel():
         return (id(tensor),)
     return (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 

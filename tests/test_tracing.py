@@ -143,12 +143,17 @@ def test_data_of_another_shape_is_refused() -> None:
         hybrid(noise(5, 6))
 
 
-def test_a_sparse_buffer() -> None:
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_sparse_tensor(registered: bool) -> None:
     class Graph(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(6, 3)
-            self.register_buffer("neighbours", torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 0, 0]]).to_sparse())
+            neighbours = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 0, 0]]).to_sparse()
+            if registered:
+                self.register_buffer("neighbours", neighbours)
+            else:
+                self.neighbours = neighbours
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.sparse.mm(self.neighbours, self.linear(x))

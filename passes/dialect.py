@@ -12,9 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ffebm_compiler.passes.operators import (
+    Build,
+    concat,
+    division,
+    max_pool,
+    permute,
+    reshape,
+    scale,
+    signed_sum,
+    wiring,
+    zero_pad,
+)
 from ffebm_compiler.runtime import activations
 from ffebm_compiler.runtime.activations import Activation, PReLU, QuickGELU, Softsign, quick_gelu
 from ffebm_compiler.runtime.contraction import contraction, letters_of
+from ffebm_compiler.runtime.operators import Scale, slice_of
 
 __all__ = [
     "WEIGHTS",
@@ -119,6 +132,8 @@ class WiringForm:
     """How to read one operation that is linear in its values and has no weights."""
 
     kind: str
+    build: Build | None
+    """What makes its operator; None for a copy, which needs none."""
     accepts: Callable[[fx.Node], bool] = lambda node: True
 
     def kind_of(self, node: fx.Node) -> str:
@@ -164,53 +179,60 @@ def _has_dims(node: fx.Node) -> bool:
     return len(node.args) > 1 and node.args[1] is not None and _floating(node) and "dtype" not in node.kwargs
 
 
-_RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
+_RESHAPES: Mapping[object, Callable[..., torch.Tensor]] = {
+    aten.view.default: torch.reshape,
+    aten.reshape.default: torch.reshape,
+    aten._unsafe_view.default: torch.reshape,
+    aten.flatten.using_ints: torch.flatten,
+    aten.unflatten.int: torch.unflatten,
+    aten.squeeze.dim: torch.squeeze,
+    aten.squeeze.dims: torch.squeeze,
+    aten.unsqueeze.default: torch.unsqueeze,
+}
+_PERMUTATIONS = (
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
     aten.numpy_T.default,
     aten.mT.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.unsqueeze.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.narrow.default,
-    aten.movedim.intlist,
-    aten.movedim.int,
 )
+_PLACES: Mapping[object, Callable[..., torch.Tensor]] = {
+    aten.select.int: torch.select,
+    aten.slice.Tensor: slice_of,
+    aten.narrow.default: torch.narrow,
+    aten.movedim.intlist: torch.movedim,
+    aten.movedim.int: torch.movedim,
+}
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default)
-_AVG_POOLS = (
-    aten.avg_pool1d.default,
-    aten.avg_pool2d.default,
-    aten.avg_pool3d.default,
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
-)
+_AVG_POOLS: Mapping[object, Callable[..., torch.Tensor]] = {
+    aten.avg_pool1d.default: F.avg_pool1d,
+    aten.avg_pool2d.default: F.avg_pool2d,
+    aten.avg_pool3d.default: F.avg_pool3d,
+    aten.adaptive_avg_pool1d.default: F.adaptive_avg_pool1d,
+    aten.adaptive_avg_pool2d.default: F.adaptive_avg_pool2d,
+    aten.adaptive_avg_pool3d.default: F.adaptive_avg_pool3d,
+}
 
 WIRING: Mapping[object, WiringForm] = {
-    **{target: WiringForm("reshape", _floating) for target in _RESHAPES},
-    **{target: WiringForm("copy", _floating) for target in _COPIES},
-    aten.constant_pad_nd.default: WiringForm("reshape", _is_zero_pad),
-    aten.pad.default: WiringForm("reshape", _is_zero_pad),
-    **{target: WiringForm("avg_pool") for target in _AVG_POOLS},
-    aten.mean.dim: WiringForm("avg_pool", _has_dims),
-    aten.max_pool1d.default: WiringForm("max_pool", _floating),
-    aten.max_pool2d.default: WiringForm("max_pool", _floating),
-    aten.max_pool3d.default: WiringForm("max_pool", _floating),
-    aten.add.Tensor: WiringForm("add", _is_sum),
-    aten.sub.Tensor: WiringForm("add", _is_sum),
-    aten.mul.Tensor: WiringForm("scale", _is_scaling),
-    aten.div.Tensor: WiringForm("scale", _is_plain_div),
-    aten.neg.default: WiringForm("scale", _floating),
-    aten.cat.default: WiringForm("concat", _is_cat),
+    **{target: WiringForm("reshape", reshape(function), _floating) for target, function in _RESHAPES.items()},
+    **{target: WiringForm("reshape", permute, _floating) for target in _PERMUTATIONS},
+    **{target: WiringForm("reshape", wiring(function), _floating) for target, function in _PLACES.items()},
+    **{target: WiringForm("copy", None, _floating) for target in _COPIES},
+    aten.constant_pad_nd.default: WiringForm("reshape", zero_pad, _is_zero_pad),
+    aten.pad.default: WiringForm("reshape", zero_pad, _is_zero_pad),
+    **{target: WiringForm("avg_pool", wiring(function)) for target, function in _AVG_POOLS.items()},
+    aten.mean.dim: WiringForm("avg_pool", wiring(torch.mean), _has_dims),
+    aten.max_pool1d.default: WiringForm("max_pool", max_pool(1), _floating),
+    aten.max_pool2d.default: WiringForm("max_pool", max_pool(2), _floating),
+    aten.max_pool3d.default: WiringForm("max_pool", max_pool(3), _floating),
+    aten.add.Tensor: WiringForm("add", signed_sum(1.0), _is_sum),
+    aten.sub.Tensor: WiringForm("add", signed_sum(-1.0), _is_sum),
+    aten.mul.Tensor: WiringForm("scale", scale, _is_scaling),
+    aten.div.Tensor: WiringForm("scale", division, _is_plain_div),
+    aten.neg.default: WiringForm("scale", lambda node: Scale(-1.0), _floating),
+    aten.cat.default: WiringForm("concat", concat, _is_cat),
 }
+"""Operation -> its row: what it is, how its operator is made, and which nodes of it."""
 
 
 _RECOGNISED: Mapping[object, Activation] = {F.softsign: Softsign(), quick_gelu: QuickGELU()}

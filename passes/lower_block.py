@@ -17,8 +17,8 @@ from torch import fx
 
 from ffebm_compiler.errors import FFEBMError
 from ffebm_compiler.ir import Program, Role, info
-from ffebm_compiler.passes.dialect import WEIGHTS, activation_of
-from ffebm_compiler.passes.operators import convolution_operator, wiring_operator
+from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of
+from ffebm_compiler.passes.operators import convolution_operator
 from ffebm_compiler.runtime.activations import Identity
 from ffebm_compiler.runtime.contraction import Contraction, contraction, letters_of
 from ffebm_compiler.runtime.operators import Gain, Linear, Mask, Operator
@@ -198,7 +198,9 @@ class _Builder:
         if info(node).kind == "gain":
             return Gain(), tuple(operand for operand in node.all_input_nodes if info(operand).role in _FIXED)
         if node.target not in WEIGHTS:
-            return wiring_operator(node), ()
+            build = WIRING[node.target].build
+            assert build is not None
+            return build(node), ()
         form = WEIGHTS[node.target]
         _, weight, bias = form.operands(node)
         if form.kind == "linear":

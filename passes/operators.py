@@ -1,4 +1,4 @@
-"""From ATen operations to the operators of a block: convolutions and wiring."""
+"""From ATen operations to the operators of a block: what the rows of `dialect` build."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ffebm_compiler.errors import FFEBMError
 from ffebm_compiler.ir import info
 from ffebm_compiler.runtime import pointwise
 from ffebm_compiler.runtime.operators import (
@@ -22,12 +21,25 @@ from ffebm_compiler.runtime.operators import (
     Scale,
     Sum,
     Wiring,
-    slice_of,
 )
 
-__all__ = ["convolution_operator", "wiring_operator"]
+__all__ = [
+    "Build",
+    "concat",
+    "convolution_operator",
+    "division",
+    "max_pool",
+    "permute",
+    "reshape",
+    "scale",
+    "signed_sum",
+    "wiring",
+    "zero_pad",
+]
 
 aten = torch.ops.aten
+Build = Callable[[fx.Node], Operator]
+"""Makes the operator of a node."""
 
 
 def _ints(value: Any, count: int) -> tuple[int, ...]:
@@ -84,77 +96,72 @@ def _padding(padding: object, kernel: torch.Size, dilation: tuple[int, ...]) -> 
     return _ints(padding, len(kernel))
 
 
-_FUNCTIONS: dict[object, Callable[..., torch.Tensor]] = {
-    aten.avg_pool1d.default: F.avg_pool1d,
-    aten.avg_pool2d.default: F.avg_pool2d,
-    aten.avg_pool3d.default: F.avg_pool3d,
-    aten.adaptive_avg_pool1d.default: F.adaptive_avg_pool1d,
-    aten.adaptive_avg_pool2d.default: F.adaptive_avg_pool2d,
-    aten.adaptive_avg_pool3d.default: F.adaptive_avg_pool3d,
-    aten.mean.dim: torch.mean,
-    aten.select.int: torch.select,
-    aten.slice.Tensor: slice_of,
-    aten.narrow.default: torch.narrow,
-    aten.movedim.int: torch.movedim,
-    aten.movedim.intlist: torch.movedim,
-}
-_MAX_POOLS: dict[object, int] = {
-    aten.max_pool1d.default: 1,
-    aten.max_pool2d.default: 2,
-    aten.max_pool3d.default: 3,
-}
-_RESHAPES: dict[object, Callable[..., torch.Tensor]] = {
-    aten.view.default: torch.reshape,
-    aten.reshape.default: torch.reshape,
-    aten._unsafe_view.default: torch.reshape,
-    aten.flatten.using_ints: torch.flatten,
-    aten.unflatten.int: torch.unflatten,
-    aten.squeeze.dim: torch.squeeze,
-    aten.squeeze.dims: torch.squeeze,
-    aten.unsqueeze.default: torch.unsqueeze,
-}
-
-
 def _plain(value: object) -> object:
     """Lists become tuples, so that an operator is hashable and comparable."""
     return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def wiring_operator(node: fx.Node) -> Operator:
-    """The operator of a node that is linear without weights.
+def _settings(node: fx.Node) -> tuple[tuple[object, ...], tuple[tuple[str, object], ...]]:
+    """The arguments of a node but its value."""
+    return (
+        tuple(_plain(argument) for argument in node.args[1:]),
+        tuple((key, _plain(value)) for key, value in node.kwargs.items()),
+    )
 
-    Raises:
-        FFEBMError: for a node that `dialect.WIRING` has and this module does not.
-    """
-    arguments = tuple(_plain(argument) for argument in node.args[1:])
-    keywords = tuple((key, _plain(value)) for key, value in node.kwargs.items())
-    if node.target in _RESHAPES:
-        return Reshape(_RESHAPES[node.target], arguments, keywords)
-    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
-        return Wiring(F.pad, arguments[:1])
-    if node.target in _MAX_POOLS:
-        return MaxPool(_MAX_POOLS[node.target], arguments)
-    if node.target in _FUNCTIONS:
-        return Wiring(_FUNCTIONS[node.target], arguments, keywords)
-    if node.target in (aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default):
-        return Permute(_dims(node))
-    if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+
+def wiring(function: Callable[..., torch.Tensor]) -> Build:
+    """What makes the operator of a linear function of one value."""
+    return lambda node: Wiring(function, *_settings(node))
+
+
+def reshape(function: Callable[..., torch.Tensor]) -> Build:
+    """What makes the operator of a function that reshapes."""
+    return lambda node: Reshape(function, *_settings(node))
+
+
+def zero_pad(node: fx.Node) -> Operator:
+    """Padding with zeros."""
+    return Wiring(F.pad, _settings(node)[0][:1])
+
+
+def max_pool(dims: int) -> Build:
+    """What makes the operator of max pooling."""
+    return lambda node: MaxPool(dims, _settings(node)[0])
+
+
+def permute(node: fx.Node) -> Operator:
+    """A permutation of dimensions."""
+    return Permute(_dims(node))
+
+
+def signed_sum(sign: float) -> Build:
+    """What makes the operator of a sum, or of a difference: of two values, or of a value and a number."""
+
+    def build(node: fx.Node) -> Operator:
         second = node.args[1]
         if isinstance(second, fx.Node):
             # x + x has one operand in `all_input_nodes`.
             return Scale(1 + sign) if second is node.args[0] else Sum((1.0, sign))
         return Sum((1.0,), sign * float(second))  # type: ignore[arg-type]
-    if node.target in (aten.mul.Tensor, aten.div.Tensor):
-        number = float(node.args[1])  # type: ignore[arg-type]
-        return Scale(number if node.target is aten.mul.Tensor else 1 / number)
-    if node.target is aten.neg.default:
-        return Scale(-1.0)
-    if node.target is aten.cat.default:
-        dim = arguments[0] if arguments else 0
-        assert isinstance(dim, int)
-        return Concat(dim)
-    raise FFEBMError(f"no operator for wiring {node.target}: annotate and lower disagree")
+
+    return build
+
+
+def scale(node: fx.Node) -> Operator:
+    """A product with a number."""
+    return Scale(float(node.args[1]))  # type: ignore[arg-type]
+
+
+def division(node: fx.Node) -> Operator:
+    """A quotient by a number."""
+    return Scale(1 / float(node.args[1]))  # type: ignore[arg-type]
+
+
+def concat(node: fx.Node) -> Operator:
+    """A concatenation."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return Concat(dim)
 
 
 def _dims(node: fx.Node) -> tuple[int, ...]:

@@ -30,7 +30,6 @@ LONG: dict[str, str] = {
     "ffebm_compiler/ir.py": "the data that every pass reads, and its grammar, in one place",
     "ffebm_compiler/hardware.py": "one dataclass with its checks and presets",
     "ffebm_compiler/onnx/functions.py": "one ONNX function: its phases share a writer",
-    "ffebm_compiler/onnx/program_file.py": "one reader: a check for every field of a program",
     "passes/annotate.py": "one decision for each kind of node",
     "passes/merge_modes.py": "one pass: pairs, pieces and switches share the alignment",
     "passes/partition_state.py": "one class: cost, capacity and order are kept up to date together",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from networks import noise
 from torch import Tensor, nn
 
+from ffebm_compiler.onnx.operators import ROWS, WITHOUT_FORM
+from ffebm_compiler.passes import lower_block
 from ffebm_compiler.runtime.feedforward import ReboundDropout
 from ffebm_compiler.runtime.operators import (
     Concat,
@@ -164,3 +168,22 @@ def test_mask_operator() -> None:
     check_operator(operator, [x], [mask])
     assert operator.gain(3.0) == 6.0
     assert Mask(ReboundDropout(drop.eval(), "dropout", 0.5)).draw([x]) is None
+
+
+def operators(kind: type[Operator] = Operator) -> set[type[Operator]]:
+    """Every operator that there is."""
+    own = {kind} if not inspect.isabstract(kind) and kind.__module__.startswith("ffebm_compiler") else set()
+    return own.union(*(operators(child) for child in kind.__subclasses__()))
+
+
+def test_every_operator_has_its_rows() -> None:
+    passes = Path(lower_block.__file__).parent
+    made = "".join(
+        (passes / name).read_text(encoding="utf-8") for name in ("dialect.py", "operators.py", "lower_block.py")
+    )
+    checked = Path(__file__).read_text(encoding="utf-8")
+    for operator in operators():
+        name = operator.__name__
+        assert (operator in ROWS) != (operator in WITHOUT_FORM), f"{name} has no row in onnx/operators.py"
+        assert f"{name}(" in made, f"no pass makes a {name}: a row in passes/dialect.py"
+        assert f"{name}(" in checked or name in ("MaxPool", "Contraction"), f"{name} has no case in this file"

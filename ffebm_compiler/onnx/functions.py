@@ -29,7 +29,7 @@ from ffebm_compiler.onnx.activation_nodes import activation_nodes
 from ffebm_compiler.onnx.emit import Names, Writer
 from ffebm_compiler.onnx.load_nodes import LoadedActivation
 from ffebm_compiler.onnx.manifest import settling_of
-from ffebm_compiler.onnx.operator_nodes import adjoint_nodes, apply_nodes
+from ffebm_compiler.onnx.operators import adjoint_nodes, apply_nodes
 from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.shapes import register_shapes

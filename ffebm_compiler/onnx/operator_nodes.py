@@ -1,7 +1,6 @@
-"""The operators of drives as ONNX nodes: applied (`apply_nodes`) and transposed (`adjoint_nodes`).
+"""ONNX nodes of the operators that take more than one line, applied and transposed; `operators.py` has the rows.
 
-The transpose is the feedback path: ConvTranspose for a convolution, a product by W for a linear
-layer, zero padding for a slice, and so on.
+The transpose is the feedback path: ConvTranspose for a convolution, zero padding for a slice, and so on.
 """
 
 from __future__ import annotations
@@ -14,110 +13,25 @@ import torch
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Free, Shape, Writer, fixed
 from ffebm_compiler.onnx.pool_nodes import mean_adjoint, mean_apply, pool_adjoint, pool_apply, pool_of
-from ffebm_compiler.runtime.contraction import Contraction
-from ffebm_compiler.runtime.operators import (
-    Concat,
-    Convolution,
-    Gain,
-    Linear,
-    Mask,
-    Operator,
-    Permute,
-    Reshape,
-    Scale,
-    Sum,
-    Wiring,
-    slice_of,
-)
+from ffebm_compiler.runtime.operators import Convolution, Operator, Wiring, slice_of
 
-__all__ = ["adjoint_nodes", "apply_nodes"]
+__all__ = [
+    "Weights",
+    "check_conv",
+    "concat_adjoint",
+    "conv_adjoint",
+    "conv_settings",
+    "linear",
+    "unbroadcast",
+    "wiring_nodes",
+]
 
 Weights = Sequence[str | None]
+"""Names of an operator's weights; None where it has none in that place."""
 
 
-def apply_nodes(
-    writer: Writer, operator: Operator, values: Sequence[str], weights: Weights, shapes: Sequence[Shape], result: Shape
-) -> str:
-    """A x + b.
-
-    Args:
-        writer: where the nodes go.
-        operator: the operator.
-        values: names of its operands.
-        weights: names of its weights.
-        shapes: shapes of its operands.
-        result: shape of its result.
-
-    Raises:
-        ExportError: for an operator that has no ONNX form here.
-    """
-    if isinstance(operator, Linear):
-        return _linear(writer, values[0], weights, shapes[0])
-    if isinstance(operator, Convolution):
-        _check_conv(operator, shapes[0])
-        kind = "ConvTranspose" if operator.transposed else "Conv"
-        extra: dict[str, Any] = {"output_padding": list(operator.output_padding)} if operator.transposed else {}
-        operands = [values[0], str(weights[0]), *([weights[1]] if weights[1] else [])]
-        return writer.op(kind, *operands, **_conv_settings(operator), **extra)
-    if isinstance(operator, Contraction):
-        return writer.op("Einsum", values[0], str(weights[0]), equation=operator.equation)
-    if isinstance(operator, Sum):
-        terms = [writer.scaled(value, factor) for value, factor in zip(values, operator.factors, strict=True)]
-        total = writer.added(terms)
-        return writer.op("Add", total, writer.number(operator.constant)) if operator.constant else total
-    if isinstance(operator, Scale):
-        return writer.scaled(values[0], operator.factor)
-    if isinstance(operator, Gain):
-        return writer.op("Mul", values[0], str(weights[0]))
-    if isinstance(operator, Mask):
-        return values[0]
-    if isinstance(operator, Concat):
-        return writer.op("Concat", *values, axis=operator.dim % len(result))
-    if isinstance(operator, Permute):
-        return writer.op("Transpose", values[0], perm=[dim % len(result) for dim in operator.dims])
-    if isinstance(operator, Reshape):
-        return writer.reshaped(values[0], shapes[0], result)
-    return _wiring(operator)[0](writer, operator, values[0], shapes[0], result)
-
-
-def adjoint_nodes(
-    writer: Writer,
-    operator: Operator,
-    cotangent: str,
-    weights: Weights,
-    shapes: Sequence[Shape],
-    result: Shape,
-    needed: Sequence[bool],
-) -> list[str | None]:
-    """Aᵀ p for each operand that is needed; arguments and errors as of `apply_nodes`."""
-    if isinstance(operator, Linear):
-        return [writer.op("MatMul", cotangent, str(weights[0]))]
-    if isinstance(operator, Convolution):
-        return [_conv_adjoint(writer, operator, cotangent, str(weights[0]), shapes[0], result)]
-    if isinstance(operator, Contraction):
-        return [writer.op("Einsum", cotangent, str(weights[0]), equation=operator.adjoint_equation)]
-    if isinstance(operator, Sum):
-        return [
-            writer.scaled(_unbroadcast(writer, cotangent, result, shape), factor) if wanted else None
-            for factor, shape, wanted in zip(operator.factors, shapes, needed, strict=True)
-        ]
-    if isinstance(operator, Scale):
-        return [writer.scaled(cotangent, operator.factor)]
-    if isinstance(operator, Gain):
-        return [writer.op("Mul", cotangent, str(weights[0]))]
-    if isinstance(operator, Mask):
-        return [cotangent]
-    if isinstance(operator, Concat):
-        return _concat_adjoint(writer, operator.dim % len(result), cotangent, shapes, needed)
-    if isinstance(operator, Permute):
-        dims = [dim % len(result) for dim in operator.dims]
-        return [writer.op("Transpose", cotangent, perm=sorted(range(len(dims)), key=dims.__getitem__))]
-    if isinstance(operator, Reshape):
-        return [writer.reshaped(cotangent, result, shapes[0])]
-    return [_wiring(operator)[1](writer, operator, cotangent, shapes[0], result)]
-
-
-def _linear(writer: Writer, value: str, weights: Weights, shape: Shape) -> str:
+def linear(writer: Writer, value: str, weights: Weights, shape: Shape) -> str:
+    """x Wᵀ + b, as Gemm where x is a matrix."""
     bias = [weights[1]] if weights[1] else []
     if len(shape) == 2:
         return writer.op("Gemm", value, str(weights[0]), *bias, transB=1)
@@ -126,14 +40,20 @@ def _linear(writer: Writer, value: str, weights: Weights, shape: Shape) -> str:
     return writer.op("Add", product, *bias) if bias else product
 
 
-def _check_conv(operator: Convolution, shape: Shape) -> None:
+def check_conv(operator: Convolution, shape: Shape) -> None:
+    """Refuse a convolution of an input without a batch dimension.
+
+    Raises:
+        ExportError: with the shape.
+    """
     if len(shape) != len(operator.stride) + 2:
         raise ExportError(
             f"a convolution of an input without a batch dimension, {shape}, has no ONNX form: unsqueeze it"
         )
 
 
-def _conv_settings(operator: Convolution) -> dict[str, Any]:
+def conv_settings(operator: Convolution) -> dict[str, Any]:
+    """The attributes of Conv and ConvTranspose."""
     return {
         "strides": list(operator.stride),
         "pads": [*operator.padding, *operator.padding],
@@ -142,12 +62,13 @@ def _conv_settings(operator: Convolution) -> dict[str, Any]:
     }
 
 
-def _conv_adjoint(
+def conv_adjoint(
     writer: Writer, operator: Convolution, cotangent: str, weight: str, shape: Shape, result: Shape
 ) -> str:
-    _check_conv(operator, shape)
+    """The transpose of a convolution."""
+    check_conv(operator, shape)
     if operator.transposed:  # its weight is already that of the convolution that it transposes
-        return writer.op("Conv", cotangent, weight, **_conv_settings(operator))
+        return writer.op("Conv", cotangent, weight, **conv_settings(operator))
     kernel = writer.kernel_of(weight)
     extra = []
     for before, after, size, stride, padding, dilation in zip(
@@ -156,10 +77,10 @@ def _conv_adjoint(
         if isinstance(before, Free) or isinstance(after, Free):
             raise ExportError("the image size of a convolution in an energy block is free: fix all sizes but the batch")
         extra.append(before - ((after - 1) * stride - 2 * padding + dilation * (size - 1) + 1))
-    return writer.op("ConvTranspose", cotangent, weight, **_conv_settings(operator), output_padding=extra)
+    return writer.op("ConvTranspose", cotangent, weight, **conv_settings(operator), output_padding=extra)
 
 
-def _unbroadcast(writer: Writer, value: str, shape: Shape, target: Shape) -> str:
+def unbroadcast(writer: Writer, value: str, shape: Shape, target: Shape) -> str:
     """The sum over what was broadcast from `target` to `shape`."""
     if shape == target:
         return value
@@ -170,9 +91,10 @@ def _unbroadcast(writer: Writer, value: str, shape: Shape, target: Shape) -> str
     return writer.op("Squeeze", summed, writer.ints(range(missing))) if missing else summed
 
 
-def _concat_adjoint(
+def concat_adjoint(
     writer: Writer, dim: int, cotangent: str, shapes: Sequence[Shape], needed: Sequence[bool]
 ) -> list[str | None]:
+    """The pieces of a cotangent."""
     pieces: list[str | None] = []
     start = 0
     for shape, wanted in zip(shapes, needed, strict=True):
@@ -266,7 +188,12 @@ _WIRING: Mapping[object, tuple[_Nodes, _Nodes]] = {
 }
 
 
-def _wiring(operator: Operator) -> tuple[_Nodes, _Nodes]:
+def wiring_nodes(operator: Operator) -> tuple[_Nodes, _Nodes]:
+    """How a wiring operator is applied and transposed.
+
+    Raises:
+        ExportError: for one that has no form here.
+    """
     if isinstance(operator, Wiring):
         if operator.function in _WIRING:
             return _WIRING[operator.function]

@@ -274,6 +274,8 @@ class Program:
     """Paths of the modules whose batch norm is folded, which stays as in eval mode."""
     notes: list[str] = field(default_factory=list)
     """What the person should know: one sentence each."""
+    operations: OperationGraph | None = None
+    """The dynamic operations with their sizes, once `annotate` has been."""
 
     @property
     def graph(self) -> fx.Graph:

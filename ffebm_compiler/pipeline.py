@@ -34,7 +34,7 @@ from ffebm_compiler.passes.recurrent import recurrent
 from ffebm_compiler.passes.split_large import split_large
 from ffebm_compiler.plan_data import PlanOptions
 
-__all__ = ["annotated_program", "captured_program", "passes_for"]
+__all__ = ["annotated_program", "passes_for"]
 
 
 def in_each_mode(step: Pass | Callable[[Program], Program]) -> Pass:
@@ -51,8 +51,21 @@ def in_each_mode(step: Pass | Callable[[Program], Program]) -> Pass:
     return Pass(both, promises)
 
 
-def passes_for(options: PlanOptions) -> list[Pass | Callable[[Program], Program]]:
-    """The passes between capture and annotate, in order."""
+def annotated(options: PlanOptions, hardware: Hardware) -> Callable[[Program], Program]:
+    """The last step: roles and operations, with layers larger than a core split."""
+
+    @functools.wraps(split_large)
+    def step(program: Program) -> Program:
+        program.operations = annotate(program)
+        if split_large(program, program.operations, hardware, options.force_digital):
+            program.operations = annotate(program)
+        return program
+
+    return step
+
+
+def passes_for(options: PlanOptions, hardware: Hardware) -> list[Pass | Callable[[Program], Program]]:
+    """All passes between capture and partition, in order."""
     return [
         in_each_mode(inline_regions),
         in_each_mode(expand_vmap),
@@ -69,21 +82,8 @@ def passes_for(options: PlanOptions) -> list[Pass | Callable[[Program], Program]
         contractions,
         recognise_activations,
         *([fold_batchnorm] if options.fold_batchnorm else []),
+        annotated(options, hardware),
     ]
-
-
-def captured_program(
-    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], options: PlanOptions, shapes: Any
-) -> Program:
-    """The program that a plan is made of: captured, with every pass before annotation done."""
-    program = capture(model, args, kwargs, shapes)
-    verify(program)
-    promises: list[Promise] = []
-    for step in passes_for(options):
-        program = step(program)
-        promises += step.promises if isinstance(step, Pass) else ()
-        verify(program, promises)
-    return program
 
 
 def annotated_program(
@@ -94,10 +94,13 @@ def annotated_program(
     shapes: Any,
     hardware: Hardware,
 ) -> tuple[Program, OperationGraph]:
-    """The program that a plan is made of, and its operations; layers larger than a core are split by then."""
-    program = captured_program(model, args, kwargs, options, shapes)
-    graph = annotate(program)
-    if split_large(program, graph, hardware, options.force_digital):
-        verify(program)
-        graph = annotate(program)
-    return program, graph
+    """The program that a plan is made of, and its operations."""
+    program = capture(model, args, kwargs, shapes)
+    verify(program)
+    promises: list[Promise] = []
+    for step in passes_for(options, hardware):
+        program = step(program)
+        promises += step.promises if isinstance(step, Pass) else ()
+        verify(program, promises)
+    assert program.operations is not None
+    return program, program.operations

@@ -11,9 +11,10 @@ from networks import noise, seeded
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import FFEBMError
+from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.ir import Pass, Program, verify
 from ffebm_compiler.passes.capture import capture
-from ffebm_compiler.pipeline import captured_program, passes_for
+from ffebm_compiler.pipeline import annotated_program, passes_for
 from ffebm_compiler.plan_data import PlanOptions
 
 aten = torch.ops.aten
@@ -29,11 +30,12 @@ class Net(nn.Module):
 
 
 def program() -> Program:
-    return captured_program(seeded(Net), (noise(2, 3, 6),), {}, PlanOptions(), "batch")
+    made, _ = annotated_program(seeded(Net), (noise(2, 3, 6),), {}, PlanOptions(), "batch", Hardware())
+    return made
 
 
 def promised() -> list[Pass]:
-    return [step for step in passes_for(PlanOptions()) if isinstance(step, Pass)]
+    return [step for step in passes_for(PlanOptions(), Hardware()) if isinstance(step, Pass)]
 
 
 def broken(change: Callable[[Program, fx.Node], None]) -> str:

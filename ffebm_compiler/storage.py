@@ -84,6 +84,11 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
                 f"{name!r} of the state is a {type(value).__name__}, which cannot be stored without pickle: let "
                 "get_extra_state return a tensor, or write hybrid.state_dict() with torch.save"
             )
+        if value.layout is not torch.strided:
+            raise ExportError(
+                f"{name!r} of the state is a tensor of layout {value.layout}, which safetensors does not hold: keep it "
+                "dense, or write hybrid.state_dict() with torch.save"
+            )
     with whole_folder(target, failure="the hybrid cannot be saved") as fresh:
         fresh.write("hybrid.json", text + "\n")
         fresh.write("plan.json", json.dumps(hybrid.plan.to_dict(), indent=1) + "\n")

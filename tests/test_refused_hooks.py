@@ -269,3 +269,18 @@ def test_extra_state_that_is_no_tensor_is_refused_by_name_where_it_cannot_be_sto
     torch.save(hybrid.state_dict(), file)
     file.seek(0)
     hybrid.load_state_dict(torch.load(file, weights_only=False))
+
+
+class Masked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("mask", torch.eye(8).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.mask, super().forward(x).t()).t()
+
+
+def test_a_sparse_buffer_is_refused_by_name_where_it_cannot_be_stored(tmp_path) -> None:
+    hybrid = ffebm.convert(nn.Sequential(Masked()), torch.randn(5, 8))
+    with pytest.raises(ffebm.ExportError, match=r"'0\.mask' of the state is a tensor of layout torch\.sparse_coo"):
+        hybrid.save(tmp_path / "hybrid")

@@ -166,6 +166,9 @@ class PlanData:
             return (
                 f"analog, {placement.block}: {placement.reason}" if placement.block else f"digital: {placement.reason}"
             )
+        reading = [op for op in self.graph.operations if path in op.weights]
+        if reading:  # of one dimension: a bias, the weight of a norm
+            return "; ".join(dict.fromkeys(self._explain_operation(op) for op in reading))
         if path not in self.modules:
             close = difflib.get_close_matches(path, [*self.modules, *self.weights], n=3)
             hint = (

@@ -161,6 +161,7 @@ def test_parameters_that_are_not_multiplied_say_so() -> None:
         ("head", "analog and digital: 4 operations in digital_1, block_2"),
         ("", "analog and digital: 12 operations in block_1, digital_1, block_2"),
         ("head.3.weight", "analog, block_2: the weight of head.3 in block_2"),
+        ("head.3.bias", "analog, block_2: linear of 8x3, settles with 1 other layer"),
         ("scale", "digital: no operation that the output depends on reads it"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import FFEBMError, UnsupportedError
@@ -82,6 +83,12 @@ def _compare(
                     "forward asks torch.is_grad_enabled or a tensor's requires_grad), but a hybrid computes the same: "
                     "let a setting or the training flag decide instead"
                 )
+            if not error <= limit and _asks_for_types(wanted, source, state, args, kwargs):
+                raise UnsupportedError(
+                    f"in {_name(training)} mode the source computes something else for tensors of another class (its "
+                    "forward asks for the exact type of a tensor, which is another while it is captured): ask "
+                    "isinstance(x, torch.Tensor) instead"
+                )
             # Where round-off alone does as much, the comparison says nothing.
             if not error <= limit and not error <= _ALLOWED * _sensitivity(source, args, kwargs):
                 raise FFEBMError(
@@ -148,6 +155,29 @@ def _agree_with_gradients(
         return False
     error, limit = _deviation(found, wanted)
     return error <= limit
+
+
+class _OfAnotherClass(Tensor):
+    """A tensor that is one in all but its type."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OfAnotherClass:
+        """A copy of the same class."""
+        return self.as_subclass(Tensor).clone().as_subclass(_OfAnotherClass)
+
+
+def _asks_for_types(
+    wanted: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the source's outputs are others for inputs of a subclass of `torch.Tensor`."""
+    given = pytree.tree_map_only(Tensor, lambda value: value.as_subclass(_OfAnotherClass), (args, dict(kwargs)))
+    try:
+        found = [
+            leaf.as_subclass(Tensor) if isinstance(leaf, Tensor) else leaf for leaf in _of_source(source, state, *given)
+        ]
+    except Exception:  # it does not run on such tensors
+        return False
+    error, limit = _deviation(found, wanted) if len(found) == len(wanted) else (1.0, 0.0)
+    return not error <= limit
 
 
 def _of_source(source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

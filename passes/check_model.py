@@ -16,6 +16,8 @@ from ffebm_compiler.errors import InputError, UnsupportedError
 
 __all__ = ["check_finite", "check_model"]
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def check_model(model: object) -> None:
     """Refuse what is no ordinary eager module, with a sentence that helps."""
@@ -35,6 +37,11 @@ def check_model(model: object) -> None:
             )
         if tensor.is_meta:
             raise InputError(f"parameter {name!r} is on the meta device: load the weights before converting")
+        if tensor.layout in _COMPRESSED:
+            raise InputError(
+                f"{name!r} is a sparse tensor of layout {tensor.layout}, which torch.export cannot trace: register it "
+                "as to_sparse_coo(), or dense"
+            )
         if tensor.is_quantized:
             raise InputError(f"parameter {name!r} is quantised: pass the float model; `Hardware` has the bits")
     for kind in ("forward", "forward_pre", "backward", "backward_pre"):

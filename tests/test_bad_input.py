@@ -549,3 +549,15 @@ def test_every_error_is_an_ffebm_error() -> None:
     kinds = [getattr(errors, name) for name in errors.__all__]
     assert all(issubclass(kind, ffebm.FFEBMError | ffebm.FFEBMWarning) for kind in kinds)
     assert all(getattr(ffebm, name) is getattr(errors, name) for name in errors.__all__)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc])
+def test_compressed_sparse_buffers_are_refused_by_name(layout: torch.layout) -> None:
+    model = nn.Linear(4, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a beta feature
+        model.register_buffer("graph", torch.eye(4).to_sparse(layout=layout))
+    with pytest.raises(
+        ffebm.InputError, match=r"'graph' is a sparse tensor of layout torch.sparse_cs[rc].*to_sparse_coo\(\)"
+    ):
+        ffebm.convert(model, noise(3, 4))

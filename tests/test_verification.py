@@ -57,3 +57,19 @@ class AsksForGradients(nn.Module):
 def test_a_source_that_computes_something_else_without_gradients_is_refused() -> None:
     with pytest.raises(ffebm.UnsupportedError, match=r"in eval mode the source computes something else where no grad"):
         ffebm.convert(AsksForGradients(), noise(5, 8))
+
+
+class AsksForTheType(nn.Module):
+    """Computes something else for a subclass of `torch.Tensor`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if type(x) is Tensor else 2 * self.layer(x)
+
+
+def test_a_source_that_asks_for_the_exact_type_of_a_tensor_is_refused_as_that() -> None:
+    with pytest.raises(ffebm.UnsupportedError, match=r"in eval mode .* tensors of another class .*isinstance"):
+        ffebm.convert(AsksForTheType(), noise(5, 8))

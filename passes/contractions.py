@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import Program
+from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.passes.products import Products, Term, shape_of
 
 __all__ = ["contractions"]
@@ -39,7 +40,7 @@ def contractions(program: Program) -> Program:
         if result is not None:
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
-    program.graph.lint()
+    erase_dead(program)  # what a product read is not read where it was copied or reshaped for it alone
     return program
 
 

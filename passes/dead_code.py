@@ -16,7 +16,7 @@ from torch import fx
 from ffebm_compiler.ir import Program, ensures
 from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
 
-__all__ = ["dead_code", "for_effects_alone"]
+__all__ = ["dead_code", "erase_dead", "for_effects_alone"]
 
 
 def _is_dead(program: Program, node: fx.Node) -> bool:
@@ -25,7 +25,13 @@ def _is_dead(program: Program, node: fx.Node) -> bool:
 
 @ensures("is read by nothing and does nothing", _is_dead)
 def dead_code(program: Program) -> Program:
-    """Erase what nothing reads, from the end of the graph to its beginning."""
+    """Erase what nothing reads."""
+    erase_dead(program)
+    return program
+
+
+def erase_dead(program: Program) -> None:
+    """Erase what nothing reads, from the end of the graph to its beginning; for passes that leave such operations."""
     for node in reversed(list(program.graph.nodes)):
         if not _is_dead(program, node):
             continue
@@ -33,7 +39,6 @@ def dead_code(program: Program) -> Program:
         if node.op == "call_module":
             program.graph_module.delete_submodule(str(node.target))
     program.graph.lint()
-    return program
 
 
 def for_effects_alone(program: Program) -> set[fx.Node]:

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.runtime.feedforward import ReboundBatchNorm
 
 __all__ = ["fold_batchnorm"]
@@ -51,7 +52,7 @@ def fold_batchnorm(program: Program) -> Program:
             f"{folded} batch norms are folded into the layer before them: their running statistics are frozen, "
             "in train mode too"
         )
-    program.graph.lint()
+    erase_dead(program)
     return program
 
 

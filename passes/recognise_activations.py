@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ffebm_compiler.ir import Program
+from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.runtime.activations import quick_gelu
 
 __all__ = ["recognise_activations"]
@@ -81,7 +82,7 @@ def recognise_activations(program: Program) -> Program:
         for member in cone:  # from the result back to the source
             if not member.users:
                 graph.erase_node(member)
-    graph.lint()
+    erase_dead(program)
     return program
 
 

@@ -22,6 +22,7 @@ from torch import fx
 from ffebm_compiler.hardware import Hardware
 from ffebm_compiler.hardware_layers import matches
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
+from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.passes.dialect import WEIGHTS
 from ffebm_compiler.passes.partition import too_large
 from ffebm_compiler.runtime.contraction import letters_of
@@ -86,7 +87,7 @@ def split_large(program: Program, graph: OperationGraph, hardware: Hardware, kee
         )
         changed = True
     if changed:
-        program.graph.lint()
+        erase_dead(program)
     return changed
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from zoo_models import SMALL, Case
 from zoo_models import TORCHVISION as SIZES
 from zoo_models import TRANSFORMERS as ZOO
-from zoo_models import Case
 
 _TIMM = """
     test_byobnet test_convnext test_convnext2 test_convnext3 test_efficientnet test_mambaout test_nfnet test_resnet
@@ -134,22 +134,14 @@ def _mask() -> torch.Tensor:
 
 
 _GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-_BERT = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 32,
-}
 _T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
 
 TRANSFORMERS: dict[str, Callable[[], Case]] = {
     **ZOO,
     "gpt2 cache": _transformers("GPT2LMHeadModel", "GPT2Config", _GPT2, input_ids=_tokens),
-    "bert mask": _transformers("BertModel", "BertConfig", _BERT, input_ids=_tokens, attention_mask=_mask),
-    "bert labels": _transformers("BertForMaskedLM", "BertConfig", _BERT, input_ids=_tokens, labels=_tokens),
-    "llama cache": _transformers("LlamaForCausalLM", "LlamaConfig", _BERT, input_ids=_tokens, attention_mask=_mask),
+    "bert mask": _transformers("BertModel", "BertConfig", SMALL, input_ids=_tokens, attention_mask=_mask),
+    "bert labels": _transformers("BertForMaskedLM", "BertConfig", SMALL, input_ids=_tokens, labels=_tokens),
+    "llama cache": _transformers("LlamaForCausalLM", "LlamaConfig", SMALL, input_ids=_tokens, attention_mask=_mask),
     "t5": _transformers("T5ForConditionalGeneration", "T5Config", _T5, input_ids=_tokens, decoder_input_ids=_tokens),
 }
 TIMM: dict[str, Callable[[], Case]] = {name: _timm(name) for name in _TIMM.split()}

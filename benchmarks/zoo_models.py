@@ -133,7 +133,7 @@ def load_torchvision() -> None:
         load_torchvision.library = library  # type: ignore[attr-defined]
 
 
-_SMALL = {
+SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -176,18 +176,18 @@ _VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
-_DECODER = _SMALL | {"use_cache": False}
+_DECODER = SMALL | {"use_cache": False}
 
 TRANSFORMERS: dict[str, Callable[[], Case]] = {
-    "bert": _text("BertForSequenceClassification", "BertConfig", _SMALL),
-    "roberta": _text("RobertaModel", "RobertaConfig", _SMALL | {"max_position_embeddings": 40}),
+    "bert": _text("BertForSequenceClassification", "BertConfig", SMALL),
+    "roberta": _text("RobertaModel", "RobertaConfig", SMALL | {"max_position_embeddings": 40}),
     "distilbert": _text(
         "DistilBertModel",
         "DistilBertConfig",
         {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 32},
     ),
-    "albert": _text("AlbertModel", "AlbertConfig", _SMALL | {"embedding_size": 16}),
-    "electra": _text("ElectraModel", "ElectraConfig", _SMALL | {"embedding_size": 16}),
+    "albert": _text("AlbertModel", "AlbertConfig", SMALL | {"embedding_size": 16}),
+    "electra": _text("ElectraModel", "ElectraConfig", SMALL | {"embedding_size": 16}),
     "gpt2": _text(
         "GPT2LMHeadModel",
         "GPT2Config",

@@ -101,7 +101,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
 
 
 def _with_tensors(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inverse of the two above."""
+    """A state with its tensors: the inverse of what `storage` takes apart."""
     for key, value in tensors.items():
         block, edge, name = key.rsplit("/", 2)
         state["blocks"][block]["tracks"][edge][name] = value

@@ -50,8 +50,11 @@ class DrawnValues:
 
     def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Note a result that was computed from random numbers and known values alone."""
+        draws = getattr(func, "__name__", "") in _DRAWS
+        if not draws and not self._drawn:
+            return
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         random = [operand for operand in operands if id(operand) in self._drawn]
         follows = bool(random) and all(id(operand) in self._drawn or self._knows(operand) for operand in operands)
-        if follows or getattr(func, "__name__", "") in _DRAWS:
+        if follows or draws:
             self._drawn |= {id(leaf): leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}

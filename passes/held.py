@@ -22,12 +22,12 @@ _DEPTH, _ITEMS = 4, 1000
 """What is deeper, or behind so many items, is data and no state of a forward."""
 _PLAIN = (str, bytes, int, float, complex, type(None), Tensor)
 _NO_OBJECTS = (Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
-_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that are not torch's."""
-    return {key: value for key, value in vars(module).items() if key not in _OF_TORCH and key != "training"}
+    return {key: value for key, value in vars(module).items() if key not in _OF_TORCH}
 
 
 def content_of(container: Any) -> Any:

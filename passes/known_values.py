@@ -121,9 +121,7 @@ class KnownValues:
             self._rewrite(func, args, kwargs)
             return
         known = [self._of(tensor) for tensor in _tensors(args, kwargs)]
-        if not all(known) or _symbolic(args, kwargs):
-            return
-        if not known and func not in _FACTORIES:
+        if not all(known) or (not known and func not in _FACTORIES) or _symbolic(args, kwargs):
             return
         try:
             value = self._compute(func, args, kwargs)

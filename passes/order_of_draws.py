@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ffebm_compiler.errors import PlanError
 from ffebm_compiler.ir import OperationGraph, Program
-from ffebm_compiler.passes.partition import quotient_order
+from ffebm_compiler.passes.partition import order_with_draws
 from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundDropout
 from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
 
@@ -54,11 +53,5 @@ def in_order_of_draws(graph: OperationGraph, groups: Sequence[Sequence[str]]) ->
     Raises:
         PlanError: where the groups form a cycle.
     """
-    try:
-        return Order(_indices(quotient_order(graph, groups, draws=True)), kept=True)
-    except PlanError:  # a plan edited by hand, where no order draws as the source does
-        return Order(_indices(quotient_order(graph, groups)), kept=False)
-
-
-def _indices(order: Sequence[str | int]) -> tuple[int, ...]:
-    return tuple(place for place in order if isinstance(place, int))
+    order, kept = order_with_draws(graph, groups)
+    return Order(tuple(place for place in order if isinstance(place, int)), kept)

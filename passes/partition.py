@@ -36,6 +36,7 @@ __all__ = [
     "conversions",
     "core_homes",
     "digital_parts",
+    "order_with_draws",
     "pack_cores",
     "partition",
     "quotient_order",
@@ -232,14 +233,24 @@ def quotient_order(
     return order
 
 
+def order_with_draws(graph: OperationGraph, blocks: Sequence[Sequence[str]]) -> tuple[list[str | int], bool]:
+    """`quotient_order` with random numbers drawn as in the source, and whether there is such an order.
+
+    Raises:
+        PlanError: where the blocks form a cycle, whatever is drawn when.
+    """
+    try:
+        return quotient_order(graph, blocks, draws=True), True
+    except PlanError:  # a plan edited by hand: its blocks draw in an order of their own
+        return quotient_order(graph, blocks), False
+
+
 def digital_parts(graph: OperationGraph, blocks: list[list[str]]) -> list[list[str]]:
     """Digital operations in as few parts as the order of the blocks, and of random draws, allows."""
     home = {name: index for index, block in enumerate(blocks) for name in block}
     level: dict[str | int, int] = {}
-    try:
-        order, needs = quotient_order(graph, blocks, draws=True), graph.needs(draws=True)
-    except PlanError:  # a plan edited by hand: its blocks draw in an order of their own
-        order, needs = quotient_order(graph, blocks), graph.needs(draws=False)
+    order, kept = order_with_draws(graph, blocks)
+    needs = graph.needs(kept)
     for place in order:
         names = blocks[place] if isinstance(place, int) else [place]
         depth = 0

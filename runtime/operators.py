@@ -23,6 +23,7 @@ from torch import Tensor
 from ffebm_compiler.runtime.pointwise import faulty, thinned
 
 __all__ = [
+    "ByValue",
     "Concat",
     "Convolution",
     "Gain",
@@ -260,8 +261,22 @@ class Sum(Operator):
         return result
 
 
+class ByValue(Operator):
+    """y = f ⊙ x with a factor for each value: its linear part and the transpose of that are the product itself."""
+
+    def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
+        """The product."""
+        return self.apply([_given(values[0])], weights)
+
+    def adjoint(
+        self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The product."""
+        return [self.apply([cotangent], weights)]
+
+
 @dataclass(frozen=True)
-class Scale(Operator):
+class Scale(ByValue):
     """y = f x."""
 
     factor: float
@@ -274,34 +289,14 @@ class Scale(Operator):
         """The product."""
         return values[0] * self.factor
 
-    def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
-        """The product."""
-        return _given(values[0]) * self.factor
-
-    def adjoint(
-        self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """The product."""
-        return [cotangent * self.factor]
-
 
 @dataclass(frozen=True)
-class Gain(Operator):
+class Gain(ByValue):
     """y = g ⊙ x, a gain for each value; g broadcasts to the shape of x (layer scale)."""
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """The product."""
         return values[0] * _given(weights[0])
-
-    def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
-        """The product."""
-        return _given(values[0]) * _given(weights[0])
-
-    def adjoint(
-        self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """The product."""
-        return [cotangent * _given(weights[0])]
 
     def weight_gradients(
         self,
@@ -400,7 +395,7 @@ class Permute(Operator):
 
 
 @dataclass(frozen=True)
-class Mask(Operator):
+class Mask(ByValue):
     """Dropout inside a block: y = m ⊙ x with m drawn once a forward and held while the block settles."""
 
     source: Any
@@ -415,16 +410,6 @@ class Mask(Operator):
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """m ⊙ x."""
         return values[0] if weights[0] is None else values[0] * weights[0]
-
-    def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
-        """m ⊙ x."""
-        return self.apply([_given(values[0])], weights)
-
-    def adjoint(
-        self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """m ⊙ p."""
-        return [self.apply([cotangent], weights)]
 
     def gain(self, certain: float) -> float:
         """1/(1 − p): what a mask can add to the norm in train mode."""

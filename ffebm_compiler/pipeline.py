@@ -6,7 +6,6 @@ Each step takes a program and returns it changed; `ir.verify` checks the grammar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -37,21 +36,20 @@ from ffebm_compiler.plan_data import PlanOptions
 __all__ = ["annotated_program", "passes_for"]
 
 
-def in_each_mode(step: Pass | Callable[[Program], Program]) -> Pass:
+def in_each_mode(step: Pass) -> Pass:
     """A pass over the capture in eval mode and, where there is one, over that in train mode."""
-    promises = step.promises if isinstance(step, Pass) else ()
 
-    @functools.wraps(step.run if isinstance(step, Pass) else step)
+    @functools.wraps(step.run)
     def both(program: Program) -> Program:
         if program.training is not None:
             program.training = step(program.training)
-            verify(program.training, promises)
+            verify(program.training, step.promises)
         return step(program)
 
-    return Pass(both, promises)
+    return Pass(both, step.promises)
 
 
-def annotated(options: PlanOptions, hardware: Hardware) -> Callable[[Program], Program]:
+def annotated(options: PlanOptions, hardware: Hardware) -> Pass:
     """The last step: roles and operations, with layers larger than a core split."""
 
     @functools.wraps(split_large)
@@ -61,10 +59,10 @@ def annotated(options: PlanOptions, hardware: Hardware) -> Callable[[Program], P
             program.operations = annotate(program)
         return program
 
-    return step
+    return Pass(step)
 
 
-def passes_for(options: PlanOptions, hardware: Hardware) -> list[Pass | Callable[[Program], Program]]:
+def passes_for(options: PlanOptions, hardware: Hardware) -> list[Pass]:
     """All passes between capture and partition, in order."""
     return [
         in_each_mode(inline_regions),
@@ -100,7 +98,7 @@ def annotated_program(
     promises: list[Promise] = []
     for step in passes_for(options, hardware):
         program = step(program)
-        promises += step.promises if isinstance(step, Pass) else ()
+        promises += step.promises
         verify(program, promises)
     assert program.operations is not None
     return program, program.operations

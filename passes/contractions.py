@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.passes.products import Products, Term, shape_of
 
@@ -27,6 +27,7 @@ __all__ = ["contractions"]
 aten = torch.ops.aten
 
 
+@Pass
 def contractions(program: Program) -> Program:
     """Rewrite every product of an activation with a weight that is not in the table of layers yet."""
     products = Products(program)

@@ -26,7 +26,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook, Slot
 
 __all__ = ["KeptFunctions", "custom_functions", "keep_custom_functions"]
@@ -173,6 +173,7 @@ def _no_backward(*_: Any) -> Any:
     raise AssertionError("a recorded function is never differentiated while it is traced")
 
 
+@Pass
 def custom_functions(program: Program) -> Program:
     """Put the source's functions and hooks in the place of their records."""
     if program.functions is None:

@@ -17,7 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.inline_regions import AUTOCAST, Autocast
 from ffebm_compiler.runtime.casts import autocast_to, under_autocast
 
@@ -26,6 +26,7 @@ __all__ = ["explicit_casts"]
 aten = torch.ops.aten
 
 
+@Pass
 def explicit_casts(program: Program) -> Program:
     """Write the casts of every operation in an autocast region; drop recorded checks of dtypes."""
     graph = program.graph

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.ir import Pass, Program, module_path
 from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.runtime.feedforward import ReboundBatchNorm
 
@@ -30,6 +30,7 @@ _CONVS = (
 )
 
 
+@Pass
 def fold_batchnorm(program: Program) -> Program:
     """Fold every batch norm that follows a convolution or a linear of its own."""
     folded = 0

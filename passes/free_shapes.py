@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Pass, Program
 
 __all__ = ["free_shapes"]
 
@@ -25,6 +25,7 @@ _VIEWS = (
 )
 
 
+@Pass
 def free_shapes(program: Program) -> Program:
     """Hoist shape reads to the inputs and write -1 where one size of a view is computed."""
     graph = program.graph

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import fx, nn
 
-from ffebm_compiler.ir import Program, module_path
+from ffebm_compiler.ir import Pass, Program, module_path
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.align_modes import FLAGS, align, is_size, operands
 from ffebm_compiler.passes.mode_parts import Piece, Side, is_effect, is_write, pieces_of, tensors_read
@@ -31,6 +31,7 @@ TRAINING = "ffebm_training"
 Value = tuple[fx.Node | None, fx.Node | None]
 
 
+@Pass
 def merge_modes(program: Program) -> Program:
     """Take the capture in train mode, `program.training`, into the graph."""
     training, program.training = program.training, None

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.exported_program import place_of
 from ffebm_compiler.passes.source_line import source_line
 from ffebm_compiler.passes.training_mask import OF_SHAPE
@@ -25,6 +25,7 @@ from ffebm_compiler.runtime.in_place import written_without_gradient
 __all__ = ["outside_parameters"]
 
 
+@Pass
 def outside_parameters(program: Program) -> Program:
     """Refuse a constant through which a gradient would reach a tensor that the hybrid does not have.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.runtime.activations import quick_gelu
 
@@ -65,6 +65,7 @@ _LARGEST = 16
 """Operations in a cone at the most."""
 
 
+@Pass
 def recognise_activations(program: Program) -> Program:
     """Replace every cone that computes a known activation, largest cones first."""
     graph = program.graph

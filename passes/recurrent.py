@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ffebm_compiler.ir import Program
+from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.emit import emit_like
 
 __all__ = ["recurrent"]
@@ -31,6 +31,7 @@ _MOST = 64
 States = tuple[fx.Node, ...]
 
 
+@Pass
 def recurrent(program: Program) -> Program:
     """Take every recurrent cell and layer apart."""
     for node in list(program.graph.nodes):

@@ -10,7 +10,6 @@ import networkx
 import pytest
 
 from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.ir import Pass
 from ffebm_compiler.pipeline import passes_for
 from ffebm_compiler.plan_data import PlanOptions
 
@@ -90,10 +89,7 @@ def test_long_files_have_a_reason() -> None:
 
 
 def test_every_pass_has_a_test_file_of_its_name() -> None:
-    made = [
-        step.run if isinstance(step, Pass) else step
-        for step in passes_for(PlanOptions(fold_batchnorm=True), Hardware())
-    ]
+    made = [step.run for step in passes_for(PlanOptions(fold_batchnorm=True), Hardware())]
     names = {getattr(step, "__wrapped__", step).__name__ for step in made}
     assert len(names) == len(made)
     for name in sorted({*names, "annotate", "partition", "lower", "lower_block"}):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from training_step import MLPStack, ResidualCNN, step
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 
 
 class NormalisedCNN(nn.Module):

@@ -41,7 +41,7 @@ from measuring import Contestant, add_options, measure, prepare, relate, show, s
 from peers import DCHN, MARK, SWEEPS, Block, plain_step, public_step, torchdeq_output
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 
 SIZES = {
     "cpu": {"batch": 16, "width": 0.25, "channels": 32, "side": 16},

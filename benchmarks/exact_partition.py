@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
 
 __all__ = ["optimum"]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
 
 BACKPROP = "backprop"
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.checks import ESTIMATORS
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.reports.checks import ESTIMATORS
 
 
 class Heterogeneous(nn.Module):

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from training_step import NETWORKS
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.hardware.fabric import Hardware
 
 WIDTHS = (64, 512, 1024)
 GROWTHS = (0.01, 0.03, 0.1)

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
 
 NOT_COUNTED = "Counted are convolutions and matrix products, not elementwise work nor the traffic to memory."
 

@@ -34,7 +34,7 @@ from zoo_models import MODELS
 
 import ffebm_compiler as ffebm
 import ffebm_compiler.onnx
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
 
 LIMIT = 1e-5
 ZOO = (

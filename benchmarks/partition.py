@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from exact_partition import optimum
 from partition_cases import chain, random_graph, random_hardware
 
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
-from ffebm_compiler.passes.partition import conversions, partition, tiles_of, too_large
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.passes.partition.decide import conversions, partition, tiles_of, too_large
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
 

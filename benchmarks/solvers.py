@@ -1,4 +1,4 @@
-"""Which solver is fastest at which loop gain: what the default choice (`runtime/solver_choice.py`) rests on.
+"""Which solver is fastest at which loop gain: what the default choice (`runtime/solvers/choice.py`) rests on.
 
     python benchmarks/solvers.py [--steps 5] [--network "DCHN*"] [--gradient ep] [--out benchmarks/results/solvers.json]
 
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from training_step import MLPStack, ResidualCNN
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.hardware.fabric import Hardware
 
 SOLVERS: dict[str, Any] = {
     "sweeps": ffebm.GaussSeidel(),

@@ -38,9 +38,9 @@ from trained_models import Job, MissingPackage, digits, efficientnet, faces, mni
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import ConvergenceWarning
+from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.passes.dialect import WIRING_KINDS
-from ffebm_compiler.whole_files import write_whole
 
 JOBS: dict[str, Callable[[bool], Job]] = {
     "mnist1d": mnist1d,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring import Contestant, add_options, measure, prepare, relate, show, step_memory, wanted, write
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 
 SIZES = {
     # Kernels that keep a core, or a GPU, busy, in steps of less than a second.

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import wild_models
 from wild_compare import compare
 
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
 
 VERDICTS = ("right", "refused", "raw", "wrong", "unusable")
 

@@ -16,7 +16,7 @@ from zoo_models import Case
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import FFEBMError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 
 ONE_LAYER = Hardware(layers_per_block=1)
 VALUES, GRADIENTS = 1e-4, 5e-3

@@ -34,10 +34,10 @@ from zoo_models import MODELS, load_torchvision
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import ConvergenceWarning
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.passes.dialect import WIRING_KINDS
-from ffebm_compiler.whole_files import write_whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},

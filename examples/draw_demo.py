@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.demo_models import DigitsCNN
+from ffebm_compiler.demo.models import DigitsCNN
 
 
 def main(folder: Path) -> None:

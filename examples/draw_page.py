@@ -20,9 +20,9 @@ from torch import nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
-from ffebm_compiler.demo_models import DigitsCNN
-from ffebm_compiler.passes.partition_compare import sweep
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.demo.models import DigitsCNN
+from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.passes.partition.compare import sweep
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 

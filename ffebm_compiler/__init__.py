@@ -6,7 +6,6 @@ hybrid = ffebm.convert(model, example_inputs)
 loss_fn(hybrid(x), y).backward()
 """
 
-from ffebm_compiler.checks import Comparison, GradientReport, check_gradients
 from ffebm_compiler.convert import convert, plan
 from ffebm_compiler.errors import (
     CaptureError,
@@ -22,14 +21,15 @@ from ffebm_compiler.errors import (
     PlanError,
     UnsupportedError,
 )
-from ffebm_compiler.hardware import Hardware, hardware_presets
+from ffebm_compiler.hardware.fabric import Hardware, hardware_presets
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.loading import load
 from ffebm_compiler.plan import Plan
-from ffebm_compiler.runtime.anderson import Anderson
-from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
-from ffebm_compiler.runtime.newton import NewtonCG
-from ffebm_compiler.runtime.solvers import GaussSeidel
+from ffebm_compiler.reports.checks import Comparison, GradientReport, check_gradients
+from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
+from ffebm_compiler.runtime.solvers.anderson import Anderson
+from ffebm_compiler.runtime.solvers.base import GaussSeidel
+from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
 __version__ = "0.1.0"
 

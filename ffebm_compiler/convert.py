@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, PlanError
-from ffebm_compiler.hardware import Hardware, resolve_hardware
+from ffebm_compiler.hardware.fabric import Hardware, resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.ir import OperationGraph, Program
 from ffebm_compiler.passes.containers import leaves_of
@@ -24,11 +24,11 @@ from ffebm_compiler.passes.planning import make_plan
 from ffebm_compiler.pipeline import annotated_program
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
 from ffebm_compiler.recast import Casts
+from ffebm_compiler.reports.verification import verify_feedforward
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
-from ffebm_compiler.runtime.gradients import Estimator, estimator_of
-from ffebm_compiler.runtime.solvers import Solver
-from ffebm_compiler.verification import verify_feedforward
+from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
+from ffebm_compiler.runtime.solvers.base import Solver
 
 __all__ = ["convert", "plan"]
 

@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ffebm_compiler.checked_json import AtLeast, Malformed, parse_json, short, typed
+from ffebm_compiler.files.checked_json import AtLeast, Malformed, parse_json, short, typed
 from ffebm_compiler.passes.containers import Form
 from ffebm_compiler.stored_containers import recipe_from, stored_recipe
 

@@ -16,9 +16,9 @@ from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.plan import Plan
 
 if TYPE_CHECKING:
-    from ffebm_compiler.checks import Comparison, GradientReport
-    from ffebm_compiler.costs_report import CostReport
-    from ffebm_compiler.diagnosis import Diagnosis
+    from ffebm_compiler.reports.checks import Comparison, GradientReport
+    from ffebm_compiler.reports.costs import CostReport
+    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = ["HybridModel"]
 
@@ -40,7 +40,7 @@ class HybridModel(HybridCore):
 
     def compare(self, *args: Any, **kwargs: Any) -> Comparison:
         """Deviation from the source network, per block and at the output, for given inputs."""
-        from ffebm_compiler.checks import compare
+        from ffebm_compiler.reports.checks import compare
 
         return compare(self, args, kwargs)
 
@@ -49,13 +49,13 @@ class HybridModel(HybridCore):
 
         `sweeps` is the number of sweeps recorded, whatever the tolerance.
         """
-        from ffebm_compiler.diagnosis import diagnose
+        from ffebm_compiler.reports.diagnosis import diagnose
 
         return diagnose(self, args, kwargs, sweeps)
 
     def summary(self) -> str:
         """The plan, and loop gain, sweeps, solver and estimator of every block, as text."""
-        from ffebm_compiler.text import summary_text
+        from ffebm_compiler.reports.text import summary_text
 
         return summary_text(self)
 
@@ -65,7 +65,7 @@ class HybridModel(HybridCore):
         Raises:
             HardwareError: where `costs` of the hardware names a constant that the model does not have.
         """
-        from ffebm_compiler.costs_report import cost_report_of
+        from ffebm_compiler.reports.costs import cost_report_of
 
         return cost_report_of(self)
 

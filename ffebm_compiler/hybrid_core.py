@@ -25,8 +25,8 @@ from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.base import Energy
-from ffebm_compiler.runtime.gradients import Estimator, estimator_of
-from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
+from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.source_view import bind_forward, separate_tied, without_bound_forward
 
 if TYPE_CHECKING:

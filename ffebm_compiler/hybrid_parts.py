@@ -24,7 +24,7 @@ from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
-from ffebm_compiler.runtime.feedforward import FeedforwardBlock, ReboundOperation
+from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock, ReboundOperation
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of, warn_of_captured
 from ffebm_compiler.written_state import names_of_written_state

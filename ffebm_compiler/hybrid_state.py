@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.anderson import Anderson
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
-from ffebm_compiler.runtime.estimator import Estimator
-from ffebm_compiler.runtime.gradients import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
-from ffebm_compiler.runtime.newton import NewtonCG
-from ffebm_compiler.runtime.solvers import GaussSeidel, Solver
+from ffebm_compiler.runtime.estimators.base import Estimator
+from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
+from ffebm_compiler.runtime.solvers.anderson import Anderson
+from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver
+from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts

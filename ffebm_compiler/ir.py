@@ -36,8 +36,8 @@ from typing import Annotated, Any
 import torch
 from torch import fx, nn
 
-from ffebm_compiler.checked_json import AtLeast, Malformed, typed
 from ffebm_compiler.errors import FFEBMError
+from ffebm_compiler.files.checked_json import AtLeast, Malformed, typed
 from ffebm_compiler.module_paths import module_at
 
 __all__ = [

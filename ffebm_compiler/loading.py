@@ -14,18 +14,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ffebm_compiler.checked_json import Malformed
 from ffebm_compiler.convert import convert
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.example_inputs import example_inputs
+from ffebm_compiler.files.checked_json import Malformed
+from ffebm_compiler.files.tensor_file import read_tensors
+from ffebm_compiler.files.whole_folders import recover_folder
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.hybrid_state import METADATA
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import dtype_of
 from ffebm_compiler.saved_settings import REMEDY, check_state, check_tracks, check_weights, read_settings
 from ffebm_compiler.storage import FILES, SCHEMA
-from ffebm_compiler.tensor_file import read_tensors
-from ffebm_compiler.whole_folders import recover_folder
 
 __all__ = ["load"]
 

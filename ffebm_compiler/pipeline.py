@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import OperationGraph, Pass, Program, Promise, verify
 from ffebm_compiler.passes.annotate import annotate
 from ffebm_compiler.passes.capture import capture

@@ -11,15 +11,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffebm_compiler.checked_json import clipped, read_json
 from ffebm_compiler.errors import PlanError
+from ffebm_compiler.files.checked_json import clipped, read_json
+from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
-from ffebm_compiler.whole_files import write_whole
 
 if TYPE_CHECKING:
-    from ffebm_compiler.costs_report import CostReport
-    from ffebm_compiler.passes.partition_compare import PlanDiff
-    from ffebm_compiler.passes.partition_placement import TilePlacement
+    from ffebm_compiler.passes.partition.compare import PlanDiff
+    from ffebm_compiler.passes.partition.placement import TilePlacement
+    from ffebm_compiler.reports.costs import CostReport
 
 __all__ = ["BlockPlan", "DigitalPart", "Placement", "Plan", "PlanOptions", "fingerprint"]
 
@@ -47,7 +47,7 @@ class Plan(PlanData):
             PlanError: where there is no such layer or block, or the new plan would be over capacity,
                 cyclic or against `force_digital` / `force_analog`, with the numbers.
         """
-        from ffebm_compiler.passes.partition_edit import move
+        from ffebm_compiler.passes.partition.edit import move
 
         moved = Plan.of(move(self, path, where))
         moved.validate()
@@ -59,7 +59,7 @@ class Plan(PlanData):
         Raises:
             PlanError: naming the block, part or layer, what it says and what it should say.
         """
-        from ffebm_compiler.passes.partition_check import check_plan
+        from ffebm_compiler.passes.partition.check import check_plan
 
         check_plan(self)
 
@@ -69,19 +69,19 @@ class Plan(PlanData):
         Raises:
             PlanError: if the other plan has none of this plan's layers.
         """
-        from ffebm_compiler.passes.partition_compare import diff_plans
+        from ffebm_compiler.passes.partition.compare import diff_plans
 
         return diff_plans(self, other)
 
     def advice(self) -> tuple[str, ...]:
         """What would save conversions or place more layers, each partitioned again to get the number."""
-        from ffebm_compiler.passes.partition_compare import advise
+        from ffebm_compiler.passes.partition.compare import advise
 
         return advise(self)
 
     def placement(self) -> TilePlacement:
         """Which tile of which core holds which rows and columns of which weight, and how full they are."""
-        from ffebm_compiler.passes.partition_placement import placement_of
+        from ffebm_compiler.passes.partition.placement import placement_of
 
         return placement_of(self)
 
@@ -97,7 +97,7 @@ class Plan(PlanData):
             InputError: for an argument out of range.
             HardwareError: where `costs` of the hardware names a constant that the model does not have.
         """
-        from ffebm_compiler.costs_report import cost_report
+        from ffebm_compiler.reports.costs import cost_report
 
         return cost_report(self, feedback=feedback, rtol=rtol, nudged_phases=nudged_phases)
 
@@ -190,6 +190,6 @@ class Plan(PlanData):
 
     def __str__(self) -> str:
         """A table that is enough in a terminal."""
-        from ffebm_compiler.text import plan_text
+        from ffebm_compiler.reports.text import plan_text
 
         return plan_text(self)

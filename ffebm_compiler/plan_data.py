@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ffebm_compiler.errors import PlanError
-from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.hardware_layers import matches
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.hardware.layers import matches
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 
 if TYPE_CHECKING:

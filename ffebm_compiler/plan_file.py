@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ffebm_compiler.checked_json import Malformed, short, typed, typed_fields
 from ffebm_compiler.errors import HardwareError, PlanError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.files.checked_json import Malformed, short, typed, typed_fields
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import OperationGraph
 from ffebm_compiler.passes.planning import describe_block
 from ffebm_compiler.plan_data import SCHEMA, BlockPlan, DigitalPart, Placement, PlanData, PlanOptions

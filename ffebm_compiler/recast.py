@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
 from ffebm_compiler.pipeline import annotated_program
-from ffebm_compiler.runtime.block_graph import CAPTURED_NAME
-from ffebm_compiler.runtime.casts import autocast_to
-from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.runtime.feedforward.block_graph import CAPTURED_NAME
+from ffebm_compiler.runtime.feedforward.casts import autocast_to
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts

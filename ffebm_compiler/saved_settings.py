@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from ffebm_compiler.checked_json import AtLeast, Malformed, Number, read_json, short, typed
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.files.checked_json import AtLeast, Malformed, Number, read_json, short, typed
 from ffebm_compiler.hybrid_state import ESTIMATORS, SOLVERS
 from ffebm_compiler.runtime.energies.choice import energy_of
 

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ffebm_compiler.checked_json import Malformed
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.example_inputs import check_described
+from ffebm_compiler.files.checked_json import Malformed
+from ffebm_compiler.files.whole_files import saying
+from ffebm_compiler.files.whole_folders import whole_folder
 from ffebm_compiler.hybrid_state import state_of
 from ffebm_compiler.stored_containers import stored_recipe
-from ffebm_compiler.whole_files import saying
-from ffebm_compiler.whole_folders import whole_folder
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal
 
-from ffebm_compiler.checked_json import Malformed, short, typed
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.files.checked_json import Malformed, short, typed
 from ffebm_compiler.passes.containers import Recipe
 
 __all__ = ["recipe_from", "stored_recipe"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ffebm_compiler.runtime.state import WriteState
+from ffebm_compiler.runtime.feedforward.state import WriteState
 
 __all__ = ["names_of_written_state"]
 

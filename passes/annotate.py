@@ -20,8 +20,13 @@ from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target
 from ffebm_compiler.passes.order_of_draws import draws
 from ffebm_compiler.passes.reasons import TWO_ACTIVATIONS, digital_reason
 from ffebm_compiler.passes.static import drawn_nodes, static_nodes
-from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout, ReboundInstanceNorm
-from ffebm_compiler.runtime.modes import TrainingMask
+from ffebm_compiler.runtime.feedforward.blocks import (
+    ReboundAttention,
+    ReboundBatchNorm,
+    ReboundDropout,
+    ReboundInstanceNorm,
+)
+from ffebm_compiler.runtime.feedforward.modes import TrainingMask
 
 __all__ = ["annotate"]
 

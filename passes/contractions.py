@@ -3,7 +3,7 @@
 `einsum`, `bmm`, `baddbmm`, batched `matmul`, `tensordot`, `bilinear`, `mv`, `addmv`, `inner`, `multi_dot`,
 a scaled `addmm`, a `linear` whose bias or input is the other way round: where one operand depends
 on no input of the network, its product with an activation is a *contraction*
-(`runtime/contraction.py`), or a plain `linear` where it is one. Several weights in one operation
+(`runtime/program/contraction.py`), or a plain `linear` where it is one. Several weights in one operation
 are applied one after the other, so that each is a layer; what is left of it, a product of
 activations, stays one `einsum`. An operation that is in the table of layers already, or that
 multiplies activations alone or parameters alone, is left as it is.

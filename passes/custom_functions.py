@@ -27,7 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from ffebm_compiler.ir import Pass, Program
-from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook, Slot
+from ffebm_compiler.runtime.feedforward.custom_function import CustomFunction, GradientHook, Slot
 
 __all__ = ["KeptFunctions", "custom_functions", "keep_custom_functions"]
 

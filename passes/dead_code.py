@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import Program, ensures
-from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
+from ffebm_compiler.runtime.feedforward.custom_function import CustomFunction, GradientHook
 
 __all__ = ["dead_code", "erase_dead", "for_effects_alone"]
 

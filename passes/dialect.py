@@ -24,10 +24,10 @@ from ffebm_compiler.passes.operators import (
     wiring,
     zero_pad,
 )
-from ffebm_compiler.runtime import activations
-from ffebm_compiler.runtime.activations import Activation, PReLU, QuickGELU, Softsign, quick_gelu
-from ffebm_compiler.runtime.contraction import contraction, letters_of
-from ffebm_compiler.runtime.operators import Scale, slice_of
+from ffebm_compiler.runtime.activations import table as activations
+from ffebm_compiler.runtime.activations.table import Activation, PReLU, QuickGELU, Softsign, quick_gelu
+from ffebm_compiler.runtime.program.contraction import contraction, letters_of
+from ffebm_compiler.runtime.program.operators import Scale, slice_of
 
 __all__ = [
     "WEIGHTS",

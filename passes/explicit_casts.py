@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.inline_regions import AUTOCAST, Autocast
-from ffebm_compiler.runtime.casts import autocast_to, under_autocast
+from ffebm_compiler.runtime.feedforward.casts import autocast_to, under_autocast
 
 __all__ = ["explicit_casts"]
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from ffebm_compiler.ir import Pass, Program, module_path
 from ffebm_compiler.passes.dead_code import erase_dead
-from ffebm_compiler.runtime.feedforward import ReboundBatchNorm
+from ffebm_compiler.runtime.feedforward.blocks import ReboundBatchNorm
 
 __all__ = ["fold_batchnorm"]
 

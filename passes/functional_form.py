@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ffebm_compiler.runtime.in_place import copied, filled
+from ffebm_compiler.runtime.feedforward.in_place import copied, filled
 
 __all__ = ["FunctionalForm", "functional_form", "is_random", "moves_no_data", "writes"]
 

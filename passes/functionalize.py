@@ -29,8 +29,8 @@ from ffebm_compiler.passes.functional_form import FunctionalForm, functional_for
 from ffebm_compiler.passes.inline_regions import without_gradient
 from ffebm_compiler.passes.put_back import Step, put_back
 from ffebm_compiler.passes.source_line import source_line
-from ffebm_compiler.runtime.in_place import written_without_gradient
-from ffebm_compiler.runtime.state import WriteState
+from ffebm_compiler.runtime.feedforward.in_place import written_without_gradient
+from ffebm_compiler.runtime.feedforward.state import WriteState
 
 __all__ = ["functionalize"]
 

@@ -21,7 +21,7 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.ir import Program, ensures, module_path
 from ffebm_compiler.passes.source_line import source_line
 from ffebm_compiler.passes.tracing import WITHOUT_GRADIENT
-from ffebm_compiler.runtime.flex_attention import FlexAttention
+from ffebm_compiler.runtime.feedforward.flex_attention import FlexAttention
 
 __all__ = ["AUTOCAST", "Autocast", "inline_regions", "without_gradient"]
 

@@ -20,12 +20,12 @@ from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.passes.lower_block import lower_block
 from ffebm_compiler.passes.order_of_draws import in_order_of_draws
 from ffebm_compiler.plan_data import PlanData
-from ffebm_compiler.runtime import pointwise
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.block_graph import BlockGraph
-from ffebm_compiler.runtime.feedforward import FeedforwardBlock
-from ffebm_compiler.runtime.modes import ModeSwitch
-from ffebm_compiler.runtime.state import WriteState
+from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
+from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
+from ffebm_compiler.runtime.feedforward.state import WriteState
+from ffebm_compiler.runtime.program import pointwise
 
 __all__ = ["Lowered", "lower"]
 

@@ -5,7 +5,7 @@ read twice without an activation in between, it gets a state with the identity a
 that each path of a drive holds one weight-stationary layer.
 
 Promise: run feedforward, the program computes what the nodes compute; every state owns a layer
-(`partition_rules`), so that a block of one layer has one state and no feedback.
+(`partition/rules.py`), so that a block of one layer has one state and no feedback.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ffebm_compiler.errors import FFEBMError
 from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of
 from ffebm_compiler.passes.operators import convolution_operator
-from ffebm_compiler.runtime.activations import Identity
-from ffebm_compiler.runtime.contraction import Contraction, contraction, letters_of
-from ffebm_compiler.runtime.operators import Gain, Linear, Mask, Operator
-from ffebm_compiler.runtime.program import BlockProgram, Instruction, Layer
+from ffebm_compiler.runtime.activations.table import Identity
+from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction, Layer
+from ffebm_compiler.runtime.program.contraction import Contraction, contraction, letters_of
+from ffebm_compiler.runtime.program.operators import Gain, Linear, Mask, Operator
 
 __all__ = ["LoweredBlock", "lower_block"]
 

@@ -21,7 +21,7 @@ from ffebm_compiler.passes.align_modes import FLAGS, align, is_size, operands
 from ffebm_compiler.passes.mode_parts import Piece, Side, is_effect, is_write, pieces_of, tensors_read
 from ffebm_compiler.passes.training_mask import mask_of, rate_of
 from ffebm_compiler.passes.unite_placeholders import unite_placeholders
-from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
 
 __all__ = ["TRAINING", "merge_modes"]
 

@@ -17,9 +17,9 @@ from torch import fx, nn
 
 from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.align_modes import Difference, is_size, operands
-from ffebm_compiler.runtime.block_graph import BlockGraph
-from ffebm_compiler.runtime.feedforward import ReboundOperation
-from ffebm_compiler.runtime.state import WriteState
+from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
+from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
+from ffebm_compiler.runtime.feedforward.state import WriteState
 
 __all__ = ["Piece", "Side", "is_effect", "is_write", "pieces_of", "tensors_read"]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from ffebm_compiler.ir import info
-from ffebm_compiler.runtime import pointwise
-from ffebm_compiler.runtime.operators import (
+from ffebm_compiler.runtime.program import pointwise
+from ffebm_compiler.runtime.program.operators import (
     Concat,
     Convolution,
     MaxPool,

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import OperationGraph, Program
-from ffebm_compiler.passes.partition import order_with_draws
-from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundDropout
-from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.passes.partition.decide import order_with_draws
+from ffebm_compiler.runtime.feedforward.blocks import ReboundAttention, ReboundDropout
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
 
 __all__ = ["Order", "draws", "in_order_of_draws"]
 

@@ -20,7 +20,7 @@ from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.exported_program import place_of
 from ffebm_compiler.passes.source_line import source_line
 from ffebm_compiler.passes.training_mask import OF_SHAPE
-from ffebm_compiler.runtime.in_place import written_without_gradient
+from ffebm_compiler.runtime.feedforward.in_place import written_without_gradient
 
 __all__ = ["outside_parameters"]
 

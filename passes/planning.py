@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ffebm_compiler.errors import HardwareError, InputError, UnsupportedError
-from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.hardware_layers import matches, unmatched
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.hardware.layers import matches, unmatched
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WIRING_KINDS
-from ffebm_compiler.passes.partition import Partition, conversions, partition, tiles_of, too_large
+from ffebm_compiler.passes.partition.decide import Partition, conversions, partition, tiles_of, too_large
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
 __all__ = ["describe", "describe_block", "make_plan", "matches", "plan_notes"]

@@ -18,7 +18,7 @@ from torch import fx
 from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.emit import emit_like
 from ffebm_compiler.passes.static import is_static, static_nodes
-from ffebm_compiler.runtime.contraction import contraction
+from ffebm_compiler.runtime.program.contraction import contraction
 
 __all__ = ["Products", "Term", "shape_of"]
 

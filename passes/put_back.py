@@ -2,7 +2,7 @@
 
 `slice`, `select` and `diagonal` have scatters, reshapes and permutations an inverse; any other
 view that only shows elements of its operand is undone by looking where it takes them from
-(`runtime.in_place.put_through`).
+(`runtime.feedforward.in_place.put_through`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.runtime.in_place import put_through, written_without_gradient
+from ffebm_compiler.runtime.feedforward.in_place import put_through, written_without_gradient
 
 __all__ = ["Step", "put_back"]
 

@@ -21,13 +21,13 @@ from torch import fx, nn
 from ffebm_compiler.ir import Program, ensures
 from ffebm_compiler.passes.merge_modes import TRAINING
 from ffebm_compiler.passes.training_reads import is_rebound
-from ffebm_compiler.runtime.feedforward import (
+from ffebm_compiler.runtime.feedforward.blocks import (
     ReboundAttention,
     ReboundBatchNorm,
     ReboundDropout,
     ReboundInstanceNorm,
 )
-from ffebm_compiler.runtime.modes import ModeSwitch
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
 
 __all__ = ["rebind"]
 

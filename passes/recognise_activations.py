@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.dead_code import erase_dead
-from ffebm_compiler.runtime.activations import quick_gelu
+from ffebm_compiler.runtime.activations.table import quick_gelu
 
 __all__ = ["recognise_activations"]
 

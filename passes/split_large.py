@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.hardware_layers import matches
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.hardware.layers import matches
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.passes.dialect import WEIGHTS
-from ffebm_compiler.passes.partition import too_large
-from ffebm_compiler.runtime.contraction import letters_of
+from ffebm_compiler.passes.partition.decide import too_large
+from ffebm_compiler.runtime.program.contraction import letters_of
 
 __all__ = ["split_large"]
 

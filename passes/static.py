@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import Program
-from ffebm_compiler.runtime.custom_function import CustomFunction, GradientHook
-from ffebm_compiler.runtime.modes import ModeSwitch
-from ffebm_compiler.runtime.state import WriteState
+from ffebm_compiler.runtime.feedforward.custom_function import CustomFunction, GradientHook
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
+from ffebm_compiler.runtime.feedforward.state import WriteState
 
 __all__ = ["drawn_nodes", "has_effect", "is_static", "static_nodes"]
 

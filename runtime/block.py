@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import FFEBMError, InputError
-from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.activations.table import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.chaining import Settle
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.free_phase import HOLD, FreePhase
-from ffebm_compiler.runtime.gradients import EquilibriumPropagation, Estimator
+from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.held_gain import HeldGain, check_weights
-from ffebm_compiler.runtime.layout import laid_out
-from ffebm_compiler.runtime.program import BlockProgram
-from ffebm_compiler.runtime.relaxation import Settled, concluded, run
-from ffebm_compiler.runtime.solver_choice import Choice, choose
-from ffebm_compiler.runtime.solvers import Solver
-from ffebm_compiler.runtime.tolerances import error_rtol, free_rtol
+from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
+from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.layout import laid_out
+from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.choice import Choice, choose
+from ffebm_compiler.runtime.solvers.relaxation import Settled, concluded, run
 
 __all__ = ["EnergyBlock", "Equilibrium"]
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ffebm_compiler.runtime.estimator import Estimator
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.free_phase import FreePhase
+from ffebm_compiler.runtime.estimators.base import Estimator
+from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.held_gain import HeldGain
-from ffebm_compiler.runtime.program import BlockProgram
-from ffebm_compiler.runtime.relaxation import Settled
-from ffebm_compiler.runtime.situation import Situation
-from ffebm_compiler.runtime.solvers import Solver
+from ffebm_compiler.runtime.phases.free_phase import FreePhase
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.relaxation import Settled
 
 __all__ = ["Settle"]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from ffebm_compiler.errors import FFEBMWarning, InputError
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Setting
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.layout import laid_out
-from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
 
 __all__ = ["HeldGain"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 from ffebm_compiler.plan import BlockPlan, DigitalPart, Placement, Plan, PlanOptions
 

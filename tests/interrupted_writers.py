@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.demo import DemoSettings
-from ffebm_compiler.demo_report import Row, write_results
+from ffebm_compiler.demo.main import DemoSettings
+from ffebm_compiler.demo.report import Row, write_results
 from ffebm_compiler.drawing import save_side_by_side
 from ffebm_compiler.drawing.formats import save_picture
 from ffebm_compiler.onnx import quantise

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime import pointwise
-from ffebm_compiler.runtime.operators import Convolution
+from ffebm_compiler.runtime.program import pointwise
+from ffebm_compiler.runtime.program.operators import Convolution
 
 CHANNELS_LAST = torch.channels_last
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import networkx
 
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition import Partition, tiles_of
+from ffebm_compiler.passes.partition.decide import Partition, tiles_of
 
 SIZES = (4, 8, 16, 32, 64)
 

@@ -17,7 +17,7 @@ from mpmath import mp, mpf
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.runtime.activations import (
+from ffebm_compiler.runtime.activations.table import (
     ALL,
     CELU,
     ELU,

@@ -17,7 +17,8 @@ from scipy import special
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.runtime.activations import (
+from ffebm_compiler.runtime.activations.complex import normal_cdf_aside
+from ffebm_compiler.runtime.activations.table import (
     ALL,
     GELU,
     Activation,
@@ -30,7 +31,6 @@ from ffebm_compiler.runtime.activations import (
     Softplus,
     Tanh,
 )
-from ffebm_compiler.runtime.activations_complex import normal_cdf_aside
 
 HOLOMORPHIC = tuple(a for a in ALL if a.holomorphic)
 every_holomorphic = pytest.mark.parametrize("activation", HOLOMORPHIC, ids=repr)

@@ -12,8 +12,8 @@ from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.activations import LeakyReLU, PReLU, from_aten
-from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.activations.table import LeakyReLU, PReLU, from_aten
+from ffebm_compiler.runtime.program.frame import Frame
 
 SLOPES = {"one": [0.25], "each": [0.3, -0.6, 0.0, 1.7, -1.4, 0.9]}
 ESTIMATORS = {

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 FIGURES = ("ms", "ratio", "gflop", "floor_ms", "times_floor", "peak_gflops")

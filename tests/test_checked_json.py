@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.checked_json import AtLeast, Malformed, Number, parse_json, read_json, typed
+from ffebm_compiler.files.checked_json import AtLeast, Malformed, Number, parse_json, read_json, typed
 
 
 class Colour(enum.Enum):
@@ -92,7 +92,7 @@ def test_files_that_are_no_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         path.write_bytes(content)
         with pytest.raises(ffebm.PlanError, match=message):
             ffebm.Plan.from_json(path)
-    monkeypatch.setattr("ffebm_compiler.checked_json._MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("ffebm_compiler.files.checked_json._MOST_BYTES", 1 << 20)
     with pytest.raises(ffebm.PlanError, match="/dev/zero is larger than 1 MiB"):
         read_json("/dev/zero", "the plan", ffebm.PlanError, "make it again")
     for text, message in (

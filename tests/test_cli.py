@@ -17,13 +17,13 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.cli import main
-from ffebm_compiler.cli_options import Settings
-from ffebm_compiler.demo_models import DigitsCNN, digits_mlp
+from ffebm_compiler.cli.main import main
+from ffebm_compiler.cli.options import Settings
+from ffebm_compiler.demo.models import DigitsCNN, digits_mlp
 
 FFEBM = Path(sys.executable).with_name("ffebm")
-CNN = ["ffebm_compiler.demo_models:DigitsCNN", "--input", "1x1x8x8"]
-MLP = ["ffebm_compiler.demo_models:digits_mlp", "--input", "1x1x8x8"]
+CNN = ["ffebm_compiler.demo.models:DigitsCNN", "--input", "1x1x8x8"]
+MLP = ["ffebm_compiler.demo.models:digits_mlp", "--input", "1x1x8x8"]
 
 MODELS = """
 import torch
@@ -327,13 +327,13 @@ def test_a_resistive_energy_by_name(tmp_path: Path) -> None:
 def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 
-    import ffebm_compiler.cli as cli
+    import ffebm_compiler.cli.main as cli
 
     def warn(*_: object) -> float:
         warnings.warn("first\nsecond", ffebm.ConvergenceWarning, stacklevel=1)
         return 0.1
 
-    monkeypatch.setattr("ffebm_compiler.cli_options.feedback_of", warn)
+    monkeypatch.setattr("ffebm_compiler.cli.options.feedback_of", warn)
     result = CliRunner().invoke(cli.main, ["convert", *MLP])
     assert result.exit_code == 0
     assert result.stderr == "warning: first second (ConvergenceWarning)\n"

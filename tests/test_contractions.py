@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.contraction import Contraction, letters_of
+from ffebm_compiler.runtime.program.contraction import Contraction, letters_of
 
 
 class Spelled(nn.Module):

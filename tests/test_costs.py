@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.costs import Quantity, constants_of, unknown
-from ffebm_compiler.costs_report import predicted_sweeps
 from ffebm_compiler.errors import HardwareError, InputError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.costs import Quantity, constants_of, unknown
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.plan import Plan
-from ffebm_compiler.runtime.gradients import EquilibriumPropagation
+from ffebm_compiler.reports.costs import predicted_sweeps
+from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation
 
 COSTS = {"adc_pj": 2.0, "dac_pj": 1.0, "cell_pj": 0.5, "digital_mac_pj": 3.0}
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 
 from ffebm_compiler import InputError, UnsupportedError
-from ffebm_compiler.demo import DemoSettings, accuracy, run_demo
-from ffebm_compiler.demo_models import DigitsCNN, digits_mlp, load_digits
-from ffebm_compiler.demo_report import Row, results_text, write_results
+from ffebm_compiler.demo.main import DemoSettings, accuracy, run_demo
+from ffebm_compiler.demo.models import DigitsCNN, digits_mlp, load_digits
+from ffebm_compiler.demo.report import Row, results_text, write_results
 
 FFEBM = Path(sys.executable).with_name("ffebm")
 

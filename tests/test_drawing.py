@@ -239,7 +239,7 @@ def test_an_overlay_of_another_model_is_refused() -> None:
 
 
 def _report(name: str) -> ffebm.GradientReport:
-    from ffebm_compiler.checks import Agreement
+    from ffebm_compiler.reports.checks import Agreement
 
     return ffebm.GradientReport({name: dict.fromkeys(("ep", "implicit", "unrolled"), Agreement(1.0, 0.0))})
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
-from ffebm_compiler.cli import main
+from ffebm_compiler.cli.main import main
 from ffebm_compiler.ir import OperationGraph
 from ffebm_compiler.plan import Plan, PlanOptions
 

@@ -14,8 +14,8 @@ from networks import mlp
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
-from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
-from ffebm_compiler.passes.partition_compare import sweep
+from ffebm_compiler.passes.partition.compare import sweep
+from ffebm_compiler.reports.diagnosis import BlockDiagnosis, Diagnosis
 
 RESIDUALS = (0.1, 0.01, 0.001)
 

@@ -19,8 +19,8 @@ from networks import digits_cnn, transformer
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
-from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
 from ffebm_compiler.ir import OperationGraph
+from ffebm_compiler.reports.diagnosis import BlockDiagnosis, Diagnosis
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -17,7 +17,7 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.expand_vmap import expand_vmap
 from ffebm_compiler.passes.inline_regions import inline_regions
-from ffebm_compiler.runtime.flex_attention import FlexAttention
+from ffebm_compiler.runtime.feedforward.flex_attention import FlexAttention
 
 ONE = ffebm.Hardware(layers_per_block=1)
 

@@ -15,7 +15,7 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.passes.explicit_casts import explicit_casts
 from ffebm_compiler.passes.inline_regions import inline_regions
-from ffebm_compiler.runtime.casts import autocast_to, under_autocast
+from ffebm_compiler.runtime.feedforward.casts import autocast_to, under_autocast
 
 bf16 = torch.bfloat16
 

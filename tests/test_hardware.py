@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffebm_compiler.errors import FFEBMError, HardwareError
-from ffebm_compiler.hardware import Hardware, hardware_presets, resolve_hardware
+from ffebm_compiler.hardware.fabric import Hardware, hardware_presets, resolve_hardware
 
 CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "layers_per_block", "neurons_per_block")
 BITS = ("weight_bits", "adc_bits", "dac_bits")

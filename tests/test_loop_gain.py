@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certify, edge_norms, gain_for, scales_for
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.free_phase import FreePhase
+from ffebm_compiler.runtime.phases.free_phase import FreePhase
+from ffebm_compiler.runtime.program.frame import Frame
 
 aten = torch.ops.aten
 

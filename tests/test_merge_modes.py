@@ -11,7 +11,7 @@ from same_as_source import ONE_LAYER, assert_same, deviation
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
 
 Forward = Callable[["Net", torch.Tensor], object]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.modes import ModeSwitch
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
 
 
 class Other(nn.Module):

@@ -1,4 +1,4 @@
-"""The faulty weight-gradient kernel of oneDNN is never reached; see runtime/pointwise.py.
+"""The faulty weight-gradient kernel of oneDNN is never reached; see runtime/program/pointwise.py.
 
 Everything runs in processes of their own: the fault kills or hangs, and the instruction set is chosen at import.
 """

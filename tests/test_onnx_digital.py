@@ -23,7 +23,7 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.onnx import load, run
 from ffebm_compiler.onnx.manifest import seal
 from ffebm_compiler.onnx.steps import Steps
-from ffebm_compiler.runtime.relaxation import stopping_rule
+from ffebm_compiler.runtime.solvers.relaxation import stopping_rule
 
 
 class SequenceFirst(nn.Module):

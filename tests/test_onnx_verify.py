@@ -19,7 +19,7 @@ from ffebm_compiler.onnx import verify
 from ffebm_compiler.onnx.verify import TOLERANCE, deviation
 
 FFEBM = Path(sys.executable).with_name("ffebm")
-CNN = ["ffebm_compiler.demo_models:DigitsCNN", "--input", "2x1x8x8"]
+CNN = ["ffebm_compiler.demo.models:DigitsCNN", "--input", "2x1x8x8"]
 
 
 def export(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:

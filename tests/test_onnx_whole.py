@@ -21,8 +21,8 @@ from ffebm_compiler.onnx import run
 from ffebm_compiler.onnx.activation_nodes import activation_nodes
 from ffebm_compiler.onnx.emit import Names, Writer
 from ffebm_compiler.onnx.manifest import settling_of
-from ffebm_compiler.runtime.activation_base import Activation
-from ffebm_compiler.runtime.activations import ALL, ReLU
+from ffebm_compiler.runtime.activations.base import Activation
+from ffebm_compiler.runtime.activations.table import ALL, ReLU
 
 DOMAIN = "ffebm.energy"
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ffebm_compiler.onnx.operators import ROWS, WITHOUT_FORM
 from ffebm_compiler.passes import lower_block
-from ffebm_compiler.runtime.feedforward import ReboundDropout
-from ffebm_compiler.runtime.operators import (
+from ffebm_compiler.runtime.feedforward.blocks import ReboundDropout
+from ffebm_compiler.runtime.program.operators import (
     Concat,
     Convolution,
     Gain,

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import FFEBMError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import OperationGraph, Role
 from ffebm_compiler.passes.order_of_draws import in_order_of_draws
-from ffebm_compiler.passes.partition import partition
+from ffebm_compiler.passes.partition.decide import partition
 from ffebm_compiler.plan import DigitalPart
 
 KINDS = ("add", "reshape", "concat", "avg_pool")

@@ -84,7 +84,7 @@ def test_wheel_names_its_licence_command_and_python(wheel: Path) -> None:
         assert info.replace("METADATA", "licenses/LICENSE") in archive.namelist()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    assert "ffebm = ffebm_compiler.cli:main" in commands
+    assert "ffebm = ffebm_compiler.cli.main:main" in commands
 
 
 def test_subpackages_import_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from partition_cases import chain, faults, random_graph, random_hardware
 
 from ffebm_compiler.errors import PlanError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition import conversions, partition, quotient_order
+from ffebm_compiler.passes.partition.decide import conversions, partition, quotient_order
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
 ALWAYS = frozenset(ALWAYS_JOIN)
@@ -66,7 +66,7 @@ def test_a_budget_of_cores_holds(seed: int, fabric: int, cores: int) -> None:
     result = partition(graph, hardware, KINDS)
     assert faults(graph, hardware, result, frozenset(KINDS) | ALWAYS) == []
     if hardware.tiles_per_core is not None:
-        from ffebm_compiler.passes.partition import tiles_of
+        from ffebm_compiler.passes.partition.decide import tiles_of
 
         used = sum(tiles_of(graph[n], hardware) for b in result.blocks for n in b if graph[n].role is Role.WEIGHT)
         assert used <= cores * hardware.tiles_per_core

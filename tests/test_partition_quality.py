@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 from partition_cases import chain, faults, random_graph, random_hardware
 
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
-from ffebm_compiler.passes.partition import conversions, partition
+from ffebm_compiler.passes.partition.decide import conversions, partition
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
 ALL_KINDS = frozenset((*KINDS, *ALWAYS_JOIN))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 
 WIDTHS = (3, 4, 8)
 INPUT = 6

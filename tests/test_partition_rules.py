@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import FFEBMError, PlanError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import OperationGraph
 from ffebm_compiler.passes.dialect import WIRING_KINDS
 from ffebm_compiler.passes.lower import lower
-from ffebm_compiler.passes.partition import partition
-from ffebm_compiler.passes.partition_rules import activations_without_a_layer
+from ffebm_compiler.passes.partition.decide import partition
+from ffebm_compiler.passes.partition.rules import activations_without_a_layer
 
 ONE_LAYER = Hardware(layers_per_block=1)
 

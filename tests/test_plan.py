@@ -21,8 +21,8 @@ from torch import nn
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import FFEBMError, InputError, PlanError, UnsupportedError
 from ffebm_compiler.ir import Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition import Partition, partition
-from ffebm_compiler.passes.partition_compare import sweep
+from ffebm_compiler.passes.partition.compare import sweep
+from ffebm_compiler.passes.partition.decide import Partition, partition
 from ffebm_compiler.passes.planning import describe
 from ffebm_compiler.plan import Plan, PlanOptions
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import HardwareError
-from ffebm_compiler.hardware import Hardware
-from ffebm_compiler.passes.partition import tiles_of
-from ffebm_compiler.passes.partition_compare import sweep
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.passes.partition.compare import sweep
+from ffebm_compiler.passes.partition.decide import tiles_of
 from ffebm_compiler.plan import Plan
 
 SMALL = Hardware(tile_rows=8, tile_cols=8, tiles_per_core=8, devices_per_weight=1)

@@ -12,17 +12,17 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.cli import main
-from ffebm_compiler.cli_plan import sweep_settings
+from ffebm_compiler.cli.main import main
+from ffebm_compiler.cli.plan import sweep_settings
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition import partition
-from ffebm_compiler.passes.partition_compare import sweep
+from ffebm_compiler.passes.partition.compare import sweep
+from ffebm_compiler.passes.partition.decide import partition
 from ffebm_compiler.passes.planning import describe
 from ffebm_compiler.plan import Plan, PlanOptions
 
-MLP = ["plan", "ffebm_compiler.demo_models:digits_mlp", "--input", "1x1x8x8"]
+MLP = ["plan", "ffebm_compiler.demo.models:digits_mlp", "--input", "1x1x8x8"]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ffebm_compiler.cli import main
+from ffebm_compiler.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def test_printed_check_command_passes() -> None:
 
 
 def test_demo_table_has_every_row_of_the_demo() -> None:
-    demo = (ROOT / "ffebm_compiler" / "demo.py").read_text(encoding="utf-8")
+    demo = (ROOT / "ffebm_compiler" / "demo" / "main.py").read_text(encoding="utf-8")
     table = README[README.index("demo:begin") : README.index("demo:end")]
     rows = re.findall(r'Row\.(?:least|most)\(\s*f?"([^"]+)"', demo)
     assert len(rows) >= 12

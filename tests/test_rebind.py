@@ -15,7 +15,7 @@ from ffebm_compiler.passes.free_shapes import free_shapes
 from ffebm_compiler.passes.functionalize import functionalize
 from ffebm_compiler.passes.merge_modes import merge_modes
 from ffebm_compiler.passes.rebind import rebind
-from ffebm_compiler.runtime.feedforward import ReboundAttention, ReboundBatchNorm, ReboundDropout
+from ffebm_compiler.runtime.feedforward.blocks import ReboundAttention, ReboundBatchNorm, ReboundDropout
 
 aten = torch.ops.aten
 

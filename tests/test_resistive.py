@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ffebm_compiler as ffebm
 from ffebm_compiler.onnx import verify
 from ffebm_compiler.onnx.execute import run
-from ffebm_compiler.runtime.activations import (
+from ffebm_compiler.runtime.activations.table import (
     Clamp,
     Hardsigmoid,
     Hardtanh,
@@ -30,7 +30,7 @@ from ffebm_compiler.runtime.activations import (
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.resistive import Resistive
-from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.program.frame import Frame
 
 ADMITTED = (
     Identity(),

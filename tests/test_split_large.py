@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Role
-from ffebm_compiler.passes.partition import too_large
+from ffebm_compiler.passes.partition.decide import too_large
 from ffebm_compiler.plan import Plan
 
 

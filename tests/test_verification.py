@@ -10,7 +10,7 @@ from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.verification import verify_feedforward
+from ffebm_compiler.reports.verification import verify_feedforward
 
 
 class Normed(nn.Module):

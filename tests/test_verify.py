@@ -11,7 +11,7 @@ from networks import noise, seeded
 from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import FFEBMError
-from ffebm_compiler.hardware import Hardware
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Pass, Program, verify
 from ffebm_compiler.passes.capture import capture
 from ffebm_compiler.pipeline import annotated_program, passes_for

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler import whole_folders
-from ffebm_compiler.hidden_files import fresh_folder, remove_leftovers
-from ffebm_compiler.whole_files import write_whole
-from ffebm_compiler.whole_folders import recover_folder, whole_folder
+from ffebm_compiler.files import whole_folders
+from ffebm_compiler.files.hidden_files import fresh_folder, remove_leftovers
+from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.files.whole_folders import recover_folder, whole_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and signals")
 RUNNER = Path(__file__).with_name("interrupted_writers.py")

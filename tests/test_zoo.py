@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.solvers import GaussSeidel
+from ffebm_compiler.runtime.solvers.base import GaussSeidel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import zoo

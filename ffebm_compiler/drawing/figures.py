@@ -6,17 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ffebm_compiler.costs_report import cost_report, cost_report_of
 from ffebm_compiler.drawing.overlay import same_blocks
 from ffebm_compiler.errors import HardwareError
-from ffebm_compiler.text import count
+from ffebm_compiler.reports.costs import cost_report, cost_report_of
+from ffebm_compiler.reports.text import count
 
 if TYPE_CHECKING:
-    from ffebm_compiler.costs import Quantity
-    from ffebm_compiler.costs_report import BlockCost, CostReport
-    from ffebm_compiler.diagnosis import BlockDiagnosis, Diagnosis
+    from ffebm_compiler.hardware.costs import Quantity
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
+    from ffebm_compiler.reports.costs import BlockCost, CostReport
+    from ffebm_compiler.reports.diagnosis import BlockDiagnosis, Diagnosis
 
 __all__ = ["block_costs", "costs_of", "curves_of", "total_costs"]
 

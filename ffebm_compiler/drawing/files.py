@@ -12,12 +12,12 @@ from ffebm_compiler.drawing.page import page_text
 from ffebm_compiler.drawing.record import record_of
 from ffebm_compiler.drawing.svg import svg_text
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.whole_files import write_whole
+from ffebm_compiler.files.whole_files import write_whole
 
 if TYPE_CHECKING:
-    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
+    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = ["html_text", "notebook_html", "save_html", "save_side_by_side", "save_svg", "write_picture"]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ffebm_compiler.errors import InputError
 
 if TYPE_CHECKING:
-    from ffebm_compiler.checks import Comparison, GradientReport
-    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
+    from ffebm_compiler.reports.checks import Comparison, GradientReport
+    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = [
     "Overlay",

@@ -13,10 +13,10 @@ from ffebm_compiler.drawing.raster import figure_class
 from ffebm_compiler.errors import InputError
 
 if TYPE_CHECKING:
-    from ffebm_compiler.checks import Comparison, GradientReport
-    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid_core import HybridCore
-    from ffebm_compiler.passes.partition_compare import SweepRow
+    from ffebm_compiler.passes.partition.compare import SweepRow
+    from ffebm_compiler.reports.checks import Comparison, GradientReport
+    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = [
     "feedback_sweep",
@@ -164,7 +164,7 @@ def _positive(value: float) -> float:
 
 
 def plot_hardware(rows: Sequence[SweepRow]) -> Any:
-    """Conversions against tiles for every kind of hardware that `partition_compare.sweep` tried.
+    """Conversions against tiles for every kind of hardware that `partition.compare.sweep` tried.
 
     Each point is named by its settings and coloured by the share of the multiply-accumulates that
     is analog. The ringed points have the largest share, and no other with it beats them in both
@@ -176,7 +176,7 @@ def plot_hardware(rows: Sequence[SweepRow]) -> Any:
     """
     if not rows:
         raise InputError(
-            "the sweep holds no row: make it with ffebm_compiler.passes.partition_compare.sweep(plan, settings)"
+            "the sweep holds no row: make it with ffebm_compiler.passes.partition.compare.sweep(plan, settings)"
         )
     figure = figure_class()(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()

@@ -12,13 +12,13 @@ from ffebm_compiler.drawing.figures import block_costs, costs_of, curves_of, tot
 from ffebm_compiler.drawing.overlay import Overlay
 from ffebm_compiler.drawing.scene import Node, scene_of, set_of, shape_words
 from ffebm_compiler.ir import Operation, Role
-from ffebm_compiler.text import count
+from ffebm_compiler.reports.text import count
 
 if TYPE_CHECKING:
     from ffebm_compiler.bound_block import BoundBlock
-    from ffebm_compiler.diagnosis import Diagnosis
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import BlockPlan, PlanData
+    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = ["record_of"]
 

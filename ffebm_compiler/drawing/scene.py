@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.ir import Operation, Role
-from ffebm_compiler.text import count
+from ffebm_compiler.reports.text import count
 
 if TYPE_CHECKING:
     from ffebm_compiler.plan_data import BlockPlan, DigitalPart, PlanData

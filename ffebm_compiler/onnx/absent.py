@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from ffebm_compiler.runtime.modes import ModeSwitch
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
 
 __all__ = ["absent_outputs"]
 

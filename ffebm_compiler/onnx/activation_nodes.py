@@ -8,7 +8,7 @@ from typing import Any
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Writer
-from ffebm_compiler.runtime.activations import (
+from ffebm_compiler.runtime.activations.table import (
     CELU,
     ELU,
     GELU,

@@ -11,6 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.files.whole_folders import FreshFolder
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.folder import export_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
@@ -19,7 +20,6 @@ from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
-from ffebm_compiler.whole_folders import FreshFolder
 
 __all__ = ["export_digital", "part_models", "save_part"]
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError, FFEBMError, UnsupportedError
+from ffebm_compiler.files.tensor_file import read_tensors
+from ffebm_compiler.files.whole_folders import digest_of, recover_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS
 from ffebm_compiler.onnx.manifest_file import read_manifest
 from ffebm_compiler.onnx.packages import package
@@ -20,9 +22,7 @@ from ffebm_compiler.onnx.program_file import program_from_json
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
-from ffebm_compiler.runtime.solvers import GaussSeidel
-from ffebm_compiler.tensor_file import read_tensors
-from ffebm_compiler.whole_folders import digest_of, recover_folder
+from ffebm_compiler.runtime.solvers.base import GaussSeidel
 
 __all__ = ["Exported", "Inputs", "load", "run", "session_of"]
 

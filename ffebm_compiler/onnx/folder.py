@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ffebm_compiler.checked_json import parse_json
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.whole_files import saying
-from ffebm_compiler.whole_folders import FreshFolder, recover_folder, whole_folder
+from ffebm_compiler.files.checked_json import parse_json
+from ffebm_compiler.files.whole_files import saying
+from ffebm_compiler.files.whole_folders import FreshFolder, recover_folder, whole_folder
 
 __all__ = ["FAILURE", "FORMAT", "export_folder"]
 

@@ -3,7 +3,7 @@
     s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m ,   γ_{l,m} = c_m/c_l
 
 The states start at their feedforward values. One pass of the body is one Gauss–Seidel sweep of
-`runtime.free_phase.FreePhase`; it ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
+`runtime.phases.free_phase.FreePhase`; it ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
 at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. What depends on the inputs
 alone is computed before the loop. An ONNX function cannot raise: the outputs of a block that did
 not settle are NaN.
@@ -37,7 +37,7 @@ from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import name_of
 from ffebm_compiler.runtime.energies.loads import multiplying_weights
-from ffebm_compiler.runtime.program import BlockProgram, Instruction
+from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction
 
 __all__ = ["DOMAIN", "BlockFunction", "block_function"]
 

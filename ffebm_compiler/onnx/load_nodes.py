@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Writer
-from ffebm_compiler.runtime.activations import Activation
+from ffebm_compiler.runtime.activations.table import Activation
 
 __all__ = ["LoadedActivation"]
 

@@ -18,8 +18,8 @@ from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
-from ffebm_compiler.runtime.relaxation import stopping_rule
-from ffebm_compiler.runtime.solvers import GaussSeidel
+from ffebm_compiler.runtime.solvers.base import GaussSeidel
+from ffebm_compiler.runtime.solvers.relaxation import stopping_rule
 
 __all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "manifest_of", "seal", "settling_of"]
 
@@ -35,10 +35,10 @@ def seal(manifest: Mapping[str, Any]) -> str:
 
 
 def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
-    """When and how the free phase of a block stops, as `runtime.relaxation.relax` stops it.
+    """When and how the free phase of a block stops, as `runtime.solvers.relaxation.relax` stops it.
 
     It stops after a sweep, the `min_sweeps`-th or a later one, in which no layer changed by more than
-    `largest_change` (relative): `rtol` over the factor of `runtime.relaxation.stopping_rule`.
+    `largest_change` (relative): `rtol` over the factor of `runtime.solvers.relaxation.stopping_rule`.
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from ffebm_compiler.checked_json import AtLeast, Malformed, read_json, short, typed
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.files.checked_json import AtLeast, Malformed, read_json, short, typed
 from ffebm_compiler.onnx.folder import FORMAT
 from ffebm_compiler.onnx.manifest import MANIFEST, SCHEMA, seal
 

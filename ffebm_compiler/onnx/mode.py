@@ -6,14 +6,14 @@ import warnings
 
 from ffebm_compiler.errors import FFEBMWarning
 from ffebm_compiler.hybrid_core import HybridCore
-from ffebm_compiler.runtime.feedforward import (
+from ffebm_compiler.runtime.feedforward.blocks import (
     ReboundAttention,
     ReboundBatchNorm,
     ReboundDropout,
     ReboundInstanceNorm,
 )
-from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
-from ffebm_compiler.runtime.state import WriteState
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.runtime.feedforward.state import WriteState
 
 __all__ = ["warn_of_train_mode", "warn_of_written_state"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ffebm_compiler.errors import ExportError
-from ffebm_compiler.hidden_files import fresh_folder, remove_leftovers
+from ffebm_compiler.files.hidden_files import fresh_folder, remove_leftovers
+from ffebm_compiler.files.whole_files import place, saying, write_whole
 from ffebm_compiler.onnx.folder import FAILURE
 from ffebm_compiler.onnx.packages import package
-from ffebm_compiler.whole_files import place, saying, write_whole
 
 __all__ = ["write_model"]
 

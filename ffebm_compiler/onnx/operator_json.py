@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ffebm_compiler.checked_json import AtLeast, Malformed, short, typed
-from ffebm_compiler.runtime import pointwise
-from ffebm_compiler.runtime.contraction import Contraction
-from ffebm_compiler.runtime.operators import Convolution, Reshape, Wiring, slice_of
+from ffebm_compiler.files.checked_json import AtLeast, Malformed, short, typed
+from ffebm_compiler.runtime.program import pointwise
+from ffebm_compiler.runtime.program.contraction import Contraction
+from ffebm_compiler.runtime.program.operators import Convolution, Reshape, Wiring, slice_of
 
 __all__ = [
     "StoredConcat",

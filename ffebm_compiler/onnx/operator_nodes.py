@@ -13,7 +13,7 @@ import torch
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Free, Shape, Writer, fixed
 from ffebm_compiler.onnx.pool_nodes import mean_adjoint, mean_apply, pool_adjoint, pool_apply, pool_of
-from ffebm_compiler.runtime.operators import Convolution, Operator, Wiring, slice_of
+from ffebm_compiler.runtime.program.operators import Convolution, Operator, Wiring, slice_of
 
 __all__ = [
     "Weights",

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ffebm_compiler.checked_json import Malformed, short, typed
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.files.checked_json import Malformed, short, typed
 from ffebm_compiler.onnx.emit import Shape, Writer
 from ffebm_compiler.onnx.operator_json import (
     StoredConcat,
@@ -39,8 +39,8 @@ from ffebm_compiler.onnx.operator_nodes import (
     unbroadcast,
     wiring_nodes,
 )
-from ffebm_compiler.runtime.contraction import Contraction
-from ffebm_compiler.runtime.operators import (
+from ffebm_compiler.runtime.program.contraction import Contraction
+from ffebm_compiler.runtime.program.operators import (
     Concat,
     Convolution,
     Gain,

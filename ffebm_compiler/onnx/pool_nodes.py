@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Free, Shape, Writer, fixed
-from ffebm_compiler.runtime.operators import Wiring
+from ffebm_compiler.runtime.program.operators import Wiring
 
 __all__ = ["mean_adjoint", "mean_apply", "pool_adjoint", "pool_apply", "pool_of"]
 

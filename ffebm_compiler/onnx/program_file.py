@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ffebm_compiler.checked_json import AtLeast, Malformed, short, typed, typed_fields
 from ffebm_compiler.errors import ExportError, FFEBMError
+from ffebm_compiler.files.checked_json import AtLeast, Malformed, short, typed, typed_fields
 from ffebm_compiler.onnx.operators import operator_from_json
-from ffebm_compiler.runtime import activations
-from ffebm_compiler.runtime.activations import Activation, PReLU
-from ffebm_compiler.runtime.program import BlockProgram, Instruction, Layer
+from ffebm_compiler.runtime.activations import table as activations
+from ffebm_compiler.runtime.activations.table import Activation, PReLU
+from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction, Layer
 
 __all__ = ["program_from_json"]
 

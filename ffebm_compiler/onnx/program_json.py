@@ -10,8 +10,8 @@ import math
 from typing import Any
 
 from ffebm_compiler.onnx.operators import operator_to_json
-from ffebm_compiler.runtime.activations import Activation, PReLU
-from ffebm_compiler.runtime.program import BlockProgram, Instruction
+from ffebm_compiler.runtime.activations.table import Activation, PReLU
+from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction
 
 __all__ = ["program_to_json"]
 

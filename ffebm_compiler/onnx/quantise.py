@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.files.whole_folders import FreshFolder
 from ffebm_compiler.onnx.digital import save_part
 from ffebm_compiler.onnx.execute import Inputs, load, session_of
 from ffebm_compiler.onnx.folder import export_folder
 from ffebm_compiler.onnx.manifest import MANIFEST, seal
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.verify import deviation
-from ffebm_compiler.whole_folders import FreshFolder
 
 __all__ = ["OPERATIONS", "Quantised", "QuantisedPart", "quantise"]
 

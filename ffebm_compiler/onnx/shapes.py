@@ -7,7 +7,7 @@ import torch
 from ffebm_compiler.onnx.emit import Free, Shape
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["register_shapes"]
 

@@ -19,7 +19,7 @@ from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.hybrid_parts import static_value
 from ffebm_compiler.onnx.absent import absent_outputs
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.feedforward import FeedforwardBlock
+from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 
 __all__ = ["Operand", "Step", "Steps", "Value"]
 

@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.steps import Operand, Step, Value
-from ffebm_compiler.runtime.feedforward import ReboundDropout
-from ffebm_compiler.runtime.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.runtime.feedforward.blocks import ReboundDropout
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
 
 __all__ = ["MODULE_KEY", "Trace"]
 

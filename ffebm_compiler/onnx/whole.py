@@ -19,7 +19,7 @@ from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.steps import Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.frame import Frame
+from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["export_whole"]
 

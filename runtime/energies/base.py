@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ffebm_compiler.runtime.activation_base import Activation
+from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["Energy", "Evaluated", "Gauge", "Setting"]
 

@@ -19,14 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.activation_base import Activation
+from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certificate_at, certify, edge_gain, edge_norms
 from ffebm_compiler.runtime.energies.projection import projection
 from ffebm_compiler.runtime.energies.tracked_norms import TrackedNorms
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["Hopfield"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.runtime.activation_base import Activation, Lines, clamp_stepper
+from ffebm_compiler.runtime.activations.base import Activation, Lines, clamp_stepper
 
 __all__ = ["Loaded"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.energies.base import Setting
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["loads_of", "magnitudes_of", "multiplying_weights", "over_samples", "row_sums_of"]
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = [
     "MARGIN",

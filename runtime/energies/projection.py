@@ -10,7 +10,7 @@ from __future__ import annotations
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.loop_gain import radius
-from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.program.block_program import BlockProgram
 
 __all__ = ["projection"]
 

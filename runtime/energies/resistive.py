@@ -28,16 +28,16 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.runtime.activation_base import Activation
+from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.contraction import Contraction
 from ffebm_compiler.runtime.energies.base import Energy, Gauge, Setting
 from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.loads import loads_of, magnitudes_of, multiplying_weights, over_samples
 from ffebm_compiler.runtime.energies.row_sums import RowSums
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.operators import Convolution
-from ffebm_compiler.runtime.program import BlockProgram, Layer
+from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
+from ffebm_compiler.runtime.program.contraction import Contraction
+from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.operators import Convolution
 
 __all__ = ["Resistive"]
 

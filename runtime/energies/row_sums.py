@@ -23,9 +23,9 @@ from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.loads import row_sums_of
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, scales_for
 from ffebm_compiler.runtime.energies.tracked_norms import Track, drawn_probe, followed
-from ffebm_compiler.runtime.error_phases import AdjointPhase
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.program import BlockProgram
+from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["RowSums"]
 

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.frame import Frame
-from ffebm_compiler.runtime.operators import Linear, Scale, Sum
+from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.operators import Linear, Scale, Sum
 
 __all__ = ["LinearMap", "Track", "TrackedNorms", "drawn_probe", "followed"]
 

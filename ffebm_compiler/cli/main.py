@@ -1,0 +1,189 @@
+"""The command `ffebm`: demo, plan, convert, check, draw, export."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.cli.errors import Commands, show_warning
+from ffebm_compiler.cli.options import Force, NoVerify, Settings, Tolerance, check_alone, check_free, with_settings
+from ffebm_compiler.cli.plan import plan
+from ffebm_compiler.passes.containers import leaves_of
+
+__all__ = ["main"]
+
+main = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compile PyTorch networks to feedforward-tied energy-based models, the model class of hybrid analog/digital "
+    "accelerators. Start with [bold]ffebm demo[/bold], or with [bold]ffebm plan[/bold] on your own model.",
+    epilog="Exit codes: 0 done, 1 a target of the demo or of check was missed, 2 an error, in one line on stderr.",
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"ffebm-compiler {ffebm.__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@main.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the log and warnings of other packages.")
+    ] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    if not verbose:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", ffebm.FFEBMWarning)
+    warnings.showwarning = show_warning
+
+
+@main.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder: new, empty, or of an earlier demo.")] = Path(
+        "out/demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and batches.")] = 0,
+    epochs: Annotated[int, typer.Option("--epochs", help="Epochs of backpropagation.")] = 8,
+    ep_epochs: Annotated[int, typer.Option("--ep-epochs", help="Epochs of equilibrium propagation.")] = 5,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Add a table of accuracy against loop gain.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the final table only.")] = False,
+) -> None:
+    """Train a small CNN on digits, convert, check, fine-tune with EP, draw and export it (a minute).
+
+    Ends with a table of numbers and targets; exit code 1 if one was missed.
+    """
+    from ffebm_compiler.demo.main import DemoSettings, run_demo
+
+    if not run_demo(DemoSettings(out, seed, epochs, ep_epochs, sweep), Console(), quiet):
+        raise typer.Exit(1)
+
+
+main.command()(plan)
+
+
+@main.command()
+@with_settings()
+def convert(
+    settings: Settings,
+    costs: Annotated[bool, typer.Option("--costs", help="Add the modelled energy and latency.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Save the hybrid to this folder, for ffebm.load.")
+    ] = None,
+) -> None:
+    """Convert a model, run it on random input and print what each block does and how far it is from the source.
+
+    Example: ffebm convert mypackage.models:resnet --input 1x3x32x32 --feedback 0.3
+    """
+    hybrid, args, kwargs = settings.converted()
+    if out is not None:
+        hybrid.save(out)
+    comparison = hybrid.compare(*args, **kwargs)
+    typer.echo(hybrid.summary())
+    typer.echo(str(comparison))
+    if costs:
+        typer.echo(str(hybrid.cost_report()))
+    if out is not None:
+        typer.echo(f"saved to {out}")
+
+
+@main.command()
+@with_settings()
+def check(
+    settings: Settings,
+    min_cosine: Annotated[
+        float | None, typer.Option("--min-cosine", help="Exit with 1 where EP's cosine is below this anywhere.")
+    ] = None,
+) -> None:
+    """Compare the gradients of EP and implicit differentiation with unrolled ones in float64, on random input.
+
+    Example: ffebm check ffebm_compiler.demo.models:DigitsCNN --input 4x1x8x8 --fold-batchnorm --min-cosine 0.999
+    """
+    hybrid, args, kwargs = settings.converted()
+    given = dict(zip(inspect.signature(hybrid).parameters, args, strict=False)) | kwargs if kwargs else args
+    report = ffebm.check_gradients(hybrid, given, _random_loss)
+    typer.echo(str(report))
+    name, agreement = report.worst("ep")
+    typer.echo(f"worst cosine of ep: {agreement.cosine:.6f} ({name})")
+    if min_cosine is not None and not agreement.cosine >= min_cosine:
+        raise typer.Exit(1)
+
+
+@main.command()
+@with_settings(
+    model=Annotated[
+        str, typer.Argument(metavar="MODEL", help="As for plan; or a plan's .json file, of ffebm plan --out, alone.")
+    ]
+)
+def draw(
+    settings: Settings,
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture: .html, .svg, .png, .pdf or .dot.")] = Path(
+        "partition.html"
+    ),
+    force: Force = False,
+) -> None:
+    """Draw what is analog, what is digital and what crosses between them, as a page or a picture.
+
+    Example: ffebm draw torchvision:resnet50 --fold-batchnorm --out resnet50.html
+    """
+    from ffebm_compiler.drawing.formats import check_format, save_picture
+
+    check_format(out)
+    check_free(out, force)
+    if settings.model.lower().endswith(".json"):
+        check_alone(context, ("model", "out", "force"))
+        save_picture(ffebm.Plan.from_json(settings.model), out)
+    else:
+        hybrid, _, _ = settings.converted()
+        save_picture(hybrid.plan, out, hybrid)
+    typer.echo(f"wrote {out}")
+
+
+@main.command()
+@with_settings()
+def export(
+    settings: Settings,
+    out: Annotated[Path, typer.Option("--out", "-o", help="FILE.onnx: the whole hybrid. Else a folder.")],
+    force: Force = False,
+    no_verify: NoVerify = False,
+    tolerance: Tolerance = 1e-4,
+) -> None:
+    """Write ONNX: the whole hybrid as one file, or every digital part, the blocks' weights and a manifest.
+
+    A folder must be new, empty, or of an earlier export; an existing file is replaced with --force only. What was
+    written is run in onnxruntime and compared with the hybrid, at two batch sizes. Everything is in eval mode.
+
+    Example: ffebm export mypackage.models:resnet --input 1x3x32x32 --weights trained.pt --out onnx/
+    """
+    from ffebm_compiler.cli.export import write_onnx
+
+    check_free(out if out.suffix.lower() == ".onnx" else None, force)
+    hybrid, args, kwargs = settings.converted()
+    for line in write_onnx(hybrid, out, args, kwargs, None if no_verify else tolerance):
+        typer.echo(line)
+
+
+def _random_loss(outputs: Any) -> Tensor:
+    """Mean of ⟨output, r⟩ over the outputs, r normal and fixed."""
+    found = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not found:
+        raise ffebm.InputError("the model returns no floating-point tensor, so that there is no gradient to check")
+    generator = torch.Generator().manual_seed(1)
+    terms = [(leaf * torch.randn(leaf.shape, generator=generator).to(leaf)).mean() for leaf in found]
+    return torch.stack(terms).sum()

@@ -1,0 +1,246 @@
+"""Models and inputs as the command line names them."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffebm_compiler.convert import DEFAULT_FEEDBACK
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.hardware.fabric import Hardware, resolve_hardware
+
+__all__ = ["NamedModel", "feedback_of", "hardware_of", "load_model", "load_weights", "random_inputs"]
+
+_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+}
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model, and the inputs to use where none are given."""
+
+    module: nn.Module
+    inputs: tuple[str, ...] = ()
+
+
+def load_model(name: str) -> NamedModel:
+    """The model of a name, in eval mode: `package.module:callable`, or of a library with random weights.
+
+    `timm:resnet18`, `torchvision:resnet18`, `transformers:bert` (a model type) or `transformers:BertModel`
+    (a class) build the architecture; nothing is downloaded.
+
+    Raises:
+        InputError: where the name, the import, the call or its result is wrong.
+    """
+    library, colon, attribute = name.partition(":")
+    if not colon or not library or not attribute:
+        raise InputError(
+            f"the model is named {name!r}; expected package.module:callable, timm:NAME, torchvision:NAME or "
+            "transformers:NAME"
+        )
+    with_library: Mapping[str, Callable[[str], NamedModel]] = {
+        "timm": _timm,
+        "torchvision": _torchvision,
+        "transformers": _transformers,
+    }
+    model = with_library[library](attribute) if library in with_library else _callable(library, attribute)
+    model.module.eval()
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a `state_dict` from a .safetensors file or one of `torch.save` (read without running code).
+
+    Raises:
+        InputError: where the file cannot be read or does not fit the model.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except Exception as error:  # every format has its own errors
+        raise InputError(
+            f"the weights {path} cannot be loaded ({_first_line(error)}): expected a state_dict of this model, as "
+            ".safetensors or from torch.save"
+        ) from error
+
+
+def random_inputs(texts: Sequence[str], seed: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """(args, kwargs) of random tensors for descriptions such as `1x3x32x32`, `1x16:int64`, `mask=1x16:bool`.
+
+    Floating-point values are normal, integers and booleans 0 or 1 (valid indices of any embedding).
+
+    Raises:
+        InputError: for a description of another form, or none.
+    """
+    if not texts:
+        raise InputError("no input is described: add --input with its shape, batch first, e.g. --input 1x3x32x32")
+    generator = torch.Generator().manual_seed(seed)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in texts:
+        match = _SHAPE.fullmatch(text)
+        dtype = _DTYPES.get(match["dtype"] or "float32") if match else None
+        if match is None or dtype is None:
+            raise InputError(
+                f"--input is {text!r}; expected sizes joined by x, e.g. 1x3x32x32, if need be with a dtype and the "
+                f"argument's name, e.g. mask=1x16:bool; dtypes: {', '.join(_DTYPES)}"
+            )
+        sizes = [int(size) for size in match["shape"].split("x")]
+        if 0 in sizes or math.prod(sizes) > 1 << 30:
+            raise InputError(f"--input is {text!r}; expected sizes of at least 1 and at most 2^30 values")
+        if dtype.is_floating_point:
+            value = torch.randn(sizes, generator=generator).to(dtype)
+        else:
+            value = torch.randint(0, 2, sizes, generator=generator).to(dtype)
+        if match["name"]:
+            kwargs[match["name"]] = value
+        else:
+            args.append(value)
+    return tuple(args), kwargs
+
+
+def hardware_of(text: str) -> Hardware:
+    """A preset's hardware, or that of a TOML or JSON file.
+
+    Raises:
+        HardwareError: for an unknown preset or a file that describes no hardware.
+    """
+    if text.lower().endswith((".toml", ".json")):
+        return Hardware.from_file(text)
+    return resolve_hardware(text)
+
+
+def feedback_of(text: str | None) -> float | str:
+    """A number, `"symmetric"`, or where nothing was given the energy's default; its range is checked by `convert`.
+
+    Raises:
+        InputError: for what is neither.
+    """
+    if text is None:
+        return DEFAULT_FEEDBACK
+    if text == "symmetric":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"--feedback is {text!r}; expected a number such as 0.1, or symmetric") from error
+
+
+def _callable(module_name: str, attribute: str) -> NamedModel:
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)  # as `python -m` does
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the module runs its own code
+        raise InputError(f"the module {module_name!r} cannot be imported ({_first_line(error)})") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise InputError(
+                f"{module_name} has no {attribute!r}: name a function or class that returns the model when it is "
+                "called without arguments"
+            )
+        found = getattr(found, part)
+    return NamedModel(_built(f"{module_name}:{attribute}", found))
+
+
+def _timm(name: str) -> NamedModel:
+    timm = _library("timm")
+    model = _built(f"timm:{name}", lambda: timm.create_model(name, pretrained=False))
+    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
+    return NamedModel(model, ("x".join(map(str, (1, *size))),))
+
+
+def _torchvision(name: str) -> NamedModel:
+    models = _library("torchvision").models
+    # These two warn when they are not told, and take long to initialise.
+    settings = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}.get(name, {})
+    return NamedModel(
+        _built(f"torchvision:{name}", lambda: models.get_model(name, weights=None, **settings)), ("1x3x224x224",)
+    )
+
+
+def _transformers(name: str) -> NamedModel:
+    transformers = _library("transformers")
+
+    def build() -> Any:
+        known = getattr(transformers, name, None)
+        if isinstance(known, type) and issubclass(known, nn.Module):
+            return known(known.config_class())  # type: ignore[attr-defined]
+        return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name))
+
+    model = _built(f"transformers:{name}", build)
+    return NamedModel(model, _transformers_inputs(model))
+
+
+def _transformers_inputs(model: Any) -> tuple[str, ...]:
+    """What a transformers model takes where nothing is given: pixels, sound or tokens; a decoder's tokens, too."""
+    config = model.config
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+        side = size if isinstance(size, int) else 224
+        inputs = [f"1x{channels if isinstance(channels, int) else 3}x{side}x{side}"]
+    elif main == "input_features":
+        frames = 2 * getattr(config, "max_source_positions", 512)
+        inputs = [f"1x{getattr(config, 'num_mel_bins', 80)}x{frames}"]
+    elif main == "input_values":
+        inputs = ["1x16000"]
+    else:
+        inputs = ["1x16:int64"]
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in signature(model.forward).parameters:
+        inputs.append("decoder_input_ids=1x16:int64")
+    return tuple(inputs)
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # torchvision raises RuntimeError beside another build of torch
+        raise InputError(
+            f"{name} cannot be imported ({_first_line(error)}): pip install {name}, in a build that fits torch "
+            f"{torch.__version__}"
+        ) from error
+
+
+def _built(name: str, build: Any) -> nn.Module:
+    if isinstance(build, nn.Module):
+        return build
+    if not callable(build):
+        raise InputError(
+            f"{name} is of type {type(build).__name__}; expected a callable that returns a torch.nn.Module"
+        )
+    try:
+        model = build()
+    except Exception as error:  # it runs the user's code
+        raise InputError(f"{name} failed when it was called without arguments ({_first_line(error)})") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} returned an object of type {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's first cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

@@ -1,0 +1,189 @@
+"""The options that the commands share: one dataclass, from which every command's `--help` is made.
+
+A command takes `settings: Settings` and options of its own; `with_settings` gives it the parameters that typer reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.cli.models import feedback_of, hardware_of, load_model, load_weights, random_inputs
+from ffebm_compiler.hardware.fabric import Hardware
+
+__all__ = ["Force", "NoVerify", "Settings", "Tolerance", "check_alone", "check_free", "with_settings"]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="package.module:callable, called without arguments, returns the nn.Module; or timm:NAME, "
+        "torchvision:NAME, transformers:NAME with random weights.",
+    ),
+]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not run what was written in onnxruntime beside the hybrid.")
+]
+Tolerance = Annotated[
+    float, typer.Option("--tolerance", help="Largest relative deviation of outputs; more is an error.", min=0.0)
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command makes its plan or hybrid of."""
+
+    model: Model
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="SHAPE",
+            help="An input's shape, batch first, as 1x3x32x32, 1x16:int64 or mask=1x16:bool; repeat it for each input. "
+            "Models of a library have a default.",
+        ),
+    ] = None
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="A state_dict to load first: .safetensors, or from torch.save.")
+    ] = None
+    hardware: Annotated[
+        str, typer.Option("--hardware", "-w", help="ideal, crossbar-64, crossbar-256, or a .toml or .json file.")
+    ] = "crossbar-256"
+    energy: Annotated[str, typer.Option("--energy", help="What the blocks minimise: hopfield or resistive.")] = (
+        "hopfield"
+    )
+    feedback: Annotated[
+        str | None,
+        typer.Option(
+            "--feedback",
+            "-f",
+            help="Loop gain between 0 and 1 (of a resistive energy its gain, above 0), or symmetric; 0.1 (0.01) where "
+            "it is left out.",
+        ),
+    ] = None
+    fold_batchnorm: Annotated[
+        bool, typer.Option("--fold-batchnorm", help="Fold batch norm into the layer before it.")
+    ] = False
+    block_ops: Annotated[
+        str,
+        typer.Option("--block-ops", help="Wiring allowed inside a block, joined by commas, e.g. add,reshape,avg_pool."),
+    ] = "add,reshape"
+    force_digital: Annotated[
+        list[str] | None, typer.Option("--force-digital", help="Keep modules of this pattern digital, e.g. 'layer4.*'.")
+    ] = None
+    force_analog: Annotated[
+        list[str] | None, typer.Option("--force-analog", help="Insist on modules of this pattern.")
+    ] = None
+    on_unsupported: Annotated[
+        str, typer.Option("--on-unsupported", help="A layer that cannot be analog stays 'digital', or is an 'error'.")
+    ] = "digital"
+    seed: Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.", min=0)] = 0
+
+    def fabric(self) -> Hardware:
+        """The hardware."""
+        return hardware_of(self.hardware)
+
+    def source(self) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
+        """The model with its weights, and random inputs."""
+        torch.manual_seed(self.seed)
+        named = load_model(self.model)
+        if self.weights is not None:
+            load_weights(named.module, self.weights)
+        args, kwargs = random_inputs(self.inputs or named.inputs, self.seed)
+        return named.module, args, kwargs
+
+    def options(self) -> dict[str, Any]:
+        """What `plan` and `convert` are asked for beside the hardware."""
+        return {
+            "fold_batchnorm": self.fold_batchnorm,
+            "block_ops": tuple(part.strip() for part in self.block_ops.split(",") if part.strip()),
+            "force_digital": self.force_digital or (),
+            "force_analog": self.force_analog or (),
+            "on_unsupported": self.on_unsupported,
+        }
+
+    def converted(self) -> tuple[ffebm.HybridModel, tuple[Tensor, ...], dict[str, Tensor]]:
+        """The model converted, and the random inputs that it was converted with."""
+        gain, fabric = feedback_of(self.feedback), self.fabric()
+        module, args, kwargs = self.source()
+        with Console(stderr=True).status(f"converting {self.model}"):
+            hybrid = ffebm.convert(
+                module, args, kwargs, hardware=fabric, feedback=gain, energy=self.energy, **self.options()
+            )
+        return hybrid, args, kwargs
+
+
+def with_settings(without: Sequence[str] = (), **instead: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a parameter for each field of `Settings`, before its own.
+
+    Args:
+        without: fields that mean nothing for it.
+        instead: annotations to use for fields in place of their own.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        hints = {**get_type_hints(Settings, include_extras=True), **instead}
+        shared = [field for field in fields(Settings) if field.name not in without]
+        own = get_type_hints(command, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in shared
+        ]
+        parameters += [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own[parameter.name])
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.name != "settings"
+        ]
+
+        def run(**given: Any) -> None:
+            settings = Settings(**{field.name: given.pop(field.name) for field in shared})
+            command(settings=settings, **given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return decorated
+
+
+def check_free(path: Path | None, force: bool) -> None:
+    """Refuse to replace a file unless told to.
+
+    Raises:
+        InputError: where the file exists.
+    """
+    if path is not None and os.path.exists(path) and not force:
+        raise ffebm.InputError(f"{path} exists already: add --force to replace it, or name another file with --out")
+
+
+def check_alone(context: typer.Context, allowed: Sequence[str]) -> None:
+    """Refuse options that mean nothing for a stored plan.
+
+    Raises:
+        InputError: where one is given.
+    """
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name not in allowed and source is not None and source.name == "COMMANDLINE":
+            raise ffebm.InputError(
+                f"{option.opts[0]} is given beside a stored plan, which has its settings already: leave it out, or "
+                "name the model instead of the plan"
+            )

@@ -1,0 +1,1 @@
+"""The demo: the whole idea end to end on real data."""

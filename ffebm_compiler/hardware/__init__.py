@@ -1,0 +1,1 @@
+"""What a chip is, and what it costs."""

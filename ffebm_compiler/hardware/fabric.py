@@ -1,0 +1,304 @@
+"""The analog fabric that a network is partitioned for: tiles, cores, capacities and converters.
+
+A *tile* is one crossbar of `tile_rows` × `tile_cols` devices. A *core* is what one energy block must fit
+into: `tiles_per_core` tiles that settle together, with no converter between them. `None` as a
+capacity means unlimited.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ffebm_compiler.errors import HardwareError
+from ffebm_compiler.files.checked_json import clipped
+from ffebm_compiler.hardware.file import read_table
+from ffebm_compiler.hardware.layers import Frozen, checked_overrides, fields_for
+
+__all__ = ["ConvMapping", "Hardware", "hardware_presets", "resolve_hardware"]
+
+ConvMapping = Literal["im2col", "unrolled"]
+
+_CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "layers_per_block", "neurons_per_block")
+_BITS = ("weight_bits", "adc_bits", "dac_bits")
+_OPTIONAL = (*_CAPACITIES, *_BITS, "noise", "costs", "overrides")
+_MAX_BITS = 32
+_LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """An analog fabric, checked when it is made.
+
+    The tiles that one layer takes are given by `tiles`; a block fits a core when the tiles of its layers
+    sum to at most `tiles_per_core`, and its layers and neurons are at most `layers_per_block` and
+    `neurons_per_block`.
+
+    Args:
+        tile_rows: input lines of a tile, in devices. None: unlimited.
+        tile_cols: output lines of a tile, in devices. None: unlimited.
+        tiles_per_core: tiles that can settle together. None: unlimited.
+        cores: cores of the whole fabric, a budget for all blocks. None: unlimited.
+        layers_per_block: weight-stationary layers in one energy block. None: unlimited.
+        neurons_per_block: state values per sample in one energy block. None: unlimited.
+        devices_per_weight: adjacent columns that hold one signed weight, 2 for a differential pair.
+        conv_mapping: "im2col" reuses a convolution's tiles for every output position, one after the other;
+            "unrolled" has tiles of its own for every position.
+        weight_bits: bits of a programmed weight. None: not quantised.
+        adc_bits: bits of an analog-to-digital conversion, at a block's outputs. None: not quantised.
+        dac_bits: bits of a digital-to-analog conversion, at a block's inputs. None: not quantised.
+        noise: standard deviation of the programmed weights, relative to the largest one. None: no noise.
+        costs: constants for the cost report that replace its own, by name. None: its own.
+        bias_row: whether the bias of a layer takes one more row of its matrix, driven by a constant input,
+            instead of being added digitally to what the converters give.
+        groups_share_tiles: whether a convolution's groups lie along a tile's diagonal, as many as fit; else apart.
+        overrides: what differs for some layers: glob pattern on module paths -> fields, e.g.
+            `{"layer4.*": {"tile_cols": 512}}`. A layer may have its own `tile_rows`, `tile_cols`,
+            `devices_per_weight`, `conv_mapping`, `bias_row` and `groups_share_tiles`; `tiles_per_core`
+            counts tiles of any size. None: nothing.
+        name: what reports call this fabric.
+        source: where these numbers come from.
+
+    Raises:
+        HardwareError: a field has a wrong type or is out of range.
+    """
+
+    tile_rows: int | None = 256
+    tile_cols: int | None = 256
+    tiles_per_core: int | None = 64
+    cores: int | None = None
+    layers_per_block: int | None = 4
+    neurons_per_block: int | None = None
+    devices_per_weight: int = 2
+    conv_mapping: ConvMapping = "im2col"
+    weight_bits: int | None = None
+    adc_bits: int | None = 8
+    dac_bits: int | None = 8
+    noise: float | None = None
+    costs: Mapping[str, float] | None = None
+    bias_row: bool = False
+    groups_share_tiles: bool = False
+    overrides: Mapping[str, Mapping[str, Any]] | None = None
+    name: str = "custom"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for field in _CAPACITIES:
+            self._set_whole(field, optional=True, remedy="or None for no limit")
+        self._set_whole("devices_per_weight", remedy="such as 2 for a differential pair, 1 for a single device")
+        for field in _BITS:
+            self._set_whole(field, optional=True, most=_MAX_BITS, remedy="or None for no quantisation")
+        if self.conv_mapping not in get_args(ConvMapping):
+            choices = " or ".join(repr(choice) for choice in get_args(ConvMapping))
+            raise HardwareError(f"conv_mapping must be {choices}, got {self.conv_mapping!r}")
+        if self.noise is not None:
+            wanted = "noise must be a finite number of at least 0 (relative standard deviation) or None"
+            self._set("noise", _non_negative(self.noise, wanted))
+        if self.costs is not None:
+            self._set("costs", _frozen_costs(self.costs))
+        for field in ("bias_row", "groups_share_tiles"):
+            if not isinstance(getattr(self, field), bool):
+                raise HardwareError(f"{field} must be True or False; got {getattr(self, field)!r}")
+        if self.overrides is not None:
+            self._set("overrides", Frozen({p: self._own(p, v) for p, v in checked_overrides(self.overrides).items()}))
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise HardwareError(f"name must be a text that is not empty, got {self.name!r}: it heads the reports")
+        if not isinstance(self.source, str):
+            raise HardwareError(f"source must be a text (empty if there is none), got {self.source!r}")
+
+    def tiles(self, rows: int, cols: int, groups: int = 1, positions: int = 1, bias: bool = False) -> int:
+        """The tiles that one layer's weights take.
+
+            tiles = groups · ⌈rows / tile_rows⌉ · ⌈cols · devices_per_weight / tile_cols⌉
+
+        times `positions` where `conv_mapping` is "unrolled". A quotient by an unlimited side is 1: without
+        limits there is one tile per group (and position). With `groups_share_tiles`, ⌈groups / n⌉ tiles hold
+        n = min(⌊tile_rows / rows⌋, ⌊tile_cols / (cols · devices_per_weight)⌋) groups each, where n is more than 1.
+
+        Args:
+            rows: inputs of one group: in_features, or k_h · k_w · C_in / groups.
+            cols: outputs of one group: out_features, or C_out / groups.
+            groups: groups of a grouped convolution, 1 otherwise.
+            positions: output positions of a convolution, 1 otherwise.
+            bias: whether the bias takes a row of the crossbar (rows + 1) instead of being added digitally.
+
+        Raises:
+            HardwareError: one of the four numbers is not a whole number of at least 1.
+        """
+        for name, value in (("rows", rows), ("cols", cols), ("groups", groups), ("positions", positions)):
+            if not _is_whole(value) or value < 1:
+                raise HardwareError(f"tiles needs a whole number of at least 1 as {name}, got {value!r}")
+        down = _ceil_div(rows + int(bias), self.tile_rows)
+        across = _ceil_div(cols * self.devices_per_weight, self.tile_cols)
+        copies = positions if self.conv_mapping == "unrolled" else 1
+        return -(-groups // self.groups_per_tile(rows, cols, groups, bias)) * down * across * copies
+
+    def groups_per_tile(self, rows: int, cols: int, groups: int = 1, bias: bool = False) -> int:
+        """Groups of one layer that lie on one tile: 1 without `groups_share_tiles`; arguments as those of `tiles`."""
+        if not self.groups_share_tiles:
+            return 1
+        down = groups if self.tile_rows is None else self.tile_rows // (rows + int(bias))
+        across = groups if self.tile_cols is None else self.tile_cols // (cols * self.devices_per_weight)
+        return max(1, min(groups, down, across))
+
+    def for_layer(self, path: str) -> Hardware:
+        """The fabric as the layer of a module path has it: itself without `overrides`, else what they make of it.
+
+        Raises:
+            HardwareError: where two patterns match the layer and disagree.
+        """
+        return replace(self, overrides=None, **fields_for(self.overrides, path)) if self.overrides else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; `from_dict` makes an equal object of them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["costs"] = None if self.costs is None else dict(self.costs)
+        if self.overrides is not None:
+            values["overrides"] = {pattern: dict(own) for pattern, own in self.overrides.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Hardware:
+        """The fabric with these fields; those left out keep their defaults.
+
+        Raises:
+            HardwareError: an unknown key, or a value that its field refuses.
+        """
+        if not isinstance(values, Mapping):
+            raise HardwareError(f"expected a mapping of hardware fields, got {type(values).__name__}")
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                close = get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"the fields are {', '.join(known)}"
+                raise HardwareError(f"unknown hardware field {key!r}: {hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Hardware:
+        """The fabric described by a TOML or JSON file with the fields as top-level keys.
+
+        The `name` is the file's own unless the file gives one. TOML has no null: write `cores = "none"`
+        for an optional field without a value.
+
+        Raises:
+            HardwareError: the file cannot be read or parsed, or describes no hardware; names file and key.
+        """
+        path = Path(path)
+        values = read_table(path, _OPTIONAL)
+        try:
+            return cls.from_dict({"name": path.stem, **values})
+        except HardwareError as error:
+            raise HardwareError(f"{path}: {clipped(str(error))}") from error
+
+    def _own(self, pattern: str, values: Mapping[str, Any]) -> Frozen:
+        """The fields of one override, checked as those of a fabric are."""
+        try:
+            checked = Hardware(**values)
+        except HardwareError as error:
+            raise HardwareError(f"overrides[{pattern!r}]: {error}") from error
+        return Frozen({field: getattr(checked, field) for field in values})
+
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)  # the class is frozen
+
+    def _set_whole(self, field: str, *, remedy: str, optional: bool = False, most: int | None = None) -> None:
+        """Check a whole number and keep it as a plain int, which JSON and TOML can hold."""
+        value = getattr(self, field)
+        if value is None and optional:
+            return
+        if not _is_whole(value) or not 1 <= value <= (most or _LARGEST):
+            allowed = "of at least 1" if most is None else f"from 1 to {most}"
+            large = _is_whole(value) and value > _LARGEST
+            got = f"one of {int(value).bit_length()} bits, more than 63" if large else repr(value)
+            raise HardwareError(f"{field} must be a whole number {allowed}, {remedy}; got {got}")
+        self._set(field, int(value))
+
+
+def hardware_presets() -> dict[str, Hardware]:
+    """The fabrics that can be named, each with the source of its numbers."""
+    presets = (
+        Hardware(
+            tile_rows=None,
+            tile_cols=None,
+            tiles_per_core=None,
+            layers_per_block=None,
+            devices_per_weight=1,
+            adc_bits=None,
+            dac_bits=None,
+            name="ideal",
+            source="no hardware: no limit on a tile, a core or a block, and no quantisation",
+        ),
+        Hardware(
+            tile_rows=64,
+            tile_cols=64,
+            name="crossbar-64",
+            source=(
+                "the size of small academic resistive and phase-change macros, 64×64 devices; "
+                "round numbers, not one published chip"
+            ),
+        ),
+        Hardware(
+            name="crossbar-256",
+            source=(
+                "256×256 crossbars, 64 of them, with 8-bit inputs and outputs: the phase-change chip of "
+                "Le Gallo et al., Nature Electronics 2023, whose 64 cores are the 64 tiles of one core here; "
+                "two columns per weight and four layers per block are choices of this project"
+            ),
+        ),
+    )
+    return {preset.name: preset for preset in presets}
+
+
+def resolve_hardware(value: str | Hardware) -> Hardware:
+    """The preset of that name, or the `Hardware` itself.
+
+    Raises:
+        HardwareError: an unknown name, or neither a name nor a `Hardware`.
+    """
+    if isinstance(value, Hardware):
+        return value
+    presets = hardware_presets()
+    choices = f"one of {', '.join(map(repr, presets))}, a Hardware(...) or Hardware.from_file(path)"
+    if not isinstance(value, str):
+        raise HardwareError(f"hardware must be {choices}; got {type(value).__name__}")
+    if value not in presets:
+        raise HardwareError(f"unknown hardware {value!r}: use {choices}")
+    return presets[value]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _ceil_div(value: int, size: int | None) -> int:
+    return 1 if size is None else -(-value // size)
+
+
+def _non_negative(value: object, wanted: str) -> float:
+    """The value as a float; `wanted` opens the error's sentence."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise HardwareError(f"{wanted}, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond the largest float
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise HardwareError(f"{wanted}, got {number!r}")
+    return number
+
+
+def _frozen_costs(costs: object) -> Frozen:
+    if not isinstance(costs, Mapping):
+        raise HardwareError(f"costs must be a mapping of names to numbers or None, got {type(costs).__name__}")
+    values = {}
+    for key, value in costs.items():
+        if not isinstance(key, str):
+            raise HardwareError(f"costs must have texts as names, got {key!r}")
+        values[key] = _non_negative(value, f"costs[{key!r}] must be a finite number of at least 0")
+    return Frozen(values)

@@ -1,0 +1,184 @@
+"""Checks a user runs: how far a hybrid is from its source, and whether its gradients are right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ffebm_compiler.errors import GradientError, InputError
+from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.reports.text import table_text
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_core import HybridCore
+
+__all__ = ["Agreement", "Comparison", "GradientReport", "check_gradients", "compare"]
+
+ESTIMATORS = ("ep", "implicit", "unrolled")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Deviation of a hybrid from its source, ‖hybrid − source‖/‖source‖."""
+
+    blocks: Mapping[str, float]
+    """At each energy block's outputs, with all feedback on."""
+    output: float
+    """At the network's output; the largest, if it has several."""
+    sweeps: Mapping[str, int]
+    """Free-phase sweeps of each block."""
+    layers: Mapping[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        """A table."""
+        rows = [
+            (name, ", ".join(self.layers[name]), f"{error:.2e}", str(self.sweeps[name]))
+            for name, error in self.blocks.items()
+        ]
+        rows.append(("output", "", f"{self.output:.2e}", ""))
+        return table_text("deviation from the source", ("block", "layers", "relative", "sweeps"), rows)
+
+
+def _relative(found: Any, expected: Any) -> float:
+    """‖found − expected‖/‖expected‖ over all floating-point leaves, the largest."""
+    worst = 0.0
+    for have, want in zip(leaves_of(found), leaves_of(expected), strict=True):
+        if isinstance(want, Tensor) and want.is_floating_point() and want.numel():
+            scale = float(want.double().norm())
+            error = float((have.double() - want.double()).norm())
+            worst = max(worst, error / scale if scale else error)
+    return worst
+
+
+def compare(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Comparison:
+    """Run a hybrid in eval mode with and without feedback on the same inputs.
+
+    Without feedback it computes its source's function, which `convert` has verified.
+    """
+    with hybrid._evaluating():
+        with hybrid.feedforward_mode(), hybrid.recording() as plain:
+            expected = hybrid(*args, **kwargs)
+        with hybrid.recording() as settled:  # last, so that the blocks' states and sweeps are the settled ones
+            output = hybrid(*args, **kwargs)
+        sweeps = {block.name: block.module.last.sweeps if block.module.last else 0 for block in hybrid.blocks}
+    return Comparison(
+        blocks={name: _relative(settled[name][1], plain[name][1]) for name in settled},
+        output=_relative(output, expected),
+        sweeps=sweeps,
+        layers={block.name: block.layers for block in hybrid.blocks},
+    )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of a gradient with the reference."""
+
+    cosine: float
+    relative_error: float
+    """‖g − g_ref‖/‖g_ref‖."""
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """Per parameter, each estimator's gradient against the float64 unrolled one."""
+
+    agreements: Mapping[str, Mapping[str, Agreement]]
+    """Parameter name -> estimator name -> agreement."""
+
+    def __getitem__(self, name: str) -> Mapping[str, Agreement]:
+        """The agreements of one parameter."""
+        return self.agreements[name]
+
+    def worst(self, estimator: str) -> tuple[str, Agreement]:
+        """The parameter with the smallest cosine, and its agreement.
+
+        Raises:
+            InputError: for an estimator that the report does not hold.
+        """
+        if estimator not in ESTIMATORS:
+            raise InputError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+        name = min(self.agreements, key=lambda key: self.agreements[key][estimator].cosine)
+        return name, self.agreements[name][estimator]
+
+    def __str__(self) -> str:
+        """A table."""
+        rows = [
+            (
+                name,
+                *(f"{row[e].cosine:.6f}" for e in ESTIMATORS),
+                *(f"{row[e].relative_error:.1e}" for e in ESTIMATORS),
+            )
+            for name, row in self.agreements.items()
+        ]
+        columns = ("parameter", *(f"cos {e}" for e in ESTIMATORS), *(f"err {e}" for e in ESTIMATORS))
+        return table_text("gradients against float64 unrolled", columns, rows)
+
+
+def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> GradientReport:
+    """Compare the gradients of all estimators with autograd through the relaxation in float64.
+
+    Args:
+        hybrid: is copied; neither its gradients nor its statistics change.
+        inputs: a tensor, a tuple of positional arguments, or a dictionary of keyword arguments.
+        loss_fn: takes the hybrid's output and returns a scalar loss.
+
+    Raises:
+        InputError: where the loss is no finite scalar.
+        GradientError: where no parameter receives a gradient.
+    """
+    reference = _gradients(hybrid, inputs, loss_fn, "unrolled", torch.float64)
+    if not reference:
+        raise GradientError("no parameter of the hybrid receives a gradient: does any require one (requires_grad)?")
+    own = _dtype(hybrid)
+    found = {name: _gradients(hybrid, inputs, loss_fn, name, own) for name in ESTIMATORS}
+    return GradientReport(
+        {
+            name: {estimator: _agreement(found[estimator].get(name), expected) for estimator in ESTIMATORS}
+            for name, expected in reference.items()
+        }
+    )
+
+
+def _dtype(hybrid: HybridCore) -> torch.dtype:
+    return next((p.dtype for p in hybrid.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _gradients(
+    hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Tensor], estimator: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    model = copy.deepcopy(hybrid).to(dtype)
+    model.zero_grad(set_to_none=True)
+    current = model.blocks[0].module.estimator if model.blocks else None
+    if current is None or current.name != estimator:
+        model.set_gradient(estimator)
+    cast = pytree.tree_map(
+        lambda leaf: leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+        inputs,
+    )
+    with torch.random.fork_rng(), torch.enable_grad(), model.held_feedback():
+        torch.manual_seed(0)
+        if isinstance(cast, dict):
+            output = model(**cast)
+        else:
+            output = model(*cast) if isinstance(cast, tuple | list) else model(cast)
+        loss = loss_fn(output)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
+            raise InputError("loss_fn must return a finite scalar tensor, e.g. cross_entropy(output, labels)")
+        loss.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _agreement(found: Tensor | None, expected: Tensor) -> Agreement:
+    if found is None:
+        return Agreement(0.0, 1.0)
+    norm, size = float(expected.norm()), float(found.norm())
+    if norm == 0:
+        return Agreement(1.0 if size == 0 else 0.0, size)
+    cosine = float((found * expected).sum()) / (norm * size) if size else 0.0
+    return Agreement(cosine, float((found - expected).norm()) / norm)

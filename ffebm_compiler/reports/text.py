@@ -1,0 +1,165 @@
+"""Tables for the terminal: plans and summaries as text."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ffebm_compiler.errors import PlanError
+from ffebm_compiler.passes.partition.placement import placement_of
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_core import HybridCore
+    from ffebm_compiler.plan_data import BlockPlan, PlanData
+
+__all__ = ["count", "plan_text", "summary_text", "table_text"]
+
+_WIDTH = 110
+
+
+def count(value: float) -> str:
+    """A count for people: 950, 12.3 k, 4.56 M, 7.89 G."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if value >= size:
+            return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
+    return f"{value:g}"
+
+
+def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = _WIDTH) -> str:
+    """A table as plain text; numbers to the right."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    body = [[str(cell) for cell in row] for row in rows]
+    for index, column in enumerate(columns):
+        numeric = bool(body) and all(_numeric(row[index]) for row in body)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in body:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+
+def _numeric(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or cell[0] in "-+."
+
+
+def plan_text(plan: PlanData) -> str:
+    """The plan's table, the digital parts, what was rejected, and the notes."""
+    hardware = plan.hardware
+    core = "unlimited" if hardware.tiles_per_core is None else str(hardware.tiles_per_core)
+    rows = [_block_row(group) for group in _alike(plan.blocks)]
+    share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
+    lines = [
+        f"{plan.model} on {hardware.name} ({core} tiles per core): {_counted(len(plan.blocks), 'energy block')}, "
+        f"{_counted(len(plan.digital_parts), 'digital part')}",
+        table_text("", ("block", "layers", "tiles", "DAC", "ADC", "MACs"), rows) if rows else "no energy blocks",
+        f"conversions per sample: {plan.conversions}; analog MACs: {share:.1f} % of {count(plan.total_macs)}",
+    ]
+    if plan.blocks:
+        lines.append(_fabric_line(plan))
+    for part in plan.digital_parts:
+        targets = [plan.graph[name].target for name in part.operations]
+        shown = ", ".join(f"{t} x{targets.count(t)}" if targets.count(t) > 1 else t for t in dict.fromkeys(targets))
+        lines.append(f"{part.name}: {shown}")
+    if plan.rejected:
+        lines.append("stayed digital:")
+        lines.extend(f"  {path}: {reason}" for path, reason in plan.rejected.items())
+    lines.extend(f"note: {note}" for note in plan.notes)
+    return "\n".join(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _alike(blocks: Sequence[BlockPlan]) -> list[list[BlockPlan]]:
+    """Runs of blocks that hold parts of the same layers, as a layer larger than a core leaves them."""
+    return [list(run) for _, run in itertools.groupby(blocks, key=lambda block: dict.fromkeys(block.layers).keys())]
+
+
+def _block_row(group: Sequence[BlockPlan]) -> tuple[str, ...]:
+    """A row of the plan's table; the numbers of several blocks are summed."""
+    name = group[0].name
+    if len(group) > 1:
+        name = f"{name}..{group[-1].name} ({len(group)} blocks)"
+    held = [layer for block in group for layer in block.layers]
+    layers = [f"{path} x{held.count(path)}" if held.count(path) > 1 else path for path in dict.fromkeys(held)]
+    sums = (sum(block.dac for block in group), sum(block.adc for block in group), sum(block.macs for block in group))
+    return (name, ", ".join(layers), str(sum(block.tiles for block in group)), *map(count, sums))
+
+
+def _fabric_line(plan: PlanData) -> str:
+    """Tiles and cores that the blocks take, and how full they are."""
+    hardware = plan.hardware
+    try:
+        placed = placement_of(plan)
+    except PlanError as error:  # edited by hand: the table is what shows where
+        return f"no placement: {error}"
+    of = "" if hardware.cores is None else f" of {hardware.cores}"
+    text = f"{_counted(placed.tiles, 'tile')} on {_counted(placed.cores, 'core')}{of}"
+    if hardware.tile_rows is None and hardware.tile_cols is None:
+        return text
+    return f"{text}; {100 * placed.utilisation:.1f} % of the tiles' devices hold a weight"
+
+
+def summary_text(hybrid: HybridCore) -> str:
+    """The plan and what each block settles with."""
+    rows = []
+    for block in hybrid.blocks:
+        module = block.module
+        certificate = block.certificate
+        rtol = module.free_rtol(next((w.dtype for w in block.weights if w is not None), torch.float32))
+        predicted = certificate.sweeps(rtol) if certificate is not None else 0
+        rows.append(
+            (
+                block.name,
+                str(len(module.program.layers)),
+                "none" if certificate is None else f"{certificate.loop_gain:.3g}",
+                "" if certificate is None else f"{certificate.radius:.3g}",
+                "unknown" if predicted is None else str(predicted),
+                "not run" if module.last is None else str(module.last.sweeps),
+                type(module.active_solver).__name__ if certificate is not None else "none",
+                module.estimator.name if certificate is not None else "exact",
+                ", ".join(
+                    dict.fromkeys(
+                        layer.activation.name for layer in module.program.layers if not layer.activation.monotone
+                    )
+                ),
+            )
+        )
+    columns = (
+        "block",
+        "states",
+        "loop gain",
+        "rho",
+        "predicted",
+        "last",
+        "solver",
+        "gradient",
+        "stationary only",
+    )
+    table = table_text("equilibria (sweeps predicted and in the last forward)", columns, rows)
+    return "\n".join([plan_text(hybrid.plan), table, *_energy_lines(hybrid), *_solver_lines(hybrid)])
+
+
+def _energy_lines(hybrid: HybridCore) -> list[str]:
+    """What the blocks with feedback minimise, and the feedback that they hold."""
+    blocks = [block.module for block in hybrid.blocks if block.certificate is not None]
+    return list(dict.fromkeys(module.energy_function.describe(module.feedback) for module in blocks))
+
+
+def _solver_lines(hybrid: HybridCore) -> list[str]:
+    """Which blocks settle with which solver, and why."""
+    groups: dict[str, list[str]] = {}
+    for block in hybrid.blocks:
+        if block.certificate is not None:
+            groups.setdefault(str(block.module.chosen), []).append(block.name)
+    return [f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}: {why}" for why, names in groups.items()]

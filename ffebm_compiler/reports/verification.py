@@ -1,0 +1,213 @@
+"""Verification: with feedback off, a hybrid computes what its source computes, in both modes, draw for draw."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ffebm_compiler.errors import FFEBMError, UnsupportedError
+from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.held import held_tensors
+from ffebm_compiler.passes.tracing import ordinary_paths
+from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
+from ffebm_compiler.reports.mixed_modes import allow_mixed_modes
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_core import HybridCore
+
+__all__ = ["verify_feedforward"]
+
+_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
+_ALLOWED = 30
+"""Times the change by round-off in its weights that a source's output may be off."""
+
+
+def verify_feedforward(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check that with feedback off a hybrid computes what its source computes, in each mode and where modes mix.
+
+    Raises:
+        FFEBMError: where it does not, which is a defect of the compiler.
+    """
+    source = hybrid.__dict__["_source"]
+    if type(source) is nn.Module or (hybrid._call_form.random and not hybrid._draws_in_order):
+        return
+    modes = (False, True) if hybrid._differs_in_training else (False,)
+    _compare(hybrid, source, args, kwargs, modes, hybrid._folded)
+    allow_mixed_modes(hybrid, source, lambda: _same_outputs(hybrid, source, args, kwargs))
+
+
+def _compare(
+    hybrid: HybridCore,
+    source: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    modes: tuple[bool, ...],
+    folded: frozenset[str],
+) -> None:
+    """Compare a hybrid with the private copy of its source, which has the same tensors.
+
+    Args:
+        hybrid, source: what is compared; neither changes.
+        args, kwargs: the example inputs.
+        modes: values of `training` to compare in.
+        folded: paths of the modules whose batch norm is folded; they are in eval mode throughout.
+
+    Raises:
+        FFEBMError: where they deviate, which is a defect of the compiler.
+    """
+    for training in modes:
+        with hybrid.in_mode(training), hybrid.feedforward_mode(), hybrid.held_feedback():
+            for path in folded:  # frozen in the hybrid: the source is compared with its norms frozen too
+                module_at(source, path).training = False
+                if not path:
+                    hybrid.training = False
+            state = [*held_tensors(source), *hybrid.written_state()]
+            wanted = _of_source(source, state, args, kwargs)
+            found = _leaves(hybrid, source, state, args, kwargs)
+            if len(wanted) != len(found):
+                raise FFEBMError(
+                    f"the converted graph returns {len(found)} values and the source {len(wanted)} in "
+                    f"{_name(training)} mode: this is a defect of the compiler, please report the model"
+                )
+            error, limit = _deviation(found, wanted)
+            if not error <= limit and _agree_with_gradients(found, source, state, args, kwargs):
+                raise UnsupportedError(
+                    f"in {_name(training)} mode the source computes something else where no gradient is recorded (its "
+                    "forward asks torch.is_grad_enabled or a tensor's requires_grad), but a hybrid computes the same: "
+                    "let a setting or the training flag decide instead"
+                )
+            if not error <= limit and _asks_for_types(wanted, source, state, args, kwargs):
+                raise UnsupportedError(
+                    f"in {_name(training)} mode the source computes something else for tensors of another class (its "
+                    "forward asks for the exact type of a tensor, which is another while it is captured): ask "
+                    "isinstance(x, torch.Tensor) instead"
+                )
+            # Where round-off alone does as much, the comparison says nothing.
+            if not error <= limit and not error <= _ALLOWED * _sensitivity(source, args, kwargs):
+                raise FFEBMError(
+                    f"the converted graph deviates from the source by {error:.2e} (relative) in {_name(training)} mode "
+                    "with feedback off: this is a defect of the compiler, please report the model"
+                )
+
+
+def _same_outputs(hybrid: HybridCore, source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a hybrid and the private copy of its source compute the same in the modes in which their modules are."""
+    state = [*held_tensors(source), *hybrid.written_state()]
+    wanted = _of_source(source, state, args, kwargs)
+    found = _leaves(hybrid, source, state, args, kwargs)
+    error, limit = _deviation(found, wanted)
+    return len(found) == len(wanted) and error <= limit
+
+
+def _deviation(found: list[Any], wanted: list[Any]) -> tuple[float, float]:
+    """(largest relative deviation over its limit, limit): that of the output that is off the most."""
+    worst, allowed = 0.0, 1.0
+    for have, want in zip(found, wanted, strict=True):
+        if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
+            continue
+        error, limit = _relative(have, want), _LIMITS.get(want.dtype, 5e-2)
+        if not error / limit <= worst / allowed:
+            worst, allowed = error, limit
+    return worst, allowed
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    """‖found − wanted‖/‖wanted‖."""
+    return float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-12))
+
+
+def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Largest relative change of an output when every weight changes by a few units of round-off.
+
+    A batch norm over two equal values, say, returns their round-off at full size: what two correct evaluations of such
+    a source return has nothing in common.
+    """
+    results = []
+    for factor in (0.0, 1.0):
+        copied = copy.deepcopy(source)
+        for mine, theirs in zip(copied.modules(), source.modules(), strict=True):
+            mine.training = theirs.training
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                if parameter.is_floating_point():
+                    noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                    parameter.mul_(1 + factor * 8 * torch.finfo(parameter.dtype).eps * noise)
+        results.append(_of_source(copied, held_tensors(copied), args, kwargs))
+    pairs = zip(*results, strict=True)
+    changes = [_relative(b, a) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
+    return max(changes, default=0.0)
+
+
+def _agree_with_gradients(
+    found: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the source's outputs are those of the hybrid where gradients are recorded, as when it was captured."""
+    wanted = _leaves(source, source, state, args, kwargs, gradients=True)
+    if len(found) != len(wanted):
+        return False
+    error, limit = _deviation(found, wanted)
+    return error <= limit
+
+
+class _OfAnotherClass(Tensor):
+    """A tensor that is one in all but its type."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OfAnotherClass:
+        """A copy of the same class."""
+        return self.as_subclass(Tensor).clone().as_subclass(_OfAnotherClass)
+
+
+def _asks_for_types(
+    wanted: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the source's outputs are others for inputs of a subclass of `torch.Tensor`."""
+    given = pytree.tree_map_only(Tensor, lambda value: value.as_subclass(_OfAnotherClass), (args, dict(kwargs)))
+    try:
+        found = [
+            leaf.as_subclass(Tensor) if isinstance(leaf, Tensor) else leaf for leaf in _of_source(source, state, *given)
+        ]
+    except Exception:  # it does not run on such tensors
+        return False
+    error, limit = _deviation(found, wanted) if len(found) == len(wanted) else (1.0, 0.0)
+    return not error <= limit
+
+
+def _of_source(source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The source's outputs; with gradients recorded where it does not run without (`retain_grad` does not)."""
+    try:
+        return _leaves(source, source, state, args, kwargs)
+    except Exception:
+        return _leaves(source, source, state, args, kwargs, gradients=True)
+
+
+def _leaves(
+    model: nn.Module,
+    source: nn.Module,
+    state: list[Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gradients: bool = False,
+) -> list[Any]:
+    with (
+        torch.set_grad_enabled(gradients),
+        generators_unchanged(),
+        tensors_unchanged(state),
+        attributes_unchanged(source),
+        ordinary_paths(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # what the source warns of is no news of the conversion's
+        leaves = leaves_of(model(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
+        return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _name(training: bool) -> str:
+    return "train" if training else "eval"

@@ -1,0 +1,1 @@
+"""Partition: which operation is in which energy block."""

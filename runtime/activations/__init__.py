@@ -1,0 +1,1 @@
+"""Activations: what an energy block can hold between its layers."""

@@ -1,0 +1,75 @@
+"""Activations with parameters of their own, which are weights of the block and have gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ffebm_compiler.errors import FFEBMError
+from ffebm_compiler.runtime.activations.base import Activation, clamp_step
+
+__all__ = ["PReLU"]
+
+
+@dataclass(frozen=True)
+class PReLU(Activation):
+    """σ(h) = h for h > 0, a h else, with a slope a for all values or one for each channel (the second dimension).
+
+    A slope may be negative, and may become so in training. So the energy is written in the pre-activation,
+    with Λ(h) = ½ h σ(h) and ∂Λ/∂a = ½ min(h, 0)², whatever the slopes are at present.
+
+    Source: He et al., 2015, arXiv 1502.01852.
+    """
+
+    slope: Tensor | None = field(default=None, compare=False, repr=False)
+    """The present slopes; None in a block's program, where they are one of its weights."""
+    name = "prelu"
+    monotone = False
+    smooth = False
+
+    def bound(self, parameters: Sequence[Tensor]) -> PReLU:
+        """The activation at the present slopes."""
+        return PReLU(parameters[0])
+
+    def kept(self) -> PReLU:
+        """With the slopes as they are now."""
+        return PReLU(None if self.slope is None else self.slope.detach().clone())
+
+    @property
+    def lipschitz(self) -> float:
+        """max(1, max |a|); 1 where no slopes are given."""
+        return 1.0 if self.slope is None else max(1.0, float(self.slope.detach().abs().max()))
+
+    def _slope(self, h: Tensor) -> Tensor:
+        """The slopes, to be broadcast over h."""
+        if self.slope is None:
+            raise FFEBMError("the slopes of a PReLU are weights of its block: take it from `Frame.activations`")
+        slope = self.slope.to(h.dtype)
+        return slope.reshape(()) if slope.numel() == 1 else slope.reshape(-1, *[1] * (h.dim() - 2))
+
+    def value(self, h: Tensor) -> Tensor:
+        self._slope(h)
+        assert self.slope is not None
+        return F.prelu(h, self.slope.to(h.dtype).flatten())
+
+    def derivative(self, h: Tensor) -> Tensor:
+        return torch.where(h > 0, torch.ones_like(h), self._slope(h))
+
+    def primitive(self, h: Tensor) -> Tensor:
+        return 0.5 * h * self.value(h)
+
+    def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
+        above = clamp_step(h, k, t, 0, torch.inf)
+        return above + self._slope(h) * (k - above)
+
+    def parameter_gradients(self, h: Tensor, force: Tensor) -> list[Tensor]:
+        """Σ over what shares a slope of force · ∂σ/∂a, ∂σ/∂a = min(h, 0)."""
+        assert self.slope is not None
+        product = force * h.clamp(max=0)
+        if self.slope.numel() == 1:
+            return [product.sum().reshape(self.slope.shape)]
+        return [product.sum([dim for dim in range(h.dim()) if dim != 1]).reshape(self.slope.shape)]

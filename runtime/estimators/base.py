@@ -1,0 +1,116 @@
+"""Gradient estimators: from the error δ at a block's outputs to gradients of weights and inputs.
+
+Let L be the loss, δ = ∂L/∂s at the settled states. Each estimator finds error currents u (and a
+midpoint m of the states) and hands them to one contraction,
+
+    g_θ   = Σ_l ∂_θ[ ⟨e_l, d_l(m, x)⟩ + ⟨m_l, Σ_k (c_l/c_k) J_{lk} e_k⟩ ],
+    δ_x   = Σ_l (∂d_l/∂x)ᵀ e_l ,        e = −u,
+
+which for equilibrium propagation is exactly [∂E(s⁺) − ∂E(s⁻)]/(difference of β), expanded so
+that nothing cancels: u = c v̄ with v̄ the mean deviation and m the midpoint of the two states. An energy whose potentials
+hold weights adds terms of its own.
+
+Sources: Scellier & Bengio 2017 (arXiv 1602.05179), Laborieux et al. 2021 (arXiv 2006.03824),
+Nest & Ernoult 2024 (arXiv 2409.03306), Bai et al. 2019 (arXiv 1909.01377) for the implicit form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ffebm_compiler.runtime.estimators.situation import Situation
+from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
+
+__all__ = ["Estimator", "Gradients", "contract"]
+
+
+@dataclass
+class Gradients:
+    """Gradients of the loss by a block's inputs and weights; None where not needed or zero."""
+
+    inputs: list[Tensor | None]
+    weights: list[Tensor | None]
+    sweeps: int = 0
+
+
+class Estimator(ABC):
+    """How the gradient of the loss is obtained at a block."""
+
+    name: str
+
+    @abstractmethod
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Gradients from δ_l = ∂L/∂s_l, one per layer, None where the loss does not see it."""
+
+
+def contract(
+    at: Situation, currents: Sequence[Tensor | None], middle: Sequence[Tensor], errors: Sequence[Tensor | None]
+) -> Gradients:
+    """The contraction of the module's docstring; `currents` are e = −u, `errors` are δ.
+
+    A parameter a of an activation has the gradient Σ −K_l ∂σ_l/∂a, with the force K_l that e answers:
+    −K_l = δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k. For equilibrium propagation it is the limit
+    β → 0 of the contrast of ∂E_l/∂a = −c_l ∂Λ_l/∂a.
+    """
+    frame, program = at.frame, at.frame.program
+    weights: list[Tensor | None] = [None] * program.weights
+    inputs: list[Tensor | None] = [None] * program.inputs
+    wants_weights = any(at.weights_needed)
+    for index in range(len(program.layers)):
+        current = currents[index]
+        registers = frame.operand_registers(index, middle) if wants_weights else None
+        if current is not None:
+            parts = frame.pullback(
+                index,
+                current,
+                inputs=any(at.inputs_needed),
+                registers=registers,
+                gradients=weights if wants_weights else None,
+                needed=at.weights_needed,
+            )
+            for register, part in parts.items():
+                present = inputs[register]
+                inputs[register] = part if present is None else present + part
+        ratio, deviations = frame.deviations(index, currents, at.scales)
+        if wants_weights and any(value is not None for value in deviations):
+            frame.pullback(
+                index,
+                middle[index],
+                registers=frame.tangent_registers(index, deviations, program.operand_instructions[index]),
+                gradients=weights,
+                needed=at.weights_needed,
+                bias=False,
+                factor=ratio,
+            )
+    if wants_weights:
+        at.setting.energy.add_weight_terms(frame, at.setting, currents, middle, weights, at.weights_needed)
+    if wants_weights and any(layer.parameters for layer in program.layers):
+        _parameters(at, currents, errors, weights)
+    return Gradients(
+        [g if n else None for g, n in zip(inputs, at.inputs_needed, strict=True)],
+        [g if n else None for g, n in zip(weights, at.weights_needed, strict=True)],
+    )
+
+
+def _parameters(
+    at: Situation,
+    currents: Sequence[Tensor | None],
+    errors: Sequence[Tensor | None],
+    weights: list[Tensor | None],
+) -> None:
+    """Add the gradients of the activations' parameters."""
+    phase, activations = AdjointPhase(at.frame, at.setting, at.preactivations, errors), at.setting.activations(at.frame)
+    for index, current in enumerate(currents):
+        phase.store(index, current)
+    for index, layer in enumerate(at.frame.program.layers):
+        force = phase.force(index) if layer.parameters else None
+        if force is None:
+            continue
+        found = activations[index].parameter_gradients(at.preactivations[index], force)
+        for place, gradient in zip(layer.parameters, found, strict=True):
+            present = weights[place]
+            weights[place] = gradient if present is None else present + gradient

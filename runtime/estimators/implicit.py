@@ -1,0 +1,133 @@
+"""Gradients of an equilibrium without a nudge: implicit differentiation, and autograd through the sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract
+from ffebm_compiler.runtime.estimators.situation import Situation
+from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
+from ffebm_compiler.runtime.phases.free_phase import FreePhase
+from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.solvers.base import GaussSeidel, sweep_layers
+from ffebm_compiler.runtime.solvers.conjugate import solve_adjoint
+from ffebm_compiler.runtime.solvers.relaxation import relax
+
+__all__ = ["ImplicitDifferentiation", "Unrolled"]
+
+
+@dataclass(frozen=True)
+class ImplicitDifferentiation(Estimator):
+    """Implicit differentiation: H λ = −δ with H = ∂²E/∂s², then g_θ = ∂²E/∂θ∂s λ.
+
+    `method="sweeps"` solves the adjoint system by the block's own solver in the form
+    u_l = σ_l'(h_l) K_l, which contracts wherever the loop gain is below one, monotone activations
+    or not. `"cg"` uses conjugate gradients on the symmetric form, which needs fewer steps than plain sweeps
+    where the loop gain is near one, and falls back to sweeps where H turns out to be indefinite. `"auto"`
+    takes sweeps, accelerated where the block's solver is: they were faster than conjugate gradients on every
+    block measured (`benchmarks/solvers.py`).
+    """
+
+    method: Literal["auto", "sweeps", "cg"] = "auto"
+    name = "implicit"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.method not in ("auto", "sweeps", "cg"):
+            raise InputError(f"method is {self.method!r}; expected 'auto', 'sweeps' or 'cg'")
+
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Solve the adjoint system and contract at the free state."""
+        if not any(error is not None for error in errors):
+            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+        errors, size = _of_unit_size(errors)
+        gradients = self._solved(at, errors)
+        for found in (gradients.inputs, gradients.weights):
+            found[:] = [None if part is None else part * size for part in found]
+        return gradients
+
+    def _solved(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        if self._conjugate(at):
+            # Its residual is of all layers together: the error of the layers far from the output may be larger.
+            response = AdjointPhase(at.frame, at.setting, at.preactivations, [None] * len(errors))
+            goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
+            solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)
+            if solution is not None:
+                gradients = contract(at, solution, at.states, errors)
+                gradients.sweeps = steps
+                return gradients
+        # Driven by +δ the system gives e = −u at once.
+        phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
+        settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
+        gradients = contract(at, phase.values, at.states, errors)
+        gradients.sweeps = settled.sweeps
+        return gradients
+
+    def _conjugate(self, at: Situation) -> bool:
+        if self.method == "cg" and not at.frame.program.monotone:
+            raise InputError(
+                f"{at.name} has an activation that is not monotone, so that its adjoint system is not positive "
+                "definite: use ImplicitDifferentiation(method='auto') or 'sweeps'"
+            )
+        return self.method == "cg"
+
+
+def _of_unit_size(errors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """(errors / f, f) with f the power of two at their largest entry: the system is linear, and norms stay in range.
+
+    Errors below the smallest normal number of their dtype become zero, and so does f.
+    """
+    present = [error for error in errors if error is not None]
+    largest = torch.stack([error.detach().abs().amax() if error.numel() else error.new_zeros(()) for error in present])
+    peak = largest.amax()
+    size = torch.ldexp(torch.ones_like(peak), torch.frexp(peak)[1] - 1)
+    held = (peak >= torch.finfo(peak.dtype).tiny) & torch.isfinite(size)
+    factor = torch.where(held, 1 / size, torch.zeros_like(size))
+    size = torch.where(held, size, torch.zeros_like(size))
+    return [None if error is None else error * factor for error in errors], size
+
+
+@dataclass(frozen=True)
+class Unrolled(Estimator):
+    """Autograd through the relaxation: the reference for tests, never the default.
+
+    The free phase is run again under autograd, with as many forward sweeps as it took, or as sweeps need
+    where it was solved by another method; memory grows with their number.
+    """
+
+    name = "unrolled"
+
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Differentiate the sweeps."""
+        needed = (*at.inputs_needed, *at.weights_needed)
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(n) for t, n in zip(at.frame.inputs, at.inputs_needed, strict=True)]
+            weights = [
+                None if t is None else t.detach().requires_grad_(n)
+                for t, n in zip(at.frame.weights, at.weights_needed, strict=True)
+            ]
+            frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
+            phase = FreePhase(frame, at.setting)
+            if isinstance(at.solver, GaussSeidel) and at.solver.start == "feedforward":
+                sweeps = at.free_sweeps
+                for _ in range(sweeps):
+                    sweep_layers(phase, phase.order(), measure=False)
+            else:  # another method took those
+                plain = GaussSeidel(max_sweeps=at.solver.max_sweeps, on_failure=at.solver.on_failure)
+                subject = f"unrolled free phase of {at.name}"
+                sweeps = relax(phase, plain, at.free_rtol, subject, at.hint, at.contraction).sweeps
+        outputs = [(s, e) for s, e in zip(phase.values, errors, strict=True) if e is not None and s is not None]
+        leaves = [t for t, n in zip((*inputs, *weights), needed, strict=True) if n and t is not None]
+        if not outputs or not leaves:
+            return Gradients([None] * len(inputs), [None] * len(weights))
+        found = iter(torch.autograd.grad([s for s, _ in outputs], leaves, [e for _, e in outputs], allow_unused=True))
+        result = [
+            next(found) if n and t is not None else None for t, n in zip((*inputs, *weights), needed, strict=True)
+        ]
+        return Gradients(result[: len(inputs)], result[len(inputs) :], sweeps)

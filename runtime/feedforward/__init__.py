@@ -1,0 +1,1 @@
+"""Feedforward blocks and the operations in them that are our own."""

@@ -1,0 +1,185 @@
+"""Feedforward blocks, and the operations in them that follow the source's training flags."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
+
+__all__ = [
+    "FeedforwardBlock",
+    "ReboundAttention",
+    "ReboundBatchNorm",
+    "ReboundDropout",
+    "ReboundInstanceNorm",
+    "ReboundOperation",
+]
+
+
+class FeedforwardBlock(BlockGraph):
+    """A digital part: a graph of ordinary operations, differentiated by autograd.
+
+    Parameters and buffers are operands, not attributes: the hybrid owns them.
+    """
+
+
+class ReboundOperation(nn.Module):
+    """An operation that reads its flags from a module that it does not own.
+
+    The reference is kept out of the registered submodules, so that the hybrid's `state_dict`
+    holds each tensor once, under the source's name; `copy.deepcopy` keeps the two together.
+    """
+
+    operation: ClassVar[str] = ""
+    """Name of the operation, for people."""
+    _is_impure = True  # fx must not take it for dead code: it may draw random numbers or count batches
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_owner"] = owner
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module of the source whose flags count."""
+        owner: nn.Module = self.__dict__["_owner"]
+        return owner
+
+    @property
+    def active(self) -> bool:
+        """Whether the owner is in train mode."""
+        return self.owner.training
+
+    def follow(self, source: nn.Module, root: nn.Module) -> None:
+        """Let `root`, which stands for the source itself, be followed in its place."""
+        if self.__dict__["_owner"] is source:
+            self.__dict__["_owner"] = root
+
+
+class ReboundBatchNorm(ReboundOperation):
+    """Batch norm, y = γ (x − m)/√(v + ε) + β, with the owner's flag, momentum and counter.
+
+    In train mode (m, v) are the batch's and update the running statistics, as in
+    `torch.nn.modules.batchnorm._BatchNorm.forward`.
+    """
+
+    operation = "batch_norm"
+
+    def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float, counts: bool = True) -> None:
+        super().__init__(owner)
+        self.always = always
+        """The source normalises by the batch in eval mode too (no running statistics)."""
+        self.momentum = momentum
+        self.eps = eps
+        self.counts = counts
+        """It also counts the owner's batches, which are no operation of their own in the graph."""
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+    ) -> Tensor:
+        """Normalise `x`; updates `mean` and `variance` in place where the owner would."""
+        training = self.always or self.active or mean is None
+        update = self.active and mean is not None and not self.always
+        momentum = self.momentum
+        counter = getattr(self.owner, "num_batches_tracked", None) if self.counts else None
+        if update and isinstance(counter, Tensor):
+            counter.add_(1)
+            if getattr(self.owner, "momentum", momentum) is None:
+                momentum = 1.0 / float(counter)
+        tracked = update or not training
+        return F.batch_norm(
+            x,
+            mean if tracked else None,
+            variance if tracked else None,
+            weight,
+            bias,
+            training,
+            momentum,
+            self.eps,
+        )
+
+
+class ReboundInstanceNorm(ReboundOperation):
+    """Instance norm with running statistics, with the owner's flag."""
+
+    operation = "instance_norm"
+
+    def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float) -> None:
+        super().__init__(owner)
+        self.always = always
+        self.momentum = momentum
+        self.eps = eps
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+    ) -> Tensor:
+        """Normalise `x` by its own statistics in train mode, by the running ones in eval mode."""
+        use_input = self.always or self.active
+        return F.instance_norm(x, mean, variance, weight, bias, use_input, self.momentum, self.eps)
+
+
+class ReboundDropout(ReboundOperation):
+    """Dropout, y = x · m/(1 − p) with m ~ Bernoulli(1 − p), in the owner's train mode."""
+
+    operation = "dropout"
+
+    def __init__(self, owner: nn.Module, kind: str, rate: float) -> None:
+        super().__init__(owner)
+        self.kind = kind
+        """Name of the torch function."""
+        self.captured = rate
+
+    @property
+    def rate(self) -> float:
+        """The owner's present rate, or the captured one of a functional call."""
+        value = getattr(self.owner, "p", self.captured) if isinstance(self.owner, _DROPOUTS) else self.captured
+        return float(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself in eval mode."""
+        if not self.active or not self.rate:
+            return x
+        dropped: Tensor = getattr(torch, self.kind)(x, self.rate, True)
+        return dropped
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """The factor that dropout multiplies `x` by, drawn once; None where it does nothing."""
+        if not self.active or not self.rate:
+            return None
+        return self.forward(torch.ones_like(x))
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class ReboundAttention(ReboundOperation):
+    """Scaled dot-product attention with the source's dropout rate in the owner's train mode."""
+
+    operation = "scaled_dot_product_attention"
+
+    def __init__(self, owner: nn.Module, rate: float, settings: dict[str, Any], eval_rate: float = 0.0) -> None:
+        super().__init__(owner)
+        self.rate = rate
+        self.eval_rate = eval_rate
+        self.settings = settings
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q kᵀ/√d + mask) v."""
+        rate = self.rate if self.active else self.eval_rate
+        attended: Tensor = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=rate, **self.settings
+        )
+        return attended

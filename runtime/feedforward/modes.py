@@ -1,0 +1,106 @@
+"""What a network computes differently in train mode: one operation that follows a module's flag.
+
+The two captures of a network, in eval and in train mode, agree but for some places. At each of
+them the lowered graph has a `ModeSwitch`, which runs the operations of the one or of the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
+
+__all__ = ["ModeSwitch", "TrainingMask"]
+
+
+class ModeSwitch(ReboundOperation):
+    """y = E(x) where the owner is in eval mode, T(x) where it is in train mode.
+
+    E and T take the same operands and give the same number of results; an operand or result that
+    exists in one mode alone is None in the other.
+    """
+
+    operation: ClassVar[str] = "mode_switch"
+
+    def __init__(
+        self,
+        owners: dict[str, nn.Module],
+        evaluation: fx.GraphModule,
+        training: fx.GraphModule,
+        reason: str,
+        random: bool,
+        writes: bool,
+        joined: dict[str, nn.Module] | None = None,
+    ) -> None:
+        super().__init__(next(iter(owners.values())))
+        self.paths = tuple(owners)
+        """Module paths: of the owner, and of others that must be in the same mode."""
+        self.__dict__["_linked"] = tuple(owners.values())
+        self.joined_paths = tuple(joined or ())
+        """Module paths of others that hand one value to it, and must be in the same mode as long as not `checked`."""
+        self.__dict__["_joined"] = tuple((joined or {}).values())
+        self.checked = False
+        self.evaluation = evaluation
+        self.training_part = training
+        self.reason = reason
+        """What differs, as a sentence fragment."""
+        self.random = random
+        """Whether it draws random numbers."""
+        self.writes = writes
+        """Whether it writes state of the source."""
+
+    def follow(self, source: nn.Module, root: nn.Module) -> None:
+        """Let `root`, which stands for the source itself, be followed in its place."""
+        super().follow(source, root)
+        for key in ("_linked", "_joined"):
+            self.__dict__[key] = tuple(root if owner is source else owner for owner in self.__dict__[key])
+
+    @property
+    def joined(self) -> tuple[nn.Module, ...]:
+        """The modules at `joined_paths`."""
+        joined: tuple[nn.Module, ...] = self.__dict__["_joined"]
+        return joined
+
+    def forward(self, *operands: Any) -> Any:
+        """The results of the present mode; a single one is no tuple.
+
+        Raises:
+            UnsupportedError: where modules that were captured in one mode are in different ones.
+        """
+        active = self.active
+        others = list(zip(self.paths, self.__dict__["_linked"], strict=True))
+        if not self.checked:
+            others += zip(self.joined_paths, self.joined, strict=True)
+        for path, owner in others:
+            if owner.training != active:
+                raise UnsupportedError(
+                    f"module {self.paths[0]!r} is in {'train' if active else 'eval'} mode and module {path!r} is not, "
+                    "but what the one does differently there depends on the other: put both in one mode"
+                )
+        return (self.training_part if active else self.evaluation)(*operands)
+
+
+class TrainingMask(ReboundOperation):
+    """y = x · m in the owner's train mode, with a factor m that depends on the shape of x alone (stochastic depth)."""
+
+    operation: ClassVar[str] = "training_mask"
+
+    def __init__(self, owner: nn.Module, training: fx.GraphModule, reason: str, rate: float) -> None:
+        super().__init__(owner)
+        self.rate = rate
+        """The largest factor is 1/(1 − rate)."""
+        self.training_part = training
+        self.reason = reason
+        """What differs, as a sentence fragment."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself in eval mode."""
+        return self.training_part(x) if self.active else x
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """The factor that `x` is multiplied by, drawn once; None where there is none."""
+        return self.training_part(torch.ones_like(x)) if self.active else None

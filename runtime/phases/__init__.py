@@ -1,0 +1,1 @@
+"""Phases: the fixed-point problems of an energy block."""

@@ -1,0 +1,85 @@
+"""Phases: the fixed-point problems of an energy block.
+
+With scales c_l, γ_{l,m} = c_m/c_l and σ_l as the block's energy has it (`runtime/energies/base.py`), the free phase
+settles
+
+    s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m .                              (1)
+
+The nudged phase works in deviation coordinates s^β = s* + β v, u_l = c_l v_l, so that nothing
+cancels in float32 (`docs/mathematics.md`):
+
+    K_l = Σ_{k<l} (c_l/c_k) J_{lk} u_k + Σ_{m>l} J_{ml}ᵀ u_m − δ_l,
+    u_l = [σ_l(h_l + (β/c_l) K_l) − σ_l(h_l)] / (β/c_l) .                                        (2)
+
+The adjoint phase is its limit β → 0, u_l = σ_l'(h_l) K_l, which is H λ = −δ for λ = u/c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ffebm_compiler.runtime.energies.base import Setting
+from ffebm_compiler.runtime.program.frame import Frame, take_rows
+from ffebm_compiler.runtime.solvers.base import FixedPoint
+
+__all__ = ["Phase", "merged", "narrow"]
+
+
+class Phase(FixedPoint):
+    """Shared bookkeeping: values, and pulled-back values that are reused while they hold."""
+
+    def __init__(self, frame: Frame, setting: Setting, values: list[Tensor | None]) -> None:
+        self.frame = frame
+        self.setting = setting
+        self.scales = setting.scales
+        self.values = values
+        self.scratch = {}
+        self.samples = frame.samples
+        self._version = [0] * len(values)
+        self._pulled: dict[int, tuple[int, dict[int, Tensor]]] = {}
+
+    def store(self, index: int, value: Tensor | None) -> None:
+        """Make `value` the present one of a layer."""
+        self.values[index] = value
+        self._version[index] += 1
+
+    def pulled(self, index: int) -> list[tuple[int, Tensor]]:
+        """For each later layer m that reads layer l: (m, J_{ml}ᵀ x_m)."""
+        program = self.frame.program
+        found = []
+        for later in program.downstream[index]:
+            value = self.values[later]
+            if value is None:
+                continue
+            version, parts = self._pulled.get(later, (-1, {}))
+            if version != self._version[later]:
+                parts = self.frame.pullback(later, value, states=True)
+                self._pulled[later] = (self._version[later], parts)
+            part = parts.get(program.layers[index].state)
+            if part is not None:
+                found.append((later, part))
+        return found
+
+    def refine(self) -> None:
+        """Forget what was computed in bfloat16."""
+        self.frame.coarse = False
+        self._pulled.clear()
+
+    def adopt(self, other: FixedPoint, rows: Tensor) -> None:
+        """Take over the values of a narrowed phase."""
+        for index, value in enumerate(other.values):
+            self.store(index, merged(self.values[index], value, rows))
+
+
+def merged(whole: Tensor | None, part: Tensor | None, rows: Tensor) -> Tensor | None:
+    """`whole` with some of its rows replaced; a new tensor, since others may read the old one."""
+    if whole is None or part is None:
+        return whole
+    return whole.index_copy(0, rows.to(whole.device), part)
+
+
+def narrow(values: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
+    """The given rows of every value."""
+    return [None if value is None else take_rows(value, rows) for value in values]

@@ -1,0 +1,223 @@
+"""Error currents at a settled state: equation (2) of `runtime/phases/base.py`, and its limit β → 0."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.runtime.activations.base import Activation
+from ffebm_compiler.runtime.energies.base import Setting
+from ffebm_compiler.runtime.phases.base import Phase, narrow
+from ffebm_compiler.runtime.program.frame import Frame, take_rows
+from ffebm_compiler.runtime.solvers.base import FixedPoint
+from ffebm_compiler.runtime.solvers.conjugate import newton_step
+
+__all__ = ["AdjointPhase", "NudgedPhase"]
+
+
+class _ErrorPhase(Phase):
+    """Error currents u at a settled state, driven by −δ (or −u by δ: the adjoint phase is linear)."""
+
+    def __init__(
+        self,
+        frame: Frame,
+        setting: Setting,
+        preactivations: Sequence[Tensor],
+        drives: Sequence[Tensor | None],
+    ) -> None:
+        super().__init__(frame, setting, [None] * len(preactivations))
+        self.preactivations = tuple(preactivations)
+        self._drive = tuple(drives)
+
+    def order(self) -> list[int]:
+        """Backward: the nudge reaches the first layer in one sweep."""
+        return list(reversed(range(len(self.values))))
+
+    def carried(self) -> list[int]:
+        """The layers that feed later ones: a backward sweep starts from their values alone."""
+        return [index for index, below in enumerate(self.frame.program.downstream) if below]
+
+    def give_up(self, rows: Tensor) -> None:
+        """Set the error currents of samples to zero: they give no gradient."""
+        for index, value in enumerate(self.values):
+            self.store(index, None if value is None else value.index_fill(0, rows.to(value.device), 0))
+
+    @abstractmethod
+    def response(self) -> AdjointPhase:
+        """The linear response of the block at its settled state."""
+
+    def correction(self, rtol: float) -> list[Tensor] | None:
+        """Newton's step for u = f(u), by conjugate gradients."""
+        if not self.frame.program.monotone:
+            return None
+        residuals = []
+        for index, value in enumerate(self.values):
+            new = self.update(index)
+            if new is None or value is None:
+                return None
+            residuals.append(new - value)
+        return newton_step(self.response(), residuals, [1.0] * len(residuals), rtol)
+
+    def force(self, index: int) -> Tensor | None:
+        """K_l, or None where nothing has arrived yet."""
+        total = self._drive[index]
+        for _, pulled in self.pulled(index):
+            total = pulled if total is None else total + pulled
+        ratio, deviations = self.frame.deviations(index, self.values, self.scales)
+        part = self.frame.tangent(index, deviations)
+        if part is None:
+            return total
+        return part * ratio if total is None else torch.add(total, part, alpha=ratio)
+
+
+class AdjointPhase(_ErrorPhase):
+    """u_l = σ_l'(h_l) K_l."""
+
+    def __init__(
+        self,
+        frame: Frame,
+        setting: Setting,
+        preactivations: Sequence[Tensor],
+        drives: Sequence[Tensor | None],
+        slopes: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__(frame, setting, preactivations, drives)
+        self.slopes = (
+            [sigma.derivative(h) for sigma, h in zip(setting.activations(frame), preactivations, strict=True)]
+            if slopes is None
+            else list(slopes)
+        )
+
+    def update(self, index: int) -> Tensor | None:
+        """u_l from the derivative of σ_l."""
+        force = self.force(index)
+        return None if force is None else self.slopes[index] * force
+
+    def response(self) -> AdjointPhase:
+        """The same system without its drive."""
+        nothing: list[Tensor | None] = [None] * len(self.values)
+        return AdjointPhase(self.frame, self.setting, self.preactivations, nothing, self.slopes)
+
+    def narrowed(self, rows: Tensor) -> AdjointPhase:
+        """The phase of some of the samples, at their present error currents."""
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        slopes = [take_rows(slope, rows) for slope in self.slopes]
+        drives = narrow(self._drive, rows)
+        phase = AdjointPhase(self.frame.narrowed(rows), self.setting, fields, drives, slopes)
+        phase.values = narrow(self.values, rows)
+        return phase
+
+
+class NudgedPhase(_ErrorPhase):
+    """Equation (2) for one nudging strength β or for several at once, on a batch that holds them one after another.
+
+    A complex β (holomorphic equilibrium propagation) takes two places in the batch: the real and the
+    imaginary parts of its error currents. The coupling is real, so that only the activations join them.
+    """
+
+    def __init__(
+        self,
+        frame: Frame,
+        setting: Setting,
+        preactivations: Sequence[Tensor],
+        drives: Sequence[Tensor | None],
+        betas: Sequence[complex],
+    ) -> None:
+        self.betas = tuple(betas)
+        self.parts = sum(2 if isinstance(beta, complex) else 1 for beta in betas)
+        self._single, self._given = frame, tuple(drives)
+        self._activations = setting.activations(frame)
+        super().__init__(frame.repeated(self.parts), setting, preactivations, self._placed(drives))
+        self.samples = frame.samples
+        self._steppers = [
+            [_stepper(sigma, h, beta / scale) for beta in betas]
+            for sigma, h, scale in zip(self._activations, preactivations, self.scales, strict=True)
+        ]
+
+    def _placed(self, drives: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The drive of every place: −δ is real."""
+        if self.parts == 1:
+            return list(drives)
+        result: list[Tensor | None] = []
+        for drive in drives:
+            places: list[Tensor] = []
+            for beta in self.betas if drive is not None else ():
+                assert drive is not None
+                places += [drive, torch.zeros_like(drive)] if isinstance(beta, complex) else [drive]
+            result.append(torch.cat(places) if places else None)
+        return result
+
+    def update(self, index: int) -> Tensor | None:
+        """u_l from the finite difference of σ_l."""
+        force = self.force(index)
+        if force is None:
+            return None
+        steppers = self._steppers[index]
+        if self.parts == 1:
+            return steppers[0](force)
+        places = iter(force.chunk(self.parts))
+        found: list[Tensor] = []
+        for beta, stepper in zip(self.betas, steppers, strict=True):
+            if isinstance(beta, complex):
+                moved = stepper(torch.complex(next(places), next(places)))
+                found += [moved.real, moved.imag]
+            else:
+                found.append(stepper(next(places)))
+        return torch.cat(found)
+
+    def currents(self) -> list[list[Tensor | None]]:
+        """For each β the error currents u_l; complex for a complex β."""
+        chunks = [[None] * self.parts if value is None else value.chunk(self.parts) for value in self.values]
+        result: list[list[Tensor | None]] = []
+        place = 0
+        for beta in self.betas:
+            wide = 2 if isinstance(beta, complex) else 1
+            result.append([_joined(pieces[place : place + wide]) for pieces in chunks])
+            place += wide
+        return result
+
+    def _all(self, rows: Tensor) -> Tensor:
+        """Rows of the batch at every place."""
+        if self.parts == 1:
+            return rows
+        assert self.samples is not None
+        return torch.cat([rows + place * self.samples for place in range(self.parts)])
+
+    def narrowed(self, rows: Tensor) -> NudgedPhase:
+        """The phase of some of the samples, at their present error currents."""
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        phase = NudgedPhase(self._single.narrowed(rows), self.setting, fields, narrow(self._given, rows), self.betas)
+        phase.values = narrow(self.values, self._all(rows))
+        return phase
+
+    def adopt(self, other: FixedPoint, rows: Tensor) -> None:
+        """Take over the error currents of a narrowed phase."""
+        super().adopt(other, self._all(rows))
+
+    def give_up(self, rows: Tensor) -> None:
+        """Set the error currents of samples to zero: they give no gradient."""
+        super().give_up(self._all(rows))
+
+    def response(self) -> AdjointPhase:
+        """With σ' at the settled state: exact but for the kinks that the nudge crosses."""
+        layers = self.frame.program.layers
+        slopes = [sigma.derivative(h) for sigma, h in zip(self._activations, self.preactivations, strict=True)]
+        if self.parts > 1:
+            slopes = [slope.repeat(self.parts, *[1] * (slope.dim() - 1)) for slope in slopes]
+        return AdjointPhase(self.frame, self.setting, self.preactivations, [None] * len(layers), slopes)
+
+
+def _stepper(activation: Activation, h: Tensor, t: complex) -> Callable[[Tensor], Tensor]:
+    if isinstance(t, complex):
+        return lambda k: activation.complex_quotient(h, k, t)
+    return activation.stepper(h, t)
+
+
+def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
+    if pieces[0] is None or len(pieces) == 1:
+        return pieces[0]
+    assert pieces[1] is not None
+    return torch.complex(pieces[0], pieces[1])

@@ -1,0 +1,117 @@
+"""The free phase of an energy block: equation (1) of `runtime/phases/base.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.runtime.activations.base import Activation
+from ffebm_compiler.runtime.energies.base import Setting
+from ffebm_compiler.runtime.phases.base import Phase, merged, narrow
+from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
+from ffebm_compiler.runtime.program.frame import Frame, take_rows
+from ffebm_compiler.runtime.solvers.base import FixedPoint
+from ffebm_compiler.runtime.solvers.conjugate import newton_step
+
+__all__ = ["HOLD", "FreePhase"]
+
+HOLD = 30
+"""Sweeps after which max pooling holds its winners: near a tie they could change places for ever."""
+
+
+class FreePhase(Phase):
+    """Equation (1), started from the feedforward values, or from states given."""
+
+    def __init__(self, frame: Frame, setting: Setting, start: Sequence[Tensor] | None = None) -> None:
+        count = len(frame.program.layers)
+        super().__init__(frame, setting, [None] * count if start is None else list(start))
+        self.preactivations: list[Tensor | None] = [None] * count
+        self._drives: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._updates = 0
+        if start is None:
+            for index, activation in enumerate(frame.activations):
+                drive = self._drive(index)
+                self.preactivations[index] = drive
+                self.store(index, activation.value(drive))
+        elif not frame.evaluated:
+            for index in range(count):  # shapes, and the winners of max pooling, at these states
+                self._drive(index)
+
+    @cached_property
+    def activations(self) -> tuple[Activation, ...]:
+        """σ_l, as the energy has it."""
+        return self.setting.activations(self.frame)
+
+    @property
+    def held(self) -> bool:
+        """Whether winners of max pooling had to be held, where they changed places."""
+        return self.frame.program.selects and self._updates > HOLD * len(self.values)
+
+    def carried(self) -> list[int]:
+        """The layers that feed back into earlier ones: a forward sweep starts from their values alone."""
+        return [index for index, above in enumerate(self.frame.program.upstream) if above]
+
+    def settled(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(states, pre-activations), s_l = σ_l(h_l)."""
+        return _complete(self.values), _complete(self.preactivations)
+
+    def _drive(self, index: int) -> Tensor:
+        key = tuple(self._version[k] for k in self.frame.program.upstream[index])
+        known = self._drives.get(index)
+        if known is None or known[0] != key:
+            known = (key, self.frame.drive(index, self.values))
+            self._drives[index] = known
+        return known[1]
+
+    def update(self, index: int) -> Tensor:
+        """σ_l(h_l)."""
+        self._updates += 1
+        if self._updates > HOLD * len(self.values):
+            self.frame.frozen = True
+        field = self._drive(index)
+        for later, part in self.pulled(index):
+            field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])
+        self.preactivations[index] = field
+        return self.activations[index].value(field)
+
+    def refine(self) -> None:
+        """Forget what was computed in bfloat16."""
+        super().refine()
+        self._drives.clear()
+
+    def narrowed(self, rows: Tensor) -> FreePhase:
+        """The phase of some of the samples, at their present states."""
+        start = [take_rows(value, rows) for value in self.values if value is not None]
+        phase = FreePhase(self.frame.narrowed(rows), self.setting, start)
+        phase.preactivations = narrow(self.preactivations, rows)
+        phase._updates = self._updates
+        return phase
+
+    def adopt(self, other: FixedPoint, rows: Tensor) -> None:
+        """Take over the states and pre-activations of a narrowed phase."""
+        assert isinstance(other, FreePhase)
+        super().adopt(other, rows)
+        for index, value in enumerate(other.preactivations):
+            self.preactivations[index] = merged(self.preactivations[index], value, rows)
+
+    def give_up(self, rows: Tensor) -> None:
+        """Put samples back to their feedforward values."""
+        self.adopt(FreePhase(self.frame.narrowed(rows), self.setting), rows)
+
+    def correction(self, rtol: float) -> list[Tensor] | None:
+        """Semismooth Newton: (1 − σ'(h) B/c) Δ = r, r_l = σ_l(h_l) − s_l, with B/c the coupling of all layers."""
+        layers = self.frame.program.layers
+        if not self.frame.program.monotone:
+            return None
+        residuals = [self.update(index) - value for index, value in enumerate(self.values) if value is not None]
+        fields = [field for field in self.preactivations if field is not None]
+        response = AdjointPhase(self.frame, self.setting, fields, [None] * len(layers))
+        return newton_step(response, residuals, self.scales, rtol)
+
+
+def _complete(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    assert all(value is not None for value in values)
+    return tuple(value for value in values if value is not None)

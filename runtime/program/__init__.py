@@ -1,0 +1,1 @@
+"""Block programs: an energy block as data, and its evaluation."""

@@ -1,0 +1,175 @@
+"""Block programs: an energy block as data.
+
+A block has L layers in topological order. Layer l has a state s_l, an activation σ_l and a drive
+
+    d_l = d_l(s_1, ..., s_{l−1}, x; θ),
+
+a short straight-line program of `Operator`s over numbered registers: the block's inputs x come
+first, then the states, then temporaries. A drive is affine in (s, x) jointly, which is what the
+deviation coordinates and the gradients rely on. `runtime/program/frame.py` evaluates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from ffebm_compiler.runtime.activations.table import Activation
+from ffebm_compiler.runtime.program.operators import Convolution, Operator
+
+__all__ = ["BlockProgram", "Instruction", "Layer"]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """register[output] = operator(register[operands]; weight[weights])."""
+
+    operator: Operator
+    operands: tuple[int, ...]
+    weights: tuple[int | None, ...]
+    output: int
+    first: int | None = None
+    """Register of an earlier instruction that draws the same mask; several drives may read one dropped value."""
+
+    @property
+    def kept(self) -> int:
+        """Under which register a mask or winners are kept."""
+        return self.output if self.first is None else self.first
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One state of a block, with its activation and the program of its drive."""
+
+    name: str
+    activation: Activation
+    instructions: tuple[Instruction, ...]
+    drive: int
+    """Register of the drive."""
+    state: int
+    """Register of the state."""
+    parameters: tuple[int, ...] = ()
+    """The weights of the block that are parameters of the activation."""
+
+
+@dataclass(frozen=True)
+class BlockProgram:
+    """An energy block: its layers in topological order and what it hands out.
+
+    `readout` computes the outputs from states and inputs; it is ordinary digital wiring and is
+    differentiated by autograd.
+    """
+
+    name: str
+    inputs: int
+    weights: int
+    layers: tuple[Layer, ...]
+    readout: tuple[Instruction, ...]
+    outputs: tuple[int, ...]
+    batched: bool = True
+    """Whether the leading dimension of every state counts independent samples."""
+    resizable: bool = False
+    """Whether it can also be evaluated for some of its samples, or for several copies of them."""
+    draws: tuple[tuple[Instruction, ...], ...] = ()
+    """Each random mask, in the order in which they are drawn: the instructions up to the one that draws it."""
+    upstream: tuple[tuple[int, ...], ...] = field(init=False)
+    """For each layer, the layers whose states its drive reads."""
+    downstream: tuple[tuple[int, ...], ...] = field(init=False)
+    depths: tuple[int, ...] = field(init=False)
+    """Length of the longest path of states to each layer."""
+    operand_instructions: tuple[tuple[Instruction, ...], ...] = field(init=False, repr=False)
+    """For each layer, the instructions that compute the operands of its weights."""
+    from_states: Mapping[int, bool] = field(init=False, repr=False)
+    """Whether a register depends on a state of the same block."""
+    from_inputs: Mapping[int, bool] = field(init=False, repr=False)
+    states: frozenset[int] = field(init=False, repr=False)
+    """Registers of the states."""
+
+    def __post_init__(self) -> None:
+        """Derive the dependences."""
+        layer_of = {layer.state: index for index, layer in enumerate(self.layers)}
+        on_states = dict.fromkeys(range(self.inputs), False) | dict.fromkeys(layer_of, True)
+        on_inputs = dict.fromkeys(range(self.inputs), True) | dict.fromkeys(layer_of, False)
+        upstream: list[tuple[int, ...]] = []
+        for layer in self.layers:
+            leaves: dict[int, None] = {}
+            if layer.drive in layer_of:
+                leaves[layer_of[layer.drive]] = None
+            for instruction in layer.instructions:
+                on_states[instruction.output] = any(on_states[r] for r in instruction.operands)
+                on_inputs[instruction.output] = any(on_inputs[r] for r in instruction.operands)
+                leaves.update((layer_of[r], None) for r in instruction.operands if r in layer_of)
+            upstream.append(tuple(sorted(leaves)))
+        downstream = [
+            tuple(m for m, leaves in enumerate(upstream) if index in leaves) for index in range(len(self.layers))
+        ]
+        depths: list[int] = []
+        for above in upstream:
+            depths.append(1 + max((depths[k] for k in above), default=-1))
+        for name, value in (
+            ("upstream", tuple(upstream)),
+            ("downstream", tuple(downstream)),
+            ("depths", tuple(depths)),
+            ("operand_instructions", tuple(_operand_instructions(layer) for layer in self.layers)),
+            ("from_states", on_states),
+            ("from_inputs", on_inputs),
+            ("states", frozenset(layer_of)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether any state feeds another: without that, the block is its source's layers exactly."""
+        return any(self.upstream)
+
+    @cached_property
+    def monotone(self) -> bool:
+        """Whether all activations are: an equilibrium is then a minimum of the energy, else a stationary point."""
+        return all(layer.activation.monotone for layer in self.layers)
+
+    @cached_property
+    def absolute(self) -> BlockProgram:
+        """The same block with operators of absolute values: |J_{ml}| at weights |θ|."""
+        layers = tuple(
+            replace(layer, instructions=tuple(replace(i, operator=i.operator.absolute()) for i in layer.instructions))
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
+
+    @cached_property
+    def masks(self) -> frozenset[int]:
+        """The registers of random masks, drawn once a forward."""
+        return frozenset(instructions[-1].kept for instructions in self.draws)
+
+    @cached_property
+    def selects(self) -> bool:
+        """Whether any drive chooses: max pooling, whose certificate is of one choice of winners."""
+        return any(i.operator.selects for layer in self.layers for i in layer.instructions)
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether any drive holds a two-dimensional convolution."""
+        return any(
+            isinstance(i.operator, Convolution) and len(i.operator.stride) == 2
+            for layer in self.layers
+            for i in layer.instructions
+        )
+
+    @property
+    def visible(self) -> tuple[int, ...]:
+        """The layers whose states the readout reads."""
+        registers = set(self.outputs).union(*(i.operands for i in self.readout))
+        return tuple(index for index, layer in enumerate(self.layers) if layer.state in registers)
+
+
+def _operand_instructions(layer: Layer) -> tuple[Instruction, ...]:
+    needed: set[int] = set()
+    kept = []
+    for instruction in reversed(layer.instructions):
+        if instruction.output in needed:
+            kept.append(instruction)
+            needed.update(instruction.operands)
+        if any(weight is not None for weight in instruction.weights):
+            needed.update(instruction.operands)
+    return tuple(reversed(kept))

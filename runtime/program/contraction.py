@@ -1,0 +1,102 @@
+"""Contractions: products of an activation with a weight of any number of dimensions, as one operator.
+
+    y[g, f, m] = Σ_k x[g, f, k] W[g, k, m]
+
+Each index may be several dimensions, in any order; an einsum equation says which. Every group g
+has a matrix of its own (experts, heads), f are the positions that it is applied at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.runtime.program.operators import Operator, Weights
+
+__all__ = ["Contraction", "Letters", "contraction", "letters_of"]
+
+
+def contraction(value: Tensor, weight: Tensor, equation: str) -> Tensor:
+    """The product of a value and a weight by an einsum equation."""
+    return torch.einsum(equation, value, weight)
+
+
+@dataclass(frozen=True)
+class Letters:
+    """The dimensions of a contraction by what they are, in the order of the weight or the value."""
+
+    value: str
+    weight: str
+    result: str
+    groups: str
+    """In value, weight and result."""
+    inputs: str
+    """In value and weight alone: summed."""
+    outputs: str
+    """In weight and result alone."""
+
+    def matrix(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(rows, columns, groups) of the matrix of one group, from the weight's shape."""
+        size = dict(zip(self.weight, map(int, shape), strict=True))
+        rows, cols, groups = (
+            math.prod(size[x] for x in letters) for letters in (self.inputs, self.outputs, self.groups)
+        )
+        return rows, cols, groups
+
+
+def letters_of(equation: str) -> Letters:
+    """The dimensions of an equation such as `"bnd,hde->bhne"`."""
+    operands, result = equation.split("->")
+    value, weight = operands.split(",")
+    return Letters(
+        value,
+        weight,
+        result,
+        groups="".join(x for x in weight if x in value and x in result),
+        inputs="".join(x for x in weight if x in value and x not in result),
+        outputs="".join(x for x in weight if x not in value),
+    )
+
+
+@dataclass(frozen=True)
+class Contraction(Operator):
+    """y = einsum(equation, x, W), e.g. "gnk,gkm->gnm"; no dimension is summed or broadcast in one operand alone."""
+
+    equation: str
+    product = True
+
+    @property
+    def adjoint_equation(self) -> str:
+        """That of Aᵀ p, from p and W."""
+        of = letters_of(self.equation)
+        return f"{of.result},{of.weight}->{of.value}"
+
+    def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
+        """A x."""
+        return self.tangent(values, weights, ())
+
+    def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
+        """A x."""
+        value, weight = values[0], weights[0]
+        assert value is not None
+        assert weight is not None
+        return contraction(value, weight, self.equation)
+
+    def adjoint(
+        self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Σ_m p[g, f, m] W[g, k, m]."""
+        weight = weights[0]
+        assert weight is not None
+        return [contraction(cotangent, weight, self.adjoint_equation)]
+
+    def weight_gradients(
+        self, values: Sequence[Tensor], cotangent: Tensor, weights: Weights, needed: Sequence[bool], bias: bool
+    ) -> list[Tensor | None]:
+        """Σ_f x[g, f, k] p[g, f, m]."""
+        of = letters_of(self.equation)
+        return [contraction(values[0], cotangent, f"{of.value},{of.result}->{of.weight}") if needed[0] else None]

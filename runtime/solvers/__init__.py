@@ -1,0 +1,1 @@
+"""Solvers: how a phase is brought to its fixed point."""

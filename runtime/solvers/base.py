@@ -1,0 +1,199 @@
+"""Solvers: how the states of a block are brought to a fixed point.
+
+A problem is x_l = f_l(x) for l = 1..L (`FixedPoint`); a solver is three methods, `init`, `step`
+and `finished`, and one loop, `relax` (`runtime/solvers/relaxation.py`), serves them all. A step returns
+the largest relative change of a layer,
+
+    max_l ‖Δx_l‖/‖x_l‖ ,
+
+over the whole batch or of each sample (‖·‖ the Euclidean norm of all entries, or of a sample's).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError
+
+__all__ = ["FixedPoint", "GaussSeidel", "Solver", "sweep_layers"]
+
+
+class FixedPoint(ABC):
+    """A fixed-point problem over the layers of a block."""
+
+    values: list[Tensor | None]
+    """Present value of each layer; None is zero and not reached yet."""
+    scratch: dict[object, Tensor]
+    """Buffers for differences, kept over the sweeps."""
+    samples: int | None = None
+    """Number of independent samples, along the leading dimension of every value; None: they are not independent."""
+
+    parts: int = 1
+    """Rows of a value that belong to each of those samples: part after part, each of all samples."""
+
+    @abstractmethod
+    def update(self, index: int) -> Tensor | None:
+        """f_l at the present values, without storing it."""
+
+    def store(self, index: int, value: Tensor | None) -> None:
+        """Make `value` the present one of a layer."""
+        self.values[index] = value
+
+    def order(self) -> list[int]:
+        """The order in which a sweep carries information fastest."""
+        return list(range(len(self.values)))
+
+    def carried(self) -> list[int]:
+        """The layers whose values a sweep in that order reads before it updates them: the others follow from these."""
+        return list(range(len(self.values)))
+
+    @abstractmethod
+    def narrowed(self, rows: Tensor) -> FixedPoint:
+        """The same problem at its present values for some of the samples (a tensor of indices)."""
+
+    @abstractmethod
+    def adopt(self, other: FixedPoint, rows: Tensor) -> None:
+        """Take over what another problem, of these samples alone, has arrived at."""
+
+    @abstractmethod
+    def give_up(self, rows: Tensor) -> None:
+        """Put these samples back to where the relaxation started: their states have no meaning."""
+
+    def refine(self) -> None:
+        """Compute products in full precision from here on."""
+        return
+
+    def correction(self, rtol: float) -> list[Tensor] | None:
+        """Newton's step Δ, (1 − ∂f) Δ = f(x) − x, with an inner residual of `rtol`; None where there is none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A way to settle; frozen settings, no state of its own."""
+
+    steady: ClassVar[bool] = False
+    """Whether its steps contract at a steady rate, so that the rate seen tells how much error is left."""
+
+    rtol: float | None = None
+    """Largest relative error of a layer at which it stops; None: by dtype and certificate."""
+    max_sweeps: int = 2000
+    on_failure: Literal["isolate", "error", "warn"] = "isolate"
+    """What happens where samples do not settle. `"isolate"`: the other samples settle undisturbed, and a
+    `ConvergenceWarning` names those that do not (a diverged sample keeps its feedforward values and gives no
+    gradient); an error where no sample settles. `"error"`: an error in any case. `"warn"`: never an error, unless
+    nothing finite is left."""
+    termination: Literal["batch", "sample"] = "batch"
+    """Whether the norms that end a relaxation are of the whole batch or of each sample. With `"sample"` each sample
+    stops by itself, so that its result does not depend on the others in its batch."""
+    start: Literal["feedforward", "last"] = "feedforward"
+    """Where a free phase starts: `"last"` starts from the states of the block's last forward, where their shapes
+    fit (a warm start, for inputs or weights that have changed little)."""
+    precision: Literal["full", "bfloat16"] = "full"
+    """`"bfloat16"` computes the products of the first sweeps in bfloat16, states and sums staying as they are, and
+    ends a free phase with sweeps in full precision; for certified blocks."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.rtol is not None and not (isinstance(self.rtol, float | int) and 0 < self.rtol < 1):
+            raise InputError(f"rtol is {self.rtol!r}; expected a number between 0 and 1, or None for the default")
+        if not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:
+            raise InputError(f"max_sweeps is {self.max_sweeps!r}; expected a positive integer")
+        for name, allowed in (
+            ("on_failure", ("isolate", "error", "warn")),
+            ("termination", ("batch", "sample")),
+            ("start", ("feedforward", "last")),
+            ("precision", ("full", "bfloat16")),
+        ):
+            if getattr(self, name) not in allowed:
+                *rest, last = map(repr, allowed)
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected {', '.join(rest)} or {last}")
+
+    @abstractmethod
+    def init(self, problem: FixedPoint) -> object:
+        """The solver's memory at the start."""
+
+    @abstractmethod
+    def step(
+        self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False
+    ) -> Tensor | None:
+        """One sweep; returns the largest relative change of a layer if asked to `measure`.
+
+        The change is a scalar tensor, or with `per_sample` one number for each sample.
+        """
+
+    def finished(self, residual: float, rtol: float) -> bool:
+        """Whether that residual ends the relaxation."""
+        return residual <= rtol
+
+
+def _change(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> Tensor:
+    """‖new − old‖/‖new‖; a value that was not reached before has changed by all of it."""
+    if old is None:
+        return new.new_ones(new.shape[:1] if per_sample else (), dtype=torch.float32)
+    key = (new.shape, new.stride())
+    if key not in problem.scratch:
+        problem.scratch[key] = torch.empty_like(new)
+    difference = torch.sub(new, old, out=problem.scratch[key])
+    tiny = torch.finfo(new.dtype).tiny
+    if not per_sample:
+        return torch.linalg.vector_norm(difference) / (torch.linalg.vector_norm(new) + tiny)
+    dims = tuple(range(1, new.dim()))
+    return torch.linalg.vector_norm(difference, dim=dims) / (torch.linalg.vector_norm(new, dim=dims) + tiny)
+
+
+def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_sample: bool = False) -> Tensor | None:
+    """One Gauss–Seidel sweep in an order; the largest relative change of a layer if asked to `measure`."""
+    changes = []
+    for index in order:
+        new = problem.update(index)
+        if new is None:
+            continue
+        if measure:
+            old = problem.values[index]
+            changes.append(_change(problem, None if old is None else old.detach(), new.detach(), per_sample))
+        problem.store(index, new)
+    if not measure:
+        return None
+    if changes:
+        return torch.stack(changes).amax(0)
+    return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
+
+
+@dataclass(frozen=True)
+class GaussSeidel(Solver):
+    """Sweeps over the layers, each update using the newest neighbours.
+
+    `order="auto"` is the problem's own: forward in a free phase, backward in a nudged one (a
+    forward sweep would need L sweeps to carry the nudge to the first layer). `"even_odd"` is
+    the asynchronous schedule of Nest & Ernoult (2024, arXiv 2409.03306).
+    """
+
+    schedule: Literal["auto", "forward", "backward", "even_odd"] = "auto"
+    steady = True
+
+    def init(self, problem: FixedPoint) -> object:
+        """The order of the updates."""
+        count = len(problem.values)
+        orders = {
+            "auto": problem.order(),
+            "forward": list(range(count)),
+            "backward": list(reversed(range(count))),
+            "even_odd": [*range(0, count, 2), *range(1, count, 2)],
+        }
+        if self.schedule not in orders:
+            raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
+        return orders[self.schedule]
+
+    def step(
+        self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False
+    ) -> Tensor | None:
+        """One sweep."""
+        assert isinstance(memory, list)
+        return sweep_layers(problem, memory, measure, per_sample)

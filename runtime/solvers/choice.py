@@ -1,0 +1,52 @@
+"""Which solver a block gets where none is given, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ffebm_compiler.runtime.program.block_program import BlockProgram
+from ffebm_compiler.runtime.solvers.anderson import Anderson
+from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver
+from ffebm_compiler.runtime.solvers.newton import NewtonCG
+
+__all__ = ["Choice", "choose"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solver and the reason for it."""
+
+    solver: Solver
+    reason: str
+    """A phrase, for the summary."""
+
+    def __str__(self) -> str:
+        """Name and reason."""
+        return f"{type(self.solver).__name__}: {self.reason}"
+
+
+def choose(program: BlockProgram, contraction: float | None, given: Solver | None) -> Choice:
+    """The solver of a block: the one given, or the one that is fastest at its loop gain.
+
+    Measured by `benchmarks/solvers.py`: plain sweeps where they are certified to contract, which they do far
+    better than certified, and Anderson acceleration where nothing is certified (`feedback="symmetric"`).
+
+    Args:
+        program: the block.
+        contraction: κ where it is certified below one.
+        given: what the user asked for.
+    """
+    if given is not None:
+        curved = [layer.activation.name for layer in program.layers if not layer.activation.monotone]
+        if isinstance(given, NewtonCG) and curved:
+            return Choice(given, f"as given; sweeps only, {curved[0]} is not monotone")
+        return Choice(given, "as given")
+    if not program.coupled:
+        return Choice(GaussSeidel(), "no feedback: computed at once")
+    if program.selects:
+        return Choice(
+            GaussSeidel(), "max pooling has several equilibria, and sweeps reach the one nearest to the start"
+        )
+    if contraction is None:
+        return Choice(Anderson(), "how fast sweeps contract is not certified")
+    return Choice(GaussSeidel(), f"a sweep is certified to leave {contraction:.2g} of the error")

@@ -1,0 +1,338 @@
+"""The loop in which every solver brings every problem to its fixed point.
+
+Where a sweep is certified to contract by κ, the error that is left after it is at most κ/(1 − κ)
+times its change; that (else the change itself) is what is compared with `rtol`. Where two sweeps have been
+measured and contracted better than certified, κ is what was seen (Hairer & Wanner 1996, section IV.8, stop
+Newton's method so).
+
+Samples of a batch are independent, so that one that does not settle is no reason to stop the
+others: it is set apart, and the status names it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
+from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver
+
+__all__ = ["Settled", "concluded", "relax", "run", "stopping_rule"]
+
+_STALL = 100
+"""Sweeps without a residual a tenth smaller after which a relaxation is given up; more where `max_sweeps` is large."""
+
+_SAFETY = 4 / 3
+"""By how much the contraction seen between two measured sweeps is taken for worse than it was."""
+
+_COARSE = 4e-3
+"""Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, and as much again."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a relaxation ended."""
+
+    sweeps: int
+    residual: float
+    """Largest relative error of a layer: the change of the last sweep, times κ/(1 − κ) where the
+    block is certified to contract by κ, which bounds the distance to the equilibrium."""
+    converged: bool
+    reason: str
+    """A sentence with a remedy where it did not converge."""
+    unsettled: tuple[int, ...] = ()
+    """The samples of the batch that did not settle, where samples are independent."""
+    lost: tuple[int, ...] = ()
+    """Those of them that diverged: their states are those of the start, and they give no gradient."""
+
+
+def stopping_rule(rtol: float, contraction: float | None) -> tuple[int, float]:
+    """(first sweep whose change is measured, factor from the change to the error that is left).
+
+    Where a sweep contracts by κ the error left is at most κ/(1 − κ) times its change. The certificate is
+    a worst case: blocks settle in about 0.6 of the sweeps that it predicts. Measuring the change before
+    that is wasted (and a device synchronisation), so that up to two sweeps go by without.
+    """
+    if contraction is None:
+        return 1, 1.0
+    if not contraction:
+        return 1, 0.0
+    predicted = math.log(rtol) / math.log(contraction)
+    return min(math.floor(0.6 * predicted) + 1, 3), contraction / (1 - contraction)
+
+
+def relax(
+    problem: FixedPoint,
+    solver: Solver,
+    rtol: float,
+    subject: str,
+    hint: Callable[[], str],
+    contraction: float | None = None,
+    check_operands: Callable[[], None] | None = None,
+) -> Settled:
+    """Run a solver on a problem until it is finished.
+
+    Args:
+        problem: holds its values, which are changed in place.
+        solver: the method and its limits.
+        rtol: largest relative error of a layer at which to stop.
+        subject: what settles, for messages, e.g. "free phase of block_1".
+        hint: says what to change where it does not.
+        contraction: factor κ < 1 by which a sweep contracts, where certified.
+        check_operands: asked where states are not finite; raises where what came in was not.
+
+    Raises:
+        ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
+    """
+    settled = run(problem, solver, rtol, contraction)
+    return concluded(settled, problem, solver, rtol, subject, hint, check_operands)
+
+
+def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None = None) -> Settled:
+    """Run a solver on a problem, without a word about how it ended; `concluded` says it."""
+    return _Relaxation(problem, solver, rtol, contraction).run()
+
+
+def concluded(
+    settled: Settled,
+    problem: FixedPoint,
+    solver: Solver,
+    rtol: float,
+    subject: str,
+    hint: Callable[[], str],
+    check_operands: Callable[[], None] | None = None,
+) -> Settled:
+    """Warn of samples that did not settle, or raise, as the solver says; the arguments are those of `relax`.
+
+    Raises:
+        ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
+    """
+    if settled.converged:
+        return settled
+    if settled.lost and check_operands is not None:
+        check_operands()
+    samples = problem.samples or 1
+    reason = f"{_sentence(settled, samples, subject, rtol)}; {hint()}"
+    hopeless = len(settled.lost) == samples
+    if (
+        hopeless
+        or solver.on_failure == "error"
+        or (solver.on_failure == "isolate" and len(settled.unsettled) == samples)
+    ):
+        raise ConvergenceError(reason)
+    warnings.warn(reason, ConvergenceWarning, stacklevel=2)
+    return replace(settled, reason=reason)
+
+
+def _sentence(settled: Settled, samples: int, subject: str, rtol: float) -> str:
+    if len(settled.lost) == samples:
+        why = settled.reason or f"its states are not finite after {settled.sweeps} sweeps"
+        return f"{subject} diverged: {why}"
+    measured = f"(relative residual {settled.residual:.2e}, asked for {rtol:.0e})"
+    how = settled.reason or f"did not settle in {settled.sweeps} sweeps"
+    if len(settled.unsettled) == samples:
+        return f"{subject} {how} {measured}"
+    parts = []
+    bounded = [row for row in settled.unsettled if row not in settled.lost]
+    if bounded:
+        parts.append(f"{_rows(bounded)} of the {samples} of the batch {how} {measured}")
+    if settled.lost:
+        parts.append(
+            f"{_rows(settled.lost)} of the {samples} of the batch diverged (states as at the start, and no gradient)"
+        )
+    return f"{subject}: {' and '.join(parts)}, while the others settled"
+
+
+def _rows(rows: list[int] | tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return f"sample {shown}" if len(rows) == 1 else f"samples {shown}"
+
+
+class _Relaxation:
+    """One relaxation: the problem, the samples of it that are still running, and how the others ended."""
+
+    def __init__(self, problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None) -> None:
+        self.problem = problem
+        self.solver = solver
+        self.rtol = rtol
+        self.contraction = contraction
+        self.earliest, self.left = stopping_rule(rtol, contraction)
+        self.coarse = _coarse_goal(solver, rtol, contraction)
+        """The error down to which products are in bfloat16; None: not (any more)."""
+        self.per_sample = solver.termination == "sample" and problem.samples is not None
+        self.running = problem
+        """The problem itself, or once some of its samples have ended, the rest of it on values of its own."""
+        self.rows: Tensor | None = None
+        """Which samples those are; None: all."""
+        self.memory = solver.init(problem)
+        self.sweep = 0
+        self.next = self.earliest if self.coarse is None and solver.start == "feedforward" else 1
+        self.measured, self.previous, self.rate = 0, math.inf, 0.0
+        """The last measured sweep, its change, and the contraction of a sweep between the last two; 0: unknown."""
+        self.worst = math.inf
+        self.patience = max(_STALL, solver.max_sweeps // 20)
+        self.best, self.since = math.inf, 0
+        self.halfway: Tensor | None = None
+        self.settled = False
+        self.residual = 0.0
+        self.lost: list[int] = []
+        self.reason = ""
+
+    def run(self) -> Settled:
+        """Sweep until every sample has ended."""
+        while self.sweep < self.solver.max_sweeps:
+            changes = self._step()
+            if changes is not None and self._ended(changes):
+                break
+        return self._status()
+
+    def _step(self) -> Tensor | None:
+        """One sweep; its changes, of the batch or by sample, where they are measured."""
+        self.sweep += 1
+        last = self.sweep == self.solver.max_sweeps
+        by_sample = self.per_sample or (last and self.problem.samples is not None)
+        measure = last or self.per_sample or self.sweep >= self.next
+        change = self.solver.step(self.running, self.memory, measure, by_sample)
+        return change if change is None or not by_sample else self._by_sample(change)
+
+    def _by_sample(self, values: Tensor) -> Tensor:
+        """The largest of what belongs to a sample: a problem may hold several rows of each, one after another."""
+        assert self.running.samples is not None
+        return values.reshape(-1, self.running.samples).amax(0)
+
+    def _error_left(self, change: float) -> float:
+        """Factor from a change to the error that is left: κ/(1 − κ), with the contraction seen where it is better.
+
+        Sweeps contract at a rate that rises slowly to its limit, so that the rate seen is taken by a third more.
+        """
+        self.rate = 0.0
+        if self.measured and 0 < change < self.previous:
+            self.rate = (change / self.previous) ** (1 / (self.sweep - self.measured))
+            seen = _SAFETY * self.rate
+            if self.solver.steady and self.contraction is not None and seen < self.contraction:
+                return seen / (1 - seen)
+        return self.left
+
+    def _ended(self, changes: Tensor) -> bool:
+        """Decide after a measured sweep: whether nothing is left to run."""
+        change = float(changes.max())
+        errors = changes * self._error_left(change)
+        worst = self.worst = float(errors.max())
+        if self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
+            if self.coarse is None or self.coarse <= self.rtol:
+                self.settled, self.residual = True, max(self.residual, worst)
+                return True
+            self.coarse = None
+            self.running.refine()
+            self._restart()
+            return False
+        if not errors.dim() and not math.isfinite(worst):
+            if self.problem.samples is None:
+                self.lost = [0]
+                return True
+            errors = self._errors_of_diverged()
+        if errors.dim() and self._retire(errors):
+            return self.rows is not None and not len(self.rows)
+        if self._stalled(worst):
+            if self.problem.samples is None or self.per_sample:
+                self._give_up(worst)
+                return True
+            self.per_sample = True  # one sample may be to blame
+            self.best, self.since = math.inf, self.sweep
+        self.next = self.sweep + self._stride(worst)
+        self.measured, self.previous = self.sweep, change
+        return False
+
+    def _restart(self) -> None:
+        self.memory = self.solver.init(self.running)
+        self.next = self.sweep + 1
+        self.measured, self.previous, self.rate = 0, math.inf, 0.0
+
+    def _norms(self) -> Tensor:
+        """The largest norm of a layer, by sample where samples are independent."""
+        values = [value.detach() for value in self.running.values if value is not None]
+        if self.problem.samples is None:
+            return torch.stack([torch.linalg.vector_norm(value) for value in values]).amax()
+        return self._by_sample(torch.stack([torch.linalg.vector_norm(v.flatten(1), dim=1) for v in values]).amax(0))
+
+    def _errors_of_diverged(self) -> Tensor:
+        """Errors by sample where the batch's is not finite: infinite for the samples that diverged."""
+        return torch.where(torch.isfinite(self._norms()), self.rtol + 1, math.inf)
+
+    def _retire(self, errors: Tensor) -> bool:
+        """Set apart the samples that have settled or diverged; whether there were any."""
+        gone = ~torch.isfinite(errors)
+        done = errors <= self.rtol if self.coarse is None else torch.zeros_like(gone)
+        if not bool((gone | done).any()):
+            return False
+        rows = torch.arange(len(errors), device=errors.device) if self.rows is None else self.rows
+        if self.rows is not None:
+            self.problem.adopt(self.running, self.rows)
+        self.lost += rows[gone].tolist()
+        if bool(done.any()):
+            self.residual = max(self.residual, float(errors[done].max()))
+        staying = (~(gone | done)).nonzero()[:, 0]
+        self.rows = rows[staying]
+        if len(staying):
+            self.running = self.running.narrowed(staying)
+            self.halfway = None
+            self._restart()
+            self.worst = float(errors[staying].max())
+        return True
+
+    def _stalled(self, residual: float) -> bool:
+        if residual < 0.9 * self.best:
+            self.best, self.since, self.halfway = residual, self.sweep, None
+            return False
+        if self.halfway is None and self.sweep - self.since >= self.patience // 2:
+            self.halfway = self._norms()
+        return self.sweep - self.since >= self.patience
+
+    def _give_up(self, residual: float) -> None:
+        """End what is left: samples that have grown all the while diverge, the others oscillate."""
+        assert self.halfway is not None
+        growing = self._norms() > 1.5 * self.halfway
+        if growing.dim():
+            rows = torch.arange(len(growing), device=growing.device) if self.rows is None else self.rows
+            self.lost += rows[growing].tolist()
+        elif bool(growing):
+            self.lost = [0]
+        self.residual = max(self.residual, residual)
+        if bool(growing.all()):
+            self.reason = f"its states grow without bound after {self.sweep} sweeps"
+        else:
+            self.reason = f"oscillates: its residual falls no further after {self.sweep} sweeps"
+
+    def _stride(self, residual: float) -> int:
+        """Sweeps until the next one that is worth measuring, from the contraction seen since the last one."""
+        if not 0 < self.rate < 1 or not 0 < residual < math.inf:
+            return 1
+        goal = self.rtol if self.coarse is None else self.coarse
+        return max(1, min(math.floor(0.7 * math.log(goal / residual) / math.log(self.rate)), 10))
+
+    def _status(self) -> Settled:
+        count = self.problem.samples or 1
+        running = [] if self.settled else list(range(count)) if self.rows is None else self.rows.tolist()
+        running = [row for row in running if row not in self.lost]
+        if self.rows is not None and len(self.rows):
+            self.problem.adopt(self.running, self.rows)
+        if self.lost and len(self.lost) < count:
+            self.problem.give_up(torch.tensor(sorted(self.lost)))
+        if running and not self.reason:
+            self.residual = max(self.residual, self.worst)
+        unsettled = sorted([*self.lost, *running])
+        return Settled(
+            self.sweep, self.residual, not unsettled, self.reason, tuple(unsettled), tuple(sorted(self.lost))
+        )
+
+
+def _coarse_goal(solver: Solver, rtol: float, contraction: float | None) -> float | None:
+    if solver.precision == "full" or contraction is None:
+        return None
+    floor = _COARSE / (1 - contraction)
+    return rtol if rtol >= floor else min(2 * floor, 0.5)

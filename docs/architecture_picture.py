@@ -34,7 +34,7 @@ FLOORS: dict[str, str] = {
     "reports": "reports saved_settings storage",
     "pictures and ONNX": "drawing onnx",
     "what people hold": "plan hybrid",
-    "what people call": "convert loading",
+    "what people call": "convert init loading",
     "the package": "ffebm_compiler",
     "commands": "cli demo",
 }

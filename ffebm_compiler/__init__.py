@@ -6,6 +6,7 @@ hybrid = ffebm.convert(model, example_inputs)
 loss_fn(hybrid(x), y).backward()
 """
 
+from ffebm_compiler import init
 from ffebm_compiler.convert import convert, plan
 from ffebm_compiler.errors import (
     CaptureError,
@@ -60,6 +61,7 @@ __all__ = [
     "check_gradients",
     "convert",
     "hardware_presets",
+    "init",
     "load",
     "plan",
 ]

@@ -72,8 +72,8 @@ def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Map
     """Multiply the weights between the states of a block by one factor f, so that its loop gain is κ.
 
     The loop gain is that of the certificate, at what the block's amplifiers are set to. At γ = 1 it is ρ(A)² with A
-    homogeneous in the weights, κ(f) = f² κ(1), where weights are all that couples states. Wires, such as a residual add,
-    are not scaled, and f is then found by measuring. What weighs the block's inputs, and biases, stay as they are.
+    homogeneous in the weights, κ(f) = f² κ(1), where weights are all that couples states. Wires, such as a residual
+    add, are not scaled, and f is then found by measuring. What weighs the block's inputs, and biases, stay as they are.
 
     Args:
         blocks: a hybrid, for all its blocks of more than one layer, or one of `hybrid.blocks`.
@@ -84,8 +84,8 @@ def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Map
 
     Raises:
         InputError: where a block's loop gain does not follow its weights: `feedback` given as a loop gain holds it,
-            whatever they are. Scale a hybrid with `feedback="symmetric"`, or within `hybrid.held_feedback()`. Where wires
-            alone have a larger loop gain, where weights are zero, and where two of the blocks share a weight.
+            whatever they are. Scale a hybrid with `feedback="symmetric"`, or within `hybrid.held_feedback()`. Where
+            wires alone have a larger loop gain, where weights are zero, and where two of the blocks share a weight.
     """
     number = isinstance(loop_gain, int | float) and not isinstance(loop_gain, bool)
     if not number or not 0 < loop_gain < math.inf:
@@ -107,8 +107,8 @@ def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Map
             other = owner.setdefault(id(weight), name)
             if other != name:
                 raise InputError(
-                    f"{other} and {name} share a weight of shape {tuple(weight.shape)}, so that one factor would change "
-                    "the loop gain of both: scale one of them alone, with hybrid.blocks[i]"
+                    f"{other} and {name} share a weight of shape {tuple(weight.shape)}, so that one factor would "
+                    "change the loop gain of both: scale one of them alone, with hybrid.blocks[i]"
                 )
     return {name: _scaled(hybrid, name, weights, float(loop_gain)) for name, weights in found.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ffebm_compiler.init import goe_, scale_to_loop_gain
 
 
 def _chain(*sizes: int) -> nn.Sequential:
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.Tanh())]
+    layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers).double()
 
 

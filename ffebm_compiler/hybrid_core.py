@@ -137,13 +137,13 @@ class HybridCore(HybridParts):
                 kind of dtype, or that hold NaN.
             ConvergenceError: where a block does not settle.
         """
-        outputs = self.lowered(*self._operands(args, kwargs))
+        outputs = self.lowered(*self._checked(args, kwargs))
         return self._call_form.result(outputs, self.training)
 
     # The checks read values and stamps change with every step: `torch.compile` would compile anew for each.
     @torch.compiler.disable(reason="inputs are checked and loop gains measured eagerly")  # type: ignore[untyped-decorator]
-    def _operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """What the lowered graph takes: the present tensors and the checked inputs.
+    def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What the lowered graph takes: the checked inputs.
 
         In training it looks for blocks whose weights have changed; they measure their loop gain before they settle.
         """
@@ -157,7 +157,7 @@ class HybridCore(HybridParts):
                 changed |= self._energy[name].gain.look(self._made_of(name), self.recertify_every)
             if changed and self.project_to is not None:
                 self.project(self.project_to)
-        return [*self._tensors(), *leaves]
+        return leaves
 
     def _refuse_train_mode(self) -> None:
         """Refuse a call with a module in train mode whose code asks for it, where there is no capture of that."""
@@ -299,15 +299,13 @@ class HybridCore(HybridParts):
 
     def _parameter_behind(self, name: str, index: int) -> Tensor:
         """The parameter that a weight of a block is, or is a view or a multiple (by a folded batch norm) of."""
-        run = self.lowered
-        placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
-        tensors = dict(zip(placeholders, self._tensors(), strict=False))
+        names = self._fetched()
         call = self._call_of(name)
         node = call.args[self._energy[name].program.inputs + index]
-        while node not in tensors:
+        while node not in names:
             # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
             node = node.all_input_nodes[0]
-        return tensors[node]
+        return self._tensor(names[node])
 
     def set_gradient(self, gradient: str | Estimator) -> None:
         """Choose the gradient estimator: `"ep"`, `"implicit"`, `"unrolled"` or an object."""

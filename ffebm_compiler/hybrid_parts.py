@@ -25,6 +25,7 @@ from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock, ReboundOperation
+from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of, warn_of_captured
 from ffebm_compiler.written_state import names_of_written_state
@@ -50,7 +51,6 @@ _OWN = frozenset(
         "_feedforward",
         "_folded",
         "_later_hooks",
-        "_lifted",
         "_plan",
         "_run",
         "_shared",
@@ -84,7 +84,6 @@ class HybridParts(nn.Module):
         self._energy = dict(lowered.energy)
         self._feedforward = dict(lowered.feedforward)
         self._call_form = CallForm.of(program)
-        self._lifted = tuple(program.lifted.values())
         self._differs_in_training = bool(program.asks) and not program.refused_in_training
         self._asks = tuple(sorted(program.asks or ()))
         self._draws_in_order = lowered.draws_in_order
@@ -104,6 +103,8 @@ class HybridParts(nn.Module):
         for module in lowered.graph_module.modules():
             if isinstance(module, ReboundOperation):
                 module.follow(source, self)
+            elif isinstance(module, Fetch):
+                module.follow(self)
         for energy_block in lowered.energy.values():
             block_program = energy_block.program
             drives = [instruction for layer in block_program.layers for instruction in layer.instructions]
@@ -166,7 +167,7 @@ class HybridParts(nn.Module):
     def _sources_of_blocks(self) -> dict[str, tuple[str, ...]]:
         """For each block with feedback, names of the parameters and buffers that its weights are made of."""
         nodes: Any = self.lowered.graph.nodes
-        names = dict(zip((node for node in nodes if node.op == "placeholder"), self._lifted, strict=False))
+        names = self._fetched()
         found = {}
         for call in nodes:
             block = self._energy.get(str(call.target)) if call.op == "call_module" else None
@@ -181,6 +182,12 @@ class HybridParts(nn.Module):
                     pending += node.all_input_nodes
             found[str(call.target)] = tuple(sorted({names[node] for node in seen if node in names}))
         return found
+
+    def _fetched(self) -> dict[fx.Node, str]:
+        """The nodes of the lowered graph that read a parameter or buffer, and its name."""
+        run = self.lowered
+        calls = {node: run.get_submodule(str(node.target)) for node in run.graph.nodes if node.op == "call_module"}
+        return {node: module.name for node, module in calls.items() if isinstance(module, Fetch)}
 
     def _call_of(self, name: str) -> Any:
         """The node of the lowered graph that calls a block."""
@@ -204,17 +211,11 @@ class HybridParts(nn.Module):
         """The parameters and buffers that the weights of a block with feedback are made of."""
         return [self._tensor(source) for source in self._sources.get(name, ())]
 
-    def _tensors(self) -> list[Tensor]:
-        """The source's parameters and buffers that the graph reads, in its order."""
-        return [self._tensor(name) for name in self._lifted]
-
     def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         """(inputs, weights) of an energy block; an input that depends on the network's is None."""
         run = self.lowered
         call = self._call_of(name)
         known: dict[fx.Node, Tensor | None] = {}
-        placeholders = [node for node in run.graph.nodes if node.op == "placeholder"]
-        known.update(zip(placeholders, self._tensors(), strict=False))
         count = self._energy[name].program.inputs
         with generators_unchanged(), tensors_unchanged(self.written_state()):
             values = tuple(static_value(run, node, known) for node in call.args)
@@ -223,8 +224,10 @@ class HybridParts(nn.Module):
     def written_state(self) -> list[Tensor]:
         """The parameters and buffers that a forward writes, statistics that follow a module's flag aside."""
         run = self.lowered
-        known = dict(zip(self._lifted, self._tensors(), strict=True)) | dict(run.named_buffers())
-        return [known[name] for name in sorted(names_of_written_state(run, self._lifted))]
+        constants = dict(run.named_buffers())
+        return [
+            constants[name] if name in constants else self._tensor(name) for name in sorted(names_of_written_state(run))
+        ]
 
     def certificate_of(self, name: str) -> Certificate | None:
         """What is certified of a block at its present weights and feedback; measured where they have changed."""

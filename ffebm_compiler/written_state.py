@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
+from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.runtime.feedforward.state import WriteState
 
 __all__ = ["names_of_written_state"]
@@ -15,16 +14,17 @@ _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.defaul
 _BY_INPUT, _STATISTICS = 5, (3, 4)
 
 
-def names_of_written_state(lowered: fx.GraphModule, lifted: Sequence[str]) -> set[str]:
+def names_of_written_state(lowered: fx.GraphModule) -> set[str]:
     """What `WriteState` writes, and statistics that a norm updates in both modes (`F.batch_norm(..., training=True)`).
 
-    Those of a batch norm that follows a module's flag are not among them. `lifted` are the names of the first inputs.
+    Those of a batch norm that follows a module's flag are not among them.
     """
-    outer = (node for node in lowered.graph.nodes if node.op == "placeholder")
-    names = dict(zip(outer, lifted, strict=False))
+    names: dict[fx.Node, str] = {}
     found = {module.name for module in lowered.modules() if isinstance(module, WriteState)}
     for call in lowered.graph.nodes:
         part = lowered.get_submodule(str(call.target)) if call.op == "call_module" else None
+        if isinstance(part, Fetch):
+            names[call] = part.name
         if not isinstance(part, fx.GraphModule):
             continue
         placeholders = (node for node in part.graph.nodes if node.op == "placeholder")

@@ -1,7 +1,7 @@
 """Lower: a program and its plan become an fx graph of energy blocks and feedforward blocks.
 
-The lowered graph takes the source's parameters and buffers and the network's inputs, in the
-captured order, and calls one module per block. Static operations (folded or transposed weights)
+The lowered graph takes the network's inputs, in the captured order, and calls one module per block. It fetches the
+source's parameters and buffers just before the block that reads them. Static operations (folded or transposed weights)
 stay in the lowered graph itself, between the parameters and the blocks that read them.
 
 Promise: with feedback off, the lowered graph computes what the captured graph computes.
@@ -23,6 +23,7 @@ from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
+from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
 from ffebm_compiler.runtime.feedforward.state import WriteState
 from ffebm_compiler.runtime.program import pointwise
@@ -38,6 +39,9 @@ _SAFE: dict[object, Callable[..., torch.Tensor]] = {
     aten.convolution.default: pointwise.convolution,
 }
 """Convolutions whose autograd would call a faulty kernel, and what computes the same."""
+
+_OPERANDS = "operands"
+"""Name of the submodule of the lowered graph that holds what fetches parameters and buffers."""
 
 
 @dataclass
@@ -62,6 +66,8 @@ class _Lowering:
         self.plan = plan
         self.graph = fx.Graph()
         self.root = nn.Module()
+        self.operands = nn.Module()
+        self.root.add_module(_OPERANDS, self.operands)
         self.env: dict[fx.Node, fx.Node] = {}
         self.by_name = {node.name: node for node in program.graph.nodes}
         self.energy: dict[str, EnergyBlock] = {}
@@ -69,7 +75,7 @@ class _Lowering:
 
     def run(self) -> Lowered:
         for node in self.program.graph.nodes:
-            if node.op == "placeholder" and node.name not in self.program.constants:
+            if node.op == "placeholder" and node.name in self.program.inputs:
                 fresh = self.graph.placeholder(node.name)
                 fresh.meta = dict(node.meta)
                 self.env[node] = fresh
@@ -98,14 +104,27 @@ class _Lowering:
         return Lowered(module, self.energy, self.feedforward, order.kept)
 
     def _value(self, node: fx.Node) -> fx.Node:
-        """The lowered node of a value; static operations and shapes are emitted when first read."""
+        """The lowered node of a value; static operations and shapes are emitted when first read.
+
+        A parameter or buffer is fetched anew for each that reads it.
+        """
         if node in self.env:
             return self.env[node]
+        if node.op == "placeholder":
+            return self._fetch(node)
         fresh = self.graph.node_copy(node, self._value)
         fresh.meta = dict(node.meta)
         if node.op == "call_module":
             self.root.add_module(str(node.target), self.program.graph_module.get_submodule(str(node.target)))
         self.env[node] = fresh
+        return fresh
+
+    def _fetch(self, node: fx.Node) -> fx.Node:
+        target = f"{_OPERANDS}.{node.name}"
+        if node.name not in self.operands._modules:
+            self.operands.add_module(node.name, Fetch(self.program.lifted[node.name]))
+        fresh = self.graph.call_module(target)
+        fresh.meta = dict(node.meta)
         return fresh
 
     def _writes(self, node: fx.Node) -> bool:

@@ -105,13 +105,10 @@ class _Reader:
         self.absent: set[fx.Node] = set()
 
     def read(self) -> Steps:
-        placeholders = [node for node in self.run.graph.nodes if node.op == "placeholder"]
-        lifted = self.hybrid._lifted
-        for node, name, tensor in zip(placeholders, lifted, self.hybrid._tensors(), strict=False):
-            self.known[node], self.keys[node] = tensor.detach(), name
+        self.keys = self.hybrid._fetched()
         inputs = []
-        for node in placeholders[len(lifted) :]:
-            if isinstance(node.meta.get("val"), Tensor):
+        for node in self.run.graph.nodes:
+            if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
                 self.values[node] = self._value(node.name, node.meta["val"])
                 inputs.append(self.values[node])
         # What else is called computes weights from parameters alone: its present value is a constant of the export.
@@ -171,9 +168,11 @@ class _Reader:
 
     def _is_static(self, node: fx.Node) -> bool:
         """Whether a node is computed from parameters, buffers and constants alone."""
-        if node.op == "placeholder":
-            return node in self.keys
-        return not self._is_step(node) and all(self._is_static(operand) for operand in node.all_input_nodes)
+        return (
+            node.op != "placeholder"
+            and not self._is_step(node)
+            and all(self._is_static(operand) for operand in node.all_input_nodes)
+        )
 
     def _value(self, name: str, value: Tensor) -> Value:
         shape: list[int | str] = []

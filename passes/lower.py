@@ -21,7 +21,7 @@ from ffebm_compiler.passes.lower_block import lower_block
 from ffebm_compiler.passes.order_of_draws import in_order_of_draws
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
+from ffebm_compiler.runtime.feedforward.block_graph import OPERANDS, BlockGraph
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
@@ -39,9 +39,6 @@ _SAFE: dict[object, Callable[..., torch.Tensor]] = {
     aten.convolution.default: pointwise.convolution,
 }
 """Convolutions whose autograd would call a faulty kernel, and what computes the same."""
-
-_OPERANDS = "operands"
-"""Name of the submodule of the lowered graph that holds what fetches parameters and buffers."""
 
 
 @dataclass
@@ -67,7 +64,7 @@ class _Lowering:
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.operands = nn.Module()
-        self.root.add_module(_OPERANDS, self.operands)
+        self.root.add_module(OPERANDS, self.operands)
         self.env: dict[fx.Node, fx.Node] = {}
         self.by_name = {node.name: node for node in program.graph.nodes}
         self.energy: dict[str, EnergyBlock] = {}
@@ -120,7 +117,7 @@ class _Lowering:
         return fresh
 
     def _fetch(self, node: fx.Node) -> fx.Node:
-        target = f"{_OPERANDS}.{node.name}"
+        target = f"{OPERANDS}.{node.name}"
         if node.name not in self.operands._modules:
             self.operands.add_module(node.name, Fetch(self.program.lifted[node.name]))
         fresh = self.graph.call_module(target)

@@ -204,24 +204,10 @@ class _Builder:
         form = WEIGHTS[node.target]
         _, weight, bias = form.operands(node)
         if form.kind == "linear":
-            return Linear(), (self._out_in(node, weight), bias)
+            return Linear(transposed=node.target is not aten.linear.default), (weight, bias)
         if form.kind == "contraction":
             return Contraction(str(node.args[2])), (weight,)
         return convolution_operator(node), (weight, bias)
-
-    def _out_in(self, node: fx.Node, weight: fx.Node) -> fx.Node:
-        """The weight as (out, in): that of a product x @ W is transposed by a static operation."""
-        if node.target is aten.linear.default:
-            return weight
-        graph = self.program.graph
-        for user in weight.users:
-            if user.target is aten.t.default and info(user).role is Role.STATIC:
-                return user
-        with graph.inserting_after(weight):
-            transposed = graph.call_function(aten.t.default, (weight,))
-        transposed.meta["val"] = weight.meta["val"].t()
-        transposed.meta["ffebm"] = info(weight).__class__(Role.STATIC, info(weight).path, "a weight, transposed")
-        return transposed
 
     def _batched(self, states: list[fx.Node]) -> bool:
         """Whether the leading dimension of all states and inputs counts the same independent samples."""

@@ -8,11 +8,51 @@ from networks import CASES, converted
 from running import run
 from torch import nn
 
+import ffebm_compiler as ffebm
 from ffebm_compiler.passes.lower import lower
 from ffebm_compiler.pipeline import annotated_program
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.fetch import Fetch
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lowering_leaves_the_captured_graph_as_it_is(case: str) -> None:
+    hybrid, x = converted(case, nn.GELU)
+    model, _ = CASES[case].make(nn.GELU)
+    program, _ = annotated_program(model, (x,), {}, hybrid.plan.options, "batch", hybrid.plan.hardware)
+    before = str(program.graph)
+    lower(program, hybrid.plan)
+    assert str(program.graph) == before
+
+
+class Projections(nn.Module):
+    """Products with weights of (in, out): `x @ W`, and with a bias as transformers' GPT-2 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(6, 8) / 3)
+        self.second = nn.Parameter(torch.randn(8, 5) / 3)
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, torch.tanh(x @ self.first), self.second).tanh()
+
+
+def test_products_with_transposed_weights_are_blocks_and_have_exact_gradients() -> None:
+    torch.manual_seed(0)
+    model, x = Projections().double(), torch.randn(3, 6, dtype=torch.float64)
+    hybrid = ffebm.convert(model, x, feedback=0.3, gradient="implicit", solver=ffebm.GaussSeidel(rtol=1e-13))
+    (block,) = hybrid.blocks
+    assert len(block.module.program.layers) == 2
+    hybrid(x).square().sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in hybrid.named_parameters()}
+    hybrid.zero_grad()
+    hybrid.set_gradient("unrolled")
+    hybrid(x).square().sum().backward()
+    for name, parameter in hybrid.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-9)
+        assert parameter.grad.abs().max() > 0
 
 
 class Present:

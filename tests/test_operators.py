@@ -76,10 +76,11 @@ sizes = st.integers(1, 4)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 3), min_size=0, max_size=3), sizes, sizes, st.booleans())
-def test_linear_operator(leading: list[int], inputs: int, outputs: int, bias: bool) -> None:
-    weights = [noise(outputs, inputs).double(), noise(outputs, seed=6).double() if bias else None]
-    check_operator(Linear(), [noise(*leading, 2, inputs, seed=7).double()], weights)
+@given(st.lists(st.integers(1, 3), min_size=0, max_size=3), sizes, sizes, st.booleans(), st.booleans())
+def test_linear_operator(leading: list[int], inputs: int, outputs: int, bias: bool, transposed: bool) -> None:
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    weights = [noise(*shape).double(), noise(outputs, seed=6).double() if bias else None]
+    check_operator(Linear(transposed), [noise(*leading, 2, inputs, seed=7).double()], weights)
 
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

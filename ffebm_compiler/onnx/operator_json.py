@@ -74,9 +74,10 @@ _Step = Annotated[int, AtLeast(1, most=_MOST)]
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """y = x Wᵀ + b."""
+    """y = x Wᵀ + b; transposed x W + b."""
 
     kind: str
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

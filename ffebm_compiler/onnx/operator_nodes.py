@@ -13,7 +13,7 @@ import torch
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Free, Shape, Writer, fixed
 from ffebm_compiler.onnx.pool_nodes import mean_adjoint, mean_apply, pool_adjoint, pool_apply, pool_of
-from ffebm_compiler.runtime.program.operators import Convolution, Operator, Wiring, slice_of
+from ffebm_compiler.runtime.program.operators import Convolution, Linear, Operator, Wiring, slice_of
 
 __all__ = [
     "Weights",
@@ -22,6 +22,7 @@ __all__ = [
     "conv_adjoint",
     "conv_settings",
     "linear",
+    "linear_adjoint",
     "unbroadcast",
     "wiring_nodes",
 ]
@@ -30,14 +31,18 @@ Weights = Sequence[str | None]
 """Names of an operator's weights; None where it has none in that place."""
 
 
-def linear(writer: Writer, value: str, weights: Weights, shape: Shape) -> str:
-    """x Wᵀ + b, as Gemm where x is a matrix."""
-    bias = [weights[1]] if weights[1] else []
+def linear(writer: Writer, operator: Linear, value: str, weights: Weights, shape: Shape) -> str:
+    """x Wᵀ + b, or x W + b where it is transposed; as Gemm where x is a matrix."""
+    weight, bias = str(weights[0]), [weights[1]] if weights[1] else []
     if len(shape) == 2:
-        return writer.op("Gemm", value, str(weights[0]), *bias, transB=1)
-    turned = writer.turned(str(weights[0]))
-    product = writer.op("MatMul", value, turned)
+        return writer.op("Gemm", value, weight, *bias, transB=int(not operator.transposed))
+    product = writer.op("MatMul", value, weight if operator.transposed else writer.turned(weight))
     return writer.op("Add", product, *bias) if bias else product
+
+
+def linear_adjoint(writer: Writer, operator: Linear, cotangent: str, weight: str) -> str:
+    """p W, or p Wᵀ where it is transposed."""
+    return writer.op("MatMul", cotangent, writer.turned(weight) if operator.transposed else weight)
 
 
 def check_conv(operator: Convolution, shape: Shape) -> None:

@@ -36,6 +36,7 @@ from ffebm_compiler.onnx.operator_nodes import (
     conv_adjoint,
     conv_settings,
     linear,
+    linear_adjoint,
     unbroadcast,
     wiring_nodes,
 )
@@ -136,9 +137,10 @@ def _einsum(node: Node, equation: str) -> str:
 ROWS: Mapping[type[Operator], Row] = {
     Linear: Row(
         "linear", StoredLinear,
-        lambda node: linear(node.writer, node.values[0], node.weights, node.shapes[0]),
-        lambda node: [node.writer.op("MatMul", node.values[0], str(node.weights[0]))],
-        from_json=lambda found, place: Linear(), weights=(True, False),
+        lambda node: linear(node.writer, node.operator, node.values[0], node.weights, node.shapes[0]),
+        lambda node: [linear_adjoint(node.writer, node.operator, node.values[0], str(node.weights[0]))],
+        lambda operator: {"transposed": True} if operator.transposed else {},
+        lambda found, place: Linear(found.transposed), weights=(True, False),
     ),
     Convolution: Row(
         "convolution", StoredConvolution, _conv_apply,

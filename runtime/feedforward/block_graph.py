@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["CAPTURED_NAME", "BlockGraph"]
+__all__ = ["CAPTURED_NAME", "OPERANDS", "BlockGraph"]
+
+OPERANDS = "operands"
+"""Name of the submodule of a hybrid's graph that holds what fetches parameters and buffers."""
 
 CAPTURED_NAME = "ffebm_captured_name"
 """Meta key: the name of the captured operation that a node is. It is stored with the node."""
@@ -45,6 +48,12 @@ class _Overload:
 
 class BlockGraph(fx.GraphModule):
     """An `fx.GraphModule` that survives `torch.save` and pickle as it is."""
+
+    def __repr__(self) -> str:
+        """The parts, without what fetches their operands."""
+        shown = nn.Module()
+        shown._modules.update({name: module for name, module in self._modules.items() if name != OPERANDS})
+        return repr(shown).replace("Module(", f"{self._get_name()}(", 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The nodes, the submodules and the constants."""

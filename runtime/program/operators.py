@@ -96,24 +96,31 @@ def _rows(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear(Operator):
-    """y = x Wᵀ + b; x: (..., in), W: (out, in), b: (out,)."""
+    """y = x Wᵀ + b; x: (..., in), W: (out, in), b: (out,).
 
+    Transposed it is y = x W + b with W: (in, out), as in `x @ W` and `addmm`.
+    """
+
+    transposed: bool = False
     product = True
+
+    def _out_in(self, weights: Weights) -> Tensor:
+        weight = _given(weights[0])
+        return weight.t() if self.transposed else weight
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """A x + b."""
-        weight = _given(weights[0])
-        return F.linear(values[0], weight, weights[1])
+        return F.linear(values[0], self._out_in(weights), weights[1])
 
     def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
         """A x."""
-        return F.linear(_given(values[0]), _given(weights[0]))
+        return F.linear(_given(values[0]), self._out_in(weights))
 
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """P W."""
-        return [torch.matmul(cotangent, _given(weights[0]))]
+        """P W, or P Wᵀ where it is transposed."""
+        return [torch.matmul(cotangent, self._out_in(weights))]
 
     def weight_gradients(
         self,
@@ -123,10 +130,11 @@ class Linear(Operator):
         needed: Sequence[bool],
         bias: bool,
     ) -> list[Tensor | None]:
-        """(Pᵀ X, Σ P)."""
-        rows = _rows(cotangent)
+        """(Pᵀ X, Σ P), or (Xᵀ P, Σ P) where it is transposed."""
+        rows, read = _rows(cotangent), _rows(values[0])
+        first, second = (read, rows) if self.transposed else (rows, read)
         return [
-            rows.t() @ _rows(values[0]) if needed[0] else None,
+            first.t() @ second if needed[0] else None,
             rows.sum(0) if needed[1] and bias else None,
         ]
 

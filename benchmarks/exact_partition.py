@@ -13,6 +13,10 @@ Written from the problem's statement alone, without the compiler's own partition
 An activation owns a layer whose product reaches it through wiring of the block that nothing else reads:
 o[v, b] ≤ Σ_u o[u, b] over the operands u of v with one reader, o[v, b] ≤ x[v, b], o = x for a layer, and an
 activation is in a block only with an operand of one reader and o = 1.
+
+With `digital_drive` an activation may be in a block as a driven state, too (d[v, b] = 1): where its operand is not in
+it, and whatever of the block reads it is a layer, or wiring of one operand that leads to layers alone (l[w, b] = 1),
+and something does. It takes neurons then.
 """
 
 from __future__ import annotations
@@ -52,8 +56,45 @@ class _Model:
         self.high.append(high)
 
 
+def _driven_states(
+    model: _Model,
+    graph: OperationGraph,
+    x: dict[tuple[str, str], int],
+    layers: Collection[str],
+    others: Collection[str],
+) -> dict[tuple[str, str], int]:
+    """The variables d of activations, with their rows."""
+    users, driven = graph.users(), {}
+    for b in layers:
+        leads = {(v, b): x[v, b] for v in layers if (v, b) in x}
+        for v in reversed(others):  # readers come later
+            op = graph[v]
+            if op.role is not Role.ACTIVATION and len(op.inputs) > 1:
+                continue
+            column = model.variable(whole=op.role is Role.ACTIVATION)
+            model.row({column: 1.0, x[v, b]: -1.0}, high=0)
+            here = [user for user in users[v] if (user, b) in x]
+            model.row({column: 1.0, **{leads[user, b]: -1.0 for user in here if (user, b) in leads}}, high=0)
+            for user in here:
+                if user not in layers:
+                    also = {leads[user, b]: -1.0} if (user, b) in leads else {}
+                    model.row({column: 1.0, x[user, b]: 1.0, **also}, high=1)
+            if op.role is Role.ACTIVATION:
+                driven[v, b] = column
+                for u in op.inputs:
+                    if (u, b) in x:
+                        model.row({column: 1.0, x[u, b]: 1.0}, high=1)
+            else:
+                leads[v, b] = column
+    return driven
+
+
 def optimum(
-    graph: OperationGraph, hardware: Hardware, kinds: Collection[str], limit_s: float = 20.0
+    graph: OperationGraph,
+    hardware: Hardware,
+    kinds: Collection[str],
+    limit_s: float = 20.0,
+    digital_drive: bool = False,
 ) -> tuple[int, int] | None:
     """(conversions per sample, blocks) of the best partition; None where the time limit came first.
 
@@ -62,6 +103,7 @@ def optimum(
         hardware: the capacities (`cores` is not part of the problem).
         kinds: kinds of wiring that may join a block.
         limit_s: seconds for the solver.
+        digital_drive: whether activations of values from outside of a block may be states of it.
     """
     joins = {*kinds, *ALWAYS_JOIN}
     layers, others = [], []
@@ -86,6 +128,7 @@ def optimum(
                 x[v, b] = model.variable(1.0 if v == b else 0.0, whole=True)
     for v in layers:
         model.row({x[v, b]: 1.0 for b in layers if (v, b) in x}, 1, 1)
+    driven = _driven_states(model, graph, x, layers, others) if digital_drive else {}
     for v in others:
         model.row({x[v, b]: 1.0 for b in layers}, 0, 1)
         for b in layers:
@@ -93,6 +136,8 @@ def optimum(
             for u in graph[v].inputs:
                 if (u, b) in x:
                     terms[x[u, b]] = terms.get(x[u, b], 0.0) - 1.0
+            if (v, b) in driven:
+                terms[driven[v, b]] = -1.0
             model.row(terms, high=0)
     users = graph.users()
     owned = dict(x)
@@ -101,7 +146,8 @@ def optimum(
             bearing = [u for u in graph[v].inputs if (u, b) in owned and len(users[u]) == 1 and u not in graph.outputs]
             activation = graph[v].role is Role.ACTIVATION
             column = x[v, b] if activation else model.variable()
-            model.row({column: 1.0, **{owned[u, b]: -1.0 for u in bearing}}, high=0)
+            alone = {driven[v, b]: -1.0} if (v, b) in driven else {}
+            model.row({column: 1.0, **{owned[u, b]: -1.0 for u in bearing}, **alone}, high=0)
             if activation:
                 del owned[v, b]
             else:
@@ -112,13 +158,14 @@ def optimum(
             if (v, b) in x and v != b:
                 model.row({x[v, b]: 1.0, x[b, b]: -1.0}, high=0)
         members = [v for v in layers if (v, b) in x]
+        states = {driven[v, b]: graph[v].values for v in others if (v, b) in driven}
         for capacity, load in (
-            (hardware.layers_per_block, dict.fromkeys(members, 1)),
-            (hardware.tiles_per_core, tiles),
-            (hardware.neurons_per_block, {v: graph[v].values for v in members}),
+            (hardware.layers_per_block, {x[v, b]: 1 for v in members}),
+            (hardware.tiles_per_core, {x[v, b]: tiles[v] for v in members}),
+            (hardware.neurons_per_block, {x[v, b]: graph[v].values for v in members} | states),
         ):
             if capacity is not None:
-                model.row({x[v, b]: float(load[v]) for v in members}, high=capacity)
+                model.row({column: float(size) for column, size in load.items()}, high=capacity)
     size = float(len(graph.operations))
     q = {op.name: model.variable(upper=size) for op in graph.operations}
     p = {b: model.variable(upper=size) for b in layers}

@@ -25,7 +25,7 @@ FOLDERS = {"ffebm_compiler": "ffebm_compiler", "passes": "ffebm_compiler.passes"
 FLOORS: dict[str, str] = {
     "ground": "errors module_paths",
     "files": "files",
-    "data": "hardware ir plan_data",
+    "data": "hardware ir driven plan_data",
     "runtime": "runtime",
     "passes": "passes",
     "calls": "pipeline plan_file signature call_arguments source_view later_hooks written_state stored_containers "

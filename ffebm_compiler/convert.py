@@ -104,6 +104,7 @@ def plan(
     hardware: str | Hardware = "crossbar-256",
     fold_batchnorm: bool = False,
     block_ops: Sequence[str] = ("add", "reshape"),
+    digital_drive: bool = False,
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
     on_unsupported: str = "digital",
@@ -113,7 +114,9 @@ def plan(
 
     Arguments and errors are those of `convert`.
     """
-    options = PlanOptions(tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog))
+    options = PlanOptions(
+        tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog), digital_drive=digital_drive
+    )
     fabric = resolve_hardware(hardware)
     front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
     return Plan.of(make_plan(front.program, front.graph, fabric, options, on_unsupported))
@@ -131,6 +134,7 @@ def convert(
     solver: Solver | None = None,
     fold_batchnorm: bool = False,
     block_ops: Sequence[str] = ("add", "reshape"),
+    digital_drive: bool = False,
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
     on_unsupported: str = "digital",
@@ -152,6 +156,9 @@ def convert(
         fold_batchnorm: fold eval-mode batch norm into the layer before it.
         block_ops: the wiring that may sit inside a block: `"add"`, `"reshape"`, `"concat"`,
             `"scale"`, `"avg_pool"`, `"max_pool"`.
+        digital_drive: whether an activation of a digital value, such as batch norm's result, may be a block's state,
+            with that value through DACs as its drive and feedback from the layers of the block that read it. It changes
+            what is computed: conv, batch norm and ReLU are then the networks of Nest & Ernoult (2024).
         force_digital, force_analog: glob patterns on module paths.
         on_unsupported: `"digital"` leaves a layer that cannot be analog digital, `"error"` raises.
         dynamic_shapes: `"batch"` frees the batch size; None fixes all; or as `torch.export` takes it.
@@ -170,7 +177,9 @@ def convert(
     estimator = estimator_of(gradient)
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, from ffebm.plan() or Plan.from_json()")
-    options = PlanOptions(tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog))
+    options = PlanOptions(
+        tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog), digital_drive=digital_drive
+    )
     if plan is not None:
         options = plan.options
     fabric = resolve_hardware(hardware) if plan is None else plan.hardware

@@ -30,6 +30,7 @@ from ffebm_compiler.passes.outside_parameters import outside_parameters
 from ffebm_compiler.passes.rebind import rebind
 from ffebm_compiler.passes.recognise_activations import recognise_activations
 from ffebm_compiler.passes.recurrent import recurrent
+from ffebm_compiler.passes.sloped_clamps import sloped_clamps
 from ffebm_compiler.passes.split_large import split_large
 from ffebm_compiler.plan_data import PlanOptions
 
@@ -79,6 +80,7 @@ def passes_for(options: PlanOptions, hardware: Hardware) -> list[Pass]:
         dead_code,
         contractions,
         recognise_activations,
+        *([sloped_clamps] if options.digital_drive else []),
         *([fold_batchnorm] if options.fold_batchnorm else []),
         annotated(options, hardware),
     ]

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ffebm_compiler.driven import UNDRIVEN, driven_sentence
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.layers import matches
@@ -51,6 +52,8 @@ class BlockPlan:
     neurons: int
     macs: int
     """Multiply-accumulates per sample of one pass through its layers."""
+    driven: tuple[str, ...] = ()
+    """Operations of it that are states driven by a digital value: activations without a layer (`digital_drive`)."""
 
     @property
     def conversions(self) -> int:
@@ -83,6 +86,7 @@ class PlanOptions:
     fold_batchnorm: bool = False
     force_digital: tuple[str, ...] = ()
     force_analog: tuple[str, ...] = ()
+    digital_drive: bool = False
 
 
 def fingerprint(graph: OperationGraph) -> str:
@@ -198,6 +202,9 @@ class PlanData:
                 others = len(block.layers) - 1
                 company = f"with {others} other layer{'s' if others > 1 else ''}" if others else "on its own"
                 return f"analog, {home}: {operation.kind} of {operation.rows}x{operation.cols}, settles {company}"
+            if operation.name in block.driven:
+                source = self._home.get(operation.inputs[0], "the network's input")
+                return f"analog, {home}: {driven_sentence(self.graph, block.operations, operation, source)}"
             return f"analog, {home}: {operation.reason}"
         if operation.role is Role.WEIGHT:
             return f"digital: {self.rejected.get(operation.path or operation.name, operation.reason)}"
@@ -214,7 +221,8 @@ class PlanData:
                 else f"{operation.target} is wiring of kind {operation.kind!r}, which block_ops does not list"
             )
         if operation.role is Role.ACTIVATION:
-            return f"no layer's product reaches {operation.target} alone within a block"
+            why = f"no layer's product reaches {operation.target} alone within a block"
+            return f"{why}, and {UNDRIVEN}" if self.options.digital_drive else why
         return operation.reason
 
     def _explain_container(self, path: str) -> str:

@@ -25,7 +25,15 @@ from ffebm_compiler.passes.operators import (
     zero_pad,
 )
 from ffebm_compiler.runtime.activations import table as activations
-from ffebm_compiler.runtime.activations.table import Activation, PReLU, QuickGELU, Softsign, quick_gelu
+from ffebm_compiler.runtime.activations.table import (
+    Activation,
+    PReLU,
+    QuickGELU,
+    SlopedClamp,
+    Softsign,
+    quick_gelu,
+    sloped_clamp,
+)
 from ffebm_compiler.runtime.program.contraction import contraction, letters_of
 from ffebm_compiler.runtime.program.operators import Scale, slice_of
 
@@ -254,6 +262,8 @@ def activation_of(node: fx.Node) -> Activation | None:
         return PReLU()
     if node.target in _RECOGNISED:
         return _RECOGNISED[node.target]
+    if node.target is sloped_clamp:
+        return SlopedClamp(*node.args[1:])  # type: ignore[arg-type]
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     rest = node.args[1:]

@@ -19,7 +19,7 @@ from torch import fx, nn
 from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.passes.lower_block import lower_block
 from ffebm_compiler.passes.order_of_draws import in_order_of_draws
-from ffebm_compiler.plan_data import PlanData
+from ffebm_compiler.plan_data import BlockPlan, PlanData
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.block_graph import OPERANDS, BlockGraph
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
@@ -86,7 +86,7 @@ class _Lowering:
         order = in_order_of_draws(self.plan.graph, [*blocks, *parts])
         for place in order.groups:
             if place < len(blocks):
-                self._energy_block(self.plan.blocks[place].name, blocks[place])
+                self._energy_block(self.plan.blocks[place])
             else:
                 self._feedforward_block(self.plan.digital_parts[place - len(blocks)].name, parts[place - len(blocks)])
         for node in self.program.graph.nodes:
@@ -142,9 +142,9 @@ class _Lowering:
             fresh.meta = dict(node.meta)
             self.env[node] = fresh
 
-    def _energy_block(self, name: str, names: list[str]) -> None:
-        nodes = [self.by_name[operation] for operation in names]
-        lowered = lower_block(self.program, name, nodes, self._read_outside(nodes))
+    def _energy_block(self, plan: BlockPlan) -> None:
+        name, nodes = plan.name, [self.by_name[operation] for operation in plan.operations]
+        lowered = lower_block(self.program, name, nodes, self._read_outside(nodes), plan.driven)
         block = EnergyBlock(lowered.program)
         self.energy[name] = block
         operands = [self._value(node) for node in (*lowered.inputs, *lowered.weights)]

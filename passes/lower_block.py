@@ -5,11 +5,13 @@ read twice without an activation in between, it gets a state with the identity a
 that each path of a drive holds one weight-stationary layer.
 
 Promise: run feedforward, the program computes what the nodes compute; every state owns a layer
-(`partition/rules.py`), so that a block of one layer has one state and no feedback.
+or is driven by a value from outside (`partition/rules.py`), so that a block of one layer without such a state has one
+state and no feedback.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +42,9 @@ class LoweredBlock:
     outputs: tuple[fx.Node, ...]
 
 
-def lower_block(program: Program, name: str, nodes: list[fx.Node], outside: set[fx.Node]) -> LoweredBlock:
+def lower_block(
+    program: Program, name: str, nodes: list[fx.Node], outside: set[fx.Node], driven: Collection[str] = ()
+) -> LoweredBlock:
     """Build the program of a block.
 
     Args:
@@ -48,13 +52,17 @@ def lower_block(program: Program, name: str, nodes: list[fx.Node], outside: set[
         name: the block's name.
         nodes: its nodes, in topological order.
         outside: those of its nodes that are read outside the block.
+        driven: names of its activations that are states driven by a value from outside of the block.
     """
-    return _Builder(program, name, nodes, outside).build()
+    return _Builder(program, name, nodes, outside, frozenset(driven)).build()
 
 
 class _Builder:
-    def __init__(self, program: Program, name: str, nodes: list[fx.Node], outside: set[fx.Node]) -> None:
+    def __init__(
+        self, program: Program, name: str, nodes: list[fx.Node], outside: set[fx.Node], driven: frozenset[str]
+    ) -> None:
         self.program = program
+        self.driven = driven
         self.name = name
         self.nodes = nodes
         self.inside = set(nodes)
@@ -82,7 +90,8 @@ class _Builder:
             instructions: list[Instruction] = []
             local: dict[fx.Node, int] = {}
             where = self._emit(drive, state if activation is None else None, register, local, instructions, counter)
-            if all(not i.weights or isinstance(i.operator, Gain) for i in instructions):
+            alone = state.name in self.driven and drive not in self.inside
+            if not alone and all(not i.weights or isinstance(i.operator, Gain) for i in instructions):
                 raise FFEBMError(
                     f"{self.name} would hold the state {state.name!r} of {info(state).path!r}, whose drive holds no "
                     "layer: its feedback would change what the states before it are; move it to a digital part"

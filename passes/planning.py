@@ -14,6 +14,7 @@ from ffebm_compiler.hardware.layers import matches, unmatched
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WIRING_KINDS
 from ffebm_compiler.passes.partition.decide import Partition, conversions, partition, tiles_of, too_large
+from ffebm_compiler.passes.partition.rules import driven_states
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
 __all__ = ["describe", "describe_block", "make_plan", "matches", "plan_notes"]
@@ -69,7 +70,7 @@ def make_plan(
     for op in graph.operations:
         if op.kind == "weight" and matches(op.path, options.force_analog):
             raise UnsupportedError(f"force_analog asks for {op.path!r}, but {op.reason}")
-    result = partition(graph, hardware, options.block_ops, forced)
+    result = partition(graph, hardware, options.block_ops, forced, options.digital_drive)
     plan = describe(
         graph,
         hardware,
@@ -91,6 +92,8 @@ def make_plan(
 
 
 def _check_options(options: PlanOptions, modules: Sequence[str], on_unsupported: str) -> None:
+    if not isinstance(options.digital_drive, bool):
+        raise InputError(f"digital_drive is {options.digital_drive!r}; expected True or False")
     if on_unsupported not in ("digital", "error"):
         raise InputError(f"on_unsupported is {on_unsupported!r}; expected 'digital' or 'error'")
     for kind in options.block_ops:
@@ -196,6 +199,7 @@ def describe_block(
     members = sorted(members, key=order.__getitem__)
     inside = set(members)
     layers: list[Operation] = [graph[m] for m in members if graph[m].role is Role.WEIGHT]
+    driven = driven_states(graph, members, users)
     dac, adc = conversions(graph, members, users)
     outputs = set(graph.outputs)
     return BlockPlan(
@@ -208,8 +212,9 @@ def describe_block(
         tiles=sum(tiles_of(layer, hardware) for layer in layers),
         dac=dac,
         adc=adc,
-        neurons=sum(layer.values for layer in layers),
+        neurons=sum(layer.values for layer in layers) + sum(graph[state].values for state in driven),
         macs=sum(layer.macs for layer in layers),
+        driven=tuple(driven),
     )
 
 

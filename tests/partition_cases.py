@@ -125,7 +125,26 @@ def owns_a_layer(graph: OperationGraph, readers: networkx.DiGraph, name: str, in
     return False
 
 
-def faults(graph: OperationGraph, hardware: Hardware, result: Partition, kinds: frozenset[str]) -> list[str]:
+def may_be_driven(graph: OperationGraph, readers: networkx.DiGraph, name: str, inside: set[str]) -> bool:
+    """Whether an activation of a block reads a value from outside, and layers of it alone read the activation."""
+
+    def leads_on(value: str) -> bool:
+        here = [graph[r] for r in readers.successors(value) if r in inside] if value in readers else []
+        return bool(here) and all(
+            op.role is Role.WEIGHT or (op.role is Role.WIRING and len(op.inputs) == 1 and leads_on(op.name))
+            for op in here
+        )
+
+    return graph[name].role is Role.ACTIVATION and graph[name].inputs[0] not in inside and leads_on(name)
+
+
+def faults(
+    graph: OperationGraph,
+    hardware: Hardware,
+    result: Partition,
+    kinds: frozenset[str],
+    digital_drive: bool = False,
+) -> list[str]:
     """What a partition breaks, found without the code that made it: empty for a sound one."""
     found = []
     home: dict[str, str] = {}
@@ -150,15 +169,16 @@ def faults(graph: OperationGraph, hardware: Hardware, result: Partition, kinds: 
     order = {op.name: index for index, op in enumerate(graph.operations)}
     for members in result.blocks:
         inside, fed = set(members), set()
+        driven = {n for n in members if digital_drive and may_be_driven(graph, readers, n, inside)}
         layers = [graph[name] for name in members if graph[name].role is Role.WEIGHT]
         for op in (graph[name] for name in sorted(members, key=order.__getitem__)):
-            if op.role is Role.WEIGHT or any(s in fed for s in op.inputs):
+            if op.role is Role.WEIGHT or op.name in driven or any(s in fed for s in op.inputs):
                 fed.add(op.name)
         found += [f"{name} is fed by no layer of its block" for name in inside - fed]
         found += [
             f"{name} owns no layer of its block"
             for name in sorted(inside)
-            if not owns_a_layer(graph, readers, name, inside)
+            if name not in driven and not owns_a_layer(graph, readers, name, inside)
         ]
         if hardware.layers_per_block is not None and len(layers) > hardware.layers_per_block:
             found.append(f"{len(layers)} layers in a block")
@@ -167,7 +187,7 @@ def faults(graph: OperationGraph, hardware: Hardware, result: Partition, kinds: 
             if tiles > hardware.tiles_per_core:
                 found.append(f"{tiles} tiles in a block")
         if hardware.neurons_per_block is not None:
-            neurons = sum(layer.values for layer in layers)
+            neurons = sum(layer.values for layer in layers) + sum(graph[name].values for name in driven)
             if neurons > hardware.neurons_per_block:
                 found.append(f"{neurons} neurons in a block")
     quotient: networkx.DiGraph[str] = networkx.DiGraph()

@@ -36,6 +36,7 @@ from ffebm_compiler.runtime.activations.table import (
     ReLU,
     Sigmoid,
     SiLU,
+    SlopedClamp,
     Softplus,
     Softshrink,
     Softsign,
@@ -92,6 +93,8 @@ def reference(a: Activation) -> Callable[[Any], Any]:
             return lambda x: clip(x, mpf(lo), mpf(hi))
         case LeakyReLU(slope):
             return lambda x: x if x > 0 else mpf(slope) * x
+        case SlopedClamp(slope, lo, hi):
+            return lambda x: clip(mpf(slope) * x, mpf(lo), mpf(hi))
         case Softshrink(lambd):
             return lambda x: x - lambd if x > lambd else x + lambd if x < -lambd else mpf(0)
         case Hardsigmoid():
@@ -153,6 +156,8 @@ SOURCES: list[tuple[Activation, Callable[[Tensor], Tensor]]] = [
     (LogSigmoid(), nn.LogSigmoid()),
     (SiLU(), nn.SiLU()),
     (Mish(), nn.Mish()),
+    (SlopedClamp(0.5), lambda x: torch.clamp(0.5 * x, 0, 1)),
+    (SlopedClamp(2.0, -1.0, 4.0), lambda x: torch.clamp(x * 2, -1, 4)),
     (QuickGELU(), lambda x: x * torch.sigmoid(1.702 * x)),
     (GELU(), nn.GELU()),
     (GELU("tanh"), nn.GELU("tanh")),
@@ -454,9 +459,12 @@ def test_from_aten_is_none_for_what_is_not_covered(
     assert from_aten(name, args, kwargs) is None
 
 
+_WITHOUT_ATEN = Identity | Softsign | QuickGELU | SlopedClamp
+
+
 def test_names_are_aten_operators() -> None:
     assert Hardtanh(0, 6).name == "relu6"
-    assert all(hasattr(torch.ops.aten, a.name) for a in ALL if not isinstance(a, Identity | Softsign | QuickGELU))
+    assert all(hasattr(torch.ops.aten, a.name) for a in ALL if not isinstance(a, _WITHOUT_ATEN))
 
 
 def test_relu_quotient_matches_the_definition_in_plain_terms() -> None:

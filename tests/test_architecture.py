@@ -87,7 +87,7 @@ def test_long_files_have_a_reason() -> None:
 
 
 def test_every_pass_has_a_test_file_of_its_name() -> None:
-    made = [step.run for step in passes_for(PlanOptions(fold_batchnorm=True), Hardware())]
+    made = [step.run for step in passes_for(PlanOptions(fold_batchnorm=True, digital_drive=True), Hardware())]
     names = {getattr(step, "__wrapped__", step).__name__ for step in made}
     assert len(names) == len(made)
     for name in sorted({*names, "annotate", "partition", "lower", "lower_block"}):

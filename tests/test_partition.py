@@ -47,14 +47,15 @@ def digital(name: str, *inputs: str, values: int = 8) -> Operation:
     share=st.sampled_from([0.0, 0.3, 0.45, 0.6]),
     fabric=st.integers(0, 2**32),
     kinds=st.sets(st.sampled_from(KINDS)),
+    digital_drive=st.booleans(),
 )
 def test_partitions_of_random_graphs_are_sound(
-    seed: int, operations: int, share: float, fabric: int, kinds: set[str]
+    seed: int, operations: int, share: float, fabric: int, kinds: set[str], digital_drive: bool
 ) -> None:
     graph, hardware = random_graph(seed, operations, share), random_hardware(fabric)
-    result = partition(graph, hardware, tuple(kinds))
-    assert faults(graph, hardware, result, frozenset(kinds) | ALWAYS) == []
-    again = partition(graph, hardware, tuple(kinds))
+    result = partition(graph, hardware, tuple(kinds), digital_drive=digital_drive)
+    assert faults(graph, hardware, result, frozenset(kinds) | ALWAYS, digital_drive) == []
+    again = partition(graph, hardware, tuple(kinds), digital_drive=digital_drive)
     assert (again.blocks, again.digital, again.rejected) == (result.blocks, result.digital, result.rejected)
 
 

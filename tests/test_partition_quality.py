@@ -34,7 +34,7 @@ def total(graph: OperationGraph, blocks: list[list[str]]) -> int:
     return sum(sum(conversions(graph, block, users)) for block in blocks)
 
 
-def by_enumeration(graph: OperationGraph, hardware: Hardware) -> tuple[int, int]:
+def by_enumeration(graph: OperationGraph, hardware: Hardware, digital_drive: bool = False) -> tuple[int, int]:
     """(conversions, blocks) of the best partition, by trying every one."""
     eligible = []
     for op in graph.operations:
@@ -68,28 +68,31 @@ def by_enumeration(graph: OperationGraph, hardware: Hardware) -> tuple[int, int]
         result.rejected = dict.fromkeys(rejected, "")
         # One digital part for all would make cycles of its own: each operation is a part.
         result.digital = [[name] for part in result.digital for name in part]
-        if not faults(graph, hardware, result, ALL_KINDS):
+        if not faults(graph, hardware, result, ALL_KINDS, digital_drive):
             best = value
     assert best is not None
     return best
 
 
+@pytest.mark.parametrize("digital_drive", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_the_exact_solver_is_exact(seed: int) -> None:
-    graph, hardware = random_graph(seed, 6, 0.5), random_hardware(seed)
-    assert benchmark("exact_partition").optimum(graph, hardware, KINDS) == by_enumeration(graph, hardware)
+def test_the_exact_solver_is_exact(seed: int, digital_drive: bool) -> None:
+    graph, hardware = random_graph(seed, 6, 0.4 if digital_drive else 0.5), random_hardware(seed)
+    best = benchmark("exact_partition").optimum(graph, hardware, KINDS, digital_drive=digital_drive)
+    assert best == by_enumeration(graph, hardware, digital_drive)
 
 
-def test_conversions_are_optimal_on_nearly_all_small_graphs() -> None:
+@pytest.mark.parametrize("digital_drive", [False, True])
+def test_conversions_are_optimal_on_nearly_all_small_graphs(digital_drive: bool) -> None:
     exact = benchmark("exact_partition")
     equal = known = 0
     for seed in range(10_000, 10_060):
         graph, hardware = random_graph(seed, 12), random_hardware(seed)
-        best = exact.optimum(graph, hardware, KINDS)
+        best = exact.optimum(graph, hardware, KINDS, digital_drive=digital_drive)
         if best is None:
             continue
         known += 1
-        found = total(graph, partition(graph, hardware, KINDS).blocks)
+        found = total(graph, partition(graph, hardware, KINDS, digital_drive=digital_drive).blocks)
         assert best[0] <= found <= 1.2 * best[0], seed
         equal += found == best[0]
     assert known >= 50

@@ -113,18 +113,25 @@ def run_layers(model: nn.Module, x: torch.Tensor) -> tuple[Any, set[str]]:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(described=steps, hardware=hardwares, block_ops=st.sampled_from([("add", "reshape"), ("add", "concat"), ()]))
+@given(
+    described=steps,
+    hardware=hardwares,
+    block_ops=st.sampled_from([("add", "reshape"), ("add", "concat"), ()]),
+    digital_drive=st.booleans(),
+)
 def test_without_feedback_the_hybrid_is_the_source(
-    described: list[Step], hardware: Hardware, block_ops: tuple[str, ...]
+    described: list[Step], hardware: Hardware, block_ops: tuple[str, ...], digital_drive: bool
 ) -> None:
     torch.manual_seed(len(described))
     model, x = Random(described).double(), torch.randn(3, INPUT, dtype=torch.float64)
     expected, ran = run_layers(model, x)
-    hybrid = ffebm.convert(model, x, hardware=hardware, block_ops=block_ops, feedback=1e-6)
+    hybrid = ffebm.convert(model, x, hardware=hardware, block_ops=block_ops, feedback=1e-6, digital_drive=digital_drive)
     with torch.no_grad():
         torch.testing.assert_close(hybrid(x), expected, rtol=1e-5, atol=1e-5)
     plan = hybrid.plan
     plan.validate()
+    assert ffebm.Plan.from_dict(plan.to_dict()) == plan
+    assert digital_drive or not any(block.driven for block in plan.blocks)
     assert networkx.is_directed_acyclic_graph(plan.to_networkx())
     held = {layer for block in plan.blocks for layer in block.layers}
     for path, layer in model.named_modules():

@@ -80,6 +80,10 @@ class Settings:
         str,
         typer.Option("--block-ops", help="Wiring allowed inside a block, joined by commas, e.g. add,reshape,avg_pool."),
     ] = "add,reshape"
+    digital_drive: Annotated[
+        bool,
+        typer.Option("--digital-drive", help="An activation of a digital value (behind batch norm) may be a state."),
+    ] = False
     force_digital: Annotated[
         list[str] | None, typer.Option("--force-digital", help="Keep modules of this pattern digital, e.g. 'layer4.*'.")
     ] = None
@@ -109,6 +113,7 @@ class Settings:
         return {
             "fold_batchnorm": self.fold_batchnorm,
             "block_ops": tuple(part.strip() for part in self.block_ops.split(",") if part.strip()),
+            "digital_drive": self.digital_drive,
             "force_digital": self.force_digital or (),
             "force_analog": self.force_analog or (),
             "on_unsupported": self.on_unsupported,

@@ -15,7 +15,7 @@ from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.layers import matches
 from ffebm_compiler.ir import ALWAYS_JOIN, Role
 from ffebm_compiler.passes.partition.decide import core_homes, quotient_order
-from ffebm_compiler.passes.partition.rules import activations_without_a_layer
+from ffebm_compiler.passes.partition.rules import activations_without_a_layer, driven_states
 from ffebm_compiler.passes.planning import describe_block
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, PlanData, fingerprint
 
@@ -74,6 +74,7 @@ def _check_homes(plan: PlanData) -> None:
 def _check_members(plan: PlanData, block: BlockPlan, users: Mapping[str, list[str]]) -> None:
     joins = (*plan.options.block_ops, *ALWAYS_JOIN)
     inside, fed = set(block.operations), set()
+    driven = driven_states(plan.graph, block.operations, users) if plan.options.digital_drive else []
     for op in (op for op in plan.graph.operations if op.name in inside):
         what = f"{block.name} holds {op.name!r} of {op.path!r}"
         if op.role is Role.DIGITAL:
@@ -86,9 +87,15 @@ def _check_members(plan: PlanData, block: BlockPlan, users: Mapping[str, list[st
             raise PlanError(
                 f"{what}, which force_digital={plan.options.force_digital} keeps digital: change one of the two"
             )
-        if op.role is Role.WEIGHT or any(source in fed for source in op.inputs):
+        if op.role is Role.WEIGHT or op.name in driven or any(source in fed for source in op.inputs):
             fed.add(op.name)
     unfed = [name for name in block.operations if name not in fed]
+    if unfed and plan.options.digital_drive and plan.graph[unfed[0]].role is Role.ACTIVATION:
+        raise PlanError(
+            f"{block.name} holds the activation {unfed[0]!r} of a value from outside of it, which no layer of the "
+            "block reads, or something else than layers does: a state driven by a digital value needs feedback from "
+            "layers; move it to a digital part"
+        )
     if unfed:
         raise PlanError(
             f"{block.name} holds {unfed[0]!r}, which no layer of the block feeds: move it to a digital part"
@@ -96,6 +103,8 @@ def _check_members(plan: PlanData, block: BlockPlan, users: Mapping[str, list[st
     if not block.operations:
         raise PlanError(f"{block.name} holds no operation: remove it")
     for name in activations_without_a_layer(plan.graph, block.operations, users):
+        if name in driven:
+            continue
         raise PlanError(
             f"{block.name} holds the activation {name!r}, which owns no layer of the block: no layer's product reaches "
             "it alone and without another activation in between, so that its feedback would change what a layer "

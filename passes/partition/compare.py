@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ffebm_compiler.driven import layers_that_read
 from ffebm_compiler.errors import HardwareError, PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
@@ -59,6 +60,12 @@ def _company(plan: PlanData) -> dict[str, tuple[str, frozenset[str]]]:
             others = [other for other in block.layers if other != layer]
             shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
             found[layer] = (f"{block.name} with {shown}" if others else f"{block.name} alone", frozenset(block.layers))
+        for name in block.driven:
+            readers = layers_that_read(plan.graph, block.operations, name)
+            found[plan.graph[name].path or name] = (
+                f"{block.name}, driven, read by {', '.join(readers)}",
+                frozenset(readers),
+            )
     for layer, reason in plan.rejected.items():
         found.setdefault(layer, (f"digital ({reason})", frozenset()))
     return found
@@ -92,7 +99,7 @@ def _again(plan: PlanData, hardware: Hardware, block_ops: Sequence[str] | None =
         for op in plan.graph.operations
         if op.role is Role.WEIGHT and plan.rejected.get(op.path or op.name) == _FORCED
     }
-    return partition(plan.graph, hardware, block_ops or plan.options.block_ops, forced)
+    return partition(plan.graph, hardware, block_ops or plan.options.block_ops, forced, plan.options.digital_drive)
 
 
 def _total(graph: OperationGraph, blocks: Sequence[Sequence[str]]) -> int:

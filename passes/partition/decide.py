@@ -63,6 +63,7 @@ def partition(
     hardware: Hardware,
     block_ops: Collection[str] = ("add", "reshape"),
     digital: Mapping[str, str] | None = None,
+    digital_drive: bool = False,
 ) -> Partition:
     """Partition a graph of operations.
 
@@ -71,6 +72,7 @@ def partition(
         hardware: the capacities.
         block_ops: kinds of wiring that may join a block (those of `ir.ALWAYS_JOIN` always may).
         digital: operations that must stay digital, with the reason.
+        digital_drive: whether an activation of a digital value may be a state of a block (`rules.driven_states`).
     """
     rejected = dict(digital or {})
     for operation in graph.operations:
@@ -81,7 +83,7 @@ def partition(
     kinds = frozenset((*block_ops, *ALWAYS_JOIN))
     states = []
     for start in (waves_and_cuts, next_fit):
-        state = State(graph, hardware, kinds, frozenset(rejected))
+        state = State(graph, hardware, kinds, frozenset(rejected), digital_drive=digital_drive)
         for segment in start(state):
             block = state.new_block()
             for v in segment:

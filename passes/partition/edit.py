@@ -8,6 +8,7 @@ from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware.layers import matches
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, Role
 from ffebm_compiler.passes.partition.decide import Partition, digital_parts, tiles_of, too_large
+from ffebm_compiler.passes.partition.drive import driven_with, make_driven_before
 from ffebm_compiler.passes.partition.state import DIGITAL, State
 from ffebm_compiler.passes.planning import describe, plan_notes
 from ffebm_compiler.plan_data import PlanData
@@ -31,7 +32,10 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
     too_big = {op.name: too_large(op, hardware) for op in graph.operations if op.role is Role.WEIGHT}
     _refuse(plan, path, where, layers, too_big)
     kinds = {*plan.options.block_ops, *ALWAYS_JOIN}
-    state = State(graph, hardware, kinds, {name for name, reason in too_big.items() if reason}, draws=False)
+    digital = {name for name, reason in too_big.items() if reason}
+    if plan.options.digital_drive:  # what may become a driven state beside what is moved
+        digital |= {op.name for op in graph.operations if matches(op.path, plan.options.force_digital)}
+    state = State(graph, hardware, kinds, digital, draws=False, digital_drive=plan.options.digital_drive)
     number = {op.name: index for index, op in enumerate(graph.operations)}
     for block in plan.blocks:
         home = state.new_block()
@@ -51,7 +55,8 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
             continue
         if target != DIGITAL and target in state.load:
             _check_room(plan, state, op, where, target)
-        changes = [(w, target) for w in _tail(state, v)]
+        company = driven_with(state, v) if target != DIGITAL else []
+        changes = [(w, target) for w in (*company, *_tail(state, v))]
         if state.attempt(changes, slack=_ANY, close=True):
             continue
         if where in ("digital", "analog"):
@@ -64,6 +69,8 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
             f"{path!r} cannot move to {where}: a value would have to leave a block and come back into it; move "
             "what lies in between too, or choose another block"
         )
+    for op in layers:
+        make_driven_before(state, number[op.name])
     used = sorted(state.load, key=lambda block: state.span[block])
     blocks = [[graph.operations[v].name for v in state.members(block)] for block in used]
     inside = {name for block in blocks for name in block}

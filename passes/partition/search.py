@@ -12,6 +12,7 @@ import heapq
 import random
 from collections.abc import Iterable
 
+from ffebm_compiler.passes.partition.drive import make_driven
 from ffebm_compiler.passes.partition.state import DIGITAL, State
 
 __all__ = ["improve"]
@@ -20,7 +21,6 @@ _FAN = 12
 """Readers of one value that are looked at for a neighbour."""
 _NEAR = 16
 """Blocks that follow in the order and are tried for a merge that saves no conversion."""
-
 _WAYS = 16
 """Times that each block is taken apart and built again."""
 
@@ -56,9 +56,7 @@ def _partners(state: State, block: int) -> list[int]:
             if home[reader] == DIGITAL and state.joins[reader]:
                 for w in state.readers[reader][:_FAN]:
                     found[home[w]] = None
-    found.pop(block, None)
-    found.pop(DIGITAL, None)
-    return sorted(found)
+    return sorted(found.keys() - {block, DIGITAL})
 
 
 def _union(state: State, first: int, second: int) -> list[tuple[int, int]]:
@@ -294,6 +292,7 @@ def _tidy(state: State) -> None:
             for block in dict.fromkeys(state.home[u] for w in group for u in state.operands[w]):
                 if block != DIGITAL and state.attempt([(w, block) for w in group], slack=0):
                     break
+            make_driven(state, v)
     for v in reversed(range(state.size)):
         home = state.home[v]
         if home != DIGITAL and state.passes_on[v] and all(state.home[w] != home for w in state.readers[v]):

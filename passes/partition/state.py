@@ -43,12 +43,15 @@ class State:
         kinds: Collection[str],
         rejected: Collection[str],
         draws: bool = True,
+        digital_drive: bool = False,
     ) -> None:
         operations = graph.operations
         number = {op.name: index for index, op in enumerate(operations)}
         sources = {**number, **{name: len(number) + index for index, name in enumerate(graph.inputs)}}
         count = len(operations)
         self.size = count
+        self.digital_drive = digital_drive
+        """Whether an activation of a value from outside of its block may be a state of it: see `rules`."""
         self.values = [op.values for op in operations] + list(graph.inputs.values())
         self.reads = [tuple(sources[name] for name in dict.fromkeys(op.inputs)) for op in operations]
         self.operands = [tuple(u for u in reads if u < count) for reads in self.reads]
@@ -90,6 +93,8 @@ class State:
         self.total = 0
         self.order = list(range(count))
         self.position = list(range(count))
+        self.activations: dict[int, set[int]] = {}
+        """The activations of each block, kept where some may be driven."""
         self.span: dict[int, tuple[int, int]] = {}
         """First and last position of each block in the order."""
         self.journal: list[tuple[int, int]] = []
@@ -122,11 +127,19 @@ class State:
     def fits(self, block: int) -> bool:
         """Whether a block is within capacity; one layer alone always is (others were refused before)."""
         load = self.load.get(block)
-        return (
-            load is None
-            or load[0] <= 1
-            or (load[0] <= self.capacity[0] and load[1] <= self.capacity[1] and load[2] <= self.capacity[2])
-        )
+        if load is None:
+            return True
+        driven = self._driven_values(block)
+        if load[0] <= 1 and not driven:
+            return True
+        neurons = load[2] + driven
+        return load[0] <= self.capacity[0] and load[1] <= self.capacity[1] and neurons <= self.capacity[2]
+
+    def _driven_values(self, block: int) -> int:
+        """Neurons of a block that a digital value drives; counted only where neurons are limited."""
+        if not self.digital_drive or self.capacity[2] == float("inf"):
+            return 0
+        return sum(self.values[v] for v in self.activations.get(block, ()) if self.driven(v))
 
     def may_merge(self, first: int, second: int) -> bool:
         """Whether two blocks are within capacity together."""
@@ -134,12 +147,12 @@ class State:
         return all(x + y <= limit for x, y, limit in zip(a, b, self.capacity, strict=True))
 
     def fed(self, v: int) -> bool:
-        """Whether an operation of a block may be in it: a layer, an activation that owns one, or wiring behind one."""
+        """Whether an operation of a block may be in it: a layer, a state that `rules` allow, or wiring behind one."""
         home = self.home[v]
         if self.layer[v]:
             return True
         if self.activation[v]:
-            return self._owns_layer(v)
+            return self._owns_layer(v) or self.driven(v)
         return any(self.home[u] == home for u in self.operands[v])
 
     def _owns_layer(self, v: int) -> bool:
@@ -154,6 +167,40 @@ class State:
                 return True
             stack.extend(self.operands[u])
         return False
+
+    def driven(self, v: int) -> bool:
+        """Whether an activation of a block is a state that a digital value drives and only layers of the block read."""
+        home = self.home[v]
+        if not self.digital_drive or any(self.home[u] == home for u in self.operands[v]):
+            return False
+        stack = [v]
+        self.work += 1
+        while stack:
+            inside = [w for w in self.readers[stack.pop()] if self.home[w] == home]
+            if not inside:
+                return False
+            for w in inside:
+                if self.layer[w]:
+                    continue
+                if self.activation[w] or len(self.reads[w]) != 1:
+                    return False
+                stack.append(w)
+        return True
+
+    def states_behind(self, v: int) -> list[int]:
+        """The activations of blocks whose values reach an operation through wiring of blocks alone, or directly."""
+        found: dict[int, None] = {}
+        seen, stack = {v}, [v]
+        while stack:
+            for u in self.operands[stack.pop()]:
+                if self.home[u] == DIGITAL or self.layer[u] or u in seen:
+                    continue
+                seen.add(u)
+                if self.activation[u]:
+                    found[u] = None
+                else:
+                    stack.append(u)
+        return list(found)
 
     def new_block(self) -> int:
         """A number that no block has."""
@@ -188,6 +235,9 @@ class State:
         for u in reads:
             total += self.price(u)
         self.total = total + self.price(v)
+        if self.digital_drive and self.activation[v]:
+            self.activations.get(old, set()).discard(v)
+            self.activations.setdefault(home, set()).add(v)
         if self.layer[v]:
             one, tiles, neurons = self.weight[v]
             if old != DIGITAL:
@@ -278,13 +328,16 @@ class State:
     def _drop_unfed(self, done: list[tuple[int, int]], touched: dict[int, None]) -> None:
         """What lost the layer that fed it turns digital."""
         stack = [v for changed, _ in done for v in (changed, *self.readers[changed])]
+        if self.digital_drive:  # a driven state depends on what reads it, too
+            stack += [v for changed, _ in done for v in self.states_behind(changed)]
         while stack:
             v = stack.pop()
             if self.home[v] == DIGITAL:
                 continue
             if not self.fed(v):
+                behind = self.states_behind(v) if self.digital_drive else []
                 self._apply([(v, DIGITAL)], done, touched)
-                stack.extend(self.readers[v])
+                stack.extend((*self.readers[v], *behind))
             elif self.read_once[v] and not self.layer[v] and not self.activation[v]:
                 stack.extend(self.readers[v])  # the activation behind the wiring may have lost its layer
 

@@ -33,7 +33,9 @@ __all__ = [
     "Identity",
     "LeakyReLU",
     "ReLU",
+    "SlopedClamp",
     "Softshrink",
+    "sloped_clamp",
 ]
 
 
@@ -150,7 +152,64 @@ class Clamp(_Clamp):
         return ((h >= self.lo) & (h <= self.hi)).to(h.dtype)
 
 
-def _check_bounds(activation: _Clamp) -> None:
+@dataclass(frozen=True)
+class SlopedClamp(Activation):
+    """σ(h) = min(max(a h, lo), hi) with a > 0, Λ(h) = h s − s²/2a with s = σ(h), G(s) = s²/2a on [lo, hi].
+
+    The hard sigmoid of deep convolutional Hopfield networks, clamp(a h, 0, 1) (Laborieux et al. 2021; Nest & Ernoult
+    2024). It is another state than a clamp behind a product with a: here a multiplies the feedback too.
+    """
+
+    slope: float = 1.0
+    lo: float = 0.0
+    hi: float = 1.0
+    name = "sloped_clamp"
+    monotone = True
+    smooth = False
+
+    def __post_init__(self) -> None:
+        _check_positive(self, self.slope)
+        _check_bounds(self)
+
+    @property
+    def lines(self) -> Lines:
+        ends = tuple(bound for bound in (self.lo, self.hi) if abs(bound) < inf)
+        slopes = (*((0.0,) if self.lo > -inf else ()), self.slope, *((0.0,) if self.hi < inf else ()))
+        return Lines(tuple(bound / self.slope for bound in ends), slopes, ends[0] if ends else 0.0)
+
+    @property
+    def lipschitz(self) -> float:
+        return self.slope
+
+    def value(self, h: Tensor) -> Tensor:
+        return torch.clamp(h * self.slope, self.lo, self.hi)
+
+    def derivative(self, h: Tensor) -> Tensor:
+        drive = h * self.slope
+        return ((drive >= self.lo) & (drive <= self.hi)).to(h.dtype).mul_(self.slope)
+
+    def primitive(self, h: Tensor) -> Tensor:
+        s = self.value(h)
+        return s * (h - s / (2 * self.slope))
+
+    def potential(self, s: Tensor) -> Tensor:
+        return infinite_outside(lambda x: x * x / (2 * self.slope), s, self.lo, self.hi)
+
+    def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
+        return self.stepper(h, t)(k)
+
+    def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
+        """That of a clamp, of a h and a k."""
+        step = clamp_stepper(h * self.slope, t, self.lo, self.hi)
+        return lambda k: step(k * self.slope)
+
+
+def sloped_clamp(h: Tensor, slope: float, lo: float, hi: float) -> Tensor:
+    """`SlopedClamp` as a function: the target of a recognised `clamp(slope * h, lo, hi)`."""
+    return SlopedClamp(slope, lo, hi).value(h)
+
+
+def _check_bounds(activation: _Clamp | SlopedClamp) -> None:
     if not activation.lo < activation.hi:
         raise InputError(f"{activation!r}: the lower bound must be less than the upper bound")
 

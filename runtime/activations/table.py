@@ -25,7 +25,9 @@ from ffebm_compiler.runtime.activations.piecewise import (
     Identity,
     LeakyReLU,
     ReLU,
+    SlopedClamp,
     Softshrink,
+    sloped_clamp,
 )
 from ffebm_compiler.runtime.activations.smooth import (
     GELU,
@@ -60,12 +62,14 @@ __all__ = [
     "ReLU",
     "SiLU",
     "Sigmoid",
+    "SlopedClamp",
     "Softplus",
     "Softshrink",
     "Softsign",
     "Tanh",
     "from_aten",
     "quick_gelu",
+    "sloped_clamp",
 ]
 
 ALL: tuple[Activation, ...] = (
@@ -76,6 +80,8 @@ ALL: tuple[Activation, ...] = (
     Hardtanh(0.0, 6.0),
     Clamp(lo=-0.75),
     Clamp(hi=1.25),
+    SlopedClamp(0.5),
+    SlopedClamp(2.0, -1.0, 4.0),
     LeakyReLU(),
     LeakyReLU(0.3),
     LeakyReLU(-0.2),

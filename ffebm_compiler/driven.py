@@ -1,0 +1,38 @@
+"""States driven by a digital value, in words: what drives them and which layers feed back into them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ffebm_compiler.ir import Operation, OperationGraph, Role
+
+__all__ = ["UNDRIVEN", "driven_sentence", "layers_that_read"]
+
+UNDRIVEN = (
+    "as a state driven by a digital value it would cost conversions, or no block has layers that read it and nothing "
+    "else that does"
+)
+"""Why an activation is digital although `digital_drive` is on, as a clause."""
+
+
+def layers_that_read(graph: OperationGraph, members: Collection[str], name: str) -> tuple[str, ...]:
+    """Module paths of the layers of a block that read one of its values, through the block's wiring too."""
+    inside, reached, found = set(members), {name}, []
+    for op in (op for op in graph.operations if op.name in inside):
+        if reached.isdisjoint(op.inputs):
+            continue
+        if op.role is Role.WEIGHT:
+            found.append(op.path or op.name)
+        elif op.role is Role.WIRING:
+            reached.add(op.name)
+    return tuple(dict.fromkeys(found))
+
+
+def driven_sentence(graph: OperationGraph, members: Collection[str], state: Operation, origin: str) -> str:
+    """What a driven state of a block is; `origin` names the place of the value that drives it."""
+    source = state.inputs[0]
+    value = graph[source].target if source in graph else source
+    return (
+        f"{state.target} is a state driven by a digital value ({value} of {origin}, {state.values} DAC values), "
+        f"without a weight of its own, with feedback from {', '.join(layers_that_read(graph, members, state.name))}"
+    )

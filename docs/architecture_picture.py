@@ -28,9 +28,9 @@ FLOORS: dict[str, str] = {
     "data": "hardware ir driven plan_data",
     "runtime": "runtime",
     "passes": "passes",
-    "calls": "pipeline plan_file signature call_arguments source_view later_hooks written_state stored_containers "
+    "calls": "pipeline plan_file signature call_arguments source_view written_state stored_containers "
     "example_inputs conversion",
-    "hybrid": "hybrid_parts bound_block hybrid_state recast hybrid_core",
+    "hybrid": "sharded later_hooks hybrid_parts bound_block hybrid_state recast hybrid_core",
     "reports": "reports saved_settings storage",
     "pictures and ONNX": "drawing onnx",
     "what people hold": "plan hybrid",

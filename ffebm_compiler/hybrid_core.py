@@ -17,8 +17,11 @@ from ffebm_compiler.hybrid_state import (
     Arrival,
     own_load_state_dict,
     own_state_dict,
+    packed_state,
+    restore,
     settle_arrival,
     state_of,
+    unpacked_state,
 )
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan_data import PlanData
@@ -27,6 +30,7 @@ from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
 from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.sharded import ShardedRun
 from ffebm_compiler.source_view import bind_forward, separate_tied, without_bound_forward
 
 if TYPE_CHECKING:
@@ -69,6 +73,22 @@ class HybridCore(HybridParts):
     def plain_load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Copy tensors under their names into the hybrid."""
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def block_state(self) -> bytes:
+        """The state of the blocks beside the tensors: feedback, estimator and solver, and what training keeps of them.
+
+        `state_dict()` has it as metadata, and `save` writes it. It is here by itself, as one value, for checkpoints
+        that keep tensors and values alone, such as those of `torch.distributed.checkpoint`.
+        """
+        return packed_state(self)
+
+    def load_block_state(self, state: bytes) -> None:
+        """Take over what `block_state` returned, after the tensors that it belongs to are loaded.
+
+        Raises:
+            InputError: for a state that is malformed or of another plan.
+        """
+        restore(self, unpacked_state(state))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Tensors under the source's keys, and beside them (in the dictionary's metadata) the state of the blocks."""
@@ -129,6 +149,12 @@ class HybridCore(HybridParts):
         """The energy blocks, in the plan's order."""
         return tuple(BoundBlock(self, self._energy[block.name], block) for block in self._plan.blocks)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` with its hooks. Weights are looked at before an engine that shards them gathers them."""
+        self._look_at_weights()
+        self.__dict__["_looked"] = True
+        return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The source's forward, with energy blocks at equilibrium.
 
@@ -137,27 +163,32 @@ class HybridCore(HybridParts):
                 kind of dtype, or that hold NaN.
             ConvergenceError: where a block does not settle.
         """
-        outputs = self.lowered(*self._checked(args, kwargs))
+        leaves = self._checked(args, kwargs)
+        units = self._later_hooks.units
+        outputs = ShardedRun(self.lowered, units)(leaves) if units else self.lowered(*leaves)
         return self._call_form.result(outputs, self.training)
 
     # The checks read values and stamps change with every step: `torch.compile` would compile anew for each.
-    @torch.compiler.disable(reason="inputs are checked and loop gains measured eagerly")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="inputs are checked eagerly")  # type: ignore[untyped-decorator]
     def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """What the lowered graph takes: the checked inputs.
-
-        In training it looks for blocks whose weights have changed; they measure their loop gain before they settle.
-        """
+        """What the lowered graph takes: the checked inputs."""
+        if not self.__dict__.pop("_looked", False):
+            self._look_at_weights()
         if self._call_form.refused_in_training:
             self._refuse_train_mode()
+        return self._call_form.leaves(args, kwargs)
+
+    @torch.compiler.disable(reason="loop gains are measured eagerly")  # type: ignore[untyped-decorator]
+    def _look_at_weights(self) -> None:
+        """In training find the blocks whose weights have changed; they measure their loop gain before they settle."""
         self._later_hooks.look()
-        leaves = self._call_form.leaves(args, kwargs)
-        if self.training:
-            changed = False
-            for name in self._sources:
-                changed |= self._energy[name].gain.look(self._made_of(name), self.recertify_every)
-            if changed and self.project_to is not None:
-                self.project(self.project_to)
-        return leaves
+        if not self.training:
+            return
+        changed = False
+        for name in self._sources:
+            changed |= self._energy[name].gain.look(self._made_of(name), self.recertify_every)
+        if changed and self.project_to is not None:
+            self.project(self.project_to)
 
     def _refuse_train_mode(self) -> None:
         """Refuse a call with a module in train mode whose code asks for it, where there is no capture of that."""

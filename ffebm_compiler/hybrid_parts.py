@@ -7,7 +7,7 @@ trains and stores them is `HybridCore`, what people call beside that is `HybridM
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
@@ -26,6 +26,7 @@ from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock, ReboundOperation
 from ffebm_compiler.runtime.feedforward.fetch import Fetch
+from ffebm_compiler.sharded import gathered
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of, warn_of_captured
 from ffebm_compiler.written_state import names_of_written_state
@@ -171,16 +172,9 @@ class HybridParts(nn.Module):
         found = {}
         for call in nodes:
             block = self._energy.get(str(call.target)) if call.op == "call_module" else None
-            if block is None or not block.program.coupled:
-                continue
-            pending = [node for node in call.args[block.program.inputs :] if isinstance(node, fx.Node)]
-            seen: dict[fx.Node, None] = {}
-            while pending:
-                node = pending.pop()
-                if node not in seen:
-                    seen[node] = None
-                    pending += node.all_input_nodes
-            found[str(call.target)] = tuple(sorted({names[node] for node in seen if node in names}))
+            if block is not None and block.program.coupled:
+                weights = [node for node in call.args[block.program.inputs :] if isinstance(node, fx.Node)]
+                found[str(call.target)] = _names_behind(weights, names)
         return found
 
     def _fetched(self) -> dict[fx.Node, str]:
@@ -217,8 +211,13 @@ class HybridParts(nn.Module):
         call = self._call_of(name)
         known: dict[fx.Node, Tensor | None] = {}
         count = self._energy[name].program.inputs
-        with generators_unchanged(), tensors_unchanged(self.written_state()):
+        self._later_hooks.look()
+        units = self._later_hooks.units
+        whole = gathered(self, units, _names_behind(call.all_input_nodes, self._fetched()))
+        with whole, generators_unchanged(), tensors_unchanged(self.written_state()):
             values = tuple(static_value(run, node, known) for node in call.args)
+            if units or hasattr(self, "unshard"):  # what is gathered is freed at once
+                values = tuple(value if value is None else value.clone() for value in values)
         return values[:count], values[count:]
 
     def written_state(self) -> list[Tensor]:
@@ -249,6 +248,18 @@ class HybridParts(nn.Module):
         gain = self._energy[name].gain
         gain.recertify(self.operands_of(name)[1])
         gain.fitted(self._made_of(name))
+
+
+def _names_behind(nodes: Iterable[fx.Node], names: Mapping[fx.Node, str]) -> tuple[str, ...]:
+    """Names of the parameters and buffers that these nodes are made of."""
+    pending = list(nodes)
+    seen: dict[fx.Node, None] = {}
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen[node] = None
+            pending += node.all_input_nodes
+    return tuple(sorted({names[node] for node in seen if node in names}))
 
 
 def _shared(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ same into files. It holds numbers, texts and tensors only: `torch.load(weights_o
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -34,9 +35,11 @@ __all__ = [
     "named",
     "own_load_state_dict",
     "own_state_dict",
+    "packed_state",
     "restore",
     "settle_arrival",
     "state_of",
+    "unpacked_state",
 ]
 
 METADATA = "ffebm"
@@ -64,6 +67,34 @@ def state_of(hybrid: HybridParts) -> dict[str, Any]:
         "blocks": blocks,
         "energy": name_of(hybrid.energy_function),
     }
+
+
+def packed_state(hybrid: HybridParts) -> bytes:
+    """`state_of` as one value, in torch's file format."""
+    file = io.BytesIO()
+    torch.save(state_of(hybrid), file)
+    return file.getvalue()
+
+
+def unpacked_state(packed: object) -> Mapping[str, Any]:
+    """What `packed_state` made a value of.
+
+    Raises:
+        InputError: for another value.
+    """
+    if not isinstance(packed, bytes):
+        raise InputError(f"the state of the blocks is a {type(packed).__name__}; expected what block_state() returned")
+    try:
+        state = torch.load(io.BytesIO(packed), weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"the state of the blocks cannot be read ({type(error).__name__}); expected what block_state() returned"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise InputError(
+            f"the state of the blocks holds a {type(state).__name__}; expected what block_state() returned"
+        )
+    return state
 
 
 def named(value: Estimator | Solver | None) -> dict[str, Any] | None:

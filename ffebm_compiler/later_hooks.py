@@ -1,7 +1,7 @@
 """Later hooks: hooks on the source's modules that are set after conversion, and that nothing calls.
 
 A hybrid runs blocks, not modules. Forward hooks that a source had were captured with it; one that is set on a
-module of the hybrid would wait for ever, and whoever set it should know.
+module of the hybrid would wait for ever, and whoever set it should know. Those of FSDP are called: see `sharded`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ffebm_compiler.errors import FFEBMWarning
+from ffebm_compiler.sharded import engine_hooks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,23 +25,28 @@ class LaterHooks:
 
     def __init__(self, source: nn.Module) -> None:
         self.tables: list[dict[int, Any]] = []
-        self.places: list[tuple[str, str]] = []
+        self.places: list[tuple[str, nn.Module, str]] = []
         for path, module in source.named_modules():
             if path:  # those of the hybrid itself are called
                 self.tables += [vars(module)[kind] for kind in _KINDS]
-                self.places += [(path, kind) for kind in _KINDS]
+                self.places += [(path, module, kind) for kind in _KINDS]
         self.known = list(map(len, self.tables))
         self.count = sum(self.known)
+        self.units: dict[str, nn.Module] = {}
+        """Path of each module that FSDP shards on its own -> the module."""
 
     def look(self) -> None:
-        """Warn of a hook that has come since the last look."""
+        """Find the units of FSDP, and warn of another hook that has come since the last look."""
         if sum(map(len, self.tables)) == self.count:
             return
         now = list(map(len, self.tables))
-        place = next((p for p, n, k in zip(self.places, now, self.known, strict=True) if n > k), None)
+        ours = [len(engine_hooks(table)) for table in self.tables]
+        self.units = {path: module for (path, module, _), n in zip(self.places, ours, strict=True) if n}
+        grown = zip(self.places, now, ours, self.known, strict=True)
+        place = next((place for place, count, engine, before in grown if count - engine > before), None)
         self.known, self.count = now, sum(now)
         if place is not None:
-            path, kind = place
+            path, _, kind = place
             warnings.warn(
                 f"module {path!r} of the hybrid has a {kind[1:-1].replace('_', ' ')} that was set after conversion: a "
                 "hybrid runs blocks, not modules, so that it is never called; set forward hooks on the source and "

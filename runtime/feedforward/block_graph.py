@@ -53,7 +53,7 @@ class BlockGraph(fx.GraphModule):
         """The parts, without what fetches their operands."""
         shown = nn.Module()
         shown._modules.update({name: module for name, module in self._modules.items() if name != OPERANDS})
-        return repr(shown).replace("Module(", f"{self._get_name()}(", 1)
+        return repr(shown).replace("Module(", f"{type(self).__name__}(", 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The nodes, the submodules and the constants."""

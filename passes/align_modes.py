@@ -1,10 +1,10 @@
-"""Align: which operations of the train-mode capture are operations of the eval-mode capture.
+"""Align: match the operations of the train-mode capture with those of the eval-mode capture.
 
-Operations are matched in order, by what they are and which module ran them. A matched pair is one
-operation of the network; what lies between two of them is a *difference*: operations of one mode alone.
+Operations are matched in order, by their kind, their arguments and the module that ran them. A matched
+pair is one operation of the network. The operations between two pairs are a *difference*: only one mode has them.
 
-Promise: each operation of both captures is in exactly one pair or difference, and integers
-(sizes) that a pair reads are the same in both modes.
+Promise: each operation of both captures is in exactly one pair or difference. The integers (sizes) that a
+pair reads are the same in both modes.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ FLAGS: dict[object, tuple[int, ...]] = {
     aten.feature_alpha_dropout.default: (2,),
     aten.scaled_dot_product_attention.default: (4,),
 }
-"""Operations that `rebind` makes follow a flag -> the arguments in which the modes may differ."""
+"""Operation that `rebind` binds to a training flag -> indices of the arguments in which the modes may differ."""
 _RECURRENT = {
     getattr(operation, overload): place
     for operation in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
     for overload, place in (("input", 5), ("data", 6))
 }
-"""Recurrent layers -> the place of their dropout, with the mode behind it."""
+"""Recurrent layer -> index of its dropout rate. The training flag is the argument after it."""
 
 
 @dataclass
 class Difference:
-    """Operations between two pairs, in the order of their captures."""
+    """The operations between two pairs, each list in the order of its capture."""
 
     place: int
-    """Index of the pair that comes after it, in the order of pairs."""
+    """Index of the pair that comes after it."""
     evaluation: list[fx.Node] = field(default_factory=list)
     training: list[fx.Node] = field(default_factory=list)
 
@@ -66,23 +66,26 @@ def is_size(node: fx.Node) -> bool:
 
 
 def align(evaluation: Program, training: Program, twin: dict[fx.Node, fx.Node]) -> Alignment:
-    """Match the operations of two captures; `twin` holds their placeholders and is completed."""
+    """Match the operations of two captures. `twin` holds the matched placeholders, and the operations are added."""
     ours, theirs = _operations(evaluation), _operations(training)
     matcher = SequenceMatcher(
-        None, [_key(evaluation, node) for node in ours], [_key(training, node) for node in theirs], autojunk=False
+        None,
+        [_comparison_key(evaluation, node) for node in ours],
+        [_comparison_key(training, node) for node in theirs],
+        autojunk=False,
     )
     pairs: list[tuple[fx.Node, fx.Node]] = []
     differences: list[Difference] = []
     done_ours = done_theirs = 0
     for block in matcher.get_matching_blocks():
         candidates = [(ours[block.a + i], theirs[block.b + i]) for i in range(block.size)]
-        _differ(differences, len(pairs), ours[done_ours : block.a], theirs[done_theirs : block.b])
+        _add_difference(differences, len(pairs), ours[done_ours : block.a], theirs[done_theirs : block.b])
         for our, their in candidates:
             if _sizes_agree(our, their, twin):
                 twin[their] = our
                 pairs.append((our, their))
             else:
-                _differ(differences, len(pairs), [our], [their])
+                _add_difference(differences, len(pairs), [our], [their])
         done_ours, done_theirs = block.a + block.size, block.b + block.size
     return Alignment(twin, pairs, differences)
 
@@ -91,7 +94,7 @@ def _operations(program: Program) -> list[fx.Node]:
     return [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
 
 
-def _differ(differences: list[Difference], place: int, ours: list[fx.Node], theirs: list[fx.Node]) -> None:
+def _add_difference(differences: list[Difference], place: int, ours: list[fx.Node], theirs: list[fx.Node]) -> None:
     if not ours and not theirs:
         return
     if not differences or differences[-1].place != place:
@@ -101,7 +104,7 @@ def _differ(differences: list[Difference], place: int, ours: list[fx.Node], thei
 
 
 def _sizes_agree(our: fx.Node, their: fx.Node, twin: dict[fx.Node, fx.Node]) -> bool:
-    """Whether the operands of a candidate pair that are integers, or decide one, are pairs themselves."""
+    """Whether a candidate pair reads the same integers in both modes, which means that those are pairs themselves."""
     strict = is_size(our)
     return all(
         twin.get(b) is a if strict or is_size(a) or is_size(b) else True
@@ -110,19 +113,19 @@ def _sizes_agree(our: fx.Node, their: fx.Node, twin: dict[fx.Node, fx.Node]) -> 
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes among the arguments, one for each place."""
+    """The nodes among the arguments; a node that is passed twice comes twice."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
-def _key(program: Program, node: fx.Node) -> tuple[object, ...]:
+def _comparison_key(program: Program, node: fx.Node) -> tuple[object, ...]:
     args = list(node.args)
     for index in FLAGS.get(node.target, ()):
         if index < len(args):
             args[index] = None
     if node.target in _RECURRENT and args[_RECURRENT[node.target]] == 0:
-        args[_RECURRENT[node.target] + 1] = None  # the mode matters to its dropout alone
+        args[_RECURRENT[node.target] + 1] = None  # without dropout, both modes compute the same
     while node.target in FLAGS and len(args) <= max(FLAGS[node.target]):
         args.append(None)
     target: object = node.target
@@ -130,11 +133,11 @@ def _key(program: Program, node: fx.Node) -> tuple[object, ...]:
         target = _module_key(program.graph_module.get_submodule(str(node.target)))
     elif node.op == "get_attr":
         target = (str(node.target),)
-    return target, module_path(node), repr(_anonymous((args, dict(node.kwargs))))
+    return target, module_path(node), repr(_without_node_names((args, dict(node.kwargs))))
 
 
-def _anonymous(value: Any) -> Any:
-    """Arguments with every node called alike."""
+def _without_node_names(value: Any) -> Any:
+    """The arguments with one sign for every value and one for every size, so that they can be compared."""
     return fx.map_arg(value, lambda node: "*" if not is_size(node) else "#")
 
 

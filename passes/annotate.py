@@ -1,6 +1,6 @@
-"""Annotate: every node gets a role and a reason, every dynamic node its sizes.
+"""Annotate: give every node a role and a reason, and every dynamic node its sizes.
 
-Promise: each node of the graph carries a `NodeInfo`; the returned `OperationGraph` holds every
+Promise: each node of the graph carries a `NodeInfo`. The returned `OperationGraph` holds every
 dynamic node once, in topological order, with the weights it reads.
 """
 
@@ -39,7 +39,7 @@ def annotate(program: Program) -> OperationGraph:
         record = _classify(program, node, static, drawn)
         if node in alone and record.role in _DYNAMIC:
             kind = "weight" if record.role is Role.WEIGHT else ""
-            record = NodeInfo(Role.DIGITAL, record.path, _ALONE, kind)
+            record = NodeInfo(Role.DIGITAL, record.path, _FOR_EFFECTS_ALONE, kind)
         set_info(node, record)
     nodes = {node.name: node for node in program.graph.nodes if info(node).role in _DYNAMIC}
     operations = [_operation(program, node) for node in nodes.values()]
@@ -60,7 +60,7 @@ _DYNAMIC = (Role.WEIGHT, Role.ACTIVATION, Role.WIRING, Role.DIGITAL)
 _MOVING = (Role.INPUT, *_DYNAMIC)
 _FIXED = (Role.LIFTED, Role.STATIC)
 _GAIN = "it multiplies each value by a number of its own and sums none: a gain, no matrix product"
-_ALONE = "the output does not depend on it, only what the forward writes or draws besides"
+_FOR_EFFECTS_ALONE = "the output does not depend on it, only what the forward writes or draws besides"
 
 
 def _classify(program: Program, node: fx.Node, static: set[fx.Node], drawn: set[fx.Node]) -> NodeInfo:
@@ -100,7 +100,7 @@ def _classify(program: Program, node: fx.Node, static: set[fx.Node], drawn: set[
 
 
 def _is_gain(node: fx.Node) -> bool:
-    """Whether a node multiplies an activation, value by value, by what depends on no input (layer scale)."""
+    """Whether a node multiplies an activation elementwise by a factor that depends on no input (layer scale)."""
     if node.target is not torch.ops.aten.mul.Tensor or not all(isinstance(operand, fx.Node) for operand in node.args):
         return False
     value, factor = sorted(node.args, key=lambda operand: info(operand).role in _FIXED)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
         if layer.kind.startswith("conv"):
             return NodeInfo(Role.DIGITAL, path, "its kernel depends on the input, so that it is no weight")
         return NodeInfo(Role.DIGITAL, path, TWO_ACTIVATIONS)
-    owner = _owner(program, weight, path)
+    owner = _layer_path(program, weight, path)
     if not node.meta["val"].is_floating_point():
         kind = str(node.meta["val"].dtype).removeprefix("torch.")
         return NodeInfo(Role.DIGITAL, owner, f"its values are {kind} and energy blocks are real numbers", "weight")
@@ -147,7 +147,7 @@ _AT_RUN_TIME = "how many values it has is known at run time only (it depends on 
 
 
 def _sized_at_run_time(node: fx.Node) -> bool:
-    """Whether a size of a node's value depends on data: after `nonzero`, a boolean mask, `repeat_interleave`."""
+    """Whether a size of a node's value depends on data, as after `nonzero`, a boolean mask or `repeat_interleave`."""
     return any(free_unbacked_symbols(tensor) for tensor in _tensors(node))
 
 
@@ -171,21 +171,22 @@ def lifted_sources(node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
-_PLACING = """view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze select slice
+_MOVES = """view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT squeeze unsqueeze select slice
 narrow movedim expand repeat clone contiguous alias detach index_select _to_copy to lift_fresh_copy"""
 
 
-def _same_values(node: fx.Node) -> fx.Node:
-    """Back through operations that only place values to where they come from."""
-    while node.op == "call_function" and target_name(node) in _PLACING.split() and isinstance(node.args[0], fx.Node):
+def _origin_of_values(node: fx.Node) -> fx.Node:
+    """The node that computed the values, before all operations that only move them."""
+    while node.op == "call_function" and target_name(node) in _MOVES.split() and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
-def _owner(program: Program, weight: fx.Node, path: str) -> str:
-    """Module path of a layer: that of the module that runs it where it holds the weight, else of the one that does.
+def _layer_path(program: Program, weight: fx.Node, path: str) -> str:
+    """Module path of a layer: the running module if it holds the weight, else a module that holds it.
 
-    A tied weight is held by several modules. `nn.MultiheadAttention` runs its output projection itself.
+    The two may differ. A tied weight is held by several modules, and `nn.MultiheadAttention` runs its output
+    projection itself.
     """
     targets = [program.lifted[source.name] for source in lifted_sources(weight) if source.name in program.lifted]
     running = _submodule(program.source, path)
@@ -208,10 +209,10 @@ def _submodule(source: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _hint(size: Any) -> int:
+def _example_size(size: Any) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
-    # What is known at run time only counts once: no example says more.
+    # A size that is known only at run time counts as one: the example gives no better number.
     return int(size.node.hint) if size.node.has_hint() else 1
 
 
@@ -225,7 +226,7 @@ def _values(program: Program, node: fx.Node) -> int:
     """Values per sample of a node: its elements divided by the batch size."""
     total = 0
     for tensor in _tensors(node):
-        elements = math.prod(_hint(size) for size in tensor.shape)
+        elements = math.prod(_example_size(size) for size in tensor.shape)
         batched = program.batch_symbol is None or any(
             isinstance(size, torch.SymInt) and program.batch_symbol in str(size.node.expr) for size in tensor.shape
         )
@@ -238,7 +239,7 @@ def _shape(program: Program, node: fx.Node) -> tuple[int | None, ...]:
     if not tensors:
         return ()
     return tuple(
-        None if isinstance(size, torch.SymInt) and str(size.node.expr) == program.batch_symbol else _hint(size)
+        None if isinstance(size, torch.SymInt) and str(size.node.expr) == program.batch_symbol else _example_size(size)
         for size in tensors[0].shape
     )
 
@@ -251,7 +252,7 @@ def _target(program: Program, node: fx.Node) -> str:
 
 
 def _dynamic_inputs(node: fx.Node) -> tuple[str, ...]:
-    """Names of the dynamic values that a node depends on, also through shapes."""
+    """Names of the dynamic values that a node depends on, directly or through their shapes."""
     names: dict[str, None] = {}
     for operand in node.all_input_nodes:
         role = info(operand).role
@@ -271,7 +272,7 @@ def _operation(program: Program, node: fx.Node) -> Operation:
     computed: dict[str, None] = {}
     for operand in node.all_input_nodes:
         if info(operand).role in _FIXED:
-            as_it_is = _same_values(operand)
+            as_it_is = _origin_of_values(operand)
             for source in lifted_sources(operand):
                 if source.name in program.lifted:
                     weights[program.lifted[source.name]] = None

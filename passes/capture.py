@@ -1,13 +1,13 @@
 """Capture: an `nn.Module` and example inputs become a `Program`.
 
-The graph comes from `torch.export` (one ATen dialect with shapes and module paths on every
-node) of a private copy of the model in eval mode; the source is never touched. Parameters,
-buffers and constants are placeholders, so that tied weights are one placeholder used twice and
-the hybrid can own its tensors under the source's names. Where the model's code reads a `training`
-flag, there is a second capture, in train mode; `merge_modes` makes one graph of both.
+`torch.export` traces a private copy of the model in eval mode; the source is never touched. Its graph is in one
+ATen dialect, with shapes and module paths on every node. Parameters, buffers and constants are
+placeholders. So a tied weight is one placeholder that is read twice, and the hybrid can own its tensors under
+the source's names. Where the model's code reads a `training` flag, the copy is traced a second time in train mode,
+and `merge_modes` makes one graph of both.
 
-Promise: the graph is a `Program` (see `ir`), its batch size is free where the model allows it
-and `dynamic_shapes="batch"`, and every failure names the module and the line.
+Promise: the graph is a `Program` (see `ir`). Its batch size is free with `dynamic_shapes="batch"`, where
+the model allows it. Every failure names the module and the line.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def capture(
             shape, anything else is handed to `torch.export.export` as it is.
 
     Raises:
-        InputError: for something that is no model, or inputs that the model rejects.
-        CaptureError: where the forward cannot be traced; names the module and the line.
+        InputError: `model` is no model, or the model rejects the inputs.
+        CaptureError: the forward cannot be traced; names the module and the line.
     """
     if isinstance(model, ExportedProgram):
         source = module_of(model)
@@ -73,7 +73,7 @@ def capture(
 def _in_both_modes(
     source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, model: nn.Module
 ) -> Program:
-    """The capture in eval mode, with the one in train mode where the model may do something else then."""
+    """The capture in eval mode, with a second one in train mode if the model's code reads a training flag."""
     source.eval()
     evaluation = set_up(source, args, kwargs)
     kept = [evaluation.note]
@@ -125,9 +125,9 @@ def _refuse_outside(exported: Exported, model: nn.Module) -> None:
     found = parameters_outside(exported.program.constants, model)
     if found:
         raise CaptureError(
-            f"the forward reads {', '.join(map(repr, found[:4]))} of the model itself, not of the copy that is "
-            "converted: its code names the model or its parameters from outside (a global variable, a class), "
-            "so that the hybrid could not train them; reach them through self"
+            f"the forward reads {', '.join(map(repr, found[:4]))} of the original model, not of the copy that is "
+            "converted, so that the hybrid could not train them. The code reaches the model or its parameters through "
+            "a global variable or a class; reach them through self"
         )
 
 

@@ -1,6 +1,6 @@
-"""The line of the model's own code that changes something, such as the state of a random generator.
+"""Find the line of the model's own code that changes something, such as the state of a random generator.
 
-Promise: the trace function of the process (a debugger's, a coverage tool's) is as before afterwards.
+Promise: the trace function of the process (a debugger's, a coverage tool's) is restored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["changing_line"]
 
 @contextmanager
 def changing_line(state: Callable[[], object]) -> Iterator[list[str]]:
-    """Run code line by line until `state` changes; the list then holds ` (FILE, line N) at 'CODE'` of that line."""
+    """Watch each line until `state` changes; the list then holds ` (FILE, line N) at 'CODE'` of that line."""
     found: list[str] = []
     place = ("", 0)
     before, tracer = state(), sys.gettrace()

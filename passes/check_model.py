@@ -1,6 +1,6 @@
-"""Check a model before it is captured: what is no ordinary eager module, or holds no finite numbers, is refused.
+"""Check a model before it is captured: it must be an ordinary eager module with finite numbers.
 
-Promise: whatever is refused is refused with its name and what to do, before anything slow happens.
+Promise: a refusal names the part and says what to do, before anything slow happens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.spars
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no ordinary eager module, with a sentence that helps."""
+    """Refuse anything but an ordinary eager module, and say what to pass instead."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"convert needs a torch.nn.Module, got {type(model).__name__}: pass the model object itself, "
@@ -43,12 +43,12 @@ def check_model(model: object) -> None:
                 "as to_sparse_coo(), or dense"
             )
         if tensor.is_quantized:
-            raise InputError(f"parameter {name!r} is quantised: pass the float model; `Hardware` has the bits")
+            raise InputError(f"parameter {name!r} is quantised: pass the float model (`Hardware` has the bits)")
     for kind in ("forward", "forward_pre", "backward", "backward_pre"):
         if getattr(torch.nn.modules.module, f"_global_{kind}_hooks"):
             raise UnsupportedError(
                 f"torch has a {kind.replace('_', ' ')} hook for all modules of the process (register_module_..._hook): "
-                "a hybrid runs blocks, not modules, and the hook would meet those; remove it before converting"
+                "a hybrid runs blocks in place of modules, so the hook would see those; remove it before converting"
             )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -57,11 +57,11 @@ def check_model(model: object) -> None:
                 "its place"
             )
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-            raise InputError(f"module {name!r} is quantised: pass the float model; `Hardware` has the bits")
+            raise InputError(f"module {name!r} is quantised: pass the float model (`Hardware` has the bits)")
         if module._backward_hooks or module._backward_pre_hooks:
             raise UnsupportedError(
-                f"module {name!r} has a backward hook (register_full_backward_hook): a hybrid runs blocks, not "
-                "modules, so that it would never be called; use Tensor.register_hook in forward, or remove it"
+                f"module {name!r} has a backward hook (register_full_backward_hook), which is never called, since "
+                "a hybrid runs blocks in place of modules; use Tensor.register_hook in forward, or remove it"
             )
 
 

@@ -1,10 +1,10 @@
 """Containers: inputs and outputs of any class become plain tuples, lists and dictionaries, and are built again.
 
-`torch.export` knows the containers that are registered with torch, for the whole process. What a
-forward takes and returns may be any class: dataclasses, namedtuples, subclasses of `dict`, attrs
+`torch.export` takes only containers that are registered with torch, and a registration holds for the whole process.
+But a forward may take and return objects of any class: dataclasses, namedtuples, subclasses of `dict`, attrs
 classes, objects with tensors in their attributes (caches, distributions, batches of detection
-models). Here they become plain containers of the tensors in them, and a `Recipe` builds them again;
-nothing is registered.
+models). Here they become plain containers of their tensors, and a `Recipe` builds the objects again.
+Nothing is registered.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 __all__ = ["PLAIN", "Form", "Recipe", "leaves_of", "plain"]
 
 _PLAIN = (tuple, list, dict)
-"""Containers that are their own plain form."""
+"""Classes of containers that `torch.export` takes as they are."""
 _LEAVES = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How one container, or one leaf, is made of its plain form."""
+    """How to build one container, or one leaf, from its plain form."""
 
     kind: type | None = None
-    """Class of the container; None for a leaf that stays what it is."""
+    """Class of the container; None for a leaf."""
     names: tuple[Any, ...] = ()
     """Keys, fields, attributes or places of the parts."""
     parts: tuple[Recipe, ...] = ()
@@ -61,23 +61,23 @@ class Recipe:
         if not isinstance(other, Recipe):
             return NotImplemented
         mine, theirs = (self.kind, self.names, self.form), (other.kind, other.names, other.form)
-        return mine == theirs and self.parts == other.parts and _alike(self.constant, other.constant)
+        return mine == theirs and self.parts == other.parts and _are_equal(self.constant, other.constant)
 
     __hash__ = None  # type: ignore[assignment]
 
 
 PLAIN = Recipe()
-"""That of a leaf, and of plain containers."""
+"""The recipe of a leaf, and of a container that is already plain."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Structure of inputs or outputs: the containers, and the leaves in them."""
+    """Structure of inputs or outputs: which containers, and where the leaves are in them."""
 
     spec: Any
     """torch's tree specification of the plain form."""
     recipe: Recipe = PLAIN
-    """How the containers are made of the plain form."""
+    """How to build the containers from the plain form."""
 
     @property
     def num_leaves(self) -> int:
@@ -106,7 +106,7 @@ def leaves_of(value: Any) -> list[Any]:
     return Form.of(value)[0]
 
 
-def _alike(first: object, second: object) -> bool:
+def _are_equal(first: object, second: object) -> bool:
     if first is second:
         return True
     if type(first) is not type(second):
@@ -129,7 +129,7 @@ def plain(value: Any) -> tuple[Any, Recipe]:
 
 
 def _plain(value: Any, above: tuple[int, ...]) -> tuple[Any, Recipe]:
-    taken = None if isinstance(value, _LEAVES) or id(value) in above else _taken(value)
+    taken = None if isinstance(value, _LEAVES) or id(value) in above else _take_apart(value)
     if taken is None:
         return (value, Recipe()) if _exportable(value) else (None, Recipe(form="constant", constant=value))
     form, names, items = taken
@@ -154,8 +154,8 @@ def _holds_tensor(item: Any) -> bool:
     return any(isinstance(leaf, _LEAVES) for leaf in pytree.tree_leaves(item))
 
 
-def _taken(value: Any) -> tuple[str, list[Any], list[Any]] | None:
-    """The form, the names and the parts of a container; None for a leaf."""
+def _take_apart(value: Any) -> tuple[str, list[Any], list[Any]] | None:
+    """Take a container apart into its form, names and parts; None for a leaf."""
     kind = type(value)
     if isinstance(value, nn.Module | type | enum.Enum) or kind.__module__ == "numpy":
         return None
@@ -164,7 +164,7 @@ def _taken(value: Any) -> tuple[str, list[Any], list[Any]] | None:
     if isinstance(value, list | tuple):
         return "sequence", list(range(len(value))), list(value)
     if kind in pytree.SUPPORTED_NODES:
-        return None  # registered with torch: the exporter takes it as it is
+        return None  # it is registered with torch, so that the exporter takes it as it is
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
         return "fields", names, [getattr(value, name) for name in names]

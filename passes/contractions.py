@@ -1,12 +1,12 @@
-"""Contractions: every product of an activation with a weight becomes one form, in whatever spelling it was written.
+"""Contractions: every product of an activation with a weight gets one form, however it was written.
 
-`einsum`, `bmm`, `baddbmm`, batched `matmul`, `tensordot`, `bilinear`, `mv`, `addmv`, `inner`, `multi_dot`,
-a scaled `addmm`, a `linear` whose bias or input is the other way round: where one operand depends
-on no input of the network, its product with an activation is a *contraction*
-(`runtime/program/contraction.py`), or a plain `linear` where it is one. Several weights in one operation
-are applied one after the other, so that each is a layer; what is left of it, a product of
-activations, stays one `einsum`. An operation that is in the table of layers already, or that
-multiplies activations alone or parameters alone, is left as it is.
+The spellings are `einsum`, `bmm`, `baddbmm`, batched `matmul`, `tensordot`, `bilinear`, `mv`, `addmv`, `inner`,
+`multi_dot`, a scaled `addmm`, and a `linear` with weight and input exchanged. If one operand depends
+on no input of the network, it is a weight, and the product becomes a *contraction*
+(`runtime/program/contraction.py`), or a plain `linear` where that says the same. Several weights in one operation
+are applied one after the other, each as a layer of its own. A product of activations that remains
+is one `einsum`. Layers that `dialect` knows already are left as they are, and so are products of
+activations alone or parameters alone.
 
 Promise: the graph computes what it computed, up to the order of sums.
 """
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 @Pass
 def contractions(program: Program) -> Program:
-    """Rewrite every product of an activation with a weight that is not in the table of layers yet."""
+    """Rewrite every product of an activation with a weight that `dialect` does not know as a layer."""
     products = Products(program)
     for node in list(program.graph.nodes):
         rewrite = _SPELLINGS.get(node.target)
@@ -41,12 +41,12 @@ def contractions(program: Program) -> Program:
         if result is not None:
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
-    erase_dead(program)  # what a product read is not read where it was copied or reshaped for it alone
+    erase_dead(program)  # copies and reshapes that only a rewritten product read
     return program
 
 
 def _arguments(node: fx.Node) -> list[object]:
-    """All arguments of an operation, defaults filled in."""
+    """All arguments of an operation, with defaults filled in."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     return [
         node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
@@ -54,8 +54,8 @@ def _arguments(node: fx.Node) -> list[object]:
     ]
 
 
-def _last(node: fx.Node, names: Sequence[object]) -> tuple[object, ...]:
-    """Names for all dimensions of a node; those before the last ones are numbered from the right."""
+def _name_dimensions(node: fx.Node, names: Sequence[object]) -> tuple[object, ...]:
+    """Names for all dimensions of a node: the given ones for the last, numbers from the right for those before."""
     before = len(shape_of(node)) - len(names)
     return (*(-1 - k for k in reversed(range(before))), *names)
 
@@ -86,14 +86,14 @@ def _matmul(at: Products, node: fx.Node, first: fx.Node, second: fx.Node) -> fx.
         return None
     if second in at.static and len(shape_of(second)) == 2 and len(shape_of(first)) > 1:
         return None  # a layer as it is
-    a = _last(first, ("k",) if len(shape_of(first)) == 1 else ("m", "k"))
-    b = _last(second, ("k",) if len(shape_of(second)) == 1 else ("k", "n"))
+    a = _name_dimensions(first, ("k",) if len(shape_of(first)) == 1 else ("m", "k"))
+    b = _name_dimensions(second, ("k",) if len(shape_of(second)) == 1 else ("k", "n"))
     numbered = sorted({name for name in (*a, *b) if isinstance(name, int)})
     return at.product([(first, a), (second, b)], (*numbered, *(name for name in "mn" if name in (*a, *b))))
 
 
-def _plus(at: Products, product: fx.Node, addend: object, factor: object = 1) -> fx.Node:
-    """The sum of a product and a bias, where there is one."""
+def _add_scaled(at: Products, product: fx.Node, addend: object, factor: object = 1) -> fx.Node:
+    """The product plus factor · addend, or the product alone without an addend."""
     if not isinstance(addend, fx.Node) or factor == 0:
         return product
     scaled = addend if factor == 1 else at.emit(aten.mul.Tensor, addend, factor)
@@ -103,7 +103,7 @@ def _plus(at: Products, product: fx.Node, addend: object, factor: object = 1) ->
 def _addmm(
     at: Products, node: fx.Node, addend: fx.Node, first: fx.Node, second: fx.Node, beta: object = 1, alpha: object = 1
 ) -> fx.Node | None:
-    """beta·addend + alpha·(first @ second), of matrices, batches of them or a matrix and a vector."""
+    """beta·addend + alpha·(first @ second), for matrices, batches of matrices, or a matrix and a vector."""
     if not at.mixed(first, second):
         return None
     if node.target is aten.addmm.default and second in at.static and (beta, alpha) == (1, 1) and addend in at.static:
@@ -116,7 +116,7 @@ def _addmm(
     product = _matmul(at, node, first, second)
     if product is None:
         product = at.emit(aten.mm.default, first, second)
-    return _plus(at, product, addend, beta)
+    return _add_scaled(at, product, addend, beta)
 
 
 def _addbmm(
@@ -125,7 +125,7 @@ def _addbmm(
     if not at.mixed(first, second) or alpha != 1:
         return None
     product = at.product([(first, tuple("bmk")), (second, tuple("bkn"))], tuple("mn"))
-    return None if product is None else _plus(at, product, addend, beta)
+    return None if product is None else _add_scaled(at, product, addend, beta)
 
 
 def _linear(at: Products, node: fx.Node, value: fx.Node, weight: fx.Node, bias: object = None) -> fx.Node | None:
@@ -134,12 +134,12 @@ def _linear(at: Products, node: fx.Node, value: fx.Node, weight: fx.Node, bias: 
     if not at.mixed(value, weight):
         return None
     if weight in at.static and not flat:
-        return _plus(at, at.emit(aten.linear.default, value, weight), bias) if moving else None
-    names = _last(value, "k")
+        return _add_scaled(at, at.emit(aten.linear.default, value, weight), bias) if moving else None
+    names = _name_dimensions(value, "k")
     product = at.product(
         [(value, names), (weight, ("k",) if flat else ("n", "k"))], names[:-1] + (() if flat else ("n",))
     )
-    return None if product is None else _plus(at, product, bias)
+    return None if product is None else _add_scaled(at, product, bias)
 
 
 def _inner(at: Products, node: fx.Node, first: fx.Node, second: fx.Node) -> fx.Node | None:
@@ -154,7 +154,7 @@ def _vecdot(at: Products, node: fx.Node, first: fx.Node, second: fx.Node, dim: i
     """Σ over one dimension of the elementwise product, broadcast."""
     if not at.mixed(first, second):
         return None
-    a, b = _last(first, ()), _last(second, ())
+    a, b = _name_dimensions(first, ()), _name_dimensions(second, ())
     along = dim if dim < 0 else dim - max(len(a), len(b))
     numbered = sorted({*a, *b})  # type: ignore[type-var]
     return at.product([(first, a), (second, b)], [name for name in numbered if name != along])
@@ -177,9 +177,9 @@ def _tensordot(
 def _bilinear(
     at: Products, node: fx.Node, first: fx.Node, second: fx.Node, weight: fx.Node, bias: object = None
 ) -> fx.Node | None:
-    a, b = _last(first, "i"), _last(second, "j")
+    a, b = _name_dimensions(first, "i"), _name_dimensions(second, "j")
     product = at.product([(first, a), (second, b), (weight, tuple("oij"))], (*a[:-1], "o"))
-    return None if product is None else _plus(at, product, bias)
+    return None if product is None else _add_scaled(at, product, bias)
 
 
 def _chain(at: Products, node: fx.Node, operands: Sequence[fx.Node]) -> fx.Node | None:
@@ -205,7 +205,7 @@ _CONVOLUTIONS = {
 
 
 def _convolution(at: Products, node: fx.Node, *args: object) -> fx.Node | None:
-    """The general convolution by its usual name."""
+    """Replace `aten.convolution` by the convolution of its dimension."""
     value, weight, bias, stride, padding, dilation, transposed, extra, groups = args
     assert isinstance(weight, fx.Node)
     target = _CONVOLUTIONS.get((len(shape_of(weight)) - 2, bool(transposed)))
@@ -218,12 +218,12 @@ def _convolution(at: Products, node: fx.Node, *args: object) -> fx.Node | None:
 def _conv(
     at: Products, node: fx.Node, value: fx.Node, weight: fx.Node, bias: object = None, *rest: object
 ) -> fx.Node | None:
-    """A convolution whose bias depends on the input, with the bias added behind it."""
+    """Take a bias that depends on the input out of a convolution and add it afterwards."""
     if not isinstance(bias, fx.Node) or bias in at.static or weight not in at.static:
         return None
     assert callable(node.target)
     shaped = at.emit(aten.reshape.default, bias, [-1] + [1] * (len(shape_of(weight)) - 2))
-    return _plus(at, at.emit(node.target, value, weight, None, *rest), shaped)
+    return _add_scaled(at, at.emit(node.target, value, weight, None, *rest), shaped)
 
 
 _SPELLINGS: dict[object, Callable[..., fx.Node | None]] = {

@@ -1,10 +1,11 @@
-"""Copied closures: functions that a copied model keeps as attributes reach the copy's tensors, not the original's.
+"""Copied closures: functions that a copied model keeps as attributes must read the copy's tensors.
 
 `self.head = lambda x: x @ self.embedding.weight.t()` closes over the model. A deep copy keeps functions as
-they are, so the copy's `head` would read the original's weight: a constant to the trace, without a gradient.
+they are, so the copy's `head` would still read the original's weight. The trace would take it for a constant
+without a gradient. Such functions are made again here, over the copy.
 
-Promise: no function among the attributes or hooks of the copy, or in containers there, holds anything of
-the original in its closure, its defaults or, as a bound method, its owner.
+Promise: no function among the copy's attributes, hooks and containers holds a part of the original
+in its closure or its defaults, and no bound method belongs to one.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ class CopiedClosures:
     """The functions of a copied model, made again over what was copied."""
 
     def __init__(self, memo: dict[int, Any]) -> None:
-        """`memo` is that of the deep copy: what became of each object."""
+        """`memo` is the memo of the deep copy: id of an original object -> its copy."""
         self.memo = memo
         self.copies = {id(value) for value in memo.values()}
         self.known: dict[int, Any] = {}
 
     def mend(self, copied: nn.Module) -> None:
-        """Put functions over the copy in place of those over the original."""
+        """Replace the functions that read the original by functions that read the copy."""
         for module in list(copied.modules()):
             for key, value in list(vars(module).items()):
                 if key not in ("_parameters", "_buffers", "_modules"):
                     module.__dict__[key] = self.of(value)
 
     def of(self, value: Any) -> Any:
-        """The same value over the copy; the value itself where nothing in it is the original's."""
+        """The value with the copy in place of the original; the value itself if it holds nothing of the original."""
         if id(value) in self.known:
             return self.known[id(value)]
         if isinstance(value, FunctionType):
-            return self._function(value)
+            return self._function_over_copy(value)
         if isinstance(value, MethodType):
-            owner = self._reached(value.__self__)
+            owner = self._copy_of(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)
         if isinstance(value, functools.partial):
             function = self.of(value.func)
@@ -59,15 +60,15 @@ class CopiedClosures:
             return value if all(a is b for a, b in zip(items, value, strict=True)) else items
         return value
 
-    def _function(self, function: FunctionType) -> FunctionType:
-        """A function of the same code over the copy; two that share a cell share its copy."""
+    def _function_over_copy(self, function: FunctionType) -> FunctionType:
+        """A function with the same code that reads the copy. Functions that share a cell share the new cell."""
         cells = function.__closure__ or ()
         fresh = [self.known.get(id(cell), CellType()) for cell in cells]
         made = FunctionType(
             function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(fresh) or None
         )
         changed = any(id(cell) in self.known and self.known[id(cell)] is not cell for cell in cells)
-        self.known[id(function)] = made  # for one that calls itself
+        self.known[id(function)] = made  # before its cells are read, since it may call itself
         for cell, new in zip(cells, fresh, strict=True):
             if id(cell) in self.known:
                 continue
@@ -76,12 +77,12 @@ class CopiedClosures:
                 content = cell.cell_contents
             except ValueError:  # still empty
                 continue
-            new.cell_contents = self._reached(content)
+            new.cell_contents = self._copy_of(content)
             changed |= new.cell_contents is not content and new.cell_contents is not made
         defaults = function.__defaults__ or ()
         named = function.__kwdefaults__ or {}
-        made.__defaults__ = tuple(map(self._reached, defaults)) or None
-        made.__kwdefaults__ = {key: self._reached(value) for key, value in named.items()} or None
+        made.__defaults__ = tuple(map(self._copy_of, defaults)) or None
+        made.__kwdefaults__ = {key: self._copy_of(value) for key, value in named.items()} or None
         changed |= any(a is not b for a, b in zip(made.__defaults__ or (), defaults, strict=True))
         changed |= any((made.__kwdefaults__ or {})[key] is not value for key, value in named.items())
         if not changed:
@@ -92,8 +93,8 @@ class CopiedClosures:
         made.__dict__.update(function.__dict__)
         return made
 
-    def _reached(self, value: Any) -> Any:
-        """What a function reaches: the copy of what was copied, a new copy of other modules and tensors."""
+    def _copy_of(self, value: Any) -> Any:
+        """The copy of a value that a function reaches; modules and tensors not copied yet are copied now."""
         if id(value) in self.memo:
             return self.memo[id(value)]
         if id(value) in self.copies:
@@ -107,13 +108,13 @@ class CopiedClosures:
         if isinstance(value, FunctionType | MethodType | functools.partial):
             return self.of(value)
         if type(value) in (list, tuple, dict):
-            return self._container(value)
+            return self._container_of_copies(value)
         return value
 
-    def _container(self, value: Any) -> Any:
-        """A container that is not the copy's: another one only where an item is another."""
+    def _container_of_copies(self, value: Any) -> Any:
+        """A container outside the copied model: a new one if one of its items was copied, else itself."""
         items = list(value.values()) if isinstance(value, dict) else list(value)
-        reached = [self._reached(item) for item in items]
+        reached = [self._copy_of(item) for item in items]
         if all(a is b for a, b in zip(items, reached, strict=True)):
             return value
         made = dict(zip(value, reached, strict=True)) if isinstance(value, dict) else type(value)(reached)
@@ -122,14 +123,14 @@ class CopiedClosures:
 
 
 def parameters_outside(constants: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Names of the model's parameters that a trace of its copy found as constants: its code names the model itself."""
+    """Names of the original's parameters among the constants of a trace: the copy's code still reads the original."""
     places = {parameter.data_ptr(): name for name, parameter in model.named_parameters() if _has_memory(parameter)}
     found = [value.data_ptr() for value in constants.values() if _has_memory(value)]
     return sorted({places[place] for place in found if place in places})
 
 
 def _has_memory(value: Any) -> bool:
-    """Whether a value is a tensor of its own memory: no subclass, not sparse, not on the meta device."""
+    """Whether a value is a plain dense tensor with memory: no subclass, not sparse, not on the meta device."""
     if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
         return False
     return bool(value.device.type != "meta" and value.numel())

@@ -1,12 +1,12 @@
-"""Custom functions: an `autograd.Function` of the source keeps its own backward, a hook its effect on gradients.
+"""Custom functions: an `autograd.Function` of the source keeps its own backward, and a hook its effect on gradients.
 
-`torch.export` traces through the forward of such a function and forgets its backward. While the
-model is traced, each call becomes one operation of its own (`keep_custom_functions`), which runs
-the function's forward on the tracer's tensors and nothing else; the pass `custom_functions` then
+`torch.export` traces through the forward of such a function and forgets its backward. So
+`keep_custom_functions` records each call as one operation while the model is traced. That operation runs
+only the function's forward, on the tracer's tensors. The pass `custom_functions` then
 puts a call of the function in its place, as `rebind` does for batch norm. A reentrant checkpoint
-is such a function too, but what it runs is the model's own body: it is traced through.
+is such a function too, but it runs the model's own body, so it is traced through.
 
-Promise: values and gradients are those of the source's function; torch is left as it was found.
+Promise: values and gradients are those of the source's function. torch is left as it was found.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from ffebm_compiler.runtime.feedforward.custom_function import CustomFunction, G
 
 __all__ = ["KeptFunctions", "custom_functions", "keep_custom_functions"]
 
-_SPACE = "ffebm_capture"
+_NAMESPACE = "ffebm_capture"
 _NUMBER = itertools.count()
-"""Operators of one process have different names, also of captures within captures."""
+"""Numbers the operators, so that each has a name of its own in the process, even if captures are nested."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class _Call:
     outputs: Any = None
 
     def run(self, tensors: list[Tensor], sizes: list[Any]) -> list[Tensor]:
-        """The function's forward alone, on the tracer's tensors; fresh outputs."""
+        """Run the function's forward alone on the tracer's tensors, and return clones of its outputs."""
         given = [*tensors, *sizes]
         filled = [given[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(filled, self.structure)
@@ -64,7 +64,7 @@ class _Call:
 
 
 class _Context(FunctionCtx):
-    """What a forward may do with its `ctx`, without effect."""
+    """The `ctx` of a forward whose backward never runs: it takes what the forward saves."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.needs_input_grad = tuple(isinstance(a, Tensor) and a.requires_grad for a in args)
@@ -77,7 +77,7 @@ class _Context(FunctionCtx):
 
 @dataclass
 class KeptFunctions:
-    """What was called while a model was traced: operator name -> call, or hook."""
+    """The calls and hooks recorded while a model was traced: operator name -> call, operator name -> hook."""
 
     calls: dict[str, _Call] = field(default_factory=dict)
     hooks: dict[str, Callable[[Tensor], Tensor | None]] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class KeptFunctions:
 def keep_custom_functions() -> Iterator[KeptFunctions]:
     """Record calls of custom functions and hooks on tensors as operations while the context is open."""
     kept = KeptFunctions()
-    library = torch.library.Library(_SPACE, "FRAGMENT")
+    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
     markers: list[Any] = []
     register_hook = Tensor.register_hook
 
@@ -95,9 +95,9 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         if issubclass(cls, CheckpointFunction):
             return args[0](*args[2:])  # (body, preserve_rng_state, inputs...)
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        if _traced(cls) or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if _is_traced_through(cls) or not any(isinstance(leaf, Tensor) for leaf in leaves):
             return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
-        return _recorded(kept, library, _Call(cls, structure, leaves))
+        return _record_call(kept, library, _Call(cls, structure, leaves))
 
     def register(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         if not tensor.requires_grad:
@@ -105,15 +105,15 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         name = f"hook_{next(_NUMBER)}"
         library.define(f"{name}(Tensor x) -> ()")
         library.impl(name, lambda x: None, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{_SPACE}::{name}", lambda x: None, lib=library)
-        operator = getattr(getattr(torch.ops, _SPACE), name).default
-        fx.node._side_effectful_functions.add(operator)  # it has no result, and must not be taken for dead code
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda x: None, lib=library)
+        operator = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        fx.node._side_effectful_functions.add(operator)  # without it, an operation without result is dead code
         markers.append(operator)
-        kept.hooks[f"{_SPACE}::{name}"] = hook
+        kept.hooks[f"{_NAMESPACE}::{name}"] = hook
         operator(tensor)
-        return _Removal(kept, f"{_SPACE}::{name}")
+        return _Removal(kept, f"{_NAMESPACE}::{name}")
 
-    # `Function.apply` is left alone: models keep it bound (`round_ste = Round.apply`). It calls this one.
+    # Models keep `Function.apply` bound (`round_ste = Round.apply`), so that it is left alone. It calls this one.
     _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
     Tensor.register_hook = register  # type: ignore[method-assign]
     try:
@@ -125,8 +125,8 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         library._destroy()
 
 
-def _traced(function: type) -> bool:
-    """Whether it is a part of torch's machinery, whose operations are recorded; layers of `torch.nn` are kept, too."""
+def _is_traced_through(function: type) -> bool:
+    """Whether to trace through a function: it is a part of torch's machinery, and no layer of `torch.nn`."""
     if function.__module__ == "torch.nn.modules._functions":
         return function is BackwardHookFunction
     return function.__module__.split(".")[0] == "torch"
@@ -144,8 +144,8 @@ class _Removal(RemovableHandle):
         self._kept.hooks[self._name] = lambda gradient: None
 
 
-def _recorded(kept: KeptFunctions, library: Any, call: _Call) -> Any:
-    """Put one operation of its own in the trace for a call; returns what the function returns."""
+def _record_call(kept: KeptFunctions, library: Any, call: _Call) -> Any:
+    """Record a call as one operation in the trace; returns what the function returns."""
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
     sizes = [leaf for leaf in call.leaves if isinstance(leaf, torch.SymInt)]
     places = iter(range(len(tensors)))
@@ -161,10 +161,10 @@ def _recorded(kept: KeptFunctions, library: Any, call: _Call) -> Any:
     name = f"{call.function.__name__}_{next(_NUMBER)}"
     library.define(f"{name}(Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
     library.impl(name, call.run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_SPACE}::{name}", call.run, lib=library)
-    torch.library.register_autograd(f"{_SPACE}::{name}", _no_backward, lib=library)
-    kept.calls[f"{_SPACE}::{name}"] = call
-    results = iter(getattr(getattr(torch.ops, _SPACE), name).default(tensors, sizes))
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", call.run, lib=library)
+    torch.library.register_autograd(f"{_NAMESPACE}::{name}", _no_backward, lib=library)
+    kept.calls[f"{_NAMESPACE}::{name}"] = call
+    results = iter(getattr(getattr(torch.ops, _NAMESPACE), name).default(tensors, sizes))
     outputs, call.outputs = call.outputs, None
     return pytree.tree_map(lambda leaf: next(results) if isinstance(leaf, Tensor) else leaf, outputs)
 
@@ -175,11 +175,11 @@ def _no_backward(*_: Any) -> Any:
 
 @Pass
 def custom_functions(program: Program) -> Program:
-    """Put the source's functions and hooks in the place of their records."""
+    """Replace each recorded operation by a call of the source's function or hook."""
     if program.functions is None:
         return program
     for node in list(program.graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != _SPACE:
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != _NAMESPACE:
             continue
         name = node.target._schema.name
         call, hook = program.functions.calls.get(name), program.functions.hooks.get(name)
@@ -213,7 +213,7 @@ def _rebind_call(program: Program, node: fx.Node, call: _Call) -> None:
 
 
 def _read_after(call: fx.Node, operand: object, index: int, record: _Call) -> None:
-    """What a function wrote in place is read from its result from then on."""
+    """Let later readers of an operand that the function writes in place read the function's result."""
     order = {node: place for place, node in enumerate(call.graph.nodes)}
     result = next((user for user in call.users if user.args[1] == record.written.index(index)), None)
     assert isinstance(operand, fx.Node)

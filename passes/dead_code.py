@@ -1,9 +1,9 @@
-"""Dead code: operations whose results nothing reads are left out.
+"""Dead code: erase operations whose results nothing reads.
 
 A branch whose result is thrown away would otherwise join a block, and its feedback would change
-what the network computes. What an operation does besides its result stays: a write to a buffer,
-a draw of random numbers, the running statistics of a batch norm. What only leads to such effects
-is marked (`for_effects_alone`), and `annotate` keeps it digital.
+what the network computes. An operation with an effect stays: it writes a buffer, draws random numbers,
+or updates the running statistics of a batch norm. `for_effects_alone` finds the operations
+that only such effects need, and `annotate` keeps those digital.
 
 Promise: every operation without an effect has a user, and the output's value is unchanged.
 """
@@ -31,7 +31,7 @@ def dead_code(program: Program) -> Program:
 
 
 def erase_dead(program: Program) -> None:
-    """Erase what nothing reads, from the end of the graph to its beginning; for passes that leave such operations."""
+    """Erase operations whose results nothing reads, from the end of the graph; passes call it to clean up."""
     for node in reversed(list(program.graph.nodes)):
         if not _is_dead(program, node):
             continue
@@ -42,7 +42,7 @@ def erase_dead(program: Program) -> None:
 
 
 def for_effects_alone(program: Program) -> set[fx.Node]:
-    """The operations that the output does not depend on, whose effects are kept."""
+    """The operations that the output does not depend on; they are there for their effects."""
     leading: set[fx.Node] = set()
     stack = [node for node in program.graph.nodes if node.op == "output"]
     while stack:

@@ -1,6 +1,6 @@
-"""The dialect: which ATen operations are weight-stationary, wiring, activation or digital.
+"""The dialect: which ATen operations are weight-stationary, wiring or activations. All others are digital.
 
-One table per role. A new operation is a line here and, where it joins a block, one in `lower`.
+There is one table per role, and a new operation is a row in one of them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class WeightForm:
     matrix_of: Callable[[fx.Node, torch.Size], tuple[int, int, int]]
     """Rows, columns and groups from the node and its weight's shape."""
     transposed: bool = False
-    """The matrix is applied at every input position, not every output position."""
+    """Whether the matrix is applied at every input position; otherwise at every output position."""
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """The dynamic operand, the weight and the bias."""
@@ -141,11 +141,11 @@ class WiringForm:
 
     kind: str
     build: Build | None
-    """What makes its operator; None for a copy, which needs none."""
+    """Makes the operator of a node; None for a copy, which needs no operator."""
     accepts: Callable[[fx.Node], bool] = lambda node: True
 
     def kind_of(self, node: fx.Node) -> str:
-        """The wiring kind of this very node, or nothing where it is not wiring."""
+        """The wiring kind of this node; an empty text if this node is no wiring."""
         return self.kind if self.accepts(node) else ""
 
 
@@ -240,11 +240,11 @@ WIRING: Mapping[object, WiringForm] = {
     aten.neg.default: WiringForm("scale", lambda node: Scale(-1.0), _floating),
     aten.cat.default: WiringForm("concat", concat, _is_cat),
 }
-"""Operation -> its row: what it is, how its operator is made, and which nodes of it."""
+"""Operation -> its row: its kind, how its operator is made, and which of its nodes are wiring."""
 
 
 _RECOGNISED: Mapping[object, Activation] = {F.softsign: Softsign(), quick_gelu: QuickGELU()}
-"""Activations without an ATen operation, as `recognise_activations` writes them."""
+"""Activations that have no ATen operation; `recognise_activations` writes them."""
 
 
 def target_name(node: fx.Node) -> str:

@@ -1,10 +1,10 @@
-"""Drawn values: a branch on random numbers, such as layers that are dropped, is refused by its cause.
+"""Drawn values: refuse a branch on random numbers, such as a layer that is dropped at random.
 
-A graph holds one way through the forward. Where numbers that the forward draws choose the way, none of them is the
-source's.
+A graph holds one path through the forward. If random numbers choose the path at every call, no single path
+is the source.
 
-Promise: a Python branch on, or a Python number of, what was computed from draws, constants and buffers alone raises
-`NotTraceable`.
+Promise: a Python branch on random numbers raises `NotTraceable`, and so does converting them to a Python number. That
+includes everything computed from random numbers, constants and buffers alone.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _DRAWS = (
     "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "bernoulli",
     "multinomial", "uniform_", "normal_", "random_", "bernoulli_", "exponential_", "geometric_", "log_normal_",
 )  # fmt: skip
-"""Functions whose result depends on random numbers and, at most, on what their distribution is."""
+"""Functions that draw their result at random; their arguments only choose the distribution."""
 
-_DECIDES = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, torch.is_nonzero)
+_READ_ONE_VALUE = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, torch.is_nonzero)
 
 
 class DrawnValues:
     """Follows what a traced forward computes from random numbers."""
 
-    def __init__(self, knows: Callable[[Tensor], bool]) -> None:
-        self._knows = knows
+    def __init__(self, is_known: Callable[[Tensor], bool]) -> None:
+        self._is_known = is_known
         self._drawn: dict[int, Tensor] = {}
 
     def call(self, func: Any, args: tuple[Any, ...]) -> None:
         """Refuse a branch on a random number.
 
         Raises:
-            NotTraceable: saying what to do instead.
+            NotTraceable: always for such a branch; it says what to do instead.
         """
-        if func in _DECIDES and id(args[0]) in self._drawn:
+        if func in _READ_ONE_VALUE and id(args[0]) in self._drawn:
             raise NotTraceable(
-                "random numbers that the forward draws decide here what runs, and a graph holds one way; multiply the "
+                "random numbers that the forward draws decide here what runs, and a graph holds one path; multiply the "
                 "result of the branch by a random 0 or 1 instead (stochastic depth), or set the rate to 0"
             )
 
@@ -55,6 +55,6 @@ class DrawnValues:
             return
         operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         random = [operand for operand in operands if id(operand) in self._drawn]
-        follows = bool(random) and all(id(operand) in self._drawn or self._knows(operand) for operand in operands)
+        follows = bool(random) and all(id(operand) in self._drawn or self._is_known(operand) for operand in operands)
         if follows or draws:
             self._drawn |= {id(leaf): leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)}

@@ -1,4 +1,4 @@
-"""Emit: a new node in the place of another, with its shapes, module path and source line."""
+"""Emit: add a new node with the module path and source line of another, and with shapes of its own."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Expand vmap: what `torch.vmap` runs over a dimension becomes ordinary operations on whole tensors.
 
-`torch.export` records the steps by which vmap opens and closes its levels, and between them
-operations that know nothing of the dimension. Such a stretch means nothing when it is regrouped,
-so it is run once more on the captured (fake) values, with the levels opened: what torch does then,
-one batched operation for each, is recorded and put in its place.
+`torch.export` records the steps with which vmap opens and closes its levels. The operations between them
+do not mention the dimension that vmap adds, so that they would mean something else in another place.
+Such a stretch is run once more on the captured (fake) values, with the levels open. torch then runs one
+batched operation for each, and those are recorded and put in its place.
 
 Promise: no node of the graph opens, closes or uses a vmap level.
 """
@@ -36,7 +36,7 @@ def expand_vmap(program: Program) -> Program:
     """Replace every stretch of the graph that runs under vmap.
 
     Raises:
-        UnsupportedError: where torch cannot run a stretch on whole tensors; it names the module and the line.
+        UnsupportedError: torch cannot run a stretch on whole tensors; it names the module and the line.
     """
     graph = program.graph
     for node in list(graph.nodes):
@@ -63,7 +63,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _stretches(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The nodes from the opening of an outermost level to its closing, for each."""
+    """For each outermost vmap level, the nodes from its opening to its closing."""
     found: list[list[fx.Node]] = []
     depth = 0
     for node in graph.nodes:
@@ -98,7 +98,7 @@ def _expand(program: Program, stretch: list[fx.Node]) -> None:
     except Exception as error:
         raise UnsupportedError(
             f"module {module_path(first)!r} uses torch.vmap{source_line(first)} on something that cannot be written "
-            f"for whole tensors ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): write it "
+            f"for whole tensors ({type(error).__name__}, {str(error).splitlines()[0] if str(error) else ''}): write it "
             "without vmap"
         ) from error
     given = iter(node for node in inputs if node.op != "get_attr")

@@ -1,4 +1,4 @@
-"""Explain a failed capture: what the cause is, in which module and at which line of the model's own code."""
+"""Explain a failed capture: the cause, the module, and the line of the model's own code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["NotTraceable", "explained"]
 
 
 class NotTraceable(Exception):
-    """Something that a forward does and a graph cannot hold: the message says what, and what to do instead."""
+    """The forward does something that a graph cannot hold. The message says what, and what to do instead."""
 
 
 def explained(
     source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> CaptureError | InputError:
-    """Say whether the model rejects the inputs or only cannot be traced, where, and what to do."""
+    """The error to raise: whether the model rejects the inputs or cannot be traced, where, and what to do."""
     where = _where(source, error)
     if isinstance(error, NotTraceable):
         return CaptureError(f"the forward cannot be traced{where}: {error}")
@@ -42,7 +42,7 @@ def explained(
 
 
 def _rejection(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-    """The error with which the eager model answers the inputs, with and without gradients; None where it runs."""
+    """The error that the eager model raises for the inputs, with or without gradients; None if it runs."""
     found: Exception | None = None
     for gradients in (False, True):
         try:
@@ -58,7 +58,7 @@ def _rejection(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _cause(error: Exception) -> str:
     """What went wrong, and what would help."""
     text = _first_line(error)
-    kinds = {type(cause).__name__ for cause in _chain(error)}
+    kinds = {type(cause).__name__ for cause in _with_its_causes(error)}
     if "data-dependent" in str(error) or kinds & {"DataDependentOutputException", "DynamicOutputShapeException"}:
         return (
             "control flow or a Python number here depends on the values of a tensor (data-dependent), which a graph "
@@ -78,7 +78,7 @@ def _cause(error: Exception) -> str:
     )
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
+def _with_its_causes(error: BaseException | None) -> list[BaseException]:
     found = []
     while error is not None and error not in found:
         found.append(error)
@@ -87,12 +87,12 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _where(source: nn.Module, error: BaseException) -> str:
-    """The innermost module, the function of torch that it called, and the innermost line of the model's own code."""
+    """Where it failed: the innermost module, the torch function it called, the innermost line of the model's code."""
     names = {id(module): name for name, module in source.named_modules()}
     path, kind, called, place, own = "", "", "", ("", 0), False
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        owner = _owner(frame)
+        owner = _module_of_frame(frame)
         if owner is not None and id(owner) in names and not _is_machinery(frame.f_globals):
             path, called = names[id(owner)] or type(source).__name__, ""
             foreign = type(owner).__module__.startswith("torch.")
@@ -109,7 +109,7 @@ def _where(source: nn.Module, error: BaseException) -> str:
     return f" in module {path!r} ({place[0]}, line {place[1]}){f' at {code!r}' if code else ''}{kind}{called}"
 
 
-def _owner(frame: FrameType) -> nn.Module | None:
+def _module_of_frame(frame: FrameType) -> nn.Module | None:
     """The module whose method a frame runs; None for a function that was merely given a module."""
     code = frame.f_code
     first = code.co_varnames[0] if code.co_varnames else ""

@@ -1,9 +1,9 @@
-"""Explicit casts: what autocast does inside its regions is written as casts of operands.
+"""Explicit casts: the casts that autocast makes inside its regions become operations of the graph.
 
-An operation in `with torch.autocast(...):` computes in another dtype than its operands have. Which
-operands torch casts, and to what, is found by running the operation on its captured (fake) values
-with autocast on and looking at the copies that are made. The checks of dtypes that `torch.export`
-records beside every `.to(...)` are removed: they hold for the dtype at capture only.
+An operation in `with torch.autocast(...):` computes in another dtype than its operands have. To find which
+operands torch casts, and to what, the operation is run on its captured (fake) values
+with autocast on, and the copies that it makes are watched. The checks of dtypes that `torch.export`
+records beside every `.to(...)` are removed, since they hold for the dtype at capture only.
 
 Promise: the graph computes, outside any autocast region, what the source computes inside its own.
 """
@@ -43,7 +43,7 @@ def explicit_casts(program: Program) -> Program:
 
 def _cast_operands(graph: fx.Graph, node: fx.Node, region: Autocast) -> None:
     casts = _casts(node, region)
-    if casts is None:  # inside the operation, out of reach: it keeps its autocast
+    if casts is None:  # torch casts inside the operation, so that the operation keeps its autocast
         node.args = (region.device, region.dtype, node.target, *node.args)  # type: ignore[arg-type]
         node.target = under_autocast
         return
@@ -69,7 +69,7 @@ class _Copies(TorchDispatchMode):
         self.made: list[tuple[torch.Tensor, torch.dtype]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note a copy, then do what was asked."""
+        """Note the operation if it is a copy, then run it."""
         kwargs = kwargs or {}
         if func is aten._to_copy.default and isinstance(kwargs.get("dtype"), torch.dtype):
             self.made.append((args[0], kwargs["dtype"]))
@@ -106,5 +106,5 @@ def _copies(node: fx.Node, region: Autocast, enabled: bool) -> list[tuple[torch.
         except Exception:
             if enabled:
                 raise
-            # Operands of two dtypes, which only autocast brings together.
+            # Operands of two dtypes: the operation runs only under autocast.
     return copies.made

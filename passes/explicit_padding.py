@@ -1,9 +1,9 @@
 """Explicit padding: `padding="same"` with an even kernel becomes a zero pad and a plain convolution.
 
-An asymmetric padding has no place in a convolution's own arguments, and the transpose of the
-convolution needs it there.
+The arguments of a convolution can hold only a symmetric padding, and the transpose of the
+convolution reads its padding there.
 
-Promise: the graph computes the same values; every convolution's padding is symmetric.
+Promise: the graph computes the same values, and every convolution's padding is symmetric.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def explicit_padding(program: Program) -> Program:
 
 
 def _totals(node: fx.Node) -> list[int]:
-    """For each dimension, what a convolution of `"same"` padding pads on both sides together."""
+    """For each dimension, how much a convolution with `"same"` padding pads on both sides together."""
     weight, dilation = node.args[1], _arguments(node)[5]
     assert isinstance(weight, fx.Node)
     kernel = [int(size) for size in weight.meta["val"].shape[2:]]
@@ -69,7 +69,7 @@ def _totals(node: fx.Node) -> list[int]:
 
 
 def _arguments(node: fx.Node) -> list:  # type: ignore[type-arg]
-    """All arguments of a convolution, defaults filled in."""
+    """All arguments of a convolution, with defaults filled in."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     return [
         node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)

@@ -37,24 +37,24 @@ __all__ = ["Exported", "export_graph"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What tracing a module left."""
+    """The result of tracing a module."""
 
     program: ExportedProgram
     functions: KeptFunctions
     """The source's own autograd functions and hooks, which the traced graph calls by name."""
     inputs: Recipe
-    """How the containers of the inputs are made of plain ones."""
+    """How to build the containers of the inputs from plain ones."""
     outputs: Recipe
     settings: tuple[str, ...] = ()
-    """Branches that were decided by values of buffers, checks of data that are left out: a sentence for each."""
+    """One sentence for each branch decided by a buffer's value, and for each check of the data that was left out."""
     note: str = ""
-    """What the person should know, or nothing."""
+    """A note for the plan about the batch size, or an empty text."""
     outside: tuple[torch.Tensor, ...] = ()
     """Tensors with `requires_grad` that the forward reads and no module registers."""
 
 
 def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
-    """Export with a free batch where asked and possible."""
+    """Export with a free batch size if that is asked for and possible."""
     with plain_call(source, args, kwargs) as call:
         exported = _export_graph(source, call.args, call.kwargs, dynamic_shapes)
         return replace(exported, inputs=call.inputs, outputs=call.outputs)
@@ -75,7 +75,7 @@ def _export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                 shapes[leaf] = {0: Dim.AUTO}
         try:
             spec = shapes.dynamic_shapes(source, wide_args, wide_kwargs)
-        except Exception as error:  # arguments that the forward does not take
+        except Exception as error:  # the forward does not take these arguments
             raise explained(source, args, kwargs, error) from error
         exported = _try_export(source, wide_args, wide_kwargs, spec)
         if _batch_is_free(exported.program):
@@ -87,7 +87,7 @@ def _export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _batch_is_free(exported: ExportedProgram) -> bool:
-    """Whether the leading size of the first input stayed a symbol: `len(x)` makes it a constant without a word."""
+    """Whether the leading size of the first input stayed a symbol. `len(x)` makes it a constant without a warning."""
     inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     symbol, _ = batch_of(exported.graph_module, inputs)
     return symbol is not None
@@ -115,7 +115,7 @@ def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             try:
                 return _traced(source, args, kwargs, dynamic_shapes)
             except CaptureError as other:
-                # A failure of Python's own kind is that of the branch for compilers, which the source does not take.
+                # An error of another kind comes from the branch for compilers, which the source itself does not take.
                 raise other if asked and type(error.__cause__).__module__ == "builtins" else error from None
 
 
@@ -154,7 +154,7 @@ def _as_before(source: nn.Module) -> Iterator[None]:
         attributes_unchanged(source),
         process_unchanged(source, reached),
         own_generators_unchanged(source, reached),
-        tensors_unchanged(plain_tensors(source, reached)),  # small constants are computed with while they are traced
+        tensors_unchanged(plain_tensors(source, reached)),  # tracing also computes with the values of small constants
         generators_unchanged(),
     ):
         yield

@@ -1,4 +1,4 @@
-"""From an `ExportedProgram` of `torch.export` to a `Program` (see `ir`): placeholders by name, tied weights once."""
+"""Make a `Program` (see `ir`) of an `ExportedProgram` of `torch.export`. A tied weight becomes one placeholder."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def program_of(
     Args:
         exported: the module as it was exported.
         source: the module, which owns the tensors.
-        note: what the person should know, or nothing.
-        inputs: how the containers of the inputs are made of plain ones.
-        outputs: the same for those of the outputs.
+        note: a note for the plan, or an empty text.
+        inputs: how to build the containers of the inputs from plain ones.
+        outputs: how to build the containers of the outputs from plain ones.
         outside: tensors with `requires_grad` that the forward reads and no module registers.
     """
     graph_module = exported.graph_module
@@ -50,14 +50,14 @@ def program_of(
     for spec in exported.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            target = str(spec.target)  # a tied weight goes by its first name
+            target = str(spec.target)  # of a tied weight, the first name
             lifted[name] = first.get(id(tensors[target]), target) if target in tensors else target
         elif spec.kind == InputKind.CONSTANT_TENSOR:
             constant = exported.constants[str(spec.target)]
-            if place_of(constant) in places:  # a function that closes over a parameter
+            if place_of(constant) in places:  # it is a parameter, which a function of the model closes over
                 lifted[name] = places[place_of(constant)]
             else:
-                shared = place_of(constant) in held  # what changes it in the source's attributes changes it here
+                shared = place_of(constant) in held  # the model's attributes hold it, so that it may change with them
                 constants[name] = constant.detach() if shared else constant.detach().clone()
                 if constant.requires_grad or place_of(constant) in outside_places:
                     trained[name] = constant
@@ -84,7 +84,7 @@ def program_of(
 
 
 def _complete_users(graph_module: fx.GraphModule) -> None:
-    """Note every user of every value: where the exporter dissolves a region it forgets those without a result."""
+    """Note every user of every value, since the exporter forgets users without a result when it dissolves a region."""
     for module in graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             for operand in node.all_input_nodes:
@@ -92,7 +92,7 @@ def _complete_users(graph_module: fx.GraphModule) -> None:
 
 
 def place_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What two names of one tensor share; of a tensor without memory of its own, the tensor itself."""
+    """A key that is the same for all names of one tensor: its memory and layout, or itself if it has no memory."""
     has_memory = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
     if not has_memory or tensor.device.type == "meta" or not tensor.numel():
         return (id(tensor),)
@@ -100,7 +100,7 @@ def place_of(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def batch_of(graph_module: fx.GraphModule, inputs: list[str]) -> tuple[str | None, int]:
-    """The symbol and the example's size of the batch: the first input's leading dimension."""
+    """The batch size, which is the first input's leading dimension: its symbol, and its size in the example."""
     for node in graph_module.graph.nodes:
         if node.op != "placeholder" or node.name not in inputs:
             continue

@@ -2,11 +2,11 @@
 
     W' = W · γ/√(v + ε),    b' = (b − m) · γ/√(v + ε) + β
 
-as static operations of the graph, so that W, γ, β and the running statistics stay the source's
-own tensors: the function is exact in eval mode, gradients reach all of them, `state_dict` does
-not change. The running statistics are then frozen in train mode too; the report says so.
+W' and b' are static operations of the graph, so that W, γ, β and the running statistics stay the source's
+own tensors. The function is exact in eval mode, gradients reach all of these tensors, and `state_dict` does
+not change. The running statistics are then frozen in train mode too, which a note says.
 
-Promise: eval-mode values equal the source's up to rounding; what could not be folded is noted.
+Promise: eval-mode values equal the source's up to rounding. A note names every batch norm that could not be folded.
 """
 
 from __future__ import annotations

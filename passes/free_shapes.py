@@ -1,12 +1,10 @@
 """Free shapes: integers computed from shapes depend on the network's inputs only.
 
-`sym_size(h, 0)` of an intermediate value becomes `sym_size(x, 0)` of an input wherever the
-shape's symbol is one of an input's dimensions, a single computed size of a `view` becomes -1, and
-every `view` a `reshape`, since strides may differ from the source's. Otherwise a shape would tie
-two blocks together that share no value.
+Otherwise a shape would tie two blocks together that share no value. So `sym_size(h, 0)` of an intermediate
+value becomes `sym_size(x, 0)` of an input, wherever that input has the same symbol. A single computed size of a
+`view` becomes -1. Every `view` becomes a `reshape`, since strides may differ from the source's.
 
-Promise: the graph computes the same values; reads of intermediate shapes that remain are those
-whose symbol no input has.
+Promise: the graph computes the same values. A shape of an intermediate value is read only if no input has its symbol.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _VIEWS = (
 
 @Pass
 def free_shapes(program: Program) -> Program:
-    """Hoist shape reads to the inputs and write -1 where one size of a view is computed."""
+    """Read shapes from the inputs, and write -1 where one size of a view is computed."""
     graph = program.graph
     symbols: dict[str, tuple[fx.Node, int]] = {}
     last: fx.Node | None = None
@@ -45,7 +43,7 @@ def free_shapes(program: Program) -> Program:
         if node.target is torch.ops.aten.sym_size.int:
             _hoist(graph, node, symbols, sizes, last)
         elif node.target in _VIEWS:
-            # A view would demand the source's strides of what a block hands out.
+            # A view would work only with the source's strides, and a block's outputs may have others.
             node.target = torch.ops.aten.reshape.default
             _minus_one(node)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or not _is_shape(node))
@@ -82,7 +80,7 @@ def _minus_one(node: fx.Node) -> None:
         return
     sizes = list(given)
     if isinstance(value, torch.Tensor) and value.dim() == len(sizes):
-        # `view(x.size(0), -1)`: what the -1 stands for is known, so that it is free for the computed size.
+        # In `view(x.size(0), -1)` the size behind the -1 is known. Written out, it leaves the -1 for the computed size.
         sizes = [
             known if size == -1 and isinstance(known, int) else size
             for size, known in zip(sizes, value.shape, strict=True)

@@ -1,7 +1,7 @@
 """The functional form of an in-place operation: `aten.add_.Tensor` -> `aten.add.Tensor`.
 
-`x.copy_(y)`, `x.fill_(v)` and `x.zero_()` have functional overloads without a derivative: they
-have forms of their own. An `out=` argument is a write, too.
+The functional overloads of `x.copy_(y)`, `x.fill_(v)` and `x.zero_()` have no derivative, so these
+get forms of their own here. An `out=` argument is a write, too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FunctionalForm:
-    """An operation that computes what another one writes."""
+    """An operation that computes the value which an in-place operation writes."""
 
     target: Callable[..., Any]
     out: str | None = None
     """Name of the `out=` argument that is written; None where the first operand is."""
     defaults: tuple[Any, ...] = ()
-    """Positional defaults of the in-place operation that the functional one has not (`bernoulli_()`)."""
+    """Defaults of the in-place operation for arguments that the functional one demands (`bernoulli_()`)."""
 
     def operands(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Positional arguments of the functional call."""
@@ -44,7 +44,7 @@ class FunctionalForm:
         return {name: value for name, value in kwargs.items() if name != self.out}
 
     def result(self, node: fx.Node) -> Any:
-        """What the functional call gives for the captured values (fake tensors); None where it cannot be said."""
+        """The result of the functional call for the captured values (fake tensors); None if it is unknown."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta.get("val"))
         mode = next((operand.fake_mode for operand in _leaves(args) if isinstance(operand, FakeTensor)), None)
         if mode is None:
@@ -52,7 +52,7 @@ class FunctionalForm:
         try:
             with mode, torch.no_grad():
                 return self.target(*args, **kwargs)
-        except Exception:  # sizes known at run time only
+        except Exception:  # some sizes are known only at run time
             return None
 
 
@@ -66,7 +66,7 @@ def writes(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node writes random numbers over its operand; dropout and RReLU transform it."""
+    """Whether a node overwrites its operand with random numbers. Dropout and RReLU do not: they transform it."""
     if not isinstance(node.target, torch._ops.OpOverload) or _name(node.target) in _RANDOM_TRANSFORMS:
         return False
     return torch.Tag.nondeterministic_seeded in node.target.tags
@@ -117,7 +117,7 @@ def functional_form(node: fx.Node) -> FunctionalForm | None:
 
 
 def _defaults(schema: Any, functional: Any) -> tuple[Any, ...]:
-    """The in-place operation's defaults, as far as the functional one demands an argument."""
+    """The in-place operation's defaults for those arguments that the functional one demands."""
     given = [argument.default_value for argument in schema.arguments if not argument.kwarg_only]
     demanded = [not a.kwarg_only and not a.has_default_value() for a in functional.arguments]
     count = max((index + 1 for index, needed in enumerate(demanded) if needed), default=0)
@@ -125,7 +125,7 @@ def _defaults(schema: Any, functional: Any) -> tuple[Any, ...]:
 
 
 def _matches(wanted: list[tuple[str, str]], has: list[tuple[str, str]]) -> bool:
-    """The same arguments; the names of the operands after the first may differ (`bernoulli_.float`, `bernoulli.p`)."""
+    """Whether the arguments are the same. Only operands after the first may differ in name (`bernoulli_.float`)."""
     return len(wanted) == len(has) and all(a[1] == b[1] for a, b in zip(wanted, has, strict=True))
 
 

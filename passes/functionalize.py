@@ -1,14 +1,14 @@
 """Functionalize: in-place operations become functional ones.
 
-`x.relu_()` becomes `y = relu(x)` and whatever read `x` afterwards reads `y`. A write through a
-view, `x[:, 0] += 1`, also rebuilds what the view was taken from (`passes/put_back.py`), and other
-views of the same memory are taken again when they are read. What is a view of what is known from
-the storages of the captured values: whether `flatten`, `.float()` or `contiguous` copied is what
-happened at capture, not what the operation's name says.
+`x.relu_()` becomes `y = relu(x)`, and operations that read `x` afterwards read `y`. A write through a
+view, `x[:, 0] += 1`, also rebuilds the tensor that the view was taken from (`passes/put_back.py`). Other
+views of the same memory are taken again when they are read. The storages of the captured values tell which
+value is a view of which. So it counts whether `flatten`, `.float()` or `contiguous` did copy at capture, not whether
+it may.
 
-A write to a parameter or a buffer (a counter, a moving average, a renormalised weight) is a
-`WriteState`, which the hybrid keeps: it takes the whole new value, and what is read afterwards is its
-result. What read the state before reads a copy, so that the order of the graph does not matter.
+A write to a parameter or a buffer (a counter, a moving average, a renormalised weight) becomes a
+`WriteState`, which the hybrid keeps. It takes the whole new value, and later operations read its
+result. Earlier operations read a copy of the old value, so that the order of the graph does not matter.
 
 Promise: no node but `WriteState` mutates a value, and the order of nodes is that of their operands.
 """
@@ -44,8 +44,8 @@ def functionalize(program: Program) -> Program:
     """Replace every in-place operation on an intermediate value.
 
     Raises:
-        UnsupportedError: for a write through a view that has no inverse, or an operation without a
-            functional form; it names the module and the user's line.
+        UnsupportedError: the model writes through a view that has no inverse, or with an operation that has no
+            functional form. The message names the module and the user's line.
     """
     return _Functionalizer(program).run()
 
@@ -64,15 +64,15 @@ class _Functionalizer:
         self.graph = program.graph
         self.places: dict[fx.Node, _Place] = {}
         self.several: dict[fx.Node, fx.Node] = {}
-        """A node that gives several views -> what they are views of."""
+        """A node that gives several views (`split`, `unbind`) -> the node that they are views of."""
         self.version: dict[fx.Node, int] = {}
-        """Number of writes to a root so far."""
+        """Root -> number of writes to it so far."""
         self.present: dict[_Place, tuple[int, fx.Node]] = {}
-        """The node that computes the value at a place, and the version for which it does."""
+        """Place -> the version of its root, and the node that computes the value of that version."""
         self.states: dict[fx.Node, fx.Node] = {}
         """Parameter or buffer -> the last write to it."""
         self.copies: dict[fx.Node, fx.Node] = {}
-        """Parameter or buffer -> a copy of what it held before the first write."""
+        """Parameter or buffer -> a copy of its value before the first write."""
 
     def run(self) -> Program:
         written = []
@@ -95,7 +95,7 @@ class _Functionalizer:
         return self.program
 
     def place(self, node: fx.Node) -> _Place:
-        """Where a captured value lives; in memory of its own where nothing else is known."""
+        """Where a captured value lives. A value that is no known view has memory of its own."""
         return self.places.get(node, _Place(node))
 
     def track(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class _Functionalizer:
             source = self.place(self.several[listed])
             step = Step(listed.target, tuple(listed.args[1:]), dict(listed.kwargs), listed, index)
         else:
-            viewed = _viewed(node, args)
+            viewed = _viewed_operand(node, args)
             if viewed is None:
                 return
             if isinstance(node.meta["val"], list | tuple):
@@ -118,7 +118,7 @@ class _Functionalizer:
     def write(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Rewrite a node that writes; False where it writes to the source's state."""
         form = functional_form(node)
-        target = _target(form, args, kwargs)
+        target = _written_node(form, args, kwargs)
         if target is None:
             return False
         place = self.place(target)
@@ -126,7 +126,7 @@ class _Functionalizer:
         if form is None and self._is_state(root):
             return False
         if form is None:
-            raise _refused(node, f"writes in place with {node.target}, which has no functional form")
+            raise _refusal(node, f"writes in place with {node.target}, which has no functional form")
         with self.graph.inserting_before(node):
             before = self.read(target)
             if moves_no_data(node):
@@ -136,10 +136,10 @@ class _Functionalizer:
                 fresh.meta = dict(node.meta)
                 self.present[self.places[node]] = (self.version.setdefault(root, 0), fresh)
                 return True
-            value = self._value(node, form, before)
+            value = self._written_value(node, form, before)
             if without_gradient(node):
                 value = self._new(written_without_gradient, (before, value), target)
-                value.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})  # who writes, not whose it is
+                value.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})  # the module that writes
             self.set(place, value)
             if self._is_state(root):
                 self.write_state(root, node)
@@ -150,8 +150,8 @@ class _Functionalizer:
         return root.op == "placeholder" and root.name not in self.program.inputs
 
     def write_state(self, root: fx.Node, node: fx.Node) -> None:
-        """Write the present value of a parameter or buffer into it, after everything that read what was there."""
-        value = self._at(_Place(root))
+        """Write the present value of a parameter or buffer into it, after every operation that read the old value."""
+        value = self._present_node(_Place(root))
         readers = [user for user in root.users if user < node and not writes(user) and not _leads_to(user, value)]
         if root not in self.copies and readers:
             with self.graph.inserting_after(_last_placeholder(self.graph)):
@@ -165,10 +165,10 @@ class _Functionalizer:
         fresh.meta = {**node.meta, "val": root.meta.get("val")}
         self.present[_Place(root)] = (self.version[root], fresh)
 
-    def _value(self, node: fx.Node, form: FunctionalForm, before: fx.Node) -> fx.Node:
-        """What the operation writes, in the dtype and shape of what it is written to."""
+    def _written_value(self, node: fx.Node, form: FunctionalForm, before: fx.Node) -> fx.Node:
+        """The value that an operation writes, in the dtype and shape of its target."""
         operands = form.operands(node.args)
-        if is_random(node):  # what is overwritten with random numbers loses its history
+        if is_random(node):  # a tensor overwritten with random numbers loses its gradient history
             operands = (self._new(torch.ops.aten.detach.default, (before,), before), *operands[1:])
         value = self.graph.call_function(form.target, operands, form.named(node.kwargs))
         value.meta = {**node.meta, "val": before.meta.get("val")}
@@ -189,23 +189,23 @@ class _Functionalizer:
         return fresh
 
     def set(self, place: _Place, value: fx.Node) -> None:
-        """Make `value` the present one at a place, and of everything that it is a part of."""
+        """Make `value` the present one at a place, and rebuild every value that the place is a part of."""
         root, steps = place.root, place.steps
-        wholes = [self._at(_Place(root, steps[:count])) for count in range(len(steps))]
+        wholes = [self._present_node(_Place(root, steps[:count])) for count in range(len(steps))]
         self.version[root] = version = self.version.get(root, 0) + 1
         self.present[place] = (version, value)
         for count in reversed(range(len(steps))):
             try:
                 value = put_back(self.graph, steps[count], wholes[count], value)
             except UnsupportedError as error:
-                raise _refused(steps[count].node, str(error)) from None
+                raise _refusal(steps[count].node, str(error)) from None
             self.present[_Place(root, steps[:count])] = (version, value)
 
     def read(self, node: fx.Node) -> fx.Node:
-        """The node of a captured node's present value, taking a stale view again."""
-        return self._at(self.place(node))
+        """The node of a captured node's present value. A view that is out of date is taken again."""
+        return self._present_node(self.place(node))
 
-    def _at(self, place: _Place) -> fx.Node:
+    def _present_node(self, place: _Place) -> fx.Node:
         version = self.version.get(place.root, 0)
         known = self.present.get(place)
         if known is not None and known[0] == version:
@@ -213,12 +213,12 @@ class _Functionalizer:
         if not place.steps:
             return place.root
         step = place.steps[-1]
-        whole = self._at(_Place(place.root, place.steps[:-1]))
+        whole = self._present_node(_Place(place.root, place.steps[:-1]))
         args, kwargs = fx.map_arg((step.args, step.kwargs), self.read)
         fresh = self.graph.call_function(step.target, (whole, *args), kwargs)
         fresh.meta = dict(step.node.meta)
         if known is not None and step.target is torch.ops.aten.detach.default:
-            # A detached tensor shares the values; what was written to it has a history of its own.
+            # A detached tensor shares the values, but keeps the gradient history of what was written to it.
             fresh = self._new(written_without_gradient, (known[1], fresh), step.node)
         if step.index is not None:
             several = fresh
@@ -245,7 +245,7 @@ def _last_placeholder(graph: fx.Graph) -> fx.Node:
     return [node for node in graph.nodes if node.op == "placeholder"][-1]
 
 
-def _target(form: FunctionalForm | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
+def _written_node(form: FunctionalForm | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
     """The captured node that is written to."""
     found = args[0] if form is None or form.out is None else kwargs.get(form.out)
     return found if isinstance(found, fx.Node) else None
@@ -264,11 +264,11 @@ def _storages(node: fx.Node) -> set[int]:
 
 
 _FRESH_IN_TRAINING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "rrelu")
-"""They hand on their input in eval mode; in train mode they do not."""
+"""In eval mode they return their input itself, in train mode a new value."""
 
 
-def _viewed(node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-    """The operand whose memory a node's value lies in."""
+def _viewed_operand(node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+    """The operand that shares its memory with a node's value; None if there is none."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     if node.target._schema.name.removeprefix("aten::") in _FRESH_IN_TRAINING:
@@ -279,5 +279,5 @@ def _viewed(node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
     return source if _storages(source) & _storages(node) else None
 
 
-def _refused(node: fx.Node, what: str) -> UnsupportedError:
+def _refusal(node: fx.Node, what: str) -> UnsupportedError:
     return UnsupportedError(f"module {module_path(node)!r} {what}: write it out of place{source_line(node)}")

@@ -1,6 +1,6 @@
-"""Held: what a model's attributes hold beside its modules, parameters and buffers, in containers and objects too.
+"""Held: find the tensors and containers in a model's attributes that are no modules, parameters or buffers.
 
-Promise: `containers_in` finds each mutable container once, not deeper than a few levels; `held_tensors` each tensor.
+Promise: `containers_in` finds each mutable container once, a few levels deep. `held_tensors` finds each tensor once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ffebm_compiler.passes.process import is_users, reachable
 __all__ = ["containers_in", "content_of", "held_tensors", "own_attributes", "plain_tensors", "refill"]
 
 _DEPTH, _ITEMS = 4, 1000
-"""What is deeper, or behind so many items, is data and no state of a forward."""
+"""How many levels deep, and among how many items, state is looked for. Beyond that it is taken for data."""
 _PLAIN = (str, bytes, int, float, complex, type(None), Tensor)
 _NO_OBJECTS = (Tensor, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -31,7 +31,7 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def content_of(container: Any) -> Any:
-    """A shallow copy of what a container or an object holds; None for anything else."""
+    """The items of a container, or the attributes of an object, as a new list; None for anything else."""
     if isinstance(container, dict):
         return list(dict.items(container))
     if isinstance(container, list | set | deque):
@@ -40,7 +40,7 @@ def content_of(container: Any) -> Any:
 
 
 def refill(container: Any, content: list[Any]) -> None:
-    """Give a container back what it held."""
+    """Put the items that `content_of` returned back into their container."""
     target = container if isinstance(container, dict | list | set | deque) else vars(container)
     target.clear()
     if isinstance(target, list | deque):
@@ -50,7 +50,7 @@ def refill(container: Any, content: list[Any]) -> None:
 
 
 def containers_in(value: Any, apart: Container[int] = ()) -> list[Any]:
-    """The mutable containers and objects in a value, itself included; not those in the modules of the ids `apart`."""
+    """The mutable containers and objects in a value, itself included, outside of the objects with the ids `apart`."""
     found: list[Any] = []
     if isinstance(value, _PLAIN):
         return found
@@ -68,7 +68,7 @@ def containers_in(value: Any, apart: Container[int] = ()) -> list[Any]:
 
 
 def held_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[Tensor]:
-    """The parameters and buffers of a model, and the tensors that its attributes hold or its code names, each once."""
+    """The parameters and buffers of a model, and all `plain_tensors`, each once."""
     registered = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
     return [
         *registered.values(),
@@ -77,7 +77,7 @@ def held_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[Te
 
 
 def plain_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[Tensor]:
-    """The tensors that a model's attributes hold beside its parameters and buffers, or its code names, each once."""
+    """Tensors that a model's attributes hold or its code names, without its parameters and buffers, each once."""
     modules = {id(module) for module in source.modules()}
     named = reachable(source) if reached is None else reached
     found = {id(value): value for value in named if isinstance(value, Tensor) and not isinstance(value, FakeTensor)}
@@ -93,7 +93,7 @@ def plain_tensors(source: nn.Module, reached: list[Any] | None = None) -> list[T
 def _is_object(value: Any) -> bool:
     """Whether a value is an object with attributes, of a class that is not torch's or Python's own."""
     if isinstance(value, nn.Module):
-        return True  # hidden from its parent in a list, as teachers are
+        return True  # a list hides it from its parent, as is usual for a teacher network
     return not isinstance(value, _NO_OBJECTS) and hasattr(value, "__dict__") and is_users(type(value).__module__)
 
 

@@ -1,9 +1,9 @@
-"""A hidden compiler: the model's code is told that nothing compiles it, and does what it does when it is called.
+"""A hidden compiler: the model's code is told that nothing compiles it, so that it runs as in an ordinary call.
 
-Code that asks `torch.compiler.is_compiling()` or `is_exporting()` may leave out there what the rest of its forward
+Code that asks `torch.compiler.is_compiling()` or `is_exporting()` may then skip steps that the rest of its forward
 needs.
 
-Promise: torch's own code is told the truth, and both functions are as before afterwards.
+Promise: torch's own code is told the truth, and both functions are restored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAMES = ("is_compiling", "is_exporting")
 
 @contextmanager
 def hidden_compiler() -> Iterator[set[str]]:
-    """Answer in torch's place while the context is open; gives the names of the modules whose code asked."""
+    """Answer "no" to the model's code while the context is open; yields the names of the modules that asked."""
     asked: set[str] = set()
 
     def answering(original: Callable[[], bool]) -> Callable[[], bool]:

@@ -2,11 +2,11 @@
 
 `torch.export` keeps `with torch.no_grad():` and `with torch.autocast(...):` as one higher-order
 node that calls a submodule. Its operations are copied into the graph, so that they are annotated
-like any other. What leaves a `no_grad` region is detached, as in the source, and a write inside
-one is marked: the gradient does not see it. An operation of an `autocast` region is marked with
+like any other. Values that leave a `no_grad` region are detached, as in the source. A write inside
+one is marked, since it has no gradient. An operation of an `autocast` region is marked with
 the region's dtype, for the pass `explicit_casts`.
 
-Promise: no node of the graph calls a captured submodule, flex attention (a module of its own) aside.
+Promise: no node of the graph calls a captured submodule. Only flex attention remains, as a module.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class Autocast:
     enabled: bool
 
 
-def _is_captured(program: Program, node: fx.Node) -> bool:
+def _calls_captured_submodule(program: Program, node: fx.Node) -> bool:
     return node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-@ensures("calls a captured submodule", _is_captured)
+@ensures("calls a captured submodule", _calls_captured_submodule)
 def inline_regions(program: Program) -> Program:
     """Inline every `wrap_with_set_grad_enabled` and `wrap_with_autocast`.
 
     Raises:
-        UnsupportedError: for another higher-order operation (cond, while_loop, ...).
+        UnsupportedError: the model uses another higher-order operation (cond, while_loop, ...).
     """
     while True:
         found = [node for node in program.graph.nodes if _is_region(node)]
@@ -68,8 +68,8 @@ def inline_regions(program: Program) -> Program:
             places = [place for inner in (user, *inside) if (place := source_line(inner))]
             line = places[0] if places else ""
             raise UnsupportedError(
-                f"module {module_path(user)!r} uses torch's {user.target}{line}, control flow that runs on data: it "
-                "cannot be compiled; convert the submodules around it"
+                f"module {module_path(user)!r} uses torch's {user.target}{line}, control flow that depends on data, "
+                "which cannot be compiled; convert the submodules around it"
             )
     program.graph.lint()
     return program
@@ -79,8 +79,8 @@ def _is_region(node: fx.Node) -> bool:
     return str(node.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
-def _marks(node: fx.Node) -> dict[str, object]:
-    """What an operation inside a region is marked with."""
+def _marks_of_region(node: fx.Node) -> dict[str, object]:
+    """The meta entries that mark an operation inside a region."""
     marks = {key: node.meta[key] for key in (WITHOUT_GRADIENT, AUTOCAST) if key in node.meta}
     if str(node.target) == "wrap_with_set_grad_enabled":
         return {**marks, WITHOUT_GRADIENT: node.args[0] is False}
@@ -95,7 +95,7 @@ def _inline(program: Program, node: fx.Node) -> None:
     holder = node.args[position]
     assert isinstance(holder, fx.Node)
     body = getattr(program.graph_module, str(holder.target))
-    marks = _marks(node)
+    marks = _marks_of_region(node)
     operands = iter(node.args[position + 1 :])
     env: dict[fx.Node, object] = {}
     graph = program.graph
@@ -132,11 +132,11 @@ def _inline(program: Program, node: fx.Node) -> None:
 
 
 def _detach(graph: fx.Graph) -> None:
-    """Detach what operations without gradient hand to operations with one."""
+    """Detach the values that operations under `no_grad` hand to operations outside."""
     silent = {node for node in graph.nodes if node.op == "call_function" and without_gradient(node)}
     for node in silent:
-        if not isinstance(node.meta.get("val"), torch.Tensor) or _memory(node) not in silent:
-            continue  # a write under no_grad to an older tensor is that tensor, whose history stays
+        if not isinstance(node.meta.get("val"), torch.Tensor) or _written_tensor(node) not in silent:
+            continue  # a write under no_grad returns the older tensor itself, which keeps its history
         users = [user for user in node.users if user not in silent]
         if not users:
             continue
@@ -152,8 +152,8 @@ def without_gradient(node: fx.Node) -> bool:
     return bool(node.meta.get(WITHOUT_GRADIENT) or (node.meta.get("custom") or {}).get(WITHOUT_GRADIENT))
 
 
-def _memory(node: fx.Node) -> fx.Node:
-    """The node whose value an in-place operation is."""
+def _written_tensor(node: fx.Node) -> fx.Node:
+    """The node whose memory an in-place operation returns."""
     while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
         target = node.args[0] if node.args else None
         if not isinstance(target, fx.Node):
@@ -163,7 +163,7 @@ def _memory(node: fx.Node) -> fx.Node:
 
 
 def _keep_flex_attention(program: Program, node: fx.Node) -> None:
-    """Flex attention with the graphs of its score and mask functions becomes a module: a digital operation."""
+    """Make flex attention, with the graphs of its score and mask functions, a module: a digital operation."""
 
     def held(argument: fx.Node) -> Any:
         if argument.op != "get_attr":

@@ -1,9 +1,9 @@
-"""Known values: branches on buffers are decided by what the buffers hold at conversion, on constants by what they are.
+"""Known values: a branch on a buffer or a constant is decided by its value at conversion.
 
-`if self.observer_enabled[0] == 1:` asks for the value of a tensor, which a traced forward has not.
-Where it was computed from small buffers alone, the value is that of the buffers: the branch is a
-setting of the model, and the person is told which one was kept. A buffer that the forward branches
-on and also writes (a flag that the first call sets) is no setting: it is refused. A tensor that the
+`if self.observer_enabled[0] == 1:` asks for the value of a tensor, which does not exist while the forward is traced.
+If the tensor was computed from small buffers alone, the values of the buffers give the answer. The branch is then a
+setting of the model, and a note says which side was kept. A buffer that the forward branches
+on and also writes (a flag that the first call sets) is no setting and is refused. A tensor that the
 forward makes of Python numbers, such as `torch.tensor(sizes)`, has the same value at every call.
 """
 
@@ -25,7 +25,7 @@ from ffebm_compiler.passes.source_line import running_line
 __all__ = ["KnownValues"]
 
 _LARGEST = 256
-"""Values of a tensor that may still be a setting."""
+"""How many values a tensor may have to count as a setting."""
 _READS = (
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist, torch.equal,
     torch.is_nonzero, torch.allclose,
@@ -38,7 +38,7 @@ _SIZED = frozenset((
     "pad", "view", "reshape", "expand", "repeat", "tile", "zeros", "ones", "full", "empty", "new_zeros", "new_ones",
     "new_full", "new_empty", "interpolate",
 ))  # fmt: skip
-"""Functions among whose arguments is a list of sizes, of which each may be a tensor."""
+"""Functions that take a list of sizes, in which each size may be a tensor."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Known:
     names: frozenset[str]
     """The buffers that it was computed from."""
     version: int = 0
-    """How often the traced tensor had been written when its value was noted."""
+    """The traced tensor's version (its number of writes) when its value was noted."""
 
 
 class _Draws(Exception):
@@ -68,17 +68,17 @@ class KnownValues:
                     name = f"{path}.{leaf}" if path else leaf
                     self._owners[name], self._values[name] = (module, leaf), buffer.detach().clone()
         self._known: dict[int, _Known] = {}
-        self._probe: Tensor | None = None
+        self._noted_buffer: Tensor | None = None
         self._written: set[str] = set()
         self._rewritten: _Known | None = None
-        """A constant that the running call writes known values to."""
+        """The constant that the running call writes to, if it writes only known values."""
         self.reads: dict[str, str] = {}
         """Buffer -> the line that first asked for its value."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """Whether a call asks for a value that is known, and the value; notes what other calls compute or write."""
-        self._refresh()
-        known = [self._of(tensor) for tensor in _tensors(args, kwargs)]
+        """Whether a call asks for a known value, and that value. Also notes writes to buffers and constants."""
+        self._note_new_buffers()
+        known = [self._value_of(tensor) for tensor in _tensors(args, kwargs)]
         if _writes(func, kwargs):
             entry = self._known.get(id(next(_tensors(args, {}), None)))
             if entry is not None and entry.names:
@@ -88,12 +88,12 @@ class KnownValues:
             self._rewritten = entry if constant else None
             return False, None
         if func in _READS and known and all(known):
-            self._read(known)
+            self._note_decision(known)
             return True, self._compute(func, args, kwargs)
         return False, None
 
     def sizes(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of a call, with numbers in place of known tensors in a list of sizes."""
+        """The arguments of a call, with a number for every known tensor in a list of sizes."""
         if getattr(func, "__name__", "") not in _SIZED:
             return args
         own = args[:1] if args and isinstance(args[0], Tensor) else ()
@@ -103,29 +103,29 @@ class KnownValues:
         )
 
     def _size(self, size: Any) -> Any:
-        known = self._of(size) if isinstance(size, Tensor) else None
+        known = self._value_of(size) if isinstance(size, Tensor) else None
         if known is None or known.value.dim() or known.value.is_floating_point():
             return size
-        self._read([known])
+        self._note_decision([known])
         return int(known.value)
 
-    def _read(self, known: list[_Known | None]) -> None:
-        """Note that values decide something."""
+    def _note_decision(self, known: list[_Known | None]) -> None:
+        """Note that the trace depends on these values, and the line that asked for them."""
         line = running_line()
         for name in frozenset().union(*(entry.names for entry in known if entry is not None)):
             self.reads.setdefault(name, line)
 
     def computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Note the value of a result that was computed from known tensors alone, or from none."""
+        """Note the value of a result that was computed from known tensors or Python numbers alone."""
         if _writes(func, kwargs):
-            self._rewrite(func, args, kwargs)
+            self._repeat_write(func, args, kwargs)
             return
-        known = [self._of(tensor) for tensor in _tensors(args, kwargs)]
-        if not all(known) or (not known and func not in _FACTORIES) or _symbolic(args, kwargs):
+        known = [self._value_of(tensor) for tensor in _tensors(args, kwargs)]
+        if not all(known) or (not known and func not in _FACTORIES) or _has_symbolic_sizes(args, kwargs):
             return
         try:
             value = self._compute(func, args, kwargs)
-        except Exception:  # it draws, or something among the arguments is not known after all
+        except Exception:  # the call draws random numbers, or not all of its arguments are known
             return
         names = frozenset().union(*(entry.names for entry in known if entry is not None))
         several = isinstance(result, list | tuple) and isinstance(value, list | tuple)
@@ -133,12 +133,12 @@ class KnownValues:
             if isinstance(traced, Tensor) and isinstance(real, Tensor) and _is_small(real):
                 self._known[id(traced)] = _Known(traced, real, names, traced._version)
                 if not names:
-                    _of_known_size(traced, real)
+                    _tell_sizes(traced, real)
 
-    def _rewrite(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Write to the value of a constant what the forward writes to it, so that it and its views stay known."""
+    def _repeat_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Repeat the forward's write to a constant on its known value, so that it and its views stay known."""
         target, self._rewritten = self._rewritten, None
-        if target is None or _symbolic(args, kwargs):
+        if target is None or _has_symbolic_sizes(args, kwargs):
             return
         with contextlib.suppress(Exception):
             self._compute(func, args, kwargs)
@@ -149,13 +149,13 @@ class KnownValues:
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether the value of a traced tensor is known."""
-        return self._of(tensor) is not None
+        return self._value_of(tensor) is not None
 
     def check(self) -> None:
         """Refuse a forward that branches on a buffer and writes it.
 
         Raises:
-            NotTraceable: naming the buffer and the line.
+            NotTraceable: such a buffer was found; names it and the line.
         """
         for name, line in self.reads.items():
             if name in self._written:
@@ -172,22 +172,22 @@ class KnownValues:
                 f"conversion, {self._values[name].tolist()}"
             )
 
-    def _refresh(self) -> None:
-        """The exporter puts other tensors in the place of the buffers: know those too."""
+    def _note_new_buffers(self) -> None:
+        """Note the buffers' values again if the exporter has put other tensors in their place."""
         if not self._owners:
             return
         module, leaf = next(iter(self._owners.values()))
         probe = module._buffers.get(leaf)
-        if probe is None or probe is self._probe:
+        if probe is None or probe is self._noted_buffer:
             return
-        self._probe = probe
+        self._noted_buffer = probe
         for name, (module, leaf) in self._owners.items():
             buffer = module._buffers.get(leaf)
             if buffer is not None:
                 self._known[id(buffer)] = _Known(buffer, self._values[name], frozenset((name,)))
 
-    def _of(self, tensor: Tensor) -> _Known | None:
-        """What is known of a tensor; nothing where it has been written since."""
+    def _value_of(self, tensor: Tensor) -> _Known | None:
+        """The known value of a tensor; None if it has been written since."""
         known = self._known.get(id(tensor))
         if known is None or known.names or tensor._version == known.version:
             return known
@@ -225,14 +225,14 @@ def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
     return special or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
-def _symbolic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _has_symbolic_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether sizes of the traced inputs are among the arguments."""
     symbols = torch.SymInt | torch.SymFloat | torch.SymBool
     return any(isinstance(leaf, symbols) for leaf in pytree.tree_leaves((args, kwargs)))
 
 
-def _of_known_size(traced: Tensor, value: Tensor) -> None:
-    """Tell the exporter the sizes that follow from a constant's values (`nonzero`, `repeat_interleave`)."""
+def _tell_sizes(traced: Tensor, value: Tensor) -> None:
+    """Tell the exporter sizes that a constant's values determine (`nonzero`, `repeat_interleave`)."""
     for size, length in zip(traced.shape, value.shape, strict=True):
         if isinstance(size, torch.SymInt):
             torch._check(size == length)

@@ -1,7 +1,7 @@
-"""Mode parts: the differences of two captures as pieces, and each piece as one module.
+"""Mode parts: split the differences of two captures into pieces, and make each piece one module.
 
-A piece holds operations of the one mode, of the other or of both that belong together: connected
-by their values, and all computed from parameters alone or none. Sizes are copied to where they are used.
+A piece holds operations of either mode or both that their values connect. Its operations follow one
+module's flag. Either all of them are computed from parameters alone or none is. Sizes are computed again in each piece.
 
 Promise: a piece's module computes, in each mode, what that mode's operations compute.
 """
@@ -32,11 +32,11 @@ class Piece:
     evaluation: list[fx.Node]
     training: list[fx.Node]
     results: list[tuple[fx.Node | None, fx.Node | None]] = field(default_factory=list)
-    """What is read outside: the value in eval mode and that in train mode, None where the mode has none."""
+    """The values that others read, each as (value in eval mode, value in train mode); None where a mode has none."""
 
 
 def tensors_read(node: fx.Node, paired: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The values and paired sizes that a node depends on, through the sizes of its own mode."""
+    """The values and paired sizes that a node depends on, also through sizes that only its mode has."""
     found: dict[fx.Node, None] = {}
     pending = list(reversed(operands(node)))
     while pending:
@@ -69,14 +69,14 @@ def pieces_of(
     owner: Callable[[fx.Node], str],
     paired: Callable[[fx.Node], bool],
 ) -> list[Piece]:
-    """Split a difference, in an order in which the pieces can run.
+    """Split a difference into pieces, in an order in which they can run.
 
     Args:
-        difference: what is split.
-        joined: values of the two modes that are one value to what reads them.
+        difference: the operations to split.
+        joined: pairs of values, one of each mode, that one operation reads.
         static: whether a value is computed from parameters alone.
-        owner: path of the module whose flag an operation follows.
-        paired: whether a node is of both modes.
+        owner: gives the path of the module whose flag an operation follows.
+        paired: whether both modes have a node.
     """
     import networkx
 
@@ -95,13 +95,13 @@ def pieces_of(
     together.add_edges_from(
         (one, other) for one, other in links if static[one] == static[other] and owner(one) == owner(other)
     )
-    together.add_edges_from(_of_one_module(together, set(difference.evaluation), static, owner))
+    together.add_edges_from(_links_within_modules(together, set(difference.evaluation), static, owner))
     group = {node: place for place, held in enumerate(networkx.connected_components(together)) for node in held}
     between: networkx.DiGraph[int] = networkx.DiGraph()
     between.add_nodes_from(group.values())
     between.add_edges_from((group[one], group[other]) for one, other in flow.edges if group[one] != group[other])
     merged = networkx.condensation(between)
-    # What is computed from parameters alone comes first where it can; then the order of the captures decides.
+    # Pieces that are computed from parameters alone come first where they can. Then the order of the captures decides.
     order = {node: index for index, node in enumerate(difference.training)}
     order |= {node: index for index, node in enumerate(difference.evaluation) if node not in order}
     members = {place: {node for node in nodes if group[node] in merged.nodes[place]["members"]} for place in merged}
@@ -119,10 +119,10 @@ def pieces_of(
     ]
 
 
-def _of_one_module(
+def _links_within_modules(
     together: Any, evaluation: set[fx.Node], static: Mapping[fx.Node, bool], owner: Callable[[fx.Node], str]
 ) -> list[tuple[fx.Node, fx.Node]]:
-    """Links of what a module does in eval mode and what it does in place of it in train mode, where each is one."""
+    """Links between the one group that a module has in eval mode alone and the one that it has in train mode alone."""
     import networkx
 
     found: dict[tuple[str, bool], tuple[list[fx.Node], list[fx.Node]]] = {}
@@ -146,11 +146,11 @@ class Side:
         self.placeholders = [self.graph.placeholder(f"operand_{index}") for index in range(operands_count)]
 
     def bind(self, node: fx.Node, index: int) -> None:
-        """Say which operand a value of this mode is."""
+        """Note that a value of this mode is the module's operand `index`."""
         self.env[node] = self.placeholders[index]
 
     def value(self, node: fx.Node) -> fx.Node:
-        """The local node of a value; a size is computed here."""
+        """The node of a value in this graph. A size is computed again here."""
         if node not in self.env:
             self.env[node] = self.graph.node_copy(node, self.value)
             self.env[node].meta = dict(node.meta)
@@ -159,7 +159,7 @@ class Side:
         return self.env[node]
 
     def finish(self, nodes: list[fx.Node], results: list[fx.Node | None], single: bool) -> fx.GraphModule:
-        """The module that gives `results`; a single one as it is."""
+        """The module that returns `results`: a tuple, or the value itself if `single`."""
         for node in nodes:
             self.value(node)
         values: list[Any] = [None if node is None else self.value(node) for node in results]

@@ -1,4 +1,4 @@
-"""From ATen operations to the operators of a block: what the rows of `dialect` build."""
+"""Build the operators of a block from ATen operations. The rows of `dialect` name these functions."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def _padding(padding: object, kernel: torch.Size, dilation: tuple[int, ...]) -> 
 
 
 def _plain(value: object) -> object:
-    """Lists become tuples, so that an operator is hashable and comparable."""
+    """Make tuples of lists, so that an operator is hashable and comparable."""
     return tuple(_plain(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _settings(node: fx.Node) -> tuple[tuple[object, ...], tuple[tuple[str, object], ...]]:
-    """The arguments of a node but its value."""
+    """The arguments of a node without its value."""
     return (
         tuple(_plain(argument) for argument in node.args[1:]),
         tuple((key, _plain(value)) for key, value in node.kwargs.items()),
@@ -110,12 +110,12 @@ def _settings(node: fx.Node) -> tuple[tuple[object, ...], tuple[tuple[str, objec
 
 
 def wiring(function: Callable[..., torch.Tensor]) -> Build:
-    """What makes the operator of a linear function of one value."""
+    """A builder of operators for a linear function of one value."""
     return lambda node: Wiring(function, *_settings(node))
 
 
 def reshape(function: Callable[..., torch.Tensor]) -> Build:
-    """What makes the operator of a function that reshapes."""
+    """A builder of operators for a function that reshapes."""
     return lambda node: Reshape(function, *_settings(node))
 
 
@@ -125,7 +125,7 @@ def zero_pad(node: fx.Node) -> Operator:
 
 
 def max_pool(dims: int) -> Build:
-    """What makes the operator of max pooling."""
+    """A builder of operators for max pooling over so many dimensions."""
     return lambda node: MaxPool(dims, _settings(node)[0])
 
 
@@ -135,12 +135,12 @@ def permute(node: fx.Node) -> Operator:
 
 
 def signed_sum(sign: float) -> Build:
-    """What makes the operator of a sum, or of a difference: of two values, or of a value and a number."""
+    """A builder of operators for a sum or a difference, of two values or of a value and a number."""
 
     def build(node: fx.Node) -> Operator:
         second = node.args[1]
         if isinstance(second, fx.Node):
-            # x + x has one operand in `all_input_nodes`.
+            # `all_input_nodes` lists the x of x + x once.
             return Scale(1 + sign) if second is node.args[0] else Sum((1.0, sign))
         return Sum((1.0,), sign * float(second))  # type: ignore[arg-type]
 

@@ -1,10 +1,10 @@
-"""Order of draws: blocks and digital parts run so that random numbers are drawn in the source's order.
+"""Order of draws: order the blocks and digital parts so that random numbers are drawn in the source's order.
 
-One seed then gives the same dropout masks, the same dropped layers, the same noise in the hybrid as
-in the source. The partition sees to it that there is such an order. A plan edited by hand may have
-none: a part of it then holds draws from before and after another part's.
+One seed then gives the hybrid the same dropout masks, dropped layers and noise as the source. The
+partition leaves such an order possible. A plan edited by hand may have none: one of its parts may draw both before and
+after another one.
 
-Promise: an order in which the parts can run; `kept` is true where the draws are in the source's order.
+Promise: an order in which the parts can run. `kept` is true if it draws in the source's order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Order", "draws", "in_order_of_draws"]
 
 @dataclass(frozen=True)
 class Order:
-    """In which order groups of operations run."""
+    """The order in which groups of operations run."""
 
     groups: tuple[int, ...]
     kept: bool
@@ -33,7 +33,7 @@ class Order:
 
 
 def draws(program: Program, node: fx.Node) -> bool:
-    """Whether a node draws random numbers, in one mode at least."""
+    """Whether a node draws random numbers in at least one mode."""
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(rate)
@@ -48,10 +48,10 @@ def draws(program: Program, node: fx.Node) -> bool:
 
 
 def in_order_of_draws(graph: OperationGraph, groups: Sequence[Sequence[str]]) -> Order:
-    """An order of groups of operations by what they need, in which random numbers are drawn as in the source.
+    """An order in which groups of operations can run, and in which they draw as the source does if that is possible.
 
     Raises:
-        PlanError: where the groups form a cycle.
+        PlanError: the groups form a cycle.
     """
     order, kept = order_with_draws(graph, groups)
     return Order(tuple(place for place in order if isinstance(place, int)), kept)

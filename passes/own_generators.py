@@ -1,7 +1,7 @@
-"""Own generators: random generators that a model keeps, or that its code names, beside the process's default ones.
+"""Own generators: find the random generators that a model uses beside the default ones of the process.
 
-Promise: each is found that the model's attributes hold, or that its code reaches by name; after
-`own_generators_unchanged` each is in the state in which it was.
+Promise: every generator is found that the model's attributes hold or that its code reaches by name. After
+`own_generators_unchanged` each has its former state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["OwnGenerators", "own_generators_unchanged"]
 
 
 class OwnGenerators:
-    """The generators of a model, by name, and the states in which they are now."""
+    """The generators of a model by name, with their states when this object was made."""
 
     def __init__(self, source: nn.Module, reached: list[Any] | None = None) -> None:
         numpy: Any = sys.modules.get("numpy")
@@ -44,25 +44,25 @@ class OwnGenerators:
                 )
                 name = f"{kind} ({names[id(value)]!r})" if id(value) in names else f"{kind} of the model's code"
                 self.found[f"{name}, {len(self.found)}" if name in self.found else name] = value
-        self.states = {name: _state(value) for name, value in self.found.items()}
+        self.states = {name: _state_of(value) for name, value in self.found.items()}
 
     def drawn(self) -> Iterator[str]:
-        """Names of the generators that are in another state now, those of torch aside, whose draws a trace sees."""
+        """Names of the generators that have drawn since. torch's own are left out, since a trace sees their draws."""
         for name, value in self.found.items():
-            if not isinstance(value, torch.Generator) and pickle.dumps(_state(value)) != pickle.dumps(
+            if not isinstance(value, torch.Generator) and pickle.dumps(_state_of(value)) != pickle.dumps(
                 self.states[name]
             ):
                 yield name
 
     def restore(self) -> None:
-        """Put every generator back into its state."""
+        """Give every generator its former state."""
         for name, value in self.found.items():
-            _set(value, self.states[name])
+            _set_state(value, self.states[name])
 
 
 @contextmanager
 def own_generators_unchanged(source: nn.Module, reached: list[Any] | None = None) -> Iterator[OwnGenerators]:
-    """The states of a model's own generators."""
+    """Restore the states of a model's own generators when the context ends."""
     generators = OwnGenerators(source, reached)
     try:
         yield generators
@@ -70,7 +70,7 @@ def own_generators_unchanged(source: nn.Module, reached: list[Any] | None = None
         generators.restore()
 
 
-def _state(generator: Any) -> Any:
+def _state_of(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -78,7 +78,7 @@ def _state(generator: Any) -> Any:
     return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state()
 
 
-def _set(generator: Any, state: Any) -> None:
+def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):

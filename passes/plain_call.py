@@ -1,4 +1,4 @@
-"""A forward that takes and returns plain containers, for as long as it is traced."""
+"""Plain call: let a forward take and return plain containers while it is traced."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["PlainCall", "plain_call"]
 
 @dataclass
 class PlainCall:
-    """Example inputs in their plain form, and how those and the outputs are built."""
+    """Example inputs in plain form, and the forms that build inputs and outputs from it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: Recipe
     outputs: Recipe
-    """That of the last call."""
+    """The form of the outputs of the last call."""
 
 
 def _with_names(signature: inspect.Signature, kwargs: dict[str, Any]) -> inspect.Signature:
-    """The signature with the names that a call gives to `**kwargs`: the exporter frees no size of what is in there."""
+    """The signature with names in place of `**kwargs`, since the exporter frees no size of a value in `**kwargs`."""
     parameters = list(signature.parameters.values())
     if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
         return signature
@@ -39,7 +39,7 @@ def _with_names(signature: inspect.Signature, kwargs: dict[str, Any]) -> inspect
 
 @contextlib.contextmanager
 def plain_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PlainCall]:
-    """Let `source` be called with the plain form of `args` and `kwargs` and return plain containers."""
+    """While the context is open, let `source` take the plain form of its inputs and return plain containers."""
     (plain_args, plain_kwargs), inputs = plain((args, kwargs))
     call = PlainCall(plain_args, plain_kwargs, inputs, Recipe())
     original = source.forward

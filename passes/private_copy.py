@@ -1,7 +1,7 @@
-"""The private copy of the model, which the hybrid owns: the user's own model is never touched.
+"""Private copy: copy the model for the hybrid to own, so that the user's model is never touched.
 
-Promise: a deep copy that shares no tensor with the model, also where functions close over it, and has
-the hooks of its parameters.
+Promise: the deep copy shares no tensor with the model, not even through functions that close over it. It has
+the hooks of the model's parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _REGISTERED = ("_parameters", "_modules")
 
 
 def private_copy(model: nn.Module) -> nn.Module:
-    """A deep copy; results of earlier calls that a module caches as attributes are copied without their history."""
+    """A deep copy. Results of earlier calls that a module caches in attributes lose their gradient history."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for leaf in pytree.tree_leaves([value for key, value in vars(module).items() if key not in _REGISTERED]):
@@ -32,7 +32,7 @@ def private_copy(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
-            f"the model {type(model).__name__} cannot be copied ({type(error).__name__}: {error}); the converter "
+            f"the model {type(model).__name__} cannot be copied ({type(error).__name__}, {error}), and the converter "
             "works on a copy so that the source stays as it is: make it deep-copyable (no open files, no locks)"
         ) from error
     closures = CopiedClosures(memo)
@@ -42,7 +42,7 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 
 def _copy_hooks(model: nn.Module, copied: nn.Module, closures: CopiedClosures) -> None:
-    """Give the copies of parameters the hooks of their originals, which a deep copy leaves behind."""
+    """Copy the hooks of parameters, which a deep copy leaves out."""
     twins = dict(copied.named_parameters())
     for name, parameter in model.named_parameters():
         for hook in (parameter._backward_hooks or {}).values():

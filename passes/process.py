@@ -1,11 +1,11 @@
-"""The process as before: caches and levels that a trace would leave changed.
+"""Process: undo what a trace changes in caches outside of the model and in torch's levels.
 
-A model may cache tables outside of its modules: `functools.lru_cache`, a dictionary of the module it
-is defined in, one in a closure. Traced, such a cache keeps the tracer's fake tensors, and the user's
+A model may cache tables outside of its modules: with `functools.lru_cache`, in a dictionary of a Python module, or in
+a closure. During a trace such a cache fills with the tracer's fake tensors, and the user's
 own model would return them from then on.
 
-Promise: no cache of functions that are defined outside of torch and the standard library holds a fake
-tensor afterwards; torch's functional transforms are at the level at which they were.
+Promise: afterwards no cache of a function outside of torch and the standard library holds a fake
+tensor, and torch's functional transforms are at their former level.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["is_users", "process_unchanged", "reachable"]
 
-_OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "numpy", "networkx", "ffebm_compiler"}
-"""Top-level packages whose caches are their own affair."""
+_NOT_USERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "numpy", "networkx", "ffebm_compiler"}
+"""Top-level packages whose caches are left alone."""
 
 
 @contextmanager
 def process_unchanged(source: nn.Module, reached: list[Any] | None = None) -> Iterator[None]:
-    """Empty the caches of a model's code that were filled with fake tensors; restore torch's functional level."""
+    """Afterwards, empty caches of the model's code that hold fake tensors, and restore torch's functional level."""
     level = torch._C._functorch.maybe_current_level()
     found = reachable(source) if reached is None else reached
     caches: list[Any] = [value for value in found if isinstance(value, functools._lru_cache_wrapper)]
@@ -44,16 +44,16 @@ def process_unchanged(source: nn.Module, reached: list[Any] | None = None) -> It
             if cache.cache_info().misses != before:
                 cache.cache_clear()
         for container in containers:
-            _without_fakes(container)
+            _remove_fakes(container)
 
 
 def is_users(module: object) -> bool:
-    """Whether a module, by its name, is neither torch's, nor the standard library's, nor this package's."""
-    return isinstance(module, str) and module.partition(".")[0] not in _OTHERS
+    """Whether a Python module is the user's, by its name: not torch, the standard library or this package."""
+    return isinstance(module, str) and module.partition(".")[0] not in _NOT_USERS
 
 
 def reachable(source: nn.Module) -> list[Any]:
-    """What the code of a model can reach by name and attributes, each once; plain values aside."""
+    """Every object that a model's code can reach by name or attribute, once each, without plain values."""
     reached: list[Any] = []
     pending: list[Any] = [part for module in source.modules() for part in (type(module), *vars(module).values())]
     seen: set[int] = set()
@@ -64,19 +64,19 @@ def reachable(source: nn.Module) -> list[Any]:
         seen.add(id(found))
         reached.append(found)
         if not isinstance(found, torch.Tensor):
-            pending += _parts(found)
+            pending += _referred_objects(found)
     return reached
 
 
-def _parts(found: Any) -> list[Any]:
-    """What an object's code names, for objects that are defined outside of the known packages."""
+def _referred_objects(found: Any) -> list[Any]:
+    """The objects that an object of the user's code refers to."""
     if isinstance(found, FunctionType):
         if not is_users(found.__module__):
             return []
-        names = _names(found.__code__)
+        names = _mentioned_names(found.__code__)
         values = [found.__globals__[name] for name in names if name in found.__globals__]
         inner = [vars(value).get(name) for value in values if isinstance(value, ModuleType) for name in names]
-        cells = [_content(cell) for cell in found.__closure__ or ()]
+        cells = [_cell_content(cell) for cell in found.__closure__ or ()]
         return [*values, *inner, *cells, *vars(found).values()]
     if isinstance(found, type):
         return [part for kind in found.__mro__ if is_users(kind.__module__) for part in vars(kind).values()]
@@ -88,19 +88,19 @@ def _parts(found: Any) -> list[Any]:
         return [found.fget]
     if isinstance(found, functools.partial):
         return [found.func, *found.args]
-    if isinstance(found, dict):  # a subclass may import packages where its own `values` is called
+    if isinstance(found, dict):  # the `values` of a subclass might import packages
         return [value for value in dict.values(found) if isinstance(value, FunctionType | MethodType)]
     if isinstance(found, ModuleType | nn.Module) or not is_users(type(found).__module__):
         return []
     return [type(found), *getattr(found, "__dict__", {}).values()]
 
 
-def _names(code: CodeType) -> set[str]:
-    """The global names and attributes that code mentions, functions inside included."""
+def _mentioned_names(code: CodeType) -> set[str]:
+    """The global names and attributes that code mentions, also in the functions that it defines."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names |= _names(constant)
+            names |= _mentioned_names(constant)
     return names
 
 
@@ -108,14 +108,14 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 _CONTAINERS = (dict, list)
 
 
-def _content(cell: CellType) -> Any:
+def _cell_content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # still empty
         return None
 
 
-def _without_fakes(container: Any) -> None:
+def _remove_fakes(container: Any) -> None:
     if isinstance(container, dict):
         for key in [key for key, value in dict.items(container) if _holds_fake(value)]:
             del container[key]

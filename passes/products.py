@@ -1,10 +1,10 @@
-"""Products of several tensors over named dimensions, taken apart into layers and what is left.
+"""Products of several tensors over named dimensions, taken apart into layers and a rest.
 
     Σ t₁[...] t₂[...] ...   over every name that the result does not have
 
-An activation is multiplied by one weight at a time, the pair that sums most names first: each is a
-layer, `linear` where it is one and else a `contraction`. Names that one factor alone has are summed
-before, dimensions of size one that stand for a larger one are dropped, diagonals are taken.
+An activation is multiplied by one weight at a time; the pair that sums most names comes first. Each such product is a
+layer: a `linear` where that says the same, else a `contraction`. Before, each factor is made simple. Names that no
+other factor has are summed, dimensions of size one that are broadcast are dropped, and diagonals are taken.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ffebm_compiler.runtime.program.contraction import contraction
 __all__ = ["Products", "Term", "shape_of"]
 
 aten = torch.ops.aten
-_COPYING = (aten.expand.default, aten.repeat.default)
+_EXPANDING = (aten.expand.default, aten.repeat.default)
 Term = tuple[fx.Node, tuple[object, ...]]
-"""A value and a name for each of its dimensions; equal names are multiplied with each other."""
+"""A value and a name for each of its dimensions. Dimensions with the same name run together, as in `einsum`."""
 
 
 class Products:
-    """Products of activations and weights, emitted where a present node is."""
+    """Emits products of activations and weights in the place of a node."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -38,7 +38,7 @@ class Products:
         """The node in whose place nodes are emitted."""
 
     def emit(self, target: Callable[..., object], *args: object) -> fx.Node:
-        """A node where the present one is, with its module and line."""
+        """A new node in the place of `like`, with its module and line."""
         assert self.like is not None
         fresh = emit_like(self.program.graph, self.like, target, *args)
         if is_static(self.program, fresh, self.static):
@@ -46,22 +46,22 @@ class Products:
         return fresh
 
     def mixed(self, *nodes: object) -> bool:
-        """Whether some of the operands are activations and some are weights, copied ones too."""
+        """Whether some operands are activations and some are weights or expanded weights."""
         found = {
-            node in self.static or (node.target in _COPYING and node.args[0] in self.static)
+            node in self.static or (node.target in _EXPANDING and node.args[0] in self.static)
             for node in nodes
             if isinstance(node, fx.Node)
         }
         return len(found) == 2
 
     def product(self, terms: Sequence[Term], result: Sequence[object]) -> fx.Node | None:
-        """Σ of the product of all terms over the names that the result does not have; None where nothing is gained."""
+        """Σ of the product of all terms over the names that the result does not have; None if no layer comes of it."""
         left = [self._diagonal(*term) for term in terms]
         left = self._without_ones([self._unexpanded(left, index) for index in range(len(left))], result)
         found = False
         while len(left) > 1:
-            left = [self._summed(left, index, result) for index in range(len(left))]
-            pair = self._pair(left, result)
+            left = [self._summed_over_own_names(left, index, result) for index in range(len(left))]
+            pair = self._next_pair(left, result)
             if pair is None:
                 break
             value, weight = (left[index] for index in pair)
@@ -79,8 +79,12 @@ class Products:
             return left[0][0]
         return self.emit(aten.einsum.default, _equation([n for _, n in left], result), [node for node, _ in left])
 
-    def _pair(self, terms: Sequence[Term], result: Sequence[object]) -> tuple[int, int] | None:
-        """An activation and a weight that share what is summed; else two of a kind that do, while there are others."""
+    def _next_pair(self, terms: Sequence[Term], result: Sequence[object]) -> tuple[int, int] | None:
+        """Indices of the next two terms to multiply; None if there are none.
+
+        These are an activation and a weight that share a summed name. If there are none, two activations or two
+        weights that share one are multiplied, as long as terms of both kinds are left.
+        """
         several = self.mixed(*(node for node, _ in terms))
         best: list[tuple[bool, int, int, int]] = []
         for first, (node, names) in enumerate(terms):
@@ -97,7 +101,7 @@ class Products:
         return -first, -second
 
     def _multiply(self, value: Term, weight: Term, names: tuple[object, ...], mixed: bool) -> fx.Node:
-        """The product of two terms, as a layer where one is an activation and the other a weight."""
+        """The product of two terms. It is a layer if `mixed`: one is an activation and the other a weight."""
         (x, of_x), (w, of_w) = value, weight
         if not mixed:
             return self.emit(aten.einsum.default, _equation([of_x, of_w], names), [x, w])
@@ -110,8 +114,8 @@ class Products:
             return self.emit(aten.linear.default, x, w if of_w[1] == of_x[-1] else self.emit(aten.t.default, w))
         return self.emit(contraction, x, w, _equation([of_x, of_w], names))
 
-    def _summed(self, terms: Sequence[Term], index: int, result: Sequence[object]) -> Term:
-        """A term without the dimensions that nothing else has and the result does not."""
+    def _summed_over_own_names(self, terms: Sequence[Term], index: int, result: Sequence[object]) -> Term:
+        """A term, summed over the names that neither another term nor the result has."""
         node, names = terms[index]
         others = {*result, *(name for k, (_, n) in enumerate(terms) if k != index for name in n)}
         dims = [dim for dim, name in enumerate(names) if name not in others]
@@ -120,7 +124,7 @@ class Products:
         return self.emit(aten.sum.dim_IntList, node, dims), tuple(name for name in names if name in others)
 
     def _diagonal(self, node: fx.Node, names: tuple[object, ...]) -> Term:
-        """A term whose names are all different."""
+        """A term whose names are all different, since diagonals are taken over repeated ones."""
         for name in names:
             while names.count(name) > 1:
                 first = names.index(name)
@@ -130,7 +134,7 @@ class Products:
         return node, names
 
     def _without_ones(self, terms: Sequence[Term], result: Sequence[object]) -> list[Term]:
-        """Terms without dimensions of size one that stand for another term's larger one."""
+        """Terms without dimensions of size one that are broadcast to another term's larger dimension."""
         large = {n for node, names in terms for n, size in zip(names, shape_of(node), strict=True) if not _is_one(size)}
         found = []
         for node, names in terms:
@@ -141,9 +145,9 @@ class Products:
         return found
 
     def _unexpanded(self, terms: Sequence[Term], index: int) -> Term:
-        """A parameter that was copied along a dimension which another term has: without the copies it is static."""
+        """A term without an expansion of a parameter along dimensions that another term has; then it is static."""
         node, names = terms[index]
-        source = node.args[0] if node.target in _COPYING else None
+        source = node.args[0] if node.target in _EXPANDING else None
         if node in self.static or not isinstance(source, fx.Node) or source not in self.static:
             return node, names
         missing = len(names) - len(shape_of(source))

@@ -1,8 +1,7 @@
-"""Put back: a whole with the part that a view shows of it replaced.
+"""Put back: replace the part of a tensor that a view shows.
 
-`slice`, `select` and `diagonal` have scatters, reshapes and permutations an inverse; any other
-view that only shows elements of its operand is undone by looking where it takes them from
-(`runtime.feedforward.in_place.put_through`).
+`slice`, `select` and `diagonal` have scatter operations, and reshapes and permutations have inverses. For any other
+view that only shows elements of its operand, `runtime.feedforward.in_place.put_through` finds each element's place.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ class Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     node: fx.Node
-    """The captured node, for its meta."""
+    """The captured node of the view, which has its meta data."""
     index: int | None = None
-    """Which of several views (`split`, `unbind`) it is."""
+    """Index of the view if the operation gives several (`split`, `unbind`)."""
 
 
 def put_back(graph: fx.Graph, step: Step, whole: fx.Node, part: fx.Node) -> fx.Node:
     """Add the nodes that compute `whole` with the part that `step` takes of it replaced by `part`.
 
     Raises:
-        UnsupportedError: for a view that shows its operand in another dtype, or by strides.
+        UnsupportedError: the view shows its operand in another dtype, or by strides.
     """
     target, operands = _inverse(step, whole, part)
     if target is None:

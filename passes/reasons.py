@@ -1,7 +1,7 @@
-"""Reasons: why an operation that is in none of the tables of `dialect` is computed digitally.
+"""Reasons: why an operation that no table of `dialect` lists is computed digitally.
 
-Each is a claim that people read in `plan.explain`, so each must be true of every operation that it
-is given to; `tests/test_reasons.py` checks them against what the operations compute.
+People read these claims in `plan.explain`, so that each must be true of every operation that it
+is given to. `tests/test_reasons.py` checks them against what the operations compute.
 """
 
 from __future__ import annotations
@@ -20,30 +20,36 @@ __all__ = ["TWO_ACTIVATIONS", "digital_reason"]
 TWO_ACTIVATIONS = "the product of two activations is not weight-stationary"
 
 
-def _names(text: str) -> frozenset[str]:
+def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_PRODUCTS = _names(
+_PRODUCTS = _words(
     "mul matmul mm bmm mv dot inner einsum addmm addmv addbmm baddbmm tensordot bilinear linalg_vecdot outer ger kron "
     "chain_matmul linalg_multi_dot addcmul"
 )
-_LOOKUPS = _names("embedding embedding_bag index index_select gather take take_along_dim")
-_NORMALISATIONS = _names(
+_LOOKUPS = _words("embedding embedding_bag index index_select gather take take_along_dim")
+_NORMALISATIONS = _words(
     "layer_norm native_layer_norm group_norm native_group_norm batch_norm instance_norm rms_norm local_response_norm "
     "_native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm"
 )
-_LINEAR = _names(
+_LINEAR = _words(
     "expand expand_as repeat repeat_interleave tile stack sum cumsum roll flip rot90 diagonal triu tril "
     "unfold im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle split split_with_sizes chunk unbind "
     "tensor_split upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
     "upsample_bicubic2d upsample_trilinear3d squeeze view_as reshape_as detach slice_scatter select_scatter swapaxes"
 )
-_RECURRENT = _names("lstm gru rnn_tanh rnn_relu")
+_RECURRENT = _words("lstm gru rnn_tanh rnn_relu")
 
 
 def digital_reason(node: fx.Node, static: Container[fx.Node], drawn: Container[fx.Node] = ()) -> str:
-    """The reason, given what depends on no input of the network, and what does so but is drawn at random."""
+    """Why `node` is digital.
+
+    Args:
+        node: an operation that no table of `dialect` lists.
+        static: nodes that depend on no input of the network.
+        drawn: nodes that depend on random numbers, and on no input of the network.
+    """
     name = target_name(node)
     moving = [operand for operand in node.all_input_nodes if operand not in static and _is_tensor(operand)]
     if node.target is operator.getitem:

@@ -1,14 +1,14 @@
 """Rebind: batch norm and dropout follow the flags of the source's own modules again.
 
-`torch.export` freezes `training` into a constant. Each batch norm or dropout node becomes a
-call of a small module that reads the flag (and momentum, rate, counter) from the private copy
-of the source at every call, while its tensors stay operands of the graph. The operation is
-re-bound, not the module called, since a module may do more than normalise (timm's
-`BatchNormAct2d` also activates). Where there is a capture in train mode too, the constants of both
-say whether the operation follows the flag at all (a frozen batch norm does not).
+`torch.export` freezes `training` into a constant. So each batch norm or dropout node becomes a
+call of a small module. That module reads the flag (and momentum, rate, counter) from the private copy
+of the source at every call, while the tensors stay operands of the graph. Only the operation is
+re-bound. The source's module is not called in its place, since it may do more than normalise (timm's
+`BatchNormAct2d` also activates). If there is a capture in train mode too, the constants of the two captures
+show whether the operation follows the flag at all (a frozen batch norm does not).
 
-Promise: in eval mode the values are the captured ones; after `train()` they are the source's
-in train mode; running statistics live in the source's own buffers.
+Promise: in eval mode the values are the captured ones, and after `train()` they are the source's
+in train mode. Running statistics live in the source's own buffers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _DROPOUTS = (
 
 
 def _is_unbound(program: Program, node: fx.Node) -> bool:
-    return node.op == "call_function" and _bound(program, node) is not None
+    return node.op == "call_function" and _rebound_module(program, node) is not None
 
 
 @ensures("follows a training flag of the source and is not bound to it", _is_unbound)
@@ -55,7 +55,7 @@ def rebind(program: Program) -> Program:
     ]
     for graph_module in (program.graph_module, *parts):
         for index, node in enumerate(list(graph_module.graph.nodes)):
-            found = _bound(program, node) if node.op == "call_function" else None
+            found = _rebound_module(program, node) if node.op == "call_function" else None
             if found is not None:
                 _replace(graph_module, node, f"rebound_{index}", *found)
         graph_module.graph.lint()
@@ -63,11 +63,11 @@ def rebind(program: Program) -> Program:
     return program
 
 
-def _bound(program: Program, node: fx.Node) -> tuple[nn.Module, tuple[object, ...]] | None:
-    """The module that takes a node's place and its operands; None where the node follows no flag."""
+def _rebound_module(program: Program, node: fx.Node) -> tuple[nn.Module, tuple[object, ...]] | None:
+    """The module that replaces a node, and its operands; None if the node follows no flag."""
     if node.target is aten.batch_norm.default:
         x, weight, bias, mean, variance, training, momentum, eps = node.args[:8]
-        flag = _flag(program, node, 5)
+        flag = _flag_of(program, node, 5)
         if not flag.follows or (training and mean is None):
             return None  # the same in both modes (weight standardisation, frozen statistics)
         counts = flag.whole or flag.unknown
@@ -75,16 +75,16 @@ def _bound(program: Program, node: fx.Node) -> tuple[nn.Module, tuple[object, ..
         return norm, (x, weight, bias, mean, variance)
     if node.target is aten.instance_norm.default and node.args[3] is not None:
         x, weight, bias, mean, variance, use_input, momentum, eps = node.args[:8]
-        flag = _flag(program, node, 5)
+        flag = _flag_of(program, node, 5)
         if not flag.follows:
             return None
         instance = ReboundInstanceNorm(flag.owner, bool(use_input), float(momentum), float(eps))  # type: ignore[arg-type]
         return instance, (x, weight, bias, mean, variance)
     if node.target in _DROPOUTS:
         x, rate, training = node.args[:3]
-        flag = _flag(program, node, 2)
+        flag = _flag_of(program, node, 2)
         if training or not flag.follows:
-            return None  # the source asks for it in eval mode too, or in neither
+            return None  # the source drops out in both modes or in none
         kind = str(node.target).split(".")[1]
         return ReboundDropout(flag.owner, kind, float(rate)), (x,)  # type: ignore[arg-type]
     if node.target is aten.scaled_dot_product_attention.default and TRAINING in node.meta:
@@ -108,19 +108,19 @@ class _Flag:
 
     owner: nn.Module
     whole: bool
-    """The operation is the whole forward of a module of torch's."""
+    """Whether the operation is the whole forward of one of torch's modules."""
     unknown: bool
-    """There is one capture only, in eval mode."""
+    """Whether train mode could not be captured, so that only the flag can tell what it does."""
     follows: bool
 
 
-def _flag(program: Program, node: fx.Node, index: int) -> _Flag:
+def _flag_of(program: Program, node: fx.Node, index: int) -> _Flag:
     module = program.runner(node)
     whole = is_rebound(module) and not program.is_asked(module)
     owner = module if whole else program.owner(node)
     if whole:
         return _Flag(owner, whole, False, follows=True)
-    if TRAINING not in node.meta:  # one capture: either no code asks for a mode, or it is not known
+    if TRAINING not in node.meta:  # one capture: either no code reads a flag, or train mode could not be captured
         unknown = program.asks is None or bool(program.refused_in_training)
         return _Flag(owner, whole, unknown, follows=unknown)
     changes = bool(node.meta[TRAINING][index]) != bool(node.args[index])

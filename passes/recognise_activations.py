@@ -1,8 +1,8 @@
 """Recognise activations: elementwise spellings of a known activation become that activation.
 
 Models write SiLU as `x * sigmoid(x)`, softsign as `x / (1 + |x|)`, and half a dozen versions of
-GELU by hand. A cone of elementwise operations of one value is recognised by what it computes: it
-is evaluated on a grid in float64 and compared with the activations that have a potential.
+GELU by hand. A cone is a group of elementwise operations between one value and one result. It is
+evaluated on a grid in float64 and compared with the activations that have a potential.
 
 Promise: a replaced cone equals its activation to 1e-6 on [−12, 12].
 """
@@ -62,7 +62,7 @@ _KNOWN: tuple[tuple[Callable[..., object], dict[str, str], Callable[[Tensor], Te
 )
 
 _LARGEST = 16
-"""Operations in a cone at the most."""
+"""The largest number of operations in a cone."""
 
 
 @Pass
@@ -88,7 +88,7 @@ def recognise_activations(program: Program) -> Program:
 
 
 def _cones(result: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """(x, operations in between, last first) for every x that `result` is an elementwise function of."""
+    """For every x that `result` is an elementwise function of: x, and the operations in between, the last one first."""
     value = result.meta.get("val")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return

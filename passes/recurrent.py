@@ -4,9 +4,9 @@
     GRU    r = σ(a_r + b_r), z = σ(a_z + b_z), n = tanh(a_n + r b_n), h' = n + z (h − n)
     LSTM   i, f, o = σ(a + b), g = tanh(a + b), c' = f c + i g, h' = o tanh(c')      (h' ← W_hr h' with a projection)
 
-A layer is unrolled over its steps, at most `_MOST` of all its levels and directions together, with
-the products of all inputs in one; a weight is read once a step, as one of a module called so
-often is. A longer layer and one of packed sequences stay one digital operation.
+A layer is unrolled over its steps, with the products W_ih x of all steps in one operation. The other weights are
+read once a step, like those of a module that is called at each step. A layer stays one digital operation if it has
+more than `_MOST_STEPS` steps, over all levels and directions, or packed sequences.
 
 Promise: the graph computes what it computed, up to the order of sums.
 """
@@ -26,8 +26,8 @@ from ffebm_compiler.passes.emit import emit_like
 __all__ = ["recurrent"]
 
 aten = torch.ops.aten
-_MOST = 64
-"""Steps that a layer is unrolled into at most."""
+_MOST_STEPS = 64
+"""The largest number of steps that a layer is unrolled into."""
 States = tuple[fx.Node, ...]
 
 
@@ -42,7 +42,7 @@ def recurrent(program: Program) -> Program:
             with program.graph.inserting_before(node):
                 cell = _Cell(program.graph, node, kind, [*node.args[2:], *[None] * (6 - len(node.args))])
                 results: Sequence[fx.Node] = cell.step(cell.linear(node.args[0], 0), taken)
-        elif node.target in _LAYERS and _unrolls(node):
+        elif node.target in _LAYERS and _is_short(node):
             with program.graph.inserting_before(node):
                 results = _unrolled(program.graph, node, _LAYERS[node.target])
         else:
@@ -70,17 +70,17 @@ class _Cell:
     like: fx.Node
     kind: str
     weights: Sequence[object]
-    """W_ih, W_hh, b_ih, b_hh and W_hr; None where it has none."""
+    """W_ih, W_hh, b_ih, b_hh and W_hr; None for a bias that it does not have."""
 
     def emit(self, target: Callable[..., object], *args: object) -> fx.Node:
         return emit_like(self.graph, self.like, target, *args)
 
     def linear(self, value: object, which: int) -> fx.Node:
-        """W_ih x + b_ih (0) or W_hh h + b_hh (1)."""
+        """W_ih x + b_ih if `which` is 0, W_hh h + b_hh if it is 1."""
         return self.emit(aten.linear.default, value, self.weights[which], self.weights[2 + which])
 
     def step(self, fed: fx.Node, states: States) -> States:
-        """The next states from a = W_ih x + b_ih and the present states, h first."""
+        """The next states, h first. `fed` is a = W_ih x + b_ih."""
         add, mul = aten.add.Tensor, aten.mul.Tensor
         recurring = self.linear(states[0], 1)
         if self.kind in ("tanh", "relu"):
@@ -101,18 +101,18 @@ class _Cell:
         return hidden, memory
 
     def parts(self, value: fx.Node, count: int) -> list[fx.Node]:
-        """A value in equal parts along its last dimension."""
+        """Split a value into equal parts along its last dimension."""
         dim = value.meta["val"].dim() - 1
         size = int(value.meta["val"].shape[dim]) // count
         return [self.emit(aten.slice.Tensor, value, dim, k * size, (k + 1) * size) for k in range(count)]
 
 
-def _unrolls(node: fx.Node) -> bool:
+def _is_short(node: fx.Node) -> bool:
     value = node.args[0]
     assert isinstance(value, fx.Node)
     levels, both, first = int(node.args[4]), bool(node.args[7]), bool(node.args[8])  # type: ignore[arg-type]
     steps = value.meta["val"].shape[1 if first else 0]
-    return isinstance(steps, int) and 0 < steps * levels * (2 if both else 1) <= _MOST
+    return isinstance(steps, int) and 0 < steps * levels * (2 if both else 1) <= _MOST_STEPS
 
 
 def _unrolled(graph: fx.Graph, node: fx.Node, kind: str) -> list[fx.Node]:

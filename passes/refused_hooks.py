@@ -1,9 +1,9 @@
-"""Refused hooks: what a forward hangs into autograd's graph beside `Tensor.register_hook` is refused with its line.
+"""Refused hooks: refuse hooks in autograd's graph other than `Tensor.register_hook`, with the line that sets them.
 
-Hooks of autograd's nodes, of several gradients, of accumulated gradients and of what autograd saves belong to a
-graph that the source builds at every call. The hybrid builds another one, in which their nodes are not there.
+Hooks on autograd's nodes, on several gradients, on accumulated gradients and on saved tensors belong to the
+graph that the source builds at every call. The hybrid builds another graph, which does not have those nodes.
 
-Promise: a forward that is traced sets no such hook; torch is left as it was found.
+Promise: a forward that is traced sets no such hook. torch is left as it was found.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ffebm_compiler.passes.explain_capture import NotTraceable
 __all__ = ["GRADIENT_FUNCTION", "GradientFunction", "no_refused_hooks"]
 
 GRADIENT_FUNCTION = vars(torch._C.TensorBase)["grad_fn"].__get__
-"""What reads `tensor.grad_fn`."""
+"""The function that torch calls to read `tensor.grad_fn`."""
 
 
 class GradientFunction:
-    """A node of autograd's graph, of which a forward may ask only whether there is one."""
+    """Stands for a node of autograd's graph. A forward may only ask whether there is one."""
 
     def __init__(self, node: object) -> None:
         self.__dict__["node"] = node
@@ -36,26 +36,28 @@ class GradientFunction:
         return isinstance(other, GradientFunction) and self.__dict__["node"] is other.__dict__["node"]
 
     def __hash__(self) -> int:
-        """That of the node."""
+        """The hash of the node."""
         return hash(self.__dict__["node"])
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse: hooks are the common case."""
+        """Refuse to read an attribute; most often a forward reads one to set a hook."""
         raise NotTraceable(
-            f"autograd's graph is used here (grad_fn.{name}: a hook on a node, or on the backward pass of a "
+            f"autograd's graph is used here (grad_fn.{name}, as for a hook on a node or on the backward pass of a "
             "module), which a captured graph does not hold; use Tensor.register_hook on the value"
         )
 
 
 @contextmanager
 def no_refused_hooks() -> Iterator[None]:
-    """Refuse hooks on what autograd saves and on gradients that are accumulated, where a forward sets them."""
+    """While the context is open, refuse hooks on saved tensors, on accumulated gradients and on several gradients."""
     enter, accumulated = saved_tensors_hooks.__enter__, Tensor.register_post_accumulate_grad_hook
     several = graph._get_grad_fn_or_grad_acc
 
     def refuse_saved(self: saved_tensors_hooks) -> None:
         kind = type(self)
-        if kind is saved_tensors_hooks or not kind.__module__.startswith("torch."):  # torch's own only save memory
+        if kind is saved_tensors_hooks or not kind.__module__.startswith(
+            "torch."
+        ):  # torch's subclasses change no value
             raise NotTraceable(
                 "hooks on saved tensors are set here (saved_tensors_hooks), which a captured graph does not hold; set "
                 "them around the call of the hybrid"

@@ -1,9 +1,9 @@
-"""Repeated calls: whether a forward is a function of its inputs, its tensors and torch's seed.
+"""Repeated calls: test whether a forward is a function of its inputs, its tensors and torch's seed alone.
 
-State that no parameter or buffer holds (an object's counter, a global variable, a closure, a plain tensor) shows in
-this: the same call, made again, gives another output.
+It is not if the same call gives another output when it is made again. Then the model has state that no parameter or
+buffer holds: an object's counter, a global variable, a closure, a plain tensor.
 
-Promise: hooks are removed again.
+Promise: the hooks that the test sets are removed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ffebm_compiler.passes.containers import leaves_of
 __all__ = ["differ", "differing_module"]
 
 _ROUNDING = 1e-4
-"""‖a − b‖/‖b‖ that the order of a sum may make, on a device that changes it from call to call."""
+"""Allowed ‖a − b‖/‖b‖ between two calls. It covers the order of sums, which some devices change from call to call."""
 
 
 def differ(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Whether the outputs of two calls are others, beyond rounding."""
+    """Whether the outputs of two calls differ by more than rounding."""
     return len(first) != len(second) or not all(map(_same, first, second))
 
 
 def differing_module(source: nn.Module, call: Callable[[], object]) -> str:
-    """The innermost module that gives other outputs for the same inputs when `call` is made again; "" if none does."""
+    """Name of the innermost module whose outputs differ for the same inputs in a second `call`; "" if there is none."""
     names = {module: name for name, module in source.named_modules()}
     runs: list[list[tuple[nn.Module, list[Any], list[Any]]]] = []
     for _ in range(2):

@@ -1,13 +1,13 @@
-"""Set-up: the private copy runs once before it is traced, and what tracing leaves behind is undone.
+"""Set-up: call the private copy before it is traced, and find out whether it keeps state between calls.
 
-The first call of a forward may make buffers, tables and caches; traced, they would hold the tracer's
-tensors. So there is one eager call first. What it kept of parameters (a table computed from weights)
+The first call of a forward may make buffers, tables and caches, which would hold the tracer's
+tensors if that call were traced. So eager calls come first. A kept value that was computed from parameters (a table)
 is forgotten again, so that the trace computes it.
 
-State between calls that no parameter or buffer holds is state that the hybrid does not have: where the
-output depends on it, the model is refused, else an attribute that every call sets is noted.
+The hybrid does not have state between calls that no parameter or buffer holds. If the
+output depends on such state, the model is refused. If every call sets an attribute without an effect, a note says so.
 
-Promise: the module is what it was, but for what its first call sets up once and for all.
+Promise: the module is unchanged, except for what its first call sets up once and for all.
 """
 
 from __future__ import annotations
@@ -38,47 +38,49 @@ __all__ = ["SetUp", "same_in_evaluation", "set_up"]
 
 @dataclass(frozen=True)
 class SetUp:
-    """What the calls of a module showed."""
+    """What the calls of a module have shown."""
 
     note: str = ""
-    """What to tell of attributes that every call sets, or nothing."""
+    """A note for the plan about attributes that every call sets, or an empty text."""
     outputs: tuple[Any, ...] | None = None
-    """What a call returns; None where it fails."""
+    """The outputs of a call; None if it fails."""
 
 
 def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: SetUp | None = None) -> SetUp:
-    """Call a module in its present mode until it has set up what it needs; no results, draws or written state stay.
+    """Call a module in its present mode until it is set up. Results, draws and written state are undone.
 
-    A call that fails leaves the module as it was: the exporter's failure will be explained.
+    A call that fails leaves the module as it was. The exporter will fail too, and that failure is explained.
 
     Args:
         source: the module.
         args: its positional inputs.
         kwargs: its keyword inputs.
-        evaluation: what its calls in eval mode showed, for a module that is in train mode.
+        evaluation: for a module in train mode, the result of its calls in eval mode.
 
     Raises:
-        UnsupportedError: where what an earlier call left, such as an attribute, changes the output of a later one.
-        CaptureError: where forward draws from the generators of Python or numpy.
+        UnsupportedError: an earlier call changes the output of a later one, for example through an attribute.
+        CaptureError: forward draws from the generators of Python or numpy.
     """
     before = Attributes(source)
     drawn: set[str] = set()
     try:
-        first = _called(source, args, kwargs, drawn)
+        first = _call_undone(source, args, kwargs, drawn)
         before.forget(_of_parameters)
         again = Attributes(source)
-        second = _called(source, args, kwargs, drawn)
+        second = _call_undone(source, args, kwargs, drawn)
         again.forget(_of_parameters)
         kept = [name for name in again.changed() if not _is_remade(source, name)]
         other = differ(first, second)
-        if other and not kept:  # the first call may have set something up
-            other = differ(second, _called(source, args, kwargs, drawn))
-        where = differing_module(source, lambda: _called(source, args, kwargs, drawn)) if other and not kept else ""
+        if other and not kept:  # the calls may differ because the first one set something up
+            other = differ(second, _call_undone(source, args, kwargs, drawn))
+        where = (
+            differing_module(source, lambda: _call_undone(source, args, kwargs, drawn)) if other and not kept else ""
+        )
         left = evaluation is not None and not same_in_evaluation(source, args, kwargs, evaluation)
-    except _Drawn:
+    except _DrawsElsewhere:
         place: list[str] = []
         with suppress(Exception):
-            _called(source, args, kwargs, None, place)
+            _call_undone(source, args, kwargs, None, place)
         before.restore()
         raise CaptureError(
             f"forward draws random numbers from {' and '.join(sorted(drawn))}{''.join(place)}, which a captured graph "
@@ -108,35 +110,35 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
 
 
 def same_in_evaluation(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: SetUp) -> bool:
-    """Whether a module that is in train mode computes in eval mode what it computed there before."""
+    """Whether a module in train mode still has the outputs in eval mode that it had before."""
     if evaluation.outputs is None:
         return True
     source.eval()
     try:
-        return not differ(evaluation.outputs, _called(source, args, kwargs, None))
+        return not differ(evaluation.outputs, _call_undone(source, args, kwargs, None))
     finally:
         source.train()
 
 
-class _Drawn(Exception):
+class _DrawsElsewhere(Exception):
     """A forward drew from a generator that is not torch's."""
 
 
-def _called(
+def _call_undone(
     source: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     drawn: set[str] | None,
     place: list[str] | None = None,
 ) -> list[Any]:
-    """The outputs of a call that changes attributes alone.
+    """The outputs of a call, of which nothing but changed attributes remains.
 
     Args:
         source: the module.
         args: its positional inputs.
         kwargs: its keyword inputs.
-        drawn: gets the generators, not torch's, that the call uses, and the call fails with `_Drawn` then.
-        place: gets the line that draws first.
+        drawn: receives the names of generators other than torch's. The call raises `_DrawsElsewhere` if it uses one.
+        place: receives the line that draws first.
     """
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
@@ -147,7 +149,7 @@ def _called(
         own_generators_unchanged(source, reached) as own,
         generators_unchanged(),
         tensors_unchanged(state),
-        _silent(),
+        _no_warnings(),
         torch.enable_grad(),
     ):
         states = generator_states()
@@ -157,27 +159,27 @@ def _called(
                 stack.callback(place.extend, stack.enter_context(watch))
             outputs = [
                 leaf.detach() if isinstance(leaf, Tensor) else leaf
-                for leaf in leaves_of(source(*_own(args), **_own(kwargs)))
+                for leaf in leaves_of(source(*_copy_inputs(args), **_copy_inputs(kwargs)))
             ]
         if drawn is not None:
             drawn.update(name for name, value in generator_states().items() if value != states.get(name, value))
             drawn.update(own.drawn())
-    for now, before in registered:  # a buffer that forward assigns; one that it makes stays
+    for now, before in registered:  # undoes the assignment of a buffer; a new buffer stays
         now.update(before)
     if drawn:
-        raise _Drawn
+        raise _DrawsElsewhere
     return outputs
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _own(inputs: Any) -> Any:
-    """Inputs that the forward may write to."""
+def _copy_inputs(inputs: Any) -> Any:
+    """A copy of the inputs, which the forward may write to."""
     return pytree.tree_map(
         lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf,
         inputs,
@@ -185,12 +187,12 @@ def _own(inputs: Any) -> Any:
 
 
 def _of_parameters(value: Any) -> bool:
-    """Whether something holds a tensor that was computed from parameters."""
+    """Whether a value holds a tensor that was computed from parameters."""
     return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in pytree.tree_leaves(value))
 
 
 def _is_remade(source: nn.Module, name: str) -> bool:
-    """Whether an attribute is what a parametrisation by hooks makes of parameters at every call."""
+    """Whether a parametrisation by hooks computes an attribute from parameters at every call (`weight_norm`)."""
     path, _, leaf = name.rpartition(".")
     parameters = module_at(source, path)._parameters
     return any(f"{leaf}_{kind}" in parameters for kind in ("orig", "v"))

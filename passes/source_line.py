@@ -1,4 +1,4 @@
-"""The line of the user's own code that ran a node, or that is running."""
+"""Find the line of the user's own code that ran a node, or that is running now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["running_line", "source_line"]
 
 
 def source_line(node: fx.Node) -> str:
-    """` (FILE, line N)` of the innermost line outside torch, from the captured stack; nothing where it is unknown."""
+    """` (FILE, line N)` of the innermost line outside torch in the captured stack; an empty text if it is unknown."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     places = [line for line in lines if line.startswith('File "')]
     places = [line for line in places if not line.startswith('File "<')]

@@ -2,11 +2,11 @@
 
     y = W x + b   becomes   y = concat_i( Σ_j W[i, j] x[j] + b[i] )
 
-over ranges i of output channels, as few as possible. Where even one column of the matrix is
-longer than a core, ranges j of input channels are split too, and their partial sums are added
-digitally (or in the block, where `add` may join). A grouped convolution is split between its
-groups first. The weights stay the source's own: a part reads a slice of them. A layer of
-`force_digital` is left whole.
+over ranges i of output channels, as few as possible. If a single column of the matrix is
+longer than a core, it is split into ranges j of input channels too, and the partial sums are added
+digitally (or in the block, if `add` may join). A grouped convolution is split between its
+groups first. The weights stay the source's own, and each part reads a slice of them. Layers of
+`force_digital` are left whole.
 
 Promise: the graph computes what it computed, up to the order of the additions.
 """
@@ -30,13 +30,13 @@ from ffebm_compiler.runtime.program.contraction import letters_of
 __all__ = ["split_large"]
 
 aten = torch.ops.aten
-_MOST = 256
-"""Parts that a layer is split into at most; one that needs more stays digital."""
+_MOST_PARTS = 256
+"""The largest number of parts of a layer. A layer that needs more stays digital."""
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a split needs to know of a layer: channels of one group and devices behind each of them."""
+    """What a split needs to know of a layer: the channels of one group, and rows and columns per channel."""
 
     groups: int
     inputs: int
@@ -51,7 +51,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Sizes of the parts: so many groups each, or within one group so many inputs and outputs each."""
+    """Size of each part: a number of whole groups, or a number of inputs and outputs within one group."""
 
     groups: int
     inputs: int
@@ -68,7 +68,7 @@ def split_large(program: Program, graph: OperationGraph, hardware: Hardware, kee
         keep: glob patterns on module paths of layers to leave whole.
 
     Returns:
-        Whether anything was split: then the graph has to be annotated again.
+        Whether anything was split. If so, the graph has to be annotated again.
     """
     nodes = {node.name: node for node in program.graph.nodes}
     changed = False
@@ -92,7 +92,7 @@ def split_large(program: Program, graph: OperationGraph, hardware: Hardware, kee
 
 
 def _shape(node: fx.Node, op: Operation) -> _Shape | None:
-    """Channels of a layer; None for one whose operands are not of the usual rank."""
+    """Channels of a layer; None if its operands do not have the usual number of dimensions."""
     form = WEIGHTS[node.target]
     value, weight, bias = form.operands(node)
     size = weight.meta["val"].shape
@@ -101,7 +101,7 @@ def _shape(node: fx.Node, op: Operation) -> _Shape | None:
     if form.kind == "linear":
         return _Shape(1, op.rows, op.cols, 1, 1)
     if form.kind == "contraction":
-        axes = _axes(node)
+        axes = _letters_to_cut(node)
         if axes is None:
             return None
         of = letters_of(str(node.args[2]))
@@ -116,8 +116,8 @@ def _shape(node: fx.Node, op: Operation) -> _Shape | None:
     return _Shape(op.groups, op.rows // kernel, op.cols, kernel, 1)
 
 
-def _axes(node: fx.Node) -> tuple[str, str, str] | None:
-    """The letters that a contraction is cut along: group, input and output; None where the groups are of several."""
+def _letters_to_cut(node: fx.Node) -> tuple[str, str, str] | None:
+    """Letters to cut a contraction along: the group's, an input's, an output's; None if the group has several."""
     _, weight, _ = WEIGHTS[node.target].operands(node)
     of = letters_of(str(node.args[2]))
     size = dict(zip(of.weight, map(int, weight.meta["val"].shape), strict=True))
@@ -128,7 +128,7 @@ def _axes(node: fx.Node) -> tuple[str, str, str] | None:
 
 
 def _cut(op: Operation, shape: _Shape, hardware: Hardware) -> _Cut | None:
-    """The fewest parts that each fit a core; None where there are none."""
+    """The split into the fewest parts that each fit a core; None if there is none."""
     hardware = hardware.for_layer(op.path)
     bias = op.bias and hardware.bias_row
     per_output = op.values // (shape.groups * shape.outputs)
@@ -140,24 +140,24 @@ def _cut(op: Operation, shape: _Shape, hardware: Hardware) -> _Cut | None:
         )
 
     if fits(1, shape.inputs, shape.outputs):
-        groups = _most(shape.groups, lambda count: fits(count, shape.inputs, shape.outputs))
-        return _Cut(groups, shape.inputs, shape.outputs) if -(-shape.groups // groups) <= _MOST else None
+        groups = _largest_count(shape.groups, lambda count: fits(count, shape.inputs, shape.outputs))
+        return _Cut(groups, shape.inputs, shape.outputs) if -(-shape.groups // groups) <= _MOST_PARTS else None
     best: tuple[int, _Cut] | None = None
-    for parts in range(1, min(shape.inputs, _MOST) + 1):
+    for parts in range(1, min(shape.inputs, _MOST_PARTS) + 1):
         inputs = -(-shape.inputs // parts)
         if not fits(1, inputs, 1):
             continue
-        outputs = _most(shape.outputs, lambda count, inputs=inputs: fits(1, inputs, count))  # type: ignore[misc]
+        outputs = _largest_count(shape.outputs, lambda count, inputs=inputs: fits(1, inputs, count))  # type: ignore[misc]
         total = shape.groups * -(-shape.inputs // inputs) * -(-shape.outputs // outputs)
         if best is None or total < best[0]:
             best = (total, _Cut(1, inputs, outputs))
         if outputs == shape.outputs:
             break
-    return best[1] if best is not None and best[0] <= _MOST else None
+    return best[1] if best is not None and best[0] <= _MOST_PARTS else None
 
 
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to a limit that fits, where one does; parts are then made equal."""
+def _largest_count(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest count up to a limit that fits, made smaller so that all parts are about equal."""
     low, high = 1, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -188,7 +188,7 @@ class _Splitting:
         parts = 0
         pieces: list[fx.Node] = []
         contracted = self.form.kind == "contraction"
-        axis = self._axis()
+        axis = self._output_axis()
         with self.graph.inserting_before(self.node):
             for first, last in _ranges(shape.groups, cut.groups):
                 row: list[fx.Node] = []
@@ -212,20 +212,20 @@ class _Splitting:
         self.graph.erase_node(self.node)
         return parts
 
-    def _axis(self) -> int:
+    def _output_axis(self) -> int:
         """The dimension of the result that holds the output channels."""
         if self.form.kind == "contraction":
-            axes = _axes(self.node)
+            axes = _letters_to_cut(self.node)
             return letters_of(str(self.node.args[2])).result.find(axes[2]) if axes and axes[2] else 0
         return int(self.node.meta["val"].dim()) - 1 if self.form.kind == "linear" else 1
 
     def _group_axis(self) -> int:
         of = letters_of(str(self.node.args[2]))
-        return of.result.find(of.groups) if of.groups else self._axis()
+        return of.result.find(of.groups) if of.groups else self._output_axis()
 
     def _contracted(self, groups: tuple[int, int], inputs: tuple[int, int], outputs: tuple[int, int]) -> fx.Node:
-        """One part of a contraction: slices along the letters that it is cut along."""
-        axes, of = _axes(self.node), letters_of(str(self.node.args[2]))
+        """One part of a contraction, with slices along the letters of the cut."""
+        axes, of = _letters_to_cut(self.node), letters_of(str(self.node.args[2]))
         assert axes is not None
         value, weight = self.value, self.weight
         for name, (start, stop) in zip(axes, (groups, inputs, outputs), strict=True):
@@ -238,7 +238,7 @@ class _Splitting:
     def _part(
         self, shape: _Shape, groups: tuple[int, int], inputs: tuple[int, int], outputs: tuple[int, int]
     ) -> fx.Node:
-        """One part: the channels given, of the groups given."""
+        """One part of a layer: the given channels of the given groups."""
         if self.form.kind == "contraction":
             return self._contracted(groups, inputs, outputs)
         count = groups[1] - groups[0]

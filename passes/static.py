@@ -1,4 +1,4 @@
-"""What is computed from parameters, buffers and constants alone: the same at every forward of the same weights."""
+"""Static values are computed from parameters, buffers and constants alone, so that only new weights change them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBERS = (torch.SymInt, torch.SymBool, torch.SymFloat)
 
 
 def static_nodes(program: Program) -> set[fx.Node]:
-    """Every node that depends on no input of the network, parameters included."""
+    """Every node that depends on no input of the network. The placeholders of parameters are among them."""
     known: set[fx.Node] = set()
     for node in program.graph.nodes:
         if is_static(program, node, known):
@@ -27,7 +27,7 @@ def static_nodes(program: Program) -> set[fx.Node]:
 
 
 def drawn_nodes(program: Program, static: Container[fx.Node]) -> set[fx.Node]:
-    """Every node that depends on no input of the network but on random numbers."""
+    """Every node that depends on random numbers, and on no input of the network."""
     drawn: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op in ("placeholder", "output") or node in static or isinstance(node.meta.get("val"), _NUMBERS):
@@ -38,7 +38,7 @@ def drawn_nodes(program: Program, static: Container[fx.Node]) -> set[fx.Node]:
 
 
 def is_static(program: Program, node: fx.Node, known: Container[fx.Node]) -> bool:
-    """Whether a node depends on no input, given which of its operands do not."""
+    """Whether a node depends on no input. `known` has those of its operands that depend on none."""
     if node.op == "placeholder":
         return node.name not in program.inputs
     if node.op == "output" or isinstance(node.meta.get("val"), _NUMBERS):
@@ -47,12 +47,12 @@ def is_static(program: Program, node: fx.Node, known: Container[fx.Node]) -> boo
         module = program.graph_module.get_submodule(str(node.target))
         follows = isinstance(module, ModeSwitch) and not module.random
         if not follows and not isinstance(module, CustomFunction | GradientHook | WriteState):
-            return False  # a binarised or a normalised weight is a weight; batch norm and dropout are not
+            return False  # a custom function of a weight gives a weight; batch norm and dropout do not
     return all(operand in known for operand in node.all_input_nodes) and not has_effect(node)
 
 
 def has_effect(node: fx.Node) -> bool:
-    """Whether an operation writes or draws."""
+    """Whether an operation writes state or draws random numbers."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False

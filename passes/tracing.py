@@ -1,18 +1,19 @@
-"""Tracing: what must hold while `torch.export` runs the forward, so that it sees what the user's code does.
+"""Tracing: the state of torch in which `torch.export` runs the forward, so that it sees what the user's code does.
 
-- an operation that runs without gradient is marked: inside autocast regions the exporter forgets `no_grad`.
-- `x.data` is `x.detach()`, and `x.data = y` a write in place, which the exporter can record.
-- autocast regions around the call of `convert` are off: the hybrid runs under whatever its caller has on.
-- a layer that is moved in the forward to where it is already stays as it is.
-- a branch on a buffer or a constant is decided by its value (`known_values`), one on random numbers is refused
-  (`drawn_values`).
-- a check that raises for some values of the data is passed (`data_checks`), values are finite (`finite_values`).
-- random numbers come from torch's default generator, which the forward does not seed.
-- autograd's graph is not looked at, and gets no hooks but those of `Tensor.register_hook` (`refused_hooks`).
-- distributions do not look at the values of their parameters.
-- attention and encoders take their ordinary path, not the fused one of eval mode.
-- modules are found by their names, also by those of methods (`type`, `train`).
-- a module with two names is itself, not a stand-in that the model's code would not know again.
+- Operations that run without gradient are marked, since the exporter forgets `no_grad` inside autocast regions.
+- `x.data` is `x.detach()`, and `x.data = y` is a write in place, which the exporter can record.
+- Autocast regions around the call of `convert` are off. The hybrid follows those around its own calls.
+- `layer.to(device)` in the forward does nothing if the layer is there already.
+- A branch on a buffer or a constant is decided by its value (`known_values`).
+- A branch on random numbers is refused (`drawn_values`).
+- A check that raises for some values of the data is passed (`data_checks`).
+- Values are taken for finite (`finite_values`).
+- Random numbers come from torch's default generator, which the forward does not seed.
+- The forward does not read autograd's graph, and sets no hooks but those of `Tensor.register_hook` (`refused_hooks`).
+- Distributions do not check the values of their parameters.
+- Attention and encoders take their ordinary path, not the fused one of eval mode.
+- Modules are found by their names, even if a method has the same name (`type`, `train`).
+- A module with two names stays itself. The exporter's stand-ins are other objects to the model's code.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunct
 __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
 
 WITHOUT_GRADIENT = "ffebm_without_gradient"
-"""Key under which an operation that ran without gradient is marked."""
+"""Meta key of an operation that ran without gradient."""
 
 _STANDS_IN = "enable_attr_proxy"
 """The exporter's attribute that says whether it makes stand-ins for modules."""
@@ -62,10 +63,10 @@ _METHODS = (
     "size", "dim", "numel", "stride", "storage_offset", "untyped_storage", "element_size", "is_contiguous",
     "is_inference", "is_conj", "is_neg", "is_floating_point", "is_complex", "_is_view",
 )  # fmt: skip
-_ABOUT = frozenset(
+_READ_NO_VALUES = frozenset(
     (*(getattr(torch.Tensor, n).__get__ for n in _PROPERTIES), *(getattr(torch.Tensor, n) for n in _METHODS))
 )
-"""Calls that ask about a tensor and not for its values; the exporter makes dozens of them for every operation."""
+"""Calls that read no values of a tensor. The exporter makes dozens of them for every operation."""
 
 
 class UsersCalls(TorchFunctionMode):
@@ -78,23 +79,23 @@ class UsersCalls(TorchFunctionMode):
         self.checks = DataChecks()
         self.finite = FiniteValues()
         self.outside: list[torch.Tensor] = []
-        """Tensors with `requires_grad` that no module registers: the tracer sees them as they are."""
+        """Tensors with `requires_grad` that no module registers. The tracer has no fake tensors for them."""
 
     def notes(self) -> tuple[str, ...]:
-        """What was decided for the forward while it was traced: a sentence for each place."""
+        """One sentence for each decision that was made for the forward while it was traced."""
         return (*self.known.notes(), *self.checks.notes(), *self.finite.notes())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the call, marked where no gradient is recorded."""
+        """Answer, refuse or run the call. It is marked if it runs without gradient."""
         kwargs = kwargs or {}
-        if func in _ABOUT:
+        if func in _READ_NO_VALUES:
             return func(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():  # torch traces itself: flex attention, torch.cond
+        if torch.compiler.is_dynamo_compiling():  # torch traces on its own here: flex attention, torch.cond
             return func(*args, **kwargs)
         if func == _DATA:
             func, args = torch.Tensor.detach, args[:1]
         if func == _SET_DATA:
-            return _data_is_set(*args)
+            return _write_data(*args)
         if func == GRADIENT_FUNCTION:
             node = func(*args)
             return None if node is None else GradientFunction(node)
@@ -108,7 +109,10 @@ class UsersCalls(TorchFunctionMode):
             for leaf in pytree.tree_leaves((args, kwargs))
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor) and leaf.requires_grad
         ]
-        args, kwargs = tuple(map(_default, args)), {key: _default(value) for key, value in kwargs.items()}
+        args, kwargs = (
+            tuple(map(_without_default_generator, args)),
+            {key: _without_default_generator(value) for key, value in kwargs.items()},
+        )
         known, value = self.known.call(func, args, kwargs)
         if known:
             return value
@@ -129,18 +133,18 @@ class UsersCalls(TorchFunctionMode):
         return result
 
 
-def _data_is_set(target: torch.Tensor, value: torch.Tensor) -> None:
-    """`weight.data = value` as a write in place, which the exporter can record."""
+def _write_data(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Do `weight.data = value` as a write in place, which the exporter can record."""
     if (target.shape, target.dtype, target.device) != (value.shape, value.dtype, value.device):
         raise NotTraceable(
-            f"a tensor's data is set here to another one, of shape {tuple(value.shape)} and {value.dtype} in place of "
-            f"{tuple(target.shape)} and {target.dtype}; set it before the model is converted"
+            f"a tensor's data is replaced here: {value.dtype} of shape {tuple(value.shape)} comes in place of "
+            f"{target.dtype} of shape {tuple(target.shape)}; set it before the model is converted"
         )
     target.detach().copy_(value.detach())
 
 
-def _default(argument: Any) -> Any:
-    """An argument of a call; nothing in the place of torch's default generator, and no other one."""
+def _without_default_generator(argument: Any) -> Any:
+    """The argument, with None for torch's default generator. Any other generator is refused."""
     if not isinstance(argument, torch.Generator):
         return argument
     if argument is torch.default_generator:
@@ -159,10 +163,10 @@ def _unseeded() -> Iterator[None]:
 
     def refused(module: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         if str(sys._getframe(1).f_globals.get("__name__", "")).startswith("torch._dynamo."):
-            return before[module, name](*args, **kwargs)  # it keeps the state while it traces torch.cond's branches
+            return before[module, name](*args, **kwargs)  # torch saves and restores the state around torch.cond
         raise NotTraceable(
-            "torch's random generator is seeded or set here, which a graph does not hold: every forward would draw on "
-            "where the last one stopped; keep the numbers in a buffer, or draw them without a seed"
+            "torch's random generator is seeded or set here, which a graph does not hold; keep the numbers in a buffer "
+            "or draw them without a seed"
         )
 
     try:
@@ -176,7 +180,7 @@ def _unseeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ordinary_paths() -> Iterator[None]:
-    """Let encoders run as with gradients, not on torch's fused path, which returns zeros at padded places."""
+    """Let encoders run as with gradients. torch's fused path of eval mode would return zeros at padded places."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -197,7 +201,7 @@ def _unchecked_distributions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modules_stay() -> Iterator[None]:
-    """`layer.to(x.device)` in a forward: nothing where the layer is there already."""
+    """Let `layer.to(x.device)` do nothing if the layer is there already, and refuse it otherwise."""
     before = nn.Module._apply
 
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
@@ -221,9 +225,9 @@ def _modules_stay() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modules_are_themselves() -> Iterator[None]:
-    """Without the exporter's stand-ins for modules, which it makes where one module has two names, to tell them apart.
+    """Turn off the exporter's stand-ins, which it makes for a module with two names to tell the names apart.
 
-    They are other objects: `layer is self.layers[-1]` would be false, and a read of `training` would be nobody's.
+    A stand-in is another object. `layer is self.layers[-1]` would be false, and reads of `training` would be missed.
     """
     setattr(_ModuleStackTracer, _STANDS_IN, property(lambda _: False, lambda _, __: None))
     try:
@@ -234,7 +238,7 @@ def _modules_are_themselves() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _modules_by_name() -> Iterator[None]:
-    """The exporter looks for a module named as a method of its parent among the attributes, and finds the method."""
+    """Let the exporter look modules up by name. It would find the method if the parent has one of that name."""
     before = NamedMemberAccessor.get_submodule
     NamedMemberAccessor.get_submodule = lambda self, name: module_at(self.module, name)  # type: ignore[method-assign]
     try:
@@ -245,7 +249,7 @@ def _modules_by_name() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tracing(source: nn.Module) -> Iterator[UsersCalls]:
-    """The state of torch in which a forward of `source` is traced; what was before is restored."""
+    """Put torch into the state in which a forward of `source` is traced, and restore it afterwards."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):

@@ -1,9 +1,9 @@
-"""Training masks: a product with a factor that depends on a value's shape alone.
+"""Training masks: find products with a random factor that depends only on a value's shape.
 
 Stochastic depth multiplies a branch by random zeros and ones in train mode. Such a factor is drawn once a forward,
-before anything settles: it is wiring, and may stand inside an energy block.
+before anything settles. So it counts as wiring and may stand inside an energy block.
 
-Promise: the graph found computes x · m, with m independent of the values of x.
+Promise: the graph that is found computes x · m, with m independent of the values of x.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ OF_SHAPE = (
 )
 """Operations that read the shape, the dtype and the device of their operand, not its values."""
 
-_SAMPLES = 1024
-"""How many factors are drawn to find the largest one."""
+_DRAWN_MASKS = 1024
+"""How many masks are drawn to find the largest factor."""
 
 
 def mask_of(piece: Piece, reads: list[list[tuple[fx.Node, fx.Node]]], training: Program) -> fx.GraphModule | None:
-    """The graph x -> x · m of a piece that only train mode has, or None where it is something else."""
+    """The graph x -> x · m of a piece that only train mode has; None if the piece is something else."""
     if piece.evaluation or len(piece.results) != 1 or len(reads[0]) != 1:
         return None
     result = piece.results[0][1]
@@ -54,22 +54,22 @@ def mask_of(piece: Piece, reads: list[list[tuple[fx.Node, fx.Node]]], training: 
     side = Side(training, 1)
     side.bind(x, 0)
     for size in read:
-        if is_size(size) and not _as_dimension(side, size, x):
+        if is_size(size) and not _read_from_x(side, size, x):
             return None
     return side.finish(piece.training, [result], single=True)
 
 
 def rate_of(part: fx.GraphModule, captured: torch.Tensor) -> float:
-    """The p for which 1/(1 − p) is the largest factor that a mask has: what it can add to a norm.
+    """The p for which 1/(1 − p) is the largest factor of a mask, by which it can increase a norm.
 
     Args:
         part: the graph x -> x · m.
-        captured: x as it was captured; a size that is fixed there may be one in the graph.
+        captured: x as it was captured. A size that is fixed there may be fixed in the graph too.
     """
-    leading = [size if isinstance(size, int) else _SAMPLES for size in captured.shape[:1]]
+    leading = [size if isinstance(size, int) else _DRAWN_MASKS for size in captured.shape[:1]]
     try:
         largest = _largest(part, (*leading, *(1 for _ in captured.shape[1:])))
-    except RuntimeError:  # sizes of the capture that do not broadcast
+    except RuntimeError:  # the graph holds sizes of the capture that do not broadcast
         sizes = (size.node.hint if isinstance(size, torch.SymInt) else size for size in captured.shape[1:])
         largest = _largest(part, (*leading, *sizes))
     return 1 - 1 / largest if largest > 1 else 0.0
@@ -78,7 +78,7 @@ def rate_of(part: fx.GraphModule, captured: torch.Tensor) -> float:
 def _largest(part: fx.GraphModule, shape: tuple[int, ...]) -> float:
     with generators_unchanged(), torch.no_grad():
         torch.manual_seed(0)
-        draws = range(max(1, _SAMPLES // max(1, *shape[:1], 1)))
+        draws = range(max(1, _DRAWN_MASKS // max(1, *shape[:1], 1)))
         return max(float(part(torch.ones(shape)).abs().max()) for _ in draws)
 
 
@@ -112,8 +112,8 @@ def _is_free_of(node: fx.Node, x: fx.Node) -> bool:
     return True
 
 
-def _as_dimension(side: Side, size: fx.Node, x: fx.Node) -> bool:
-    """Read a size of the network from x itself; False where x has no such dimension."""
+def _read_from_x(side: Side, size: fx.Node, x: fx.Node) -> bool:
+    """Read a size of the network from x itself; False if x has no such dimension."""
     wanted = str(size.meta["val"])
     for dimension, length in enumerate(x.meta["val"].shape):
         if str(length) == wanted:

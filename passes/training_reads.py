@@ -1,10 +1,10 @@
-"""Who reads `training`: the modules whose forward may compute something else in train mode.
+"""Training reads: find the modules whose forward may compute something else in train mode.
 
-While the model is traced, every read of a module's flag is noted with the code that read it, and every write. A
-read by torch's own dropout or batch norm needs no second capture: `rebind` follows their flags.
+While the model is traced, every read and write of a module's `training` flag is noted, with the code that reads it. A
+read by torch's own dropout or batch norm needs no second capture, since `rebind` follows their flags.
 
-Promise: a model none of whose modules `asks` computes the same in both modes, but for operations
-that are re-bound; `nn.Module` is left as it was found.
+Promise: if `asks` is empty, the model computes the same in both modes, except for operations
+that `rebind` handles. `nn.Module` is left as it was found.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _REBOUND = (
     _BatchNorm,
     _InstanceNorm,
 )
-_FORWARDS: dict[CodeType, str] = {
+_NEED_NO_CAPTURE: dict[CodeType, str] = {
     **{kind.forward.__code__: "" for kind in (*_REBOUND, nn.SyncBatchNorm)},
     _InstanceNorm._apply_instance_norm.__code__: "",
-    # These read it for a fused path that tracing turns off, and hand it to dropout.
+    # These read the flag to choose a fused path, which tracing turns off, and to hand it to dropout.
     nn.MultiheadAttention.forward.__code__: "dropout",
     nn.TransformerEncoderLayer.forward.__code__: "",
     nn.TransformerEncoder.forward.__code__: "",
@@ -42,25 +42,25 @@ _FORWARDS: dict[CodeType, str] = {
     nn.LSTM.forward.__code__: "dropout",
     nn.GRU.forward.__code__: "dropout",
 }
-"""Code that reads the flag without need of a second capture -> the attribute that must be zero for that."""
+"""Code whose reads need no second capture -> the attribute that must be zero for that, or an empty text."""
 
 
 def is_rebound(module: nn.Module) -> bool:
-    """Whether a module's whole forward is one operation that `rebind` makes follow its flag."""
+    """Whether a module's whole forward is one operation that `rebind` binds to the module's flag."""
     code = getattr(type(module).forward, "__code__", None)
     return any(code is kind.forward.__code__ for kind in (*_REBOUND, nn.SyncBatchNorm))
 
 
 @dataclass
 class TrainingReads:
-    """The modules whose flag was read."""
+    """The modules whose flag was read or written."""
 
     asks: set[nn.Module] = field(default_factory=set)
-    """Read by code that may do anything with it."""
+    """Modules whose flag was read by code that may do anything with it."""
 
     def note(self, module: nn.Module, code: CodeType) -> None:
-        """A read of a module's flag by a function."""
-        rate = _FORWARDS.get(code)
+        """Note that a function reads a module's flag."""
+        rate = _NEED_NO_CAPTURE.get(code)
         if rate is None or (rate and bool(getattr(module, rate))):
             self.asks.add(module)
 
@@ -77,7 +77,7 @@ def training_reads() -> Iterator[TrainingReads]:
 
     def write(module: nn.Module, flag: bool) -> None:
         module.__dict__["training"] = flag
-        reads.asks.add(module)  # a forward that sets a flag (`self.teacher.eval()`) does not follow it
+        reads.asks.add(module)  # a flag that the forward sets itself (`self.teacher.eval()`) is not the caller's
 
     nn.Module.training = property(read, write)  # type: ignore[assignment]
     try:

@@ -1,6 +1,6 @@
-"""Unchanged: what a forward may change without being seen, kept as it was while something is measured.
+"""Unchanged: contexts that undo what a forward changes besides its result.
 
-Promise: after each of these contexts, however it ends, what it names is what it was before.
+Promise: however a context ends, it restores what its name says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Attributes", "attributes_unchanged", "generator_states", "generators
 
 @contextmanager
 def generators_unchanged() -> Iterator[None]:
-    """The states of torch's, Python's and numpy's default random generators."""
+    """Restore the states of torch's, Python's and numpy's default random generators afterwards."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     numpy: Any = sys.modules.get("numpy")
     ours, theirs = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -46,7 +46,7 @@ def generator_states() -> dict[str, str]:
 
 @contextmanager
 def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """The contents of tensors that are written in place, and that they are leaves of autograd's graph."""
+    """Restore the contents of tensors that are written in place, and make them leaves of autograd's graph again."""
     before = [(tensor, tensor.detach().clone(), tensor.is_leaf) for tensor in tensors]
     try:
         yield
@@ -54,17 +54,17 @@ def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, content, leaf in before:
                 if leaf and not tensor.is_leaf:
-                    tensor.detach_()  # something with a gradient was written into it
+                    tensor.detach_()  # a value with a gradient was written into it
                 if (tensor.dtype, tensor.device, tensor.shape) != (content.dtype, content.device, content.shape):
-                    tensor.data = content  # forward moved its module
+                    tensor.data = content  # the forward moved its module
                 elif tensor.layout is not torch.strided or not torch.equal(
                     tensor, content
-                ):  # batch norm leaves the version counters of its statistics alone
+                ):  # versions do not tell, since batch norm does not count its writes to the statistics
                     tensor.copy_(content)
 
 
 class Attributes:
-    """The Python attributes of a module and its submodules, as they are now."""
+    """The Python attributes of a module and its submodules when this object was made."""
 
     def __init__(self, source: nn.Module) -> None:
         self.modules = dict(source.named_modules())
@@ -82,7 +82,7 @@ class Attributes:
         }
 
     def changed(self) -> list[str]:
-        """Names of the attributes that are others now, or hold something else."""
+        """Names of the attributes that have been replaced, or whose contents have changed."""
         found = []
         for name, module in self.modules.items():
             now, before = own_attributes(module), self.before[name]
@@ -94,11 +94,11 @@ class Attributes:
         return found
 
     def restore(self) -> None:
-        """Give the modules back what they had."""
+        """Restore all attributes, parameters and buffers, and the contents of containers."""
         for name, module in self.modules.items():
             for present, known in zip((module._parameters, module._buffers), self.registered[name], strict=True):
                 if list(present) != list(known) or any(present[key] is not known[key] for key in known):
-                    present.clear()  # forward assigned a buffer, or made one
+                    present.clear()  # the forward assigned a buffer, or made one
                     present.update(known)
             now, before = own_attributes(module), self.before[name]
             for key in now:
@@ -112,7 +112,7 @@ class Attributes:
                         refill(container, content)
 
     def forget(self, unwanted: Callable[[Any], bool]) -> None:
-        """Give the modules back what they had in place of what is unwanted; other changes stay."""
+        """Restore the attributes that now hold something unwanted. Other changes stay."""
         for name, module in self.modules.items():
             before = self.before[name]
             for key, value in own_attributes(module).items():
@@ -123,12 +123,12 @@ class Attributes:
                         del module.__dict__[key]
                 elif isinstance(value, dict) and key in before and before[key] is value:
                     known = dict(self.contents[name][key][0][1])
-                    _without(value, [part for part, item in value.items() if unwanted(item) and part not in known])
+                    _delete_keys(value, [part for part, item in value.items() if unwanted(item) and part not in known])
 
 
 @contextmanager
 def attributes_unchanged(source: nn.Module) -> Iterator[Attributes]:
-    """The Python attributes of a module, and the contents of the lists and dictionaries among them."""
+    """Restore the Python attributes of a module, and the contents of their containers, afterwards."""
     attributes = Attributes(source)
     try:
         yield attributes
@@ -146,7 +146,7 @@ def _same(one: Any, other: Any) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # tuples of tensors
+    except Exception:  # a tuple of tensors has no truth value
         return False
 
 
@@ -159,6 +159,6 @@ def _same_content(one: Any, other: Any) -> bool:
     return all(_same(a[1], b[1]) if isinstance(a, tuple) and len(a) == 2 else _same(a, b) for a, b in pairs)
 
 
-def _without(container: dict[Any, Any], keys: list[Any]) -> None:
+def _delete_keys(container: dict[Any, Any], keys: list[Any]) -> None:
     for key in keys:
         del container[key]

@@ -1,6 +1,6 @@
-"""Unite placeholders: what the train-mode capture reads becomes placeholders of the eval-mode capture.
+"""Unite placeholders: give the eval-mode capture a placeholder for everything that the train-mode capture reads.
 
-Promise: parameters and buffers are matched by name, inputs by position, constants by content; the
+Promise: parameters and buffers are matched by name, inputs by position, constants by content. The
 order of a program's placeholders stays.
 """
 
@@ -15,7 +15,7 @@ __all__ = ["unite_placeholders"]
 
 
 def unite_placeholders(program: Program, training: Program) -> dict[fx.Node, fx.Node]:
-    """Placeholder of `training` -> placeholder of `program`, which gets those that it lacks."""
+    """Placeholder of `training` -> placeholder of `program`. Missing ones are added to `program`."""
     ours = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     by_target = {target: ours[name] for name, target in program.lifted.items()}
     inputs = dict(zip(training.inputs, program.inputs, strict=True))
@@ -48,7 +48,7 @@ def _constant(program: Program, node: fx.Node, value: torch.Tensor) -> fx.Node:
 
 
 def _added(program: Program, node: fx.Node) -> fx.Node:
-    """A new placeholder, before the first input or, if there is none, at the start."""
+    """A new placeholder, before the first input, or at the start if there is no input."""
     graph = program.graph
     place = next((n for n in graph.nodes if n.name in program.inputs), next(iter(graph.nodes)))
     with graph.inserting_before(place):

@@ -123,7 +123,7 @@ class Outside(nn.Module):
 def test_a_parameter_that_the_code_reaches_by_a_global_name_is_refused() -> None:
     SHARED[:] = [Outside()]
     try:
-        with pytest.raises(CaptureError, match=r"reads 'layer\.weight' of the model itself.*through self"):
+        with pytest.raises(CaptureError, match=r"reads 'layer\.weight' of the original model.*through self"):
             ffebm.convert(SHARED[0], torch.randn(2, 4))
     finally:
         SHARED.clear()

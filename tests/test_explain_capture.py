@@ -132,7 +132,7 @@ def test_torch_cond_is_named_with_its_line() -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: -self.a(x), (x,))
 
-    with pytest.raises(UnsupportedError, match=r"torch's cond \(.*line \d+\), control flow that runs on data"):
+    with pytest.raises(UnsupportedError, match=r"torch's cond \(.*line \d+\), control flow that depends on data"):
         ffebm.convert(seeded(lambda: Inner(forward)), noise(6, 8))
 
 

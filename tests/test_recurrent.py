@@ -98,7 +98,7 @@ def test_layers_settle_together_and_train() -> None:
 
 
 def test_a_layer_that_is_not_unrolled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ffebm_compiler.passes.recurrent._MOST", 2)
+    monkeypatch.setattr("ffebm_compiler.passes.recurrent._MOST_STEPS", 2)
 
     class Long(nn.Module):
         def __init__(self) -> None:

@@ -139,7 +139,7 @@ def test_data_that_a_forward_sets_is_written(train: bool) -> None:
 
 def test_data_of_another_shape_is_refused() -> None:
     hybrid = ffebm.convert(seeded(lambda: Clipped(False)), noise(5, 6)).train()
-    with pytest.raises(ffebm.UnsupportedError, match=r"data is set here to another one, of shape \(3, 6\)"):
+    with pytest.raises(ffebm.UnsupportedError, match=r"data is replaced here: .* of shape \(3, 6\) comes in place"):
         hybrid(noise(5, 6))
 
 

@@ -22,6 +22,8 @@ from ffebm_compiler.errors import (
     PlanError,
     UnsupportedError,
 )
+from ffebm_compiler.feedback_weights import FeedbackWeights
+from ffebm_compiler.field_penalties import alignment_penalty, jacobian_homeostasis
 from ffebm_compiler.hardware.fabric import Hardware, hardware_presets
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.loading import load
@@ -44,6 +46,7 @@ __all__ = [
     "ExportError",
     "FFEBMError",
     "FFEBMWarning",
+    "FeedbackWeights",
     "GaussSeidel",
     "GradientError",
     "GradientReport",
@@ -58,10 +61,12 @@ __all__ = [
     "PlanError",
     "Unrolled",
     "UnsupportedError",
+    "alignment_penalty",
     "check_gradients",
     "convert",
     "hardware_presets",
     "init",
+    "jacobian_homeostasis",
     "load",
     "plan",
 ]

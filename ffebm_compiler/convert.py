@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, PlanError
+from ffebm_compiler.feedback_weights import FeedbackWeights, feedback_weights_of
 from ffebm_compiler.hardware.fabric import Hardware, resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.ir import OperationGraph, Program
@@ -134,6 +135,7 @@ def convert(
     solver: Solver | None = None,
     fold_batchnorm: bool = False,
     block_ops: Sequence[str] = ("add", "reshape"),
+    feedback_weights: str | FeedbackWeights = "tied",
     digital_drive: bool = False,
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
@@ -156,6 +158,9 @@ def convert(
         fold_batchnorm: fold eval-mode batch norm into the layer before it.
         block_ops: the wiring that may sit inside a block: `"add"`, `"reshape"`, `"concat"`,
             `"scale"`, `"avg_pool"`, `"max_pool"`.
+        feedback_weights: `"tied"`, the feedback is the transpose of the drives; or `"free"`, it goes through weights of
+            its own, parameters beside the source's that start as copies of its weights (a vector field without energy);
+            or a `FeedbackWeights`, which also fixes or aligns them, or starts them at random.
         digital_drive: whether an activation of a digital value, such as batch norm's result, may be a block's state,
             with that value through DACs as its drive and feedback from the layers of the block that read it. It changes
             what is computed: conv, batch norm and ReLU are then the networks of Nest & Ernoult (2024).
@@ -175,6 +180,7 @@ def convert(
     if solver is not None and not isinstance(solver, Solver):
         raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
     estimator = estimator_of(gradient)
+    own_feedback = feedback_weights_of(feedback_weights)
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, from ffebm.plan() or Plan.from_json()")
     options = PlanOptions(
@@ -194,10 +200,10 @@ def convert(
     else:
         plan.validate()
     casts = Casts.of(front.program)
-    lowered = lower(front.program, plan)
+    lowered = lower(front.program, plan, own_feedback is not None)
     if not lowered.draws_in_order and _OTHER_ORDER not in plan.notes:
         plan = replace(plan, notes=(*plan.notes, _OTHER_ORDER))
-    hybrid = HybridModel(front.program, plan, lowered, casts)
+    hybrid = HybridModel(front.program, plan, lowered, casts, own_feedback)
     hybrid.conversion = Conversion.of(front.args, front.kwargs, dynamic_shapes)
     hybrid.configure(feedback=feedback, estimator=estimator, solver=solver, energy=kind)
     hybrid.calibrate(*front.args, **front.kwargs)

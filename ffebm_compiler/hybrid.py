@@ -13,6 +13,7 @@ from torch import nn
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_core import HybridCore
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.plan import Plan
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class HybridModel(HybridCore):
                 "the source was an ExportedProgram, which has no eager module: load hybrid.state_dict() into yours"
             )
         digital: nn.Module = copy.deepcopy(source)
+        for name in self.feedback_names:
+            path, _, leaf = name.rpartition(".")
+            delattr(module_at(digital, path), leaf)
         digital.training = self.training
         return digital
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.hybrid_parts import HybridParts
 from ffebm_compiler.hybrid_state import (
     METADATA,
     Arrival,
+    fill_arriving,
     own_load_state_dict,
     own_state_dict,
     packed_state,
@@ -43,8 +45,15 @@ __all__ = ["HybridCore"]
 class HybridCore(HybridParts):
     """A hybrid without what is made of it: `forward`, state, feedback, estimators and solvers."""
 
-    def __init__(self, program: Program, plan: PlanData, lowered: Lowered, casts: Casts) -> None:
-        super().__init__(program, plan, lowered)
+    def __init__(
+        self,
+        program: Program,
+        plan: PlanData,
+        lowered: Lowered,
+        casts: Casts,
+        feedback_weights: FeedbackWeights | None = None,
+    ) -> None:
+        super().__init__(program, plan, lowered, feedback_weights)
         self._casts = casts
         self.register_load_state_dict_post_hook(settle_arrival)  # type: ignore[no-untyped-call]
         bind_forward(self, self.__signature__)
@@ -99,6 +108,7 @@ class HybridCore(HybridParts):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
         self.__dict__["_arriving"] = Arrival.of(self, state_dict, prefix, local_metadata)
+        fill_arriving(self, state_dict, prefix)
         self._source._load_from_state_dict(state_dict, prefix, local_metadata, *others)  # with its hooks
 
     def __getstate__(self) -> dict[str, Any]:
@@ -334,6 +344,8 @@ class HybridCore(HybridParts):
         call = self._call_of(name)
         node = call.args[self._energy[name].program.inputs + index]
         while node not in names:
+            if not node.all_input_nodes:
+                raise UnsupportedError(f"weight {index} of {name} is a constant of the source, which is not scaled")
             # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
             node = node.all_input_nodes[0]
         return self._tensor(names[node])

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.feedback_weights import FeedbackWeights, register_feedback_weights
 from ffebm_compiler.later_hooks import LaterHooks
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.exported_program import place_of
@@ -33,7 +34,7 @@ from ffebm_compiler.written_state import names_of_written_state
 
 if TYPE_CHECKING:
     from ffebm_compiler.ir import Program
-    from ffebm_compiler.passes.lower import Lowered
+    from ffebm_compiler.passes.lower import FeedbackPlace, Lowered
 
 __all__ = ["HybridParts", "static_value"]
 
@@ -59,6 +60,8 @@ _OWN = frozenset(
         "_source",
         "conversion",
         "energy_function",
+        "feedback_names",
+        "feedback_weights",
         "project_to",
         "recertify_every",
         "training",
@@ -70,7 +73,9 @@ _OWN = frozenset(
 class HybridParts(nn.Module):
     """The tensors, the plan, the blocks and the lowered graph of a hybrid, and what is measured of them."""
 
-    def __init__(self, program: Program, plan: PlanData, lowered: Lowered) -> None:
+    def __init__(
+        self, program: Program, plan: PlanData, lowered: Lowered, feedback_weights: FeedbackWeights | None = None
+    ) -> None:
         super().__init__()
         source = program.source
         # The same dictionaries: what `.to()` or an optimizer changes here, changes in the source copy.
@@ -98,6 +103,10 @@ class HybridParts(nn.Module):
         to convergence only where the estimate jumps."""
         self.project_to: float | None = None
         """Loop gain to which symmetric blocks are then projected, see `project`; None: not by itself."""
+        self.feedback_weights = feedback_weights
+        """How feedback weights of their own are trained; None where the feedback is tied."""
+        self.feedback_names: Mapping[str, FeedbackPlace] = {place.name: place for place in lowered.feedback}
+        """Names of the parameters that are feedback weights; empty where the feedback is tied."""
         self._sources = self._sources_of_blocks()
         """Names of the parameters and buffers that the weights of each block with feedback are made of."""
         self.training = source.training
@@ -106,7 +115,11 @@ class HybridParts(nn.Module):
                 module.follow(source, self)
             elif isinstance(module, Fetch):
                 module.follow(self)
+        if feedback_weights is not None:
+            weights = {name: self.weight_at(place) for name, place in self.feedback_names.items()}
+            register_feedback_weights(self, weights, feedback_weights)
         for energy_block in lowered.energy.values():
+            energy_block.aligned = feedback_weights is not None and feedback_weights.update == "aligned"
             block_program = energy_block.program
             drives = [instruction for layer in block_program.layers for instruction in layer.instructions]
             for instruction in (*drives, *block_program.readout):
@@ -219,6 +232,13 @@ class HybridParts(nn.Module):
             if units or hasattr(self, "unshard"):  # what is gathered is freed at once
                 values = tuple(value if value is None else value.clone() for value in values)
         return values[:count], values[count:]
+
+    def weight_at(self, place: FeedbackPlace) -> Tensor:
+        """The forward weight that feedback weights belong to, computed from the present parameters."""
+        node = self._call_of(place.block).args[self._energy[place.block].program.inputs + place.weight]
+        value = static_value(self.lowered, node, {})
+        assert value is not None
+        return value
 
     def written_state(self) -> list[Tensor]:
         """The parameters and buffers that a forward writes, statistics that follow a module's flag aside."""

@@ -32,6 +32,7 @@ __all__ = [
     "METADATA",
     "SOLVERS",
     "Arrival",
+    "fill_arriving",
     "named",
     "own_load_state_dict",
     "own_state_dict",
@@ -191,6 +192,25 @@ def _same(present: Tensor, arriving: object) -> bool:
     return torch.equal(present, arriving)
 
 
+def fill_arriving(hybrid: HybridParts, state_dict: dict[str, Any], prefix: str) -> None:
+    """Complete a source's state dict, which has no feedback weights, by the present ones; check those of a hybrid's.
+
+    Raises:
+        InputError: for feedback weights of another shape than the weights that they belong to.
+    """
+    names = list(hybrid.feedback_names)
+    if not any(prefix + name in state_dict for name in names):
+        state_dict.update({prefix + name: hybrid._tensor(name).detach() for name in names})
+    for name in names:
+        present, arriving = hybrid._tensor(name), state_dict.get(prefix + name)
+        if isinstance(arriving, Tensor) and arriving.shape != present.shape:
+            raise InputError(
+                f"the feedback weights {prefix + name!r} in the state dict have the shape {tuple(arriving.shape)}, and "
+                f"the forward weights that they go with {tuple(present.shape)}: both have the same shape, the feedback "
+                "is the transpose of such a weight"
+            )
+
+
 def own_state_dict(
     hybrid: HybridParts, source: nn.Module, args: tuple[Any, ...], *, prefix: str, **others: Any
 ) -> OrderedDict[str, Any]:
@@ -209,6 +229,9 @@ def own_load_state_dict(
     """Load by a `load_state_dict` of the source's own, which holds the same tensors; then as `settle_arrival`."""
     state = (getattr(state_dict, "_metadata", None) or {}).get("", {}).get(METADATA)
     module: Any = hybrid
+    if hybrid.feedback_names:
+        state_dict = dict(state_dict)
+        fill_arriving(hybrid, state_dict, "")
     result = source.load_state_dict(state_dict, *args, **kwargs)
     if state is not None and _of_same_blocks(hybrid, state):
         restore(hybrid, state)

@@ -116,14 +116,7 @@ def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Map
 def _coupling(hybrid: Any, name: str) -> list[Tensor]:
     """The parameters behind the weights that multiply what depends on the states of a block."""
     program = hybrid._energy[name].program
-    indices = {
-        index
-        for layer in program.layers
-        for instruction in layer.instructions
-        if instruction.operator.product and any(program.from_states[r] for r in instruction.operands)
-        for index in instruction.weights[:1]
-        if index is not None
-    }
+    indices = {*program.coupling_weights, *program.back.coupling_weights}
     return list({id(p): p for p in (hybrid._parameter_behind(name, index) for index in sorted(indices))}.values())
 
 

@@ -66,6 +66,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
             hardware=plan.hardware,
             energy=settings.energy,
             dynamic_shapes=kept.dynamic_shapes,
+            feedback_weights=settings.feedback_weights or "tied",
             plan=plan,
         )
     except FFEBMError as error:

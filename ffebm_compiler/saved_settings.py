@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.files.checked_json import AtLeast, Malformed, Number, read_json, short, typed
 from ffebm_compiler.hybrid_state import ESTIMATORS, SOLVERS
 from ffebm_compiler.runtime.energies.choice import energy_of
@@ -75,6 +76,7 @@ class Settings:
     energy: Literal["hopfield", "resistive"]
     conversion: _Conversion
     state: _State
+    feedback_weights: FeedbackWeights | None = None
 
 
 def read_settings(path: Path, schema: int) -> tuple[Settings, dict[str, Any]]:
@@ -181,7 +183,10 @@ def check_tracks(path: Path, tensors: Mapping[str, Tensor], settings: Settings, 
     expected: set[str] = set()
     for block in hybrid.blocks:
         upstream = block.module.program.upstream
-        edges = [f"{earlier}-{later}" for later, leaves in enumerate(upstream) for earlier in leaves]
+        pairs = [(earlier, later) for later, leaves in enumerate(upstream) for earlier in leaves]
+        if not block.module.program.symmetric:  # feedback of its own is followed too
+            pairs += [(later, earlier) for earlier, later in pairs]
+        edges = [f"{start}-{end}" for start, end in pairs]
         for edge in settings.state.blocks[block.name].tracks:
             if edge not in edges:
                 raise InputError(

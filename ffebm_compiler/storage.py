@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
             "leaves": list(conversion.leaves),
             "dynamic_shapes": conversion.dynamic_shapes,
         },
+        "feedback_weights": None if hybrid.feedback_weights is None else asdict(hybrid.feedback_weights),
         "state": _without_tensors(state),
     }
     try:

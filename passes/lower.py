@@ -10,13 +10,14 @@ Promise: with feedback off, the lowered graph computes what the captured graph c
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
 from ffebm_compiler.ir import Program, Role, info
+from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.lower_block import lower_block
 from ffebm_compiler.passes.order_of_draws import in_order_of_draws
 from ffebm_compiler.plan_data import BlockPlan, PlanData
@@ -27,8 +28,9 @@ from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
 from ffebm_compiler.runtime.feedforward.state import WriteState
 from ffebm_compiler.runtime.program import pointwise
+from ffebm_compiler.runtime.program.block_program import BlockProgram
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["FeedbackPlace", "Lowered", "lower"]
 
 aten = torch.ops.aten
 _FIXED = (Role.LIFTED, Role.STATIC)
@@ -41,6 +43,17 @@ _SAFE: dict[object, Callable[..., torch.Tensor]] = {
 """Convolutions whose autograd would call a faulty kernel, and what computes the same."""
 
 
+@dataclass(frozen=True)
+class FeedbackPlace:
+    """Feedback weights that the lowered graph fetches, and what they belong to."""
+
+    name: str
+    """Under which they are a parameter, beside that of the forward weight."""
+    block: str
+    weight: int
+    """Index of the forward weight among the block's."""
+
+
 @dataclass
 class Lowered:
     """The lowered graph and where its parts are."""
@@ -50,16 +63,27 @@ class Lowered:
     feedforward: dict[str, FeedforwardBlock]
     draws_in_order: bool = True
     """Whether random numbers are drawn in the order of the source, so that one seed gives the same draws."""
+    feedback: tuple[FeedbackPlace, ...] = ()
+    """What a hybrid has to hold beside the source's tensors."""
 
 
-def lower(program: Program, plan: PlanData) -> Lowered:
-    """Build the graph of blocks."""
-    return _Lowering(program, plan).run()
+def lower(program: Program, plan: PlanData, own_feedback: bool = False) -> Lowered:
+    """Build the graph of blocks.
+
+    Args:
+        program: the captured network.
+        plan: which operation is in which block.
+        own_feedback: whether the feedback of the blocks goes through weights of its own, which are operands beside the
+            forward ones.
+    """
+    return _Lowering(program, plan, own_feedback).run()
 
 
 class _Lowering:
-    def __init__(self, program: Program, plan: PlanData) -> None:
+    def __init__(self, program: Program, plan: PlanData, own_feedback: bool) -> None:
         self.program = program
+        self.own_feedback = own_feedback
+        self.feedback: list[FeedbackPlace] = []
         self.plan = plan
         self.graph = fx.Graph()
         self.root = nn.Module()
@@ -98,7 +122,7 @@ class _Lowering:
         module = BlockGraph(self.root, self.graph, "Lowered")
         _constants_are_no_state(module)
         module._register_deepcopy_hook(_constants_are_no_state)
-        return Lowered(module, self.energy, self.feedforward, order.kept)
+        return Lowered(module, self.energy, self.feedforward, order.kept, tuple(self.feedback))
 
     def _value(self, node: fx.Node) -> fx.Node:
         """The lowered node of a value; static operations and shapes are emitted when first read.
@@ -145,10 +169,44 @@ class _Lowering:
     def _energy_block(self, plan: BlockPlan) -> None:
         name, nodes = plan.name, [self.by_name[operation] for operation in plan.operations]
         lowered = lower_block(self.program, name, nodes, self._read_outside(nodes), plan.driven)
-        block = EnergyBlock(lowered.program)
-        self.energy[name] = block
         operands = [self._value(node) for node in (*lowered.inputs, *lowered.weights)]
+        program = lowered.program
+        if self.own_feedback and program.coupled:
+            program = self._with_feedback(program, lowered.weights, operands)
+        block = EnergyBlock(program)
+        self.energy[name] = block
         self._call(name, block, operands, list(lowered.outputs))
+
+    def _with_feedback(
+        self, program: BlockProgram, weights: Sequence[fx.Node], operands: list[fx.Node]
+    ) -> BlockProgram:
+        """The program with an operand more for every weight between its states; what fetches them joins `operands`."""
+        own: list[tuple[int, int]] = []
+        for weight in program.coupling_weights:
+            place = FeedbackPlace(self._feedback_name(weights[weight], program.name), program.name, weight)
+            key = f"feedback_{len(self.feedback)}"
+            while key in self.by_name:
+                key += "_"
+            self.operands.add_module(key, Fetch(place.name))
+            fresh = self.graph.call_module(f"{OPERANDS}.{key}")
+            fresh.meta = {"val": weights[weight].meta.get("val")}
+            own.append((weight, program.weights + len(own)))
+            operands.append(fresh)
+            self.feedback.append(place)
+        return replace(program, weights=program.weights + len(own), feedback_weights=tuple(own))
+
+    def _feedback_name(self, weight: fx.Node, block: str) -> str:
+        """A free name beside that of the parameter which a weight is, or is a view or a multiple of."""
+        while weight.name not in self.program.lifted and weight.all_input_nodes:
+            # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
+            weight = weight.all_input_nodes[0]
+        path, _, leaf = self.program.lifted.get(weight.name, f"{block}_{weight.name}").rpartition(".")
+        owner, name, count = module_at(self.program.source, path), f"{leaf}_feedback", 1
+        prefix, taken = f"{path}." if path else "", {place.name for place in self.feedback}
+        while name in owner._parameters or name in owner._buffers or name in owner._modules or prefix + name in taken:
+            count += 1
+            name = f"{leaf}_feedback_{count}"
+        return prefix + name
 
     def _feedforward_block(self, name: str, names: list[str]) -> None:
         nodes = [self.by_name[operation] for operation in names]

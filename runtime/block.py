@@ -17,6 +17,7 @@ from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.held_gain import HeldGain, check_weights
+from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
 from ffebm_compiler.runtime.program.block_program import BlockProgram
@@ -63,6 +64,8 @@ class EnergyBlock(nn.Module):
         """What the block minimises; `set_energy` chooses it."""
         self.gain = HeldGain(program, self.energy_function)
         """What the amplifiers are set to, the loop gain it amounts to, and how that is held while the weights move."""
+        self.aligned = False
+        """Whether feedback weights, and the forward weights that they belong to, get the sum of both gradients."""
         self.enabled = True
         """False runs the block feedforward (γ = 0), as the source does."""
         self.last: Settled | None = None
@@ -73,6 +76,7 @@ class EnergyBlock(nn.Module):
         self._preactivations: tuple[Tensor, ...] = ()
         self._activations: tuple[Activation, ...] = ()
         self._shapes: dict[int, torch.Size] = {}
+        self._drawn: dict[int, Tensor | None] = {}
 
     @property
     def name(self) -> str:
@@ -115,7 +119,16 @@ class EnergyBlock(nn.Module):
         """Keep what the states of this forward follow from: it is in memory anyway, for the gradient."""
         self._preactivations = tuple(field.detach() for field in phase.settled()[1])
         self._activations = tuple(activation.kept() for activation in phase.activations)
-        self._shapes = dict(phase.frame.shapes)
+        self._shapes, self._drawn = dict(phase.frame.shapes), dict(phase.frame.drawn)
+
+    def response(self, weights: Sequence[Tensor | None]) -> AdjointPhase | None:
+        """The linear response at the states of the last forward, for these weights; None before the first."""
+        if not self._preactivations:
+            return None
+        frame = Frame(self.program, (), weights, self._drawn, dict(self._shapes), frozen=True)
+        slopes = [sigma.derivative(h) for sigma, h in zip(self._activations, self._preactivations, strict=True)]
+        nothing: list[Tensor | None] = [None] * len(slopes)
+        return AdjointPhase(frame, self.setting, self._preactivations, nothing, slopes, transposed=False)
 
     def set_energy(self, energy: Energy) -> None:
         """Choose the energy; measure and set the feedback afterwards.
@@ -333,6 +346,8 @@ class EnergyBlock(nn.Module):
         present = [value for value in inputs if value is not None]
         if len(present) != program.inputs or len(weights) != program.weights:
             raise FFEBMError(f"{self.name} takes {program.inputs} inputs and {program.weights} weights")
+        for forward, backward in program.feedback_weights:
+            self._check_feedback(weights[forward], weights[backward])
         kind = present[0].device.type
         if torch.is_autocast_enabled(kind):
             widest = torch.promote_types(
@@ -342,6 +357,13 @@ class EnergyBlock(nn.Module):
             with torch.autocast(kind, enabled=False):
                 return self._forward(cast, [None if w is None else w.to(widest) for w in weights])
         return self._forward(present, list(weights))
+
+    def _check_feedback(self, forward: Tensor | None, backward: Tensor | None) -> None:
+        if forward is not None and backward is not None and forward.shape != backward.shape:
+            raise InputError(
+                f"{self.name}: feedback weights of shape {tuple(backward.shape)} go with forward weights of shape "
+                f"{tuple(forward.shape)}: both have the same shape, the feedback is the transpose of such a weight"
+            )
 
     def _forward(self, inputs: list[Tensor], weights: list[Tensor | None]) -> tuple[Tensor, ...]:
         program = self.program

@@ -13,7 +13,7 @@ class Certificate:
     """What is known about a block's well-posedness."""
 
     norms: tuple[tuple[int, int, float], ...]
-    """(l, m, ‖J_{ml}‖₂) of every edge, where the energy is measured by them."""
+    """(l, m, ‖J_{ml}‖₂) of every edge, where the energy is measured by them; (m, l, norm) of feedback of its own."""
     scales: tuple[float, ...]
     """c_l, with 1 for the deepest layer."""
     radius: float

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ffebm_compiler.runtime.estimators.base import Estimator
+from ffebm_compiler.runtime.estimators.base import Estimator, aligned
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
@@ -32,6 +32,7 @@ class Settling(Protocol):
     gain: HeldGain
     last: Settled | None
     estimator: Estimator
+    aligned: bool
 
     @property
     def active_solver(self) -> Solver: ...
@@ -66,7 +67,7 @@ class Settle(torch.autograd.Function):
         block.remember(phase)
         ctx.block, ctx.last = block, block.last
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
-        ctx.setting, ctx.estimator = phase.setting, block.estimator
+        ctx.setting, ctx.estimator, ctx.aligned = phase.setting, block.estimator, block.aligned
         ctx.set_materialize_grads(False)
         kept = [
             state if index in program.visible or layer.activation.smooth else None
@@ -118,4 +119,5 @@ class Settle(torch.autograd.Function):
         else:
             gradients = ctx.estimator.gradients(situation, errors)
             found = gradients.inputs
-        return (None, None, *found, *gradients.weights)
+        weights = aligned(program, gradients.weights, needed[program.inputs :]) if ctx.aligned else gradients.weights
+        return (None, None, *found, *weights)

@@ -36,6 +36,8 @@ def curves_of(plan: PlanData, diagnosis: Diagnosis | None) -> dict[str, dict[str
 def _curves(block: BlockDiagnosis) -> dict[str, Any]:
     start = block.energies[0] if block.energies else 0.0
     end = "a minimum of E" if block.monotone else "a stationary point of E"
+    if not block.symmetric:
+        end = "of a vector field: its feedback has weights of its own, so that there is no energy"
     predicted = "unknown, no certificate" if block.predicted is None else count(block.predicted)
     return {
         "facts": [

@@ -100,7 +100,9 @@ class Panel {
     const shown = until <= curves.residuals.length ? 'the dashed line' : 'beyond the curves';
     return [section('How it settles', facts(curves.facts),
       curve('residual: largest relative change of a layer', curves.residuals, { first: 1, logarithmic: true, until }),
-      curve('energy, less that of the feedforward values', curves.energies, { first: 0, logarithmic: false, until }),
+      curves.energies.length
+        ? curve('energy, less that of the feedforward values', curves.energies, { first: 0, logarithmic: false, until })
+        : el('p', { class: 'quiet' }, 'No energy curve: the feedback has weights of its own.'),
       el('p', { class: 'quiet' }, until ? `The forward stopped at sweep ${until}, ${shown}.` : ''))];
   }
 

@@ -148,6 +148,10 @@ def plot_relaxation(diagnosis: Diagnosis) -> Any:
             scale = abs(energies[0] - energies[-1]) or 1.0
             shares = [(energy - energies[-1]) / scale for energy in block.energies]
             right.plot(range(len(shares)), shares, ".-", color=line.get_color())
+    fields = [name for name, block in blocks.items() if not block.symmetric]
+    if fields:
+        shown = f"{', '.join(fields[:4])}{', ...' if len(fields) > 4 else ''}"
+        right.set_title(f"no energy: {shown} (feedback through weights of its own)", fontsize=8, parse_math=False)
     left.set_ylabel("residual: largest relative change of a layer")
     right.set_ylabel("energy above the last sweep's, scaled")
     left.set_yscale("log")

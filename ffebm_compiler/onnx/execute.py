@@ -103,6 +103,7 @@ class Exported:
         if len(step["weights"]) != program.weights or len(step["outputs"]) != len(program.outputs):
             raise ValueError(f"{step['name']} has {len(step['weights'])} weights and {len(step['outputs'])} outputs")
         used = {item.weights[0] for layer in program.layers for item in layer.instructions if item.weights} - {None}
+        used |= {weight for _, weight in program.feedback_weights}
         if any(operand is None for operand in step["inputs"]) or any(step["weights"][index] is None for index in used):
             raise ValueError(f"{step['name']} has a null among the inputs or weights that its program reads")
         for operand in (*step["inputs"], *step["weights"]):

@@ -233,7 +233,7 @@ class _Builder:
             terms = [self._drive(body, index, registers)]
             for later in self.program.downstream[index]:
                 if present[later] not in pulled:
-                    pulled[present[later]] = self._pullback(body, later, present[later])
+                    pulled[present[later]] = self._pullback(body, later, present[later], self.program.back)
                 part = pulled[present[later]].get(self.program.layers[index].state)
                 if part is not None:
                     terms.append(body.op("Mul", part, gammas[index, later]))
@@ -313,7 +313,7 @@ class _Builder:
     ) -> dict[int, str]:
         """Register of each state that the drive of a layer reads -> its part of J_lᵀ p.
 
-        Of the block itself, or of a program of the same registers at other weights.
+        Of the block itself, or of a program of the same registers, maybe at other weights.
         """
         layer = (program or self.program).layers[index]
         pending: dict[int, list[str]] = {layer.drive: [cotangent]}

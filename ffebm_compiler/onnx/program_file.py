@@ -56,6 +56,7 @@ class _Program:
     layers: tuple[_Layer, ...]
     readout: tuple[_Instruction, ...]
     outputs: tuple[_Register, ...]
+    feedback_weights: tuple[tuple[_Register, _Register], ...] = ()
 
 
 def program_from_json(name: str, data: Mapping[str, Any]) -> BlockProgram:
@@ -85,6 +86,7 @@ def program_from_json(name: str, data: Mapping[str, Any]) -> BlockProgram:
             readout=_instructions(found.readout, "program.readout"),
             outputs=found.outputs,
             batched=found.batched,
+            feedback_weights=found.feedback_weights,
         )
     except Malformed as error:
         raise ExportError(f"the program of {name} in the manifest is malformed ({error}): export again") from error
@@ -119,6 +121,8 @@ def _check_registers(program: _Program) -> None:
         if any(weight >= program.weights for weight in layer.parameters):
             raise Malformed(f"{place}.parameters: the block has {program.weights} weights")
     follow(program.readout, "program.readout")
+    if any(weight >= program.weights for pair in program.feedback_weights for weight in pair):
+        raise Malformed(f"program.feedback_weights: the block has {program.weights} weights")
     for register in program.outputs:
         if register not in known:
             raise Malformed(f"program.outputs: register {register} is never written")

@@ -39,6 +39,7 @@ def program_to_json(program: BlockProgram) -> dict[str, Any]:
         ],
         "readout": [_instruction_to_json(item, program.name) for item in program.readout],
         "outputs": list(program.outputs),
+        **({} if program.symmetric else {"feedback_weights": [list(pair) for pair in program.feedback_weights]}),
     }
 
 

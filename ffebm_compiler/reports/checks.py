@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,10 +84,19 @@ class Agreement:
     relative_error: float
     """‖g − g_ref‖/‖g_ref‖."""
 
+    @property
+    def angle(self) -> float:
+        """Angle to the reference, in degrees."""
+        return math.degrees(math.acos(max(-1.0, min(self.cosine, 1.0))))
+
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Per parameter, each estimator's gradient against the float64 unrolled one."""
+    """Per parameter, each estimator's gradient against the float64 unrolled one.
+
+    Where the feedback has weights of its own, implicit and unrolled gradients are those of the equilibrium, and
+    equilibrium propagation is a local rule at an angle to them (`Agreement.angle`).
+    """
 
     agreements: Mapping[str, Mapping[str, Agreement]]
     """Parameter name -> estimator name -> agreement."""

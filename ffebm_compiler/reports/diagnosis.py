@@ -33,9 +33,11 @@ class BlockDiagnosis:
     residuals: tuple[float, ...]
     """Largest relative change of a layer, per sweep."""
     energies: tuple[float, ...]
-    """E summed over the batch: of the feedforward values, then after each sweep."""
+    """E summed over the batch: of the feedforward values, then after each sweep; empty where there is no energy."""
     monotone: bool
     """Whether all activations are: the equilibrium is then a minimum, else a stationary point."""
+    symmetric: bool = True
+    """False where the feedback has weights of its own: a vector field, which has no energy."""
 
     @property
     def rate(self) -> float:
@@ -65,7 +67,11 @@ class Diagnosis:
                 str(block.sweeps),
                 f"{block.rate:.2g}",
                 f"{block.residuals[-1]:.1e}" if block.residuals else "",
-                f"{block.energies[-1] - block.energies[0]:.3g}" if block.energies else "",
+                f"{block.energies[-1] - block.energies[0]:.3g}"
+                if block.energies
+                else ""
+                if block.symmetric
+                else "no energy",
             )
             for name, block in self.blocks.items()
         ]
@@ -91,7 +97,7 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
     if program.coupled:
         frame = Frame(program, operands[:count], operands[count:])
         phase = FreePhase(frame, module.setting)
-        energies.append(_energy(frame, phase))
+        energies += _energy(frame, phase)
         for _ in range(sweeps):
             before = [value.clone() for value in phase.values if value is not None]
             for index in phase.order():
@@ -102,7 +108,7 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
                 for old, new in zip(before, after, strict=True)
             ]
             residuals.append(max(changes))
-            energies.append(_energy(frame, phase))
+            energies += _energy(frame, phase)
     dtype = next((w.dtype for w in operands[count:] if w is not None), torch.float32)
     return BlockDiagnosis(
         layers=block.layers,
@@ -112,10 +118,14 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
         residuals=tuple(residuals),
         energies=tuple(energies),
         monotone=program.monotone,
+        symmetric=program.symmetric,
     )
 
 
-def _energy(frame: Frame, phase: FreePhase) -> float:
+def _energy(frame: Frame, phase: FreePhase) -> list[float]:
+    """E, where there is one."""
+    if not frame.program.symmetric:
+        return []
     states = [value for value in phase.values if value is not None]
     preactivations = [value for value in phase.preactivations if value is not None]
-    return float(phase.setting.energy.value(frame, phase.setting, states, preactivations))
+    return [float(phase.setting.energy.value(frame, phase.setting, states, preactivations))]

@@ -153,7 +153,9 @@ def summary_text(hybrid: HybridCore) -> str:
 def _energy_lines(hybrid: HybridCore) -> list[str]:
     """What the blocks with feedback minimise, and the feedback that they hold."""
     blocks = [block.module for block in hybrid.blocks if block.certificate is not None]
-    return list(dict.fromkeys(module.energy_function.describe(module.feedback) for module in blocks))
+    return list(
+        dict.fromkeys(module.energy_function.describe(module.feedback, module.program.symmetric) for module in blocks)
+    )
 
 
 def _solver_lines(hybrid: HybridCore) -> list[str]:

@@ -84,7 +84,8 @@ class Energy(ABC):
             preactivations: h_l with s_l = σ_l(h_l); needed where an activation is not monotone.
 
         Raises:
-            UnsupportedError: for a non-monotone activation without pre-activations.
+            UnsupportedError: for a non-monotone activation without pre-activations, and for a block whose feedback has
+                weights of its own, which has no energy.
         """
 
     @abstractmethod
@@ -121,8 +122,8 @@ class Energy(ABC):
         """
 
     @abstractmethod
-    def describe(self, feedback: float | str) -> str:
-        """The energy and its feedback, as a phrase for a report."""
+    def describe(self, feedback: float | str, symmetric: bool = True) -> str:
+        """The energy and its feedback, as a phrase for a report; `symmetric` as of the block's program."""
 
     @abstractmethod
     def remedy(self, feedback: float | str, loop_gain: float) -> str:

@@ -6,6 +6,9 @@ G_l the potential of the layer's activation (∂G_l = σ_l⁻¹), so that σ_l i
 not monotone G_l is written in the pre-activation, h σ(h) − Λ(h): an equilibrium is then a stationary point of E, not a
 minimum. A loop gain below one certifies it (`runtime/energies/loop_gain.py`).
 
+Where the feedback has weights of its own, no energy has the fields as its derivative, and `value` refuses; the states,
+the certificate and the local gradients are those of the vector field (Scellier et al. 2018, arXiv 1808.04873).
+
 Sources: Hopfield 1984; Scellier & Bengio 2017 (arXiv 1602.05179); Nest & Ernoult 2024.
 """
 
@@ -18,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ffebm_compiler.errors import InputError
+from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
@@ -56,7 +59,7 @@ class Hopfield(Energy):
         return float(feedback)
 
     def check_program(self, program: BlockProgram) -> None:
-        """Every program has this energy."""
+        """Every program has this energy, or is a vector field where its feedback has weights of its own."""
 
     def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
         """The layers' own activations."""
@@ -70,6 +73,12 @@ class Hopfield(Energy):
         preactivations: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩]."""
+        if not frame.program.symmetric:
+            raise UnsupportedError(
+                f"{frame.program.name} has no energy, since its feedback goes through weights of its own: its field is "
+                "no gradient. Use residual() to see whether states are settled, or convert with "
+                "feedback_weights='tied'"
+            )
         total: Tensor | None = None
         for index, activation in enumerate(frame.activations):
             state = states[index]
@@ -110,9 +119,12 @@ class Hopfield(Energy):
         """Caps the norms of the edges where the loop gain exceeds the limit."""
         return projection(program, certificate, limit) if certificate.loop_gain > limit else {}
 
-    def describe(self, feedback: float | str) -> str:
+    def describe(self, feedback: float | str, symmetric: bool = True) -> str:
         """With κ, or γ = 1."""
         held = "symmetric feedback, γ = 1" if isinstance(feedback, str) else f"loop gain κ = {feedback:.3g}"
+        if not symmetric:
+            held = "γ = 1" if isinstance(feedback, str) else held
+            return f"vector field without energy, feedback through weights of its own, {held}"
         return f"Hopfield energy, {held}"
 
     def remedy(self, feedback: float | str, loop_gain: float) -> str:

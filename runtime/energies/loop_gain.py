@@ -9,6 +9,10 @@ is one entry of a symmetric matrix A with zero diagonal. ρ(A) < 1 certifies a u
 and linear convergence (in the norm weighted by c/Lip the update is a contraction with factor ρ).
 κ = ρ² is the *loop gain*. `feedback=κ` picks c_l = g^{depth(l)} with the one g for which ρ² = κ.
 
+Where the feedback has weights of its own, the entry a_{ml}, from the state of l into the field of m, has the norm of
+the forward weights, and a_{lm} that of the feedback weights. A is then not symmetric; ρ(A) < 1 certifies the same, in
+the norm weighted by its Perron vector.
+
 Norms are measured on the actual operator (the convolution with its padding and stride) by
 Golub–Kahan–Lanczos bidiagonalisation, which approaches the largest singular value from below;
 `MARGIN` is added for what is missing. It may rest for a few steps where its random start has
@@ -50,26 +54,39 @@ _PATIENCE = 8
 
 
 def edge_norms(frame: Frame, like: Sequence[Tensor]) -> tuple[tuple[int, int, float], ...]:
-    """‖J_{ml}‖₂ of every edge of a block, on states shaped like `like`, times its `edge_gain`."""
-    program = frame.program
-    result = []
-    for later, leaves in enumerate(program.upstream):
-        for earlier in leaves:
-            gain = edge_gain(frame, earlier, later)
-            result.append((earlier, later, gain * _norm(frame, earlier, later, like[earlier])))
-    return tuple(result)
+    """(k, m, norm) of every edge of a block, on states shaped like `like`, times its `edge_gain`.
+
+    The norm is ‖J_{mk}‖₂, that of the map from the state of layer k into the field of a later layer m, whose feedback
+    is its transpose. Where the feedback has weights of its own, (m, k, norm) is there too, of the map back.
+    """
+    return tuple(
+        (
+            start,
+            end,
+            edge_gain(frame, start, end) * _norm(view, min(start, end), max(start, end), like[min(start, end)]),
+        )
+        for start, end, view in directions(frame)
+    )
 
 
-def edge_gain(frame: Frame, earlier: int, later: int) -> float:
+def directions(frame: Frame) -> list[tuple[int, int, Frame]]:
+    """(k, m, frame) of every map between two states that is measured: the frame is the one whose J_{mk} it is."""
+    forward = [(earlier, later, frame) for later, leaves in enumerate(frame.program.upstream) for earlier in leaves]
+    if frame.program.symmetric:
+        return forward
+    return forward + [(later, earlier, frame.back) for earlier, later, _ in forward]
+
+
+def edge_gain(frame: Frame, start: int, end: int) -> float:
     """Factor on the norm of an edge: what random masks may add to it, and learned slopes above 1.
 
     A learned slope moves with the weights. √(Lip σ_l Lip σ_m) of present slopes, beyond what the program's own
     activations say, is counted here, so that the certificate follows it.
     """
     gain = 1.0
-    for instruction in frame.program.layers[later].instructions:
+    for instruction in frame.program.layers[max(start, end)].instructions:
         gain = instruction.operator.gain(gain)
-    for index in (earlier, later):
+    for index in (start, end):
         layer = frame.program.layers[index]
         if layer.parameters:
             gain *= math.sqrt(frame.activations[index].lipschitz / layer.activation.lipschitz)
@@ -117,12 +134,29 @@ def _norm(frame: Frame, earlier: int, later: int, like: Tensor) -> float:
 
 
 def _matrix(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> np.ndarray:
+    """A; entry (m, k) is of the map from k to m."""
     matrix = np.zeros((len(program.layers), len(program.layers)))
-    for earlier, later, norm in norms:
-        lips = program.layers[earlier].activation.lipschitz * program.layers[later].activation.lipschitz
-        gain = math.sqrt(scales[later] / scales[earlier] * lips) * norm
-        matrix[earlier, later] = matrix[later, earlier] = gain
+    for start, end, norm in norms:
+        lips = program.layers[start].activation.lipschitz * program.layers[end].activation.lipschitz
+        gain = math.sqrt(scales[max(start, end)] / scales[min(start, end)] * lips) * norm
+        matrix[end, start] = gain
+        if program.symmetric:
+            matrix[start, end] = gain
     return matrix
+
+
+def _perron(matrix: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """ρ of a matrix without negative entries, and its right and left vectors, none of them negative."""
+    if np.array_equal(matrix, matrix.T):
+        values, vectors = np.linalg.eigh(matrix)
+        vector = np.abs(vectors[:, -1])
+        return float(values[-1]), vector, vector
+    sides = []
+    for side in (matrix, matrix.T):
+        found, columns = np.linalg.eig(side)
+        place = int(np.argmax(found.real))
+        sides.append((float(found[place].real), np.abs(columns[:, place])))
+    return sides[0][0], sides[0][1], sides[1][1]
 
 
 def radius(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> float:
@@ -130,7 +164,9 @@ def radius(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scale
     matrix = _matrix(program, norms, scales)
     if not np.isfinite(matrix).all():
         return math.inf
-    return float(np.abs(np.linalg.eigvalsh(matrix)).max()) if matrix.size else 0.0
+    if not matrix.size:
+        return 0.0
+    return float(np.abs(np.linalg.eigvalsh(matrix) if program.symmetric else np.linalg.eigvals(matrix)).max())
 
 
 def scales_for(program: BlockProgram, gain: float) -> tuple[float, ...]:
@@ -142,8 +178,9 @@ def scales_for(program: BlockProgram, gain: float) -> tuple[float, ...]:
 def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loop_gain: float) -> float:
     """The g for which ρ(A)² = κ; 1 where no feedback exists at all.
 
-    ln ρ² is convex in ln g (Kingman 1961), with the slope xᵀ(S ∘ A)x / ρ for the Perron vector x and the depths S that
-    the edges span: Newton's method finds it in a few steps, in one where every edge spans one layer.
+    ln ρ² is convex in ln g (Kingman 1961), with the slope yᵀ(S ∘ A)x / ρ yᵀx for the Perron vectors x and y, right and
+    left, and the depths S that the edges span: Newton's method finds it in a few steps, in one where every edge spans
+    one layer.
     """
     if not any(norm > 0 for _, _, norm in norms) or not all(math.isfinite(norm) for _, _, norm in norms):
         return 1.0
@@ -152,9 +189,11 @@ def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loo
     place = 0.0
     for _ in range(100):
         matrix = _matrix(program, norms, scales_for(program, math.exp(place)))
-        values, vectors = np.linalg.eigh(matrix)
-        largest, vector = float(values[-1]), np.abs(vectors[:, -1])
-        step = (2 * math.log(largest) - math.log(loop_gain)) / float(vector @ (spans * matrix) @ vector / largest)
+        largest, right, left = _perron(matrix)
+        slope = float(left @ (spans * matrix) @ right / (left @ right) / largest) if largest > 0 else 0.0
+        if not slope > 0:  # every loop is broken: feedback weights of zero
+            return 1.0
+        step = (2 * math.log(largest) - math.log(loop_gain)) / slope
         # A long step towards smaller g may leave the range of floats.
         place -= max(-20.0, min(step, 20.0))
         if abs(step) < 1e-13:
@@ -172,11 +211,14 @@ def certificate_at(
 
 
 def _sweep_radius(matrix: np.ndarray, largest: float) -> float:
-    """ρ((1 − L)⁻¹U): ρ² unless edges close cycles of odd length."""
+    """ρ((1 − L)⁻¹U) or, of sweeps backward, ρ((1 − U)⁻¹L): ρ² unless edges close cycles of odd length."""
     if len(matrix) <= 2 or not math.isfinite(largest) or largest >= 1:
         return largest**2
     lower, upper = np.tril(matrix, -1), np.triu(matrix, 1)
-    found = float(np.abs(np.linalg.eigvals(np.linalg.solve(np.eye(len(matrix)) - lower, upper))).max())
+    pairs = [(lower, upper)] if np.array_equal(lower, upper.T) else [(lower, upper), (upper, lower)]
+    found = max(
+        float(np.abs(np.linalg.eigvals(np.linalg.solve(np.eye(len(matrix)) - new, old))).max()) for new, old in pairs
+    )
     return max(largest**2, found) if found > largest**2 * (1 + 1e-9) else largest**2
 
 

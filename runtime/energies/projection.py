@@ -23,7 +23,10 @@ def projection(program: BlockProgram, certificate: Certificate, limit: float) ->
     Raises:
         InputError: where the edges without a weight, such as a residual add, exceed the limit by themselves.
     """
-    behind = {(k, m): _weights_between(program, k, m) for k, m, _ in certificate.norms}
+    behind = {
+        (k, m): _weights_between(program if k < m else program.back, min(k, m), max(k, m))
+        for k, m, _ in certificate.norms
+    }
 
     def gain(cap: float) -> float:
         norms = [(k, m, min(norm, cap) if behind[k, m] else norm) for k, m, norm in certificate.norms]

@@ -66,7 +66,12 @@ class Resistive(Energy):
         return float(feedback)  # type: ignore[arg-type]
 
     def check_program(self, program: BlockProgram) -> None:
-        """Linear layers and wires, with activations of straight lines whose slopes are from 0 to 1."""
+        """Tied feedback, linear layers and wires, and activations of straight lines whose slopes are from 0 to 1."""
+        if not program.symmetric:
+            raise UnsupportedError(
+                f"{program.name}: a resistive energy is a circuit whose conductances carry both directions, so that "
+                "its feedback has no weights of its own: use feedback_weights='tied', or energy='hopfield'"
+            )
         for layer in program.layers:
             _check_activation(program, layer)
             for instruction in layer.instructions:
@@ -162,7 +167,7 @@ class Resistive(Energy):
         """Nothing: it settles at every γ."""
         return {}
 
-    def describe(self, feedback: float | str) -> str:
+    def describe(self, feedback: float | str, symmetric: bool = True) -> str:
         """With γ."""
         return f"resistive energy with amplifiers, γ = {1.0 if isinstance(feedback, str) else feedback:.3g}"
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ffebm_compiler.runtime.energies.loop_gain import directions
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.operators import Linear, Scale, Sum
 
@@ -77,24 +78,23 @@ class TrackedNorms:
         self._probes: dict[tuple[int, int], Tensor] = {}
 
     def measure(self, frame: Frame) -> list[tuple[int, int, float]]:
-        """(l, m, ‖J_{ml}‖₂) of every edge at the weights of a frame, from below.
+        """(l, m, ‖J_{ml}‖₂) of every edge at the weights of a frame, from below; (m, l, norm) of feedback of its own.
 
         Args:
             frame: the block evaluated once for one sample, so that all shapes are known, without its random masks.
         """
         found = []
         with torch.no_grad():
-            for later, leaves in enumerate(frame.program.upstream):
-                for earlier in leaves:
-                    place, edge = (earlier, later), _Edge(frame, earlier, later)
-                    probe = self._probes.get(place)
-                    if probe is None or probe.shape[1] != edge.inner.numel():
-                        probe = edge.probe(seed=0)
-                    probe = self._probes[place] = edge.here(probe)
-                    track = followed(edge, probe, self.tracks.get(place))
-                    if track is not None:
-                        self.tracks[place] = track
-                    found.append((earlier, later, 0.0 if track is None else track.norm))
+            for start, end, view in directions(frame):
+                place, edge = (start, end), _Edge(view, min(start, end), max(start, end))
+                probe = self._probes.get(place)
+                if probe is None or probe.shape[1] != edge.inner.numel():
+                    probe = edge.probe(seed=0)
+                probe = self._probes[place] = edge.here(probe)
+                track = followed(edge, probe, self.tracks.get(place))
+                if track is not None:
+                    self.tracks[place] = track
+                found.append((start, end, 0.0 if track is None else track.norm))
         return found
 
     def state(self) -> dict[str, dict[str, Any]]:

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
+from ffebm_compiler.runtime.program.block_program import BlockProgram
 
-__all__ = ["Estimator", "Gradients", "contract"]
+__all__ = ["Estimator", "Gradients", "aligned", "contract"]
 
 
 @dataclass
@@ -48,9 +49,17 @@ class Estimator(ABC):
 
 
 def contract(
-    at: Situation, currents: Sequence[Tensor | None], middle: Sequence[Tensor], errors: Sequence[Tensor | None]
+    at: Situation,
+    currents: Sequence[Tensor | None],
+    middle: Sequence[Tensor],
+    errors: Sequence[Tensor | None],
+    exact: bool = False,
 ) -> Gradients:
     """The contraction of the module's docstring; `currents` are e = −u, `errors` are δ.
+
+    Where the feedback has weights B of its own, J_{lk} in the second term is theirs. Its derivative is then the local
+    gradient γ e_l s_mᵀ of B, and that of the first term, e_l s_kᵀ, the one of the forward weights. `exact` says that
+    the currents are those of the adjoint phase, with which both are the exact gradient.
 
     A parameter a of an activation has the gradient Σ −K_l ∂σ_l/∂a, with the force K_l that e answers:
     −K_l = δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k. For equilibrium propagation it is the limit
@@ -77,10 +86,11 @@ def contract(
                 inputs[register] = part if present is None else present + part
         ratio, deviations = frame.deviations(index, currents, at.scales)
         if wants_weights and any(value is not None for value in deviations):
-            frame.pullback(
+            back = frame.back
+            back.pullback(
                 index,
                 middle[index],
-                registers=frame.tangent_registers(index, deviations, program.operand_instructions[index]),
+                registers=back.tangent_registers(index, deviations, back.program.operand_instructions[index]),
                 gradients=weights,
                 needed=at.weights_needed,
                 bias=False,
@@ -89,11 +99,24 @@ def contract(
     if wants_weights:
         at.setting.energy.add_weight_terms(frame, at.setting, currents, middle, weights, at.weights_needed)
     if wants_weights and any(layer.parameters for layer in program.layers):
-        _parameters(at, currents, errors, weights)
+        _parameters(at, currents, errors, weights, exact)
     return Gradients(
         [g if n else None for g, n in zip(inputs, at.inputs_needed, strict=True)],
         [g if n else None for g, n in zip(weights, at.weights_needed, strict=True)],
     )
+
+
+def aligned(program: BlockProgram, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    """The same update for forward and feedback weights: both get the sum of their gradients (Kolen & Pollack 1994)."""
+    result = list(gradients)
+    for places in program.feedback_weights:
+        parts = [gradients[place] for place in places]
+        present = [part for part in parts if part is not None]
+        total = present[0] if len(present) == 1 else present[0] + present[1] if present else None
+        for place in places:
+            if needed[place]:
+                result[place] = total
+    return result
 
 
 def _parameters(
@@ -101,9 +124,11 @@ def _parameters(
     currents: Sequence[Tensor | None],
     errors: Sequence[Tensor | None],
     weights: list[Tensor | None],
+    exact: bool,
 ) -> None:
     """Add the gradients of the activations' parameters."""
-    phase, activations = AdjointPhase(at.frame, at.setting, at.preactivations, errors), at.setting.activations(at.frame)
+    phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors, transposed=exact)
+    activations = at.setting.activations(at.frame)
     for index, current in enumerate(currents):
         phase.store(index, current)
     for index, layer in enumerate(at.frame.program.layers):

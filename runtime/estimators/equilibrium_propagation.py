@@ -206,11 +206,12 @@ def _second_order(
 ) -> None:
     """Add Re[strength ⟨e, ∂_θJ u⟩] with e = −u/a the restored and u the moved currents, for one point.
 
-    The energy is quadratic in the states, so that this is what its difference holds beyond first order.
+    The energy is quadratic in the states, so that this is what its difference holds beyond first order. Half of it is
+    that of the drives and half that of the feedback, which may have weights of its own.
     """
-    program = at.frame.program
     if not any(at.weights_needed):
         return
+    views = [(at.frame, 1.0)] if at.frame.program.symmetric else [(at.frame, 0.5), (at.frame.back, 0.5)]
     turned = [None if part is None else part * strength for part in restored]
     pairs = [(1.0, [_real(part) for part in turned], [_real(part) for part in moved])]
     if isinstance(strength, complex):
@@ -227,15 +228,16 @@ def _second_order(
             ratio, deviations = at.frame.deviations(index, currents, at.scales)
             if cotangent is None or all(value is None for value in deviations):
                 continue
-            at.frame.pullback(
-                index,
-                cotangent,
-                registers=at.frame.tangent_registers(index, deviations, program.operand_instructions[index]),
-                gradients=gradients.weights,
-                needed=at.weights_needed,
-                bias=False,
-                factor=sign * ratio / scale,
-            )
+            for frame, share in views:
+                frame.pullback(
+                    index,
+                    cotangent,
+                    registers=frame.tangent_registers(index, deviations, frame.program.operand_instructions[index]),
+                    gradients=gradients.weights,
+                    needed=at.weights_needed,
+                    bias=False,
+                    factor=share * sign * ratio / scale,
+                )
 
 
 def _real(part: Tensor | None) -> Tensor | None:

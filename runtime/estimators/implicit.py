@@ -32,6 +32,10 @@ class ImplicitDifferentiation(Estimator):
     where the loop gain is near one, and falls back to sweeps where H turns out to be indefinite. `"auto"`
     takes sweeps, accelerated where the block's solver is: they were faster than conjugate gradients on every
     block measured (`benchmarks/solvers.py`).
+
+    Where the feedback has weights of its own there is no H: the transposed linear response is solved by sweeps, and the
+    gradient is the exact one of the equilibrium, which equilibrium propagation then approaches only as far as the
+    feedback weights are the forward ones.
     """
 
     method: Literal["auto", "sweeps", "cg"] = "auto"
@@ -59,17 +63,22 @@ class ImplicitDifferentiation(Estimator):
             goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
             solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)
             if solution is not None:
-                gradients = contract(at, solution, at.states, errors)
+                gradients = contract(at, solution, at.states, errors, exact=True)
                 gradients.sweeps = steps
                 return gradients
         # Driven by +δ the system gives e = −u at once.
         phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
         settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
-        gradients = contract(at, phase.values, at.states, errors)
+        gradients = contract(at, phase.values, at.states, errors, exact=True)
         gradients.sweeps = settled.sweeps
         return gradients
 
     def _conjugate(self, at: Situation) -> bool:
+        if self.method == "cg" and not at.frame.program.symmetric:
+            raise InputError(
+                f"the feedback of {at.name} has weights of its own, so that its adjoint system is not symmetric: use "
+                "ImplicitDifferentiation(method='auto') or 'sweeps'"
+            )
         if self.method == "cg" and not at.frame.program.monotone:
             raise InputError(
                 f"{at.name} has an activation that is not monotone, so that its adjoint system is not positive "

@@ -12,6 +12,10 @@ cancels in float32 (`docs/mathematics.md`):
     u_l = [σ_l(h_l + (β/c_l) K_l) − σ_l(h_l)] / (β/c_l) .                                        (2)
 
 The adjoint phase is its limit β → 0, u_l = σ_l'(h_l) K_l, which is H λ = −δ for λ = u/c.
+
+Where the feedback goes through weights of its own, the J_{ml}ᵀ of (1) and (2) are those of the feedback weights (the
+frame's `back`). There is no energy then, and the adjoint phase has the two exchanged: J_{lk} of the feedback weights
+and J_{ml}ᵀ of the forward ones, which makes it the transpose of the linear response.
 """
 
 from __future__ import annotations
@@ -55,12 +59,16 @@ class Phase(FixedPoint):
                 continue
             version, parts = self._pulled.get(later, (-1, {}))
             if version != self._version[later]:
-                parts = self.frame.pullback(later, value, states=True)
+                parts = self._returning(later, value)
                 self._pulled[later] = (self._version[later], parts)
             part = parts.get(program.layers[index].state)
             if part is not None:
                 found.append((later, part))
         return found
+
+    def _returning(self, later: int, value: Tensor) -> dict[int, Tensor]:
+        """What the value of a layer sends back to the states that its drive reads."""
+        return self.frame.back.pullback(later, value, states=True)
 
     def refine(self) -> None:
         """Forget what was computed in bfloat16."""

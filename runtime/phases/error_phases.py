@@ -51,7 +51,7 @@ class _ErrorPhase(Phase):
 
     def correction(self, rtol: float) -> list[Tensor] | None:
         """Newton's step for u = f(u), by conjugate gradients."""
-        if not self.frame.program.monotone:
+        if not (self.frame.program.monotone and self.frame.program.symmetric):
             return None
         residuals = []
         for index, value in enumerate(self.values):
@@ -61,20 +61,29 @@ class _ErrorPhase(Phase):
             residuals.append(new - value)
         return newton_step(self.response(), residuals, [1.0] * len(residuals), rtol)
 
+    @property
+    def _arriving_frame(self) -> Frame:
+        """The frame through which earlier layers reach a layer."""
+        return self.frame
+
     def force(self, index: int) -> Tensor | None:
         """K_l, or None where nothing has arrived yet."""
         total = self._drive[index]
         for _, pulled in self.pulled(index):
             total = pulled if total is None else total + pulled
         ratio, deviations = self.frame.deviations(index, self.values, self.scales)
-        part = self.frame.tangent(index, deviations)
+        part = self._arriving_frame.tangent(index, deviations)
         if part is None:
             return total
         return part * ratio if total is None else torch.add(total, part, alpha=ratio)
 
 
 class AdjointPhase(_ErrorPhase):
-    """u_l = σ_l'(h_l) K_l."""
+    """u_l = σ_l'(h_l) K_l, with the transpose of the block's linear response: it gives the exact gradient.
+
+    With `transposed=False` it is the linear response itself, the limit β → 0 of the nudged phase. The two differ only
+    where the feedback has weights of its own.
+    """
 
     def __init__(
         self,
@@ -83,13 +92,23 @@ class AdjointPhase(_ErrorPhase):
         preactivations: Sequence[Tensor],
         drives: Sequence[Tensor | None],
         slopes: Sequence[Tensor] | None = None,
+        transposed: bool = True,
     ) -> None:
         super().__init__(frame, setting, preactivations, drives)
+        self.transposed = transposed and not frame.program.symmetric
         self.slopes = (
             [sigma.derivative(h) for sigma, h in zip(setting.activations(frame), preactivations, strict=True)]
             if slopes is None
             else list(slopes)
         )
+
+    @property
+    def _arriving_frame(self) -> Frame:
+        return self.frame.back if self.transposed else self.frame
+
+    def _returning(self, later: int, value: Tensor) -> dict[int, Tensor]:
+        frame = self.frame if self.transposed else self.frame.back
+        return frame.pullback(later, value, states=True)
 
     def update(self, index: int) -> Tensor | None:
         """u_l from the derivative of σ_l."""
@@ -99,14 +118,14 @@ class AdjointPhase(_ErrorPhase):
     def response(self) -> AdjointPhase:
         """The same system without its drive."""
         nothing: list[Tensor | None] = [None] * len(self.values)
-        return AdjointPhase(self.frame, self.setting, self.preactivations, nothing, self.slopes)
+        return AdjointPhase(self.frame, self.setting, self.preactivations, nothing, self.slopes, self.transposed)
 
     def narrowed(self, rows: Tensor) -> AdjointPhase:
         """The phase of some of the samples, at their present error currents."""
         fields = [take_rows(value, rows) for value in self.preactivations]
         slopes = [take_rows(slope, rows) for slope in self.slopes]
         drives = narrow(self._drive, rows)
-        phase = AdjointPhase(self.frame.narrowed(rows), self.setting, fields, drives, slopes)
+        phase = AdjointPhase(self.frame.narrowed(rows), self.setting, fields, drives, slopes, self.transposed)
         phase.values = narrow(self.values, rows)
         return phase
 
@@ -207,7 +226,8 @@ class NudgedPhase(_ErrorPhase):
         slopes = [sigma.derivative(h) for sigma, h in zip(self._activations, self.preactivations, strict=True)]
         if self.parts > 1:
             slopes = [slope.repeat(self.parts, *[1] * (slope.dim() - 1)) for slope in slopes]
-        return AdjointPhase(self.frame, self.setting, self.preactivations, [None] * len(layers), slopes)
+        nothing: list[Tensor | None] = [None] * len(layers)
+        return AdjointPhase(self.frame, self.setting, self.preactivations, nothing, slopes, transposed=False)
 
 
 def _stepper(activation: Activation, h: Tensor, t: complex) -> Callable[[Tensor], Tensor]:

@@ -104,7 +104,7 @@ class FreePhase(Phase):
     def correction(self, rtol: float) -> list[Tensor] | None:
         """Semismooth Newton: (1 − σ'(h) B/c) Δ = r, r_l = σ_l(h_l) − s_l, with B/c the coupling of all layers."""
         layers = self.frame.program.layers
-        if not self.frame.program.monotone:
+        if not (self.frame.program.monotone and self.frame.program.symmetric):
             return None
         residuals = [self.update(index) - value for index, value in enumerate(self.values) if value is not None]
         fields = [field for field in self.preactivations if field is not None]

@@ -73,6 +73,8 @@ class BlockProgram:
     """Whether it can also be evaluated for some of its samples, or for several copies of them."""
     draws: tuple[tuple[Instruction, ...], ...] = ()
     """Each random mask, in the order in which they are drawn: the instructions up to the one that draws it."""
+    feedback_weights: tuple[tuple[int, int], ...] = ()
+    """(weight of an edge between states, weight that its feedback goes through); empty where feedback is tied."""
     upstream: tuple[tuple[int, ...], ...] = field(init=False)
     """For each layer, the layers whose states its drive reads."""
     downstream: tuple[tuple[int, ...], ...] = field(init=False)
@@ -122,6 +124,35 @@ class BlockProgram:
     def coupled(self) -> bool:
         """Whether any state feeds another: without that, the block is its source's layers exactly."""
         return any(self.upstream)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the feedback is the transpose of the drives, so that the block has an energy."""
+        return not self.feedback_weights
+
+    @cached_property
+    def back(self) -> BlockProgram:
+        """The block whose transposes are the feedback: itself, or with the feedback's own weights between states."""
+        if self.symmetric:
+            return self
+        own: dict[int | None, int | None] = dict(self.feedback_weights)
+
+        def turned(item: Instruction) -> Instruction:
+            if not self._multiplies_states(item):
+                return item
+            return replace(item, weights=tuple(own.get(weight, weight) for weight in item.weights))
+
+        layers = tuple(replace(layer, instructions=tuple(map(turned, layer.instructions))) for layer in self.layers)
+        return replace(self, layers=layers, feedback_weights=())
+
+    @cached_property
+    def coupling_weights(self) -> tuple[int, ...]:
+        """The weights of products of what depends on states: those on the edges of the block."""
+        items = (item for layer in self.layers for item in layer.instructions if self._multiplies_states(item))
+        return tuple(dict.fromkeys(item.weights[0] for item in items if item.weights[0] is not None))
+
+    def _multiplies_states(self, item: Instruction) -> bool:
+        return item.operator.product and any(self.from_states[register] for register in item.operands)
 
     @cached_property
     def monotone(self) -> bool:

@@ -43,8 +43,20 @@ class Frame:
         self.coarse = False
         """Whether products of what depends on states are computed in bfloat16."""
         self._rounded: dict[int, Tensor] = {}
+        self._back: Frame | None = None
         self.activations = tuple(self._bound(layer) for layer in program.layers)
         """σ_l, at the present values of its parameters."""
+
+    @property
+    def back(self) -> Frame:
+        """The frame whose pullbacks are the feedback: itself where the feedback is tied (`BlockProgram.back`)."""
+        if self.program.symmetric:
+            return self
+        if self._back is None:
+            self._back = Frame(self.program.back, (), self.weights, self.drawn, self.shapes, frozen=True)
+            self._back._rounded = self._rounded
+        self._back.coarse = self.coarse
+        return self._back
 
     def _bound(self, layer: Layer) -> Activation:
         found = [self.weights[index] for index in layer.parameters]

@@ -38,6 +38,8 @@ def choose(program: BlockProgram, contraction: float | None, given: Solver | Non
     """
     if given is not None:
         curved = [layer.activation.name for layer in program.layers if not layer.activation.monotone]
+        if isinstance(given, NewtonCG) and not program.symmetric:
+            return Choice(given, "as given; sweeps only, the feedback has weights of its own")
         if isinstance(given, NewtonCG) and curved:
             return Choice(given, f"as given; sweeps only, {curved[0]} is not monotone")
         return Choice(given, "as given")

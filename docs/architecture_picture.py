@@ -28,7 +28,7 @@ FLOORS: dict[str, str] = {
     "data": "hardware ir driven plan_data",
     "runtime": "runtime",
     "passes": "passes",
-    "calls": "pipeline plan_file signature call_arguments source_view written_state stored_containers "
+    "calls": "pipeline static_values plan_file signature call_arguments source_view written_state stored_containers "
     "example_inputs conversion",
     "hybrid": "feedback_weights sharded later_hooks hybrid_parts bound_block hybrid_state recast hybrid_core",
     "reports": "reports field_penalties saved_settings storage",

@@ -6,7 +6,6 @@ trains and stores them is `HybridCore`, what people call beside that is `HybridM
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +24,19 @@ from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
-from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock, ReboundOperation
+from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
 from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.sharded import gathered
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of, warn_of_captured
+from ffebm_compiler.static_values import static_value
 from ffebm_compiler.written_state import names_of_written_state
 
 if TYPE_CHECKING:
     from ffebm_compiler.ir import Program
     from ffebm_compiler.passes.lower import FeedbackPlace, Lowered
 
-__all__ = ["HybridParts", "static_value"]
+__all__ = ["HybridParts"]
 
 _RUN = "_ffebm"
 """Name under which the lowered graph is registered, with more underscores where the source has one of that name."""
@@ -287,23 +287,3 @@ def _shared(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:
     places = {place_of(tensor): tensor for tensor in plain_tensors(source)} if lowered._buffers else {}
     constants = ((name, places.get(place_of(value))) for name, value in lowered._buffers.items() if value is not None)
     return {name: tensor for name, tensor in constants if tensor is not None}
-
-
-def static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
-    """Value of a node that depends on parameters alone; None for one that depends on the inputs."""
-    if not isinstance(node, fx.Node):
-        return None
-    if node in known:
-        return known[node]
-    value: Tensor | None = None
-    if node.op == "get_attr":
-        value = operator.attrgetter(str(node.target))(run)
-    elif node.op != "placeholder":
-        module = run.get_submodule(str(node.target)) if node.op == "call_module" else None
-        operands = {operand: static_value(run, operand, known) for operand in node.all_input_nodes}
-        known_alone = all(operand is not None for operand in operands.values())
-        if known_alone and not isinstance(module, EnergyBlock | FeedforwardBlock):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
-            value = (module or node.target)(*args, **kwargs)  # type: ignore[operator]
-    known[node] = value
-    return value

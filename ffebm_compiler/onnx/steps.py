@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid_core import HybridCore
-from ffebm_compiler.hybrid_parts import static_value
 from ffebm_compiler.onnx.absent import absent_outputs
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
+from ffebm_compiler.static_values import static_value
 
 __all__ = ["Operand", "Step", "Steps", "Value"]
 

@@ -1,0 +1,33 @@
+"""Values in a lowered graph that depend on parameters alone."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx
+
+from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
+
+__all__ = ["static_value"]
+
+
+def static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    """Value of a node that depends on parameters alone; None for one that depends on the inputs."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node in known:
+        return known[node]
+    value: Tensor | None = None
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(run)
+    elif node.op != "placeholder":
+        module = run.get_submodule(str(node.target)) if node.op == "call_module" else None
+        operands = {operand: static_value(run, operand, known) for operand in node.all_input_nodes}
+        known_alone = all(operand is not None for operand in operands.values())
+        if known_alone and not isinstance(module, EnergyBlock | FeedforwardBlock):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
+            value = (module or node.target)(*args, **kwargs)  # type: ignore[operator]
+    known[node] = value
+    return value

@@ -172,6 +172,24 @@ def test_from_scratch(tmp_path: Path) -> None:
     assert held["largest_loop_gain"] == pytest.approx(0.9, rel=0.05)
 
 
+@pytest.mark.slow
+def test_vector_fields(tmp_path: Path) -> None:
+    """The angles at every asymmetry, and two kinds of training for one epoch."""
+    path = tmp_path / "fields.json"
+    done = run(
+        "vector_fields.py", "--seeds", "1", "--epochs", "2", "--modes", "tied", "homeostasis", "--out", str(path)
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert max(row["implicit"] for row in found["angles"]) <= 1e-9
+    first = {row["asymmetry"]: row["cosines"]["0.weight"] for row in found["angles"] if row["feedback"] == 0.5}
+    assert first[0.0] == pytest.approx(1, abs=1e-6)
+    assert 1 > first[0.1] > first[0.3] > first[1.0] > abs(first["unrelated"])
+    tied, homeostasis = found["training"]
+    assert tied["accuracy"] > 85
+    assert homeostasis["accuracy"] > 80
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 
-__all__ = ["UNDRIVEN", "driven_sentence", "layers_that_read"]
+__all__ = ["UNDRIVEN", "driven_places", "driven_sentence", "layers_that_read"]
 
 UNDRIVEN = (
     "as a state driven by a digital value it would cost conversions, or no block has layers that read it and nothing "
@@ -36,3 +36,22 @@ def driven_sentence(graph: OperationGraph, members: Collection[str], state: Oper
         f"{state.target} is a state driven by a digital value ({value} of {origin}, {state.values} DAC values), "
         f"without a weight of its own, with feedback from {', '.join(layers_that_read(graph, members, state.name))}"
     )
+
+
+def driven_places(
+    graph: OperationGraph, blocks: Iterable[tuple[str, Collection[str], Collection[str]]]
+) -> dict[str, tuple[str, frozenset[str]]]:
+    """For each driven state: a text on where it is, and the layers that feed back into it.
+
+    Args:
+        graph: the operations.
+        blocks: of each block its name, its operations and those of them that are driven.
+    """
+    found = {}
+    for block, members, driven in blocks:
+        for name in driven:
+            layers = layers_that_read(graph, members, name)
+            path = graph[name].path
+            where = f"{block}, driven, with feedback from {', '.join(layers)}"
+            found[f"{path}: {name}" if path else name] = (where, frozenset(layers))
+    return found

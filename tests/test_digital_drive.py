@@ -183,3 +183,92 @@ def test_gradients_are_those_of_the_equilibrium(mode: str) -> None:
             continue  # batch norm removes them: their gradients are zero
         assert found["implicit"].relative_error < 1e-8, name
         assert found["ep"].relative_error < 1e-3, name
+
+
+def settled() -> tuple[ffebm.HybridModel, Tensor]:
+    """With running statistics of a few batches, in eval mode."""
+    model, x = normed()
+    for _ in range(5):
+        model(torch.randn(32, 2, 8, 8))
+    return ffebm.convert(model.eval(), x, digital_drive=True, feedback=0.5).eval(), x
+
+
+def test_reports_know_it() -> None:
+    hybrid, x = settled()
+    text = hybrid.summary()
+    assert "driven" in text.splitlines()[1]
+    assert [line.split()[1] for line in text.splitlines() if line.startswith(" block_2")][:2] == ["hardtanh", "2"]
+    assert hybrid.compare(x).blocks["block_2"] > 0.01
+    costs = hybrid.cost_report().blocks[1]
+    assert costs.sweeps is not None
+    assert costs.sweeps > 1
+    assert costs.reads == 2 * costs.sweeps * costs.macs
+    block = hybrid.blocks[1]
+    assert block.loop_gain == pytest.approx(0.5, rel=0.01)
+    assert len(block.states) == 2
+
+
+def test_pictures_show_a_state_without_weights() -> None:
+    from ffebm_compiler.drawing.record import record_of
+
+    model, x = normed()
+    plan = ffebm.plan(model, x, digital_drive=True)
+    assert r"clamps.0: state hardtanh, driven, no weights\nconvs.1: conv2d 54×6" in plan.to_dot()
+    homes = {home["title"]: home for home in record_of(plan)["homes"]}
+    block = homes["block_2"]
+    assert block["sentence"] == "Energy block: its layer settles with a state driven by a digital value."
+    assert ("driven states, without weights", "hardtanh") in block["facts"]
+
+
+def test_plans_with_and_without_it_differ() -> None:
+    model, x = normed()
+    with_it, without = ffebm.plan(model, x, digital_drive=True), ffebm.plan(model, x)
+    assert str(with_it.diff(without)) == (
+        "clamps.0: hardtanh: block_2, driven, with feedback from convs.1 -> no driven state"
+    )
+    assert not with_it.diff(ffebm.Plan.from_dict(with_it.to_dict()))
+
+
+def test_onnx_settles_as_the_hybrid(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    hybrid, x = settled()
+    hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "hybrid.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), hybrid(x), rtol=1e-5, atol=1e-5)
+    hybrid.export_onnx(tmp_path / "parts", parts="digital")
+    from ffebm_compiler.onnx import run
+
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "parts", x)[0], hybrid(x), rtol=1e-5, atol=1e-5)
+
+
+class Linears(nn.Module):
+    """Layer norm, a clamp, a linear layer, a ReLU, a linear layer: all that a resistive energy holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(12), nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(torch.clamp(0.5 * self.norm(x), 0, 1))))
+
+
+def test_a_resistive_energy_loads_a_driven_state() -> None:
+    """Its equilibrium satisfies s = sigma((F + feedback)/D), and gradients are those of finite differences."""
+    torch.manual_seed(0)
+    model, x = Linears().double(), torch.randn(5, 12, dtype=torch.float64)
+    hybrid = ffebm.convert(model, x, digital_drive=True, energy="resistive", feedback=0.2)
+    (block,) = hybrid.blocks
+    assert block.module.program.upstream == ((), (0,), (1,))
+    report = ffebm.check_gradients(hybrid, x, lambda out: out.square().mean())
+    for name, found in report.agreements.items():
+        assert found["implicit"].relative_error < 1e-7, name
+        assert found["ep"].relative_error < 1e-3, name
+
+
+def test_a_convolution_beside_it_is_refused_by_a_resistive_energy() -> None:
+    model, x = normed()
+    with pytest.raises(ffebm.UnsupportedError, match=r"layer 'convs.1' holds a convolution, and a resistive energy"):
+        ffebm.convert(model, x, digital_drive=True, energy="resistive")

@@ -127,10 +127,14 @@ def _block(
 ) -> dict[str, Any]:
     layers = [plan.graph[name] for name in block.operations if plan.graph[name].role is Role.WEIGHT]
     settles = "its layers settle together" if len(layers) > 1 else "one layer, without feedback: exactly the source's"
+    if block.driven:
+        states = "a state" if len(block.driven) == 1 else f"{len(block.driven)} states"
+        settles = f"its layer{'s settle' if len(layers) > 1 else ' settles'} with {states} driven by a digital value"
     facts = [
         ("tiles", f"{count(block.tiles)}{_utilisation(plan, block, layers)}"),
         ("DAC values per sample", count(block.dac)),
         ("ADC values per sample", count(block.adc)),
+        *([("driven states, without weights", ", ".join(block.driven))] if block.driven else []),
         ("neurons", count(block.neurons)),
         ("MACs per sample", count(block.macs)),
         ("reads", ", ".join(block.inputs)),

@@ -194,14 +194,17 @@ def _input_node(name: str, values: int) -> Node:
 def _block_node(plan: PlanData, block: BlockPlan) -> Node:
     operations = [plan.graph[name] for name in block.operations]
     layers = [op for op in operations if op.role is Role.WEIGHT]
-    others = [op for op in operations if op.role is not Role.WEIGHT]
-    lines = [Line(f"{op.path or op.name}: {op.target} {_matrix(op)}") for op in layers]
+    driven = [op for op in operations if op.name in block.driven]
+    others = [op for op in operations if op.role is not Role.WEIGHT and op.name not in block.driven]
+    lines = [Line(f"{op.path or op.name}: state {op.target}, driven, no weights") for op in driven]
+    lines += [Line(f"{op.path or op.name}: {op.target} {_matrix(op)}") for op in layers]
     lines = _shortened(lines, "layers")
     if others:
         lines.append(Line(f"with {operation_words(others)}", "quiet"))
     lines.append(Line(f"{_plural(block.tiles, 'tile')} · DAC {count(block.dac)} · ADC {count(block.adc)}", "quiet"))
     tooltip = [f"{block.name}: energy block, settles on analog hardware"]
     tooltip += [f"layer {op.path or op.name}: {op.target} {_matrix(op)}, {count(op.macs)} MACs" for op in layers]
+    tooltip += [f"state {op.path or op.name}: {plan._explain_operation(op)}" for op in driven]
     tooltip += [f"{_plural(block.tiles, 'tile')}, {block.neurons} neurons, {block.macs} MACs per sample"]
     tooltip += [f"{block.dac} DAC and {block.adc} ADC values per sample"]
     return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip))

@@ -55,12 +55,14 @@ def plan_text(plan: PlanData) -> str:
     """The plan's table, the digital parts, what was rejected, and the notes."""
     hardware = plan.hardware
     core = "unlimited" if hardware.tiles_per_core is None else str(hardware.tiles_per_core)
-    rows = [_block_row(group) for group in _alike(plan.blocks)]
+    drives = any(block.driven for block in plan.blocks)
+    rows = [_block_row(plan, group, drives) for group in _alike(plan.blocks)]
+    columns = ("block", *(["driven"] if drives else []), "layers", "tiles", "DAC", "ADC", "MACs")
     share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     lines = [
         f"{plan.model} on {hardware.name} ({core} tiles per core): {_counted(len(plan.blocks), 'energy block')}, "
         f"{_counted(len(plan.digital_parts), 'digital part')}",
-        table_text("", ("block", "layers", "tiles", "DAC", "ADC", "MACs"), rows) if rows else "no energy blocks",
+        table_text("", columns, rows) if rows else "no energy blocks",
         f"conversions per sample: {plan.conversions}; analog MACs: {share:.1f} % of {count(plan.total_macs)}",
     ]
     if plan.blocks:
@@ -85,15 +87,22 @@ def _alike(blocks: Sequence[BlockPlan]) -> list[list[BlockPlan]]:
     return [list(run) for _, run in itertools.groupby(blocks, key=lambda block: dict.fromkeys(block.layers).keys())]
 
 
-def _block_row(group: Sequence[BlockPlan]) -> tuple[str, ...]:
-    """A row of the plan's table; the numbers of several blocks are summed."""
+def _block_row(plan: PlanData, group: Sequence[BlockPlan], drives: bool) -> tuple[str, ...]:
+    """A row of the plan's table, with states driven by digital values; the numbers of several blocks are summed."""
     name = group[0].name
     if len(group) > 1:
         name = f"{name}..{group[-1].name} ({len(group)} blocks)"
     held = [layer for block in group for layer in block.layers]
     layers = [f"{path} x{held.count(path)}" if held.count(path) > 1 else path for path in dict.fromkeys(held)]
     sums = (sum(block.dac for block in group), sum(block.adc for block in group), sum(block.macs for block in group))
-    return (name, ", ".join(layers), str(sum(block.tiles for block in group)), *map(count, sums))
+    states = ", ".join(plan.graph[state].target for block in group for state in block.driven)
+    return (
+        name,
+        *([states] if drives else []),
+        ", ".join(layers),
+        str(sum(block.tiles for block in group)),
+        *map(count, sums),
+    )
 
 
 def _fabric_line(plan: PlanData) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ffebm_compiler.driven import layers_that_read
+from ffebm_compiler.driven import driven_places
 from ffebm_compiler.errors import HardwareError, PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
@@ -60,12 +60,6 @@ def _company(plan: PlanData) -> dict[str, tuple[str, frozenset[str]]]:
             others = [other for other in block.layers if other != layer]
             shown = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
             found[layer] = (f"{block.name} with {shown}" if others else f"{block.name} alone", frozenset(block.layers))
-        for name in block.driven:
-            readers = layers_that_read(plan.graph, block.operations, name)
-            found[plan.graph[name].path or name] = (
-                f"{block.name}, driven, read by {', '.join(readers)}",
-                frozenset(readers),
-            )
     for layer, reason in plan.rejected.items():
         found.setdefault(layer, (f"digital ({reason})", frozenset()))
     return found
@@ -83,6 +77,14 @@ def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
     for path in dict.fromkeys([*old, *new]):
         was, now = old.get(path, ("absent", frozenset())), new.get(path, ("absent", frozenset()))
         if was[1] != now[1] or (not was[1] and was[0] != now[0]):
+            moved[path] = (was[0], now[0])
+    old, new = (
+        driven_places(plan.graph, [(block.name, block.operations, block.driven) for block in plan.blocks])
+        for plan in (before, after)
+    )
+    for path in dict.fromkeys([*old, *new]):
+        was, now = (places.get(path, ("no driven state", frozenset())) for places in (old, new))
+        if was[1] != now[1]:
             moved[path] = (was[0], now[0])
     return PlanDiff(
         moved,

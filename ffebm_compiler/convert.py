@@ -85,6 +85,16 @@ def _refuse_hybrids(model: object) -> None:
             )
 
 
+def _refuse_without_memory(model: object) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, nn.Module) else []
+    name = next((name for name, tensor in tensors if tensor.is_meta), None)
+    if name is not None:
+        raise InputError(
+            f"{name!r} is on the meta device and has no values to convert: load the weights first, or call "
+            "ffebm.plan(), which needs shapes alone"
+        )
+
+
 def _refuse_empty_batch(inputs: object) -> None:
     first = next((leaf for leaf in leaves_of(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
     if first is not None and not first.shape[0]:
@@ -112,6 +122,9 @@ def plan(
     dynamic_shapes: Any = "batch",
 ) -> Plan:
     """The partition that `convert` would build, as data; nothing is built.
+
+    A model on the meta device has shapes and no memory, and that is enough: a network that fits no machine is planned
+    so (`with torch.device("meta"): model = Large()`).
 
     Arguments and errors are those of `convert`.
     """
@@ -189,6 +202,7 @@ def convert(
     if plan is not None:
         options = plan.options
     fabric = resolve_hardware(hardware) if plan is None else plan.hardware
+    _refuse_without_memory(model)
     front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
     if plan is None:
         plan = Plan.of(make_plan(front.program, front.graph, fabric, options, on_unsupported))

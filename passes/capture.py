@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import ExportedProgram
 
 from ffebm_compiler.errors import CaptureError, InputError, UnsupportedError
 from ffebm_compiler.ir import Program
-from ffebm_compiler.passes.check_model import check_finite, check_model
+from ffebm_compiler.passes.check_model import check_finite, check_model, has_no_memory
 from ffebm_compiler.passes.copied_closures import parameters_outside
 from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
@@ -48,6 +50,8 @@ def capture(
         dynamic_shapes: `"batch"` frees the leading dimension of the inputs, `None` fixes every
             shape, anything else is handed to `torch.export.export` as it is.
 
+    Where a parameter or buffer is on the meta device, all of them and the inputs are captured there: shapes alone.
+
     Raises:
         InputError: `model` is no model, or the model rejects the inputs.
         CaptureError: the forward cannot be traced; names the module and the line.
@@ -58,6 +62,9 @@ def capture(
     check_model(model)
     check_finite(model, args, kwargs)
     source = private_copy(model)
+    if has_no_memory(model):
+        source = source.to("meta")
+        args, kwargs = pytree.tree_map(_without_memory, (args, dict(kwargs)))
     cache = without_cache(source, args, kwargs)
     flags = {module: module.training for module in source.modules()}
     try:
@@ -68,6 +75,10 @@ def capture(
     if cache:
         program.note(cache)
     return program
+
+
+def _without_memory(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _in_both_modes(

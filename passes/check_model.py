@@ -14,7 +14,7 @@ from torch import nn
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 
-__all__ = ["check_finite", "check_model"]
+__all__ = ["check_finite", "check_model", "has_no_memory"]
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -35,8 +35,6 @@ def check_model(model: object) -> None:
             raise InputError(
                 f"parameter {name!r} is not initialised yet (a lazy module): run the model once on an input first"
             )
-        if tensor.is_meta:
-            raise InputError(f"parameter {name!r} is on the meta device: load the weights before converting")
         if tensor.layout in _COMPRESSED:
             raise InputError(
                 f"{name!r} is a sparse tensor of layout {tensor.layout}, which torch.export cannot trace: register it "
@@ -65,13 +63,20 @@ def check_model(model: object) -> None:
             )
 
 
+def has_no_memory(model: nn.Module) -> bool:
+    """Whether a parameter or buffer is on the meta device: it has a shape and no values."""
+    return any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
 def check_finite(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse NaN or infinite weights, and NaN in the example inputs."""
     for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            continue
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"parameter {name!r} has {bad} values that are NaN or infinite: check the checkpoint")
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     for index, leaf in enumerate(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)):
-        if leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
+        if leaf.is_floating_point() and not leaf.is_meta and bool(torch.isnan(leaf).any()):
             raise InputError(f"example input {index} of shape {tuple(leaf.shape)} holds NaN: check the data")

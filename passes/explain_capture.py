@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ffebm_compiler.errors import CaptureError, InputError
+from ffebm_compiler.passes.check_model import has_no_memory
 from ffebm_compiler.passes.process import is_users
 
 __all__ = ["NotTraceable", "explained"]
@@ -29,6 +30,12 @@ def explained(
     if isinstance(error, NotTraceable):
         return CaptureError(f"the forward cannot be traced{where}: {error}")
     rejection = _rejection(source, args, kwargs)
+    if rejection is not None and has_no_memory(source):
+        return CaptureError(
+            f"the forward cannot be traced{_where(source, rejection)}: {type(rejection).__name__}: {rejection}; the "
+            "model is on the meta device, where tensors have shapes and no values: load it, or give what it asks the "
+            "value of as a constant"
+        )
     if rejection is not None:
         shapes = [
             tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf)

@@ -47,7 +47,7 @@ def generator_states() -> dict[str, str]:
 @contextmanager
 def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Restore the contents of tensors that are written in place, and make them leaves of autograd's graph again."""
-    before = [(tensor, tensor.detach().clone(), tensor.is_leaf) for tensor in tensors]
+    before = [(tensor, tensor.detach().clone(), tensor.is_leaf) for tensor in tensors if not tensor.is_meta]
     try:
         yield
     finally:

@@ -77,7 +77,7 @@ def test_meta_device() -> None:
         model = MLP()
     fails(
         ffebm.InputError,
-        r"'layers\.0\.weight' is on the meta device: load the weights",
+        r"'layers\.0\.weight' is on the meta device and has no values to convert: load the weights",
         ffebm.convert,
         model,
         noise(2, 8),

@@ -90,15 +90,21 @@ class HybridModel(HybridCore):
 
     def save_svg(self, path: str | Path) -> None:
         """Draw the partition as an SVG picture; see `Plan.save_svg`."""
-        self.plan.save_svg(path)
+        from ffebm_compiler.drawing import save_svg
+
+        save_svg(self._plan, path, self)
 
     def save_image(self, path: str | Path, dpi: float = 192.0) -> None:
         """Draw the partition as a PNG or PDF picture, by the path's suffix; see `Plan.save_image`."""
-        self.plan.save_image(path, dpi)
+        from ffebm_compiler.drawing import save_image
+
+        save_image(self._plan, path, dpi, self)
 
     def to_dot(self) -> str:
         """The partition in Graphviz's DOT language; see `Plan.to_dot`."""
-        return self.plan.to_dot()
+        from ffebm_compiler.drawing import dot_text
+
+        return dot_text(self._plan, self)
 
     def save_html(
         self,

@@ -52,6 +52,8 @@ class FeedbackPlace:
     block: str
     weight: int
     """Index of the forward weight among the block's."""
+    parameter: str | None
+    """The parameter which that weight is, or is a view or a multiple of; None for a constant."""
 
 
 @dataclass
@@ -183,7 +185,9 @@ class _Lowering:
         """The program with an operand more for every weight between its states; what fetches them joins `operands`."""
         own: list[tuple[int, int]] = []
         for weight in program.coupling_weights:
-            place = FeedbackPlace(self._feedback_name(weights[weight], program.name), program.name, weight)
+            behind = self._parameter_behind(weights[weight])
+            beside = behind or f"{program.name}_{weights[weight].name}"
+            place = FeedbackPlace(self._feedback_name(beside), program.name, weight, behind)
             key = f"feedback_{len(self.feedback)}"
             while key in self.by_name:
                 key += "_"
@@ -195,12 +199,15 @@ class _Lowering:
             self.feedback.append(place)
         return replace(program, weights=program.weights + len(own), feedback_weights=tuple(own))
 
-    def _feedback_name(self, weight: fx.Node, block: str) -> str:
-        """A free name beside that of the parameter which a weight is, or is a view or a multiple of."""
+    def _parameter_behind(self, weight: fx.Node) -> str | None:
         while weight.name not in self.program.lifted and weight.all_input_nodes:
             # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
             weight = weight.all_input_nodes[0]
-        path, _, leaf = self.program.lifted.get(weight.name, f"{block}_{weight.name}").rpartition(".")
+        return self.program.lifted.get(weight.name)
+
+    def _feedback_name(self, beside: str) -> str:
+        """A free name for feedback weights, beside that of their parameter."""
+        path, _, leaf = beside.rpartition(".")
         owner, name, count = module_at(self.program.source, path), f"{leaf}_feedback", 1
         prefix, taken = f"{path}." if path else "", {place.name for place in self.feedback}
         while name in owner._parameters or name in owner._buffers or name in owner._modules or prefix + name in taken:

@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 
 import pytest
 from drawing_cases import chain_plan
-from networks import digits_cnn, transformer
+from networks import digits_cnn, mlp, transformer
+from torch import nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
@@ -473,3 +474,22 @@ def test_screenshot_is_not_blank(browser: Browser, pages: dict[str, Path]) -> No
     browser.open(pages["cnn"])
     shot = base64.b64decode(browser.driver.get_screenshot_as_base64())
     assert len(shot) > 20_000
+
+
+def test_feedback_through_weights_of_its_own_is_drawn_as_a_wire_of_its_own(browser: Browser, tmp_path: Path) -> None:
+    model, x = mlp(nn.Tanh)
+    for name, own in (("tied", "tied"), ("free", "free")):
+        ffebm.convert(model, x, feedback_weights=own).save_html(tmp_path / f"{name}.html")
+    browser.open(tmp_path / "tied.html")
+    browser.click("block_1")
+    assert browser.js("return document.querySelectorAll('.back, .swatch.back').length") == 0
+    browser.open(tmp_path / "free.html")
+    assert browser.js("return document.querySelectorAll('svg .back').length") == 0  # closed
+    assert "feedback through 3 weights of its own" in browser.js("return document.querySelector('.root').textContent")
+    browser.click("block_1")
+    assert browser.js("return document.querySelectorAll('svg .back').length") == 3
+    labels = browser.js("return [...document.querySelectorAll('.label')].map((label) => label.textContent)")
+    assert [label for label in labels if "feedback" in label] == [
+        f"feedback: layers.{index}.weight_feedback" for index in (1, 2, 3)
+    ]
+    assert browser.js("return document.querySelectorAll('.swatch.back').length") == 1

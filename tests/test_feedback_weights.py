@@ -264,6 +264,23 @@ def test_exports(case: str, tmp_path: Path) -> None:
     assert float((tied(x).detach() - expected).norm() / expected.norm()) > 1e-3  # random feedback is another network
 
 
+def test_pictures_say_so(tmp_path: Path) -> None:
+    hybrid, _, x = _converted()
+    words = "feedback through 3 weights of its own"
+    hybrid.save_svg(tmp_path / "own.svg")
+    assert words in (tmp_path / "own.svg").read_text(encoding="utf-8")
+    assert words in hybrid.to_dot()
+    assert words not in hybrid.plan.to_dot()
+    hybrid.save_image(tmp_path / "own.png")
+    hybrid.save_html(tmp_path / "own.html", diagnosis=hybrid.diagnose(x))
+    page = (tmp_path / "own.html").read_text(encoding="utf-8")
+    assert "of a vector field: its feedback has weights of its own, so that there is no energy" in page
+    from ffebm_compiler.drawing import plot_relaxation
+
+    title = plot_relaxation(hybrid.diagnose(x)).axes[1].get_title()
+    assert title == "no energy: block_1 (feedback through weights of its own)"
+
+
 # -- bad input ---------------------------------------------------------------------------------
 
 

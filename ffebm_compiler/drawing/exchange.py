@@ -10,22 +10,21 @@ from ffebm_compiler.drawing.scene import Node, scene_of, shape_words
 from ffebm_compiler.drawing.svg import COLOURS
 
 if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
-
-    pass
 
 __all__ = ["dot_text", "model_explorer_text"]
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def dot_text(plan: PlanData) -> str:
-    """The quotient DAG in DOT, which Graphviz and its relatives draw.
+def dot_text(plan: PlanData, hybrid: HybridCore | None = None) -> str:
+    """The quotient DAG in DOT, which Graphviz and its relatives draw; `hybrid` adds its feedback weights.
 
     Raises:
         PlanError: where the plan has no operation or is cyclic.
     """
-    scene = scene_of(plan)
+    scene = scene_of(plan, hybrid)
     lines = [
         "digraph partition {",
         f"  label={_quoted(f'{scene.title}: {scene.totals}')}; labelloc=t; rankdir=TB;",

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["html_text", "notebook_html", "save_html", "save_side_by_side", "save_svg", "write_picture"]
 
 
-def save_svg(plan: PlanData, path: str | Path) -> None:
-    """Draw a plan as a static SVG picture; an existing file is replaced.
+def save_svg(plan: PlanData, path: str | Path, hybrid: HybridCore | None = None) -> None:
+    """Draw a plan as a static SVG picture; an existing file is replaced. `hybrid` adds its feedback weights.
 
     Raises:
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the path cannot be written.
     """
-    write_picture(svg_text(plan), path)
+    write_picture(svg_text(plan, hybrid), path)
 
 
 def html_text(

@@ -41,7 +41,7 @@ def check_format(path: str | Path) -> str:
 def save_picture(plan: PlanData, path: str | Path, hybrid: HybridCore | None = None) -> None:
     """Draw a plan in the format of the path's suffix; an existing file is replaced.
 
-    `hybrid` adds loop gains and sweeps to an HTML page.
+    `hybrid` adds its feedback weights, and loop gains and sweeps to an HTML page.
 
     Raises:
         InputError: for an unknown suffix.
@@ -52,8 +52,8 @@ def save_picture(plan: PlanData, path: str | Path, hybrid: HybridCore | None = N
     if suffix == ".html":
         save_html(plan, path, hybrid)
     elif suffix == ".svg":
-        save_svg(plan, path)
+        save_svg(plan, path, hybrid)
     elif suffix == ".dot":
-        write_picture(dot_text(plan), path)
+        write_picture(dot_text(plan, hybrid), path)
     else:
-        save_image(plan, path)
+        save_image(plan, path, hybrid=hybrid)

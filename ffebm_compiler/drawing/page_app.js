@@ -84,7 +84,8 @@ class View {
   legend() {
     const swatch = (name) => el('span', { class: `swatch ${name}`, 'aria-hidden': 'true' });
     const rows = [['analog', 'energy block: analog, settles to an equilibrium'], ['digital', 'digital part: runs forward'],
-      ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital']];
+      ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital'],
+      ...(this.data.ops.some((op) => op.feedback.length) ? [['back', 'feedback through weights of its own']] : [])];
     const box = this.guide = el('details', { class: 'legend' }, el('summary', {}, 'legend'),
       el('ul', {}, ...rows.map(([name, text]) => el('li', {}, swatch(name), ` ${text}`))),
       el('p', {}, 'Click or Enter opens and closes; arrow keys move; / searches; + − 0 zoom; Esc closes the panel.'),

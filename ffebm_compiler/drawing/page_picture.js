@@ -106,7 +106,7 @@ class Picture {
       const labels = this.tree.labels(edge);
       return {
         v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels,
-        width: Math.max(...labels.map((text) => this.width(text, 10))) + 4, height: 13 * labels.length,
+        width: Math.max(...labels.map((text) => this.width(text, 10))) + 4 + (edge.own.size ? 10 : 0), height: 13 * labels.length,
       };
     });
     const settings = { nodesep: 22, ranksep: 34, edgesep: 16, rankdir: 'TB' };
@@ -200,9 +200,15 @@ class Picture {
     const group = this.make('g', { class: crossing ? 'edge crossing' : within ? 'edge within' : 'edge' });
     group.appendChild(this.make('path', { d: path, class: 'wire' }));
     group.appendChild(this.make('path', { d: `M${last.x.toFixed(1)},${last.y.toFixed(1)}l-4,-7h8z`, class: 'tip' }));
+    if (link.edge.own.size) { // feedback through weights of its own runs beside the wire, upward
+      group.appendChild(this.make('path', { d: path, class: 'back', transform: 'translate(8,0)' }));
+      const tip = `M${(points[0].x + 8).toFixed(1)},${points[0].y.toFixed(1)}l-4,7h8z`;
+      group.appendChild(this.make('path', { d: tip, class: 'back-tip' }));
+    }
     link.labels.forEach((text, index) => {
       const y = link.y - link.height / 2 + 10 + 13 * index;
-      group.appendChild(this.make('text', { x: (link.x - link.width / 2).toFixed(1), y: y.toFixed(1), class: 'label' }, text));
+      const x = link.x - link.width / 2 + (link.edge.own.size ? 10 : 0);
+      group.appendChild(this.make('text', { x: x.toFixed(1), y: y.toFixed(1), class: 'label' }, text));
     });
     parent.appendChild(group);
   }

@@ -99,9 +99,10 @@ class Tree {
       }
       return ports.get(id);
     };
-    const connect = (from, to, source, crossing) => {
+    const connect = (from, to, source, crossing, own = []) => {
       const key = `${from.id}\n${to.id}`;
-      const edge = edges.get(key) ?? { from, to, sources: new Set(), dac: 0, adc: 0 };
+      const edge = edges.get(key) ?? { from, to, sources: new Set(), dac: 0, adc: 0, own: new Set() };
+      own.forEach((name) => edge.own.add(name));
       if (!edge.sources.has(source)) {
         edge.sources.add(source);
         edge.adc += crossing && this.homeOf(source).domain === 'analog' ? this.values(source) : 0;
@@ -118,7 +119,7 @@ class Tree {
         if (container === this.root || inside.has(source)) {
           const from = source < 0 ? home : this.chains[source][at];
           if (from !== mine) {
-            connect(from, mine, source, crossing);
+            connect(from, mine, source, crossing, crossing ? [] : this.data.ops[op].feedback);
           }
         } else {
           connect(port('from', home), mine, source, crossing);
@@ -153,7 +154,8 @@ class Tree {
     const total = sources.reduce((sum, source) => sum + this.values(source), 0);
     const many = shapes.length === 1 ? `${sources.length} × ${shapes[0]}` : `${sources.length} tensors, ${plural(count(total), 'value')}`;
     const crossing = [edge.adc ? `ADC ${count(edge.adc)}` : '', edge.dac ? `DAC ${count(edge.dac)}` : ''];
-    return [sources.length === 1 ? shapes[0] : many, crossing.filter(Boolean).join(', ')].filter(Boolean);
+    const own = edge.own.size ? shorten(`feedback: ${[...edge.own].join(', ')}`) : '';
+    return [sources.length === 1 ? shapes[0] : many, crossing.filter(Boolean).join(', '), own].filter(Boolean);
   }
 
   shape(source) {

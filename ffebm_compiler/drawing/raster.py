@@ -20,9 +20,8 @@ from ffebm_compiler.drawing.svg import svg_text
 from ffebm_compiler.errors import ExportError, InputError
 
 if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
-
-    pass
 
 __all__ = ["figure_class", "save_image"]
 
@@ -33,10 +32,10 @@ _MOST_PIXELS = 2**16 - 1
 _STEP = re.compile(r"([MLClhz])([^MLClhz]*)")
 
 
-def save_image(plan: PlanData, path: str | Path, dpi: float = 192.0) -> None:
+def save_image(plan: PlanData, path: str | Path, dpi: float = 192.0, hybrid: HybridCore | None = None) -> None:
     """Draw a plan as a PNG or PDF picture, by the path's suffix; an existing file is replaced.
 
-    A PNG that would be higher than 65535 pixels gets fewer dots per inch.
+    `hybrid` adds its feedback weights. A PNG that would be higher than 65535 pixels gets fewer dots per inch.
 
     Raises:
         InputError: for another suffix, or `dpi` that is not positive.
@@ -48,7 +47,7 @@ def save_image(plan: PlanData, path: str | Path, dpi: float = 192.0) -> None:
         raise InputError(f"path is {path!r}; expected a file name that ends in .png or .pdf (save_svg writes SVG)")
     if not dpi > 0:
         raise InputError(f"dpi is {dpi!r}; expected a positive number of dots per inch, e.g. 192")
-    root = ElementTree.fromstring(svg_text(plan))
+    root = ElementTree.fromstring(svg_text(plan, hybrid))
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     figure = figure_class()(figsize=(width / 96, height / 96))
     axes = figure.add_axes((0, 0, 1, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 
 from ffebm_compiler.drawing.figures import block_costs, costs_of, curves_of, total_costs
 from ffebm_compiler.drawing.overlay import Overlay
-from ffebm_compiler.drawing.scene import Node, scene_of, set_of, shape_words
+from ffebm_compiler.drawing.scene import Node, own_feedback, scene_of, set_of, shape_words
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.reports.text import count
 
@@ -35,7 +35,8 @@ def record_of(
         InputError: where the diagnosis is of another plan.
         PlanError: where the plan has no operation or is cyclic.
     """
-    scene = scene_of(plan)
+    scene = scene_of(plan, hybrid)
+    own = {block.name: own_feedback(hybrid, block.name) for block in plan.blocks}
     index = {op.name: position for position, op in enumerate(plan.graph.operations)}
     index.update((name, -1 - position) for position, name in enumerate(plan.graph.inputs))
     bound = {block.name: block for block in hybrid.blocks} if hybrid is not None else {}
@@ -72,7 +73,7 @@ def record_of(
         "inputs": [{"name": name, "values": values} for name, values in plan.graph.inputs.items()],
         "outputs": [index[name] for name in set_of(list(plan.graph.outputs))],
         "homes": homes,
-        "ops": [_operation(plan, op, index) for op in plan.graph.operations],
+        "ops": [_operation(plan, op, index, own.get(plan.home(op.name), {})) for op in plan.graph.operations],
         "overlays": [overlay.to_dict() for overlay in overlays],
     }
 
@@ -81,7 +82,7 @@ def _counted(number: int, noun: str) -> tuple[str, str]:
     return count(number), noun if number == 1 else f"{noun}s"
 
 
-def _operation(plan: PlanData, op: Operation, index: dict[str, int]) -> dict[str, Any]:
+def _operation(plan: PlanData, op: Operation, index: dict[str, int], own: Mapping[str, str | None]) -> dict[str, Any]:
     return {
         "name": op.name,
         "target": op.target,
@@ -91,6 +92,7 @@ def _operation(plan: PlanData, op: Operation, index: dict[str, int]) -> dict[str
         "values": op.values,
         "macs": op.macs,
         "weights": list(op.weights),
+        "feedback": [name for name, parameter in own.items() if parameter in op.weights],
         "reason": plan._explain_operation(op),
         "stayed": bool(op.weights) and (op.path or op.name) in plan.rejected and plan.home(op.name) in _parts(plan),
     }

@@ -8,6 +8,7 @@ knows no coordinates, so that every format (SVG, HTML, DOT) draws the same conte
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.reports.text import count
 
 if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import BlockPlan, DigitalPart, PlanData
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Node",
     "Scene",
     "operation_words",
+    "own_feedback",
     "part_lines",
     "scene_of",
     "shape_words",
@@ -121,8 +124,8 @@ def set_of(items: list[str]) -> list[str]:
     return list(dict.fromkeys(items))
 
 
-def scene_of(plan: PlanData) -> Scene:
-    """The scene of a plan.
+def scene_of(plan: PlanData, hybrid: HybridCore | None = None) -> Scene:
+    """The scene of a plan; `hybrid` adds which blocks have feedback weights of their own.
 
     Raises:
         PlanError: where the plan has no operation, or its blocks and parts form a cycle.
@@ -139,7 +142,7 @@ def scene_of(plan: PlanData) -> Scene:
         cycle = " -> ".join(source for source, _ in networkx.find_cycle(quotient))
         raise PlanError(f"the plan is cyclic ({cycle}): make it again with ffebm.plan()")
     made = {name: _input_node(name, values) for name, values in plan.graph.inputs.items()}
-    made.update((block.name, _block_node(plan, block)) for block in plan.blocks)
+    made.update((block.name, _block_node(plan, block, own_feedback(hybrid, block.name))) for block in plan.blocks)
     made.update((part.name, _part_node(plan, part)) for part in plan.digital_parts)
     nodes = [made[name] for name in networkx.lexicographical_topological_sort(quotient, key=list(made).index)]
     domains = {node.key: node.domain for node in nodes}
@@ -191,7 +194,14 @@ def _input_node(name: str, values: int) -> Node:
     return Node(name, "input", f"{name} · input", (), f"network input {name}: {values} values per sample")
 
 
-def _block_node(plan: PlanData, block: BlockPlan) -> Node:
+def own_feedback(hybrid: HybridCore | None, block: str) -> dict[str, str | None]:
+    """Feedback weights of a block -> the parameter beside which each is."""
+    if hybrid is None:
+        return {}
+    return {name: place.parameter for name, place in hybrid.feedback_names.items() if place.block == block}
+
+
+def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str]) -> Node:
     operations = [plan.graph[name] for name in block.operations]
     layers = [op for op in operations if op.role is Role.WEIGHT]
     driven = [op for op in operations if op.name in block.driven]
@@ -201,10 +211,14 @@ def _block_node(plan: PlanData, block: BlockPlan) -> Node:
     lines = _shortened(lines, "layers")
     if others:
         lines.append(Line(f"with {operation_words(others)}", "quiet"))
+    names = list(own)
+    if names:
+        lines.append(Line(f"feedback through {_plural(len(names), 'weight')} of its own", "quiet"))
     lines.append(Line(f"{_plural(block.tiles, 'tile')} · DAC {count(block.dac)} · ADC {count(block.adc)}", "quiet"))
     tooltip = [f"{block.name}: energy block, settles on analog hardware"]
     tooltip += [f"layer {op.path or op.name}: {op.target} {_matrix(op)}, {count(op.macs)} MACs" for op in layers]
     tooltip += [f"state {op.path or op.name}: {plan._explain_operation(op)}" for op in driven]
+    tooltip += [f"feedback weights of its own: {', '.join(names)}"] if names else []
     tooltip += [f"{_plural(block.tiles, 'tile')}, {block.neurons} neurons, {block.macs} MACs per sample"]
     tooltip += [f"{block.dac} DAC and {block.adc} ADC values per sample"]
     return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip))

@@ -18,9 +18,8 @@ from ffebm_compiler.drawing.layout import Layout, Route, layered
 from ffebm_compiler.drawing.scene import Edge, Line, Node, Scene, scene_of
 
 if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
-
-    pass
 
 __all__ = ["COLOURS", "plain", "svg_text"]
 
@@ -58,13 +57,13 @@ def shorten(text: str, most: int = _MOST_LETTERS) -> str:
     return f"{text[: most // 2 - 1]}…{text[len(text) - (most - most // 2) :]}"
 
 
-def svg_text(plan: PlanData) -> str:
-    """The partition of a plan as the text of an SVG picture.
+def svg_text(plan: PlanData, hybrid: HybridCore | None = None) -> str:
+    """The partition of a plan as the text of an SVG picture; `hybrid` adds its feedback weights.
 
     Raises:
         PlanError: where the plan has no operation or is cyclic.
     """
-    scene = scene_of(plan)
+    scene = scene_of(plan, hybrid)
     sizes = {node.key: _node_size(node) for node in scene.nodes}
     labels = {(edge.source, edge.target): _label_size(edge) for edge in scene.edges}
     layout = layered(sizes, labels)

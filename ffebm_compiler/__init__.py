@@ -29,7 +29,16 @@ from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.loading import load
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.reports.checks import Comparison, GradientReport, check_gradients
-from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
+from ffebm_compiler.runtime.estimators.choice import (
+    ContrastiveLearning,
+    CoupledLearning,
+    EquilibriumPropagation,
+    Implicit,
+    ImplicitDifferentiation,
+    RecurrentBackprop,
+    TruncatedBackprop,
+    Unrolled,
+)
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
@@ -40,8 +49,10 @@ __all__ = [
     "Anderson",
     "CaptureError",
     "Comparison",
+    "ContrastiveLearning",
     "ConvergenceError",
     "ConvergenceWarning",
+    "CoupledLearning",
     "EquilibriumPropagation",
     "ExportError",
     "FFEBMError",
@@ -53,12 +64,15 @@ __all__ = [
     "Hardware",
     "HardwareError",
     "HybridModel",
+    "Implicit",
     "ImplicitDifferentiation",
     "InputError",
     "NewtonCG",
     "NotYetError",
     "Plan",
     "PlanError",
+    "RecurrentBackprop",
+    "TruncatedBackprop",
     "Unrolled",
     "UnsupportedError",
     "alignment_penalty",

@@ -166,7 +166,8 @@ def convert(
         feedback: for a Hopfield energy the loop gain κ of every block, in (0, 1), 0.1 where it is left out; for a
             resistive one the amplifiers' gain γ > 0 itself, 0.01 where it is left out; or `"symmetric"` (γ = 1).
         energy: what the blocks minimise: `"hopfield"`, `"resistive"`, or an energy object.
-        gradient: `"ep"`, `"implicit"`, `"unrolled"`, or an estimator object.
+        gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"truncated"`, `"recurrent"`, or
+            an estimator object; see `HybridModel.set_gradient`.
         solver: a solver object; None chooses per block.
         fold_batchnorm: fold eval-mode batch norm into the layer before it.
         block_ops: the wiring that may sit inside a block: `"add"`, `"reshape"`, `"concat"`,

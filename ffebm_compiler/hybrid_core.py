@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights
+from ffebm_compiler.gradient_choice import assign
 from ffebm_compiler.hybrid_parts import HybridParts
 from ffebm_compiler.hybrid_state import (
     METADATA,
@@ -285,7 +286,8 @@ class HybridCore(HybridParts):
         """Set feedback, estimator, solver and (where one is given) energy of every block, without measuring anything.
 
         Raises:
-            UnsupportedError: where a block with feedback holds what the energy does not admit.
+            UnsupportedError: where a block with feedback holds what the energy does not admit, or the estimator is
+                defined in none.
         """
         if energy is not None:
             self.energy_function = energy
@@ -293,8 +295,8 @@ class HybridCore(HybridParts):
             if energy is not None:
                 block.set_energy(energy)
             block.gain.feedback = feedback
-            block.estimator = estimator
             block.solver = solver
+        assign(self, estimator)
 
     def calibrate(self, *args: Any, **kwargs: Any) -> None:
         """Measure the loop gain of every block at these inputs' shapes."""
@@ -350,11 +352,20 @@ class HybridCore(HybridParts):
             node = node.all_input_nodes[0]
         return self._tensor(names[node])
 
-    def set_gradient(self, gradient: str | Estimator) -> None:
-        """Choose the gradient estimator: `"ep"`, `"implicit"`, `"unrolled"` or an object."""
-        estimator = estimator_of(gradient)
-        for block in self._energy.values():
-            block.estimator = estimator
+    def set_gradient(self, gradient: str | Estimator, *, blocks: Sequence[str] | None = None) -> None:
+        """Choose the gradient estimator of every block, or of some; `docs/training.md` compares them.
+
+        Args:
+            gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"truncated"`, `"recurrent"`,
+                or an estimator object. Contrastive and coupled learning are defined only in blocks whose outputs reach
+                the loss through no other block: the others then use equilibrium propagation, and `summary()` says so.
+            blocks: names of the blocks to set; None for all.
+
+        Raises:
+            InputError: for another name or object, or a name that is no block's.
+            UnsupportedError: where the estimator is not defined in a block given by name, or in none with feedback.
+        """
+        assign(self, estimator_of(gradient), blocks)
 
     def set_solver(self, solver: Solver | None) -> None:
         """Choose how every block settles; None lets each block have the solver that is fastest for it.

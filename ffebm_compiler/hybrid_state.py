@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
 from ffebm_compiler.runtime.estimators.base import Estimator
-from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, ImplicitDifferentiation, Unrolled
+from ffebm_compiler.runtime.estimators.choice import ESTIMATORS as ESTIMATOR_KINDS
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
@@ -46,9 +46,7 @@ __all__ = [
 METADATA = "ffebm"
 """Key of the state in a module's entry of a state dict's metadata."""
 
-ESTIMATORS: dict[str, type[Estimator]] = {
-    kind.__name__: kind for kind in (EquilibriumPropagation, ImplicitDifferentiation, Unrolled)
-}
+ESTIMATORS: dict[str, type[Estimator]] = {kind.__name__: kind for kind in ESTIMATOR_KINDS}
 SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
 
 

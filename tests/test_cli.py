@@ -316,6 +316,13 @@ def test_refusals(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     assert message in refused(*args)
 
 
+def test_a_gradient_by_name() -> None:
+    text = done("check", *MLP, "--gradient", "truncated", "--min-cosine", "0.999")
+    assert "worst cosine of truncated: " in text
+    assert "coupled" in done("convert", *MLP, "--gradient", "coupled")
+    assert "gradient is 'backprop'; expected 'ep', 'implicit'" in refused("convert", *MLP, "--gradient", "backprop")
+
+
 def test_a_resistive_energy_by_name(tmp_path: Path) -> None:
     options = ("--energy", "resistive", "--feedback", "2")
     assert "resistive energy with amplifiers, γ = 2" in done("convert", *MLP, *options)
@@ -347,7 +354,7 @@ def test_every_command_that_takes_a_model_has_the_options_of_one_dataclass() -> 
     }
     for field in dataclasses.fields(Settings):
         described = {name: options.get(field.name) for name, options in shared.items()}
-        if field.name in ("energy", "feedback"):  # a plan has neither
+        if field.name in ("energy", "feedback", "gradient"):  # a plan has none of them
             assert described.pop("plan") is None
         if field.name == "model":  # a stored plan may be drawn
             assert "plan's .json file" in str(described.pop("draw"))

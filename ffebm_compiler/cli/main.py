@@ -107,10 +107,10 @@ def convert(
 def check(
     settings: Settings,
     min_cosine: Annotated[
-        float | None, typer.Option("--min-cosine", help="Exit with 1 where EP's cosine is below this anywhere.")
+        float | None, typer.Option("--min-cosine", help="Exit with 1 where its cosine is below this anywhere.")
     ] = None,
 ) -> None:
-    """Compare the gradients of EP and implicit differentiation with unrolled ones in float64, on random input.
+    """Compare gradients with unrolled ones in float64, on random input: of EP, implicit differentiation, --gradient.
 
     Example: ffebm check ffebm_compiler.demo.models:DigitsCNN --input 4x1x8x8 --fold-batchnorm --min-cosine 0.999
     """
@@ -118,8 +118,8 @@ def check(
     given = dict(zip(inspect.signature(hybrid).parameters, args, strict=False)) | kwargs if kwargs else args
     report = ffebm.check_gradients(hybrid, given, _random_loss)
     typer.echo(str(report))
-    name, agreement = report.worst("ep")
-    typer.echo(f"worst cosine of ep: {agreement.cosine:.6f} ({name})")
+    name, agreement = report.worst(report.own)
+    typer.echo(f"worst cosine of {report.own}: {agreement.cosine:.6f} ({name})")
     if min_cosine is not None and not agreement.cosine >= min_cosine:
         raise typer.Exit(1)
 

@@ -73,6 +73,12 @@ class Settings:
             "it is left out.",
         ),
     ] = None
+    gradient: Annotated[
+        str,
+        typer.Option(
+            "--gradient", help="ep, implicit, unrolled, contrastive, coupled, truncated or recurrent; docs/training.md."
+        ),
+    ] = "ep"
     fold_batchnorm: Annotated[
         bool, typer.Option("--fold-batchnorm", help="Fold batch norm into the layer before it.")
     ] = False
@@ -125,7 +131,14 @@ class Settings:
         module, args, kwargs = self.source()
         with Console(stderr=True).status(f"converting {self.model}"):
             hybrid = ffebm.convert(
-                module, args, kwargs, hardware=fabric, feedback=gain, energy=self.energy, **self.options()
+                module,
+                args,
+                kwargs,
+                hardware=fabric,
+                feedback=gain,
+                energy=self.energy,
+                gradient=self.gradient,
+                **self.options(),
             )
         return hybrid, args, kwargs
 

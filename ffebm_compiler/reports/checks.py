@@ -13,8 +13,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ffebm_compiler.errors import GradientError, InputError
+from ffebm_compiler.gradient_choice import own_gradient
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.reports.text import table_text
+from ffebm_compiler.runtime.estimators.choice import estimator_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Agreement", "Comparison", "GradientReport", "check_gradients", "compare"]
 
 ESTIMATORS = ("ep", "implicit", "unrolled")
+"""Those that every hybrid is checked with, beside its own."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,13 @@ class GradientReport:
 
     agreements: Mapping[str, Mapping[str, Agreement]]
     """Parameter name -> estimator name -> agreement."""
+    own: str = "ep"
+    """The hybrid's own estimator, as it is set."""
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """The estimators that were compared."""
+        return ESTIMATORS if self.own in ESTIMATORS else (*ESTIMATORS, self.own)
 
     def __getitem__(self, name: str) -> Mapping[str, Agreement]:
         """The agreements of one parameter."""
@@ -111,8 +121,8 @@ class GradientReport:
         Raises:
             InputError: for an estimator that the report does not hold.
         """
-        if estimator not in ESTIMATORS:
-            raise InputError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+        if estimator not in self.estimators:
+            raise InputError(f"estimator is {estimator!r}; expected one of {', '.join(self.estimators)}")
         name = min(self.agreements, key=lambda key: self.agreements[key][estimator].cosine)
         return name, self.agreements[name][estimator]
 
@@ -121,17 +131,19 @@ class GradientReport:
         rows = [
             (
                 name,
-                *(f"{row[e].cosine:.6f}" for e in ESTIMATORS),
-                *(f"{row[e].relative_error:.1e}" for e in ESTIMATORS),
+                *(f"{row[e].cosine:.6f}" for e in self.estimators),
+                *(f"{row[e].relative_error:.1e}" for e in self.estimators),
             )
             for name, row in self.agreements.items()
         ]
-        columns = ("parameter", *(f"cos {e}" for e in ESTIMATORS), *(f"err {e}" for e in ESTIMATORS))
+        columns = ("parameter", *(f"cos {e}" for e in self.estimators), *(f"err {e}" for e in self.estimators))
         return table_text("gradients against float64 unrolled", columns, rows)
 
 
 def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> GradientReport:
-    """Compare the gradients of all estimators with autograd through the relaxation in float64.
+    """Compare gradients with autograd through the relaxation in float64: of EP, implicit, unrolled, the hybrid's own.
+
+    Contrastive and coupled learning do not estimate the gradient of the loss: their cosine says how far off they are.
 
     Args:
         hybrid: is copied; neither its gradients nor its statistics change.
@@ -146,12 +158,15 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
     if not reference:
         raise GradientError("no parameter of the hybrid receives a gradient: does any require one (requires_grad)?")
     own = _dtype(hybrid)
-    found = {name: _gradients(hybrid, inputs, loss_fn, name, own) for name in ESTIMATORS}
+    kind = own_gradient(hybrid)
+    names = dict.fromkeys((*ESTIMATORS, kind))
+    found = {name: _gradients(hybrid, inputs, loss_fn, name, own) for name in names}
     return GradientReport(
         {
-            name: {estimator: _agreement(found[estimator].get(name), expected) for estimator in ESTIMATORS}
+            name: {estimator: _agreement(found[estimator].get(name), expected) for estimator in names}
             for name, expected in reference.items()
-        }
+        },
+        kind,
     )
 
 
@@ -164,9 +179,10 @@ def _gradients(
 ) -> dict[str, Tensor]:
     model = copy.deepcopy(hybrid).to(dtype)
     model.zero_grad(set_to_none=True)
-    current = model.blocks[0].module.estimator if model.blocks else None
-    if current is None or current.name != estimator:
-        model.set_gradient(estimator)
+    if estimator in ESTIMATORS:  # the hybrid's own settings of it where it has some
+        for block in model.energy_blocks.values():
+            if block.estimator.name != estimator:
+                block.estimator = estimator_of(estimator)
     cast = pytree.tree_map(
         lambda leaf: leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
         inputs,

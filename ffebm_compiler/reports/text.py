@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ffebm_compiler.errors import PlanError
+from ffebm_compiler.gradient_choice import gradient_lines
 from ffebm_compiler.passes.partition.placement import placement_of
 
 if TYPE_CHECKING:
@@ -156,7 +157,9 @@ def summary_text(hybrid: HybridCore) -> str:
         "stationary only",
     )
     table = table_text("equilibria (sweeps predicted and in the last forward)", columns, rows)
-    return "\n".join([plan_text(hybrid.plan), table, *_energy_lines(hybrid), *_solver_lines(hybrid)])
+    return "\n".join(
+        [plan_text(hybrid.plan), table, *_energy_lines(hybrid), *gradient_lines(hybrid), *_solver_lines(hybrid)]
+    )
 
 
 def _energy_lines(hybrid: HybridCore) -> list[str]:

@@ -122,6 +122,10 @@ class Activation(ABC):
         """h σ(h) − Λ(h), which is G(σ(h)) where σ is monotone and is defined for every activation."""
         return in_double(lambda x: x * self.value(x) - self.primitive(x), h)
 
+    def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """(inf σ, sup σ), to be broadcast over pre-activations h; ±∞ where σ is unbounded."""
+        return _bounds_of(self)
+
     def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
         """k ↦ quotient(h, k, t), with what depends on h and t alone computed once."""
         return lambda k: self.quotient(h, k, t)
@@ -163,6 +167,21 @@ class Activation(ABC):
     def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
         """σ(h + w) − σ(h) for float64 h and complex128 w, where σ is holomorphic."""
         raise NotImplementedError
+
+
+@lru_cache
+def _bounds_of(activation: Activation) -> tuple[float, float]:
+    """From the values far out and, where σ is not monotone, from a grid that is refined about its least value."""
+    values = activation.value(torch.tensor([-1e30, 1e30], dtype=torch.float64)).tolist()
+    if not activation.monotone:
+        centre, width = 0.0, 40.0
+        for _ in range(4):  # the last spacing is 2e-8: the value there is exact to round-off
+            grid = torch.linspace(centre - width, centre + width, 4001, dtype=torch.float64)
+            found = activation.value(grid)
+            centre, width = float(grid[found.argmin()]), width / 1000
+            values.append(float(found.min()))
+    lo, hi = min(values), max(values)
+    return -inf if lo < -1e20 else lo, inf if hi > 1e20 else hi
 
 
 def in_double(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -51,6 +51,11 @@ class PReLU(Activation):
         slope = self.slope.to(h.dtype)
         return slope.reshape(()) if slope.numel() == 1 else slope.reshape(-1, *[1] * (h.dim() - 2))
 
+    def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """0 from below where a slope is not positive."""
+        slope = self._slope(h)
+        return torch.zeros_like(slope).masked_fill(slope > 0, -torch.inf), torch.inf
+
     def value(self, h: Tensor) -> Tensor:
         self._slope(h)
         assert self.slope is not None

@@ -110,6 +110,10 @@ class Loaded(Activation):
             total = total + steepness * (_clip(h, least, most) - first)
         return total
 
+    def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Those of σ."""
+        return self.activation.bounds(h)
+
     def derivative(self, h: Tensor) -> Tensor:
         total = torch.zeros_like(h)
         for slope, lo, hi in self._pieces:

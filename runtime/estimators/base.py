@@ -19,14 +19,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 
-__all__ = ["Estimator", "Gradients", "aligned", "contract"]
+__all__ = ["Estimator", "Gradients", "aligned", "contract", "of_unit_size", "times"]
 
 
 @dataclass
@@ -42,6 +44,12 @@ class Estimator(ABC):
     """How the gradient of the loss is obtained at a block."""
 
     name: str
+    output_blocks_only: ClassVar[bool] = False
+    """Whether it is defined only in blocks whose outputs reach the loss through no other block."""
+
+    def within(self) -> Estimator:
+        """What a block uses whose outputs reach the loss through another block."""
+        return self
 
     @abstractmethod
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
@@ -54,6 +62,7 @@ def contract(
     middle: Sequence[Tensor],
     errors: Sequence[Tensor | None],
     exact: bool = False,
+    forces: Sequence[Tensor | None] | None = None,
 ) -> Gradients:
     """The contraction of the module's docstring; `currents` are e = −u, `errors` are δ.
 
@@ -63,7 +72,8 @@ def contract(
 
     A parameter a of an activation has the gradient Σ −K_l ∂σ_l/∂a, with the force K_l that e answers:
     −K_l = δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k. For equilibrium propagation it is the limit
-    β → 0 of the contrast of ∂E_l/∂a = −c_l ∂Λ_l/∂a.
+    β → 0 of the contrast of ∂E_l/∂a = −c_l ∂Λ_l/∂a. An estimator whose currents are no fixed point gives `forces`,
+    the −K_l that its currents answer.
     """
     frame, program = at.frame, at.frame.program
     weights: list[Tensor | None] = [None] * program.weights
@@ -99,7 +109,7 @@ def contract(
     if wants_weights:
         at.setting.energy.add_weight_terms(frame, at.setting, currents, middle, weights, at.weights_needed)
     if wants_weights and any(layer.parameters for layer in program.layers):
-        _parameters(at, currents, errors, weights, exact)
+        _parameters(at, currents, errors, weights, exact, forces)
     return Gradients(
         [g if n else None for g, n in zip(inputs, at.inputs_needed, strict=True)],
         [g if n else None for g, n in zip(weights, at.weights_needed, strict=True)],
@@ -125,6 +135,7 @@ def _parameters(
     errors: Sequence[Tensor | None],
     weights: list[Tensor | None],
     exact: bool,
+    forces: Sequence[Tensor | None] | None,
 ) -> None:
     """Add the gradients of the activations' parameters."""
     phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors, transposed=exact)
@@ -132,10 +143,34 @@ def _parameters(
     for index, current in enumerate(currents):
         phase.store(index, current)
     for index, layer in enumerate(at.frame.program.layers):
-        force = phase.force(index) if layer.parameters else None
+        if not layer.parameters:
+            continue
+        force = phase.force(index) if forces is None else forces[index]
         if force is None:
             continue
         found = activations[index].parameter_gradients(at.preactivations[index], force)
         for place, gradient in zip(layer.parameters, found, strict=True):
             present = weights[place]
             weights[place] = gradient if present is None else present + gradient
+
+
+def of_unit_size(errors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
+    """(errors / f, f) with f the power of two at their largest entry: the system is linear, and norms stay in range.
+
+    Errors below the smallest normal number of their dtype become zero, and so does f.
+    """
+    present = [error for error in errors if error is not None]
+    largest = torch.stack([error.detach().abs().amax() if error.numel() else error.new_zeros(()) for error in present])
+    peak = largest.amax()
+    size = torch.ldexp(torch.ones_like(peak), torch.frexp(peak)[1] - 1)
+    held = (peak >= torch.finfo(peak.dtype).tiny) & torch.isfinite(size)
+    factor = torch.where(held, 1 / size, torch.zeros_like(size))
+    size = torch.where(held, size, torch.zeros_like(size))
+    return [None if error is None else error * factor for error in errors], size
+
+
+def times(gradients: Gradients, size: Tensor) -> Gradients:
+    """The gradients of errors `size` times as large."""
+    for found in (gradients.inputs, gradients.weights):
+        found[:] = [None if part is None else part * size for part in found]
+    return gradients

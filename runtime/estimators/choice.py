@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.estimators.adjoint_sweeps import RecurrentBackprop, TruncatedBackprop
 from ffebm_compiler.runtime.estimators.base import Estimator
+from ffebm_compiler.runtime.estimators.clamped import ContrastiveLearning, CoupledLearning
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
 from ffebm_compiler.runtime.estimators.implicit import ImplicitDifferentiation, Unrolled
 
-__all__ = ["EquilibriumPropagation", "Estimator", "ImplicitDifferentiation", "Unrolled", "estimator_of"]
+__all__ = [
+    "ESTIMATORS",
+    "ContrastiveLearning",
+    "CoupledLearning",
+    "EquilibriumPropagation",
+    "Estimator",
+    "Implicit",
+    "ImplicitDifferentiation",
+    "RecurrentBackprop",
+    "TruncatedBackprop",
+    "Unrolled",
+    "estimator_of",
+]
+
+Implicit = ImplicitDifferentiation
+"""The short name."""
+
+ESTIMATORS: tuple[type[Estimator], ...] = (
+    EquilibriumPropagation,
+    ImplicitDifferentiation,
+    Unrolled,
+    ContrastiveLearning,
+    CoupledLearning,
+    TruncatedBackprop,
+    RecurrentBackprop,
+)
 
 
 def estimator_of(gradient: object) -> Estimator:
@@ -18,10 +45,10 @@ def estimator_of(gradient: object) -> Estimator:
     """
     if isinstance(gradient, Estimator):
         return gradient
-    names = {"ep": EquilibriumPropagation, "implicit": ImplicitDifferentiation, "unrolled": Unrolled}
+    names = {kind.name: kind for kind in ESTIMATORS}
     if not isinstance(gradient, str) or gradient not in names:
         raise InputError(
-            f"gradient is {gradient!r}; expected 'ep', 'implicit', 'unrolled' or an estimator object such as "
+            f"gradient is {gradient!r}; expected {', '.join(map(repr, names))} or an estimator object such as "
             "EquilibriumPropagation(beta=0.01, variant='centered')"
         )
     return names[gradient]()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract
+from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract, of_unit_size, times
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
@@ -50,11 +50,8 @@ class ImplicitDifferentiation(Estimator):
         """Solve the adjoint system and contract at the free state."""
         if not any(error is not None for error in errors):
             return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
-        errors, size = _of_unit_size(errors)
-        gradients = self._solved(at, errors)
-        for found in (gradients.inputs, gradients.weights):
-            found[:] = [None if part is None else part * size for part in found]
-        return gradients
+        errors, size = of_unit_size(errors)
+        return times(self._solved(at, errors), size)
 
     def _solved(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         if self._conjugate(at):
@@ -85,21 +82,6 @@ class ImplicitDifferentiation(Estimator):
                 "definite: use ImplicitDifferentiation(method='auto') or 'sweeps'"
             )
         return self.method == "cg"
-
-
-def _of_unit_size(errors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
-    """(errors / f, f) with f the power of two at their largest entry: the system is linear, and norms stay in range.
-
-    Errors below the smallest normal number of their dtype become zero, and so does f.
-    """
-    present = [error for error in errors if error is not None]
-    largest = torch.stack([error.detach().abs().amax() if error.numel() else error.new_zeros(()) for error in present])
-    peak = largest.amax()
-    size = torch.ldexp(torch.ones_like(peak), torch.frexp(peak)[1] - 1)
-    held = (peak >= torch.finfo(peak.dtype).tiny) & torch.isfinite(size)
-    factor = torch.where(held, 1 / size, torch.zeros_like(size))
-    size = torch.where(held, size, torch.zeros_like(size))
-    return [None if error is None else error * factor for error in errors], size
 
 
 @dataclass(frozen=True)

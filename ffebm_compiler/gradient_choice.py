@@ -1,0 +1,90 @@
+"""Which block of a hybrid uses which gradient estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.runtime.estimators.base import Estimator
+
+if TYPE_CHECKING:
+    from ffebm_compiler.hybrid_parts import HybridParts
+
+__all__ = ["assign", "gradient_lines", "output_blocks", "own_gradient"]
+
+
+def output_blocks(hybrid: HybridParts) -> frozenset[str]:
+    """The energy blocks whose outputs reach the network's output through no other energy block."""
+    blocks = hybrid.energy_blocks
+    behind: dict[object, bool] = {}  # node -> whether what it computes reaches an energy block
+    found = set()
+    for node in reversed(hybrid.lowered.graph.nodes):
+        is_block = node.op == "call_module" and str(node.target) in blocks
+        through = any(behind[user] for user in node.users)
+        if is_block and not through:
+            found.add(str(node.target))
+        behind[node] = is_block or through
+    return frozenset(found)
+
+
+def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | None = None) -> None:
+    """Give blocks an estimator: all of them, or those of the names given.
+
+    One that is defined only at the network's output goes to the blocks there, and its `within()` to the others.
+
+    Raises:
+        InputError: for a name that is no block's.
+        UnsupportedError: where a block given by name, or every block with feedback, is one that it is not defined in.
+    """
+    blocks = hybrid.energy_blocks
+    if names is not None:
+        unknown = [name for name in names if name not in blocks]
+        if isinstance(names, str) or unknown:
+            known = ", ".join(blocks) or "which there are none"
+            raise InputError(f"blocks is {names!r}; expected a list of names of energy blocks, of {known}")
+    chosen = list(blocks if names is None else names)
+    if not estimator.output_blocks_only:
+        for name in chosen:
+            blocks[name].estimator = estimator
+        return
+    ends = output_blocks(hybrid)
+    inner = [name for name in chosen if name not in ends]
+    if names is not None and inner:
+        raise UnsupportedError(
+            f"{estimator.name} learning is not defined in {', '.join(inner)}, whose outputs reach the loss through "
+            "another block: what they should be held at is not known there. Use 'ep' in these blocks, or call "
+            "set_gradient without `blocks`, which does that"
+        )
+    coupled = [name for name in chosen if blocks[name].program.coupled]
+    if coupled and all(name in inner for name in coupled):
+        raise UnsupportedError(
+            f"{estimator.name} learning applies to no block of this hybrid: the outputs of "
+            f"{', '.join(coupled[:6])}{', ...' if len(coupled) > 6 else ''}, which have feedback, reach the loss "
+            f"through another block, and {', '.join(sorted(ends))} has none, so that its gradient is exact by any "
+            f"estimator. Use 'ep', or keep the layers of {', '.join(sorted(ends))} digital (force_digital)"
+        )
+    for name in chosen:
+        blocks[name].estimator = estimator if name in ends else estimator.within()
+
+
+def own_gradient(hybrid: HybridParts) -> str:
+    """The name of the estimator that a hybrid was given: of the blocks at its output, where the others have another."""
+    kinds = [block.estimator for block in hybrid.energy_blocks.values() if block.program.coupled]
+    return next((kind.name for kind in kinds if kind.output_blocks_only), kinds[0].name if kinds else "ep")
+
+
+def gradient_lines(hybrid: HybridParts) -> list[str]:
+    """Where an estimator that is defined only at the network's output is used, and what the other blocks use."""
+    coupled = {name: block.estimator for name, block in hybrid.energy_blocks.items() if block.program.coupled}
+    special = {name: kind for name, kind in coupled.items() if kind.output_blocks_only}
+    others = {name: kind for name, kind in coupled.items() if name not in special}
+    if not special or not others:
+        return []
+    kinds = ", ".join(dict.fromkeys(kind.name for kind in special.values()))
+    rest = ", ".join(dict.fromkeys(kind.name for kind in others.values()))
+    shown = f"{', '.join(list(others)[:6])}{', ...' if len(others) > 6 else ''}"
+    return [
+        f"{kinds} learning in {', '.join(special)}, whose outputs reach the loss through no other block; {shown} "
+        f"{'use' if len(others) > 1 else 'uses'} {rest}"
+    ]

@@ -1,0 +1,174 @@
+"""Contrastive and coupled learning: the visible states are held where the loss wants them, and the energies compared.
+
+Source: Scellier et al. 2023 (arXiv 2312.15103), who compare them with equilibrium propagation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract
+from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
+from ffebm_compiler.runtime.estimators.nudge import amplitudes, midpoint, scaled, settled_currents, weighted
+from ffebm_compiler.runtime.estimators.situation import Situation
+from ffebm_compiler.runtime.phases.clamped_phase import ClampedPhase
+
+__all__ = ["ContrastiveLearning", "CoupledLearning"]
+
+
+@dataclass(frozen=True)
+class CoupledLearning(Estimator):
+    """Coupled learning: visible states are held a little nearer to where the loss wants them, the others settle.
+
+    With the visible states v (those that the loss sees) held at
+
+        s_v^{±β} = s_v* ∓ β a δ_v ,   projected to the range of σ_v,
+
+    and all others at their equilibrium under that, g_θ = [∂_θE(s^{+β}) − ∂_θE(s*)]/(βa) (positive),
+    [∂_θE(s*) − ∂_θE(s^{−β})]/(βa) (negative), or half the sum of both (centered); δ_x alike. a = rms(s_v)/rms(δ) per
+    sample, as for equilibrium propagation, so that β is relative.
+
+    *This is not the gradient of the loss, for no β.* Its limit β → 0 is the gradient with δ replaced by S δ, S =
+    H_vv − H_vh H_hh⁻¹ H_hv with the second derivatives H of the energy: the force that a displacement of the
+    visible states needs, where equilibrium propagation takes the displacement that a force makes.
+
+    It is defined only in blocks whose outputs reach the loss through no other block. `set_gradient` gives the other
+    blocks equilibrium propagation of the same β and variant, and `summary()` says which. A block of one layer has no
+    other states: its gradient stays exact.
+
+    Raises:
+        InputError: for settings out of range.
+        UnsupportedError: where a held state has an activation with parameters, or no block of a hybrid is one that it
+            is defined in.
+
+    Sources: Stern et al. 2021 (arXiv 2011.03861); Scellier et al. 2023 (arXiv 2312.15103) for the three variants.
+    """
+
+    beta: float = 1e-4
+    variant: Literal["positive", "negative", "centered"] = "positive"
+    name = "coupled"
+    output_blocks_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if isinstance(self.beta, bool) or not isinstance(self.beta, float | int) or not 0 < self.beta <= 10:
+            raise InputError(f"beta is {self.beta!r}; expected a number in (0, 10], relative to the block's output")
+        if self.variant not in ("positive", "negative", "centered"):
+            raise InputError(f"variant is {self.variant!r}; expected 'positive', 'negative' or 'centered'")
+
+    def within(self) -> EquilibriumPropagation:
+        """Equilibrium propagation of the same β and variant."""
+        return EquilibriumPropagation(self.beta, self.variant)
+
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Settle with the visible states held, and contract.
+
+        Raises:
+            UnsupportedError: where a held state has an activation with parameters.
+            ConvergenceError: where a phase does not settle.
+        """
+        amplitude = amplitudes(at, errors)
+        if amplitude is None:
+            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+        signs = {"positive": [(1, 1.0)], "negative": [(-1, 1.0)], "centered": [(1, 0.5), (-1, 0.5)]}[self.variant]
+        return _contrast(at, errors, amplitude, [(sign * self.beta, share) for sign, share in signs])
+
+
+@dataclass(frozen=True)
+class ContrastiveLearning(Estimator):
+    """Contrastive learning: visible states are held at their target, and the energies of both states compared.
+
+    The target that a loss has is s_v* − scale · δ_v, δ = ∂L/∂s_v, projected to the range of σ_v, and
+
+        g_θ = [∂_θE(s with s_v at its target) − ∂_θE(s*)] / scale ,   δ_x alike.
+
+    `scale` is 1 for ½‖s − y‖² summed over the batch and N for its mean over N samples: the target is then y itself.
+    With cross-entropy it is s* + onehot − softmax. It is `CoupledLearning` of the positive variant with β = 1 and
+    `scale` in the place of a, and what is said there of the limit and of where it is defined holds here: *it is not
+    the gradient of the loss*. Other blocks use equilibrium propagation in its default setting.
+
+    Raises:
+        InputError: where `scale` is no positive number.
+        UnsupportedError: where a held state has an activation with parameters, or no block of a hybrid is one that it
+            is defined in.
+
+    Sources: Movellan 1991; Baldi & Pineda 1991; Scellier et al. 2023 (arXiv 2312.15103).
+    """
+
+    scale: float = 1.0
+    name = "contrastive"
+    output_blocks_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        number = isinstance(self.scale, float | int) and not isinstance(self.scale, bool)
+        if not number or not 0 < self.scale < math.inf:
+            raise InputError(
+                f"scale is {self.scale!r}; expected a positive number: 1 for a loss summed over the batch, the batch "
+                "size for a mean"
+            )
+
+    def within(self) -> EquilibriumPropagation:
+        """Equilibrium propagation."""
+        return EquilibriumPropagation()
+
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Settle with the visible states at their targets, and contract.
+
+        Raises:
+            UnsupportedError: where a held state has an activation with parameters.
+            ConvergenceError: where the phase does not settle.
+        """
+        present = next((error for error in errors if error is not None), None)
+        if present is None:
+            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+        scale = present.new_full((), self.scale, dtype=torch.promote_types(present.dtype, torch.float32))
+        return _contrast(at, errors, scale, [(1.0, 1.0)])
+
+
+def _contrast(
+    at: Situation,
+    errors: Sequence[Tensor | None],
+    amplitude: Tensor,
+    betas: Sequence[tuple[float, float]],
+) -> Gradients:
+    """Σ_j share_j [∂E(s^{β_j}) − ∂E(s*)]/(β_j a), with the visible states held at s* − β_j a δ."""
+    moves = scaled(errors, -amplitude)
+    activations = at.setting.activations(at.frame)
+    for layer, move in zip(at.frame.program.layers, moves, strict=True):
+        if move is not None and layer.parameters:
+            raise UnsupportedError(
+                f"{at.name}: layer {layer.name} has an activation with learned parameters, whose energy is not a "
+                "function of the state, so that the state cannot be held: use 'ep', or keep the activation digital"
+            )
+
+    def phase_of(group: Sequence[complex]) -> ClampedPhase:
+        strengths = [beta.real for beta in group]
+        held = [
+            None if move is None else [_move(move, state, sigma.bounds(field), beta).mul_(scale) for beta in strengths]
+            for move, state, field, sigma, scale in zip(
+                moves, at.states, at.preactivations, activations, at.scales, strict=True
+            )
+        ]
+        return ClampedPhase(at.frame, at.setting, at.preactivations, held, strengths)
+
+    found, sweeps = settled_currents(at, betas, None, phase_of)
+    restored = torch.where(amplitude > 0, -1 / amplitude, amplitude)
+    currents = scaled([weighted(parts, betas) for parts in zip(*found, strict=True)], restored)
+    nothing: list[Tensor | None] = [None] * len(errors)
+    gradients = contract(at, currents, midpoint(at, found, betas), nothing)
+    gradients.sweeps = sweeps
+    return gradients
+
+
+def _move(move: Tensor, state: Tensor, bounds: tuple[float | Tensor, float | Tensor], beta: float) -> Tensor:
+    """The v for which s + βv is s + β · move projected to the bounds, without cancellation."""
+    first, last = bounds if beta > 0 else bounds[::-1]
+    return torch.minimum(torch.maximum(move, (first - state) / beta), (last - state) / beta)

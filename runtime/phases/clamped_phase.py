@@ -1,0 +1,59 @@
+"""The nudged phase whose visible states are held: what contrastive and coupled learning settle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.runtime.energies.base import Setting
+from ffebm_compiler.runtime.phases.error_phases import AdjointPhase, NudgedPhase
+from ffebm_compiler.runtime.program.frame import Frame, take_rows
+
+__all__ = ["ClampedPhase"]
+
+
+class ClampedPhase(NudgedPhase):
+    """Equation (2) of `runtime/phases/base.py` without a drive, with given error currents of the held layers.
+
+    A state that is held at s* + β v has u = c v, whatever acts on it; the others follow from K_l.
+    """
+
+    def __init__(
+        self,
+        frame: Frame,
+        setting: Setting,
+        preactivations: Sequence[Tensor],
+        held: Sequence[Sequence[Tensor] | None],
+        betas: Sequence[float],
+    ) -> None:
+        super().__init__(frame, setting, preactivations, [None] * len(preactivations), betas)
+        self._held = tuple(held)
+        """For each layer its currents at every β; None for one that is free."""
+        self._fixed = [
+            None if parts is None else torch.cat(list(parts)) if len(parts) > 1 else parts[0] for parts in held
+        ]
+
+    def update(self, index: int) -> Tensor | None:
+        """What a layer is held at, or u_l from the finite difference of σ_l."""
+        fixed = self._fixed[index]
+        return super().update(index) if fixed is None else fixed
+
+    def narrowed(self, rows: Tensor) -> ClampedPhase:
+        """The phase of some of the samples, at their present error currents."""
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        held = [None if parts is None else [take_rows(part, rows) for part in parts] for parts in self._held]
+        betas = [beta.real for beta in self.betas]
+        phase = ClampedPhase(self._single.narrowed(rows), self.setting, fields, held, betas)
+        phase.values = [None if value is None else take_rows(value, self._all(rows)) for value in self.values]
+        return phase
+
+    def response(self) -> AdjointPhase:
+        """The linear response of the free layers: a held one does not respond."""
+        response = super().response()
+        response.slopes = [
+            slope if fixed is None else torch.zeros_like(slope)
+            for slope, fixed in zip(response.slopes, self._fixed, strict=True)
+        ]
+        return response

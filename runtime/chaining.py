@@ -67,7 +67,8 @@ class Settle(torch.autograd.Function):
         block.remember(phase)
         ctx.block, ctx.last = block, block.last
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
-        ctx.setting, ctx.estimator, ctx.aligned = phase.setting, block.estimator, block.aligned
+        ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
+        ctx.estimator, ctx.aligned = block.estimator, block.aligned
         ctx.set_materialize_grads(False)
         kept = [
             state if index in program.visible or layer.activation.smooth else None
@@ -110,6 +111,8 @@ class Settle(torch.autograd.Function):
             hint=block.hint,
             free_sweeps=ctx.last.sweeps,
             free_rtol=block.free_rtol(states[0].dtype),
+            feedback=ctx.feedback,
+            measured=lambda: block.gain.measured(frame.weights),
             inputs_needed=tuple(needed[: program.inputs]),
             weights_needed=tuple(needed[program.inputs :]),
         )

@@ -233,6 +233,13 @@ class HeldGain:
             check_weights(self.program.name, weights)
         self.certificate = found
 
+    def measured(self, weights: Sequence[Tensor | None]) -> Frame | None:
+        """The block as it is measured at these weights: one sample, without random masks; None where nothing is."""
+        if not self.program.coupled or not self._examples:
+            return None
+        with self._quietly():
+            return self._frame(weights)
+
     def _frame(self, weights: Sequence[Tensor | None]) -> Frame:
         """The block at these weights for one sample, with the shapes of all registers, without its random masks."""
         if not self._shapes or self.program.selects:  # the winners of max pooling are those at these weights

@@ -63,7 +63,7 @@ class ByHand:
                 states[index] = sigma(h)
                 if held is not None and index in held:
                     states[index] = held[index]
-            if max(float((a - b).abs().max()) for a, b in zip(states, before, strict=True)) < 1e-16:
+            if max(float((a - b).detach().abs().max()) for a, b in zip(states, before, strict=True)) < 1e-16:
                 break
         return states
 

@@ -62,6 +62,10 @@ class Activation(ABC):
         """The same with copies of its parameters, which others may change."""
         return self
 
+    def lipschitz_gradients(self) -> list[Tensor]:
+        """∂ sup |σ'|/∂parameter, for each parameter."""
+        return []
+
     @property
     @abstractmethod
     def name(self) -> str:

@@ -44,6 +44,15 @@ class PReLU(Activation):
         """max(1, max |a|); 1 where no slopes are given."""
         return 1.0 if self.slope is None else max(1.0, float(self.slope.detach().abs().max()))
 
+    def lipschitz_gradients(self) -> list[Tensor]:
+        """sign(a) at the steepest slope; nothing where none is steeper than 1."""
+        assert self.slope is not None
+        found = torch.zeros_like(self.slope)
+        if self.lipschitz > 1:
+            steepest = self.slope.detach().abs().argmax()
+            found.reshape(-1)[steepest] = self.slope.detach().reshape(-1)[steepest].sign()
+        return [found]
+
     def _slope(self, h: Tensor) -> Tensor:
         """The slopes, to be broadcast over h."""
         if self.slope is None:

@@ -106,6 +106,33 @@ class Energy(ABC):
         """
 
     @abstractmethod
+    def add_amplifier_terms(
+        self,
+        frame: Frame,
+        setting: Setting,
+        feedback: float | str,
+        measured: Frame,
+        currents: Sequence[Tensor | None],
+        middle: Sequence[Tensor],
+        gradients: list[Tensor | None],
+        needed: Sequence[bool],
+    ) -> None:
+        """Add to `gradients` what the loss has through the amplifiers, which follow the weights.
+
+        It is dL/da da/dθ for everything a that an amplifier of this block is set to by a measurement.
+
+        Args:
+            frame: the block at its equilibrium.
+            setting: what its amplifiers are set to.
+            feedback: what they hold.
+            measured: the block as it was measured: one sample, without random masks.
+            currents: e_l, the derivative of the loss by h_l.
+            middle: s_l, or the midpoint of the states that are compared.
+            gradients: by weight, None where there is none yet.
+            needed: which weights are asked for.
+        """
+
+    @abstractmethod
     def gauge(self, program: BlockProgram) -> Gauge:
         """What measures a block of this energy."""
 

@@ -27,6 +27,7 @@ from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certificate_at, certify, edge_gain, edge_norms
 from ffebm_compiler.runtime.energies.projection import projection
+from ffebm_compiler.runtime.energies.through_gain import add_gain_terms
 from ffebm_compiler.runtime.energies.tracked_norms import TrackedNorms
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
@@ -102,6 +103,21 @@ class Hopfield(Energy):
         factor: float = 1.0,
     ) -> None:
         """Nothing: the weights are in the drives alone."""
+
+    def add_amplifier_terms(
+        self,
+        frame: Frame,
+        setting: Setting,
+        feedback: float | str,
+        measured: Frame,
+        currents: Sequence[Tensor | None],
+        middle: Sequence[Tensor],
+        gradients: list[Tensor | None],
+        needed: Sequence[bool],
+    ) -> None:
+        """Through γ where κ is held; at symmetric feedback γ is 1 whatever the weights are."""
+        if not isinstance(feedback, str):
+            add_gain_terms(frame, setting.scales, measured, currents, middle, gradients, needed)
 
     def gauge(self, program: BlockProgram) -> Gauge:
         """Operator norms of the edges."""

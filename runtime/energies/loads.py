@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 
-__all__ = ["loads_of", "magnitudes_of", "multiplying_weights", "over_samples", "row_sums_of"]
+__all__ = ["add_row_sum_gradients", "loads_of", "magnitudes_of", "multiplying_weights", "over_samples", "row_sums_of"]
 
 
 def multiplying_weights(program: BlockProgram) -> frozenset[int]:
@@ -55,16 +57,41 @@ def loads_of(frame: Frame, setting: Setting) -> list[Tensor | None]:
 
 def row_sums_of(frame: Frame) -> tuple[float, ...]:
     """max_i (|J_m| 1)_i of every layer, with the most that random masks may add."""
-    magnitudes = magnitudes_of(frame)
+    ones, states = _at_ones(magnitudes_of(frame))
+    return tuple(_random_gain(frame, index) * float(ones.drive(index, states).max()) for index in range(len(states)))
+
+
+def add_row_sum_gradients(
+    frame: Frame, index: int, factor: float, gradients: list[Tensor | None], needed: Sequence[bool]
+) -> None:
+    """Add `factor` times the derivative of a layer's largest row sum by the magnitudes |θ|, of the first such row."""
+    ones, states = _at_ones(magnitudes_of(frame))
+    sums = ones.drive(index, states)
+    row = torch.zeros_like(sums).reshape(-1)
+    row[sums.reshape(-1).argmax()] = 1
+    ones.pullback(
+        index,
+        row.reshape(sums.shape),
+        registers=ones.operand_registers(index, states),
+        gradients=gradients,
+        needed=needed,
+        bias=False,
+        factor=factor * _random_gain(frame, index),
+    )
+
+
+def _at_ones(magnitudes: Frame) -> tuple[Frame, list[Tensor]]:
+    """A block of magnitudes at inputs and states that are 1 everywhere, and these states."""
     program = magnitudes.program
     like = next(weight for weight in magnitudes.weights if weight is not None)
     inputs = [like.new_ones(magnitudes.shapes[index]) for index in range(program.inputs)]
     ones = Frame(program, inputs, magnitudes.weights, magnitudes.drawn, magnitudes.shapes, frozen=True)
-    states = [like.new_ones(magnitudes.shapes[layer.drive]) for layer in program.layers]
-    found = []
-    for index, layer in enumerate(program.layers):
-        gain = 1.0
-        for instruction in layer.instructions:
-            gain = instruction.operator.gain(gain)
-        found.append(gain * float(ones.drive(index, states).max()))
-    return tuple(found)
+    return ones, [like.new_ones(magnitudes.shapes[layer.drive]) for layer in program.layers]
+
+
+def _random_gain(frame: Frame, index: int) -> float:
+    """The most that random masks may add to a layer's row sums, as a factor."""
+    gain = 1.0
+    for instruction in frame.program.layers[index].instructions:
+        gain = instruction.operator.gain(gain)
+    return gain

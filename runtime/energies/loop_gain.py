@@ -41,6 +41,8 @@ __all__ = [
     "edge_gain",
     "edge_norms",
     "gain_for",
+    "matrix_of",
+    "perron_of",
     "radius",
     "scales_for",
 ]
@@ -133,7 +135,7 @@ def _norm(frame: Frame, earlier: int, later: int, like: Tensor) -> float:
     return sigma * MARGIN
 
 
-def _matrix(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> np.ndarray:
+def matrix_of(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> np.ndarray:
     """A; entry (m, k) is of the map from k to m."""
     matrix = np.zeros((len(program.layers), len(program.layers)))
     for start, end, norm in norms:
@@ -145,7 +147,7 @@ def _matrix(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scal
     return matrix
 
 
-def _perron(matrix: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+def perron_of(matrix: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """ρ of a matrix without negative entries, and its right and left vectors, none of them negative."""
     if np.array_equal(matrix, matrix.T):
         values, vectors = np.linalg.eigh(matrix)
@@ -161,7 +163,7 @@ def _perron(matrix: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
 
 def radius(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> float:
     """ρ(A) for edge norms and scales."""
-    matrix = _matrix(program, norms, scales)
+    matrix = matrix_of(program, norms, scales)
     if not np.isfinite(matrix).all():
         return math.inf
     if not matrix.size:
@@ -188,8 +190,8 @@ def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loo
     spans = np.abs(depths[:, None] - depths[None, :])
     place = 0.0
     for _ in range(100):
-        matrix = _matrix(program, norms, scales_for(program, math.exp(place)))
-        largest, right, left = _perron(matrix)
+        matrix = matrix_of(program, norms, scales_for(program, math.exp(place)))
+        largest, right, left = perron_of(matrix)
         slope = float(left @ (spans * matrix) @ right / (left @ right) / largest) if largest > 0 else 0.0
         if not slope > 0:  # every loop is broken: feedback weights of zero
             return 1.0
@@ -205,7 +207,7 @@ def certificate_at(
     program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]
 ) -> Certificate:
     """What edge norms certify at given scales."""
-    matrix = _matrix(program, norms, scales)
+    matrix = matrix_of(program, norms, scales)
     largest = radius(program, norms, scales)
     return Certificate(tuple(norms), tuple(scales), largest, _sweep_radius(matrix, largest))
 

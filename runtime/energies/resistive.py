@@ -32,7 +32,13 @@ from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Gauge, Setting
 from ffebm_compiler.runtime.energies.loaded import Loaded
-from ffebm_compiler.runtime.energies.loads import loads_of, magnitudes_of, multiplying_weights, over_samples
+from ffebm_compiler.runtime.energies.loads import (
+    add_row_sum_gradients,
+    loads_of,
+    magnitudes_of,
+    multiplying_weights,
+    over_samples,
+)
 from ffebm_compiler.runtime.energies.row_sums import RowSums
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
 from ffebm_compiler.runtime.program.contraction import Contraction
@@ -149,11 +155,32 @@ class Resistive(Energy):
                 bias=False,
                 factor=ratio,
             )
-        for place, part in enumerate(found):
-            weight, present = frame.weights[place], gradients[place]
-            if part is not None and weight is not None:
-                term = weight.sign() * part
-                gradients[place] = term * -factor if present is None else torch.add(present, term, alpha=-factor)
+        _add_by_sign(frame, found, gradients, -factor)
+
+    def add_amplifier_terms(
+        self,
+        frame: Frame,
+        setting: Setting,
+        feedback: float | str,
+        measured: Frame,
+        currents: Sequence[Tensor | None],
+        middle: Sequence[Tensor],
+        gradients: list[Tensor | None],
+        needed: Sequence[bool],
+    ) -> None:
+        """Through A_m, a layer's largest row sum: dL/dA_m = −Σ_l γ_{l,m} ⟨e_l, m_l ∘ |J_{ml}|ᵀ 1⟩; γ is constant."""
+        program, magnitudes = frame.program, magnitudes_of(frame)
+        products = [
+            None if e is None else over_samples(e * m, magnitudes) for e, m in zip(currents, middle, strict=True)
+        ]
+        wanted = [need and place in multiplying_weights(program) for place, need in enumerate(needed)]
+        found: list[Tensor | None] = [None] * program.weights
+        for index in range(len(program.layers)):
+            ratio, deviations = magnitudes.deviations(index, products, setting.scales)
+            image = magnitudes.tangent(index, deviations)
+            if image is not None:
+                add_row_sum_gradients(measured, index, -ratio * float(image.sum()), found, wanted)
+        _add_by_sign(frame, found, gradients, 1.0)
 
     def gauge(self, program: BlockProgram) -> Gauge:
         """Row sums, and the spectral radius of the whole block."""
@@ -179,6 +206,17 @@ class Resistive(Energy):
             "hybrid.recertify() if the weights have changed since (evaluation leaves the amplifiers as they are), or "
             "allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
         )
+
+
+def _add_by_sign(frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float) -> None:
+    """Add `factor` sign(θ) ∘ found, with `found` derivatives by |θ|."""
+    for place, part in enumerate(found):
+        weight, present = frame.weights[place], gradients[place]
+        if part is not None and weight is not None:
+            term = weight.sign() * part
+            gradients[place] = (
+                term * factor if present is None else torch.add(present, term.to(present.dtype), alpha=factor)
+            )
 
 
 def _check_activation(program: BlockProgram, layer: Layer) -> None:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract, of_unit_size, times
+from ffebm_compiler.runtime.estimators.base import (
+    Estimator,
+    Gradients,
+    check_through_feedback,
+    contract,
+    of_unit_size,
+    times,
+)
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
@@ -37,12 +44,15 @@ class TruncatedBackprop(Estimator):
 
     sweeps: int = 3
     """K."""
+    through_feedback: bool = False
+    """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "truncated"
 
     def __post_init__(self) -> None:
         """Check the settings."""
         if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
             raise InputError(f"sweeps is {self.sweeps!r}; expected the number of sweeps to differentiate, at least 1")
+        check_through_feedback(self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """K backward sweeps of the linearised block, and the contraction at the settled state."""
@@ -56,7 +66,7 @@ class TruncatedBackprop(Estimator):
                 force = forces[index] = phase.force(index)
                 if force is not None:
                     phase.store(index, phase.slopes[index] * force)
-        gradients = contract(at, phase.values, at.states, errors, forces)
+        gradients = contract(at, phase.values, at.states, errors, forces, self.through_feedback)
         gradients.sweeps = self.sweeps
         return times(gradients, size)
 
@@ -76,7 +86,13 @@ class RecurrentBackprop(Estimator):
     Sources: Almeida 1987; Pineda 1987.
     """
 
+    through_feedback: bool = False
+    """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "recurrent"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_through_feedback(self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Sweep to the adjoint fixed point, and contract at the settled state."""
@@ -87,6 +103,6 @@ class RecurrentBackprop(Estimator):
         kept = at.solver
         plain = GaussSeidel(max_sweeps=kept.max_sweeps, on_failure=kept.on_failure, termination=kept.termination)
         settled = relax(phase, plain, at.rtol, f"adjoint sweeps of {at.name}", at.hint, at.contraction)
-        gradients = contract(at, phase.values, at.states, errors)
+        gradients = contract(at, phase.values, at.states, errors, through_feedback=self.through_feedback)
         gradients.sweeps = settled.sweeps
         return times(gradients, size)

@@ -24,11 +24,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 
-__all__ = ["Estimator", "Gradients", "aligned", "contract", "of_unit_size", "times"]
+__all__ = [
+    "Estimator",
+    "Gradients",
+    "add_amplifier_terms",
+    "aligned",
+    "check_through_feedback",
+    "contract",
+    "of_unit_size",
+    "times",
+]
 
 
 @dataclass
@@ -63,6 +73,7 @@ def contract(
     errors: Sequence[Tensor | None],
     exact: bool = False,
     forces: Sequence[Tensor | None] | None = None,
+    through_feedback: bool = False,
 ) -> Gradients:
     """The contraction of the module's docstring; `currents` are e = −u, `errors` are δ.
 
@@ -73,7 +84,7 @@ def contract(
     A parameter a of an activation has the gradient Σ −K_l ∂σ_l/∂a, with the force K_l that e answers:
     −K_l = δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k. For equilibrium propagation it is the limit
     β → 0 of the contrast of ∂E_l/∂a = −c_l ∂Λ_l/∂a. An estimator whose currents are no fixed point gives `forces`,
-    the −K_l that its currents answer.
+    the −K_l that its currents answer. `through_feedback` adds the gradient through what the amplifiers are set to.
     """
     frame, program = at.frame, at.frame.program
     weights: list[Tensor | None] = [None] * program.weights
@@ -110,6 +121,8 @@ def contract(
         at.setting.energy.add_weight_terms(frame, at.setting, currents, middle, weights, at.weights_needed)
     if wants_weights and any(layer.parameters for layer in program.layers):
         _parameters(at, currents, errors, weights, exact, forces)
+    if wants_weights and through_feedback:
+        add_amplifier_terms(at, currents, middle, weights)
     return Gradients(
         [g if n else None for g, n in zip(inputs, at.inputs_needed, strict=True)],
         [g if n else None for g, n in zip(weights, at.weights_needed, strict=True)],
@@ -127,6 +140,17 @@ def aligned(program: BlockProgram, gradients: Sequence[Tensor | None], needed: S
             if needed[place]:
                 result[place] = total
     return result
+
+
+def add_amplifier_terms(
+    at: Situation, currents: Sequence[Tensor | None], middle: Sequence[Tensor], weights: list[Tensor | None]
+) -> None:
+    """Add what the loss has through the amplifiers, which follow the weights."""
+    measured = at.measured()
+    if measured is not None:
+        at.setting.energy.add_amplifier_terms(
+            at.frame, at.setting, at.feedback, measured, currents, middle, weights, at.weights_needed
+        )
 
 
 def _parameters(
@@ -152,6 +176,16 @@ def _parameters(
         for place, gradient in zip(layer.parameters, found, strict=True):
             present = weights[place]
             weights[place] = gradient if present is None else present + gradient
+
+
+def check_through_feedback(value: object) -> None:
+    """Refuse anything but True and False.
+
+    Raises:
+        InputError: where `value` is neither.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"through_feedback is {value!r}; expected True or False")
 
 
 def of_unit_size(errors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract
+from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
 from ffebm_compiler.runtime.estimators.nudge import amplitudes, midpoint, scaled, settled_currents, weighted
 from ffebm_compiler.runtime.estimators.situation import Situation
@@ -53,6 +53,8 @@ class CoupledLearning(Estimator):
 
     beta: float = 1e-4
     variant: Literal["positive", "negative", "centered"] = "positive"
+    through_feedback: bool = False
+    """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "coupled"
     output_blocks_only: ClassVar[bool] = True
 
@@ -62,10 +64,11 @@ class CoupledLearning(Estimator):
             raise InputError(f"beta is {self.beta!r}; expected a number in (0, 10], relative to the block's output")
         if self.variant not in ("positive", "negative", "centered"):
             raise InputError(f"variant is {self.variant!r}; expected 'positive', 'negative' or 'centered'")
+        check_through_feedback(self.through_feedback)
 
     def within(self) -> EquilibriumPropagation:
         """Equilibrium propagation of the same β and variant."""
-        return EquilibriumPropagation(self.beta, self.variant)
+        return EquilibriumPropagation(self.beta, self.variant, through_feedback=self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Settle with the visible states held, and contract.
@@ -78,7 +81,9 @@ class CoupledLearning(Estimator):
         if amplitude is None:
             return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
         signs = {"positive": [(1, 1.0)], "negative": [(-1, 1.0)], "centered": [(1, 0.5), (-1, 0.5)]}[self.variant]
-        return _contrast(at, errors, amplitude, [(sign * self.beta, share) for sign, share in signs])
+        return _contrast(
+            at, errors, amplitude, [(sign * self.beta, share) for sign, share in signs], self.through_feedback
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ class ContrastiveLearning(Estimator):
     """
 
     scale: float = 1.0
+    through_feedback: bool = False
+    """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "contrastive"
     output_blocks_only: ClassVar[bool] = True
 
@@ -114,10 +121,11 @@ class ContrastiveLearning(Estimator):
                 f"scale is {self.scale!r}; expected a positive number: 1 for a loss summed over the batch, the batch "
                 "size for a mean"
             )
+        check_through_feedback(self.through_feedback)
 
     def within(self) -> EquilibriumPropagation:
         """Equilibrium propagation."""
-        return EquilibriumPropagation()
+        return EquilibriumPropagation(through_feedback=self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Settle with the visible states at their targets, and contract.
@@ -130,7 +138,7 @@ class ContrastiveLearning(Estimator):
         if present is None:
             return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
         scale = present.new_full((), self.scale, dtype=torch.promote_types(present.dtype, torch.float32))
-        return _contrast(at, errors, scale, [(1.0, 1.0)])
+        return _contrast(at, errors, scale, [(1.0, 1.0)], self.through_feedback)
 
 
 def _contrast(
@@ -138,6 +146,7 @@ def _contrast(
     errors: Sequence[Tensor | None],
     amplitude: Tensor,
     betas: Sequence[tuple[float, float]],
+    through_feedback: bool,
 ) -> Gradients:
     """Σ_j share_j [∂E(s^{β_j}) − ∂E(s*)]/(β_j a), with the visible states held at s* − β_j a δ."""
     moves = scaled(errors, -amplitude)
@@ -163,7 +172,7 @@ def _contrast(
     restored = torch.where(amplitude > 0, -1 / amplitude, amplitude)
     currents = scaled([weighted(parts, betas) for parts in zip(*found, strict=True)], restored)
     nothing: list[Tensor | None] = [None] * len(errors)
-    gradients = contract(at, currents, midpoint(at, found, betas), nothing)
+    gradients = contract(at, currents, midpoint(at, found, betas), nothing, through_feedback=through_feedback)
     gradients.sweeps = sweeps
     return gradients
 

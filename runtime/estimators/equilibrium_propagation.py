@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract
+from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.nudge import (
     amplitudes,
     imaginary,
@@ -54,6 +54,8 @@ class EquilibriumPropagation(Estimator):
     """N of the holomorphic variant; 2 is the centered form."""
     together: bool | None = None
     """Whether several nudged phases settle at once, as one larger batch; None: where that pays."""
+    through_feedback: bool = False
+    """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "ep"
 
     def __post_init__(self) -> None:
@@ -68,6 +70,7 @@ class EquilibriumPropagation(Estimator):
             raise InputError(f"points is {self.points!r}; expected an integer of at least 2")
         if self.together not in (None, True, False):
             raise InputError(f"together is {self.together!r}; expected True, False or None")
+        check_through_feedback(self.through_feedback)
 
     def _betas(self) -> list[tuple[complex, float]]:
         """The nudging strengths, real ones as floats, and their shares; of a conjugate pair only one is settled."""
@@ -106,9 +109,11 @@ class EquilibriumPropagation(Estimator):
         mean = [weighted(parts, betas) for parts in zip(*found, strict=True)]
         currents = scaled(mean, restored)
         if not any(isinstance(beta, complex) for beta, _ in betas):
-            gradients = contract(at, currents, midpoint(at, found, betas), errors)
+            gradients = contract(
+                at, currents, midpoint(at, found, betas), errors, through_feedback=self.through_feedback
+            )
         else:
-            gradients = contract(at, currents, at.states, errors)
+            gradients = contract(at, currents, at.states, errors, through_feedback=self.through_feedback)
             for (beta, share), moved in zip(betas, found, strict=True):
                 _second_order(at, gradients, moved, scaled(moved, restored), beta * share)
         gradients.sweeps = sweeps

@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract, of_unit_size, times
+from ffebm_compiler.runtime.energies.base import Setting
+from ffebm_compiler.runtime.estimators.base import (
+    Estimator,
+    Gradients,
+    add_amplifier_terms,
+    check_through_feedback,
+    contract,
+    of_unit_size,
+    times,
+)
 from ffebm_compiler.runtime.estimators.situation import Situation
+from ffebm_compiler.runtime.phases.base import narrow
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
-from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, sweep_layers
 from ffebm_compiler.runtime.solvers.conjugate import solve_adjoint
 from ffebm_compiler.runtime.solvers.relaxation import relax
@@ -39,12 +49,15 @@ class ImplicitDifferentiation(Estimator):
     """
 
     method: Literal["auto", "sweeps", "cg"] = "auto"
+    through_feedback: bool = False
+    """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "implicit"
 
     def __post_init__(self) -> None:
         """Check the settings."""
         if self.method not in ("auto", "sweeps", "cg"):
             raise InputError(f"method is {self.method!r}; expected 'auto', 'sweeps' or 'cg'")
+        check_through_feedback(self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Solve the adjoint system and contract at the free state."""
@@ -60,13 +73,17 @@ class ImplicitDifferentiation(Estimator):
             goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
             solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)
             if solution is not None:
-                gradients = contract(at, solution, at.states, errors, exact=True)
+                gradients = contract(
+                    at, solution, at.states, errors, exact=True, through_feedback=self.through_feedback
+                )
                 gradients.sweeps = steps
                 return gradients
         # Driven by +δ the system gives e = −u at once.
         phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
         settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
-        gradients = contract(at, phase.values, at.states, errors, exact=True)
+        gradients = contract(
+            at, phase.values, at.states, errors, exact=True, through_feedback=self.through_feedback
+        )
         gradients.sweeps = settled.sweeps
         return gradients
 
@@ -92,7 +109,13 @@ class Unrolled(Estimator):
     where it was solved by another method; memory grows with their number.
     """
 
+    through_feedback: bool = False
+    """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "unrolled"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_through_feedback(self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Differentiate the sweeps."""
@@ -104,7 +127,9 @@ class Unrolled(Estimator):
                 for t, n in zip(at.frame.weights, at.weights_needed, strict=True)
             ]
             frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
-            phase = FreePhase(frame, at.setting)
+            # What is added to the fields: the derivative by it is e_l, summed over the sweeps.
+            offsets = [torch.zeros_like(s).requires_grad_() for s in at.states] if self.through_feedback else []
+            phase = _OffsetPhase(frame, at.setting, offsets) if offsets else FreePhase(frame, at.setting)
             if isinstance(at.solver, GaussSeidel) and at.solver.start == "feedforward":
                 sweeps = at.free_sweeps
                 for _ in range(sweeps):
@@ -117,8 +142,35 @@ class Unrolled(Estimator):
         leaves = [t for t, n in zip((*inputs, *weights), needed, strict=True) if n and t is not None]
         if not outputs or not leaves:
             return Gradients([None] * len(inputs), [None] * len(weights))
-        found = iter(torch.autograd.grad([s for s, _ in outputs], leaves, [e for _, e in outputs], allow_unused=True))
+        (*grads,) = torch.autograd.grad(
+            [s for s, _ in outputs], [*leaves, *offsets], [e for _, e in outputs], allow_unused=True
+        )
+        found = iter(grads)
         result = [
             next(found) if n and t is not None else None for t, n in zip((*inputs, *weights), needed, strict=True)
         ]
-        return Gradients(result[: len(inputs)], result[len(inputs) :], sweeps)
+        gradients = Gradients(result[: len(inputs)], result[len(inputs) :], sweeps)
+        if offsets and any(at.weights_needed):
+            add_amplifier_terms(at, list(found), at.states, gradients.weights)
+        return gradients
+
+
+class _OffsetPhase(FreePhase):
+    """A free phase with something added to every field."""
+
+    def __init__(
+        self, frame: Frame, setting: Setting, offsets: Sequence[Tensor], start: Sequence[Tensor] | None = None
+    ) -> None:
+        self._offsets = tuple(offsets)
+        super().__init__(frame, setting, start)
+
+    def _drive(self, index: int) -> Tensor:
+        return super()._drive(index) + self._offsets[index]
+
+    def narrowed(self, rows: Tensor) -> _OffsetPhase:
+        """The phase of some of the samples, at their present states."""
+        start = [take_rows(value, rows) for value in self.values if value is not None]
+        offsets = [take_rows(offset, rows) for offset in self._offsets]
+        phase = _OffsetPhase(self.frame.narrowed(rows), self.setting, offsets, start)
+        phase.preactivations = narrow(self.preactivations, rows)
+        return phase

@@ -32,6 +32,10 @@ class Situation:
     """What to change where a phase does not settle."""
     free_sweeps: int
     free_rtol: float
+    feedback: float | str
+    """What the amplifiers hold."""
+    measured: Callable[[], Frame | None]
+    """The block as its amplifiers were measured: one sample, without random masks; None where they are constant."""
     inputs_needed: tuple[bool, ...]
     weights_needed: tuple[bool, ...]
 

@@ -320,6 +320,14 @@ def test_a_held_state_with_learned_slopes_is_refused() -> None:
         hybrid(noise(4, 5)).sum().backward()
 
 
+@pytest.mark.parametrize("gradient", ["coupled", "contrastive"])
+def test_a_vector_field_has_no_energies_to_compare(gradient: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+    hybrid = ffebm.convert(model, noise(4, 5), gradient=gradient, feedback_weights="free")
+    with pytest.raises(ffebm.UnsupportedError, match="has no energy, since its feedback goes through weights"):
+        hybrid(noise(4, 5)).sum().backward()
+
+
 # -- settings ------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ ESTIMATORS = (
     ffebm.ImplicitDifferentiation(),
     ffebm.ImplicitDifferentiation("cg"),
     ffebm.Unrolled(),
+    ffebm.TruncatedBackprop(60),
+    ffebm.RecurrentBackprop(),
 )
 
 

@@ -190,6 +190,22 @@ def test_learned_slopes_above_one_count_in_the_norms() -> None:
     by_recertifying(hybrid, x, found, list(found))
 
 
+def test_feedback_weights_of_their_own_count_in_both_directions() -> None:
+    model, x = seeded(lambda: MLP((6, 7, 5, 4), nn.Tanh)).double(), noise(5, 6).double()
+    hybrid = ffebm.convert(model, x, feedback=0.4, feedback_weights="free", solver=EXACT)
+    with torch.no_grad():
+        for name, parameter in hybrid.named_parameters():
+            if name not in dict(model.named_parameters()):
+                parameter.add_(0.2 * noise(*parameter.shape, seed=3).double())
+    hybrid.recertify()
+    found = gradients(hybrid, x, ffebm.Implicit(through_feedback=True))
+    assert len(found) > len(list(model.parameters()))
+    by_recertifying(hybrid, x, found, list(found))
+    for estimator in (ffebm.TruncatedBackprop(60, True), ffebm.RecurrentBackprop(True), ffebm.Unrolled(True)):
+        for name, gradient in gradients(hybrid, x, estimator).items():
+            assert relative(gradient, found[name]) <= 1e-8, (estimator, name)
+
+
 def test_symmetric_feedback_has_no_such_term() -> None:
     model, x = seeded(lambda: MLP((6, 7, 4), nn.Tanh)).double(), noise(5, 6).double()
     hybrid = ffebm.convert(model, x, feedback="symmetric", solver=EXACT)

@@ -5,7 +5,8 @@ With c_l = g^depth(l) and κ = ρ(A)² held, a weight that moves the norms n of 
     d ln g = −2 Σ_e w_e d ln n_e / Σ_e w_e span_e ,    w_e = ∂ ln ρ/∂ ln a_e = 2 x_l x_m a_e/ρ ,
 
 with x the Perron vector of A and span_e the depths that an edge spans (ln a_e = ½ span_e ln g + ln n_e + a constant).
-The loss follows g by
+Where the feedback has weights of its own A is not symmetric, each direction of an edge has a norm, and w_e =
+y_m x_l a_e/(ρ yᵀx) with the left Perron vector y. The loss follows g by
 
     dL/d ln g = Σ_e span_e γ_e ⟨e_l, J_{ml}ᵀ s_m⟩ ,
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.energies.loop_gain import edge_gain, matrix_of
+from ffebm_compiler.runtime.energies.loop_gain import directions, edge_gain, matrix_of, perron_of
 from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["add_gain_terms", "leading_pair"]
@@ -51,29 +52,37 @@ def add_gain_terms(
     """
     program = frame.program
     slope = _by_log_gain(frame, scales, currents, middle)
-    pairs = {}
-    for later, above in enumerate(program.upstream):
-        for earlier in above:
-            found = leading_pair(measured, earlier, later)
-            if found is not None:
-                pairs[earlier, later] = found
-    if slope == 0 or not pairs:
+    found = []
+    for start, end, view in directions(measured):
+        pair = leading_pair(view, min(start, end), max(start, end))
+        if pair is not None:
+            found.append((start, end, view, pair))
+    if slope == 0 or not found:
         return
-    norms = [(k, m, sigma * edge_gain(measured, k, m)) for (k, m), (sigma, _, _) in pairs.items()]
+    norms = [(start, end, pair[0] * edge_gain(measured, start, end)) for start, end, _, pair in found]
     matrix = matrix_of(program, norms, scales)
-    values, vectors = np.linalg.eigh(matrix)
-    perron = np.abs(vectors[:, -1])
-    shares = {(k, m): float(2 * perron[k] * perron[m] * matrix[k, m] / values[-1]) for k, m in pairs}
-    spanned = sum(share * (program.depths[m] - program.depths[k]) for (k, m), share in shares.items())
+    largest, right, left = perron_of(matrix)
+    if not largest > 0:
+        return
+    both = 2 if program.symmetric else 1  # an edge has one norm for both of its directions
+    shares = [
+        float(both * left[end] * matrix[end, start] * right[start] / (left @ right) / largest)
+        for start, end, _, _ in found
+    ]
+    spanned = sum(
+        share * abs(program.depths[end] - program.depths[start])
+        for share, (start, end, _, _) in zip(shares, found, strict=True)
+    )
     terms: list[Tensor | None] = [None] * program.weights
-    for (earlier, later), (sigma, left, right) in pairs.items():
-        by_log_norm = -2 * slope * shares[earlier, later] / spanned
+    for share, (start, end, view, (sigma, out, into)) in zip(shares, found, strict=True):
+        earlier, later = min(start, end), max(start, end)
+        by_log_norm = -2 * slope * share / spanned
         slots: list[Tensor | None] = [None] * len(program.layers)
-        slots[earlier] = right
-        measured.pullback(
+        slots[earlier] = into
+        view.pullback(
             later,
-            left,
-            registers=measured.tangent_registers(later, slots, program.operand_instructions[later]),
+            out,
+            registers=view.tangent_registers(later, slots, view.program.operand_instructions[later]),
             gradients=terms,
             needed=needed,
             bias=False,
@@ -98,7 +107,7 @@ def _by_log_gain(
     program, total = frame.program, 0.0
     for later, above in enumerate(program.upstream):
         reached = [earlier for earlier in above if currents[earlier] is not None]
-        parts = frame.pullback(later, middle[later], states=True) if reached else {}
+        parts = frame.back.pullback(later, middle[later], states=True) if reached else {}
         for earlier in reached:
             current, part = currents[earlier], parts.get(program.layers[earlier].state)
             if current is not None and part is not None:

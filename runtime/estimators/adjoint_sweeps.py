@@ -66,7 +66,7 @@ class TruncatedBackprop(Estimator):
                 force = forces[index] = phase.force(index)
                 if force is not None:
                     phase.store(index, phase.slopes[index] * force)
-        gradients = contract(at, phase.values, at.states, errors, forces, self.through_feedback)
+        gradients = contract(at, phase.values, at.states, errors, True, forces, self.through_feedback)
         gradients.sweeps = self.sweeps
         return times(gradients, size)
 
@@ -103,6 +103,6 @@ class RecurrentBackprop(Estimator):
         kept = at.solver
         plain = GaussSeidel(max_sweeps=kept.max_sweeps, on_failure=kept.on_failure, termination=kept.termination)
         settled = relax(phase, plain, at.rtol, f"adjoint sweeps of {at.name}", at.hint, at.contraction)
-        gradients = contract(at, phase.values, at.states, errors, through_feedback=self.through_feedback)
+        gradients = contract(at, phase.values, at.states, errors, exact=True, through_feedback=self.through_feedback)
         gradients.sweeps = settled.sweeps
         return times(gradients, size)

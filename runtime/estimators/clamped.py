@@ -149,6 +149,12 @@ def _contrast(
     through_feedback: bool,
 ) -> Gradients:
     """Σ_j share_j [∂E(s^{β_j}) − ∂E(s*)]/(β_j a), with the visible states held at s* − β_j a δ."""
+    if not at.frame.program.symmetric:
+        raise UnsupportedError(
+            f"{at.name} has no energy, since its feedback goes through weights of its own, and contrastive and coupled "
+            "learning compare energies: use 'ep' (local) or 'implicit' (exact), or convert with "
+            "feedback_weights='tied'"
+        )
     moves = scaled(errors, -amplitude)
     activations = at.setting.activations(at.frame)
     for layer, move in zip(at.frame.program.layers, moves, strict=True):

@@ -81,9 +81,7 @@ class ImplicitDifferentiation(Estimator):
         # Driven by +δ the system gives e = −u at once.
         phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
         settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
-        gradients = contract(
-            at, phase.values, at.states, errors, exact=True, through_feedback=self.through_feedback
-        )
+        gradients = contract(at, phase.values, at.states, errors, exact=True, through_feedback=self.through_feedback)
         gradients.sweeps = settled.sweeps
         return gradients
 

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,21 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(digits.target)
 
 
-def train(feedback: float | str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run: accuracy, seconds, and the loop gains and sweeps of its last step."""
+def train(
+    feedback: float | str,
+    seed: int,
+    options: argparse.Namespace,
+    build: Callable[[int], nn.Module] = network,
+    **settings: Any,
+) -> dict[str, Any]:
+    """One run: accuracy, seconds, and the loop gains and sweeps of its last step; `settings` are `convert`'s."""
     images, labels = data()
     torch.manual_seed(seed)
     order = torch.randperm(len(images))
     images, labels = images[order], labels[order]
-    model: nn.Module = network(options.width)
+    model = build(options.width)
     if feedback != BACKPROP:
-        model = ffebm.convert(model, images[:2], feedback=feedback)
+        model = ffebm.convert(model, images[:2], feedback=feedback, **settings)
     model.train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], options.rate)
     count = options.train // options.batch
@@ -110,9 +117,9 @@ def train(feedback: float | str, seed: int, options: argparse.Namespace) -> dict
     }
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(about: str = "", build: Callable[[int], nn.Module] = network, **settings: Any) -> None:
+    """Run the command line, of this network or of another."""
+    parser = argparse.ArgumentParser(description=about or __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--feedback", nargs="+", default=["backprop", "0.1", "0.5", "0.9", "symmetric"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
@@ -128,7 +135,7 @@ def main() -> None:
     print(f"{'feedback':>10} {'accuracy %, by seed':>30} {'mean':>7} {'s/epoch':>8} {'largest κ':>10}")
     for given in options.feedback:
         feedback = given if given in (BACKPROP, "symmetric") else float(given)
-        runs = [train(feedback, seed, options) for seed in range(options.seeds)]
+        runs = [train(feedback, seed, options, build, **settings) for seed in range(options.seeds)]
         rows += runs
         accuracies = [run["accuracy"] for run in runs]
         gains = [run["largest_loop_gain"] for run in runs if run["largest_loop_gain"] is not None]

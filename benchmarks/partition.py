@@ -1,6 +1,6 @@
 """Measure the partition: against the exact optimum, against a naive greedy on real networks, and its growth.
 
-    python benchmarks/partition.py small [--count 500] [--operations 12]
+    python benchmarks/partition.py small [--count 500] [--operations 12] [--digital-drive]
     python benchmarks/partition.py scale
     python benchmarks/partition.py zoo [--only 'timm:resnet*' ...] [--share]
 
@@ -95,15 +95,15 @@ def total(graph: OperationGraph, blocks: list[list[str]]) -> int:
     return sum(sum(conversions(graph, block, users)) for block in blocks)
 
 
-def small(count: int, operations: int) -> list[dict[str, Any]]:
+def small(count: int, operations: int, digital_drive: bool = False) -> list[dict[str, Any]]:
     """Random graphs against their optimum."""
     rows = []
     for seed in range(count):
         graph, hardware = random_graph(seed, operations), random_hardware(seed + 1000)
-        best = optimum(graph, hardware, KINDS)
+        best = optimum(graph, hardware, KINDS, digital_drive=digital_drive)
         if best is None:
             continue
-        found = partition(graph, hardware, KINDS).blocks
+        found = partition(graph, hardware, KINDS, digital_drive=digital_drive).blocks
         greedy = naive_greedy(graph, hardware, KINDS)
         rows.append(
             {
@@ -207,10 +207,11 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=12)
     parser.add_argument("--only", nargs="*", default=["*"])
     parser.add_argument("--share", action="store_true", help="groups of a convolution share tiles")
+    parser.add_argument("--digital-drive", action="store_true", help="small: digital values may drive states")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.section == "small":
-        rows = small(options.count, options.operations)
+        rows = small(options.count, options.operations, options.digital_drive)
     elif options.section == "scale":
         rows = scale()
     else:

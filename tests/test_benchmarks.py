@@ -173,6 +173,18 @@ def test_from_scratch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_digital_drive(tmp_path: Path) -> None:
+    """With states driven by batch norm's results EP learns as backprop of the same module does."""
+    path = tmp_path / "drive.json"
+    done = run("digital_drive.py", "--seeds", "1", "--epochs", "3", "--feedback", "backprop", "0.5", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    backprop, held = json.loads(path.read_text(encoding="utf-8"))
+    assert backprop["accuracy"] > 95
+    assert held["accuracy"] > backprop["accuracy"] - 2
+    assert held["largest_loop_gain"] == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.slow
 def test_vector_fields(tmp_path: Path) -> None:
     """The angles at every asymmetry, and two kinds of training."""
     path = tmp_path / "fields.json"

@@ -167,6 +167,12 @@ def test_plan_options_reach_the_compiler(tmp_path: Path) -> None:
     assert list(plan.rejected) == ["1"]
 
 
+def test_digital_values_may_drive_states() -> None:
+    model = ("ffebm_compiler.demo.models:DigitsCNN", "--input", "4x1x8x8")
+    assert "driven" in done("plan", *model, "--digital-drive").splitlines()[1]
+    assert "driven" not in done("plan", *model)
+
+
 def test_convert_shows_blocks_and_deviation() -> None:
     text = done("convert", *CNN, "--fold-batchnorm", "--feedback", "0.3")
     assert "equilibria" in text

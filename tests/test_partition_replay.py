@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -144,3 +145,24 @@ def test_without_feedback_the_hybrid_is_the_source(
         assert hardware.layers_per_block is None or len(block.layers) <= hardware.layers_per_block
         assert hardware.tiles_per_core is None or block.tiles <= hardware.tiles_per_core
     assert hardware.cores is None or plan.placement().cores <= hardware.cores
+
+
+moves = st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["digital", "analog"])), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(described=steps, hardware=hardwares, chosen=moves)
+def test_moves_of_layers_beside_driven_states_are_sound(
+    described: list[Step], hardware: Hardware, chosen: list[tuple[int, str]]
+) -> None:
+    """`move` validates what it makes; what it refuses is the move, never a plan that it made wrong."""
+    plan = ffebm.plan(Random(described), torch.randn(3, INPUT), hardware=hardware, digital_drive=True)
+    refused = []
+    for number, where in chosen:
+        layers = [layer for block in plan.blocks for layer in block.layers] + list(plan.rejected)
+        try:
+            plan = plan.move(layers[number % len(layers)], where)
+        except ffebm.PlanError as error:
+            refused.append(str(error))
+    assert all(re.search("cannot move to|does not fit|cannot be analog|more than the", text) for text in refused)
+    assert ffebm.Plan.from_dict(plan.to_dict()) == plan

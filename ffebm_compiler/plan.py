@@ -17,6 +17,7 @@ from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
 if TYPE_CHECKING:
+    from ffebm_compiler.passes.partition.chips import FloorPlan
     from ffebm_compiler.passes.partition.compare import PlanDiff
     from ffebm_compiler.passes.partition.placement import TilePlacement
     from ffebm_compiler.reports.costs import CostReport
@@ -84,6 +85,12 @@ class Plan(PlanData):
         from ffebm_compiler.passes.partition.placement import placement_of
 
         return placement_of(self)
+
+    def floor_plan(self) -> FloorPlan:
+        """Which cores are on which chip, and the values that cross between chips; `print` it."""
+        from ffebm_compiler.passes.partition.chips import floor_plan_of
+
+        return floor_plan_of(self)
 
     def cost_report(self, *, feedback: float = 0.1, rtol: float = 1e-4, nudged_phases: int = 1) -> CostReport:
         """Modelled energy and latency per sample, without building the hybrid; `print` it.

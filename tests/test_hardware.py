@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from ffebm_compiler.errors import FFEBMError, HardwareError
 from ffebm_compiler.hardware.fabric import Hardware, hardware_presets, resolve_hardware
 
-CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "layers_per_block", "neurons_per_block")
+CAPACITIES = (
+    "tile_rows",
+    "tile_cols",
+    "tiles_per_core",
+    "cores",
+    "cores_per_chip",
+    "layers_per_block",
+    "neurons_per_block",
+)
 BITS = ("weight_bits", "adc_bits", "dac_bits")
 
 small = st.integers(1, 12)
@@ -174,6 +182,7 @@ def test_defaults_are_the_published_interface() -> None:
         "overrides": None,
         "name": "custom",
         "source": "",
+        "cores_per_chip": None,
     }
 
 

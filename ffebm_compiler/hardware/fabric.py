@@ -24,7 +24,8 @@ __all__ = ["ConvMapping", "Hardware", "hardware_presets", "resolve_hardware"]
 
 ConvMapping = Literal["im2col", "unrolled"]
 
-_CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "layers_per_block", "neurons_per_block")
+_CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "cores_per_chip", "layers_per_block",
+               "neurons_per_block")  # fmt: skip
 _BITS = ("weight_bits", "adc_bits", "dac_bits")
 _OPTIONAL = (*_CAPACITIES, *_BITS, "noise", "costs", "overrides")
 _MAX_BITS = 32
@@ -63,6 +64,7 @@ class Hardware:
             counts tiles of any size. None: nothing.
         name: what reports call this fabric.
         source: where these numbers come from.
+        cores_per_chip: cores of one chip; a network that needs more takes several chips. None: all on one chip.
 
     Raises:
         HardwareError: a field has a wrong type or is out of range.
@@ -86,6 +88,7 @@ class Hardware:
     overrides: Mapping[str, Mapping[str, Any]] | None = None
     name: str = "custom"
     source: str = ""
+    cores_per_chip: int | None = None
 
     def __post_init__(self) -> None:
         for field in _CAPACITIES:

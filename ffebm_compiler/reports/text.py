@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.gradient_choice import gradient_lines
-from ffebm_compiler.passes.partition.placement import placement_of
+from ffebm_compiler.passes.partition.chips import floor_plan_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
@@ -110,11 +110,14 @@ def _fabric_line(plan: PlanData) -> str:
     """Tiles and cores that the blocks take, and how full they are."""
     hardware = plan.hardware
     try:
-        placed = placement_of(plan)
+        floor = floor_plan_of(plan)
     except PlanError as error:  # edited by hand: the table is what shows where
         return f"no placement: {error}"
     of = "" if hardware.cores is None else f" of {hardware.cores}"
+    placed = floor.tiles
     text = f"{_counted(placed.tiles, 'tile')} on {_counted(placed.cores, 'core')}{of}"
+    if hardware.cores_per_chip is not None:
+        text += f" of {_counted(len(floor.chips), 'chip')}, {count(floor.crossing)} values per sample between chips"
     if hardware.tile_rows is None and hardware.tile_cols is None:
         return text
     return f"{text}; {100 * placed.utilisation:.1f} % of the tiles' devices hold a weight"

@@ -337,6 +337,13 @@ def test_a_resistive_energy_by_name(tmp_path: Path) -> None:
     assert "energy is 'drm'" in refused("convert", *MLP, "--energy", "drm")
 
 
+def test_feedback_weights_by_name(tmp_path: Path) -> None:
+    own = ("--feedback-weights", "free")
+    assert "vector field without energy, feedback through weights of its own" in done("convert", *MLP, *own)
+    done("export", *MLP, *own, "--out", str(tmp_path / "mlp.onnx"))  # verified in onnxruntime
+    assert "feedback_weights is 'own'; expected 'tied', 'free'" in refused("convert", *MLP, "--feedback-weights", "own")
+
+
 def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import warnings
 

@@ -201,6 +201,23 @@ def test_another_dtype() -> None:
     assert hybrid.get_parameter(OWN[0]).dtype is torch.float64
 
 
+def test_a_source_that_names_a_dtype_is_captured_again_without_them() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            s = torch.tanh(self.b(torch.tanh(self.a(x))))
+            return self.c(s.softmax(-1).to(self.c.weight.dtype))
+
+    hybrid = ffebm.convert(seeded(Cast), noise(2, 6), feedback_weights=FeedbackWeights(start="random"))
+    expected = hybrid(noise(2, 6))
+    found = hybrid.double()(noise(2, 6).double())
+    assert found.dtype is torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
+
+
 # -- weights that are no plain parameters ------------------------------------------------------
 
 

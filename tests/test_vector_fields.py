@@ -305,6 +305,28 @@ def test_the_holomorphic_variant_approaches_the_local_gradient(points: int, orde
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
 
 
+def test_a_state_driven_by_a_digital_value_has_feedback_weights() -> None:
+    """Its error goes back to batch norm, through the feedback of the layer that reads it."""
+
+    def build() -> nn.Module:
+        first = nn.Conv2d(2, 4, 3, padding=1, bias=False)  # a bias before batch norm has no gradient
+        return nn.Sequential(first, nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 3, 3, padding=1), nn.Tanh())
+
+    x = noise(3, 2, 6, 6).double()
+    hybrid = ffebm.convert(seeded(build).double(), x, digital_drive=True, feedback_weights="free", feedback=0.5)
+    assert tuple(hybrid.feedback_names) == ("3.weight_feedback",)
+    _perturbed(hybrid, 0.8)
+    hybrid.train()
+    hybrid.set_gradient("unrolled")
+    with hybrid.held_feedback():
+        expected = _gradients(hybrid, x, _squares)
+        hybrid.set_gradient("implicit")
+        assert _worst(_gradients(hybrid, x, _squares), expected) <= 1e-8
+        hybrid.set_gradient("ep")
+        local = _gradients(hybrid, x, _squares)
+    assert 0.5 < float(F.cosine_similarity(local["0.weight"].flatten(), expected["0.weight"].flatten(), dim=0)) < 0.9999
+
+
 # -- the certificate ---------------------------------------------------------------------------
 
 

@@ -79,6 +79,10 @@ class Settings:
             "--gradient", help="ep, implicit, unrolled, contrastive, coupled, truncated or recurrent; docs/training.md."
         ),
     ] = "ep"
+    feedback_weights: Annotated[
+        str,
+        typer.Option("--feedback-weights", help="tied, or free: feedback through weights of its own (no energy then)."),
+    ] = "tied"
     fold_batchnorm: Annotated[
         bool, typer.Option("--fold-batchnorm", help="Fold batch norm into the layer before it.")
     ] = False
@@ -138,6 +142,7 @@ class Settings:
                 feedback=gain,
                 energy=self.energy,
                 gradient=self.gradient,
+                feedback_weights=self.feedback_weights,
                 **self.options(),
             )
         return hybrid, args, kwargs

@@ -24,7 +24,7 @@ __all__ = ["plan", "sweep_settings", "sweep_text"]
 _WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
 
 
-@with_settings(without=("energy", "feedback", "gradient"))
+@with_settings(without=("energy", "feedback", "gradient", "feedback_weights"))
 def plan(
     settings: Settings,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

@@ -367,7 +367,7 @@ def test_every_command_that_takes_a_model_has_the_options_of_one_dataclass() -> 
     }
     for field in dataclasses.fields(Settings):
         described = {name: options.get(field.name) for name, options in shared.items()}
-        if field.name in ("energy", "feedback", "gradient"):  # a plan has none of them
+        if field.name in ("energy", "feedback", "gradient", "feedback_weights"):  # a plan has none of them
             assert described.pop("plan") is None
         if field.name == "model":  # a stored plan may be drawn
             assert "plan's .json file" in str(described.pop("draw"))

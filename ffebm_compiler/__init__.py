@@ -39,6 +39,7 @@ from ffebm_compiler.runtime.estimators.choice import (
     TruncatedBackprop,
     Unrolled,
 )
+from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
@@ -75,6 +76,7 @@ __all__ = [
     "TruncatedBackprop",
     "Unrolled",
     "UnsupportedError",
+    "ZerothOrder",
     "alignment_penalty",
     "check_gradients",
     "convert",

@@ -7,11 +7,24 @@ from typing import TYPE_CHECKING
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.estimators.base import Estimator
+from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
+from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
+from ffebm_compiler.runtime.feedforward.state import WriteState
+from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
 
-__all__ = ["assign", "gradient_lines", "output_blocks", "own_gradient"]
+__all__ = [
+    "assign",
+    "assign_digital",
+    "check_digital",
+    "digital_gradient",
+    "gradient_lines",
+    "output_blocks",
+    "own_gradient",
+    "zeroth_order_of",
+]
 
 
 def output_blocks(hybrid: HybridParts) -> frozenset[str]:
@@ -68,23 +81,82 @@ def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | Non
         blocks[name].estimator = estimator if name in ends else estimator.within()
 
 
+def zeroth_order_of(feedforward: object) -> ZerothOrder | None:
+    """What a name or an object says of the gradient of digital parts; None is backpropagation.
+
+    Raises:
+        InputError: for any other name or object.
+    """
+    if isinstance(feedforward, ZerothOrder):
+        return feedforward
+    if feedforward not in ("backprop", "zeroth-order"):
+        raise InputError(
+            f"feedforward is {feedforward!r}; expected 'backprop', 'zeroth-order' or an object such as "
+            "ZerothOrder(samples=4)"
+        )
+    return ZerothOrder() if feedforward == "zeroth-order" else None
+
+
+def check_digital(hybrid: HybridParts) -> None:
+    """Refuse perturbed gradients where a digital part writes state of the source.
+
+    Raises:
+        UnsupportedError: naming the first such part.
+    """
+    for name, part in _parts(hybrid):
+        for module in part.modules():
+            if isinstance(module, WriteState) or (isinstance(module, ModeSwitch) and module.writes):
+                raise UnsupportedError(
+                    f"{name} cannot have a zeroth-order gradient: {module.reason}, and an evaluation at other values "
+                    "would write it again and read what was written. Use feedforward='backprop', or give the source "
+                    "a module that does not write its state in forward"
+                )
+
+
+def assign_digital(hybrid: HybridParts, settings: ZerothOrder | None) -> None:
+    """Give the digital parts perturbed gradients, or backpropagation (None).
+
+    Raises:
+        UnsupportedError: naming the first part that writes state of the source, which a second evaluation would see.
+    """
+    if settings is not None:
+        check_digital(hybrid)
+    for place, (_, part) in enumerate(_parts(hybrid)):
+        part.zeroth_order, part.place, part.calls = settings, place, 0
+
+
+def _parts(hybrid: HybridParts) -> list[tuple[str, FeedforwardBlock]]:
+    """The digital parts by name."""
+    return [(name, part) for name, part in hybrid.feedforward_blocks.items() if isinstance(part, FeedforwardBlock)]
+
+
 def own_gradient(hybrid: HybridParts) -> str:
     """The name of the estimator that a hybrid was given: of the blocks at its output, where the others have another."""
     kinds = [block.estimator for block in hybrid.energy_blocks.values() if block.program.coupled]
-    return next((kind.name for kind in kinds if kind.output_blocks_only), kinds[0].name if kinds else "ep")
+    name = next((kind.name for kind in kinds if kind.output_blocks_only), kinds[0].name if kinds else "ep")
+    perturbed = digital_gradient(hybrid)
+    return name if perturbed is None else f"{name}, {perturbed.name}"
+
+
+def digital_gradient(hybrid: HybridParts) -> ZerothOrder | None:
+    """How the gradient of digital parts is estimated; None: by backpropagation."""
+    return next((part.zeroth_order for _, part in _parts(hybrid)), None)
 
 
 def gradient_lines(hybrid: HybridParts) -> list[str]:
-    """Where an estimator that is defined only at the network's output is used, and what the other blocks use."""
+    """Where an estimator that is defined only at the network's output is used, and what digital parts use."""
+    perturbed = digital_gradient(hybrid)
+    lines = [] if perturbed is None else [f"digital parts without backpropagation: {perturbed}"]
     coupled = {name: block.estimator for name, block in hybrid.energy_blocks.items() if block.program.coupled}
     special = {name: kind for name, kind in coupled.items() if kind.output_blocks_only}
     others = {name: kind for name, kind in coupled.items() if name not in special}
     if not special or not others:
-        return []
+        return lines
     kinds = ", ".join(dict.fromkeys(kind.name for kind in special.values()))
     rest = ", ".join(dict.fromkeys(kind.name for kind in others.values()))
     shown = f"{', '.join(list(others)[:6])}{', ...' if len(others) > 6 else ''}"
     return [
+        *lines,
         f"{kinds} learning in {', '.join(special)}, whose outputs reach the loss through no other block; {shown} "
-        f"{'use' if len(others) > 1 else 'uses'} {rest}"
+        f"{'use' if len(others) > 1 else 'uses'} {rest}",
     ]

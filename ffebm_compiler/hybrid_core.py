@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights
-from ffebm_compiler.gradient_choice import assign
+from ffebm_compiler.gradient_choice import assign, assign_digital, check_digital, digital_gradient, zeroth_order_of
 from ffebm_compiler.hybrid_parts import HybridParts
 from ffebm_compiler.hybrid_state import (
     METADATA,
@@ -32,6 +32,7 @@ from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
+from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.sharded import ShardedRun
 from ffebm_compiler.source_view import bind_forward, separate_tied, without_bound_forward
@@ -174,6 +175,14 @@ class HybridCore(HybridParts):
                 kind of dtype, or that hold NaN.
             ConvergenceError: where a block does not settle.
         """
+        return self._run_eager(args, kwargs) if digital_gradient(self) else self._run_once(args, kwargs)
+
+    # `torch.compile` would look through a digital part to its operations.
+    @torch.compiler.disable(reason="perturbed digital parts run eagerly")  # type: ignore[untyped-decorator]
+    def _run_eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return self._run_once(args, kwargs)
+
+    def _run_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         leaves = self._checked(args, kwargs)
         units = self._later_hooks.units
         outputs = ShardedRun(self.lowered, units)(leaves) if units else self.lowered(*leaves)
@@ -352,7 +361,13 @@ class HybridCore(HybridParts):
             node = node.all_input_nodes[0]
         return self._tensor(names[node])
 
-    def set_gradient(self, gradient: str | Estimator, *, blocks: Sequence[str] | None = None) -> None:
+    def set_gradient(
+        self,
+        gradient: str | Estimator,
+        *,
+        blocks: Sequence[str] | None = None,
+        feedforward: str | ZerothOrder | None = None,
+    ) -> None:
         """Choose the gradient estimator of every block, or of some; `docs/training.md` compares them.
 
         Args:
@@ -360,12 +375,22 @@ class HybridCore(HybridParts):
                 or an estimator object. Contrastive and coupled learning are defined only in blocks whose outputs reach
                 the loss through no other block: the others then use equilibrium propagation, and `summary()` says so.
             blocks: names of the blocks to set; None for all.
+            feedforward: how the digital parts between the blocks are differentiated: `"backprop"`, `"zeroth-order"` or
+                a `ZerothOrder`, which perturbs their inputs and parameters. None is backpropagation, or with `blocks`
+                as it is.
 
         Raises:
             InputError: for another name or object, or a name that is no block's.
-            UnsupportedError: where the estimator is not defined in a block given by name, or in none with feedback.
+            UnsupportedError: where the estimator is not defined in a block given by name, or in none with feedback, or
+                a digital part writes state and so has no zeroth-order gradient.
         """
-        assign(self, estimator_of(gradient), blocks)
+        estimator = estimator_of(gradient)
+        perturbed = None if feedforward is None else zeroth_order_of(feedforward)
+        if perturbed is not None:
+            check_digital(self)
+        assign(self, estimator, blocks)
+        if feedforward is not None or blocks is None:
+            assign_digital(self, perturbed)
 
     def set_solver(self, solver: Solver | None) -> None:
         """Choose how every block settles; None lets each block have the solver that is fastest for it.

@@ -58,10 +58,19 @@ class _BlockState:
 
 
 @dataclass(frozen=True)
+class _Digital:
+    samples: Annotated[int, AtLeast(1)]
+    sigma: _Positive
+    seed: Annotated[int, AtLeast(0, most=2**31 - 1)]
+    calls: Mapping[str, _Count]
+
+
+@dataclass(frozen=True)
 class _State:
     recertify_every: _Count | None
     project_to: _Positive | None
     blocks: Mapping[str, _BlockState]
+    digital: _Digital | None = None
 
 
 @dataclass(frozen=True)

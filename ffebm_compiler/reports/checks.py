@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ffebm_compiler.errors import GradientError, InputError
-from ffebm_compiler.gradient_choice import own_gradient
+from ffebm_compiler.gradient_choice import assign_digital, own_gradient
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.reports.text import table_text
 from ffebm_compiler.runtime.estimators.choice import estimator_of
@@ -180,6 +180,7 @@ def _gradients(
     model = copy.deepcopy(hybrid).to(dtype)
     model.zero_grad(set_to_none=True)
     if estimator in ESTIMATORS:  # the hybrid's own settings of it where it has some
+        assign_digital(model, None)
         for block in model.energy_blocks.values():
             if block.estimator.name != estimator:
                 block.estimator = estimator_of(estimator)

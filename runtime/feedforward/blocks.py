@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
+from ffebm_compiler.runtime.feedforward.zeroth_order import Perturbed, ZerothOrder
 
 __all__ = [
     "FeedforwardBlock",
@@ -21,10 +24,66 @@ __all__ = [
 
 
 class FeedforwardBlock(BlockGraph):
-    """A digital part: a graph of ordinary operations, differentiated by autograd.
+    """A digital part: a graph of ordinary operations, differentiated by autograd or by perturbation.
 
     Parameters and buffers are operands, not attributes: the hybrid owns them.
     """
+
+    zeroth_order: ZerothOrder | None = None
+    """How its gradient is estimated; None: by backpropagation."""
+    place: int = 0
+    """Which part of its network it is: parts have directions of their own."""
+    calls: int = 0
+    """How often it was called for a perturbed gradient: every call has directions of its own."""
+
+    def __call__(self, *operands: Any) -> Any:
+        """The values of the part."""
+        settings = self.zeroth_order
+        wanted = any(isinstance(value, Tensor) and value.requires_grad for value in operands)
+        if settings is None or not wanted or not torch.is_grad_enabled():
+            return self.run(*operands)
+        self.calls += 1
+        return Perturbed.apply(self, settings, self.calls - 1, *operands)  # type: ignore[no-untyped-call]
+
+    def run(self, *operands: Any) -> Any:
+        """The values of the part, by the graph."""
+        return super().__call__(*operands)
+
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """Evaluate without counting batches or updating running statistics."""
+        norms = [m for m in self.modules() if isinstance(m, ReboundBatchNorm | ReboundInstanceNorm) and not m.frozen]
+        try:
+            for norm in norms:
+                norm.frozen = True
+            yield
+        finally:
+            for norm in norms:
+                norm.frozen = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeedforwardBlock:
+        """With how its gradient is estimated, which `fx.GraphModule` leaves behind."""
+        copy = super().__deepcopy__(memo)
+        assert isinstance(copy, FeedforwardBlock)
+        copy.zeroth_order, copy.place, copy.calls = self.zeroth_order, self.place, self.calls
+        return copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With how its gradient is estimated."""
+        make, arguments = super().__reduce__()
+        return _with_gradient, (make, arguments, self.zeroth_order, self.place, self.calls)
+
+
+def _with_gradient(
+    make: Callable[..., FeedforwardBlock],
+    arguments: tuple[Any, ...],
+    settings: ZerothOrder | None,
+    place: int,
+    calls: int,
+) -> FeedforwardBlock:
+    part = make(*arguments)
+    part.zeroth_order, part.place, part.calls = settings, place, calls
+    return part
 
 
 class ReboundOperation(nn.Module):
@@ -67,6 +126,8 @@ class ReboundBatchNorm(ReboundOperation):
     """
 
     operation = "batch_norm"
+    frozen = False
+    """Whether the running statistics stay as they are: the batch's own are then used without a record."""
 
     def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float, counts: bool = True) -> None:
         super().__init__(owner)
@@ -87,7 +148,7 @@ class ReboundBatchNorm(ReboundOperation):
     ) -> Tensor:
         """Normalise `x`; updates `mean` and `variance` in place where the owner would."""
         training = self.always or self.active or mean is None
-        update = self.active and mean is not None and not self.always
+        update = self.active and mean is not None and not self.always and not self.frozen
         momentum = self.momentum
         counter = getattr(self.owner, "num_batches_tracked", None) if self.counts else None
         if update and isinstance(counter, Tensor):
@@ -111,6 +172,8 @@ class ReboundInstanceNorm(ReboundOperation):
     """Instance norm with running statistics, with the owner's flag."""
 
     operation = "instance_norm"
+    frozen = False
+    """Whether the running statistics stay as they are."""
 
     def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float) -> None:
         super().__init__(owner)
@@ -128,6 +191,8 @@ class ReboundInstanceNorm(ReboundOperation):
     ) -> Tensor:
         """Normalise `x` by its own statistics in train mode, by the running ones in eval mode."""
         use_input = self.always or self.active
+        if use_input and self.frozen:
+            mean = variance = None
         return F.instance_norm(x, mean, variance, weight, bias, use_input, self.momentum, self.eps)
 
 

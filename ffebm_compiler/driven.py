@@ -31,9 +31,9 @@ def layers_that_read(graph: OperationGraph, members: Collection[str], name: str)
 def driven_sentence(graph: OperationGraph, members: Collection[str], state: Operation, origin: str) -> str:
     """What a driven state of a block is; `origin` names the place of the value that drives it."""
     source = state.inputs[0]
-    value = graph[source].target if source in graph else source
+    value = f"{graph[source].target} of {origin}" if source in graph else f"the network's input {source}"
     return (
-        f"{state.target} is a state driven by a digital value ({value} of {origin}, {state.values} DAC values), "
+        f"{state.target} is a state driven by a digital value ({value}, {state.values} DAC values), "
         f"without a weight of its own, with feedback from {', '.join(layers_that_read(graph, members, state.name))}"
     )
 

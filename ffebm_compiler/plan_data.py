@@ -203,7 +203,7 @@ class PlanData:
                 company = f"with {others} other layer{'s' if others > 1 else ''}" if others else "on its own"
                 return f"analog, {home}: {operation.kind} of {operation.rows}x{operation.cols}, settles {company}"
             if operation.name in block.driven:
-                source = self._home.get(operation.inputs[0], "the network's input")
+                source = self._home.get(operation.inputs[0], "")
                 return f"analog, {home}: {driven_sentence(self.graph, block.operations, operation, source)}"
             return f"analog, {home}: {operation.reason}"
         if operation.role is Role.WEIGHT:

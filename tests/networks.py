@@ -334,6 +334,19 @@ def noise(*shape: int, seed: int = 5) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+class Driven(nn.Module):
+    """An activation behind layer norm drives a block: two layers read it, and a third one reads their sum."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.before, self.norm, self.activation = nn.Linear(6, 7), nn.LayerNorm(7), activation()
+        self.left, self.right, self.last = nn.Linear(7, 5), nn.Linear(7, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.activation(self.norm(self.before(x)))
+        return self.last(self.activation(self.left(s)) + self.right(s))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network for the gradient tests: how it is made and converted."""
@@ -360,6 +373,7 @@ CASES = {
     "mlp": Case(lambda activation: MLP(activation=activation), (6, 8), layers=4),
     "cnn": Case(lambda activation: DigitsCNN(3, activation), (4, 1, 8, 8), {"fold_batchnorm": True}, layers=3),
     "transformer": Case(_encoder, (2, 3, 8)),
+    "driven": Case(Driven, (5, 6), {"digital_drive": True}, layers=4),
     "residual": Case(Residual, (5, 6), layers=3),
     "skip": Case(Skip, (5, 6), {"block_ops": ("add", "reshape", "scale")}, layers=3),
     "gains": Case(Gains, (5, 6), layers=3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,21 @@ def test_it_is_explained() -> None:
     assert plan.explain("clamps.1").startswith(
         "digital: no layer's product reaches hardtanh alone within a block, and "
     )
+
+
+def test_the_input_itself_may_drive_a_state() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Tanh(), nn.Linear(8, 6)).double(), torch.randn(5, 8, dtype=torch.float64)
+    hybrid = ffebm.convert(model, x, digital_drive=True, feedback=0.5)
+    assert "driven by a digital value (the network's input input, 8 DAC values)" in hybrid.plan.explain("0")
+    given = x.requires_grad_()
+    assert torch.autograd.gradcheck(hybrid_of(hybrid), (given,), atol=1e-6)
+
+
+def hybrid_of(hybrid: ffebm.HybridModel) -> Callable[[Tensor], Tensor]:
+    """As a function with implicit gradients."""
+    hybrid.set_gradient("implicit")
+    return lambda x: hybrid(x)
 
 
 def test_a_state_needs_a_layer_that_reads_it() -> None:
@@ -218,6 +234,7 @@ def test_pictures_show_a_state_without_weights() -> None:
     block = homes["block_2"]
     assert block["sentence"] == "Energy block: its layer settles with a state driven by a digital value."
     assert ("driven states, without weights", "hardtanh") in block["facts"]
+    assert [op["name"] for op in record_of(plan)["ops"] if op["driven"]] == ["hardtanh"]
 
 
 def test_plans_with_and_without_it_differ() -> None:

@@ -216,7 +216,7 @@ class Picture {
   drawItem(item, node, parent) {
     const laid = this.lay(item);
     const { width, height } = laid;
-    const classes = ['node', item.domain, item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : ''];
+    const classes = ['node', item.domain, item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : ''];
     const group = this.make('g', {
       class: classes.filter(Boolean).join(' '), transform: `translate(${(node.x - width / 2).toFixed(1)},${(node.y - height / 2).toFixed(1)})`,
       tabindex: '-1', role: 'treeitem', 'aria-label': this.spoken(item), 'data-id': item.id,

@@ -65,7 +65,8 @@ class Tree {
         const record = this.data.ops[op];
         const leaf = this.add(up, {
           id: `op:${op}`, domain: home.domain, title: record.target, ops: [op], op: record, kind: 'op',
-          lines: up === item && record.path ? [{ text: record.path, style: 'quiet' }] : [], stayed: record.stayed,
+          lines: [...(up === item && record.path ? [record.path] : []), ...(record.driven ? ['driven state, no weights'] : [])].map((text) => ({ text, style: 'quiet' })),
+          stayed: record.stayed, driven: record.driven,
         });
         this.chains[op] = [...chain, leaf];
       }

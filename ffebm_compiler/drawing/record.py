@@ -36,6 +36,7 @@ def record_of(
         PlanError: where the plan has no operation or is cyclic.
     """
     scene = scene_of(plan, hybrid)
+    driven = {name for block in plan.blocks for name in block.driven}
     own = {block.name: own_feedback(hybrid, block.name) for block in plan.blocks}
     index = {op.name: position for position, op in enumerate(plan.graph.operations)}
     index.update((name, -1 - position) for position, name in enumerate(plan.graph.inputs))
@@ -73,7 +74,10 @@ def record_of(
         "inputs": [{"name": name, "values": values} for name, values in plan.graph.inputs.items()],
         "outputs": [index[name] for name in set_of(list(plan.graph.outputs))],
         "homes": homes,
-        "ops": [_operation(plan, op, index, own.get(plan.home(op.name), {})) for op in plan.graph.operations],
+        "ops": [
+            {**_operation(plan, op, index, own.get(plan.home(op.name), {})), "driven": op.name in driven}
+            for op in plan.graph.operations
+        ],
         "overlays": [overlay.to_dict() for overlay in overlays],
     }
 

@@ -42,7 +42,7 @@ class BoundBlock:
 
     @property
     def states(self) -> tuple[Tensor, ...]:
-        """s_l of the last forward, batch first, one per state of the block; empty before the first."""
+        """s_l of the last forward, batch first, one per state of the block; empty before the first forward."""
         return self.module.states
 
     @property
@@ -58,16 +58,16 @@ class BoundBlock:
 
     @property
     def certificate(self) -> Certificate | None:
-        """Spectral radius of the present weights and what the amplifiers are set to; None for a block without feedback.
+        """Spectral radius at the present weights, and the amplifiers' settings; None for a block without feedback.
 
-        Where the weights have changed since the last measurement they are measured here, to convergence; reading it
-        changes no feedback.
+        If the weights have changed since the last measurement, reading this measures them to convergence. It never
+        changes the feedback.
         """
         return self._hybrid.certificate_of(self.name)
 
     @property
     def weights(self) -> tuple[Tensor | None, ...]:
-        """Its present weights and biases, in the order in which it takes them."""
+        """Its present weights and biases, in the order of the block's operands."""
         return self._hybrid.operands_of(self.name)[1]
 
     def _inputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -76,8 +76,8 @@ class BoundBlock:
         open_slots = sum(slot is None for slot in slots)
         if len(inputs) != open_slots:
             raise InputError(
-                f"{self.name} takes {open_slots} inputs ({', '.join(self.plan.inputs)}), got {len(inputs)}: pass what "
-                "enters the block, batch first"
+                f"{self.name} takes {open_slots} inputs ({', '.join(self.plan.inputs)}), got {len(inputs)}: pass the "
+                "values that enter the block, batch first"
             )
         return [next(given) if slot is None else slot for slot in slots]
 
@@ -85,8 +85,8 @@ class BoundBlock:
         """The equilibrium for inputs of the block (batch first), without gradients.
 
         Raises:
-            InputError: for another number of inputs.
-            ConvergenceError: where it does not settle.
+            InputError: the number of inputs is wrong.
+            ConvergenceError: the block does not settle.
         """
         return self.module.settle(self._inputs(inputs), self.weights)
 
@@ -94,7 +94,7 @@ class BoundBlock:
         """max_l ‖σ_l(h_l(s)) − s_l‖/‖s_l‖: how far states are from the equilibrium for these inputs.
 
         Raises:
-            InputError: for another number of inputs or states.
+            InputError: the number of inputs or states is wrong.
         """
         return self.module.residual(self._inputs(inputs), self.weights, states)
 
@@ -103,10 +103,11 @@ class BoundBlock:
     ) -> Tensor:
         """E(s; θ, x) = Σ_l c_l [F_l(s_l) − ⟨s_l, d_l⟩], summed over the batch (dimensionless scalar).
 
-        F_l is the potential G_l of the layer's activation, and of a resistive energy G_l(s_l) + ½⟨D^l − 1, s_l²⟩.
+        For a Hopfield energy, F_l is the potential G_l of the layer's activation. For a resistive energy it is
+        G_l(s_l) + ½⟨D^l − 1, s_l²⟩.
 
         Raises:
-            InputError: for another number of inputs or states.
-            UnsupportedError: for a non-monotone activation without `preactivations`.
+            InputError: the number of inputs or states is wrong.
+            UnsupportedError: an activation is not monotone and `preactivations` are missing.
         """
         return self.module.energy(self._inputs(inputs), self.weights, states, preactivations)

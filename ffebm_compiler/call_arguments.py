@@ -1,4 +1,4 @@
-"""A call of a hybrid, with positional and keyword arguments as they were when the source was captured."""
+"""Turn a call of a hybrid into one with the same positional and keyword arguments as the captured call."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def as_captured(signature: inspect.Signature, captured: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The same call in the captured form.
 
-    An argument that is not given has its default; one that was not captured may be given with its default.
+    An argument that is not given gets its default. An argument that was not captured may be given, but only with its
+    default value.
 
     Args:
-        signature: that of the source's forward.
-        captured: the captured call; its values do not count.
+        signature: signature of the source's forward.
+        captured: the captured call. Only its form counts, not its values.
         args: the positional arguments of the call.
         kwargs: its keyword arguments.
 
     Raises:
-        InputError: where it gives an argument that was not captured.
+        InputError: the call gives an argument that was not captured.
     """
     try:
-        given = _named(signature, args, kwargs)
-    except TypeError:  # the caller says what was expected
+        given = _by_name(signature, args, kwargs)
+    except TypeError:  # the caller of this function reports what was expected
         return args, kwargs
     parameters = signature.parameters
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
@@ -52,13 +53,13 @@ def as_captured(signature: inspect.Signature, captured: Call, args: tuple[Any, .
         if value is default or (not isinstance(value, Tensor) and type(value) is type(default) and value == default):
             continue
         raise InputError(
-            f"argument {name!r} is {_described(value)}, but the model was captured without it: convert again with it "
+            f"argument {name!r} is {_described(value)}, but the model was captured without it: convert again, with it "
             "among the example inputs"
         )
     return tuple(positional), keywords
 
 
-def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     bound = signature.bind(*args, **kwargs)
     given = dict(bound.arguments)

@@ -1,4 +1,4 @@
-"""What a hybrid was converted from: the structure and shapes of the example inputs."""
+"""Record the structure and shapes of the example inputs that a hybrid was converted with."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Conversion"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` was called with, as far as a plan does not hold it."""
+    """The arguments of `convert` that a plan does not hold."""
 
     structure: str
     """The pytree of (args, kwargs), as JSON."""
     leaves: tuple[dict[str, Any], ...]
-    """Shape and dtype of each tensor among the example inputs; the value of what is none."""
+    """For each leaf of the example inputs: shape and dtype of a tensor, the value of anything else."""
     dynamic_shapes: str | None
-    """`"batch"` or None; `"custom"` for what cannot be stored."""
+    """`"batch"`, None, or `"custom"` for an argument that cannot be stored."""
     containers: Recipe = PLAIN
-    """How containers of classes of the user's own among the inputs are built."""
+    """How to build input containers whose classes are the user's."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Conversion:

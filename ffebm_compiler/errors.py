@@ -1,7 +1,7 @@
 """Every error that this package raises on purpose.
 
-A message says what was given, what was expected and what to do, and names the
-module path, the block or the file it is about.
+A message says what was given, what was expected and what to do. It names the
+module path, the block or the file.
 """
 
 from __future__ import annotations

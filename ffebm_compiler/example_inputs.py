@@ -1,4 +1,4 @@
-"""The example inputs of a saved hybrid: how they are nested, and shapes and dtypes instead of values."""
+"""Store and rebuild the example inputs of a hybrid: how they are nested, with shapes and dtypes instead of values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ffebm_compiler.stored_containers import recipe_from, stored_recipe
 __all__ = ["MOST_VALUES", "check_described", "described", "example_inputs"]
 
 MOST_VALUES = 1 << 28
-"""Values of all example inputs together, above which they are not made: 1 GiB of float32."""
+"""The largest number of values in all example inputs together (1 GiB of float32). More are not built."""
 _DEPTH = 64
 _DTYPES = {
     name: getattr(torch, name)
@@ -37,19 +37,19 @@ class _Node:
 
 
 def described(leaf: Any) -> dict[str, Any]:
-    """Shape and dtype of a tensor, the value of what is none."""
+    """Shape and dtype of a tensor, the value of anything else."""
     if not isinstance(leaf, Tensor):
         return {"value": leaf}
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
 
 
-def _nested(structure: str, place: str) -> pytree.TreeSpec:
+def _nesting_from(structure: str, place: str) -> pytree.TreeSpec:
     """The nesting of (args, kwargs) that `torch.utils._pytree.treespec_dumps` wrote.
 
-    It may name containers that are registered with torch's pytree, and nothing that would have to be imported.
+    It may name containers that are registered with torch's pytree, but no class that would have to be imported.
 
     Raises:
-        Malformed: for another form, or a class that is not registered.
+        Malformed: the text has another form, or names a class that is not registered.
     """
     try:
         form = typed(tuple[int, _Node], parse_json(structure), place)
@@ -58,8 +58,8 @@ def _nested(structure: str, place: str) -> pytree.TreeSpec:
     _check_node(form[1], place, 0)
     try:
         return pytree.treespec_loads(structure)
-    except Exception as error:  # a container's own reading of its context
-        raise Malformed(f"{place}: it is no nesting of inputs ({type(error).__name__}: {error})") from error
+    except Exception as error:  # each container reads its context with its own code
+        raise Malformed(f"{place} is no nesting of inputs ({type(error).__name__}, {error})") from error
 
 
 def _check_node(node: _Node, place: str, depth: int) -> None:
@@ -84,8 +84,8 @@ def example_inputs(
     """(args, kwargs) of zeros of the described shapes.
 
     Raises:
-        Malformed: where the three do not describe inputs, or very large ones.
-        InputError: where a class of a container was not imported.
+        Malformed: the first three arguments describe no inputs, or very large ones.
+        InputError: the class of a container was not imported.
     """
     form = Form(check_described(structure, leaves, place), recipe_from(containers, f"{place}.containers"))
     values = [
@@ -96,8 +96,8 @@ def example_inputs(
         made = form.build(values)
         again = Form.of(made)[1]
         same = again.spec == form.spec and stored_recipe(again.recipe) == containers
-    except Exception as error:  # a container's own making
-        raise Malformed(f"{place}: the inputs cannot be built ({type(error).__name__}: {error})") from error
+    except Exception as error:  # each container is built by its own code
+        raise Malformed(f"the inputs of {place} cannot be built ({type(error).__name__}, {error})") from error
     if not same or type(made) is not tuple or len(made) != 2:
         raise Malformed(f"{place}.structure: expected positional and named inputs, (args, kwargs)")
     args, kwargs = made
@@ -107,12 +107,12 @@ def example_inputs(
 
 
 def check_described(structure: str, leaves: tuple[Mapping[str, Any], ...], place: str) -> pytree.TreeSpec:
-    """The nesting of described inputs, with nothing made of them yet.
+    """The nesting of described inputs, checked without building them.
 
     Raises:
-        Malformed: where the two do not describe inputs, or very large ones.
+        Malformed: the arguments describe no inputs, or very large ones.
     """
-    spec = _nested(structure, f"{place}.structure")
+    spec = _nesting_from(structure, f"{place}.structure")
     if spec.num_leaves != len(leaves):
         raise Malformed(f"{place}.structure is of {spec.num_leaves} inputs, and {place}.leaves has {len(leaves)}")
     total = 0

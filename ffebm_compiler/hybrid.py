@@ -1,6 +1,7 @@
 """`HybridModel`: what `convert` returns.
 
-`HybridParts` is what it is made of, `HybridCore` what runs and trains. Here is what looks at it, draws and writes it.
+It adds to `HybridCore` the methods that examine, draw and write a hybrid. `HybridCore` runs and trains it, and
+`HybridParts` holds its parts.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ class HybridModel(HybridCore):
     ) -> None:
         """Draw the partition as one self-contained, interactive HTML page; an existing file is replaced.
 
-        Loop gains can be shown on the blocks; `comparison` (from `compare(x)`) adds each block's
-        deviation, `gradients` (from `check_gradients`) the agreement of its gradients, `diagnosis`
+        The page can show loop gains on the blocks. `comparison` (from `compare(x)`) adds each block's
+        deviation, `gradients` (from `check_gradients`) the agreement of its gradients, and `diagnosis`
         (from `diagnose(x)`) its residual and energy at every sweep.
 
         Raises:
@@ -139,8 +140,8 @@ class HybridModel(HybridCore):
     def export_onnx(self, path: str | Path, parts: str | None = None, *, fuse_batchnorm: bool = False) -> Path:
         """Export the whole hybrid as one ONNX file, or its digital parts into a folder.
 
-        Both are in eval mode, whatever mode the hybrid is in (with an `FFEBMWarning` where train mode computes
-        something else), and leave the batch size free; see `docs/onnx.md`.
+        Both are in eval mode, whatever mode the hybrid is in, and leave the batch size free. An `FFEBMWarning` says if
+        train mode computes something else. See `docs/onnx.md`.
 
         Args:
             path: the file; with `parts="digital"` the folder.

@@ -1,4 +1,4 @@
-"""`HybridCore`: a hybrid that runs, trains and keeps its state."""
+"""`HybridCore`: the part of a hybrid that runs, trains and stores its state."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = ["HybridCore"]
 
 
 class HybridCore(HybridParts):
-    """A hybrid without what is made of it: `forward`, state, feedback, estimators and solvers."""
+    """A hybrid with `forward`, state, feedback, estimators and solvers, but without reports, pictures and exports."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class HybridCore(HybridParts):
         return own_load_state_dict(self, self._source, state_dict, *args, **kwargs)
 
     def plain_state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **others: Any) -> Any:
-        """Tensors under their names; see `separate_tied` for those of transformers."""
+        """Tensors under their names. Tied tensors of transformers models are copied, see `separate_tied`."""
         state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **others)
         if not keep_vars:
             separate_tied(self._source, state, prefix)
@@ -102,7 +102,7 @@ class HybridCore(HybridParts):
         restore(self, unpacked_state(state))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Tensors under the source's keys, and beside them (in the dictionary's metadata) the state of the blocks."""
+        """Tensors under the source's keys, and the state of the blocks in the dictionary's metadata."""
         self._source._save_to_state_dict(destination, prefix, keep_vars)  # with its extra state
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
@@ -114,14 +114,14 @@ class HybridCore(HybridParts):
         self._source._load_from_state_dict(state_dict, prefix, local_metadata, *others)  # with its hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: with the blocks whose loop gain is that of the present weights."""
+        """For copies and pickles: the attributes, and which blocks are measured at the present weights."""
         return {**without_bound_forward(self.__dict__), "_current": self._measured()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The inverse of `__getstate__`."""
         current = state.pop("_current")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for name, tensor in self._shared.items():  # a copy of a parameter has memory of its own
+        for name, tensor in self._shared.items():  # the copies have separate memory, so share it again
             constant = self.lowered._buffers[name]
             if constant is not None and constant.dtype is tensor.dtype and constant.device == tensor.device:
                 self.lowered._buffers[name] = tensor.detach()
@@ -130,7 +130,7 @@ class HybridCore(HybridParts):
         self._fit(current)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Another device or dtype is no change of the weights: the feedback stays."""
+        """Move to another device or dtype. That is no change of the weights, so that the feedback stays."""
         current, before = self._measured(), dtype_of(self)
         constants = dict(self.lowered._buffers)
         there = next((parameter.device for parameter in self.parameters()), None)
@@ -146,11 +146,11 @@ class HybridCore(HybridParts):
         return result
 
     def _measured(self) -> tuple[str, ...]:
-        """The blocks with feedback whose loop gain is that of the present weights."""
+        """Names of the blocks with feedback whose loop gain was measured at the present weights."""
         return tuple(name for name in self._sources if self._energy[name].gain.fits(self._made_of(name)))
 
     def _fit(self, names: Iterable[str]) -> None:
-        """Note that the loop gain of these blocks is that of the present weights."""
+        """Note that the loop gain of these blocks was measured at the present weights."""
         for name in names:
             self._energy[name].gain.fitted(self._made_of(name))
 
@@ -171,9 +171,9 @@ class HybridCore(HybridParts):
         """The source's forward, with energy blocks at equilibrium.
 
         Raises:
-            InputError: for inputs that do not have the captured structure, rank, fixed sizes or
-                kind of dtype, or that hold NaN.
-            ConvergenceError: where a block does not settle.
+            InputError: the inputs do not have the captured structure, rank, fixed sizes or kind of dtype, or hold
+                NaN.
+            ConvergenceError: a block does not settle.
         """
         return self._run_eager(args, kwargs) if digital_gradient(self) else self._run_once(args, kwargs)
 
@@ -188,10 +188,10 @@ class HybridCore(HybridParts):
         outputs = ShardedRun(self.lowered, units)(leaves) if units else self.lowered(*leaves)
         return self._call_form.result(outputs, self.training)
 
-    # The checks read values and stamps change with every step: `torch.compile` would compile anew for each.
+    # The checks read values, and stamps change with every step, so that `torch.compile` would compile again for each.
     @torch.compiler.disable(reason="inputs are checked eagerly")  # type: ignore[untyped-decorator]
     def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """What the lowered graph takes: the checked inputs."""
+        """The inputs of the lowered graph, checked."""
         if not self.__dict__.pop("_looked", False):
             self._look_at_weights()
         if self._call_form.refused_in_training:
@@ -200,7 +200,7 @@ class HybridCore(HybridParts):
 
     @torch.compiler.disable(reason="loop gains are measured eagerly")  # type: ignore[untyped-decorator]
     def _look_at_weights(self) -> None:
-        """In training find the blocks whose weights have changed; they measure their loop gain before they settle."""
+        """In training, find the blocks whose weights have changed. They measure their loop gain before they settle."""
         self._later_hooks.look()
         if not self.training:
             return
@@ -211,19 +211,19 @@ class HybridCore(HybridParts):
             self.project(self.project_to)
 
     def _refuse_train_mode(self) -> None:
-        """Refuse a call with a module in train mode whose code asks for it, where there is no capture of that."""
+        """Refuse train mode if the source could not be captured in it and a module in train mode reads its flag."""
         asking = [path for path in self._asks if self.get_submodule(path).training]
         if asking:
             named = ", ".join(repr(path) if path else "the model" for path in asking[:3]) + ", ..." * (len(asking) > 3)
             raise UnsupportedError(
                 f"the hybrid cannot run in train mode, since the source could not be captured in it: "
-                f"{self._call_form.refused_in_training}; call eval() to run it, on the whole or on what asks for its "
+                f"{self._call_form.refused_in_training}. Call eval() on the hybrid, or on the modules that read their "
                 f"mode ({named})"
             )
 
     @contextmanager
     def feedforward_mode(self) -> Iterator[None]:
-        """Run every block without feedback: the source's own function."""
+        """Run every block without feedback, which is the source's own function."""
         before = {name: block.enabled for name, block in self._energy.items()}
         try:
             for block in self._energy.values():
@@ -234,7 +234,7 @@ class HybridCore(HybridParts):
                 self._energy[name].enabled = enabled
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all modules, as the source's own `train` does it (a model may freeze parts of itself)."""
+        """Set the mode of all modules as the source's own `train` does, since a model may freeze parts of itself."""
         super().train(mode)
         source = self.__dict__["_source"]
         if type(source).train is not nn.Module.train:
@@ -244,7 +244,7 @@ class HybridCore(HybridParts):
 
     @contextmanager
     def held_feedback(self) -> Iterator[None]:
-        """Leave the feedback γ as it is, also in training forwards at changed weights: finite differences need it."""
+        """Hold the feedback γ, also in training forwards at changed weights, as finite differences need it."""
         before = {name: self._energy[name].gain.locked for name in self._sources}
         try:
             for name in self._sources:
@@ -256,7 +256,7 @@ class HybridCore(HybridParts):
 
     @contextmanager
     def in_mode(self, training: bool) -> Iterator[None]:
-        """Run in a mode, without gradients; flags, written state and random generators stay as they are."""
+        """Run in a mode, without gradients. Flags, written state and random generators are restored."""
         source = self.__dict__["_source"]
         flags = {module: module.training for module in (*self.modules(), source)}
         try:
@@ -292,7 +292,7 @@ class HybridCore(HybridParts):
     def configure(
         self, *, feedback: float | str, estimator: Estimator, solver: Solver | None, energy: Energy | None = None
     ) -> None:
-        """Set feedback, estimator, solver and (where one is given) energy of every block, without measuring anything.
+        """Set feedback, estimator, solver and, if given, the energy of every block, without measuring anything.
 
         Raises:
             UnsupportedError: where a block with feedback holds what the energy does not admit, or the estimator is
@@ -317,12 +317,12 @@ class HybridCore(HybridParts):
             block.gain.fitted(self._made_of(name))
 
     def project(self, limit: float = 0.9) -> dict[str, float]:
-        """Scale weights down so that every block is certified to settle: a projection, for use after `step()`.
+        """Scale weights down so that every block is certified to settle. Use this projection after `step()`.
 
-        Where a block's loop gain exceeds `limit`, the operator norms of its coupling weights are capped at the one
-        value τ for which its loop gain is `limit`: a weight of norm above τ is multiplied by τ/‖J‖, the others stay.
-        It is for `feedback="symmetric"`: where the loop gain is given as a number, `recertify` sets the feedback to it
-        whatever the weights are. `project_to` does it by itself.
+        If a block's loop gain exceeds `limit`, the operator norms of its coupling weights are capped at one value τ: a
+        weight of norm ‖J‖ > τ is multiplied by τ/‖J‖, the others stay. τ is the value for which the loop gain is
+        `limit`. This is for `feedback="symmetric"`. If the loop gain is given as a number, `recertify` sets feedback
+        to it for any weights. With `project_to` the projection runs by itself.
 
         Args:
             limit: the largest loop gain κ = ρ² that is left, in (0, 1).
@@ -331,7 +331,7 @@ class HybridCore(HybridParts):
             Block name -> loop gain before, for the blocks that were changed.
 
         Raises:
-            InputError: for another limit, or where a block's coupling has no weight to scale.
+            InputError: the limit is out of range, or a block's coupling has no weight to scale.
         """
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1:
             raise InputError(f"limit is {limit!r}; expected a loop gain strictly between 0 and 1, such as 0.9")
@@ -350,14 +350,14 @@ class HybridCore(HybridParts):
         return changed
 
     def _parameter_behind(self, name: str, index: int) -> Tensor:
-        """The parameter that a weight of a block is, or is a view or a multiple (by a folded batch norm) of."""
+        """The parameter behind a block's weight, which may be a view or a multiple of it (by a folded batch norm)."""
         names = self._fetched()
         call = self._call_of(name)
         node = call.args[self._energy[name].program.inputs + index]
         while node not in names:
             if not node.all_input_nodes:
                 raise UnsupportedError(f"weight {index} of {name} is a constant of the source, which is not scaled")
-            # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
+            # The first operand is the weight. Dimensions and factors come after it.
             node = node.all_input_nodes[0]
         return self._tensor(names[node])
 
@@ -393,10 +393,10 @@ class HybridCore(HybridParts):
             assign_digital(self, perturbed)
 
     def set_solver(self, solver: Solver | None) -> None:
-        """Choose how every block settles; None lets each block have the solver that is fastest for it.
+        """Choose the solver of every block. With None each block has the solver that is fastest for it.
 
         Raises:
-            InputError: for anything but a solver.
+            InputError: `solver` is no solver.
         """
         if solver is not None and not isinstance(solver, Solver):
             raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
@@ -404,12 +404,13 @@ class HybridCore(HybridParts):
             block.solver = solver
 
     def set_feedback(self, feedback: float | str) -> None:
-        """Set the feedback of every block: the loop gain κ in (0, 1) (of a resistive energy the gain γ > 0 itself).
+        """Set the feedback of every block.
 
+        For a Hopfield energy a number is the loop gain κ in (0, 1), for a resistive one the gain γ > 0 itself.
         `"symmetric"` is γ = 1.
 
         Raises:
-            InputError: for what is no feedback of the blocks' energy.
+            InputError: the blocks' energy has no such feedback.
         """
         value = self.energy_function.check_feedback(feedback)
         for name, block in self._energy.items():

@@ -1,7 +1,7 @@
-"""What a hybrid is made of: its source's parameters and buffers, its plan, its blocks and its graph.
+"""`HybridParts`: the parts of a hybrid, namely its source's parameters and buffers, its plan, its blocks and its graph.
 
-It holds the source's tensors under the source's names (they are registered on it exactly as on the source). What runs,
-trains and stores them is `HybridCore`, what people call beside that is `HybridModel`.
+The source's tensors are registered on it under the source's names, exactly as on the source. `HybridCore` runs,
+trains and stores them, and `HybridModel` adds the other methods that people call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["HybridParts"]
 
 _RUN = "_ffebm"
-"""Name under which the lowered graph is registered, with more underscores where the source has one of that name."""
+"""Name of the submodule that is the lowered graph. It gets more underscores if the source has a module of that name."""
 
 
 _OWN = frozenset(
@@ -67,18 +67,18 @@ _OWN = frozenset(
         "training",
     )
 )
-"""Attributes of the hybrid itself. A source may have modules, parameters and buffers of these names."""
+"""Attributes of the hybrid itself. A source may have modules, parameters and buffers with the same names."""
 
 
 class HybridParts(nn.Module):
-    """The tensors, the plan, the blocks and the lowered graph of a hybrid, and what is measured of them."""
+    """The tensors, the plan, the blocks and the lowered graph of a hybrid, and the measurements of its blocks."""
 
     def __init__(
         self, program: Program, plan: PlanData, lowered: Lowered, feedback_weights: FeedbackWeights | None = None
     ) -> None:
         super().__init__()
         source = program.source
-        # The same dictionaries: what `.to()` or an optimizer changes here, changes in the source copy.
+        # These dictionaries are shared, so that a change by `.to()` or an optimizer also changes the private copy.
         self.__dict__["_parameters"] = source._parameters
         self.__dict__["_buffers"] = source._buffers
         self.__dict__["_non_persistent_buffers_set"] = source._non_persistent_buffers_set
@@ -95,20 +95,22 @@ class HybridParts(nn.Module):
         self._draws_in_order = lowered.draws_in_order
         self._folded = frozenset(program.folded)
         self.energy_function: Energy = DEFAULT_ENERGY
-        """What the blocks minimise, as `convert` was asked for it."""
+        """The energy that `convert` was asked for, which the blocks minimise."""
         self.conversion: Conversion | None = None
-        """What `convert` was called with; `save` stores it."""
+        """The arguments of `convert`, which `save` stores."""
         self.recertify_every: int | None = 100
-        """Loop gains are measured after every change of the weights, and to convergence at least every so many; None:
-        to convergence only where the estimate jumps."""
+        """After at most so many changes of the weights, loop gains are measured to convergence; None: only after jumps.
+
+        Every change of the weights is followed by an estimate. If it jumps, the measurement converges at once.
+        """
         self.project_to: float | None = None
-        """Loop gain to which symmetric blocks are then projected, see `project`; None: not by itself."""
+        """Limit of the loop gain to which symmetric blocks are projected after each change (see `project`), or None."""
         self.feedback_weights = feedback_weights
         """How feedback weights of their own are trained; None where the feedback is tied."""
         self.feedback_names: Mapping[str, FeedbackPlace] = {place.name: place for place in lowered.feedback}
         """Names of the parameters that are feedback weights; empty where the feedback is tied."""
         self._sources = self._sources_of_blocks()
-        """Names of the parameters and buffers that the weights of each block with feedback are made of."""
+        """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
         self.training = source.training
         for module in lowered.graph_module.modules():
             if isinstance(module, ReboundOperation):
@@ -131,11 +133,11 @@ class HybridParts(nn.Module):
         self._load_state_dict_post_hooks.update(source._load_state_dict_post_hooks)
         self._later_hooks = LaterHooks(source)
         self._shared = _shared(source, lowered.graph_module)
-        """Constants of the graph that are tensors in attributes of the source, which may change there."""
+        """Constants of the graph that share their memory with tensors in attributes of the source."""
         self.__signature__ = signature_of(source)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """The hybrid's own attributes never go where the source's modules and parameters of the same name are."""
+        """Set an attribute. The hybrid's own never replace the source's modules and parameters of the same name."""
         if name in _OWN:
             self.__dict__[name] = value
             return
@@ -143,7 +145,7 @@ class HybridParts(nn.Module):
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """A submodule, parameter or buffer; then what the source has under this name (`config`, `device`, `dtype`)."""
+        """A submodule, parameter or buffer, else the source's attribute of this name (`config`, `device`, `dtype`)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -154,7 +156,7 @@ class HybridParts(nn.Module):
 
     @property
     def lowered(self) -> fx.GraphModule:
-        """The graph of energy blocks and digital parts; it holds no tensor of the state."""
+        """The graph of energy blocks and digital parts. It holds no tensor of the state."""
         run = self._modules[self.__dict__["_run"]]
         assert isinstance(run, fx.GraphModule)
         return run
@@ -166,7 +168,7 @@ class HybridParts(nn.Module):
 
     @property
     def energy_blocks(self) -> Mapping[str, EnergyBlock]:
-        """The energy blocks by name, in the plan's order; `blocks` of a hybrid fills in the present weights."""
+        """The energy blocks by name, in the plan's order. The hybrid's `blocks` fills in the present weights."""
         return {block.name: self._energy[block.name] for block in self._plan.blocks}
 
     @property
@@ -175,11 +177,11 @@ class HybridParts(nn.Module):
         return self._feedforward
 
     def get_submodule(self, target: str) -> nn.Module:
-        """A submodule by the source's path, also where the path starts with `blocks` or `plan`."""
+        """A submodule by the source's path, even if the path starts with `blocks` or `plan`."""
         return module_at(self, target)
 
     def _sources_of_blocks(self) -> dict[str, tuple[str, ...]]:
-        """For each block with feedback, names of the parameters and buffers that its weights are made of."""
+        """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
         nodes: Any = self.lowered.graph.nodes
         names = self._fetched()
         found = {}
@@ -209,17 +211,17 @@ class HybridParts(nn.Module):
         found: Tensor | None = parameter if parameter is not None else module._buffers.get(leaf)
         if found is None:
             raise UnsupportedError(
-                f"the hybrid has no {name!r} any more (module {path!r} is a {type(module).__name__}): a hybrid takes "
-                "new tensors of the same names and shapes only; change the source and convert it again"
+                f"the hybrid has no {name!r} any more (module {path!r} is a {type(module).__name__}), and it takes "
+                "new tensors of the same names and shapes only: change the source and convert it again"
             )
         return found
 
     def _made_of(self, name: str) -> list[Tensor]:
-        """The parameters and buffers that the weights of a block with feedback are made of."""
+        """The parameters and buffers that the weights of a block with feedback are computed from."""
         return [self._tensor(source) for source in self._sources.get(name, ())]
 
     def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """(inputs, weights) of an energy block; an input that depends on the network's is None."""
+        """(inputs, weights) of an energy block. An input that depends on the network's inputs is None."""
         run = self.lowered
         call = self._call_of(name)
         known: dict[fx.Node, Tensor | None] = {}
@@ -241,7 +243,7 @@ class HybridParts(nn.Module):
         return value
 
     def written_state(self) -> list[Tensor]:
-        """The parameters and buffers that a forward writes, statistics that follow a module's flag aside."""
+        """The parameters and buffers that a forward writes, without statistics that follow a module's flag."""
         run = self.lowered
         constants = dict(run.named_buffers())
         return [
@@ -249,7 +251,7 @@ class HybridParts(nn.Module):
         ]
 
     def certificate_of(self, name: str) -> Certificate | None:
-        """What is certified of a block at its present weights and feedback; measured where they have changed."""
+        """The certificate of a block at its present weights and feedback, measured now if the weights have changed."""
         gain, sources = self._energy[name].gain, self._made_of(name)
         if gain.certificate is None or gain.fits(sources):
             return gain.certificate
@@ -258,8 +260,8 @@ class HybridParts(nn.Module):
     def recertify(self) -> None:
         """Measure the loop gains of the present weights to convergence and set the feedback for them.
 
-        Training forwards hold the loop gain by themselves, and `load_state_dict` of a source's weights does this; call
-        it where you have changed weights and go on in eval mode, which leaves the feedback as it is.
+        Training forwards hold the loop gain by themselves, and loading a source's weights with `load_state_dict` calls
+        this. Eval mode leaves the feedback as it is. So call it if you have changed weights and go on in eval mode.
         """
         for name in self._energy:
             self._recertify(name)
@@ -283,7 +285,7 @@ def _names_behind(nodes: Iterable[fx.Node], names: Mapping[fx.Node, str]) -> tup
 
 
 def _shared(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:
-    """Name of a constant -> the tensor among the source's attributes that it shares its memory with."""
+    """Name of a constant of the graph -> the tensor in the source's attributes that has the same memory."""
     places = {place_of(tensor): tensor for tensor in plain_tensors(source)} if lowered._buffers else {}
     constants = ((name, places.get(place_of(value))) for name, value in lowered._buffers.items() if value is not None)
     return {name: tensor for name, tensor in constants if tensor is not None}

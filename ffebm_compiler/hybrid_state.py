@@ -1,8 +1,8 @@
-"""What a hybrid is beside its tensors: feedback, estimator and solver of every block, and what training keeps of them.
+"""The state of a hybrid beside its tensors: feedback, estimator, solver and loop-gain measurement of every block.
 
-It travels in the metadata of a `state_dict` (torch keeps the attribute `_metadata` through `torch.save` and
-`torch.load`), so that the keys stay the source's and any source takes a hybrid's state dict. `storage.py` writes the
-same into files. It holds numbers, texts and tensors only: `torch.load(weights_only=True)` reads it.
+It travels in the metadata of a `state_dict`, since torch keeps the attribute `_metadata` through `torch.save` and
+`torch.load`. So the keys stay the source's, and the source itself can load a hybrid's state dict. `storage.py` writes
+the same into files. The state holds numbers, texts and tensors only, so that `torch.load(weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel
 
 
 def state_of(hybrid: HybridParts) -> dict[str, Any]:
-    """The state of a hybrid beside its tensors; an estimator or a solver of your own class is left out."""
+    """The state of a hybrid beside its tensors. Estimators and solvers of the user's classes are left out."""
     blocks = {}
     for name, module in hybrid.energy_blocks.items():
         blocks[name] = {
@@ -120,7 +120,7 @@ def unpacked_state(packed: object) -> Mapping[str, Any]:
 
 
 def named(value: Estimator | Solver | None) -> dict[str, Any] | None:
-    """An estimator or a solver as numbers and texts; `{"kind": None}` for one of your own class."""
+    """An estimator or a solver as numbers and texts. One of a class of the user's is `{"kind": None}`."""
     if value is None:
         return None
     kind = type(value).__name__
@@ -128,8 +128,8 @@ def named(value: Estimator | Solver | None) -> dict[str, Any] | None:
     return {"kind": kind, **asdict(value)} if known else {"kind": None}  # type: ignore[arg-type]
 
 
-def _made(stored: Mapping[str, Any] | None, kinds: Mapping[str, Any], present: Any) -> Any:
-    """The object that `named` described; the present one where it was of an unknown class."""
+def _made_from(stored: Mapping[str, Any] | None, kinds: Mapping[str, Any], present: Any) -> Any:
+    """The object that `named` described; the present one if its class was unknown."""
     if stored is None:
         return None
     fields = dict(stored)
@@ -138,10 +138,10 @@ def _made(stored: Mapping[str, Any] | None, kinds: Mapping[str, Any], present: A
 
 
 def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
-    """Take over what `state_of` returned, at weights that are there already.
+    """Restore the state that `state_of` returned. The weights must be there already.
 
     Raises:
-        InputError: for a state that is malformed or of another plan.
+        InputError: the state is malformed or of another plan.
     """
     blocks = hybrid.energy_blocks
     try:
@@ -152,8 +152,8 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
                 f"{', '.join(blocks) or 'none'}: convert with the plan of the hybrid that was saved"
             )
         for name, module in blocks.items():
-            estimator = _made(stored[name]["gradient"], ESTIMATORS, module.estimator)
-            solver = _made(stored[name]["solver"], SOLVERS, module.solver)
+            estimator = _made_from(stored[name]["gradient"], ESTIMATORS, module.estimator)
+            solver = _made_from(stored[name]["solver"], SOLVERS, module.solver)
             module.gain.restore(stored[name])
             module.estimator, module.solver = estimator, solver
             if stored[name]["measured"]:
@@ -164,29 +164,29 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"the stored state of the blocks is malformed ({type(error).__name__}: {error}): save the hybrid again"
+            f"the stored state of the blocks is malformed ({type(error).__name__}, {error}): save the hybrid again"
         ) from error
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a state dict brings, seen before its tensors are copied."""
+    """The content of a state dict for the blocks, read before its tensors are copied."""
 
     state: Mapping[str, Any] | None
-    """The state of the blocks, where it is of this plan and all their weights come with it."""
+    """The state of the blocks; None if it is missing, of another plan, or without some of their weights."""
     changed: tuple[str, ...]
-    """Blocks with feedback whose weights it changes."""
+    """Names of the blocks with feedback whose weights the state dict changes."""
 
     @classmethod
     def of(cls, hybrid: HybridParts, state_dict: Mapping[str, Any], prefix: str, metadata: Any) -> Arrival:
-        """Look at a state dict for a hybrid that still has its former weights."""
+        """Read a state dict while the hybrid still has its former weights."""
         state = metadata.get(METADATA) if isinstance(metadata, Mapping) else None
         whole, changed = True, []
         for name, sources in hybrid._sources.items():
             present = [state_dict.get(prefix + source) for source in sources]
             whole = whole and all(value is not None for value in present)
             pairs = zip(sources, present, strict=True)
-            if not all(value is None or _same(hybrid._tensor(source), value) for source, value in pairs):
+            if not all(value is None or _is_equal(hybrid._tensor(source), value) for source, value in pairs):
                 changed.append(name)
         if state is None or not whole or not _of_same_blocks(hybrid, state):
             return cls(None, tuple(changed))
@@ -194,7 +194,7 @@ class Arrival:
 
 
 def _of_same_blocks(hybrid: HybridParts, state: Any) -> bool:
-    """Whether a state is of a hybrid with the same blocks and the same energy."""
+    """Whether a state belongs to a hybrid with the same blocks and the same energy."""
     try:
         if state.get("energy", DEFAULT_ENERGY.name) != name_of(hybrid.energy_function):
             return False
@@ -206,7 +206,7 @@ def _of_same_blocks(hybrid: HybridParts, state: Any) -> bool:
     }
 
 
-def _same(present: Tensor, arriving: object) -> bool:
+def _is_equal(present: Tensor, arriving: object) -> bool:
     if not isinstance(arriving, Tensor) or present.shape != arriving.shape or present.dtype != arriving.dtype:
         return False
     if present.device != arriving.device or present.is_meta:
@@ -236,7 +236,7 @@ def fill_arriving(hybrid: HybridParts, state_dict: dict[str, Any], prefix: str) 
 def own_state_dict(
     hybrid: HybridParts, source: nn.Module, args: tuple[Any, ...], *, prefix: str, **others: Any
 ) -> OrderedDict[str, Any]:
-    """What a `state_dict` of the source's own returns, with the state of the blocks in its metadata."""
+    """The result of the source's own `state_dict` method, with the state of the blocks in its metadata."""
     found = source.state_dict(*args, prefix=prefix, **others)
     state = found if isinstance(found, OrderedDict) else OrderedDict(found)
     metadata = getattr(found, "_metadata", {})
@@ -248,7 +248,7 @@ def own_state_dict(
 def own_load_state_dict(
     hybrid: HybridParts, source: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Load by a `load_state_dict` of the source's own, which holds the same tensors; then as `settle_arrival`."""
+    """Load with the source's own `load_state_dict` method, which fills the same tensors, then do `settle_arrival`."""
     state = (getattr(state_dict, "_metadata", None) or {}).get("", {}).get(METADATA)
     module: Any = hybrid
     if hybrid.feedback_names:
@@ -265,10 +265,10 @@ def own_load_state_dict(
 
 
 def settle_arrival(module: nn.Module, incompatible_keys: object) -> None:
-    """After a state dict's tensors are copied: take over the state of the blocks, or certify them for the weights.
+    """After a state dict's tensors are copied, restore the state of the blocks, or certify them for the new weights.
 
-    Weights that come without such a state are a source's: the feedback is set for them. Weights that are the present
-    ones change nothing.
+    Weights without such a state come from a source, and the feedback is set for them. Weights that are equal to the
+    former ones change nothing.
     """
     hybrid: Any = module
     arrival: Arrival | None = hybrid.__dict__.pop("_arriving", None)

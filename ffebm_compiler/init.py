@@ -16,7 +16,7 @@ from ffebm_compiler.hybrid_core import HybridCore
 __all__ = ["goe_", "scale_to_loop_gain"]
 
 _CLOSE = 1e-3
-"""Relative distance from the loop gain asked for at which a block is scaled: the precision of its measurement."""
+"""Allowed relative distance from the loop gain that is asked for, which is the precision of its measurement."""
 _STEPS = 60
 
 
@@ -32,14 +32,14 @@ def goe_(weight: Tensor, variance: float, generator: torch.Generator | None = No
     Args:
         weight: of two or four dimensions; filled in place.
         variance: V, positive. The published networks have 8.4e-5 (6 layers), 5.9e-5 (12), 4.9e-5 (15).
-        generator: of the random numbers; torch's default one where it is left out.
+        generator: the random generator; torch's default one if it is left out.
 
     Returns:
         The weight.
 
     Raises:
-        InputError: for a weight of another number of dimensions, of kernels that are not square or of integers, and for
-            a variance that is not a positive number.
+        InputError: the weight has another number of dimensions, kernels that are not square, or integers, or the
+            variance is not a positive number.
 
     Source: the initialisation of Nest & Ernoult 2024 (arXiv 2409.03306).
     """
@@ -71,9 +71,9 @@ def goe_(weight: Tensor, variance: float, generator: torch.Generator | None = No
 def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Mapping[str, float]:
     """Multiply the weights between the states of a block by one factor f, so that its loop gain is κ.
 
-    The loop gain is that of the certificate, at what the block's amplifiers are set to. At γ = 1 it is ρ(A)² with A
-    homogeneous in the weights, κ(f) = f² κ(1), where weights are all that couples states. Wires, such as a residual
-    add, are not scaled, and f is then found by measuring. What weighs the block's inputs, and biases, stay as they are.
+    The loop gain is the certificate's, at the present setting of the block's amplifiers. At γ = 1 it is ρ(A)². If
+    states are coupled by weights alone, A is homogeneous in the weights and κ(f) = f² κ(1). Wires, such as a residual
+    add, are not scaled, and f is then found by measuring. Weights of the block's inputs and biases stay as they are.
 
     Args:
         blocks: a hybrid, for all its blocks of more than one layer, or one of `hybrid.blocks`.
@@ -83,9 +83,9 @@ def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Map
         Block name -> f. Blocks without feedback are left out.
 
     Raises:
-        InputError: where a block's loop gain does not follow its weights: `feedback` given as a loop gain holds it,
-            whatever they are. Scale a hybrid with `feedback="symmetric"`, or within `hybrid.held_feedback()`. Where
-            wires alone have a larger loop gain, where weights are zero, and where two of the blocks share a weight.
+        InputError: wires alone have a larger loop gain, the weights are zero, two of the blocks share a weight, or a
+            block's loop gain does not follow its weights. The last happens while `feedback` holds the loop gain. Then
+            scale a hybrid with `feedback="symmetric"`, or within `hybrid.held_feedback()`.
     """
     number = isinstance(loop_gain, int | float) and not isinstance(loop_gain, bool)
     if not number or not 0 < loop_gain < math.inf:
@@ -114,14 +114,14 @@ def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Map
 
 
 def _coupling(hybrid: Any, name: str) -> list[Tensor]:
-    """The parameters behind the weights that multiply what depends on the states of a block."""
+    """The parameters behind the weights that multiply states of a block, or values computed from them."""
     program = hybrid._energy[name].program
     indices = {*program.coupling_weights, *program.back.coupling_weights}
     return list({id(p): p for p in (hybrid._parameter_behind(name, index) for index in sorted(indices))}.values())
 
 
 def _scaled(hybrid: Any, name: str, weights: list[Tensor], goal: float) -> float:
-    """Scale the weights of one block; they stay as they were where that fails."""
+    """Scale the weights of one block and return the factor. If that fails, they stay as they were."""
     gain = hybrid._energy[name].gain
     before = [weight.detach().clone() for weight in weights]
 
@@ -153,11 +153,11 @@ def _scaled(hybrid: Any, name: str, weights: list[Tensor], goal: float) -> float
     if held:
         raise InputError(
             f"the loop gain of {name} does not follow its weights, since feedback={gain.feedback!r} holds it at "
-            f"{first:.3g}: call hybrid.set_feedback({goal:g}), or scale it at hybrid.set_feedback('symmetric') or "
+            f"{first:.3g}: call hybrid.set_feedback({goal:g}), or scale it after hybrid.set_feedback('symmetric') or "
             "within hybrid.held_feedback()"
         )
     raise InputError(
         f"no factor on the weights between the states of {name} gives it a loop gain of {goal:g} (it was {first:.3g}, "
-        f"and {found:.3g} at a factor of {factor:.1e}): its weights are zero, or what couples its states without a "
-        "weight, such as a residual add, has a larger one by itself"
+        f"and {found:.3g} at a factor of {factor:.1e}): its weights are zero, or a coupling without a weight, such as "
+        "a residual add, has a larger one by itself"
     )

@@ -1,4 +1,4 @@
-"""The intermediate representation: what every pass reads and writes.
+"""The intermediate representation, which every pass reads and writes.
 
 Grammar. A captured network is a `Program`: a `torch.fx` graph in one dialect (ATen overloads
 from `torch.export`, without in-place operations), whose placeholders are the source's
@@ -56,7 +56,7 @@ KEY = "ffebm"
 
 
 class Role(enum.StrEnum):
-    """What a node is to the compiler; the table at the top of this module."""
+    """The role of a node, as in the table at the top of this module."""
 
     LIFTED = "lifted"
     INPUT = "input"
@@ -79,7 +79,7 @@ class NodeInfo:
     reason: str
     """Why the node has its role, as a sentence fragment for people."""
     kind: str = ""
-    """WEIGHT: linear, conv, ...; WIRING: add, reshape, ...; ACTIVATION: relu, ..."""
+    """The kind within the role, such as linear or conv (WEIGHT), add or reshape (WIRING), relu (ACTIVATION)."""
 
 
 def info(node: fx.Node) -> NodeInfo:
@@ -114,7 +114,7 @@ def module_path(node: fx.Node) -> str:
 Count = Annotated[int, AtLeast(0)]
 
 ALWAYS_JOIN = ("copy", "dropout", "gain")
-"""Kinds of wiring that may be inside a block whatever `block_ops` says."""
+"""Kinds of wiring that may always be inside a block, even if `block_ops` does not name them."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Operation:
     target: str
     """Name of the operation, e.g. `conv2d`."""
     inputs: tuple[str, ...]
-    """Names of the inputs or operations it reads, each once."""
+    """Names of the inputs and operations that it reads, each once."""
     values: Count
     """Values per sample that it produces."""
     shape: tuple[Count | None, ...] = ()
@@ -145,7 +145,7 @@ class Operation:
     """Applications of the matrix per sample: output positions of a convolution, tokens of a linear."""
     bias: bool = False
     computed: tuple[str, ...] = ()
-    """Those of `weights` that it reads the result of a computation of, not the values themselves."""
+    """Those of `weights` that it reads through a computation, not as they are."""
 
     @property
     def macs(self) -> int:
@@ -162,7 +162,7 @@ class OperationGraph:
     operations: tuple[Operation, ...]
     outputs: tuple[str, ...]
     draws: tuple[str, ...] = ()
-    """Operations that draw random numbers, in one mode at least, in the order in which the source draws."""
+    """Operations that draw random numbers in at least one mode, in the order in which the source draws."""
     _index: dict[str, Operation] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ class OperationGraph:
         return users
 
     def needs(self, draws: bool) -> dict[str, tuple[str, ...]]:
-        """For each operation, what must have run before it: what it reads, and with `draws` the draw before it."""
+        """For each operation, the inputs and operations that it reads. With `draws`, also the draw before it."""
         needs = {operation.name: operation.inputs for operation in self.operations}
         if draws:
             for before, name in itertools.pairwise(self.draws):
@@ -230,7 +230,7 @@ class OperationGraph:
         """The inverse of `to_dict`.
 
         Raises:
-            FFEBMError: with the place of what is missing or malformed.
+            FFEBMError: something is missing or malformed; names the place.
         """
         try:
             graph: OperationGraph = typed(cls, data, "graph")
@@ -249,33 +249,36 @@ class Program:
     lifted: dict[str, str]
     """Placeholder name -> name of the parameter or buffer in the source."""
     constants: dict[str, torch.Tensor]
-    """Placeholder name -> tensor that the source holds outside its state."""
+    """Placeholder name -> tensor that the source holds outside its parameters and buffers."""
     inputs: tuple[str, ...]
     """Placeholder names of the flattened inputs, in order (tensors and others)."""
     in_spec: Any
     out_spec: Any
     batch_symbol: str | None
-    """The symbol of the batch size, or None where it is fixed."""
+    """The symbol of the batch size; None if it is fixed."""
     batch_hint: int
     outside: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Those of `constants` that require a gradient in the source, though no module registers them."""
+    """Those of `constants` that require a gradient in the source, but are registered by no module."""
     functions: Any = None
-    """The calls of custom functions that were kept while tracing; `passes.custom_functions` puts them back."""
+    """The calls of custom functions recorded while tracing. `passes.custom_functions` puts them back."""
     training: Program | None = None
-    """The capture in train mode, where the model may do something else then; `merge_modes` takes it in."""
+    """The capture in train mode, if the model may compute something else in it. `merge_modes` merges it."""
     asks: frozenset[str] | None = None
-    """Paths of the modules whose code reads their `training` flag; None where that was not asked."""
+    """Paths of the modules whose code reads their `training` flag; None if that is unknown."""
     outputs: int | None = None
-    """Leading outputs that are eval mode's, where train mode returns another structure: the others; else None."""
+    """Number of leading outputs that belong to eval mode, if train mode returns another structure; else None.
+
+    The outputs after these belong to train mode.
+    """
     out_spec_in_training: Any = None
     refused_in_training: str = ""
-    """Why the model has no capture in train mode, or nothing."""
+    """Why the model could not be captured in train mode, or an empty text."""
     folded: set[str] = field(default_factory=set)
-    """Paths of the modules whose batch norm is folded, which stays as in eval mode."""
+    """Paths of the modules whose batch norm is folded. They stay as in eval mode."""
     notes: list[str] = field(default_factory=list)
-    """What the person should know: one sentence each."""
+    """Sentences for the report, about what the user should know."""
     operations: OperationGraph | None = None
-    """The dynamic operations with their sizes, once `annotate` has been."""
+    """The dynamic operations with their sizes, after `annotate`."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -288,7 +291,7 @@ class Program:
             self.notes.append(sentence)
 
     def asked(self, path: str) -> str:
-        """The innermost module at or around a path whose `training` flag the model's code reads; "" is the model."""
+        """Path of the innermost module at or around a path whose `training` flag is read; "" is the model itself."""
         if self.asks is None:
             return path
         parts = path.split(".") if path else []
@@ -317,16 +320,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Promise:
-    """What a pass ensures of every node that it leaves, and every later pass keeps."""
+    """A property that a pass ensures for every node, and that every later pass preserves."""
 
     text: str
-    """What is wrong with a node that breaks it: the end of the sentence `node ... `."""
+    """What is wrong with a node that breaks it, as the end of a sentence that begins with `node ...`."""
     broken: Callable[[Program, fx.Node], bool]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A step from program to program, with what it ensures."""
+    """A step from program to program, with its promises."""
 
     run: Callable[[Program], Program]
     promises: tuple[Promise, ...] = ()
@@ -337,15 +340,15 @@ class Pass:
 
 
 def ensures(text: str, broken: Callable[[Program, fx.Node], bool]) -> Callable[[Callable[[Program], Program]], Pass]:
-    """Make a function a pass with a promise: of no node it leaves is `broken` true; `text` says what that means."""
+    """Make a function a pass with a promise: `broken` is false for every node afterwards. `text` says what it means."""
     return lambda run: Pass(run, (Promise(text, broken),))
 
 
 def verify(program: Program, promises: Sequence[Promise] = ()) -> None:
-    """Check the invariants of a program, and what the passes so far have promised.
+    """Check the invariants of a program, and the promises of the passes so far.
 
     Raises:
-        FFEBMError: naming the node that breaks one.
+        FFEBMError: a node breaks one; names it.
     """
     seen: set[fx.Node] = set()
     names: set[str] = set()

@@ -1,7 +1,7 @@
-"""Later hooks: hooks on the source's modules that are set after conversion, and that nothing calls.
+"""Later hooks: warn of hooks that are set on modules of a hybrid after conversion, since nothing calls them.
 
-A hybrid runs blocks, not modules. Forward hooks that a source had were captured with it; one that is set on a
-module of the hybrid would wait for ever, and whoever set it should know. Those of FSDP are called: see `sharded`.
+A hybrid runs blocks in place of modules. The forward hooks that the source had were captured with it. A hook that is
+set on a module of the hybrid is never called, and a warning says so. FSDP's hooks are called, see `sharded`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class LaterHooks:
-    """The hooks of a source's modules as they were when it was converted."""
+    """The hooks that a source's modules had when it was converted."""
 
     def __init__(self, source: nn.Module) -> None:
         self.tables: list[dict[int, Any]] = []
         self.places: list[tuple[str, nn.Module, str]] = []
         for path, module in source.named_modules():
-            if path:  # those of the hybrid itself are called
+            if path:  # hooks of the hybrid itself are called
                 self.tables += [vars(module)[kind] for kind in _KINDS]
                 self.places += [(path, module, kind) for kind in _KINDS]
         self.known = list(map(len, self.tables))
@@ -36,7 +36,7 @@ class LaterHooks:
         """Path of each module that FSDP shards on its own -> the module."""
 
     def look(self) -> None:
-        """Find the units of FSDP, and warn of another hook that has come since the last look."""
+        """Find the units of FSDP, and warn of any other hook that was set since the last call."""
         if sum(map(len, self.tables)) == self.count:
             return
         now = list(map(len, self.tables))
@@ -48,8 +48,8 @@ class LaterHooks:
         if place is not None:
             path, _, kind = place
             warnings.warn(
-                f"module {path!r} of the hybrid has a {kind[1:-1].replace('_', ' ')} that was set after conversion: a "
-                "hybrid runs blocks, not modules, so that it is never called; set forward hooks on the source and "
+                f"module {path!r} of the hybrid has a {kind[1:-1].replace('_', ' ')} that was set after conversion. It "
+                "is never called, since a hybrid runs blocks in place of modules; set forward hooks on the source and "
                 "convert again",
                 FFEBMWarning,
                 stacklevel=4,

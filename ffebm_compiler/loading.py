@@ -1,7 +1,7 @@
 """Load hybrids that `storage.save` wrote.
 
-Loading needs the model's code, as any `state_dict` does: the model is captured again, with zeros of the stored shapes
-as example inputs.
+Loading needs the model's code, as it does for a `state_dict`. The model is captured again, with zeros of the stored
+shapes as example inputs.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
 
     Args:
         path: the folder.
-        model: the source, with any weights; never changed.
+        model: the source, with any weights. It is not changed.
 
     Raises:
-        InputError: where a file is missing or malformed.
-        PlanError: where the model is another than the saved one.
+        InputError: a file is missing or malformed.
+        PlanError: the model differs from the saved one.
     """
     folder = Path(path)
     recover_folder(folder)
     missing = [name for name in FILES if not os.path.isfile(folder / name)]
     if missing:
-        raise InputError(f"{folder} is no saved hybrid: {', '.join(missing)} is missing; write one with hybrid.save()")
+        raise InputError(f"{folder} is no saved hybrid ({', '.join(missing)} is missing): write one with hybrid.save()")
     path = folder / "hybrid.json"
     settings, values = read_settings(path, SCHEMA)
     kept = settings.conversion
@@ -82,7 +82,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         found = tensors.get(aliases[id(tensor)], tensors.get(name))
         if found is not None:
             full[name] = found
-            if found.dtype != tensor.dtype:  # converted to another precision before it was saved
+            if found.dtype != tensor.dtype:  # the hybrid was converted to another precision before it was saved
                 tensor.data = tensor.data.to(found.dtype)
     before, after = dtype_of(model), dtype_of(hybrid)
     if before is not None and after is not None and before is not after:
@@ -102,7 +102,7 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
 
 
 def _with_tensors(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A state with its tensors: the inverse of what `storage` takes apart."""
+    """Put the tensors back into a state from which `storage` took them out."""
     for key, value in tensors.items():
         block, edge, name = key.rsplit("/", 2)
         state["blocks"][block]["tracks"][edge][name] = value

@@ -1,4 +1,4 @@
-"""Modules by their paths, whatever they are called: a module may have the name of a method (`type`, `train`)."""
+"""Find modules by their paths, even if a module has the name of a method (`type`, `train`)."""
 
 from __future__ import annotations
 

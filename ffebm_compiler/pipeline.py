@@ -1,6 +1,6 @@
-"""The passes from a captured model to the operations that are partitioned, in order.
+"""The list of passes from a captured model to the operations that are partitioned.
 
-Each step takes a program and returns it changed; `ir.verify` checks the grammar after each.
+Each step takes a program and returns it changed. `ir.verify` checks the grammar after each step.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["annotated_program", "passes_for"]
 
 
 def in_each_mode(step: Pass) -> Pass:
-    """A pass over the capture in eval mode and, where there is one, over that in train mode."""
+    """Let a pass run on the capture in eval mode and, if there is one, on the capture in train mode."""
 
     @functools.wraps(step.run)
     def both(program: Program) -> Program:
@@ -51,7 +51,7 @@ def in_each_mode(step: Pass) -> Pass:
 
 
 def annotated(options: PlanOptions, hardware: Hardware) -> Pass:
-    """The last step: roles and operations, with layers larger than a core split."""
+    """The last step, which assigns roles and splits layers that are larger than a core."""
 
     @functools.wraps(split_large)
     def step(program: Program) -> Program:

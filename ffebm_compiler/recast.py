@@ -1,9 +1,9 @@
-"""Recast: a hybrid whose dtype changes casts to what its source would cast to then.
+"""Recast: when a hybrid's dtype changes, change its casts to those that its source would make.
 
 `.to(y.dtype)` and `.float()` look the same in a graph: a cast to the dtype seen at capture. So when
 `.double()`, `.to(torch.bfloat16)` or `.half()` changes the parameters, the source is captured again
-in its new dtype, and the dtypes in the digital parts become those of the new graph. It is done only
-for models that name a dtype in their forward, once for each dtype. A new device only changes its name.
+in its new dtype, and the digital parts take the dtypes of the new graph. This is done once for each dtype, and only
+for models that name a dtype in their forward. For a new device only its name is changed in the graphs.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ __all__ = ["Casts", "dtype_of", "keep_wide", "move"]
 
 @dataclass
 class Casts:
-    """The dtypes that a captured graph names, and the operations that it runs."""
+    """The dtypes that a captured graph names, and its operations."""
 
     operations: tuple[str, ...]
     dtype: torch.dtype | None
-    """That of the parameters at capture."""
+    """Dtype of the parameters at capture."""
     known: dict[torch.dtype, dict[str, tuple[torch.dtype, ...]]] = field(default_factory=dict)
-    """For each dtype of the parameters: node name -> the dtypes among its arguments, in order."""
+    """Dtype of the parameters -> node name -> the dtypes among the node's arguments, in order."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Casts:
-        """Itself: what is known of one copy is true of the others."""
+        """Itself, since copies of a hybrid have the same graph."""
         return self
 
     @classmethod
     def of(cls, program: Program) -> Casts:
-        """Read a captured program, and mark its nodes so that they are found after lowering."""
+        """Read a captured program, and mark its nodes so that they can be found after lowering."""
         dtype = dtype_of(program.source)
         casts = cls(_targets(program), dtype)
         if dtype is not None:
@@ -59,7 +59,7 @@ class Casts:
         """Give the digital parts the dtypes that the source names when its parameters are of dtype `after`.
 
         Raises:
-            UnsupportedError: where the source runs other operations in that dtype, or cannot be captured in it.
+            UnsupportedError: the source runs other operations in that dtype, or cannot be captured in it.
         """
         if not any(dtype.is_floating_point for named in self.known.get(before, {}).values() for dtype in named):
             return
@@ -103,7 +103,7 @@ class Casts:
 
 
 def keep_wide(lowered: fx.GraphModule, before: dict[str, Tensor | None]) -> None:
-    """Give constants of the graph their former dtype where the new one is narrower: the source keeps them too."""
+    """Give constants of the graph their former dtype if the new one is narrower, as the source keeps it too."""
     for name, constant in lowered._buffers.items():
         was = before.get(name)
         if constant is not None and was is not None and not _widens(was.dtype, constant.dtype):
@@ -126,7 +126,7 @@ def _in_dtype(leaf: Any, before: torch.dtype | None, after: torch.dtype, device:
 
 
 def move(hybrid: HybridParts, before: torch.device, after: torch.device) -> None:
-    """Name `after` in a hybrid's graphs where they name `before`: the exporter notes the device of every new tensor."""
+    """Replace the device `before` by `after` in a hybrid's graphs, where the exporter notes it for every new tensor."""
 
     def moved(leaf: Any) -> Any:
         here = isinstance(leaf, torch.device) and leaf.type == before.type and leaf.index in (None, before.index)
@@ -143,7 +143,7 @@ def move(hybrid: HybridParts, before: torch.device, after: torch.device) -> None
 
 
 def _graphs(graph_module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
-    """A captured graph and those of its operations that follow a mode, each with the prefix of its nodes' names."""
+    """A captured graph and the graphs inside its mode-dependent operations, each with a prefix for its node names."""
     yield "", graph_module
     for name, module in graph_module.named_children():
         for part in ("evaluation", "training_part"):
@@ -153,7 +153,7 @@ def _graphs(graph_module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]
 
 
 def _graphs_of(hybrid: HybridParts) -> list[fx.GraphModule]:
-    """All graphs that a hybrid runs, those of masks inside its blocks too."""
+    """All graphs that a hybrid runs, including those of masks inside its blocks."""
     masks = []
     for block in hybrid.energy_blocks.values():
         program = block.program
@@ -174,7 +174,7 @@ def _operations(program: Program) -> Iterator[tuple[str, fx.Node]]:
 
 
 def _casts_alone(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node does no more than autocast does, which depends on the dtype of what it meets."""
+    """Whether a node only does what autocast does, which depends on the dtype of its operands."""
     if node.op != "call_module":
         return node.target is autocast_to
     module = graph_module.get_submodule(str(node.target))
@@ -185,7 +185,7 @@ def _casts_alone(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _targets(program: Program) -> tuple[str, ...]:
-    """What runs, with the operations of both modes by their places, since their names are numbers."""
+    """The targets of all operations, without the numbers at the end of the names that conversion gives."""
     return tuple(str(node.target).rstrip("0123456789") for _, node in _operations(program))
 
 

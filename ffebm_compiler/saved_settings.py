@@ -1,4 +1,4 @@
-"""What the files of a saved hybrid hold, checked before anything is made of it."""
+"""The content of a saved hybrid's files, checked before anything is built from it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def read_settings(path: Path, schema: int) -> tuple[Settings, dict[str, Any]]:
     """The settings in `hybrid.json`, checked, and its JSON values.
 
     Raises:
-        InputError: with the place of what is missing or malformed, or where the schema is another.
+        InputError: something is missing or malformed (names the place), or the schema is another one.
     """
     found = read_json(path, "the settings", InputError, f"it is malformed; {REMEDY}")
     present = found.get("schema") if isinstance(found, Mapping) else None
@@ -116,7 +116,7 @@ def read_settings(path: Path, schema: int) -> tuple[Settings, dict[str, Any]]:
 
 
 def _check_feedback(energy: str, feedback: float | str, place: str) -> None:
-    """That a feedback is one of the energy's."""
+    """Check that the energy allows a feedback."""
     try:
         energy_of(energy).check_feedback(feedback)
     except InputError as error:
@@ -124,7 +124,7 @@ def _check_feedback(energy: str, feedback: float | str, place: str) -> None:
 
 
 def _check_kind(stored: Mapping[str, Any], kinds: Mapping[str, type], place: str) -> None:
-    """That an estimator or a solver can be made of what is stored of it."""
+    """Check that an estimator or a solver can be made from its stored fields."""
     fields = dict(stored)
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in kinds:
@@ -133,15 +133,15 @@ def _check_kind(stored: Mapping[str, Any], kinds: Mapping[str, type], place: str
 
 
 def check_weights(path: Path, tensors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
-    """That tensors are those of a state dict: name by name, in shape and kind of numbers.
+    """Check that tensors fit a state dict in names, shapes and kinds of numbers.
 
     Args:
         path: their file.
-        tensors: what it holds; a tensor with several names is there under one of them.
+        tensors: the tensors in it. A tensor with several names is there under one of them.
         present: the state dict of the hybrid.
 
     Raises:
-        InputError: naming the first tensor that is missing, unknown or another.
+        InputError: a tensor is missing, unknown or different; names the first one.
     """
     aliases: dict[int, list[str]] = {}
     for name, tensor in present.items():
@@ -157,17 +157,17 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor], present: Mapping[st
         alike = found.dtype == tensor.dtype or (found.dtype in _FLOATING and tensor.dtype in _FLOATING)
         if found.shape != tensor.shape or not alike:
             raise InputError(
-                f"the saved weights do not fit the model: {held[0]!r} in {path} is {found.dtype} of shape "
+                f"the saved weights do not fit the model, since {held[0]!r} in {path} is {found.dtype} of shape "
                 f"{tuple(found.shape)}, and the model has {tensor.dtype} of shape {tuple(tensor.shape)}: load it "
                 "with a model of the saved one's sizes"
             )
 
 
 def check_state(path: Path, settings: Settings, hybrid: HybridCore) -> None:
-    """That the names in the settings are those of the hybrid.
+    """Check that the hybrid has all names in the settings.
 
     Raises:
-        InputError: naming the first module, parameter or block that it does not have.
+        InputError: it lacks a module, parameter or block; names the first one.
     """
     layers = {block.name: tuple(layer.name for layer in block.module.program.layers) for block in hybrid.blocks}
     stored = {name: block.layers for name, block in settings.state.blocks.items()}
@@ -184,10 +184,10 @@ def check_state(path: Path, settings: Settings, hybrid: HybridCore) -> None:
 
 
 def check_tracks(path: Path, tensors: Mapping[str, Tensor], settings: Settings, hybrid: HybridCore) -> None:
-    """That what is kept of a block's loop gain is of its edges, and of one size for each.
+    """Check that the stored vectors of each block's loop gain belong to its edges and fit each other in size.
 
     Raises:
-        InputError: naming the first tensor that is missing, unknown or another.
+        InputError: a tensor is missing, unknown or different; names the first one.
     """
     expected: set[str] = set()
     for block in hybrid.blocks:

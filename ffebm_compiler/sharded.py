@@ -1,11 +1,11 @@
-"""Sharded weights: a hybrid on whose modules `torch.distributed.fsdp.fully_shard` (FSDP2) was called.
+"""Sharded weights: run a hybrid after `torch.distributed.fsdp.fully_shard` (FSDP2) was called on its modules.
 
 `fully_shard(module)` makes the module a *unit*. A process then holds a shard of each of its parameters, and the unit's
 own forward hooks gather them before its forward and free them after it, and again in the backward pass. A hybrid runs
 blocks and not modules. So each block or digital part here runs between the hooks of the units whose tensors it reads.
 What it needs is gathered just before it and freed just after it, and no process ever holds the whole network.
 
-The unit of a tensor is the nearest module on the way up that is one. The hybrid itself is no unit here, since torch
+The unit of a tensor is the nearest unit among the modules that hold it. The hybrid itself is no unit here, since torch
 calls its hooks.
 """
 
@@ -26,12 +26,12 @@ _ENGINE = "torch.distributed.fsdp."
 
 
 def engine_hooks(table: Mapping[int, Any]) -> list[tuple[int, Any]]:
-    """The hooks of a module that are FSDP's, with their numbers."""
+    """FSDP's own hooks among those of a module, with their numbers."""
     return [(number, hook) for number, hook in table.items() if getattr(hook, "__module__", "").startswith(_ENGINE)]
 
 
 def unit_of(tensor: str, units: Mapping[str, nn.Module]) -> str | None:
-    """Path of the unit that a parameter or buffer of this name is of; None for one of the hybrid itself."""
+    """Path of the unit of a parameter or buffer with this name; None if only the hybrid itself holds it."""
     path = tensor
     while path:
         path = path.rpartition(".")[0]
@@ -56,7 +56,7 @@ def gathered(root: nn.Module, units: Mapping[str, nn.Module], names: Sequence[st
 
 
 def _holds_shards(unit: nn.Module) -> bool:
-    """Whether a unit's own tensors are shards now: those of a hybrid stay whole after a forward without gradients."""
+    """Whether a unit's own tensors are shards now. They may be whole, as after a forward without gradients."""
     from torch.distributed.tensor import DTensor
 
     inner = {
@@ -85,9 +85,9 @@ class ShardedRun:
             self.freed.setdefault(node, []).append(operand)
 
     def _fixed(self) -> set[fx.Node]:
-        """The nodes that depend on parameters, buffers and constants alone: computed for each part that reads them.
+        """The nodes that depend on parameters, buffers and constants alone. Each part that reads them computes them.
 
-        What draws random numbers or may write state is not among them. It runs once, where the source runs it.
+        Nodes that draw random numbers or may write state are not among them. They run once, where the source runs them.
         """
         fixed: set[fx.Node] = set()
         for node in self.nodes:
@@ -154,7 +154,7 @@ class ShardedRun:
         return _leave(units, given, result)
 
     def _value(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-        """The value of a node; a fixed one is computed now, while its units are gathered."""
+        """The value of a node. A fixed one is computed now, while its units are gathered."""
         if node in known:
             return known[node]
         if node.op == "get_attr":
@@ -170,7 +170,7 @@ class ShardedRun:
 
 
 def _enter(units: Sequence[nn.Module], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Run the hooks before the forward of each unit; they gather its tensors and see the inputs."""
+    """Run the hooks before the forward of each unit, which gather its tensors and see the inputs."""
     for unit in units:
         for number, hook in engine_hooks(unit._forward_pre_hooks):
             if number in unit._forward_pre_hooks_with_kwargs:
@@ -183,7 +183,7 @@ def _enter(units: Sequence[nn.Module], inputs: tuple[Any, ...]) -> tuple[Any, ..
 
 
 def _leave(units: Sequence[nn.Module], inputs: tuple[Any, ...], result: Any) -> Any:
-    """Run the hooks after the forward of each unit, the innermost first; they free its tensors and see the result."""
+    """Run the hooks after the forward of each unit, the innermost first, which free its tensors and see the result."""
     for unit in reversed(units):
         for number, hook in engine_hooks(unit._forward_hooks):
             changed = (

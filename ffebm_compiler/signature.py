@@ -1,4 +1,4 @@
-"""How a hybrid is called: the captured structure of its inputs and outputs."""
+"""The captured structure of a hybrid's inputs and outputs, against which its calls are checked."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ __all__ = ["CallForm"]
 
 @dataclass(frozen=True)
 class _Leaf:
-    """What one leaf of the inputs must be."""
+    """The requirements on one leaf of the inputs."""
 
     name: str
     shape: tuple[int | None, ...] | None
-    """Sizes, None where free; None as a whole for what is no tensor."""
+    """Sizes of a tensor, with None for free ones; None if the leaf is no tensor."""
     floating: bool
     constant: object
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """The inputs that a captured graph takes and the outputs that it gives."""
+    """The inputs that a captured graph takes, and the outputs that it returns."""
 
     in_spec: Form
     out_spec: Form
     inputs: tuple[_Leaf, ...]
     signature: inspect.Signature | None
-    """That of the source's forward; None where it has none."""
+    """Signature of the source's forward; None if it has none."""
     random: bool
-    """Whether the graph draws random numbers, in whichever mode."""
+    """Whether the graph draws random numbers in at least one mode."""
     outputs: int | None = None
-    """Leading outputs that are eval mode's, where train mode returns another structure: the others; else None."""
+    """Number of leading outputs that belong to eval mode, if train mode returns another structure; else None."""
     out_spec_in_training: Form | None = None
     refused_in_training: str = ""
-    """Why the model could not be captured in train mode, or nothing."""
+    """Why the model could not be captured in train mode, or an empty text."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> CallForm:
-        """Itself: it never changes."""
+        """Itself, since it never changes."""
         return self
 
     @classmethod
@@ -90,7 +90,7 @@ class CallForm:
         """The flat inputs of a call.
 
         Raises:
-            InputError: where structure, rank, a fixed size or the kind of dtype differs, or for NaN.
+            InputError: structure, rank, a fixed size or the kind of dtype differs, or a tensor holds NaN.
         """
         flat, form = Form.of((tuple(args), dict(kwargs)))
         if not form.matches(self.in_spec) and self.signature is not None:
@@ -99,8 +99,8 @@ class CallForm:
             flat, form = Form.of((args, kwargs))
         if not form.matches(self.in_spec) or len(flat) != len(self.inputs):
             raise InputError(
-                f"the inputs have another structure than the captured ones: got {_describe(args, kwargs)}, expected "
-                f"{', '.join(f'{leaf.name} {_shape(leaf.shape)}' for leaf in self.inputs)}; convert again with "
+                f"the inputs do not have the captured structure: got {_describe(args, kwargs)}, expected "
+                f"{', '.join(f'{leaf.name} {_shape(leaf.shape)}' for leaf in self.inputs)}. Convert again with "
                 "example inputs of this structure"
             )
         for value, leaf in zip(flat, self.inputs, strict=True):
@@ -117,7 +117,7 @@ class CallForm:
 
 
 def _is_free(size: int | torch.SymInt) -> bool:
-    """Whether a size may vary: the exporter leaves symbols that it found to be one number."""
+    """Whether a size may vary. A symbol may be fixed too, since the exporter may have found it to be one number."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 

@@ -1,8 +1,8 @@
-"""What a hybrid shows of its source: the signature of its forward, and the attributes that tools read.
+"""The source's forward signature and attributes, as a hybrid shows them to tools.
 
-The hybrid's own attributes come first. Then those of the source: values and properties (`config`,
-`device`, `dtype`) are the source's, which holds the same tensors; methods of its class run with the
-hybrid as `self`, so that what they call is the hybrid's forward and never the source's own.
+The hybrid's own attributes come first, then those of the source. Values and properties (`config`,
+`device`, `dtype`) are read from the source, which has the same tensors. Methods of the source's class run with the
+hybrid as `self`, so that they call the hybrid's forward and never the source's own.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = [
 
 
 def free_name(name: str, source: nn.Module) -> str:
-    """`name`, or with underscores behind it where the source has a module, parameter or buffer of that name."""
+    """`name`, followed by underscores if the source has a module, parameter or buffer of that name."""
     while name in source._modules or name in source._parameters or name in source._buffers:
         name += "_"
     return name
 
 
 def signature_of(source: nn.Module) -> inspect.Signature | None:
-    """The signature of a source's forward; None for what has no eager forward."""
+    """The signature of a source's forward; None if it has no eager forward."""
     return None if type(source) is nn.Module else inspect.signature(source.forward)
 
 
 def bind_forward(hybrid: nn.Module, signature: inspect.Signature | None) -> None:
-    """Give `hybrid.forward` the signature that tools look for: a bound method with it."""
+    """Replace `hybrid.forward` by a bound method with the signature that tools look for."""
     if signature is None:
         return
 
@@ -60,17 +60,16 @@ def bind_forward(hybrid: nn.Module, signature: inspect.Signature | None) -> None
 
 
 def without_bound_forward(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a hybrid, without what `bind_forward` put there: a copy binds its own."""
+    """The attributes of a hybrid without the method that `bind_forward` added, since a copy binds its own."""
     bound = getattr(attributes.get("forward"), "__func__", None)
     ours = getattr(bound, "__module__", None) == __name__
     return {name: value for name, value in attributes.items() if name != "forward" or not ours}
 
 
 def separate_tied(source: nn.Module, state: dict[str, Any], prefix: str) -> None:
-    """Copy a tied tensor of a transformers model where a state dict holds it again, under another name.
+    """Copy a tied tensor of a transformers model if a state dict holds it under a second name.
 
-    transformers' Trainer writes the state dict of a model that is none of its own with safetensors, which refuses
-    shared memory.
+    transformers' Trainer writes the state dict of a hybrid with safetensors, which refuses shared memory.
     """
     if not getattr(source, "_tied_weights_keys", None):
         return
@@ -82,7 +81,7 @@ def separate_tied(source: nn.Module, state: dict[str, Any], prefix: str) -> None
 
 
 def warn_of_captured(source: nn.Module | None, name: str, value: Any) -> None:
-    """Set an attribute of the source's own, and warn: what a forward read of it is in the graph as it was."""
+    """Set an attribute of the source and warn that the graph holds the former value if the forward reads it."""
     if source is None or name not in own_attributes(source) or isinstance(value, nn.Module | nn.Parameter):
         return
     before, source.__dict__[name] = source.__dict__[name], value
@@ -92,26 +91,26 @@ def warn_of_captured(source: nn.Module | None, name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor) and not isinstance(before, torch.Tensor) and before == value:
         return
     warnings.warn(
-        f"attribute {name!r} of the source was captured as it was at conversion: where its forward reads it, the "
-        "hybrid goes on with the former value; set it on the source and convert again",
+        f"attribute {name!r} of the source was captured as it was at conversion, and the hybrid goes on with the "
+        "former value if its forward reads it: set it on the source and convert again",
         FFEBMWarning,
         stacklevel=3,
     )
 
 
 def _no_generation(*args: Any, **kwargs: Any) -> Any:
-    """Refuse: generation grows the inputs and hands a cache on, which is another call at every step."""
+    """Refuse to generate, since generation calls the model with longer inputs and a cache at every step."""
     raise UnsupportedError(
-        "a hybrid has no generate(): it takes inputs of the captured structure; take the next token from "
+        "a hybrid has no generate(), since it takes inputs of the captured structure only: take the next token from "
         "hybrid(input_ids).logits yourself, or use hybrid.to_digital().generate(...), which runs without energy blocks"
     )
 
 
 def attribute_of_source(hybrid: nn.Module, source: nn.Module, name: str) -> Any:
-    """The source's attribute `name`, as the hybrid hands it out.
+    """The source's attribute `name`, as the hybrid shows it.
 
     Raises:
-        AttributeError: where the source has none.
+        AttributeError: the source has no such attribute.
     """
     missing = AttributeError(f"neither the hybrid nor its source, a {type(source).__name__}, has an attribute {name!r}")
     if name.startswith("__"):

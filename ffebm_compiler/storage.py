@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 __all__ = ["FILES", "SCHEMA", "save"]
 
 SCHEMA = 2
-"""Of `hybrid.json`."""
+"""Schema version of `hybrid.json`."""
 FILES = ("hybrid.json", "plan.json", "weights.safetensors", "loop_gain.safetensors")
 
 
 def save(hybrid: HybridCore, path: str | Path) -> None:
-    """Write a hybrid into a folder; an earlier save there is replaced as a whole, or left as it is where that fails.
+    """Write a hybrid into a folder. An earlier save there is replaced as a whole, or left as it is if writing fails.
 
     Raises:
-        ExportError: where the path cannot be written or holds something else, or a setting of the
+        ExportError: the path cannot be written or holds something else, or a setting of the
             hybrid cannot be stored.
     """
     target = Path(path)
     conversion = hybrid.conversion
     if conversion is None or conversion.dynamic_shapes == "custom":
         raise ExportError(
-            "a hybrid converted with dynamic_shapes of your own cannot be saved: save hybrid.plan.to_json() and "
+            "a hybrid converted with custom dynamic_shapes cannot be saved: save hybrid.plan.to_json() and "
             "hybrid.state_dict(), and call convert(..., plan=...) again"
         )
     with saying(target, "the hybrid cannot be saved", ExportError):
@@ -57,7 +57,7 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
         "schema": SCHEMA,
         "model": hybrid.plan.model,
         "training": hybrid.training,
-        # Modules that are frozen on their own, such as a batch norm in eval mode while the rest trains.
+        # Modules in another mode than the rest, such as a frozen batch norm in eval mode.
         "other_mode": [name for name, module in hybrid.named_modules() if module.training != hybrid.training],
         "frozen": [name for name, parameter in hybrid.named_parameters() if not parameter.requires_grad],
         "energy": state["energy"],
@@ -99,7 +99,7 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
 
 
 def _unique(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Each tensor once, under its first name: safetensors refuses shared memory."""
+    """Each tensor once, under its first name, since safetensors refuses shared memory."""
     seen: set[tuple[int, torch.Size]] = set()
     kept = {}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""Recipes of input containers as JSON: classes by module and name, imported already when they are read."""
+"""Recipes of input containers as JSON. A class is named by its module and name, and must be imported before reading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stored_recipe(recipe: Recipe) -> dict[str, Any] | None:
     """A recipe as JSON values; None for a trivial one.
 
     Raises:
-        TypeError: where it holds something that JSON does not know.
+        TypeError: the recipe holds something that JSON cannot.
     """
     if recipe.trivial:
         return None
@@ -39,12 +39,12 @@ def stored_recipe(recipe: Recipe) -> dict[str, Any] | None:
 def recipe_from(stored: Any, place: str = "containers", depth: int = 0) -> Recipe:
     """The recipe that `stored_recipe` wrote.
 
-    A file may name a container only: a subclass of `list`, `tuple` or `dict`, a dataclass, or a class whose attributes
-    are set without its constructor. It cannot make anything else be called.
+    A file may name containers only: a subclass of `list`, `tuple` or `dict`, a dataclass, or a class whose attributes
+    are set without its constructor. Nothing else is ever called.
 
     Raises:
-        InputError: where a class is not there: its module must be imported before the hybrid is loaded.
-        Malformed: with the place of what is missing or malformed.
+        InputError: a class is not there. Its module must be imported before the hybrid is loaded.
+        Malformed: something is missing or malformed; names the place.
     """
     if stored is None:
         return Recipe()
@@ -58,10 +58,10 @@ def recipe_from(stored: Any, place: str = "containers", depth: int = 0) -> Recip
     made = tuple(recipe_from(part, f"{place}.parts[{index}]", depth + 1) for index, part in enumerate(parts))
     if (named is None) != (form == "") or len(names) != len(parts):
         raise Malformed(f"{place}: class, form, names and parts do not fit each other")
-    return Recipe(None if named is None else _class(named, form, place), tuple(given["names"]), made, form)
+    return Recipe(None if named is None else _container_class(named, form, place), tuple(given["names"]), made, form)
 
 
-def _class(named: tuple[str, str], form: str, place: str) -> type:
+def _container_class(named: tuple[str, str], form: str, place: str) -> type:
     module, name = named
     kind: Any = sys.modules.get(module)
     for part in name.split("."):

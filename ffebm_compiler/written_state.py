@@ -1,4 +1,4 @@
-"""Written state: which parameters and buffers a forward of a lowered graph writes, whatever mode it is in."""
+"""Written state: find the parameters and buffers that a forward of a lowered graph writes in every mode."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _BY_INPUT, _STATISTICS = 5, (3, 4)
 
 
 def names_of_written_state(lowered: fx.GraphModule) -> set[str]:
-    """What `WriteState` writes, and statistics that a norm updates in both modes (`F.batch_norm(..., training=True)`).
+    """Names of the state that `WriteState` writes or that a norm updates in both modes.
 
-    Those of a batch norm that follows a module's flag are not among them.
+    An example of such a norm is `F.batch_norm(..., training=True)`. Statistics of a batch norm that follows a module's
+    flag are not among them.
     """
     names: dict[fx.Node, str] = {}
     found = {module.name for module in lowered.modules() if isinstance(module, WriteState)}

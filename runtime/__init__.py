@@ -1,1 +1,1 @@
-"""Energies, equilibria and their gradients: what a converted network runs on."""
+"""The runtime of converted networks: energies, equilibria and their gradients."""

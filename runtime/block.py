@@ -1,4 +1,4 @@
-"""Energy blocks as modules: what an energy-based part of a hybrid is, knows and hands out."""
+"""`EnergyBlock`: an energy-based part of a hybrid, as a module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Equilibrium:
-    """The free phase of a block, settled."""
+    """A settled free phase of a block."""
 
     states: tuple[Tensor, ...]
     """s_l, batch first, in the order of the block's layers."""
@@ -44,7 +44,7 @@ class Equilibrium:
     residual: float
     converged: bool
     unsettled: tuple[int, ...] = ()
-    """The samples that did not settle."""
+    """Indices of the samples that did not settle."""
 
 
 class EnergyBlock(nn.Module):
@@ -61,17 +61,17 @@ class EnergyBlock(nn.Module):
         self.estimator: Estimator = estimator or EquilibriumPropagation()
         self.solver: Solver | None = None
         self.energy_function: Energy = DEFAULT_ENERGY
-        """What the block minimises; `set_energy` chooses it."""
+        """The energy that the block minimises. `set_energy` changes it."""
         self.gain = HeldGain(program, self.energy_function)
-        """What the amplifiers are set to, the loop gain it amounts to, and how that is held while the weights move."""
+        """The settings of the amplifiers, their loop gain, and how it is held while the weights change."""
         self.aligned = False
         """Whether feedback weights, and the forward weights that they belong to, get the sum of both gradients."""
         self.enabled = True
-        """False runs the block feedforward (γ = 0), as the source does."""
+        """If False, the block runs feedforward (γ = 0) like the source."""
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._warned_of_held_winners = False
-        self._coupled = program.coupled  # a plain bool: torch.compile would guard on the whole program
+        self._coupled = program.coupled  # a copy of the flag, since torch.compile would guard on the whole program
         self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()
         self._activations: tuple[Activation, ...] = ()
@@ -85,17 +85,17 @@ class EnergyBlock(nn.Module):
 
     @property
     def feedback(self) -> float | str:
-        """What is held, as the energy understands it (a Hopfield energy: the loop gain κ); or `"symmetric"`."""
+        """The feedback that is held: a number whose meaning depends on the energy (Hopfield: κ), or `"symmetric"`."""
         return self.gain.feedback
 
     @property
     def setting(self) -> Setting:
-        """The energy and what its amplifiers are set to."""
+        """The energy and the settings of its amplifiers."""
         return self.gain.setting
 
     @property
     def certificate(self) -> Certificate | None:
-        """Of the weights measured last; None for a block without feedback."""
+        """The certificate of the last measurement; None for a block without feedback."""
         return self.gain.certificate
 
     @property
@@ -105,7 +105,7 @@ class EnergyBlock(nn.Module):
 
     @property
     def loop_gain(self) -> float:
-        """κ as measured last; 0 for a block without feedback. `hybrid.blocks[i].loop_gain` is the present weights'."""
+        """κ of the last measurement; 0 without feedback. `hybrid.blocks[i].loop_gain` is κ at the present weights."""
         return self.gain.loop_gain
 
     @property
@@ -116,7 +116,7 @@ class EnergyBlock(nn.Module):
         return tuple(sigma.value(field) for sigma, field in zip(self._activations, self._preactivations, strict=True))
 
     def remember(self, phase: FreePhase) -> None:
-        """Keep what the states of this forward follow from: it is in memory anyway, for the gradient."""
+        """Keep the pre-activations of this forward, from which `states` follow. The gradient needs them in any case."""
         self._preactivations = tuple(field.detach() for field in phase.settled()[1])
         self._activations = tuple(activation.kept() for activation in phase.activations)
         self._shapes, self._drawn = dict(phase.frame.shapes), dict(phase.frame.drawn)
@@ -131,17 +131,17 @@ class EnergyBlock(nn.Module):
         return AdjointPhase(frame, self.setting, self._preactivations, nothing, slopes, transposed=False)
 
     def set_energy(self, energy: Energy) -> None:
-        """Choose the energy; measure and set the feedback afterwards.
+        """Choose the energy. The feedback must be measured and set afterwards.
 
         Raises:
-            UnsupportedError: where the block has feedback and holds what the energy does not admit.
+            UnsupportedError: the block has feedback and holds a layer that the energy does not admit.
         """
         if self.program.coupled:
             energy.check_program(self.program)
         self.energy_function, self.gain = energy, HeldGain(self.program, energy)
 
-    def _start(self, frame: Frame) -> tuple[Tensor, ...] | None:
-        """The last states, for a warm start, where they belong to inputs of these shapes."""
+    def _warm_start(self, frame: Frame) -> tuple[Tensor, ...] | None:
+        """The last states for a warm start; None if they belong to inputs of other shapes."""
         if self.active_solver.start == "feedforward" or not self._preactivations:
             return None
         like = frame.inputs[0]
@@ -154,37 +154,37 @@ class EnergyBlock(nn.Module):
 
     @property
     def chosen(self) -> Choice:
-        """The solver of this block and why it is that one."""
+        """The solver of this block, and why it was chosen."""
         return choose(self.program, self.contraction, self.solver)
 
     @property
     def active_solver(self) -> Solver:
-        """The solver given, or the one chosen for this block."""
+        """The solver that was given, or the one chosen for this block."""
         return self.chosen.solver
 
     def projection(self, limit: float) -> dict[int, float]:
-        """Weight index -> factor that caps the coupling for a loop gain of at most `limit`; empty where it is less.
+        """Weight index -> factor that caps the coupling for a loop gain of at most `limit`; empty if it is less.
 
         A block whose loop gain is set by its feedback is left as it is.
 
         Raises:
-            InputError: where an edge between two states holds no weight that could be scaled.
+            InputError: an edge between two states holds no weight that could be scaled.
         """
         if self.certificate is None or not isinstance(self.feedback, str):
             return {}
         return self.energy_function.projection(self.program, self.certificate, limit)
 
     def set_feedback(self, feedback: float | str) -> bool:
-        """Set the feedback from what was measured last; whether that was enough (else measure)."""
+        """Set the feedback from the last measurement. Returns False if a new measurement is needed."""
         return self.gain.set_feedback(feedback)
 
     def hint(self) -> str:
-        """What to change where the block does not settle."""
+        """What to change if the block does not settle, as the end of a sentence."""
         return self.energy_function.remedy(self.feedback, self.loop_gain)
 
     @property
     def contraction(self) -> float | None:
-        """Factor by which a Gauss–Seidel sweep contracts, where it is certified to: about κ (Young 1954)."""
+        """Factor by which a Gauss–Seidel sweep contracts, about κ (Young 1954); None without a certificate."""
         return self.gain.contraction
 
     def free_rtol(self, dtype: torch.dtype) -> float:
@@ -199,8 +199,8 @@ class EnergyBlock(nn.Module):
         """Settle the free phase of a frame.
 
         Raises:
-            ConvergenceError: naming the block, its loop gain, the residual and what to change.
-            InputError: where an input or a weight of the block is NaN.
+            ConvergenceError: the block does not settle; names it, its loop gain, the residual and what to change.
+            InputError: an input or a weight of the block is NaN.
         """
         if not self.program.coupled or not self.enabled:
             return FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
@@ -224,13 +224,13 @@ class EnergyBlock(nn.Module):
     def _settled(self, frame: Frame) -> tuple[FreePhase, Settled]:
         solver, contraction = self.active_solver, self.contraction
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
-        phase = FreePhase(frame, self.setting, self._start(frame))
+        phase = FreePhase(frame, self.setting, self._warm_start(frame))
         return phase, run(phase, solver, self._rtol(phase), contraction)
 
     def _settled_anew(self, frame: Frame, needed: Certificate) -> tuple[FreePhase, Settled]:
-        """Once more, at the γ that these weights need: their loop gain had left what was measured.
+        """Settle once more with the γ that the present weights need, since their loop gain has changed.
 
-        Training keeps that γ. Evaluation changes no setting, so that it is of this one relaxation, and logged.
+        Training keeps that γ. Evaluation changes no setting, so that it uses that γ only here, and logs it.
         """
         for register in frame.drawn.keys() - self.program.masks:
             del frame.drawn[register]
@@ -253,7 +253,7 @@ class EnergyBlock(nn.Module):
         return self.free_rtol(phase.frame.inputs[0].dtype if first is None else first.dtype)
 
     def _warn_of_held_winners(self, frame: Frame, states: Sequence[Tensor]) -> None:
-        """Log it, once, where states with held winners of max pooling are no equilibrium with winners chosen anew."""
+        """Log once if the states are no equilibrium when the held winners of max pooling are chosen anew."""
         drawn = {register: value for register, value in frame.drawn.items() if register in self.program.masks}
         residual = self._residual(Frame(self.program, frame.inputs, frame.weights, drawn), states)
         if residual > 1e-4:
@@ -268,7 +268,7 @@ class EnergyBlock(nn.Module):
             )
 
     def _check_operands(self, frame: Frame) -> None:
-        """Say so where the block diverged because it was fed NaN."""
+        """Raise an error if the block diverged because its inputs or weights are not finite."""
         for index, value in enumerate(frame.inputs):
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise InputError(
@@ -296,7 +296,7 @@ class EnergyBlock(nn.Module):
         """max_l ‖σ_l(h_l(s)) − s_l‖/‖s_l‖: how far states are from satisfying the equilibrium equation.
 
         Raises:
-            InputError: for another number of states.
+            InputError: the number of states is wrong.
         """
         self._check_states(states)
         return self._residual(Frame(self.program, inputs, weights), states)
@@ -325,19 +325,19 @@ class EnergyBlock(nn.Module):
         states: Sequence[Tensor],
         preactivations: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """E(s; θ, x), summed over the batch; see `runtime.energies`."""
+        """E(s; θ, x), summed over the batch. See `runtime.energies`."""
         self._check_states(states)
         frame = Frame(self.program, inputs, weights)
         return self.energy_function.value(frame, self.setting, states, preactivations)
 
     def forward(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
-        """Settle and read out: operands are the block's inputs, then its weights."""
-        return self._eager(*operands) if self._coupled else self._run(*operands)
+        """Settle and return the outputs. The operands are the block's inputs, then its weights."""
+        return self._run_eagerly(*operands) if self._coupled else self._run(*operands)
 
-    # Settling ends when the data say so, in sweeps of products and convolutions: `torch.compile` would trace it anew
-    # for every length and find little to fuse. It compiles what is around such a block, and blocks without feedback.
+    # The data decide how many sweeps of products and convolutions are needed. `torch.compile` would trace again for
+    # every number of sweeps, and find little to fuse. It compiles everything else, also blocks without feedback.
     @torch.compiler.disable(reason="an energy block settles eagerly")  # type: ignore[untyped-decorator]
-    def _eager(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
+    def _run_eagerly(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
         return self._run(*operands)
 
     def _run(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
@@ -369,7 +369,7 @@ class EnergyBlock(nn.Module):
         program = self.program
         frame = Frame(program, inputs, weights)
         if not program.coupled or not self.enabled:
-            # Without feedback the equilibrium is the source's own layers: autograd is exact.
+            # Without feedback the block computes the source's own layers, so that autograd is exact.
             phase, self.last = FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
             states, _ = phase.settled()
             self._states, self._preactivations = tuple(state.detach() for state in states), ()

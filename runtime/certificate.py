@@ -1,4 +1,4 @@
-"""`Certificate`: what is known about the equilibrium of a block, and what its amplifiers are set to."""
+"""`Certificate`: the result of measuring a block, and the settings of its amplifiers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ __all__ = ["Certificate"]
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known about a block's well-posedness."""
+    """What a measurement says about a block's well-posedness."""
 
     norms: tuple[tuple[int, int, float], ...]
     """(l, m, ‖J_{ml}‖₂) of every edge, where the energy is measured by them; (m, l, norm) of feedback of its own."""
     scales: tuple[float, ...]
     """c_l, with 1 for the deepest layer."""
     radius: float
-    """ρ(A), A the comparison matrix of the layers or the scaled coupling of the whole block, as the energy has it."""
+    """ρ(A). The energy decides what A is: the comparison matrix of the layers, or the block's scaled coupling."""
     sweep_radius: float | None = None
-    """ρ((1 − L)⁻¹U) of A = L + U, the factor by which a Gauss–Seidel sweep contracts; None: taken for ρ(A)²."""
+    """ρ((1 − L)⁻¹U) of A = L + U, by which a Gauss–Seidel sweep contracts. If it is None, ρ(A)² is used."""
 
     amplifiers: tuple[float, ...] = ()
-    """A_l, the gain of the amplifier behind each layer; empty for an energy without."""
+    """A_l, the gain of the amplifier behind each layer; empty if the energy has no amplifiers."""
 
     @property
     def contraction(self) -> float:

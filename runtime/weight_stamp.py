@@ -1,4 +1,4 @@
-"""`WeightStamp`: whether tensors are still what they were."""
+"""`WeightStamp`: find out whether tensors have changed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class WeightStamp:
-    """What identifies the present values of tensors without reading all of them.
+    """Identifies the present values of tensors without reading all of them.
 
-    A tensor counts as unchanged while it is the same object, with the same counter of in-place operations
-    (`Tensor._version`), the same memory, and the same values at 64 places. The last catches writes to `.data`, which
-    raise no counter; it is left out on other devices than the CPU, where it would wait for the device.
+    A tensor counts as unchanged if it is the same object, with the same counter of in-place operations
+    (`Tensor._version`), the same memory, and the same values at 64 places. The values are compared because writes to
+    `.data` raise no counter. They are compared on the CPU only, since reading them on another device would wait for it.
     """
 
     marks: tuple[tuple[weakref.ref[Tensor], int, int, Tensor | None], ...]
@@ -48,9 +48,9 @@ class WeightStamp:
 
 
 def _mark(tensor: Tensor) -> tuple[int, int, Tensor | None]:
-    """(version, address, values at some places)."""
+    """(version, address, values at some places) of a tensor."""
     version = -1 if tensor.is_inference() else tensor._version
-    if type(tensor) not in (Tensor, nn.Parameter):  # sharded, fake or wrapped: it may have no memory of its own
+    if type(tensor) not in (Tensor, nn.Parameter):  # a sharded, fake or wrapped tensor may have no memory of its own
         return version, 0, None
     in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     if tensor.device.type != "cpu" or not in_memory.is_contiguous():

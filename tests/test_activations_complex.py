@@ -222,7 +222,7 @@ def test_normal_cdf_against_scipy() -> None:
 
 @pytest.mark.parametrize("activation", [a for a in ALL if not a.holomorphic], ids=repr)
 def test_an_activation_made_of_pieces_is_refused(activation: Activation) -> None:
-    message = rf"{type(activation).__name__}\(.*is not holomorphic: made of pieces.*EquilibriumPropagation\(variant="
+    message = rf"{type(activation).__name__}\(.*is not holomorphic, since it is made.*EquilibriumPropagation\(variant="
     with pytest.raises(UnsupportedError, match=message):
         activation.complex_quotient(torch.zeros(2), torch.zeros(2, dtype=torch.complex64), 1j)
 

@@ -227,9 +227,9 @@ def test_inputs_of_the_hybrid() -> None:
         ("text", r"input 'x' must be a tensor of shape \(any, 8\), got str"),
     ):
         fails(ffebm.InputError, message, hybrid, value)
-    fails(ffebm.InputError, r"another structure.*got nothing, expected x \(any, 8\)", hybrid)
-    fails(ffebm.InputError, r"another structure", hybrid, x, x)
-    fails(ffebm.InputError, r"another structure", hybrid, y=x)
+    fails(ffebm.InputError, r"captured structure.*got nothing, expected x \(any, 8\)", hybrid)
+    fails(ffebm.InputError, r"do not have the captured structure", hybrid, x, x)
+    fails(ffebm.InputError, r"do not have the captured structure", hybrid, y=x)
 
 
 def test_infinite_inputs_and_spoilt_weights_are_blamed() -> None:

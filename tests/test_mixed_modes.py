@@ -183,6 +183,6 @@ def test_what_has_no_train_mode_may_be_frozen_while_the_rest_trains() -> None:
     for modes in (lambda: hybrid.train(), lambda: hybrid.eval().get_submodule("0").train()):
         modes()
         with pytest.raises(
-            ffebm.UnsupportedError, match=r"cannot run in train mode.*on what asks for its mode \('0'\)"
+            ffebm.UnsupportedError, match=r"cannot run in train mode.*modules that read their mode \('0'\)"
         ):
             hybrid(x)

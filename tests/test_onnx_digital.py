@@ -262,7 +262,7 @@ def test_a_folder_with_other_files_is_refused(cnn: tuple[ffebm.HybridModel, Tens
     with pytest.raises(ffebm.ExportError, match=r"holds files that are not of an earlier export"):
         cnn[0].export_onnx(folder, parts="digital")
     assert (folder / "notes.txt").read_text() == "mine"
-    with pytest.raises(ffebm.ExportError, match=r"is a file: parts='digital' writes a folder"):
+    with pytest.raises(ffebm.ExportError, match=r"is a file, and parts='digital' writes a folder"):
         cnn[0].export_onnx(folder / "notes.txt", parts="digital")
 
 
@@ -393,7 +393,7 @@ def test_a_malformed_manifest_is_refused(
 
 def test_a_value_that_nothing_gives_is_refused(folder: Path) -> None:
     rewrite(folder, lambda m: m["steps"][0]["inputs"][0].update(value="nowhere"))
-    with pytest.raises(ffebm.ExportError, match="reads 'nowhere', which nothing gives"):
+    with pytest.raises(ffebm.ExportError, match="reads 'nowhere', which no step computes"):
         run(folder, torch.zeros(2, 1, 8, 8))
 
 

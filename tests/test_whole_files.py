@@ -244,7 +244,7 @@ def test_an_older_folder_comes_back_after_a_kill(tmp_path: Path, monkeypatch: py
     hybrid = ffebm.convert(model, x)
     target = tmp_path / "saved"
     hybrid.save(target)
-    aside = whole_folders._aside(target)
+    aside = whole_folders._path_aside(target)
     target.rename(aside)
     again = ffebm.load(target, model)
     assert torch.equal(again.eval()(x), hybrid.eval()(x))

@@ -1,4 +1,4 @@
-"""Errors and warnings of the command line: one line each on stderr."""
+"""Errors and warnings of the command line, each as one line on stderr."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from ffebm_compiler.errors import FFEBMError
 __all__ = ["Commands", "show_warning"]
 
 _USAGE_ERROR: Any = typer.BadParameter.__base__
-"""typer's error for a wrong option or argument; its module differs between versions of typer."""
+"""typer's error for a wrong option or argument. Its module differs between versions of typer."""
 
 
 class Commands(TyperGroup):
-    """The commands, with every error on purpose as one line on stderr and exit code 2."""
+    """The commands. Every error that is raised on purpose becomes one line on stderr and exit code 2."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options before the command."""
         try:
             return super().parse_args(ctx, args)
         except _USAGE_ERROR as error:
-            raise _failed(error) from error
+            raise _usage_error(error) from error
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except _USAGE_ERROR as error:
-            raise _failed(error) from error
+            raise _usage_error(error) from error
         except FFEBMError as error:
             _one_line(str(error))
             raise typer.Exit(2) from error
 
 
-def _failed(error: Any) -> Any:
-    """What to raise for a wrong use; the help page of a call without arguments is no error message."""
+def _usage_error(error: Any) -> Any:
+    """The exception for a wrong use. A call without arguments shows the help page instead of an error."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return error
     path = error.ctx.command_path if error.ctx is not None else "ffebm"
@@ -57,5 +57,5 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line instead of two with a line of source."""
+    """Print a warning as one line, without its line of source."""
     typer.echo(f"warning: {' '.join(str(message).split())} ({category.__name__})", err=True)

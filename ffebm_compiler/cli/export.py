@@ -1,4 +1,4 @@
-"""What `ffebm export` does: write, run what was written, and say how far it is from the hybrid."""
+"""The work of `ffebm export`: write the export, run it, and compare it with the hybrid."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def write_onnx(
     """Export to a file that ends in .onnx or a folder; returns what to print.
 
     Args:
-        hybrid: what is exported.
+        hybrid: the hybrid to export.
         out: the file or folder.
         args: inputs to verify with.
         kwargs: inputs to verify with, by name.
-        tolerance: largest relative deviation that is accepted; None does not run the export.
+        tolerance: largest relative deviation that is accepted. With None, the export is not run.
 
     Raises:
-        ExportError: where it cannot be written, or deviates by more.
+        ExportError: it cannot be written, or it deviates by more than `tolerance`.
     """
     whole = out.suffix.lower() == ".onnx"
     console = Console(stderr=True)

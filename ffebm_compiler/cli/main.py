@@ -86,7 +86,7 @@ def convert(
         Path | None, typer.Option("--out", "-o", help="Save the hybrid to this folder, for ffebm.load.")
     ] = None,
 ) -> None:
-    """Convert a model, run it on random input and print what each block does and how far it is from the source.
+    """Convert a model, run it on random input, and print how each block settles and how far it is from the source.
 
     Example: ffebm convert mypackage.models:resnet --input 1x3x32x32 --feedback 0.3
     """
@@ -166,8 +166,8 @@ def export(
 ) -> None:
     """Write ONNX: the whole hybrid as one file, or every digital part, the blocks' weights and a manifest.
 
-    A folder must be new, empty, or of an earlier export; an existing file is replaced with --force only. What was
-    written is run in onnxruntime and compared with the hybrid, at two batch sizes. Everything is in eval mode.
+    A folder must be new, empty, or of an earlier export. An existing file is replaced only with --force. The export is
+    then run in onnxruntime and compared with the hybrid, at two batch sizes. Everything is in eval mode.
 
     Example: ffebm export mypackage.models:resnet --input 1x3x32x32 --weights trained.pt --out onnx/
     """
@@ -180,7 +180,7 @@ def export(
 
 
 def _random_loss(outputs: Any) -> Tensor:
-    """Mean of ⟨output, r⟩ over the outputs, r normal and fixed."""
+    """Mean of ⟨output, r⟩ over the outputs, with a fixed normal r."""
     found = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not found:
         raise ffebm.InputError("the model returns no floating-point tensor, so that there is no gradient to check")

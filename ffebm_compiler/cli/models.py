@@ -1,4 +1,4 @@
-"""Models and inputs as the command line names them."""
+"""Build models and inputs from their names on the command line."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model, and the inputs to use where none are given."""
+    """A model, and the inputs to use if the command line gives none."""
 
     module: nn.Module
     inputs: tuple[str, ...] = ()
 
 
 def load_model(name: str) -> NamedModel:
-    """The model of a name, in eval mode: `package.module:callable`, or of a library with random weights.
+    """The model with this name, in eval mode.
 
-    `timm:resnet18`, `torchvision:resnet18`, `transformers:bert` (a model type) or `transformers:BertModel`
-    (a class) build the architecture; nothing is downloaded.
+    `package.module:callable` calls the callable. `timm:resnet18`, `torchvision:resnet18`, `transformers:bert` (a model
+    type) and `transformers:BertModel` (a class) build the architecture with random weights. Nothing is downloaded.
 
     Raises:
-        InputError: where the name, the import, the call or its result is wrong.
+        InputError: the name, the import, the call or its result is wrong.
     """
     library, colon, attribute = name.partition(":")
     if not colon or not library or not attribute:
@@ -102,7 +102,7 @@ def random_inputs(texts: Sequence[str], seed: int) -> tuple[tuple[Tensor, ...], 
         if match is None or dtype is None:
             raise InputError(
                 f"--input is {text!r}; expected sizes joined by x, e.g. 1x3x32x32, if need be with a dtype and the "
-                f"argument's name, e.g. mask=1x16:bool; dtypes: {', '.join(_DTYPES)}"
+                f"argument's name, e.g. mask=1x16:bool. The dtypes are {', '.join(_DTYPES)}"
             )
         sizes = [int(size) for size in match["shape"].split("x")]
         if 0 in sizes or math.prod(sizes) > 1 << 30:
@@ -130,10 +130,10 @@ def hardware_of(text: str) -> Hardware:
 
 
 def feedback_of(text: str | None) -> float | str:
-    """A number, `"symmetric"`, or where nothing was given the energy's default; its range is checked by `convert`.
+    """The feedback as a number or `"symmetric"`; `"default"` if the text is None. `convert` checks its range.
 
     Raises:
-        InputError: for what is neither.
+        InputError: the text is neither.
     """
     if text is None:
         return DEFAULT_FEEDBACK
@@ -172,7 +172,7 @@ def _timm(name: str) -> NamedModel:
 
 def _torchvision(name: str) -> NamedModel:
     models = _library("torchvision").models
-    # These two warn when they are not told, and take long to initialise.
+    # These two warn if `init_weights` is not given, and initialising them takes long.
     settings = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}.get(name, {})
     return NamedModel(
         _built(f"torchvision:{name}", lambda: models.get_model(name, weights=None, **settings)), ("1x3x224x224",)
@@ -193,7 +193,7 @@ def _transformers(name: str) -> NamedModel:
 
 
 def _transformers_inputs(model: Any) -> tuple[str, ...]:
-    """What a transformers model takes where nothing is given: pixels, sound or tokens; a decoder's tokens, too."""
+    """Default inputs of a transformers model: pixels, sound or tokens, and tokens for a decoder."""
     config = model.config
     main = getattr(model, "main_input_name", "input_ids")
     if main == "pixel_values":
@@ -215,7 +215,7 @@ def _transformers_inputs(model: Any) -> tuple[str, ...]:
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # torchvision raises RuntimeError beside another build of torch
+    except Exception as error:  # torchvision raises RuntimeError if it was built for another torch
         raise InputError(
             f"{name} cannot be imported ({_first_line(error)}): pip install {name}, in a build that fits torch "
             f"{torch.__version__}"

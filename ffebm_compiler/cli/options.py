@@ -1,6 +1,6 @@
-"""The options that the commands share: one dataclass, from which every command's `--help` is made.
+"""The options that the commands share. They are one dataclass, and every command's `--help` is made of it.
 
-A command takes `settings: Settings` and options of its own; `with_settings` gives it the parameters that typer reads.
+A command takes `settings: Settings` and options of its own. `with_settings` gives it the parameters that typer reads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing file."
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command makes its plan or hybrid of."""
+    """Everything that a command needs to make a plan or a hybrid."""
 
     model: Model
     inputs: Annotated[
@@ -119,7 +119,7 @@ class Settings:
         return named.module, args, kwargs
 
     def options(self) -> dict[str, Any]:
-        """What `plan` and `convert` are asked for beside the hardware."""
+        """The keyword arguments of `plan` and `convert`, without the hardware."""
         return {
             "fold_batchnorm": self.fold_batchnorm,
             "block_ops": tuple(part.strip() for part in self.block_ops.split(",") if part.strip()),
@@ -130,7 +130,7 @@ class Settings:
         }
 
     def converted(self) -> tuple[ffebm.HybridModel, tuple[Tensor, ...], dict[str, Tensor]]:
-        """The model converted, and the random inputs that it was converted with."""
+        """The converted model, and the random inputs that it was converted with."""
         gain, fabric = feedback_of(self.feedback), self.fabric()
         module, args, kwargs = self.source()
         with Console(stderr=True).status(f"converting {self.model}"):
@@ -152,8 +152,8 @@ def with_settings(without: Sequence[str] = (), **instead: Any) -> Callable[[Call
     """Give a command a parameter for each field of `Settings`, before its own.
 
     Args:
-        without: fields that mean nothing for it.
-        instead: annotations to use for fields in place of their own.
+        without: fields that the command does not need.
+        instead: annotations that replace those of fields.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
@@ -188,20 +188,20 @@ def with_settings(without: Sequence[str] = (), **instead: Any) -> Callable[[Call
 
 
 def check_free(path: Path | None, force: bool) -> None:
-    """Refuse to replace a file unless told to.
+    """Refuse to replace a file without `force`.
 
     Raises:
-        InputError: where the file exists.
+        InputError: the file exists.
     """
     if path is not None and os.path.exists(path) and not force:
         raise ffebm.InputError(f"{path} exists already: add --force to replace it, or name another file with --out")
 
 
 def check_alone(context: typer.Context, allowed: Sequence[str]) -> None:
-    """Refuse options that mean nothing for a stored plan.
+    """Refuse options that a stored plan already holds.
 
     Raises:
-        InputError: where one is given.
+        InputError: such an option is given.
     """
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")

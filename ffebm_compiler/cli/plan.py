@@ -1,4 +1,4 @@
-"""`ffebm plan`: how a model is split, and with `--sweep` what other fabrics would make of it."""
+"""`ffebm plan`: print how a model is split, or with `--sweep` how it would be split for other hardware."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan(
         typer.Option(
             "--sweep",
             metavar="FIELD=VALUES",
-            help="Print what other hardware would make of it instead, e.g. tile_rows=64,128,256; repeat it for a grid.",
+            help="Print a table of plans for other hardware instead, e.g. tile_rows=64,128,256; repeat it for a grid.",
         ),
     ] = None,
 ) -> None:

@@ -47,7 +47,7 @@ class _Variant:
     tuned: float = 0.0
     history: list[float] = field(default_factory=list)
     losses: tuple[float, float] = (0.0, 0.0)
-    """On the training set, before and after the fine-tuning."""
+    """Loss on the training set, before and after the fine-tuning."""
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -71,7 +71,7 @@ def run_demo(settings: DemoSettings, console: Console, quiet: bool = False) -> b
         quiet: print the final table only.
     """
     threads = torch.get_num_threads()
-    # The layers are too small to gain from a second thread, and one thread makes the numbers repeatable.
+    # The layers are too small to gain from a second thread, and with one thread the numbers are repeatable.
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=()):

@@ -20,10 +20,10 @@ __all__ = ["Deviations", "onnx_deviations", "require_onnx"]
 
 
 def require_onnx() -> None:
-    """Check that what exports and runs ONNX files is installed.
+    """Check that the packages which export and run ONNX files are installed.
 
     Raises:
-        UnsupportedError: where a package is not.
+        UnsupportedError: a package is missing.
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
@@ -35,11 +35,11 @@ class Deviations:
     """max |onnx − hybrid| / max |hybrid|."""
 
     parts: dict[str, float]
-    """Of each digital part, on what the hybrid feeds it."""
+    """Deviation of each digital part, on the values that the hybrid feeds it."""
     chained: float
-    """Of the output, from the digital parts in onnxruntime and the energy blocks in this package."""
+    """Deviation of the output, with the digital parts in onnxruntime and the energy blocks in this package."""
     whole: float
-    """Of the output, from the whole hybrid as one file in onnxruntime."""
+    """Deviation of the output, with the whole hybrid as one file in onnxruntime."""
 
 
 def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> Deviations:
@@ -51,7 +51,7 @@ def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> Deviations:
     """
     require_onnx()
     folder = hybrid.export_onnx(folder, parts="digital")
-    record, output = _recorded(hybrid, x)
+    record, output = _record_parts(hybrid, x)
     manifest = read_manifest(folder)
     found = {}
     for step in manifest["steps"]:
@@ -79,8 +79,8 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _recorded(hybrid: HybridModel, x: Tensor) -> tuple[dict[str, tuple[list[Tensor], list[Tensor]]], Tensor]:
-    """What enters and leaves each digital part, without the weights that it reads, and the output."""
+def _record_parts(hybrid: HybridModel, x: Tensor) -> tuple[dict[str, tuple[list[Tensor], list[Tensor]]], Tensor]:
+    """The values that enter and leave each digital part (without weights), and the output of the hybrid."""
     record: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     own = {id(tensor) for tensor in (*hybrid.parameters(), *hybrid.buffers())}
 

@@ -1,4 +1,4 @@
-"""What the demo shows: its steps on a console, its results as a table and as JSON."""
+"""Show the demo's steps on a console, and its results as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def met(self) -> bool:
-        """Whether the target is met; NaN never is. Accuracies are compared with a slack for rounding."""
+        """Whether the target is met. NaN never meets one. Accuracies are compared with a slack for rounding."""
         slack = 1e-9 * abs(self.target)
         return self.value >= self.target - slack if self.at_least else self.value <= self.target + slack
 
@@ -114,24 +114,24 @@ def _is_ours(marker: Path) -> bool:
 
 
 class Steps:
-    """The demo's report on a console; quiet, only what is said `always`."""
+    """The demo's report on a console. In a quiet run only `always` prints."""
 
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console = console
         self._quiet = quiet
 
     def title(self, text: str) -> None:
-        """Open a step."""
+        """Print the title of a step."""
         if not self._quiet:
             self._console.print(f"\n{text}", style="bold", markup=False, highlight=False)
 
     def say(self, text: str) -> None:
-        """Say something about the step."""
+        """Print a line about the step."""
         if not self._quiet:
             self.always(text)
 
     def always(self, text: str) -> None:
-        """Say something that is said in quiet runs too."""
+        """Print a line, in quiet runs too."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -145,7 +145,7 @@ class Steps:
 
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[str], None]]:
-        """A progress bar; call what it yields once per step, with a remark."""
+        """Show a progress bar. The yielded function is called once per step, with a remark."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,4 +1,4 @@
-"""What the demo is asked for."""
+"""The settings of the demo."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["DemoSettings"]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo does.
+    """Seed, epochs and folder of the demo.
 
     Raises:
-        InputError: for a number of epochs below one, or a negative seed.
+        InputError: a number of epochs is below one, or the seed is negative.
     """
 
     out: Path

@@ -49,7 +49,7 @@ def _style(node: Node) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of DOT: no escape of the text's own is left, a line break becomes `\\n`."""
+    """A string of DOT. Backslashes and quotes in the text are escaped, and a line break becomes `\\n`."""
     pieces = [_CONTROL.sub("\N{REPLACEMENT CHARACTER}", piece) for piece in text.split("\n")]
     return '"' + "\\n".join(piece.replace("\\", "\\\\").replace('"', '\\"') for piece in pieces) + '"'
 

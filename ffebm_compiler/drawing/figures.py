@@ -1,4 +1,4 @@
-"""What the side panel shows beside the plan: how a block settles, as curves, and the modelled costs."""
+"""The content of the side panel beside the plan: curves of how a block settles, and the modelled costs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _curves(block: BlockDiagnosis) -> dict[str, Any]:
             ("equilibrium", end),
         ],
         "sweeps": block.sweeps,
-        # JSON has no infinity: what diverged is a gap in the curve.
+        # JSON has no infinity, so that a diverged value is a gap in the curve.
         "residuals": _finite(block.residuals),
         "energies": _finite([energy - start for energy in block.energies]),
     }
@@ -59,7 +59,7 @@ def _finite(values: Sequence[float]) -> list[float | None]:
 
 
 def costs_of(plan: PlanData, hybrid: HybridCore | None) -> tuple[CostReport | None, str]:
-    """The cost report, with the hybrid's own sweeps if there is one; or None and a note that says why."""
+    """The cost report, with the hybrid's own sweeps if one is given; else None, and a note that says why."""
     try:
         return (cost_report(plan) if hybrid is None else cost_report_of(hybrid)), ""
     except HardwareError as error:

@@ -2,10 +2,12 @@
 
 The method of Sugiyama, Tagawa and Toda (1981): ranks by longest path, a dummy for every rank
 that an edge passes, barycentre sweeps against crossings, then coordinates. networkx gives the
-order of the nodes; the rest is here because no library that pip installs does it under a
-permissive licence wherever torch runs (looked at in November 2026): igraph and grandalf are GPL,
-fast-sugiyama (MIT) has Linux wheels for glibc 2.34 only, while torch's take 2.28, and returns no
-bends or label positions, and networkx's multipartite layout knows neither sizes nor long edges.
+order of the nodes.
+
+No library that pip installs does the rest under a permissive licence wherever torch runs (looked at
+in November 2026). igraph and grandalf are GPL. fast-sugiyama (MIT) has Linux wheels only for glibc 2.34,
+while torch's need 2.28, and it returns no bends or label positions. networkx's multipartite layout knows
+neither sizes nor long edges.
 """
 
 from __future__ import annotations
@@ -19,28 +21,28 @@ import networkx
 __all__ = ["Layout", "Route", "layered"]
 
 Key = tuple[str, ...]
-"""A node `(name,)`, or a stretch of an edge `(source, target, rank)`."""
+"""A node `(name,)`, or the part of an edge on one rank, `(source, target, rank)`."""
 
 _STEP = 20.0
-"""Distance between ranks; labels are ranks of their own."""
+"""Distance between ranks. Labels have ranks of their own."""
 
 _LABEL_WEIGHT = 8.0
-"""Pull of a stretch of a long edge on the next one, against 1 for a node: long edges become straight."""
+"""Weight between neighbouring parts of a long edge, against 1 for a node. It makes long edges straight."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """The way of one edge."""
+    """The path of one edge."""
 
     points: tuple[tuple[float, float], ...]
-    """Alternately the bottom and the top of a node or a bend, from source to target."""
+    """Points from source to target: in turn the bottom and the top of a node or bend."""
     label: tuple[float, float]
-    """Centre of its label."""
+    """Centre of the edge's label."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything is; the origin is the upper left corner."""
+    """The position of everything. The origin is the upper left corner."""
 
     centres: dict[str, tuple[float, float]]
     routes: dict[tuple[str, str], Route]
@@ -50,7 +52,7 @@ class Layout:
 
 @dataclass
 class _Item:
-    """A node, or a stretch of an edge through one rank."""
+    """A node, or the part of an edge on one rank."""
 
     rank: int
     width: float
@@ -85,8 +87,8 @@ def layered(
         path.append((target,))
         paths[source, target] = path
     links = [(a, b) for path in paths.values() for a, b in pairwise(path)]
-    rows = _order(items, links)
-    _place(items, rows, links, gap)
+    rows = _order_in_rows(items, links)
+    _horizontal_places(items, rows, links, gap)
     height = _heights(items, rows)
     left = min((item.x - item.width / 2 for item in items.values()), default=0.0)
     for item in items.values():
@@ -107,7 +109,7 @@ def layered(
 
 
 def _ranks(nodes: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Longest path from a source; what has fewer inputs than outputs moves down to its readers."""
+    """The rank of each node: its longest path from a source. A node with fewer inputs than outputs moves down."""
     graph: networkx.DiGraph[str] = networkx.DiGraph()
     graph.add_nodes_from(nodes)
     graph.add_edges_from(edges)
@@ -121,8 +123,8 @@ def _ranks(nodes: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str, 
     return rank
 
 
-def _order(items: Mapping[Key, _Item], links: Sequence[tuple[Key, Key]]) -> list[list[Key]]:
-    """Rows with few crossings: barycentre sweeps, of which the best order is kept."""
+def _order_in_rows(items: Mapping[Key, _Item], links: Sequence[tuple[Key, Key]]) -> list[list[Key]]:
+    """Rows with few crossings, from barycentre sweeps. The best order that they reach is kept."""
     depth = max((item.rank for item in items.values()), default=-1) + 1
     rows: list[list[Key]] = [[] for _ in range(depth)]
     for key, item in items.items():
@@ -155,7 +157,7 @@ def _order(items: Mapping[Key, _Item], links: Sequence[tuple[Key, Key]]) -> list
 
 
 def _crossings(rows: Sequence[Sequence[Key]], below: Mapping[Key, list[Key]]) -> int:
-    """Pairs of edges that cross, by counting inversions between neighbouring rows."""
+    """The number of pairs of edges that cross, counted as inversions between neighbouring rows."""
     total = 0
     for upper, lower in pairwise(rows):
         place = {key: index for index, key in enumerate(lower)}
@@ -167,20 +169,20 @@ def _crossings(rows: Sequence[Sequence[Key]], below: Mapping[Key, list[Key]]) ->
     return total
 
 
-def _place(
+def _horizontal_places(
     items: Mapping[Key, _Item],
     rows: Sequence[Sequence[Key]],
     links: Sequence[tuple[Key, Key]],
     gap: float,
 ) -> None:
-    """Horizontal coordinates: every item near the mean of its neighbours, in order, without overlap."""
+    """Horizontal coordinates. Every item comes near the mean of its neighbours, in order and without overlap."""
     beside: dict[Key, list[tuple[Key, float]]] = {key: [] for key in items}
     for upper, lower in links:
         weight = _LABEL_WEIGHT if items[upper].dummy and items[lower].dummy else 1.0
         beside[upper].append((lower, weight))
         beside[lower].append((upper, weight))
     for row in rows:
-        _spread(items, row, [0.0] * len(row), [1.0] * len(row), gap)
+        _spread_out(items, row, [0.0] * len(row), [1.0] * len(row), gap)
     for sweep in range(24):
         for row in rows if sweep % 2 == 0 else reversed(rows):
             wishes, weights = [], []
@@ -189,17 +191,17 @@ def _place(
                 wish = sum(items[other].x * weight for other, weight in beside[key])
                 wishes.append(wish / total if total else items[key].x)
                 weights.append(total or 0.1)
-            _spread(items, row, wishes, weights, gap)
+            _spread_out(items, row, wishes, weights, gap)
 
 
-def _spread(
+def _spread_out(
     items: Mapping[Key, _Item],
     row: Sequence[Key],
     wishes: Sequence[float],
     weights: Sequence[float],
     gap: float,
 ) -> None:
-    """Minimise Σ w (x − wish)² with neighbours apart: isotonic regression by pooling violators."""
+    """Minimise Σ w (x − wish)² with a gap between neighbours, by isotonic regression (pooling of violators)."""
     offsets = [0.0]
     for left, right in pairwise(row):
         offsets.append(offsets[-1] + (items[left].width + items[right].width) / 2 + gap)

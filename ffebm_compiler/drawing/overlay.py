@@ -31,11 +31,11 @@ class Overlay:
 
     name: str
     sentence: str
-    """What is measured, for people; it is shown when the overlay is chosen."""
+    """A sentence that says what is measured. It is shown when the overlay is chosen."""
     values: Mapping[str, float]
     """Block name -> value."""
     logarithmic: bool = False
-    """Whether bars compare orders of magnitude (over six of them) instead of values."""
+    """Whether the length of a bar shows the order of magnitude (over six of them) instead of the value."""
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values: text and length of a bar (0 to 1) for each block."""
@@ -97,7 +97,7 @@ def loop_gain_overlay(hybrid: HybridCore) -> Overlay:
 
 
 def relaxation_overlay(plan: PlanData, diagnosis: Diagnosis) -> Overlay:
-    """By what factor each block's residual shrinks per sweep, from `hybrid.diagnose(x)`.
+    """The factor by which each block's residual shrinks per sweep, from `hybrid.diagnose(x)`.
 
     Raises:
         InputError: where the diagnosis is of another plan.
@@ -109,10 +109,10 @@ def relaxation_overlay(plan: PlanData, diagnosis: Diagnosis) -> Overlay:
 
 
 def same_blocks(plan: PlanData, names: set[str], what: str) -> None:
-    """Refuse what was measured on another plan.
+    """Refuse a measurement of another plan.
 
     Raises:
-        InputError: where a name is no block of the plan.
+        InputError: a name is no block of the plan.
     """
     known = {block.name for block in plan.blocks}
     if not names <= known:

@@ -1,16 +1,16 @@
 """The interactive picture: one HTML page that needs no server, no network and no other file.
 
-Layout is dagre's, in the edition that netron ships in its wheel: of the packages that pip
-installs it is the one with a layered layout under a permissive licence that is maintained
-(looked at in November 2026: netron 9.3, MIT, pure Python, no dependencies, 105 kB of readable
-JavaScript; pyvis and gravis ship vis-network, which lays out no compound graph and draws on a
-canvas without keyboard or SVG, and were last released in 2023 and 2021; plotly has no layered
-layout; the elk family is not permissive). Panning, zooming by scrolling, focus and folding are
-the browser's own. The library is read from the installed package when the page is written.
+The layout is dagre's, in the edition that netron ships in its wheel (9.3: MIT, pure Python, no
+dependencies, 105 kB of readable JavaScript). Of the packages that pip installs, it is the only one
+with a layered layout, a permissive licence and a maintainer (looked at in November 2026). pyvis and
+gravis ship vis-network, which lays out no compound graph and draws on a canvas without keyboard or
+SVG; they were last released in 2023 and 2021. plotly has no layered layout, and the elk family is not
+permissive. The library is read from the installed package when the page is written. Panning,
+zooming by scrolling, focus and folding are the browser's own.
 
 Every name of a model reaches the page inside a JSON block, in which `<`, `>` and `&` are
-escaped, and is shown as a text node. A content security policy allows the page's own script by
-its hash and nothing else: no other script, no network.
+escaped, and is shown as a text node. A content security policy allows only the page's own script,
+by its hash, and no network.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def page_text(records: Sequence[Mapping[str, Any]], title: str) -> str:
     Raises:
         ExportError: where the installed netron does not have the layout library.
     """
-    script = _layout_library() + "\n" + "\n".join(_own(name) for name in _SCRIPTS)
+    script = _layout_library() + "\n" + "\n".join(_own_file(name) for name in _SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
@@ -80,9 +80,9 @@ def page_text(records: Sequence[Mapping[str, Any]], title: str) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
             f"<title>{plain(title)}</title>",
-            f'<style id="colours">{_own("page_colours.css")}</style>',
-            f'<style id="picture">{_own("page_picture.css")}</style>',
-            f"<style>{_own('page.css')}</style>",
+            f'<style id="colours">{_own_file("page_colours.css")}</style>',
+            f'<style id="picture">{_own_file("page_picture.css")}</style>',
+            f"<style>{_own_file('page.css')}</style>",
             "</head>",
             "<body>",
             "<noscript>This picture needs JavaScript; save_svg() writes one that does not.</noscript>",
@@ -96,7 +96,7 @@ def page_text(records: Sequence[Mapping[str, Any]], title: str) -> str:
 
 
 def _visible(value: Any) -> Any:
-    """JSON values with control characters and changes of direction in texts made visible."""
+    """JSON values in which control characters and changes of text direction are made visible."""
     if isinstance(value, str):
         return _HIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, Mapping):
@@ -106,12 +106,12 @@ def _visible(value: Any) -> Any:
     return value
 
 
-def _own(name: str) -> str:
+def _own_file(name: str) -> str:
     return resources.files("ffebm_compiler.drawing").joinpath(name).read_text(encoding="utf-8")
 
 
 def _layout_library() -> str:
-    """dagre from the installed netron, an ES module that exports `layout`; netron itself is not imported."""
+    """The text of dagre from the installed netron, an ES module that exports `layout`. netron is not imported."""
     found = importlib.util.find_spec("netron")
     folders = list(found.submodule_search_locations or ()) if found is not None else []
     file = Path(folders[0]) / "dagre.js" if folders else None

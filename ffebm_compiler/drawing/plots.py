@@ -29,7 +29,7 @@ __all__ = [
 
 _BLUE, _ORANGE, _GREY = "#0066a1", "#8a5200", "#6b6b6b"
 _FLOOR = 1e-16
-"""Smallest 1 − cosine that a logarithmic axis shows; float64 resolves no less."""
+"""Smallest 1 − cosine that a logarithmic axis shows. float64 does not resolve smaller ones."""
 
 
 def plot_deviation(comparison: Comparison) -> Any:
@@ -83,7 +83,7 @@ def feedback_sweep(
     evaluate: Callable[[HybridCore], float],
     feedbacks: Iterable[float] = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5),
 ) -> dict[float, float]:
-    """`evaluate(hybrid)`, e.g. its accuracy, at each loop gain κ; the hybrid's own feedback is set again afterwards.
+    """`evaluate(hybrid)`, e.g. its accuracy, at each loop gain κ. The hybrid's own feedback is restored afterwards.
 
     Raises:
         InputError: for a loop gain outside (0, 1), or a hybrid without blocks.
@@ -102,7 +102,7 @@ def feedback_sweep(
 
 
 def plot_feedback(measured: Mapping[float, float], source: float | None = None, label: str = "accuracy") -> Any:
-    """What `feedback_sweep` measured against the loop gain, with the source network's value as a line.
+    """Plot the result of `feedback_sweep` against the loop gain, with the source network's value as a line.
 
     Raises:
         InputError: where nothing was measured.
@@ -126,8 +126,8 @@ def plot_feedback(measured: Mapping[float, float], source: float | None = None, 
 def plot_relaxation(diagnosis: Diagnosis) -> Any:
     """Residual and energy of every block along sweeps, from `hybrid.diagnose(x)`.
 
-    The energy is drawn as its distance from that of the last sweep, in shares of the feedforward
-    values' distance, so that blocks of any size compare. Dots mark where the forward stopped.
+    The energy is drawn as its distance from the energy of the last sweep, divided by the distance of the
+    feedforward values. So blocks of any size can be compared. Dots mark where the forward stopped.
 
     Raises:
         InputError: where no block has feedback.
@@ -163,7 +163,7 @@ def plot_relaxation(diagnosis: Diagnosis) -> Any:
 
 
 def _positive(value: float) -> float:
-    """A value that a logarithmic axis can show; a gap for the others."""
+    """The value if a logarithmic axis can show it, else a gap."""
     return value if math.isfinite(value) and value > 0 else math.nan
 
 

@@ -1,8 +1,8 @@
-"""The static picture as PNG or PDF, drawn by matplotlib: no system program and no font to install.
+"""The static picture as PNG or PDF, drawn by matplotlib, without system programs or fonts to install.
 
 `svg_text` writes few kinds of elements, and this module draws exactly those: rectangles, paths of
-lines and cubic curves, texts, and groups that are moved. matplotlib brings its own font and is the
-optional dependency `ffebm-compiler[plots]`; cairosvg needs the system's cairo, and resvg-py the
+lines and cubic curves, texts, and groups that are moved. matplotlib is the optional dependency
+`ffebm-compiler[plots]` and brings its own font. cairosvg would need the system's cairo, and resvg-py the
 system's fonts.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["figure_class", "save_image"]
 
 _FORMATS = ("png", "pdf")
 _POINTS = 0.75
-"""Points in a pixel of the picture (1/96 inch)."""
+"""Points per pixel of the picture (1/96 inch)."""
 _MOST_PIXELS = 2**16 - 1
 _STEP = re.compile(r"([MLClhz])([^MLClhz]*)")
 
@@ -57,7 +57,7 @@ def save_image(plan: PlanData, path: str | Path, dpi: float = 192.0, hybrid: Hyb
     _draw(axes, root, 0.0, 0.0)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes.
+        # matplotlib draws boxes for letters that its font lacks, and would warn of each.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format=kind, dpi=min(dpi, 96 * _MOST_PIXELS / max(width, height)))
     write_picture(buffer.getvalue(), path)

@@ -29,7 +29,7 @@ def record_of(
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
 ) -> dict[str, Any]:
-    """Everything that the page shows of a plan, as JSON values.
+    """Everything that the page shows for a plan, as JSON values.
 
     Raises:
         InputError: where the diagnosis is of another plan.
@@ -58,9 +58,9 @@ def record_of(
     tiles = sum(block.tiles for block in plan.blocks)
     share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     totals = [
-        _counted(len(plan.blocks), "energy block"),
-        _counted(len(plan.digital_parts), "digital part"),
-        _counted(tiles, "tile"),
+        _count_row(len(plan.blocks), "energy block"),
+        _count_row(len(plan.digital_parts), "digital part"),
+        _count_row(tiles, "tile"),
         (count(sum(block.dac for block in plan.blocks)), "DAC values"),
         (count(sum(block.adc for block in plan.blocks)), "ADC values per sample"),
         (f"{share:.1f} %", f"of {count(plan.total_macs)} MACs analog"),
@@ -82,7 +82,7 @@ def record_of(
     }
 
 
-def _counted(number: int, noun: str) -> tuple[str, str]:
+def _count_row(number: int, noun: str) -> tuple[str, str]:
     return count(number), noun if number == 1 else f"{noun}s"
 
 
@@ -106,7 +106,7 @@ def _parts(plan: PlanData) -> set[str]:
     return {part.name for part in plan.digital_parts}
 
 
-def _home(node: Node, operations: Sequence[str], index: dict[str, int]) -> dict[str, Any]:
+def _place_of(node: Node, operations: Sequence[str], index: dict[str, int]) -> dict[str, Any]:
     return {
         "title": node.title,
         "domain": node.domain,
@@ -121,7 +121,7 @@ def _home(node: Node, operations: Sequence[str], index: dict[str, int]) -> dict[
 def _part(plan: PlanData, node: Node, index: dict[str, int]) -> dict[str, Any]:
     part = next(part for part in plan.digital_parts if part.name == node.key)
     return {
-        **_home(node, part.operations, index),
+        **_place_of(node, part.operations, index),
         "sentence": "Feedforward block: runs digitally, one operation after the other.",
         "facts": [("operations", str(len(part.operations)))],
         "weights": set_of([weight for name in part.operations for weight in plan.graph[name].weights]),
@@ -147,7 +147,7 @@ def _block(
         ("gives", ", ".join(block.outputs)),
     ]
     return {
-        **_home(node, block.operations, index),
+        **_place_of(node, block.operations, index),
         "sentence": f"Energy block: {settles}.",
         "facts": facts,
         "layers": [
@@ -164,7 +164,7 @@ def _tiles(plan: PlanData, op: Operation) -> int:
 
 
 def _utilisation(plan: PlanData, block: BlockPlan, layers: Sequence[Operation]) -> str:
-    """Share of the devices of its tiles that hold a weight."""
+    """The share of a block's devices that hold a weight."""
     hardware = plan.hardware
     if hardware.tile_rows is None or hardware.tile_cols is None or not block.tiles:
         return ""

@@ -1,8 +1,8 @@
 """Scenes: what a picture of a plan shows, as data.
 
-A `Scene` is the quotient DAG of a plan with the words on it: a node for each energy block,
-digital part, network input and network output, and an edge for what flows between them. It
-knows no coordinates, so that every format (SVG, HTML, DOT) draws the same content.
+A `Scene` is the quotient DAG of a plan with its texts. It has a node for each energy block,
+digital part, network input and network output, and an edge for the values between two nodes. It
+has no coordinates, so that every format (SVG, HTML, DOT) draws the same content.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 Domain = Literal["analog", "digital", "input", "output"]
 
 _MOST_LINES = 8
-"""Lines of layers or operations shown in one node; the rest is counted."""
+"""How many lines of layers or operations a node shows. The others are counted in one more line."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,25 @@ class Node:
     title: str
     lines: tuple[Line, ...]
     tooltip: str
-    """Everything about it, also what the lines leave out."""
+    """Everything about the node, including what its lines leave out."""
 
 
 @dataclass(frozen=True)
 class Edge:
-    """What flows from one node to another."""
+    """The values that flow from one node to another."""
 
     source: str
     target: str
     shape: str
     conversion: str
-    """What crosses a converter on the way, e.g. `DAC 1024`; empty between digital parts."""
+    """The conversions on the way, e.g. `DAC 1024`; empty between digital parts."""
     values: int
     """Values per sample."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Nodes and edges in a topological order, and the words around them."""
+    """Nodes and edges in a topological order, and the texts around them."""
 
     title: str
     totals: str
@@ -87,10 +87,10 @@ class Scene:
 
 
 def shape_words(shape: tuple[int | None, ...] | list[int | None], values: int) -> str:
-    """A shape for people without its batch axis: `16×8×8`.
+    """A shape as text without its batch axis, such as `16×8×8`.
 
-    Where the sizes are unknown or do not multiply to the values per sample (an axis that merges
-    the batch with another), the number of values.
+    It is the number of values instead if sizes are unknown, or if they do not multiply to the values per sample (an
+    axis merges the batch with another one).
     """
     sizes = [size for size in shape if size is not None]
     if not sizes or math.prod(sizes) != values:
@@ -120,7 +120,7 @@ def operation_words(operations: list[Operation]) -> str:
 
 
 def set_of(items: list[str]) -> list[str]:
-    """The items, each once, in order."""
+    """The items without repetitions, in order."""
     return list(dict.fromkeys(items))
 
 
@@ -208,7 +208,7 @@ def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str]) -> Node:
     others = [op for op in operations if op.role is not Role.WEIGHT and op.name not in block.driven]
     lines = [Line(f"{op.path or op.name}: state {op.target}, driven, no weights") for op in driven]
     lines += [Line(f"{op.path or op.name}: {op.target} {_matrix(op)}") for op in layers]
-    lines = _shortened(lines, "layers")
+    lines = _first_lines(lines, "layers")
     if others:
         lines.append(Line(f"with {operation_words(others)}", "quiet"))
     names = list(own)
@@ -245,10 +245,10 @@ def part_lines(plan: PlanData, operations: list[Operation]) -> list[Line]:
     lines += [
         Line(f"{path}: {operation_words(inside)}" if path else operation_words(inside)) for path, inside in groups
     ]
-    return _shortened(lines, "lines")
+    return _first_lines(lines, "lines")
 
 
-def _shortened(lines: list[Line], noun: str) -> list[Line]:
+def _first_lines(lines: list[Line], noun: str) -> list[Line]:
     if len(lines) <= _MOST_LINES:
         return lines
     return [*lines[: _MOST_LINES - 1], Line(f"and {len(lines) - _MOST_LINES + 1} more {noun}", "quiet")]

@@ -1,9 +1,8 @@
 """A plan as one static SVG picture, for papers, reports and notebooks.
 
-It is plain SVG 1.1 with presentation attributes only: no script, no style sheet, no font that a
-viewer must have. Analog and digital differ by colour (blue and orange, which every kind of colour
-vision tells apart) and by shape: energy blocks are rounded with a double outline, digital parts are
-square.
+It is plain SVG 1.1 with presentation attributes only, without a script, a style sheet or a font that a
+viewer must have. Analog and digital differ by colour and by shape. Blue and orange differ for every kind
+of colour vision. Energy blocks are rounded with a double outline, digital parts are square.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ COLOURS = {
     "input": ("#f1f1f1", "#6b6b6b"),
     "output": ("#f1f1f1", "#6b6b6b"),
 }
-"""Fill and outline of each domain: blue and orange stay apart for every kind of colour vision."""
+"""Fill and outline of each domain. Blue and orange differ for every kind of colour vision."""
 
 _INK, _QUIET, _WARN, _EDGE = "#1b1b1b", "#555555", "#a33b00", "#7a7a7a"
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif"
@@ -39,7 +38,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uf
 
 
 def plain(text: str) -> str:
-    """Text as inert XML: escaped, without what XML forbids and without changes of direction."""
+    """Text as inert XML: escaped, without characters that XML forbids and without changes of text direction."""
     return html.escape(_UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text), quote=True)
 
 
@@ -187,7 +186,7 @@ def _header(scene: Scene) -> tuple[str, float, float]:
 
 
 def _footer(scene: Scene) -> tuple[str, float, float]:
-    """Legend, what stayed digital, and notes."""
+    """The legend, the layers that stayed digital, and the notes."""
     parts = [
         _outline("analog", 0.0, 0.0, 34.0, 18.0),
         _text(42.0, 13.0, "energy block: analog, settles to an equilibrium", _SMALL, anchor="start"),

@@ -1,1 +1,1 @@
-"""Files that are whole or absent, and what is read from them, checked."""
+"""Write files that are whole or absent, and check files that are read."""

@@ -1,7 +1,7 @@
-"""JSON from files, checked: text to JSON values, and JSON values to what a type annotation says.
+"""Read JSON from files and check it against type annotations.
 
-One mechanism for every file that is read. `typed(kind, value)` walks an annotation (dataclasses, tuples, mappings,
-unions, `Literal`, enumerations) beside the value, and says at which place inside the file the two part:
+Every file that is read goes through `typed(kind, value)`. It walks an annotation (dataclasses, tuples, mappings,
+unions, `Literal`, enumerations) beside the value. Where they differ, its error names the place inside the file, such as
 `graph.operations[2].inputs: expected a list, got 5`.
 """
 
@@ -27,12 +27,12 @@ _DEEPEST = 200
 
 
 class Malformed(ValueError):
-    """What is wrong with a JSON value, and where inside it."""
+    """A JSON value is wrong. The message says where inside it, and how."""
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The numbers that are allowed, in `Annotated[int, AtLeast(1)]`; `above` leaves the smallest one out."""
+    """The smallest number that is allowed, as in `Annotated[int, AtLeast(1)]`. With `above` it is excluded."""
 
     least: float
     above: bool = False
@@ -40,7 +40,7 @@ class AtLeast:
 
 
 class Number(float):
-    """In an annotation: any number, infinite or not a number, too; `float` is a finite one."""
+    """In an annotation: any number, also infinity and NaN. `float` means a finite number."""
 
 
 def read_json(path: str | Path, what: str, error: type[FFEBMError], remedy: str) -> Any:
@@ -48,12 +48,12 @@ def read_json(path: str | Path, what: str, error: type[FFEBMError], remedy: str)
 
     Args:
         path: the file.
-        what: opens the sentence of a file that cannot be read, e.g. "the plan".
+        what: begins the error message, e.g. "the plan".
         error: class of the errors.
-        remedy: ends the sentence.
+        remedy: ends the error message.
 
     Raises:
-        FFEBMError: of the class `error`, where the file cannot be read, is too large, is no UTF-8 or no JSON, or
+        FFEBMError: of the class `error`; the file cannot be read, is too large, is no UTF-8 or no JSON, or
             gives a name twice.
     """
     try:
@@ -73,10 +73,10 @@ def read_json(path: str | Path, what: str, error: type[FFEBMError], remedy: str)
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; each name once in its object, and nested no more than 200 deep.
+    """The value of a JSON text.
 
     Raises:
-        Malformed: with the line and what is wrong there.
+        Malformed: the text is no JSON, an object gives a name twice, or the nesting is too deep. Names the line.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object)
@@ -86,7 +86,7 @@ def parse_json(text: str) -> Any:
         raise Malformed("it is nested too deeply") from error
     except Malformed:
         raise
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a number has more digits than Python reads
         raise Malformed(f"a number is too long: {error}") from error
     level: list[Any] = [value]
     for _ in range(_DEEPEST):
@@ -109,10 +109,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def typed(kind: Any, value: Any, place: str = "") -> Any:
-    """The value as an annotation says, with tuples for lists and dataclasses for objects.
+    """The value in the form that an annotation says, with tuples for lists and dataclasses for objects.
 
-    A whole number is one of 64 bits and no boolean, a number is finite, a text has no half characters (surrogates), and
-    an object has the fields of its dataclass: none that it does not know, none left out that has no default.
+    A whole number has at most 64 bits and is no boolean. A number is finite. A text has no lone surrogates. An object
+    has only fields of its dataclass, and all that have no default.
 
     Args:
         kind: the annotation.
@@ -120,7 +120,7 @@ def typed(kind: Any, value: Any, place: str = "") -> Any:
         place: where it is inside the file.
 
     Raises:
-        Malformed: with the place, what was expected and what is there.
+        Malformed: the value is something else. Names the place, what was expected and what is there.
     """
     origin = get_origin(kind)
     if kind is Any:
@@ -132,35 +132,35 @@ def typed(kind: Any, value: Any, place: str = "") -> Any:
         return _one_of(get_args(kind), value, place)
     if origin is Literal:
         if isinstance(value, bool) or value not in get_args(kind):
-            raise _wrong(place, " or ".join(map(repr, get_args(kind))), value)
+            raise _unexpected(place, " or ".join(map(repr, get_args(kind))), value)
         return value
     if origin is tuple or origin is list or origin is Sequence:
         return _sequence(get_args(kind), value, place)
     if origin is dict or origin is Mapping:
         item = get_args(kind)[1]
-        return {key: typed(item, inner, _inside(place, key)) for key, inner in _mapping(value, place).items()}
+        return {key: typed(item, inner, _place_inside(place, key)) for key, inner in _mapping(value, place).items()}
     if isinstance(kind, type) and issubclass(kind, Enum):
         return _enumerated(kind, value, place)
     if is_dataclass(kind):
         found = typed_fields(kind, value, place)
         try:
             return kind(**found)  # type: ignore[operator]
-        except FFEBMError as error:  # what the class itself checks
+        except FFEBMError as error:  # the class checks its own fields
             raise Malformed(f"{place}: {error}" if place else str(error)) from error
     return _scalar(kind, value, place)
 
 
 def typed_fields(kind: Any, value: Any, place: str = "", required: Sequence[str] | None = None) -> dict[str, Any]:
-    """The fields of a dataclass that an object gives, each as its annotation says.
+    """The fields that a JSON object gives for a dataclass, each in the form that its annotation says.
 
     Args:
         kind: the dataclass.
         value: a JSON value.
         place: where it is inside the file.
-        required: the fields that must be there; None for those without a default.
+        required: the fields that must be there. None requires those without a default.
 
     Raises:
-        Malformed: with the place, what was expected and what is there.
+        Malformed: the value is something else. Names the place, what was expected and what is there.
     """
     given = _mapping(value, place)
     known = {field.name: field for field in fields(kind) if field.init}
@@ -175,11 +175,11 @@ def typed_fields(kind: Any, value: Any, place: str = "", required: Sequence[str]
         if name not in given:
             raise Malformed(f"{place or 'it'} has no {name!r}")
     hints = get_type_hints(kind, include_extras=True)
-    return {name: typed(hints[name], inner, _inside(place, name)) for name, inner in given.items()}
+    return {name: typed(hints[name], inner, _place_inside(place, name)) for name, inner in given.items()}
 
 
 def short(value: object) -> str:
-    """A value in few letters, whatever it holds."""
+    """A value as a short text, however long it is."""
     if isinstance(value, Mapping):
         return f"an object of {len(value)}"
     if isinstance(value, list | tuple):
@@ -189,22 +189,22 @@ def short(value: object) -> str:
 
 
 def clipped(text: str) -> str:
-    """A sentence that names in a file may have made very long."""
+    """A sentence, cut if names from a file have made it very long."""
     return text if len(text) <= 1000 else f"{text[:700]} ... ({len(text) - 900} letters) ... {text[-200:]}"
 
 
-def _inside(place: str, name: str) -> str:
+def _place_inside(place: str, name: str) -> str:
     shown = name if name.isidentifier() and name.isascii() and len(name) <= 60 else f"[{short(name)}]"
     return shown if not place else f"{place}.{shown}" if shown == name else f"{place}{shown}"
 
 
-def _wrong(place: str, expected: str, value: object) -> Malformed:
+def _unexpected(place: str, expected: str, value: object) -> Malformed:
     return Malformed(f"{place or 'it'}: expected {expected}, got {short(value)}")
 
 
 def _mapping(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise _wrong(place, "an object", value)
+        raise _unexpected(place, "an object", value)
     for key in value:
         _scalar(str, key, f"a name in {place or 'the file'}")
     return value
@@ -212,11 +212,11 @@ def _mapping(value: Any, place: str) -> Mapping[str, Any]:
 
 def _sequence(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise _wrong(place, "a list", value)
+        raise _unexpected(place, "a list", value)
     if kinds[-1] is Ellipsis or len(kinds) == 1:
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
-        raise _wrong(place, f"a list of {len(kinds)}", value)
+        raise _unexpected(place, f"a list of {len(kinds)}", value)
     return tuple(typed(kind, item, f"{place}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
 
 
@@ -239,36 +239,38 @@ def _enumerated(kind: type[Enum], value: Any, place: str) -> Enum:
     for member in kind:
         if isinstance(value, str) and member.value == value:
             return member
-    raise _wrong(place, " or ".join(repr(member.value) for member in kind), value)
+    raise _unexpected(place, " or ".join(repr(member.value) for member in kind), value)
 
 
 def _limited(value: Any, limits: Sequence[Any], place: str) -> Any:
     for limit in limits:
         if not limit.least <= value <= limit.most or (limit.above and value == limit.least):
             end = f" and at most {limit.most:g}" if limit.most < math.inf else ""
-            raise _wrong(place, f"a number {'above' if limit.above else 'of at least'} {limit.least:g}{end}", value)
+            raise _unexpected(
+                place, f"a number {'above' if limit.above else 'of at least'} {limit.least:g}{end}", value
+            )
     return value
 
 
 def _scalar(kind: Any, value: Any, place: str) -> Any:
     if kind is str:
         if not isinstance(value, str):
-            raise _wrong(place, "a text", value)
+            raise _unexpected(place, "a text", value)
         if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise _wrong(place, "a text without half characters (lone surrogates)", value)
+            raise _unexpected(place, "a text without lone surrogates (halves of characters)", value)
     elif kind is bool:
         if not isinstance(value, bool):
-            raise _wrong(place, "true or false", value)
+            raise _unexpected(place, "true or false", value)
     elif kind is int:
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LARGEST:
-            raise _wrong(place, "a whole number of at most 64 bits", value)
+            raise _unexpected(place, "a whole number of at most 64 bits", value)
     elif kind in (float, Number):
         if isinstance(value, bool) or not isinstance(value, int | float) or not _fits(value, kind):
-            raise _wrong(place, "a finite number" if kind is float else "a number", value)
+            raise _unexpected(place, "a finite number" if kind is float else "a number", value)
         return float(value)
     elif kind is type(None):
         if value is not None:
-            raise _wrong(place, "null", value)
+            raise _unexpected(place, "null", value)
     else:
         raise TypeError(f"{place}: no JSON value is a {kind!r}")
     return value
@@ -277,5 +279,5 @@ def _scalar(kind: Any, value: Any, place: str) -> Any:
 def _fits(value: float, kind: Any) -> bool:
     try:
         return math.isfinite(float(value)) or kind is Number
-    except OverflowError:  # a whole number beyond the largest float
+    except OverflowError:  # the number is larger than the largest float
         return False

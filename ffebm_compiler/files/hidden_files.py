@@ -1,6 +1,7 @@
-"""Hidden names beside a target, for what is being written, and the removal of those whose writer was killed.
+"""Write under hidden names beside a target, and remove such files if their writer was killed.
 
-A writer holds a lock on what it writes, which ends with its process: what is hidden and locked by nobody is a leftover.
+A writer holds a lock on the file or folder that it writes, and the lock ends with its process. So a hidden file that
+nobody has locked is a leftover.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _HIDDEN = re.compile(r"\.ffebm-[0-9a-f]{16}\.part")
 
 
 def hidden_name(folder: Path) -> Path:
-    """A name that nothing has."""
+    """A hidden name that is not taken."""
     return folder / f".ffebm-{secrets.token_hex(8)}.part"
 
 
@@ -34,28 +35,28 @@ def hidden_file(folder: Path) -> tuple[int, Path]:
         path = hidden_name(folder)
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
         lock(descriptor)
-        if _same(descriptor, path):
+        if _is_at(descriptor, path):
             return descriptor, path
-        os.close(descriptor)  # another process took it for a leftover before it was locked
+        os.close(descriptor)  # before it was locked, another process removed it as a leftover
 
 
 @contextmanager
 def fresh_folder(parent: Path) -> Iterator[Path]:
-    """A hidden folder beside a target, removed when the context ends unless it was renamed; locked meanwhile."""
+    """A locked hidden folder beside a target. When the context ends it is removed, unless it was renamed."""
     descriptor = -1
     path = hidden_name(parent)
     try:
         while True:
             path.mkdir()
-            if sys.platform == "win32":  # which opens no folders
+            if sys.platform == "win32":  # Windows cannot open a folder
                 break
             with suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY)
                 lock(descriptor)
-                if _same(descriptor, path):
+                if _is_at(descriptor, path):
                     break
                 os.close(descriptor)
-            # Another process took it for a leftover before it was locked.
+            # Before it was locked, another process removed it as a leftover.
             descriptor, path = -1, hidden_name(parent)
         yield path
     finally:
@@ -65,7 +66,7 @@ def fresh_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder: hidden, and locked by nobody."""
+    """Remove the leftovers of killed writers from a folder: hidden files and folders that nobody has locked."""
     if sys.platform == "win32":
         return
     try:
@@ -87,7 +88,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def status_of(path: str | Path) -> os.stat_result | None:
-    """What is there, links followed; None where nothing is."""
+    """The status of a path, with links followed; None if nothing is there."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -97,10 +98,10 @@ def status_of(path: str | Path) -> os.stat_result | None:
 def lock(descriptor: int) -> None:
     """Hold a lock on an open file or folder until it is closed."""
     if sys.platform != "win32" and descriptor >= 0:
-        with suppress(OSError):  # a file system without locks: nobody removes its leftovers
+        with suppress(OSError):  # on a file system without locks, leftovers stay
             fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def _same(descriptor: int, path: Path) -> bool:
+def _is_at(descriptor: int, path: Path) -> bool:
     found = status_of(path)
     return found is not None and os.path.samestat(os.fstat(descriptor), found)

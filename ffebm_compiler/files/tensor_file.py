@@ -14,15 +14,15 @@ __all__ = ["read_tensors"]
 
 
 def read_tensors(path: Path, error: type[FFEBMError], remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; its bytes are mapped: nothing is allocated that the file does not hold.
+    """The tensors of a safetensors file. Its bytes are mapped, so that a false header cannot make it allocate memory.
 
     Args:
         path: the file.
         error: class of the errors.
-        remedy: ends the sentence.
+        remedy: ends the error message.
 
     Raises:
-        FFEBMError: of the class `error`, where it cannot be read, its header is malformed, or torch has no such dtype.
+        FFEBMError: of the class `error`; the file cannot be read, its header is malformed, or torch lacks its dtype.
     """
     try:
         return load_file(path)

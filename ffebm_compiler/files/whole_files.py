@@ -1,8 +1,8 @@
-"""Files that are whole or absent: an older one is there until the new one is complete, also after a kill.
+"""Write files that are whole or absent. An older file stays until the new one is complete, even if a process is killed.
 
-A file is written without a name where the file system can do that (`O_TMPFILE` on Linux), so that a process that is
-killed leaves nothing; only the complete file gets a name, and takes the older one's place in one step. Elsewhere it is
-written under a hidden name, which the next write into the same folder removes. Folders are in `whole_folders`.
+If the file system can do it (`O_TMPFILE` on Linux), a new file has no name while it is written, so that a killed one
+leaves nothing. The complete file gets its name, and takes the older one's place, in one step. Elsewhere it is
+written under a hidden name, and the next write into the same folder removes a leftover. `whole_folders` writes folders.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def write_whole(
     failure: str = "the file cannot be written",
     error: type[FFEBMError] = ExportError,
 ) -> None:
-    """Write a file, or leave what is there as it was.
+    """Write a file completely, or leave the older one as it was.
 
-    A link is followed, an older file's permissions are kept, and a new file's are those of any new file. What is no
-    ordinary file (`/dev/stdout`) is simply written to.
+    A link is followed. The permissions of an older file are kept, and a new file gets the usual ones. A device such as
+    `/dev/stdout` is simply written to.
 
     Args:
         path: the file.
         content: bytes, or a text, which is written as UTF-8.
-        failure: opens the error's sentence, which goes on with "to PATH".
+        failure: begins the error message, which goes on with "to PATH".
         error: class of the error.
 
     Raises:
-        FFEBMError: of the class `error`, where the file cannot be written; says why and what to do.
+        FFEBMError: of the class `error`; the file cannot be written. Says why and what to do.
     """
     with saying(path, failure, error, "give a file name in an existing folder that you may write to"):
         data = content.encode("utf-8") if isinstance(content, str) else content
@@ -82,7 +82,7 @@ def write_whole(
 def saying(
     path: str | Path, failure: str, error: type[FFEBMError], remedy: str = "choose a path that you may write to"
 ) -> Iterator[None]:
-    """Turn what the system says about a file into an error that names the path and what to do."""
+    """Turn an error of the system into one that names the path and says what to do."""
     try:
         yield
     except (OSError, ValueError) as cause:
@@ -97,7 +97,7 @@ def saying(
 class FreshFile:
     """A file that is being written in a folder and has no name, or a hidden one, until it is complete.
 
-    A context manager: what has not become a file when it ends is removed.
+    It is a context manager. If `become` was not called when the context ends, the file is removed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,7 +105,7 @@ class FreshFile:
         self._hidden: Path | None = None
         try:
             self._descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
-        except (OSError, AttributeError):  # a file system or a system without nameless files
+        except (OSError, AttributeError):  # the file system or the system has no nameless files
             self._descriptor, self._hidden = hidden_file(folder)
 
     def __enter__(self) -> FreshFile:
@@ -118,7 +118,7 @@ class FreshFile:
             self._hidden.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
-        """Add bytes, down to the disk."""
+        """Add bytes, and wait until they are on the disk."""
         _fill(self._descriptor, data)
         _sync(self._descriptor)
 
@@ -129,25 +129,25 @@ class FreshFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def become(self, target: Path) -> None:
-        """Take a name, in place of the file that has it; the caller brings the folder down to the disk."""
+        """Take a name, in place of the file that has it. The caller has to sync the folder."""
         older = status_of(target)
         if older is not None:
             take_over(self._descriptor, older)
         if self._hidden is None:
-            if older is None and self._named(target):
+            if older is None and self._give_name(target):
                 return
             self._takehidden_name()
         assert self._hidden is not None
-        if sys.platform == "win32":  # which moves no open file
+        if sys.platform == "win32":  # Windows cannot move an open file
             os.close(self._descriptor)
             self._descriptor = -1
         os.replace(self._hidden, target)
         self._hidden = None
 
-    def _named(self, name: Path) -> bool:
-        """Whether the nameless file could be given a name that is free."""
+    def _give_name(self, name: Path) -> bool:
+        """Give the nameless file a free name; False if that fails."""
         try:
-            # With a descriptor Python calls linkat, which follows the link in /proc.
+            # With a descriptor, Python calls linkat, which follows the link in /proc.
             os.link(f"/proc/self/fd/{self._descriptor}", name, src_dir_fd=self._descriptor, follow_symlinks=True)
         except OSError:
             return False
@@ -156,9 +156,9 @@ class FreshFile:
     def _takehidden_name(self) -> None:
         lock(self._descriptor)
         self._hidden = hidden_name(self._folder)
-        if self._named(self._hidden):
+        if self._give_name(self._hidden):
             return
-        nameless = self._descriptor  # no /proc
+        nameless = self._descriptor  # /proc is missing, so that the file has to be copied
         self._descriptor, self._hidden = hidden_file(self._folder)
         os.fchmod(self._descriptor, stat.S_IMODE(os.fstat(nameless).st_mode))
         with open(nameless, "rb") as source, open(self._descriptor, "wb", closefd=False) as copy:
@@ -168,7 +168,7 @@ class FreshFile:
 
 
 def place(file: Path, target: Path) -> None:
-    """Move a complete file of the same folder or one inside it to where it belongs, down to the disk."""
+    """Move a complete file to its place in the same or the parent folder, and sync the folder."""
     sync_file(file, status_of(target))
     os.replace(file, target)
     sync_folder(target.parent)
@@ -180,13 +180,13 @@ def take_over(descriptor: int, older: os.stat_result) -> None:
         return
     own = os.fstat(descriptor)
     if (own.st_uid, own.st_gid) != (older.st_uid, older.st_gid):
-        with suppress(OSError):  # only root may give files away
+        with suppress(OSError):  # only root may change the owner of a file
             os.fchown(descriptor, older.st_uid, older.st_gid)
     os.fchmod(descriptor, stat.S_IMODE(older.st_mode))
 
 
 def sync_file(path: Path, older: os.stat_result | None = None) -> None:
-    """Bring a file down to the disk, with the owner and the permissions of an older one."""
+    """Sync a file to the disk, with the owner and the permissions of an older one."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         if older is not None:
@@ -197,7 +197,7 @@ def sync_file(path: Path, older: os.stat_result | None = None) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names down to the disk, where the system can."""
+    """Sync a folder's names to the disk, if the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -216,5 +216,5 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot is as good as it gets
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # those mean that the file system cannot sync
             raise

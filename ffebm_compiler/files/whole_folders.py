@@ -1,8 +1,8 @@
-"""Folders that are replaced as a whole: the older one is there until the new one is complete, also after a kill.
+"""Replace folders as a whole. The older folder stays until the new one is complete, even if a process is killed.
 
-The new folder takes the older one's place in one step where the system can exchange two names (Linux, macOS). Elsewhere
-the older one is set aside first; `recover_folder`, which every reader and writer calls, puts it back where a process
-was killed between the two steps.
+If the system can exchange two names (Linux, macOS), the new folder takes the older one's place in one step. Elsewhere
+the older one is set aside first. If a process is killed between the two steps, `recover_folder`, which every reader and
+writer calls, puts the older one back.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ffebm_compiler.files.whole_files import FreshFile, saying, sync_file, sync_
 __all__ = ["FreshFolder", "digest_of", "recover_folder", "whole_folder"]
 
 _MOST_OPEN = 64
-"""Files that are kept open without a name before the folder gets one."""
+"""The largest number of nameless files that are kept open. If there are more, the folder gets a hidden name."""
 
 
 class FreshFolder:
-    """A folder that is being written: its files have no names, or lie in a hidden folder, until it is complete."""
+    """A folder that is being written. Until it is complete, its files have no names or lie in a hidden folder."""
 
     def __init__(self, parent: Path, stack: ExitStack) -> None:
         self._parent = parent
@@ -37,9 +37,9 @@ class FreshFolder:
         self._shared = False
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Add a file, down to the disk."""
+        """Add a file, and wait until it is on the disk."""
         if len(self._files) >= _MOST_OPEN:
-            self._named()
+            self._with_names()
         file = self._stack.enter_context(FreshFile(self._path or self._parent))
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         if self._path is None:
@@ -55,20 +55,20 @@ class FreshFolder:
 
     @property
     def path(self) -> Path:
-        """The hidden folder, with all files so far, for what reads or writes files itself."""
+        """The hidden folder with all files so far, for code that reads or writes files itself."""
         self._shared = True
-        return self._named()
+        return self._with_names()
 
     def complete(self) -> Path:
-        """The hidden folder, all of it on the disk."""
-        path = self._named()
+        """The hidden folder, with everything on the disk."""
+        path = self._with_names()
         for file in path.rglob("*") if self._shared else ():
             if file.is_file():
                 sync_file(file)
         sync_folder(path)
         return path
 
-    def _named(self) -> Path:
+    def _with_names(self) -> Path:
         if self._path is None:
             self._path = self._stack.enter_context(fresh_folder(self._parent))
             for name, file in self._files.items():
@@ -93,15 +93,15 @@ def whole_folder(
 
     Args:
         path: the folder.
-        failure: opens the error's sentence, which goes on with "to PATH".
+        failure: begins the error message, which goes on with "to PATH".
         error: class of the error.
 
     Raises:
-        FFEBMError: of the class `error`, where the folder cannot be written; says why and what to do.
+        FFEBMError: of the class `error`; the folder cannot be written. Says why and what to do.
     """
     with saying(path, failure, error):
         target = Path(os.path.realpath(path))
-        made = _made_parents(target.parent)
+        made = _make_parents(target.parent)
         try:
             remove_leftovers(target.parent)
             with ExitStack() as stack:
@@ -116,19 +116,19 @@ def whole_folder(
 
 
 def recover_folder(path: str | Path) -> None:
-    """Put an older folder back that a writer had set aside when it was killed; nothing happens otherwise."""
+    """Put an older folder back if its writer was killed after setting it aside."""
     with suppress(OSError, ValueError):
         target = Path(os.path.realpath(path))
-        aside = _aside(target)
+        aside = _path_aside(target)
         if aside.is_dir() and not os.path.lexists(target):
             aside.rename(target)
 
 
 def _replace(target: Path, fresh: Path) -> None:
     recover_folder(target)
-    aside = _aside(target)
+    aside = _path_aside(target)
     shutil.rmtree(aside, ignore_errors=True)
-    if not _renamed(fresh, target) and not _exchange(fresh, target):
+    if not _take_name(fresh, target) and not _exchange(fresh, target):
         target.rename(aside)
         try:
             fresh.rename(target)
@@ -139,8 +139,8 @@ def _replace(target: Path, fresh: Path) -> None:
     sync_folder(target.parent)
 
 
-def _renamed(fresh: Path, target: Path) -> bool:
-    """Whether the name was free; else the new folder has the older one's owner and permissions now."""
+def _take_name(fresh: Path, target: Path) -> bool:
+    """Give the new folder its name; if that is taken, return False and copy the older one's owner and permissions."""
     try:
         older = target.stat()
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def _renamed(fresh: Path, target: Path) -> bool:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+    """Exchange two names in one step; False if the system or the file system cannot."""
     library = ctypes.CDLL(None) if sys.platform != "win32" else None
     try:
         if sys.platform == "linux":
@@ -173,14 +173,14 @@ def _exchange(first: Path, second: Path) -> bool:
     return False
 
 
-def _aside(target: Path) -> Path:
-    """Where an older folder lies while its name changes hands."""
+def _path_aside(target: Path) -> Path:
+    """The path of an older folder that is set aside."""
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
     return target.with_name(f".ffebm-{digest}.older")
 
 
-def _made_parents(folder: Path) -> list[Path]:
-    """Make a folder and those above it; returns those that are new, the innermost first."""
+def _make_parents(folder: Path) -> list[Path]:
+    """Make a folder and its parents; returns those that are new, the innermost first."""
     new = []
     while not os.path.lexists(folder):
         new.append(folder)

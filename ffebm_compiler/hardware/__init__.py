@@ -1,1 +1,1 @@
-"""What a chip is, and what it costs."""
+"""The description of a chip, and the constants of its cost model."""

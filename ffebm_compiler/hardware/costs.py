@@ -1,4 +1,4 @@
-"""The constants of the cost model: every one with unit, range and source. An unknown one is unknown, never 0.
+"""The constants of the cost model, each with unit, range and source. An unknown one is unknown, never 0.
 
 `Hardware.costs` replaces constants by name, e.g. `costs={"adc_pj": 0.36, "read_ns": 100.0}`.
 """
@@ -19,7 +19,7 @@ __all__ = ["Constant", "Quantity", "constants_of", "unknown"]
 class Quantity:
     """A modelled figure: a range in a unit, or unknown.
 
-    Sums and products with something unknown are unknown.
+    A sum or product with an unknown figure is unknown.
     """
 
     low: float | None
@@ -40,7 +40,7 @@ class Quantity:
         return Quantity(self.low + other.low, self.high + other.high, self.unit)
 
     def __mul__(self, count: float) -> Quantity:
-        """A number of times the quantity; nothing of something unknown is 0."""
+        """The quantity times a number. Zero times an unknown quantity is 0."""
         if not count:
             return Quantity(0.0, 0.0, self.unit)
         if self.low is None or self.high is None:
@@ -48,7 +48,7 @@ class Quantity:
         return Quantity(self.low * count, self.high * count, self.unit)
 
     def ratio(self, other: Quantity) -> tuple[float, float] | None:
-        """The range of self / other; None where one is unknown or 0."""
+        """The range of self / other; None if one of them is unknown or 0."""
         if self.low is None or self.high is None or not other.low or not other.high:
             return None
         return self.low / other.high, self.high / other.low
@@ -63,7 +63,7 @@ class Quantity:
 
 
 def unknown(unit: str) -> Quantity:
-    """A quantity that nobody knows."""
+    """An unknown quantity in a unit."""
     return Quantity(None, None, unit)
 
 
@@ -90,15 +90,15 @@ class Constant:
 
 
 def _adc(bits: int) -> float:
-    """(100 b + 0.001 · 4^b) fF · V² in pJ at 1 V."""
+    """Energy of a conversion with b bits, (100 b + 0.001 · 4^b) fF · V², in pJ at 1 V."""
     return (100 * bits + 0.001 * 4**bits) * 1e-3
 
 
 def constants_of(hardware: Hardware) -> dict[str, Constant]:
-    """The constants for a fabric, with its own `costs` in place of the model's.
+    """The constants for a fabric. Those in its own `costs` replace the model's.
 
     Raises:
-        HardwareError: where `hardware.costs` names a constant that the model does not have.
+        HardwareError: `hardware.costs` names a constant that the model does not have.
     """
     found = {constant.name: constant for constant in _defaults(hardware)}
     own: Mapping[str, float] = hardware.costs or {}

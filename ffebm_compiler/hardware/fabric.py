@@ -1,7 +1,7 @@
 """The analog fabric that a network is partitioned for: tiles, cores, capacities and converters.
 
-A *tile* is one crossbar of `tile_rows` × `tile_cols` devices. A *core* is what one energy block must fit
-into: `tiles_per_core` tiles that settle together, with no converter between them. `None` as a
+A *tile* is one crossbar of `tile_rows` × `tile_cols` devices. A *core* is `tiles_per_core` tiles that settle
+together, with no converter between them. One energy block must fit into one core. `None` as a
 capacity means unlimited.
 """
 
@@ -48,20 +48,21 @@ class Hardware:
         layers_per_block: weight-stationary layers in one energy block. None: unlimited.
         neurons_per_block: state values per sample in one energy block. None: unlimited.
         devices_per_weight: adjacent columns that hold one signed weight, 2 for a differential pair.
-        conv_mapping: "im2col" reuses a convolution's tiles for every output position, one after the other;
-            "unrolled" has tiles of its own for every position.
+        conv_mapping: "im2col" uses a convolution's tiles for one output position after the other.
+            "unrolled" has separate tiles for every position.
         weight_bits: bits of a programmed weight. None: not quantised.
         adc_bits: bits of an analog-to-digital conversion, at a block's outputs. None: not quantised.
         dac_bits: bits of a digital-to-analog conversion, at a block's inputs. None: not quantised.
         noise: standard deviation of the programmed weights, relative to the largest one. None: no noise.
-        costs: constants for the cost report that replace its own, by name. None: its own.
-        bias_row: whether the bias of a layer takes one more row of its matrix, driven by a constant input,
-            instead of being added digitally to what the converters give.
-        groups_share_tiles: whether a convolution's groups lie along a tile's diagonal, as many as fit; else apart.
-        overrides: what differs for some layers: glob pattern on module paths -> fields, e.g.
-            `{"layer4.*": {"tile_cols": 512}}`. A layer may have its own `tile_rows`, `tile_cols`,
-            `devices_per_weight`, `conv_mapping`, `bias_row` and `groups_share_tiles`; `tiles_per_core`
-            counts tiles of any size. None: nothing.
+        costs: constants that replace the cost model's own, by name. None: none is replaced.
+        bias_row: whether the bias of a layer takes one more row of its matrix, driven by a constant input.
+            Otherwise it is added digitally, after the converters.
+        groups_share_tiles: whether as many groups of a convolution as fit lie along the diagonal of one tile.
+            Otherwise each group has tiles of its own.
+        overrides: fields that differ for some layers, as a mapping of glob patterns on module paths to fields
+            (`{"layer4.*": {"tile_cols": 512}}`). A layer may have its own `tile_rows`, `tile_cols`,
+            `devices_per_weight`, `conv_mapping`, `bias_row` and `groups_share_tiles`. `tiles_per_core`
+            counts tiles of any size. None: no layer differs.
         name: what reports call this fabric.
         source: where these numbers come from.
         cores_per_chip: cores of one chip; a network that needs more takes several chips. None: all on one chip.
@@ -108,7 +109,10 @@ class Hardware:
             if not isinstance(getattr(self, field), bool):
                 raise HardwareError(f"{field} must be True or False; got {getattr(self, field)!r}")
         if self.overrides is not None:
-            self._set("overrides", Frozen({p: self._own(p, v) for p, v in checked_overrides(self.overrides).items()}))
+            self._set(
+                "overrides",
+                Frozen({p: self._checked_override(p, v) for p, v in checked_overrides(self.overrides).items()}),
+            )
         if not isinstance(self.name, str) or not self.name.strip():
             raise HardwareError(f"name must be a text that is not empty, got {self.name!r}: it heads the reports")
         if not isinstance(self.source, str):
@@ -119,16 +123,17 @@ class Hardware:
 
             tiles = groups · ⌈rows / tile_rows⌉ · ⌈cols · devices_per_weight / tile_cols⌉
 
-        times `positions` where `conv_mapping` is "unrolled". A quotient by an unlimited side is 1: without
-        limits there is one tile per group (and position). With `groups_share_tiles`, ⌈groups / n⌉ tiles hold
-        n = min(⌊tile_rows / rows⌋, ⌊tile_cols / (cols · devices_per_weight)⌋) groups each, where n is more than 1.
+        times `positions` if `conv_mapping` is "unrolled". A quotient by an unlimited side is 1, so that without
+        limits there is one tile per group (and position). With `groups_share_tiles`, one tile holds up to
+        n = min(⌊tile_rows / rows⌋, ⌊tile_cols / (cols · devices_per_weight)⌋) groups. If n > 1 there are ⌈groups / n⌉
+        tiles.
 
         Args:
             rows: inputs of one group: in_features, or k_h · k_w · C_in / groups.
             cols: outputs of one group: out_features, or C_out / groups.
             groups: groups of a grouped convolution, 1 otherwise.
             positions: output positions of a convolution, 1 otherwise.
-            bias: whether the bias takes a row of the crossbar (rows + 1) instead of being added digitally.
+            bias: whether the layer has a bias that takes a row of the crossbar (rows + 1).
 
         Raises:
             HardwareError: one of the four numbers is not a whole number of at least 1.
@@ -142,7 +147,7 @@ class Hardware:
         return -(-groups // self.groups_per_tile(rows, cols, groups, bias)) * down * across * copies
 
     def groups_per_tile(self, rows: int, cols: int, groups: int = 1, bias: bool = False) -> int:
-        """Groups of one layer that lie on one tile: 1 without `groups_share_tiles`; arguments as those of `tiles`."""
+        """Groups of one layer on one tile (1 without `groups_share_tiles`). The arguments are those of `tiles`."""
         if not self.groups_share_tiles:
             return 1
         down = groups if self.tile_rows is None else self.tile_rows // (rows + int(bias))
@@ -150,10 +155,10 @@ class Hardware:
         return max(1, min(groups, down, across))
 
     def for_layer(self, path: str) -> Hardware:
-        """The fabric as the layer of a module path has it: itself without `overrides`, else what they make of it.
+        """The fabric for the layer of a module path, with the `overrides` that match it.
 
         Raises:
-            HardwareError: where two patterns match the layer and disagree.
+            HardwareError: two patterns match the layer and disagree.
         """
         return replace(self, overrides=None, **fields_for(self.overrides, path)) if self.overrides else self
 
@@ -186,7 +191,7 @@ class Hardware:
     def from_file(cls, path: str | Path) -> Hardware:
         """The fabric described by a TOML or JSON file with the fields as top-level keys.
 
-        The `name` is the file's own unless the file gives one. TOML has no null: write `cores = "none"`
+        Without a `name` in the file, the fabric has the name of the file. TOML has no null, so write `cores = "none"`
         for an optional field without a value.
 
         Raises:
@@ -199,8 +204,8 @@ class Hardware:
         except HardwareError as error:
             raise HardwareError(f"{path}: {clipped(str(error))}") from error
 
-    def _own(self, pattern: str, values: Mapping[str, Any]) -> Frozen:
-        """The fields of one override, checked as those of a fabric are."""
+    def _checked_override(self, pattern: str, values: Mapping[str, Any]) -> Frozen:
+        """The fields of one override, checked like those of a fabric."""
         try:
             checked = Hardware(**values)
         except HardwareError as error:
@@ -211,7 +216,7 @@ class Hardware:
         object.__setattr__(self, field, value)  # the class is frozen
 
     def _set_whole(self, field: str, *, remedy: str, optional: bool = False, most: int | None = None) -> None:
-        """Check a whole number and keep it as a plain int, which JSON and TOML can hold."""
+        """Check a whole number and store it as a plain int, which JSON and TOML can hold."""
         value = getattr(self, field)
         if value is None and optional:
             return
@@ -284,12 +289,12 @@ def _ceil_div(value: int, size: int | None) -> int:
 
 
 def _non_negative(value: object, wanted: str) -> float:
-    """The value as a float; `wanted` opens the error's sentence."""
+    """The value as a float; `wanted` begins the error message."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise HardwareError(f"{wanted}, got {value!r}")
     try:
         number = float(value)
-    except OverflowError:  # a whole number beyond the largest float
+    except OverflowError:  # the number is larger than the largest float
         number = math.inf
     if not 0 <= number < math.inf:
         raise HardwareError(f"{wanted}, got {number!r}")

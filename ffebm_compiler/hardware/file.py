@@ -14,7 +14,7 @@ __all__ = ["read_table"]
 
 
 def read_table(path: Path, optional: Collection[str]) -> dict[str, Any]:
-    """The top-level table of a TOML or JSON file; TOML's "none" is None in optional fields.
+    """The top-level table of a TOML or JSON file. In optional fields, TOML's "none" becomes None.
 
     Raises:
         HardwareError: the file cannot be read or parsed, or is no table.

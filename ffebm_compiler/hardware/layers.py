@@ -1,8 +1,7 @@
-"""What of a fabric may differ from layer to layer, and values that cannot change.
+"""Fields of a fabric that may differ from layer to layer, and mappings that cannot change.
 
 `Hardware.overrides` maps glob patterns on module paths to the fields that differ for the layers
-they match. A pattern matches a layer by its own path or by that of a module that holds it, as in
-`force_digital`.
+they match. As in `force_digital`, a pattern matches a layer by its own path or by the path of a module that holds it.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from ffebm_compiler.errors import HardwareError
 __all__ = ["PER_LAYER", "Frozen", "checked_overrides", "fields_for", "matches", "unmatched"]
 
 PER_LAYER = ("tile_rows", "tile_cols", "devices_per_weight", "conv_mapping", "bias_row", "groups_share_tiles")
-"""Fields of `Hardware` that a layer may have of its own; the others belong to a core or to the fabric."""
+"""Fields of `Hardware` that may differ for a layer. The others belong to a core or to the whole fabric."""
 
 
 class Frozen(Mapping[str, Any]):
-    """A mapping that cannot change, so that what holds it can be hashed, copied and pickled."""
+    """A mapping that cannot change, so that the object which holds it can be hashed, copied and pickled."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = dict(values)
@@ -50,10 +49,10 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def checked_overrides(overrides: object) -> Frozen:
-    """Overrides with known fields; their values are for `Hardware` to check.
+    """Overrides whose fields are known. `Hardware` checks their values.
 
     Raises:
-        HardwareError: naming the pattern and the field.
+        HardwareError: the overrides are malformed; names the pattern and the field.
     """
     example = "such as {'layer4.*': {'tile_cols': 512}}"
     if not isinstance(overrides, Mapping):
@@ -77,10 +76,10 @@ def checked_overrides(overrides: object) -> Frozen:
 
 
 def fields_for(overrides: Mapping[str, Mapping[str, Any]], path: str) -> dict[str, Any]:
-    """The fields that a layer has of its own.
+    """The fields that the overrides give for a layer.
 
     Raises:
-        HardwareError: where two patterns match it and disagree.
+        HardwareError: two patterns match the layer and disagree.
     """
     found: dict[str, tuple[Any, str]] = {}
     for pattern, values in overrides.items():

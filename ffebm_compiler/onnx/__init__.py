@@ -6,7 +6,7 @@
     ffebm_compiler.onnx.verify(hybrid, "hybrid.onnx", (x,))
     ffebm_compiler.onnx.quantise("out/", x, into="int8/")
 
-Needs the extra `ffebm-compiler[onnx]`; importing this module does not.
+Exporting needs the extra `ffebm-compiler[onnx]`. Importing this module does not.
 """
 
 from ffebm_compiler.onnx.digital import export_digital

@@ -1,4 +1,4 @@
-"""Absent values: what a digital part computes in train mode alone, and an export in eval mode does not have."""
+"""Absent values: values that exist in train mode alone, and that an export in eval mode does not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["absent_outputs"]
 
 
 def absent_outputs(part: fx.GraphModule, operands: Sequence[bool]) -> list[bool]:
-    """Which outputs of a part are None in eval mode, given which of its operands are."""
+    """For each output of a part, whether it is None in eval mode, given the same for each operand."""
     given = iter(operands)
     known: dict[fx.Node, bool | tuple[bool, ...]] = {}
     for node in part.graph.nodes:
@@ -24,11 +24,11 @@ def absent_outputs(part: fx.GraphModule, operands: Sequence[bool]) -> list[bool]
         elif node.target is operator.getitem and isinstance(several := known[node.args[0]], tuple):
             known[node] = several[node.args[1]]
         else:
-            known[node] = _result(part, node)
+            known[node] = _is_absent(part, node)
     raise AssertionError("a digital part has an output node")
 
 
-def _result(part: fx.GraphModule, node: fx.Node) -> bool | tuple[bool, ...]:
+def _is_absent(part: fx.GraphModule, node: fx.Node) -> bool | tuple[bool, ...]:
     module = part.get_submodule(str(node.target)) if node.op == "call_module" else None
     if not isinstance(module, ModeSwitch):
         return False

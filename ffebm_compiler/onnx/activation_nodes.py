@@ -40,12 +40,12 @@ __all__ = ["activation_nodes"]
 def activation_nodes(
     writer: Writer, activation: Activation, h: str, parameters: Sequence[str] = (), rank: int = 2
 ) -> str:
-    """σ(h); returns the name of the result. `parameters` are names of its weights, `rank` is that of h.
+    """Write σ(h) and return the name of the result. `parameters` are the names of σ's weights, `rank` is the rank of h.
 
     Raises:
-        ExportError: for an activation that has no ONNX form here.
+        ExportError: the activation has no ONNX form here.
     """
-    if isinstance(activation, PReLU):  # its slopes lie along the second dimension, those of ONNX along the last
+    if isinstance(activation, PReLU):  # its slopes lie along the second dimension, ONNX's along the last
         shape = writer.ints([-1, *[1] * (rank - 2)])
         return writer.op("PRelu", h, writer.op("Reshape", parameters[0], shape))
     write = _TABLE.get(type(activation))

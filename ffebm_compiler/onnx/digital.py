@@ -1,4 +1,4 @@
-"""Export of the digital parts: one ONNX file each, the blocks' weights, and the manifest that joins them."""
+"""Export the digital parts as one ONNX file each, with the blocks' weights and the manifest that joins them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ffebm_compiler.onnx.trace import Trace
 __all__ = ["export_digital", "part_models", "save_part"]
 
 _LARGE = 1 << 30
-"""Bytes of tensors above which a part keeps them in a file beside it (one protobuf holds 2 GiB)."""
+"""If a part has more bytes of tensors, they go to a file beside it (one protobuf holds 2 GiB)."""
 
 
 def export_digital(
@@ -36,15 +36,15 @@ def export_digital(
 ) -> Path:
     """Write one checked ONNX file per feedforward part, the energy blocks' weights, and `manifest.json`.
 
-    The files are in eval mode, whatever mode the hybrid is in (with an `FFEBMWarning` where it matters), and have a
-    free batch size. The schema
-    of the manifest is in `docs/onnx.md`; `ffebm_compiler.onnx.run(folder, inputs)` executes it.
+    The files are in eval mode, whatever mode the hybrid is in, and have a free batch size. An `FFEBMWarning` says if
+    the mode matters. `docs/onnx.md` has the schema of the manifest, and `ffebm_compiler.onnx.run(folder, inputs)`
+    executes it.
 
     Args:
         hybrid: the hybrid, which is not changed.
         folder: a new or empty folder, or one of an earlier export, which is replaced.
         fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
-        progress: called with what is done next: once, then for each part and for the manifest.
+        progress: called with the name of each step: once at the start, then for each part and for the manifest.
 
     Returns:
         The folder.
@@ -77,7 +77,7 @@ def part_models(steps: Steps, hybrid: HybridCore, fuse: bool) -> list[tuple[Step
     """The ONNX models of all feedforward parts, by one export.
 
     Raises:
-        ExportError: naming the part and the modules whose operations have no ONNX form.
+        ExportError: an operation has no ONNX form; names the part and the modules.
     """
     parts = [step for step in steps.steps if not step.energy]
     if not parts:
@@ -86,7 +86,7 @@ def part_models(steps: Steps, hybrid: HybridCore, fuse: bool) -> list[tuple[Step
         return _exported(parts, hybrid, fuse)
     except ExportError as error:
         if len(parts) > 1:
-            for step in parts:  # find out which one it was
+            for step in parts:  # export them one by one to find the part that failed
                 _exported([step], hybrid, fuse)
         raise ExportError(_with_operations(parts[0], hybrid, error) if len(parts) == 1 else str(error)) from error
 
@@ -133,7 +133,7 @@ def _operations(step: Step, hybrid: HybridCore) -> tuple[str, ...]:
 
 
 def _file_name(step: Step, hybrid: HybridCore) -> str:
-    """Name of the part and of what it computes, e.g. `digital_1_batch_norm_relu.onnx`."""
+    """The part's name and its operations, e.g. `digital_1_batch_norm_relu.onnx`."""
     kinds = dict.fromkeys(hybrid.plan.graph[name].target for name in _operations(step, hybrid))
     words: list[str] = []
     for kind in kinds:
@@ -146,7 +146,7 @@ def _file_name(step: Step, hybrid: HybridCore) -> str:
 
 
 def save_part(onnx: Any, model: Any, folder: FreshFolder, name: str) -> None:
-    """Write a model and check it; tensors go beside it where they are large."""
+    """Write a model and check it. Large tensors go to a file beside it."""
     checked: str | bytes
     if model.ByteSize() > _LARGE:
         checked = str(folder.path / name)
@@ -161,7 +161,7 @@ def save_part(onnx: Any, model: Any, folder: FreshFolder, name: str) -> None:
 
 
 def _tensors(steps: Steps) -> dict[str, Tensor]:
-    """What the energy blocks and the outputs read of the weights, each once."""
+    """The weights that the energy blocks and the outputs read, each once."""
     found: dict[str, Tensor] = {}
     operands: list[Operand] = [operand for step in steps.steps if step.energy for operand in step.operands]
     for operand in [*operands, *steps.outputs]:

@@ -1,4 +1,4 @@
-"""Emit: a straight line of ONNX nodes that is written from Python, with constants and static shapes."""
+"""Emit: write a sequence of ONNX nodes from Python, with constants and static shapes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["Free", "Names", "Shape", "Writer", "fixed"]
 
 
 class Free(NamedTuple):
-    """A free size, by what it was in two evaluations: equal ones are the same size."""
+    """A free size, given by its values in two evaluations. Sizes with equal values are the same size."""
 
     first: int
     second: int
 
 
 Shape = tuple[int | Free, ...]
-"""Sizes of a value, as numbers where they are fixed."""
+"""Sizes of a value. A fixed size is a number."""
 
 
 def fixed(shape: Shape, dim: int) -> int:
     """A size that has to be a number.
 
     Raises:
-        ExportError: where it is free.
+        ExportError: the size is free.
     """
     size = shape[dim]
     if isinstance(size, Free):
@@ -47,7 +47,7 @@ class Names:
         self._counter = count()
 
     def fresh(self, stem: str) -> str:
-        """A name that was not given before."""
+        """A name that was not used before."""
         return f"{stem}_{next(self._counter)}"
 
 
@@ -57,7 +57,7 @@ class Writer:
     Args:
         names: shared by a function and the bodies inside it.
         dtype: NumPy name of the floating dtype, `"float32"` or `"float64"`.
-        outside: the writer of the enclosing scope, which constants are hoisted to.
+        outside: the writer of the enclosing scope, which takes the constants.
     """
 
     def __init__(self, names: Names, dtype: str, outside: Writer | None = None) -> None:
@@ -66,7 +66,7 @@ class Writer:
         self.nodes: list[Any] = []
         self.weight_shapes: dict[str, tuple[int, ...]] = outside.weight_shapes if outside is not None else {}
         self._outside = outside
-        self._turned: dict[str, str] = {}
+        self._transposes: dict[str, str] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def op(self, kind: str, *operands: str, stem: str = "", **attributes: Any) -> str:
@@ -76,7 +76,7 @@ class Writer:
         return name
 
     def constant(self, array: np.ndarray[Any, Any]) -> str:
-        """The name of a constant; equal ones are written once, outside of loops."""
+        """The name of a constant. Equal constants are written once, outside of loops."""
         if self._outside is not None:
             return self._outside.constant(array)
         key = (array.dtype.str, array.shape, array.tobytes())
@@ -108,9 +108,9 @@ class Writer:
         """The transpose of a weight matrix, computed once, outside of loops."""
         if self._outside is not None:
             return self._outside.turned(weight)
-        if weight not in self._turned:
-            self._turned[weight] = self.op("Transpose", weight, perm=[1, 0])
-        return self._turned[weight]
+        if weight not in self._transposes:
+            self._transposes[weight] = self.op("Transpose", weight, perm=[1, 0])
+        return self._transposes[weight]
 
     def kernel_of(self, weight: str) -> tuple[int, ...]:
         """The kernel sizes of a convolution's weight."""
@@ -133,10 +133,10 @@ class Writer:
         return total
 
     def reshaped(self, value: str, before: Shape, after: Shape) -> str:
-        """The value in another shape: sizes that are free are copied or inferred.
+        """The value in another shape. Free sizes are copied or inferred.
 
         Raises:
-            ExportError: where several sizes are free and not in their old places.
+            ExportError: several sizes are free and not in their old places.
         """
         if before == after:
             return value

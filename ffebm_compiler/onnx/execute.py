@@ -1,4 +1,4 @@
-"""Execute a manifest: feedforward parts in onnxruntime, energy blocks in this package's runtime."""
+"""Execute a manifest, with feedforward parts in onnxruntime and energy blocks in this package's runtime."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ffebm_compiler.runtime.solvers.base import GaussSeidel
 __all__ = ["Exported", "Inputs", "load", "run", "session_of"]
 
 Inputs = Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
-"""One tensor or array, a sequence of them in the order of the forward, or by the names in the manifest."""
+"""One tensor or array, a sequence in the order of the forward, or a mapping by the names in the manifest."""
 
 
 def run(folder: str | Path, inputs: Inputs, *, threads: int | None = None) -> list[Tensor]:
@@ -36,20 +36,20 @@ def run(folder: str | Path, inputs: Inputs, *, threads: int | None = None) -> li
     Args:
         folder: the exported folder.
         inputs: the network's tensors.
-        threads: threads of onnxruntime; None is its default.
+        threads: number of threads of onnxruntime. None leaves it to onnxruntime.
 
     Returns:
         The network's outputs, flattened, on the CPU.
 
     Raises:
-        ExportError: where a file is missing, was changed or lies outside of the folder, or an input does not fit.
-        ConvergenceError: where a block does not settle.
+        ExportError: a file is missing, was changed or lies outside of the folder, or an input does not fit.
+        ConvergenceError: a block does not settle.
     """
     return load(folder, threads=threads).run(inputs)
 
 
 def load(folder: str | Path, *, threads: int | None = None) -> Exported:
-    """Read and check an export once, to run it many times; arguments and errors are those of `run`."""
+    """Read and check an export once, to run it many times. Arguments and errors are those of `run`."""
     return Exported(Path(folder), threads)
 
 
@@ -138,7 +138,7 @@ class Exported:
         return [output for output in outputs if output is not None]
 
     def values(self, inputs: Inputs) -> dict[str, Tensor]:
-        """Execute it; returns every value that passes between steps, by its name in the manifest."""
+        """Execute it and return every value that passes between steps, by its name in the manifest."""
         values = self._inputs(inputs)
         for step, work in zip(self.manifest["steps"], self._steps, strict=True):
             if isinstance(work, EnergyBlock):
@@ -165,7 +165,7 @@ class Exported:
             return None
         found = values.get(item["value"]) if "value" in item else self._tensors.get(item["tensor"])
         if found is None:
-            raise ExportError(f"the manifest reads {next(iter(item.values()))!r}, which nothing gives: export again")
+            raise ExportError(f"the manifest reads {next(iter(item.values()))!r}, which no step computes: export again")
         return found
 
     def _inputs(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ class Exported:
             raise ExportError(f"input {name!r} has dtype {value.dtype}, expected {dtype}: convert it")
         fits = value.dim() == len(spec["shape"])
         for found, size in zip(value.shape, spec["shape"], strict=False):
-            # A plain name has one value everywhere; what an expression gives is left to the parts.
+            # A size with a plain name must be equal everywhere. The parts themselves check the expressions.
             expected = sizes.setdefault(size, found) if isinstance(size, str) and size.isidentifier() else size
             fits = fits and (found == expected or isinstance(expected, str))
         if not fits:
@@ -210,6 +210,6 @@ def _part(step: Mapping[str, Any], session: Any, values: Mapping[str, Tensor]) -
 def _check_file(folder: Path, name: str, digest: str) -> None:
     path = folder / name
     if os.path.islink(path) or not os.path.isfile(path):
-        raise ExportError(f"{path} is missing (or is a link): the export is incomplete; export again")
+        raise ExportError(f"{path} is missing (or is a link), so that the export is incomplete: export again")
     if digest_of(path) != digest:
         raise ExportError(f"{path} was changed after the export (its SHA-256 differs): export again")

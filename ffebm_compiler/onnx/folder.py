@@ -1,4 +1,4 @@
-"""The folder of an export, which appears whole and replaces an earlier export only."""
+"""Write the folder of an export. It appears as a whole, and replaces nothing but an earlier export."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["FAILURE", "FORMAT", "export_folder"]
 
 FAILURE = "the export cannot be written"
 FORMAT = "ffebm-digital"
-"""What a manifest of ours says under `format`."""
+"""The value of `format` in our manifests."""
 
 
 @contextmanager
 def export_folder(folder: Path) -> Iterator[FreshFolder]:
-    """A folder to write an export to, at `folder` when the context ends without an error.
+    """A folder to write an export to. It appears at `folder` when the context ends without an error.
 
-    An earlier export there is replaced, or left as it is.
+    Then it replaces an earlier export. After an error that is left as it is.
 
     Raises:
-        ExportError: where the path cannot be written, is a file, or holds anything but an earlier export.
+        ExportError: the path cannot be written, is a file, or holds anything but an earlier export.
     """
     recover_folder(folder)
     _check_free(folder)
@@ -35,11 +35,11 @@ def export_folder(folder: Path) -> Iterator[FreshFolder]:
 
 
 def _check_free(target: Path) -> None:
-    """Only an earlier export may be replaced."""
+    """Refuse a path that holds anything but an earlier export."""
     if not os.path.exists(target):
         return
     if not os.path.isdir(target):
-        raise ExportError(f"{target} is a file: parts='digital' writes a folder; name one that is new or empty")
+        raise ExportError(f"{target} is a file, and parts='digital' writes a folder: name one that is new or empty")
     try:
         present = {item.name for item in target.iterdir()}
         if not present:

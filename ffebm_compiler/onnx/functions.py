@@ -3,13 +3,13 @@
     s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m ,   γ_{l,m} = c_m/c_l
 
 The states start at their feedforward values. One pass of the body is one Gauss–Seidel sweep of
-`runtime.phases.free_phase.FreePhase`; it ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
-at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. What depends on the inputs
-alone is computed before the loop. An ONNX function cannot raise: the outputs of a block that did
+`runtime.phases.free_phase.FreePhase`. The loop ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
+at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. Values that depend only on the inputs
+are computed before the loop. An ONNX function cannot raise an error, so the outputs of a block that did
 not settle are NaN.
 
-Where the energy has amplifiers, the loads on the states are computed from the weights before the loop, and a state is
-σ under its load (`load_nodes.py`). Blocks of one structure share one function; γ, the amplifiers' gains and the limits
+If the energy has amplifiers, the loads on the states are computed from the weights before the loop, and a state is
+σ under its load (`load_nodes.py`). Blocks of one structure share one function. γ, the amplifiers' gains and the limits
 are attributes of the call.
 """
 
@@ -42,7 +42,7 @@ from ffebm_compiler.runtime.program.block_program import BlockProgram, Instructi
 __all__ = ["DOMAIN", "BlockFunction", "block_function"]
 
 DOMAIN = "ffebm.energy"
-"""The ONNX domain of the functions; a vendor's kernel of this domain may replace them."""
+"""The ONNX domain of the functions. A vendor may replace them by a kernel in this domain."""
 VERSION = 1
 
 
@@ -59,7 +59,7 @@ def block_function(step: Step) -> BlockFunction:
     """The function of an energy block.
 
     Raises:
-        ExportError: for an operator or activation that has no ONNX form, with the layer's module path.
+        ExportError: an operator or activation has no ONNX form; names the layer's module path.
     """
     block = step.module
     assert isinstance(block, EnergyBlock)
@@ -101,7 +101,7 @@ class _Builder:
         self.amplifiers = {
             index: f"amplifier_{index}" for index, _ in enumerate(self.block.setting.amplifiers) if self.coupled
         }
-        """Where the energy has amplifiers: its states are loaded."""
+        """Whether the energy has amplifiers, so that its states are loaded."""
 
     def build(self) -> BlockFunction:
         onnx = package("onnx")
@@ -121,7 +121,7 @@ class _Builder:
                 value = self.main.op("Where", settled, value, self.main.number(float("nan")))
             self.main.nodes.append(onnx.helper.make_node("Identity", [value], [name]))
         attributes = self._attributes()
-        name = f"EnergyBlock_{self._digest()}"
+        name = f"EnergyBlock_{self._structure_digest()}"
         proto = onnx.helper.make_function(
             DOMAIN,
             name,
@@ -149,8 +149,8 @@ class _Builder:
             attributes[name] = self.block.setting.amplifiers[index]
         return attributes
 
-    def _digest(self) -> str:
-        """By structure: blocks that differ in weights, γ and tolerances alone share a function."""
+    def _structure_digest(self) -> str:
+        """A hash of the structure. Blocks that differ only in weights, γ and tolerances share a function."""
         structure = program_to_json(self.program)
         for layer in structure["layers"]:
             del layer["name"]
@@ -167,7 +167,7 @@ class _Builder:
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
     def _feedforward(self, fixed: dict[int, str]) -> list[str]:
-        """The states without feedback; fills in the registers that depend on the inputs alone."""
+        """The states without feedback. Adds the registers that depend only on the inputs to `fixed`."""
         states: list[str] = []
         for index, layer in enumerate(self.program.layers):
             registers = dict(fixed) | self._by_register(states)
@@ -227,7 +227,7 @@ class _Builder:
         present = list(carried)
         pulled: dict[str, dict[int, str]] = {}
         changes = []
-        for index in self._order():
+        for index in self._update_order():
             before = present[index]
             registers = dict(fixed) | self._by_register(present)
             terms = [self._drive(body, index, registers)]
@@ -242,7 +242,7 @@ class _Builder:
                 if index in loaded
                 else self._activate(body, index, body.added(terms))
             )
-            changes.append(self._change(body, before, present[index]))
+            changes.append(self._relative_change(body, before, present[index]))
         residual = body.op("Max", *changes) if len(changes) > 1 else changes[0]
         more = body.op("Or", body.op("Greater", residual, limit), body.op("Less", sweep, before_least))
         finals = [state if state not in carried else body.op("Identity", state, stem="kept") for state in present]
@@ -272,7 +272,7 @@ class _Builder:
         return results, self.main.op("LessOrEqual", last, limit)
 
     def _loaded(self, states: Sequence[str], gammas: Mapping[tuple[int, int], str]) -> dict[int, LoadedActivation]:
-        """The layers whose states the conductances of later ones load: D^l − 1 = Σ_m γ_{l,m} A_m |J_{ml}|ᵀ 1."""
+        """The activations of the layers that later layers load, with D^l − 1 = Σ_m γ_{l,m} A_m |J_{ml}|ᵀ 1."""
         parts: dict[int, list[str]] = {}
         magnitudes: list[str | None] = list(self.weights)
         for place in multiplying_weights(self.program) if self.amplifiers else ():
@@ -289,7 +289,7 @@ class _Builder:
             for index, terms in parts.items()
         }
 
-    def _order(self) -> list[int]:
+    def _update_order(self) -> list[int]:
         count = len(self.program.layers)
         if self.settling["schedule"] == "backward":
             return list(reversed(range(count)))
@@ -297,7 +297,7 @@ class _Builder:
             return [*range(0, count, 2), *range(1, count, 2)]
         return list(range(count))
 
-    def _change(self, writer: Writer, before: str, after: str) -> str:
+    def _relative_change(self, writer: Writer, before: str, after: str) -> str:
         norm = writer.op("ReduceL2", after, keepdims=0)
         moved = writer.op("ReduceL2", writer.op("Sub", after, before), keepdims=0)
         tiny = writer.number(float(np.finfo(self.dtype).tiny))

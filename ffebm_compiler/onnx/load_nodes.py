@@ -12,7 +12,7 @@ __all__ = ["LoadedActivation"]
 
 
 class LoadedActivation:
-    """The s that solves ∂G(s) + e s ∋ h; what depends on the load e alone is written once, outside of loops.
+    """The s that solves ∂G(s) + e s ∋ h. Nodes that depend only on the load e are written once, outside of loops.
 
     Args:
         outside: the writer outside of loops.
@@ -20,7 +20,7 @@ class LoadedActivation:
         load: name of e.
 
     Raises:
-        ExportError: for another activation.
+        ExportError: the activation is not made of straight lines.
     """
 
     def __init__(self, outside: Writer, activation: Activation, load: str) -> None:
@@ -46,12 +46,12 @@ class LoadedActivation:
         ]
 
     def value(self, writer: Writer, h: str) -> str:
-        """s; returns its name."""
+        """Write s and return its name."""
         steep = [index for index, slope in enumerate(self.lines.slopes) if slope]
         return self._clamped(writer, h, steep[0]) if len(steep) == 1 else self._summed(writer, h, steep)
 
     def _clamped(self, writer: Writer, h: str, index: int) -> str:
-        """One line between two values, which are met exactly."""
+        """s if one line is not flat: it is clamped to the values at the line's ends, which makes those exact."""
         anchor = self.lines.knots[max(index - 1, 0)] if self.knots else 0.0
         offset = self.lines.start / self.lines.slopes[index] - anchor
         line = writer.op("Mul", writer.op("Add", h, writer.number(offset)) if offset else h, self.slopes[index])
@@ -60,7 +60,7 @@ class LoadedActivation:
         return writer.op("Clip", line, low, *high) if low or high else line
 
     def _summed(self, writer: Writer, h: str, steep: list[int]) -> str:
-        """The first value and the way along every line that is not flat."""
+        """s if several lines are not flat: the first value, plus the rise along each of these lines."""
         terms = [writer.number(self.lines.start)] if self.lines.start else []
         for index in steep:
             reached = writer.op("Max", h, self.knots[index - 1]) if index else h

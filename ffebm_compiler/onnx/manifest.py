@@ -1,4 +1,4 @@
-"""The manifest: how the exported parts and the energy blocks are joined (`docs/onnx.md` has the schema)."""
+"""The manifest, which says how the exported parts and the energy blocks are joined (schema in `docs/onnx.md`)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ SCHEMA = 1
 
 
 def seal(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest without its own `sha256`: it detects accidental and careless changes."""
+    """SHA-256 of a manifest without its own `sha256`. It detects accidental and careless changes."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
-    """When and how the free phase of a block stops, as `runtime.solvers.relaxation.relax` stops it.
+    """The stopping rule of a block's free phase, the same as in `runtime.solvers.relaxation.relax`.
 
-    It stops after a sweep, the `min_sweeps`-th or a later one, in which no layer changed by more than
-    `largest_change` (relative): `rtol` over the factor of `runtime.solvers.relaxation.stopping_rule`.
+    It stops after a sweep in which no layer changed by more than `largest_change` (relative), but not before the
+    sweep `min_sweeps`. `largest_change` is `rtol` over the factor of `runtime.solvers.relaxation.stopping_rule`.
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
@@ -61,7 +61,7 @@ def manifest_of(
     """The manifest of an export.
 
     Args:
-        hybrid: what is exported.
+        hybrid: the hybrid that is exported.
         steps: its steps.
         files: name of each feedforward part -> its ONNX file.
         digests: name of each file -> its SHA-256.

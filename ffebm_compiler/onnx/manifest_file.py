@@ -1,4 +1,4 @@
-"""Reading a manifest: every value checked before anything is built of it."""
+"""Read a manifest, and check every value before anything is built from it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an export.
 
     Raises:
-        ExportError: where it cannot be read, is malformed (with the place), of another schema or was changed.
+        ExportError: it cannot be read, is malformed (names the place), of another schema, or was changed.
     """
     path = folder / MANIFEST
     remedy = "name a folder that hybrid.export_onnx(folder, parts='digital') wrote"
@@ -160,7 +160,7 @@ def _typed(manifest: Mapping[str, Any]) -> tuple[_Manifest, list[_Energy | _Feed
 
 
 def _check_names(found: _Manifest, steps: list[_Energy | _Feedforward]) -> None:
-    """That every value that is read exists by then, and that no two steps have one name."""
+    """Check that every value exists before it is read, and that no two steps have the same name."""
     known = set(found.inputs)
     _check_described(found, found.inputs, "inputs")
     names: set[str] = set()
@@ -174,7 +174,7 @@ def _check_names(found: _Manifest, steps: list[_Energy | _Feedforward]) -> None:
                 _check_operands(getattr(step, field), known, f"{place}.{field}")
         for name in step.inputs if isinstance(step, _Feedforward) else ():
             if name not in known:
-                raise Malformed(f"{place}.inputs: it reads {short(name)}, which nothing gives")
+                raise Malformed(f"{place}.inputs: it reads {short(name)}, which no step computes")
         _check_described(found, step.outputs, f"{place}.outputs")
         known.update(step.outputs)
     _check_operands(found.outputs, known, "outputs")
@@ -193,4 +193,4 @@ def _check_operands(operands: tuple[_Operand | None, ...], known: set[str], plac
         if (operand.value is None) == (operand.tensor is None):
             raise Malformed(f"{place}[{index}]: expected a value or a tensor")
         if operand.value is not None and operand.value not in known:
-            raise Malformed(f"{place}[{index}]: it reads {operand.value!r}, which nothing gives")
+            raise Malformed(f"{place}[{index}]: it reads {operand.value!r}, which no step computes")

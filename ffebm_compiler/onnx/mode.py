@@ -1,4 +1,4 @@
-"""Mode: exports are in eval mode and write no state, and say so where that makes a difference."""
+"""Mode: warn where it matters that exports are in eval mode and write no state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def warn_of_written_state(hybrid: HybridCore) -> None:
     if written:
         named = ", ".join(map(repr, sorted(written)[:3])) + (", ..." if len(written) > 3 else "")
         warnings.warn(
-            f"forward writes {named} at every call, which the export does not: each of its runs starts from "
+            f"forward writes {named} at every call, which the export does not. Each of its runs starts from "
             "the present values",
             FFEBMWarning,
             stacklevel=4,
@@ -36,7 +36,7 @@ def warn_of_written_state(hybrid: HybridCore) -> None:
 
 
 def warn_of_train_mode(hybrid: HybridCore) -> None:
-    """Issue an `FFEBMWarning` that names the modules which compute something else in train mode, if any are in it."""
+    """Issue an `FFEBMWarning` that names modules which are in train mode and compute something else in it."""
     names = {id(module): name or "the model" for name, module in hybrid.named_modules()}
     found: dict[str, str] = {}
     for module in hybrid.lowered.modules():

@@ -1,4 +1,4 @@
-"""One ONNX file, and the file of its tensors beside it where they are large, each of them whole."""
+"""Write one ONNX file, and a file beside it for large tensors. Both are whole or absent."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["write_model"]
 
 
 def write_model(path: Path, model: Any, tensors_beside: bool) -> None:
-    """Write an `onnx_ir.Model`, checked; an older one is replaced, or left as it is where that fails.
+    """Check and write an `onnx_ir.Model`. An older one is replaced, or left as it is if writing fails.
 
-    The model names the file of its tensors, `<file>.data`. Where an older model is there that has one, the new one gets
-    the other of two names, `<file>.2.data`, so that each model has its own tensors at any moment; the older
-    model's are removed last.
+    The model names the file of its tensors, `<file>.data`. If an older model uses that name, the new one gets the
+    other of two names, `<file>.2.data`. So each model has its own tensors at any moment. The older model's tensors are
+    removed last.
 
     Raises:
-        ExportError: where the path cannot be written or is a folder, or the model does not pass onnx's checker.
+        ExportError: the path cannot be written or is a folder, or the model does not pass onnx's checker.
     """
     if os.path.isdir(path):
         raise ExportError(f"{path} is a folder: name a file that ends in .onnx, or pass parts='digital' for a folder")
@@ -64,10 +64,10 @@ def _check(model: bytes | str) -> None:
 
 
 def _tensor_files(path: Path) -> set[str]:
-    """The files that the tensors of a model lie in; none where it is no model."""
+    """The files with the tensors of a model; none if the file is no model."""
     onnx = package("onnx")
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception:  # not there, or protobuf's error, whose class depends on its version
+    except Exception:  # the file is missing, or is no protobuf (the error's class depends on the version)
         return set()
     return {entry.value for item in graph.initializer for entry in item.external_data if entry.key == "location"}

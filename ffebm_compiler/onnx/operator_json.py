@@ -1,6 +1,6 @@
-"""Operators of block programs as a manifest holds them: dataclasses, and what is read back from them.
+"""Operators of block programs in a manifest: a dataclass for each, and the operator that is read back from it.
 
-Only what is listed here can be read: a manifest names no Python object.
+Only the operators listed here can be read, since a manifest names no Python object.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ _CONVOLUTIONS: Mapping[tuple[int, bool], Callable[..., Tensor]] = {
     (2, True): pointwise.conv_transpose2d,
     (3, True): F.conv_transpose3d,
 }
-_MOST = 1 << 16
-"""The largest stride, padding or size of a pooled output: what is larger would fill the memory."""
-_Small = Annotated[int, AtLeast(0, most=_MOST)]
-_Step = Annotated[int, AtLeast(1, most=_MOST)]
+_LARGEST_SETTING = 1 << 16
+"""The largest stride, padding or size of a pooled output. A larger one would fill the memory."""
+_Small = Annotated[int, AtLeast(0, most=_LARGEST_SETTING)]
+_Step = Annotated[int, AtLeast(1, most=_LARGEST_SETTING)]
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """y = x Wᵀ + b; transposed x W + b."""
+    """y = x Wᵀ + b, or x W + b if it is transposed."""
 
     kind: str
     transposed: bool = False
@@ -167,7 +167,7 @@ def convolution_to_json(operator: Convolution) -> dict[str, Any]:
 
 
 def wiring_to_json(operator: Wiring) -> dict[str, Any] | None:
-    """The function's name and its arguments; None for one that has none here."""
+    """The function's name and its arguments; None if the function has no name here."""
     table = RESHAPES if isinstance(operator, Reshape) else WIRING
     name = next((key for key, function in table.items() if function is operator.function), None)
     if name is None or not _plain_settings((operator.arguments, operator.keywords)):
@@ -187,7 +187,7 @@ def _lists(value: Any) -> Any:
 
 
 def contraction_from(found: StoredContraction, place: str) -> Contraction:
-    """The contraction of an equation."""
+    """The contraction with this equation."""
     match = re.fullmatch(r"([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)", found.equation)
     if match is None or any(len(set(part)) != len(part) for part in match.groups()):
         raise Malformed(f"{place}.equation: expected one such as 'bnd,hde->bhne', got {short(found.equation)}")
@@ -197,18 +197,20 @@ def contraction_from(found: StoredContraction, place: str) -> Contraction:
 
 
 def wiring_from(found: StoredWiring, place: str) -> Wiring:
-    """The wiring of a function's name and its arguments."""
+    """The wiring operator with this function and these arguments."""
     table, form = (RESHAPES, Reshape) if found.kind == "reshape" else (WIRING, Wiring)
     if found.function not in table:
         raise Malformed(f"{place}.function: expected one of {', '.join(table)}, got {short(found.function)}")
-    most = _MOST if "pool" in found.function else 2**63 - 1
-    arguments = _plain(list(found.arguments), f"{place}.arguments", most)
-    keywords = tuple((key, _plain(value, f"{place}.keywords.{key}", most)) for key, value in found.keywords.items())
+    most = _LARGEST_SETTING if "pool" in found.function else 2**63 - 1
+    arguments = _with_tuples(list(found.arguments), f"{place}.arguments", most)
+    keywords = tuple(
+        (key, _with_tuples(value, f"{place}.keywords.{key}", most)) for key, value in found.keywords.items()
+    )
     return form(table[found.function], arguments, keywords)
 
 
 def convolution_from(found: StoredConvolution, place: str) -> Convolution:
-    """The convolution of its settings."""
+    """The convolution with these settings."""
     sizes = {len(found.stride), len(found.padding), len(found.dilation)}
     function = _CONVOLUTIONS.get((len(found.stride), found.transposed))
     if function is None or len(sizes) != 1:
@@ -223,12 +225,12 @@ def convolution_from(found: StoredConvolution, place: str) -> Convolution:
     return Convolution(function, arguments, stride, padding, dilation, found.transposed, extra, found.groups)
 
 
-def _plain(value: Any, place: str, most: int) -> Any:
-    """Numbers, texts and lists of them, with tuples for lists."""
+def _with_tuples(value: Any, place: str, most: int) -> Any:
+    """Numbers, texts and lists of them, with tuples in place of lists."""
     if isinstance(value, list | tuple):
         if any(isinstance(item, list | tuple) for inner in value if isinstance(inner, list | tuple) for item in inner):
             raise Malformed(f"{place}: lists are nested too deeply")
-        return tuple(_plain(item, place, most) for item in value)
+        return tuple(_with_tuples(item, place, most) for item in value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):

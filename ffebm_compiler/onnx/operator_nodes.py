@@ -1,6 +1,6 @@
-"""ONNX nodes of the operators that take more than one line, applied and transposed; `operators.py` has the rows.
+"""ONNX nodes of the operators that need more than one line, applied and transposed. `operators.py` has the rows.
 
-The transpose is the feedback path: ConvTranspose for a convolution, zero padding for a slice, and so on.
+The transpose is the feedback path, such as ConvTranspose for a convolution or zero padding for a slice.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 Weights = Sequence[str | None]
-"""Names of an operator's weights; None where it has none in that place."""
+"""Names of an operator's weights; None in the place of a missing one."""
 
 
 def linear(writer: Writer, operator: Linear, value: str, weights: Weights, shape: Shape) -> str:
-    """x Wᵀ + b, or x W + b where it is transposed; as Gemm where x is a matrix."""
+    """x Wᵀ + b, or x W + b if the layer is transposed. It is a Gemm if x is a matrix."""
     weight, bias = str(weights[0]), [weights[1]] if weights[1] else []
     if len(shape) == 2:
         return writer.op("Gemm", value, weight, *bias, transB=int(not operator.transposed))
@@ -41,7 +41,7 @@ def linear(writer: Writer, operator: Linear, value: str, weights: Weights, shape
 
 
 def linear_adjoint(writer: Writer, operator: Linear, cotangent: str, weight: str) -> str:
-    """p W, or p Wᵀ where it is transposed."""
+    """p W, or p Wᵀ if the layer is transposed."""
     return writer.op("MatMul", cotangent, writer.turned(weight) if operator.transposed else weight)
 
 
@@ -49,7 +49,7 @@ def check_conv(operator: Convolution, shape: Shape) -> None:
     """Refuse a convolution of an input without a batch dimension.
 
     Raises:
-        ExportError: with the shape.
+        ExportError: the input has none; names its shape.
     """
     if len(shape) != len(operator.stride) + 2:
         raise ExportError(
@@ -72,7 +72,7 @@ def conv_adjoint(
 ) -> str:
     """The transpose of a convolution."""
     check_conv(operator, shape)
-    if operator.transposed:  # its weight is already that of the convolution that it transposes
+    if operator.transposed:  # its weight is the weight of the convolution that it is the transpose of
         return writer.op("Conv", cotangent, weight, **conv_settings(operator))
     kernel = writer.kernel_of(weight)
     extra = []
@@ -86,7 +86,7 @@ def conv_adjoint(
 
 
 def unbroadcast(writer: Writer, value: str, shape: Shape, target: Shape) -> str:
-    """The sum over what was broadcast from `target` to `shape`."""
+    """The sum over the dimensions that were broadcast from `target` to `shape`."""
     if shape == target:
         return value
     missing = len(shape) - len(target)
@@ -99,7 +99,7 @@ def unbroadcast(writer: Writer, value: str, shape: Shape, target: Shape) -> str:
 def concat_adjoint(
     writer: Writer, dim: int, cotangent: str, shapes: Sequence[Shape], needed: Sequence[bool]
 ) -> list[str | None]:
-    """The pieces of a cotangent."""
+    """The parts of a cotangent that belong to the concatenated operands."""
     pieces: list[str | None] = []
     start = 0
     for shape, wanted in zip(shapes, needed, strict=True):
@@ -194,10 +194,10 @@ _WIRING: Mapping[object, tuple[_Nodes, _Nodes]] = {
 
 
 def wiring_nodes(operator: Operator) -> tuple[_Nodes, _Nodes]:
-    """How a wiring operator is applied and transposed.
+    """The functions that apply and transpose a wiring operator.
 
     Raises:
-        ExportError: for one that has no form here.
+        ExportError: the operator has no ONNX form here.
     """
     if isinstance(operator, Wiring):
         if operator.function in _WIRING:

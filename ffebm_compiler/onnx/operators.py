@@ -1,7 +1,8 @@
 """The operators of block programs in ONNX exports: one row each, with its nodes and its JSON.
 
-`apply` writes A x + b, `adjoint` Aᵀ p for each operand that is needed. What a manifest holds of an operator is read
-back through a dataclass, every value checked: a file names no Python object. `docs/extending.md` adds a row.
+`apply` writes A x + b, and `adjoint` writes Aᵀ p for each operand that is needed. A manifest's operators are read
+back through dataclasses, which check every value, so that a file can name no Python object. `docs/extending.md` adds a
+row.
 """
 
 from __future__ import annotations
@@ -61,38 +62,38 @@ __all__ = ["ROWS", "WITHOUT_FORM", "Row", "adjoint_nodes", "apply_nodes", "opera
 
 @dataclass(frozen=True)
 class Node:
-    """Where an operator's nodes are written."""
+    """The writer, operands and shapes with which an operator's nodes are written."""
 
     writer: Writer
     operator: Any
     values: Sequence[str]
-    """Names of the operands; of the cotangent alone for the transpose."""
+    """Names of the operands. For the transpose, the name of the cotangent alone."""
     weights: Weights
     shapes: Sequence[Shape]
-    """Of the operands."""
+    """Shapes of the operands."""
     result: Shape
     needed: Sequence[bool] = ()
-    """For which operands the transpose is asked."""
+    """For each operand, whether its part of the transpose is needed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What an export knows of one operator."""
+    """Everything that an export needs to know about one operator."""
 
     kind: str
-    """Its name in a manifest."""
+    """The operator's name in a manifest."""
     stored: Any
-    """The dataclass that its JSON is."""
+    """The dataclass of its JSON."""
     apply: Callable[[Node], str]
     adjoint: Callable[[Node], list[str | None]]
     to_json: Callable[[Any], dict[str, Any] | None] = lambda operator: {}
-    """Its settings, beside the kind; None for some that have no form."""
+    """Gives its settings without the kind; None if this operator has no form."""
     from_json: Callable[[Any, str], Operator] | None = None
-    """The operator of what was read, and of its place in the file; None where others stand for it."""
+    """Builds the operator from the dataclass and its place in the file; None if a manifest never names it."""
     operands: Callable[[Any, int], int] = lambda found, given: 1
-    """How many operands it takes, where so many are given."""
+    """Gives the number of operands that it must have."""
     weights: tuple[bool, ...] = ()
-    """For each weight, whether it must be there."""
+    """For each weight, whether it is required."""
 
 
 def _conv_apply(node: Node) -> str:
@@ -218,7 +219,7 @@ _READ = {row.kind: row for row in ROWS.values() if row.from_json is not None}
 def apply_nodes(
     writer: Writer, operator: Operator, values: Sequence[str], weights: Weights, shapes: Sequence[Shape], result: Shape
 ) -> str:
-    """A x + b.
+    """Write A x + b and return its name.
 
     Args:
         writer: where the nodes go.
@@ -229,7 +230,7 @@ def apply_nodes(
         result: shape of its result.
 
     Raises:
-        ExportError: for an operator that has no ONNX form here.
+        ExportError: the operator has no ONNX form here.
     """
     return _row(operator).apply(Node(writer, operator, values, weights, shapes, result))
 
@@ -243,7 +244,7 @@ def adjoint_nodes(
     result: Shape,
     needed: Sequence[bool],
 ) -> list[str | None]:
-    """Aᵀ p for each operand that is needed; arguments and errors as of `apply_nodes`."""
+    """Write Aᵀ p for each operand that is needed. Arguments and errors are those of `apply_nodes`."""
     return _row(operator).adjoint(Node(writer, operator, [cotangent], weights, shapes, result, needed))
 
 
@@ -258,7 +259,7 @@ def operator_to_json(operator: Operator, owner: str) -> dict[str, Any]:
     """An operator as JSON values.
 
     Raises:
-        ExportError: for one that has no form here, named with its layer's module path.
+        ExportError: the operator has no form here; names its layer's module path.
     """
     row = ROWS.get(type(operator))
     settings = None if row is None else row.to_json(operator)
@@ -273,10 +274,10 @@ def operator_to_json(operator: Operator, owner: str) -> dict[str, Any]:
 def operator_from_json(
     data: Mapping[str, Any], operands: Sequence[int], weights: Sequence[int | None], place: str
 ) -> Operator:
-    """The inverse of `operator_to_json`, with as many operands and weights as it takes.
+    """The inverse of `operator_to_json`. Also checks the numbers of operands and weights.
 
     Raises:
-        Malformed: naming the place.
+        Malformed: something is wrong; names the place.
     """
     inside, kind = f"{place}.operator", data.get("kind")
     if not isinstance(kind, str) or kind not in _READ:

@@ -1,4 +1,4 @@
-"""The optional packages of the ONNX export, asked for by name."""
+"""Import the optional packages of the ONNX export by name."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ffebm_compiler.errors import ExportError
 __all__ = ["IR_VERSION", "OLDEST", "OPSET", "package"]
 
 OLDEST = {"onnx": "1.19", "onnxscript": "0.5.4", "onnxruntime": "1.22"}
-"""The oldest version of each package that the export works with; the extra `onnx` asks for the same."""
+"""The oldest version of each package that the export works with. The extra `onnx` requires the same."""
 
 OPSET = 20
 """Version of the ONNX operators that every file uses."""
 IR_VERSION = 10
-"""Version of the ONNX file format: onnxruntime 1.18 is the first that reads it."""
+"""Version of the ONNX file format. onnxruntime 1.18 is the first that reads it."""
 
 
 def package(name: str) -> Any:
     """Import an optional package.
 
     Raises:
-        ExportError: where it is not installed or too old, with the command that installs it.
+        ExportError: it is not installed or too old. Names the command that installs it.
     """
     try:
         module = importlib.import_module(name)

@@ -85,7 +85,7 @@ def pool_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, resul
 
 
 def pool_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
-    """Each value spread evenly over its window."""
+    """Spread each value evenly over its window."""
     pool = _pool(operator, shape)
     scaled = writer.scaled(cotangent, 1 / math.prod(pool.kernel))
     channels = fixed(shape, 1)
@@ -136,7 +136,7 @@ def mean_apply(writer: Writer, operator: Wiring, value: str, shape: Shape, resul
 
 
 def mean_adjoint(writer: Writer, operator: Wiring, cotangent: str, shape: Shape, result: Shape) -> str:
-    """Each value spread evenly over what it is the mean of."""
+    """Spread each value evenly over the values that it is the mean of."""
     dims, keep = _means(operator, shape)
     sizes = [fixed(shape, dim) for dim in dims]
     full = cotangent if keep else writer.op("Unsqueeze", cotangent, writer.ints(dims))

@@ -1,6 +1,6 @@
-"""Block programs from JSON: the inverse of `program_json.py`, every value checked.
+"""Read block programs from JSON and check every value. This is the inverse of `program_json.py`.
 
-Only what the two list can be read: a manifest names no Python object.
+Only operators and activations that both files list can be read, since a manifest names no Python object.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def program_from_json(name: str, data: Mapping[str, Any]) -> BlockProgram:
     """The inverse of `program_to_json`.
 
     Raises:
-        ExportError: where the data is malformed or names an operator that this version does not have.
+        ExportError: the data is malformed or names an operator that this version does not have.
     """
     try:
         found: _Program = typed(_Program, data, "program")
@@ -93,7 +93,7 @@ def program_from_json(name: str, data: Mapping[str, Any]) -> BlockProgram:
 
 
 def _check_registers(program: _Program) -> None:
-    """That every register is written once, before it is read."""
+    """Check that every register is written once, and before it is read."""
     known = set(range(program.inputs))
     states = [layer.state for layer in program.layers]
     if len(set(states)) != len(states) or known & set(states):
@@ -138,7 +138,7 @@ def _activation(found: _Activation, place: str) -> Activation:
     finite = {key: 0.0 if key in infinite else value for key, value in found.settings.items()}
     try:
         return kind(**{**typed_fields(kind, finite, f"{place}.settings"), **infinite})
-    except (FFEBMError, TypeError) as error:  # what the class itself checks
+    except (FFEBMError, TypeError) as error:  # the class checks its own fields
         raise Malformed(f"{place}.settings: {error}") from error
 
 

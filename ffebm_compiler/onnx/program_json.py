@@ -1,6 +1,6 @@
-"""Block programs as JSON: layers, instructions, operators and activations, by name and with their settings.
+"""Write block programs as JSON: layers, instructions, operators and activations, by name and with their settings.
 
-Only what is listed here can be read back (`program_file.py`): a manifest names no Python object.
+`program_file.py` reads them back. It knows only what is listed here, since a manifest names no Python object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def program_to_json(program: BlockProgram) -> dict[str, Any]:
     """A block program as JSON values.
 
     Raises:
-        ExportError: for an operator that has no form here, named with its layer's module path.
+        ExportError: an operator has no form here; names its layer's module path.
     """
     return {
         "inputs": program.inputs,
@@ -45,13 +45,13 @@ def program_to_json(program: BlockProgram) -> dict[str, Any]:
 
 def _activation_to_json(activation: Activation) -> dict[str, Any]:
     settings: dict[str, Any] = dataclasses.asdict(activation) if dataclasses.is_dataclass(activation) else {}
-    if isinstance(activation, PReLU):  # its slopes are weights of the block
+    if isinstance(activation, PReLU):  # its slopes are stored as weights of the block
         settings = {}
     return {"kind": type(activation).__name__, "settings": {key: _number(value) for key, value in settings.items()}}
 
 
 def _number(value: Any) -> Any:
-    """JSON has no infinity."""
+    """The number, or a text for infinity, which JSON does not have."""
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 

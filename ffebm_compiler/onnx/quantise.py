@@ -1,4 +1,4 @@
-"""Quantisation of exported feedforward parts to int8, with onnxruntime's own static quantisation."""
+"""Quantise exported feedforward parts to int8, with onnxruntime's own static quantisation."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from ffebm_compiler.onnx.verify import deviation
 __all__ = ["OPERATIONS", "Quantised", "QuantisedPart", "quantise"]
 
 OPERATIONS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-"""The operations that are quantised unless told otherwise: those that multiply and accumulate."""
+"""The operations that are quantised by default: those that multiply and accumulate."""
 
 
 @dataclass(frozen=True)
 class QuantisedPart:
-    """What was done to a feedforward part."""
+    """The result for one feedforward part."""
 
     operations: int
     """Operations in int8."""
     deviation: float
-    """‖int8 − float‖ / ‖float‖, the largest of its outputs, on the calibration inputs of this part."""
+    """The largest ‖int8 − float‖ / ‖float‖ of its outputs, on the calibration inputs of this part."""
     reason: str = ""
-    """Why the part was left as it was, where it was."""
+    """Why the part was left as it was; empty if it was quantised."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What was done to an export."""
+    """The result for a whole export."""
 
     folder: Path
     parts: Mapping[str, QuantisedPart]
-    """By name of the part."""
+    """Name of each part -> its result."""
     deviation: float
-    """‖int8 − float‖ / ‖float‖ of the network's outputs, the largest, on the calibration inputs."""
+    """The largest ‖int8 − float‖ / ‖float‖ of the network's outputs, on the calibration inputs."""
 
     def __str__(self) -> str:
         """A line for each part, and one for the network."""
@@ -70,22 +70,22 @@ def quantise(
 ) -> Quantised:
     """Quantise the feedforward parts of an export of digital parts to int8.
 
-    Static quantisation by `onnxruntime.quantization.quantize_static`: weights per channel and activations per
-    tensor, symmetric int8 and int8 with zero points, with the ranges that the activations take on the given inputs, as
-    pairs of QuantizeLinear and DequantizeLinear that onnxruntime fuses into integer kernels. Energy blocks stay
-    as they are. A part without any of `operations` is left as it is, and its reason says so.
+    `onnxruntime.quantization.quantize_static` does it. Weights are symmetric int8 per channel. Activations are int8
+    with zero points per tensor, in the range that they take on the given inputs. Both are written as pairs of
+    QuantizeLinear and DequantizeLinear, which onnxruntime fuses into integer kernels. Energy blocks stay as they are. A
+    part without any of `operations` is left as it is, and its reason says so.
 
     Args:
         folder: what `hybrid.export_onnx(folder, parts="digital")` wrote.
-        inputs: representative inputs of the network, one batch; the larger the better the ranges.
-        into: a new or empty folder, or one of an earlier export, which is replaced; None replaces `folder`.
+        inputs: representative inputs of the network, as one batch. A larger batch gives better ranges.
+        into: a new or empty folder, or one of an earlier export, which is replaced. None replaces `folder`.
         operations: kinds of ONNX operations to quantise.
 
     Returns:
-        The deviation of each part and of the network; the manifest holds them too, under `int8`.
+        The deviation of each part and of the network. The manifest holds them too, under `int8`.
 
     Raises:
-        ExportError: where the export cannot be read or is in int8 already, an input does not fit, the result cannot
+        ExportError: the export cannot be read or is in int8 already, an input does not fit, the result cannot
             be written, or onnxruntime cannot quantise a part.
     """
     source, target = Path(folder), Path(folder if into is None else into)
@@ -137,7 +137,7 @@ def _part(
             model = _quantised(path, Path(work) / "int8.onnx", feed, found)
     except Exception as error:  # onnxruntime and onnx raise several kinds
         raise ExportError(
-            f"onnxruntime cannot quantise {step['name']} ({type(error).__name__}: {error}): leave operations out, "
+            f"onnxruntime cannot quantise {step['name']} ({type(error).__name__}, {error}): leave operations out, "
             f"of {', '.join(found)}"
         ) from error
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
@@ -149,7 +149,7 @@ def _part(
 
 
 def _quantised(path: Path, result: Path, feed: Mapping[str, Any], operations: Sequence[str]) -> Any:
-    """The quantised model of one part; it is written to `result` on the way."""
+    """The quantised model of one part, which is also written to `result`."""
     tools = package("onnxruntime.quantization")
     onnx = package("onnx")
 
@@ -181,7 +181,7 @@ def _quantised(path: Path, result: Path, feed: Mapping[str, Any], operations: Se
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks that onnxruntime's tools log through the root logger (and the handler that this installs)."""
+    """Suppress what onnxruntime's tools log through the root logger, and remove the handler that they install."""
     root = logging.getLogger()
     handler, level = logging.NullHandler(), root.level
     root.addHandler(handler)

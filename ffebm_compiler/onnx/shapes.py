@@ -1,4 +1,4 @@
-"""Shapes: the sizes of everything that an energy block computes, and which of them are free."""
+"""Shapes: find the sizes of all values that an energy block computes, and which of them are free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["register_shapes"]
 
 
 def register_shapes(step: Step, block: EnergyBlock) -> dict[int, Shape]:
-    """Shape of every register; a size that changes with the free sizes is `Free`."""
+    """Register -> its shape. A size that changes with the free sizes is `Free`."""
     found: list[dict[int, torch.Size]] = []
     for other in (False, True):
         tensors = [

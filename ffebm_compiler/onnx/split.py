@@ -1,4 +1,4 @@
-"""Split: one ONNX model that holds independent parts becomes one model per part."""
+"""Split: make one ONNX model per part of a joint model that holds independent parts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ffebm_compiler.onnx.steps import Value
 __all__ = ["Port", "part_of"]
 
 Port = tuple[str, Value]
-"""Name of an input or output in the joint model, and the value that it is."""
+"""Name of an input or output in the joint model, and its value."""
 
 
 def part_of(joint: Any, name: str, inputs: Sequence[Port], outputs: Sequence[Port]) -> Any:
-    """The model that computes `outputs` of a joint model from `inputs`, which are renamed to their values' names."""
+    """The model that computes `outputs` of a joint model from `inputs`. Both get the names of their values."""
     onnx = package("onnx")
     producers = {result: index for index, node in enumerate(joint.graph.node) for result in node.output}
     needed: set[int] = set()
@@ -46,16 +46,16 @@ def part_of(joint: Any, name: str, inputs: Sequence[Port], outputs: Sequence[Por
         if source in producers and source not in names and value.name not in taken:
             names[source] = value.name
             taken.add(value.name)
-    _free(graph, names, taken)
+    _free_names(graph, names, taken)
     _rename(graph, names)
-    for source, value in outputs:  # an input, a tensor or another output handed on
+    for source, value in outputs:  # an output may be an input, a tensor or another output, which is then copied
         if names.get(source, source) != value.name:
             graph.node.append(onnx.helper.make_node("Identity", [names.get(source, source)], [value.name]))
     return model
 
 
-def _free(graph: Any, names: dict[str, str], taken: set[str]) -> None:
-    """Move inner values out of the way of the names of inputs and outputs."""
+def _free_names(graph: Any, names: dict[str, str], taken: set[str]) -> None:
+    """Rename inner values whose names are needed for inputs and outputs."""
     for node in _nodes(graph):
         for result in node.output:
             if result and result not in names and result in taken:
@@ -79,7 +79,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _reads(node: Any) -> set[str]:
-    """Everything that a node reads, in its own subgraphs too."""
+    """Names of all values that a node reads, also in its subgraphs."""
     found = set(node.input)
     for attribute in node.attribute:
         for inner in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:

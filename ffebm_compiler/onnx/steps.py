@@ -1,8 +1,8 @@
 """Steps: a hybrid as the sequence of its parts and blocks, with named values between them.
 
-This is what the manifest writes down and what both exporters read: every value has a name, a
-dtype and a shape whose free sizes are named (`"batch"`, or an expression such as `"5*batch"`),
-and every operand of a step is such a value or a tensor that depends on the weights alone.
+The manifest holds this sequence, and both exporters read it. Every value has a name, a
+dtype and a shape whose free sizes are named (`"batch"`, or an expression such as `"5*batch"`).
+Every operand of a step is such a value, or a tensor that depends on the weights alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ffebm_compiler.static_values import static_value
 __all__ = ["Operand", "Step", "Steps", "Value"]
 
 _FREE = 6
-"""The number that stands for a free size while tracing, where the capture's own is 1."""
+"""The number that stands for a free size while tracing if the capture's own is 1."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Value:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
-    """Sizes; a free one is the name of a size or an expression of such names."""
+    """Sizes. A free one is the name of a size, or an expression of such names."""
     example: tuple[int, ...]
     """The sizes with numbers for the free ones."""
     other: tuple[int, ...]
-    """The sizes with other numbers: each free size is another multiple of the first."""
+    """The sizes with other numbers for the free ones, each multiplied by another factor."""
 
     def zeros(self, other: bool = False) -> Tensor:
         """A tensor of this dtype and of the example sizes."""
@@ -47,12 +47,12 @@ class Value:
 
 @dataclass(frozen=True)
 class Operand:
-    """What a step reads: a value, or a tensor known at export; neither is an operand left out (no bias)."""
+    """An operand of a step: a value, or a tensor known at export. With neither it is left out (no bias)."""
 
     value: Value | None = None
     tensor: Tensor | None = None
     key: str = ""
-    """Name of the tensor: the source's own, or `static.t_<node>` where it is computed from several."""
+    """Name of the tensor: the source's own, or `static.t_<node>` if it is computed from several."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Step:
     operands: tuple[Operand, ...]
     outputs: tuple[Value, ...]
     present: tuple[int, ...]
-    """Places of these among the module's outputs: the others are computed in train mode alone."""
+    """Indices of these among the module's outputs. The other outputs exist in train mode alone."""
 
     @property
     def energy(self) -> bool:
@@ -85,7 +85,7 @@ class Steps:
         """Read the lowered graph of a hybrid, with its present weights.
 
         Raises:
-            ExportError: for a network that takes or returns what is no tensor.
+            ExportError: the network takes or returns something that is no tensor.
         """
         with hybrid.in_mode(False):
             return _Reader(hybrid).read()
@@ -111,7 +111,7 @@ class _Reader:
             if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
                 self.values[node] = self._value(node.name, node.meta["val"])
                 inputs.append(self.values[node])
-        # What else is called computes weights from parameters alone: its present value is a constant of the export.
+        # All other calls compute weights from parameters alone, so that their present values are constants.
         steps = [self._step(node) for node in self.run.graph.nodes if self._is_step(node)]
         steps = [step for step in steps if step.outputs]
         output = next(node for node in self.run.graph.nodes if node.op == "output")
@@ -158,7 +158,7 @@ class _Reader:
             return Operand(value=self.values[item])
         tensor = static_value(self.run, item, self.known)
         if tensor is None and self._is_static(item):
-            return Operand()  # computed in train mode alone
+            return Operand()  # it exists in train mode alone
         if tensor is None:
             raise ExportError(
                 f"{reader} reads or returns {item.name!r}, which is no tensor: give the network tensors only, and "

@@ -1,8 +1,8 @@
-"""Trace: steps of a hybrid become one ONNX model, by `torch.onnx.export`.
+"""Trace: make one ONNX model of steps of a hybrid, with `torch.onnx.export`.
 
-The steps are copied into one fx graph whose parameters are its buffers,
-and whose batch norm and dropout are in eval mode: the hybrid itself is not touched. One export
-for many parts costs little more than one for a single part.
+The steps are copied into one fx graph, so that the hybrid itself is not touched. The parameters become buffers of that
+graph, and its batch norm and dropout are in eval mode. One export for many parts costs little more than one for a
+single part.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ class Trace:
         return node
 
     def output(self, name: str, node: fx.Node) -> None:
-        """A new output of the model; an input, a tensor or another output that is handed on is copied."""
+        """A new output of the model. A node that is an input, a tensor or another output already is copied."""
         handed_on = node.op in ("placeholder", "get_attr") or self._may_hand_on(node)
         if handed_on or any(node is known for _, known in self.outputs):
             node = self.graph.call_function(torch.ops.aten.clone.default, (node,))
         self.outputs.append((name, node))
 
     def _may_hand_on(self, node: fx.Node) -> bool:
-        """Whether a node may be an operand of its own: where train mode alone computes something else of it."""
+        """Whether a node may return its operand unchanged, since it computes something else in train mode alone."""
         call = node.args[0] if node.target is operator.getitem else node
         return isinstance(call, fx.Node) and isinstance(self.root._modules.get(str(call.target)), ModeSwitch)
 
     def operand(self, operand: Operand, of: Callable[[Value], fx.Node]) -> fx.Node | None:
-        """The node of an operand; a known tensor becomes a buffer, once."""
+        """The node of an operand. A known tensor becomes a buffer, once."""
         if operand.value is not None:
             return of(operand.value)
         if operand.tensor is None:
             return None
         if operand.key not in self._buffers:
-            name = f"tensor_{len(self._buffers)}"  # the hybrid's may be that of an attribute, or no name of Python's
+            name = f"tensor_{len(self._buffers)}"  # the hybrid's own name may be taken, or no Python identifier
             self.root.register_buffer(name, operand.tensor)
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 self._buffers[operand.key] = self.graph.get_attr(name)
@@ -76,7 +76,7 @@ class Trace:
         return self._buffers[operand.key]
 
     def feedforward(self, step: Step, operands: Sequence[fx.Node | None]) -> list[fx.Node]:
-        """Copy a feedforward part, in eval mode; returns the nodes of the step's outputs."""
+        """Copy a feedforward part in eval mode, and return the nodes of the step's outputs."""
         part = step.module
         assert isinstance(part, fx.GraphModule)
         placeholders = [node for node in part.graph.nodes if node.op == "placeholder"]
@@ -94,24 +94,24 @@ class Trace:
             known[node] = self.graph.node_copy(node, known.__getitem__)
             if node.op == "call_module":
                 target = f"{step.name}_{node.target}"
-                self.root.add_module(target, _evaluated(part.get_submodule(str(node.target))))
+                self.root.add_module(target, _in_eval_mode(part.get_submodule(str(node.target))))
                 known[node].target = target
         raise AssertionError(f"{step.name} has no output node")
 
     def module(self, name: str, module: nn.Module, operands: Sequence[fx.Node | None], outputs: int) -> list[fx.Node]:
-        """Call a module that returns a tuple; returns the nodes of its outputs."""
+        """Call a module that returns a tuple, and return the nodes of its outputs."""
         self.root.add_module(name, module)
         call = self.graph.call_module(name, tuple(operands))
-        return [self.graph.call_function(_pick, (call, index)) for index in range(outputs)]
+        return [self.graph.call_function(_item, (call, index)) for index in range(outputs)]
 
     def export(self, fuse: bool = False) -> Any:
-        """The ONNX model (`onnx_ir.Model`), without what the exporter notes for itself.
+        """The ONNX model (`onnx_ir.Model`), without the exporter's own notes.
 
         Args:
             fuse: let onnxscript's optimizer rewrite the graph (it fuses batch norm into convolutions).
 
         Raises:
-            ExportError: where an operation has no ONNX form, or a free size does not stay free.
+            ExportError: an operation has no ONNX form, or a free size does not stay free.
         """
         package("onnx")
         package("onnxscript")
@@ -138,13 +138,13 @@ class Trace:
                 )
         except Exception as error:  # the exporter raises many kinds
             raise ExportError(_first_cause(error)) from error
-        assert program is not None  # it is None for the old exporter alone
+        assert program is not None  # only the old exporter returns None
         graph = program.model.graph
         taken = {value.name for value in (*graph.inputs, *(out for node in graph.all_nodes() for out in node.outputs))}
         for value in list(graph.initializers.values()):
             name = self._renamed.get(str(value.name), value.name)
             value.name = f"{name}.weight" if name in taken else name
-        _clean(program.model)
+        _remove_records(program.model)
         _name_sizes(program.model, [value for _, value in self.inputs])
         return program.model
 
@@ -160,11 +160,11 @@ class Trace:
                 first.prepend(node)
 
 
-def _pick(values: Sequence[Tensor], index: int) -> Tensor:
+def _item(values: Sequence[Tensor], index: int) -> Tensor:
     return values[index]
 
 
-def _evaluated(module: nn.Module) -> nn.Module:
+def _in_eval_mode(module: nn.Module) -> nn.Module:
     """A shallow copy of a re-bound operation that follows a module in eval mode."""
     twin = copy.copy(module)
     twin.__dict__ = dict(module.__dict__)
@@ -179,7 +179,7 @@ def _evaluated(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the notes that the exporter and `torch.export` address to their own developers."""
+    """Suppress the messages that the exporter and `torch.export` write for their own developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:
@@ -194,15 +194,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The sentence of the exception that started it, without colours and advice to exporter developers."""
+    """The message of the first exception in the chain, without colours and advice to exporter developers."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
-def _clean(model: Any) -> None:
-    """Remove stack traces, paths and exporter records from an `onnx_ir.Model`; keep each node's module path."""
+def _remove_records(model: Any) -> None:
+    """Remove stack traces, paths and exporter records from an `onnx_ir.Model`, but keep each node's module path."""
     graph = model.graph
     for holder in (model, graph, *graph.inputs, *graph.initializers.values()):
         holder.metadata_props.clear()
@@ -219,7 +219,7 @@ def _clean(model: Any) -> None:
 
 
 def _name_sizes(model: Any, inputs: Sequence[Value]) -> None:
-    """Call the free sizes by their names in the manifest."""
+    """Give the free sizes the names that they have in the manifest."""
     names: dict[str, str] = {}
     for found, value in zip(model.graph.inputs, inputs, strict=True):
         for dim, size in zip(found.shape, value.shape, strict=True):

@@ -1,4 +1,4 @@
-"""Verification: what was exported, run in onnxruntime beside the hybrid in torch."""
+"""Verify an export: run it in onnxruntime, and compare it with the hybrid in torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ffebm_compiler.passes.containers import leaves_of
 __all__ = ["TOLERANCE", "Deviations", "deviation", "verify"]
 
 TOLERANCE = 1e-4
-"""Relative deviation up to which an export is taken to be the hybrid: what a certified block settles to in float32."""
+"""Relative deviation up to which an export counts as equal, the accuracy of a certified block in float32."""
 
 Deviations = dict[int, float]
 """Size of the batch -> largest relative deviation of an output."""
@@ -41,15 +41,15 @@ def verify(
     The deviation of an output is ‖onnxruntime − torch‖ / ‖torch‖.
 
     Args:
-        hybrid: what was exported, on the CPU; it is not changed.
+        hybrid: the hybrid that was exported, on the CPU. It is not changed.
         path: the file, or the folder of the digital parts.
         args: the hybrid's positional inputs.
         kwargs: its inputs by name.
         tolerance: the largest deviation that is accepted.
-        progress: called with what is done next.
+        progress: called with the name of each step.
 
     Raises:
-        ExportError: where the deviation is larger or not finite, or the export cannot be run.
+        ExportError: the deviation is larger or not finite, or the export cannot be run.
     """
     target = Path(path)
     steps = Steps.of(hybrid)
@@ -65,7 +65,7 @@ def verify(
     if not worst <= tolerance:
         what = f"deviates from the hybrid by {worst:.1e}" if math.isfinite(worst) else "gives other values than numbers"
         raise ExportError(
-            f"{target} was written, but {what} in onnxruntime at batch {size} (relative; the tolerance is "
+            f"{target} was written, but {what} in onnxruntime at batch {size} (relative, with a tolerance of "
             f"{tolerance:.1e}): raise the tolerance if that is small enough, else report the model"
         )
     return found
@@ -103,11 +103,11 @@ def _file_runner(path: Path, steps: Steps) -> Callable[[Sequence[Tensor]], list[
 def _batches(
     hybrid: HybridCore, steps: Steps, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[int, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The given inputs by the size of their batch and, where it is free, others with a larger one."""
+    """Batch size -> inputs: the given ones, and others with a larger batch if its size is free."""
     leaves = [leaf for leaf in hybrid._call_form.leaves(args, kwargs) if isinstance(leaf, Tensor)]
     pairs = list(zip(steps.inputs, leaves, strict=True))
     sizes = [leaf.shape[dim] for value, leaf in pairs for dim, name in enumerate(value.shape) if name == "batch"]
-    if not sizes or not all(_plain(value) for value, _ in pairs):
+    if not sizes or not all(_has_plain_sizes(value) for value, _ in pairs):
         return {(sizes or [leaf.shape[0] if leaf.dim() else 1 for leaf in leaves] or [1])[0]: (args, kwargs)}
     other = sizes[0] + 3
     resized = {id(leaf): _resized(value, leaf, other) for value, leaf in pairs}
@@ -115,13 +115,13 @@ def _batches(
     return {sizes[0]: (args, kwargs), other: others}
 
 
-def _plain(value: Value) -> bool:
+def _has_plain_sizes(value: Value) -> bool:
     """Whether each of its sizes is a number or a name."""
     return all(isinstance(size, int) or size.isidentifier() for size in value.shape)
 
 
 def _resized(value: Value, tensor: Tensor, size: int) -> Tensor:
-    """As many entries along the batch: normal numbers, or repeated ones where only some may be valid."""
+    """A tensor with `size` entries along the batch: random normal floats, or repeated integers, which stay valid."""
     for dim, name in enumerate(value.shape):
         if name == "batch":
             tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])

@@ -1,4 +1,4 @@
-"""Export of a whole hybrid as one ONNX file that plain onnxruntime runs."""
+"""Export a whole hybrid as one ONNX file that plain onnxruntime runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ffebm_compiler.runtime.program.frame import Frame
 __all__ = ["export_whole"]
 
 _LARGE = 1 << 30
-"""Bytes of tensors above which they go to a file beside the model (one protobuf holds 2 GiB)."""
+"""If the tensors have more bytes, they go to a file beside the model (one protobuf holds 2 GiB)."""
 
 
-class _Symbol(nn.Module):
-    """Stands for an energy block while tracing: one node of our domain."""
+class _BlockNode(nn.Module):
+    """Stands for an energy block while tracing. It becomes one node of our domain."""
 
     def __init__(self, block: EnergyBlock, function: BlockFunction, metadata: Mapping[str, str]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class _Symbol(nn.Module):
         self._metadata = dict(metadata)
 
     def forward(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        """The node; the feedforward values give dtypes and shapes and are removed as dead code."""
+        """The node. The feedforward values only give dtypes and shapes, and are removed as dead code."""
         program = self.__dict__["_block"].program
         frame = Frame(program, operands[: program.inputs], operands[program.inputs :])
         like = frame.read(dict(enumerate(frame.feedforward())))
@@ -62,14 +62,14 @@ def export_whole(
 ) -> Path:
     """Write the whole hybrid, in eval mode, as one checked ONNX file with a free batch size.
 
-    Each energy block is a function of the domain `ffebm.energy` whose body settles it; its outputs are
-    NaN where it does not settle. Tensors go to `<file>.data` beside it where they are large.
+    Each energy block is a function of the domain `ffebm.energy` whose body settles it. Its outputs are
+    NaN if it does not settle. Large tensors go to `<file>.data` beside the model.
 
     Args:
         hybrid: the hybrid, which is not changed.
-        path: the file; an older one is replaced, or left as it is where that fails.
+        path: the file. An older one is replaced, or left as it is if writing fails.
         fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
-        progress: called with what is done next, twice.
+        progress: called with the name of each of the two steps.
 
     Returns:
         The path.
@@ -87,10 +87,10 @@ def export_whole(
     try:
         model = _trace(hybrid, steps, functions).export(fuse_batchnorm)
     except ExportError:
-        part_models(steps, hybrid, fuse_batchnorm)  # names the part, where it is one
+        part_models(steps, hybrid, fuse_batchnorm)  # this raises an error with the part's name if a part is the cause
         raise
     progress("writing")
-    _finish(model, hybrid, functions)
+    _complete(model, hybrid, functions)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     write_model(path, model, tensors_beside=size > _LARGE)
     return path
@@ -107,7 +107,7 @@ def _trace(hybrid: HybridCore, steps: Steps, functions: Mapping[str, BlockFuncti
         operands = [trace.operand(operand, node_of) for operand in step.operands]
         if step.energy:
             assert isinstance(step.module, EnergyBlock)
-            symbol = _Symbol(step.module, functions[step.name], _metadata(hybrid, step))
+            symbol = _BlockNode(step.module, functions[step.name], _metadata(hybrid, step))
             results = trace.module(step.name, symbol, operands, len(step.outputs))
         else:
             results = trace.feedforward(step, operands)
@@ -131,8 +131,8 @@ def _metadata(hybrid: HybridCore, step: Step) -> dict[str, str]:
     }
 
 
-def _finish(model: Any, hybrid: HybridCore, functions: Mapping[str, BlockFunction]) -> None:
-    """Add the functions and name things."""
+def _complete(model: Any, hybrid: HybridCore, functions: Mapping[str, BlockFunction]) -> None:
+    """Add the blocks' functions and the metadata to the traced model."""
     ir = package("onnx_ir")
     for function in functions.values():
         body = ir.serde.deserialize_function(function.proto)

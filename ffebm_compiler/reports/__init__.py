@@ -1,1 +1,1 @@
-"""Reports: what is measured of a hybrid or a plan, and its text. They change nothing."""
+"""Reports measure a hybrid or a plan and write the result as text. They change nothing."""

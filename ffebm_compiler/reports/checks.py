@@ -32,9 +32,9 @@ class Comparison:
     """Deviation of a hybrid from its source, ‖hybrid − source‖/‖source‖."""
 
     blocks: Mapping[str, float]
-    """At each energy block's outputs, with all feedback on."""
+    """Block name -> deviation at the block's outputs, with all feedback on."""
     output: float
-    """At the network's output; the largest, if it has several."""
+    """Deviation at the network's output, or the largest if there are several outputs."""
     sweeps: Mapping[str, int]
     """Free-phase sweeps of each block."""
     layers: Mapping[str, tuple[str, ...]]
@@ -68,7 +68,7 @@ def compare(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     with hybrid._evaluating():
         with hybrid.feedforward_mode(), hybrid.recording() as plain:
             expected = hybrid(*args, **kwargs)
-        with hybrid.recording() as settled:  # last, so that the blocks' states and sweeps are the settled ones
+        with hybrid.recording() as settled:  # this run comes last, so that the blocks keep its states and sweeps
             output = hybrid(*args, **kwargs)
         sweeps = {block.name: block.module.last.sweeps if block.module.last else 0 for block in hybrid.blocks}
     return Comparison(
@@ -119,7 +119,7 @@ class GradientReport:
         """The parameter with the smallest cosine, and its agreement.
 
         Raises:
-            InputError: for an estimator that the report does not hold.
+            InputError: the report does not hold this estimator.
         """
         if estimator not in self.estimators:
             raise InputError(f"estimator is {estimator!r}; expected one of {', '.join(self.estimators)}")
@@ -146,7 +146,7 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
     Contrastive and coupled learning do not estimate the gradient of the loss: their cosine says how far off they are.
 
     Args:
-        hybrid: is copied; neither its gradients nor its statistics change.
+        hybrid: the hybrid. It is copied, so that its gradients and statistics do not change.
         inputs: a tensor, a tuple of positional arguments, or a dictionary of keyword arguments.
         loss_fn: takes the hybrid's output and returns a scalar loss.
 

@@ -5,16 +5,16 @@ the block. A phase (free or nudged) that takes n sweeps reads
 
     M = Σ_outer MACs + 2 n Σ_inner MACs
 
-weights: the drive of the outer layers does not change while the block settles, an inner layer is
+weights. Outer layers are read once, since their drive does not change while the block settles. An inner layer is
 read forward and backward in every sweep. A block without inner layers has n = 1 and settles at
 once. With R = devices_per_weight:
 
     E_inference = M R E_cell + DAC E_dac + ADC E_adc
     E_step      = E_inference + P (M R E_cell + ADC E_dac + DAC E_adc) + updates
 
-for P nudged phases, in each of which the errors enter at the outputs through DACs and leave at
-the inputs through ADCs. What no source gives (programming a device, times) is unknown unless
-`Hardware.costs` gives it. Every figure is modelled, none is measured.
+for P nudged phases. In each of them the errors enter at the outputs through DACs and leave at
+the inputs through ADCs. Figures that no source gives (programming a device, times) are unknown unless
+`Hardware.costs` gives them. Every figure is modelled, none is measured.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BlockCost:
     macs: int
     """Multiply-accumulates of one pass through its layers."""
     sweeps: int | None
-    """Sweeps of a phase; None where no certificate predicts them."""
+    """Sweeps of a phase; None if no certificate predicts them."""
     reads: int | None
     """Weights read in one phase: M above."""
     dac: int
@@ -75,21 +75,21 @@ class CostReport:
     digital_macs: int
     """Multiply-accumulates of layers that stayed digital."""
     uncounted: Mapping[str, int]
-    """Digital operations without a figure (their energy is unknown, and the same in the baseline)."""
+    """Digital operations whose energy is unknown. It is the same in the baseline."""
     inference: Quantity
-    """Crossbars, converters and the layers that stayed digital."""
+    """Energy of crossbars, converters and the layers that stayed digital."""
     training: Quantity
     update: Quantity
-    """Programming every analog weight once."""
+    """Energy of programming every analog weight once."""
     latency: Quantity
     digital_inference: Quantity
-    """The baseline: all layers in digital arithmetic."""
+    """Energy of the baseline, with all layers in digital arithmetic."""
     digital_training: Quantity
     gpu_inference: Quantity
     constants: Mapping[str, Constant]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; a quantity is {"low", "high", "unit"}, unknown ones with null."""
+        """JSON values. A quantity is {"low", "high", "unit"}, with null if it is unknown."""
         from dataclasses import asdict
 
         return {"note": "modelled, per sample", **asdict(self)}
@@ -171,7 +171,7 @@ def cost_report(
         feedback: the loop gain κ that the sweeps of a phase are predicted from.
         rtol: relative change at which a phase stops.
         nudged_phases: 1 for one-sided equilibrium propagation (the default), 2 for centered.
-        sweeps: sweeps per block, where they are known better (`HybridCore.cost_report` knows).
+        sweeps: sweeps per block, which replace the predicted ones (`HybridModel.cost_report` gives them).
 
     Raises:
         InputError: for a feedback, tolerance or number of phases out of range.
@@ -215,7 +215,7 @@ def cost_report(
 
 
 def cost_report_of(hybrid: HybridCore) -> CostReport:
-    """The report of a hybrid: sweeps from the certificate of each block, phases from its estimator."""
+    """The report of a hybrid, with sweeps from each block's certificate and phases from its estimator."""
     sweeps: dict[str, int | None] = {}
     phases = 1
     for block in hybrid.blocks:
@@ -256,7 +256,7 @@ def _block_cost(
 
 
 def _outer_and_inner(plan: PlanData, block: BlockPlan) -> tuple[dict[str, int], dict[str, int]]:
-    """MACs of the layers that read the block's inputs alone, and of those that read its states."""
+    """MACs of the outer layers, which read only the block's inputs, and of the inner ones, which read its states."""
     members = set(block.operations)
     outer: dict[str, int] = {}
     inner: dict[str, int] = {}
@@ -268,7 +268,7 @@ def _outer_and_inner(plan: PlanData, block: BlockPlan) -> tuple[dict[str, int], 
 
 
 def _cells(plan: PlanData, macs: Mapping[str, int]) -> int:
-    """Devices read once for so many multiply-accumulates of each layer."""
+    """Number of devices read for these multiply-accumulates of each layer."""
     return sum(
         count * plan.hardware.for_layer(plan.graph[name].path).devices_per_weight for name, count in macs.items()
     )
@@ -282,7 +282,7 @@ def _latency(
     sweeps: int | None,
     constants: Mapping[str, Constant],
 ) -> Quantity:
-    """One read of each layer after the other (and of each position with im2col), and the conversions in turn."""
+    """Time of all reads and conversions of a phase, one after the other (with im2col one read per position)."""
     parallel = constants["converters"].value
     if sweeps is None or not parallel.low:
         return unknown("ns")

@@ -25,9 +25,9 @@ class BlockDiagnosis:
 
     layers: tuple[str, ...]
     radius: float
-    """ρ(A) of the certificate; 0 for a block without feedback."""
+    """Spectral radius ρ(A) of the certificate; 0 for a block without feedback."""
     predicted: int | None
-    """Sweeps that the certificate predicts; None where it certifies nothing."""
+    """Sweeps that the certificate predicts; None if it certifies nothing."""
     sweeps: int
     """Sweeps that the last forward took."""
     residuals: tuple[float, ...]
@@ -35,13 +35,13 @@ class BlockDiagnosis:
     energies: tuple[float, ...]
     """E summed over the batch: of the feedforward values, then after each sweep; empty where there is no energy."""
     monotone: bool
-    """Whether all activations are: the equilibrium is then a minimum, else a stationary point."""
+    """Whether all activations are monotone. The equilibrium is then a minimum, else a stationary point."""
     symmetric: bool = True
     """False where the feedback has weights of its own: a vector field, which has no energy."""
 
     @property
     def rate(self) -> float:
-        """Measured contraction per sweep: the geometric mean of successive residuals' ratios."""
+        """Measured contraction per sweep: the geometric mean of the ratios of successive residuals."""
         kept = [r for r in self.residuals if r > 1e-12]
         return (kept[-1] / kept[0]) ** (1 / (len(kept) - 1)) if len(kept) > 1 else 0.0
 
@@ -80,7 +80,7 @@ class Diagnosis:
 
 
 def diagnose(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any], sweeps: int) -> Diagnosis:
-    """Run the hybrid in eval mode, then each block's free phase again for a number of sweeps, recording it."""
+    """Run the hybrid in eval mode, then run and record each block's free phase again for a number of sweeps."""
     with hybrid._evaluating():
         with hybrid.recording() as record:
             hybrid(*args, **kwargs)

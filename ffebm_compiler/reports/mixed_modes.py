@@ -1,8 +1,9 @@
-"""Mixed modes: modules that hand a value on may be in different modes, where trying it shows that it is one value.
+"""Mixed modes: find out by trying whether neighbouring modules may be in different modes.
 
-Two captures, all in eval and all in train mode, say what each module does in each; what passes between two modules
-that both ask for their mode is named in neither. `merge_modes` takes it for one value where each mode reads one, and
-here such modules are put in different modes once. Where the hybrid then is not its source, it refuses mixed modes.
+The two captures, with all modules in eval mode and with all in train mode, show what each module does in each mode.
+They do not show whether a value between two modules that both read their mode is the same value in both captures.
+`merge_modes` takes it for one value if each mode reads one. Here such modules are put in different modes once. If the
+hybrid then deviates from its source, it refuses mixed modes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ __all__ = ["allow_mixed_modes"]
 
 
 def allow_mixed_modes(hybrid: HybridCore, source: nn.Module, same: Callable[[], bool]) -> None:
-    """Let modules that hand one value on be in different modes, where `same()` holds with neighbours in two modes.
+    """Let neighbouring modules be in different modes if `same()` holds while they are.
 
     Args:
-        hybrid, source: what is compared; neither changes, but for what the hybrid allows.
-        same: whether both compute the same in the modes in which their modules are.
+        hybrid, source: the two to compare. Only the hybrid's permission for mixed modes changes.
+        same: whether both compute the same in the present modes of their modules.
     """
     switches = [module for module in hybrid.lowered.modules() if isinstance(module, ModeSwitch) and module.joined]
     sides = _sides(switches)
@@ -34,12 +35,12 @@ def allow_mixed_modes(hybrid: HybridCore, source: nn.Module, same: Callable[[], 
         return
     for switch in tried:
         switch.checked = True
-    if not all(_agree(hybrid, source, sides, first, same) for first in (True, False)):
+    if not all(_agree_in_mixed_modes(hybrid, source, sides, first, same) for first in (True, False)):
         for switch in tried:
             switch.checked = False
 
 
-def _agree(
+def _agree_in_mixed_modes(
     hybrid: HybridCore, source: nn.Module, sides: dict[nn.Module, bool], first: bool, same: Callable[[], bool]
 ) -> bool:
     with hybrid.in_mode(True), hybrid.feedforward_mode(), hybrid.held_feedback():
@@ -49,12 +50,12 @@ def _agree(
                 source.training = hybrid.training
         try:
             return same()
-        except Exception:  # other modules must be in one mode, or the source does not run so
+        except Exception:  # other modules must be in one mode, or the source does not run in these modes
             return False
 
 
 def _sides(switches: Iterable[ModeSwitch]) -> dict[nn.Module, bool]:
-    """One of two sides for each module, so that neighbours are on different ones where that is possible."""
+    """Assign each module one of two sides, so that neighbours have different ones as far as possible."""
     neighbours: dict[nn.Module, list[nn.Module]] = {}
     for switch in switches:
         for other in switch.joined:

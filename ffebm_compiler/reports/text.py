@@ -26,7 +26,7 @@ _WIDTH = 110
 
 
 def count(value: float) -> str:
-    """A count for people: 950, 12.3 k, 4.56 M, 7.89 G."""
+    """A count as text: 950, 12.3 k, 4.56 M, 7.89 G."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
         if value >= size:
             return f"{value / (1e3 if unit == ' k' else size):.3g}{unit}"
@@ -34,7 +34,7 @@ def count(value: float) -> str:
 
 
 def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = _WIDTH) -> str:
-    """A table as plain text; numbers to the right."""
+    """A table as plain text, with numbers aligned to the right."""
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     body = [[str(cell) for cell in row] for row in rows]
     for index, column in enumerate(columns):
@@ -57,7 +57,7 @@ def plan_text(plan: PlanData) -> str:
     hardware = plan.hardware
     core = "unlimited" if hardware.tiles_per_core is None else str(hardware.tiles_per_core)
     drives = any(block.driven for block in plan.blocks)
-    rows = [_block_row(plan, group, drives) for group in _alike(plan.blocks)]
+    rows = [_block_row(plan, group, drives) for group in _groups_of_split_layers(plan.blocks)]
     columns = ("block", *(["driven"] if drives else []), "layers", "tiles", "DAC", "ADC", "MACs")
     share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     lines = [
@@ -83,8 +83,8 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _alike(blocks: Sequence[BlockPlan]) -> list[list[BlockPlan]]:
-    """Runs of blocks that hold parts of the same layers, as a layer larger than a core leaves them."""
+def _groups_of_split_layers(blocks: Sequence[BlockPlan]) -> list[list[BlockPlan]]:
+    """Group neighbouring blocks that hold parts of the same layers, which were split because they exceed a core."""
     return [list(run) for _, run in itertools.groupby(blocks, key=lambda block: dict.fromkeys(block.layers).keys())]
 
 
@@ -107,11 +107,11 @@ def _block_row(plan: PlanData, group: Sequence[BlockPlan], drives: bool) -> tupl
 
 
 def _fabric_line(plan: PlanData) -> str:
-    """Tiles and cores that the blocks take, and how full they are."""
+    """The tiles and cores of the blocks, and how full they are."""
     hardware = plan.hardware
     try:
         floor = floor_plan_of(plan)
-    except PlanError as error:  # edited by hand: the table is what shows where
+    except PlanError as error:  # the plan was edited by hand, and the table should still be shown
         return f"no placement: {error}"
     of = "" if hardware.cores is None else f" of {hardware.cores}"
     placed = floor.tiles
@@ -124,7 +124,7 @@ def _fabric_line(plan: PlanData) -> str:
 
 
 def summary_text(hybrid: HybridCore) -> str:
-    """The plan and what each block settles with."""
+    """The plan, and how each block settles."""
     rows = []
     for block in hybrid.blocks:
         module = block.module
@@ -166,7 +166,7 @@ def summary_text(hybrid: HybridCore) -> str:
 
 
 def _energy_lines(hybrid: HybridCore) -> list[str]:
-    """What the blocks with feedback minimise, and the feedback that they hold."""
+    """The energy of the blocks with feedback, and the feedback that they hold."""
     blocks = [block.module for block in hybrid.blocks if block.certificate is not None]
     return list(
         dict.fromkeys(module.energy_function.describe(module.feedback, module.program.symmetric) for module in blocks)

@@ -1,4 +1,4 @@
-"""Verification: with feedback off, a hybrid computes what its source computes, in both modes, draw for draw."""
+"""Verification: with feedback off, a hybrid must compute and draw exactly what its source does, in both modes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["verify_feedforward"]
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ALLOWED = 30
-"""Times the change by round-off in its weights that a source's output may be off."""
+"""Allowed deviation of an output, in units of its change when round-off is added to the weights."""
 
 
 def verify_feedforward(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check that with feedback off a hybrid computes what its source computes, in each mode and where modes mix.
+    """Check that with feedback off a hybrid computes what its source computes, in each mode and in mixed modes.
 
     Raises:
-        FFEBMError: where it does not, which is a defect of the compiler.
+        FFEBMError: it does not, which is a defect of the compiler.
     """
     source = hybrid.__dict__["_source"]
     if type(source) is nn.Module or (hybrid._call_form.random and not hybrid._draws_in_order):
@@ -54,17 +54,17 @@ def _compare(
     """Compare a hybrid with the private copy of its source, which has the same tensors.
 
     Args:
-        hybrid, source: what is compared; neither changes.
+        hybrid, source: the two to compare. Neither changes.
         args, kwargs: the example inputs.
         modes: values of `training` to compare in.
-        folded: paths of the modules whose batch norm is folded; they are in eval mode throughout.
+        folded: paths of the modules whose batch norm is folded. They are always in eval mode.
 
     Raises:
-        FFEBMError: where they deviate, which is a defect of the compiler.
+        FFEBMError: they deviate, which is a defect of the compiler.
     """
     for training in modes:
         with hybrid.in_mode(training), hybrid.feedforward_mode(), hybrid.held_feedback():
-            for path in folded:  # frozen in the hybrid: the source is compared with its norms frozen too
+            for path in folded:  # the hybrid's folded norms are frozen, so freeze the source's too
                 module_at(source, path).training = False
                 if not path:
                     hybrid.training = False
@@ -80,16 +80,16 @@ def _compare(
             if not error <= limit and _agree_with_gradients(found, source, state, args, kwargs):
                 raise UnsupportedError(
                     f"in {_name(training)} mode the source computes something else where no gradient is recorded (its "
-                    "forward asks torch.is_grad_enabled or a tensor's requires_grad), but a hybrid computes the same: "
+                    "forward reads torch.is_grad_enabled or a tensor's requires_grad), which a hybrid does not: "
                     "let a setting or the training flag decide instead"
                 )
             if not error <= limit and _asks_for_types(wanted, source, state, args, kwargs):
                 raise UnsupportedError(
                     f"in {_name(training)} mode the source computes something else for tensors of another class (its "
-                    "forward asks for the exact type of a tensor, which is another while it is captured): ask "
+                    "forward reads the exact type of a tensor, which is another one while it is captured): use "
                     "isinstance(x, torch.Tensor) instead"
                 )
-            # Where round-off alone does as much, the comparison says nothing.
+            # If round-off alone changes the output as much, the comparison shows nothing.
             if not error <= limit and not error <= _ALLOWED * _sensitivity(source, args, kwargs):
                 raise FFEBMError(
                     f"the converted graph deviates from the source by {error:.2e} (relative) in {_name(training)} mode "
@@ -98,7 +98,7 @@ def _compare(
 
 
 def _same_outputs(hybrid: HybridCore, source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a hybrid and the private copy of its source compute the same in the modes in which their modules are."""
+    """Whether a hybrid and the private copy of its source compute the same in the present modes of their modules."""
     state = [*held_tensors(source), *hybrid.written_state()]
     wanted = _of_source(source, state, args, kwargs)
     found = _leaves(hybrid, source, state, args, kwargs)
@@ -107,7 +107,7 @@ def _same_outputs(hybrid: HybridCore, source: nn.Module, args: tuple[Any, ...], 
 
 
 def _deviation(found: list[Any], wanted: list[Any]) -> tuple[float, float]:
-    """(largest relative deviation over its limit, limit): that of the output that is off the most."""
+    """(deviation, limit) of the output whose relative deviation is largest compared with its limit."""
     worst, allowed = 0.0, 1.0
     for have, want in zip(found, wanted, strict=True):
         if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
@@ -126,8 +126,8 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Largest relative change of an output when every weight changes by a few units of round-off.
 
-    A batch norm over two equal values, say, returns their round-off at full size: what two correct evaluations of such
-    a source return has nothing in common.
+    A batch norm over two equal values, for example, returns their round-off at full size. Two correct evaluations of
+    such a source need not agree at all.
     """
     results = []
     for factor in (0.0, 1.0):
@@ -149,7 +149,7 @@ def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 def _agree_with_gradients(
     found: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether the source's outputs are those of the hybrid where gradients are recorded, as when it was captured."""
+    """Whether the source agrees with the hybrid while gradients are recorded, as they were at capture."""
     wanted = _leaves(source, source, state, args, kwargs, gradients=True)
     if len(found) != len(wanted):
         return False
@@ -158,7 +158,7 @@ def _agree_with_gradients(
 
 
 class _OfAnotherClass(Tensor):
-    """A tensor that is one in all but its type."""
+    """A tensor that differs from an ordinary one only in its type."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OfAnotherClass:
         """A copy of the same class."""
@@ -168,7 +168,7 @@ class _OfAnotherClass(Tensor):
 def _asks_for_types(
     wanted: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether the source's outputs are others for inputs of a subclass of `torch.Tensor`."""
+    """Whether the source's outputs differ for inputs of a subclass of `torch.Tensor`."""
     given = pytree.tree_map_only(Tensor, lambda value: value.as_subclass(_OfAnotherClass), (args, dict(kwargs)))
     try:
         found = [
@@ -181,7 +181,7 @@ def _asks_for_types(
 
 
 def _of_source(source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The source's outputs; with gradients recorded where it does not run without (`retain_grad` does not)."""
+    """The source's outputs. Gradients are recorded only if it does not run without (`retain_grad` does not)."""
     try:
         return _leaves(source, source, state, args, kwargs)
     except Exception:
@@ -204,7 +204,7 @@ def _leaves(
         ordinary_paths(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # what the source warns of is no news of the conversion's
+        warnings.simplefilter("ignore")  # warnings of the source do not concern the conversion
         leaves = leaves_of(model(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
         return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 

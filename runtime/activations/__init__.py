@@ -1,1 +1,1 @@
-"""Activations: what an energy block can hold between its layers."""
+"""The activations that an energy block can hold."""

@@ -1,8 +1,8 @@
-"""What an activation has to provide, and the step formulas that activations share.
+"""The base class of activations, and the step formulas that they share.
 
 A *step quotient* is [σ(h + t k) − σ(h)] / t. Evaluated as written it loses log10(1/|t|) digits. Every
-formula here is an algebraic rewriting in which nothing cancels, in the dtype of its arguments (so it
-runs on devices that have no float64), and none of them multiplies 0 by ∞ or subtracts ∞ from ∞.
+formula here is an algebraic rewriting in which nothing cancels. It computes in the dtype of its arguments, so that it
+runs on devices without float64. It never multiplies 0 by ∞ or subtracts ∞ from ∞.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Lines:
-    """σ as straight lines: slopes a_0..a_n on both sides of the knots h_1 < … < h_n."""
+    """A piecewise linear σ, with slopes a_0..a_n between the knots h_1 < … < h_n."""
 
     knots: tuple[float, ...]
     slopes: tuple[float, ...]
     start: float = 0.0
-    """σ(h_1); σ(0) where there are no knots."""
+    """σ(h_1), or σ(0) if there are no knots."""
 
 
 class Activation(ABC):
-    """An elementwise activation s = σ(h) with what an energy needs of it.
+    """An elementwise activation s = σ(h) with the functions that an energy needs.
 
     With a primitive Λ, Λ' = σ, and the potential G(s) = h s − Λ(h) at σ(h) = s (the Legendre transform
     of Λ), the equation ∂G(s) = h is equivalent to s = σ(h). Subclasses are frozen dataclasses: their
@@ -51,7 +51,7 @@ class Activation(ABC):
     """
 
     def bound(self, parameters: Sequence[Tensor]) -> Activation:
-        """The activation at the present values of its parameters, which are weights of the block."""
+        """The activation with the present values of its parameters, which are weights of the block."""
         return self
 
     def parameter_gradients(self, h: Tensor, force: Tensor) -> list[Tensor]:
@@ -59,7 +59,7 @@ class Activation(ABC):
         return []
 
     def kept(self) -> Activation:
-        """The same with copies of its parameters, which others may change."""
+        """The same activation with copies of its parameters, since others may change them."""
         return self
 
     def lipschitz_gradients(self) -> list[Tensor]:
@@ -79,7 +79,7 @@ class Activation(ABC):
     @property
     @abstractmethod
     def monotone(self) -> bool:
-        """Whether σ is non-decreasing: then G is convex, else an equilibrium is a stationary point only."""
+        """Whether σ is non-decreasing. G is then convex. Otherwise an equilibrium is only a stationary point."""
 
     @property
     @abstractmethod
@@ -90,14 +90,14 @@ class Activation(ABC):
     def holomorphic(self) -> bool:
         """Whether σ extends holomorphically to a neighbourhood of the real line.
 
-        Then `complex_quotient` is defined. Never for the activations made of pieces (ReLU, ELU, Softsign, …),
-        even the smooth ones: where two pieces meet they have no common extension.
+        Then `complex_quotient` is defined. Activations made of pieces (ReLU, ELU, Softsign, …) are never holomorphic,
+        even if they are smooth, since two pieces have no common extension where they meet.
         """
         return False
 
     @property
     def lines(self) -> Lines | None:
-        """σ as straight lines; None where it is made of anything else."""
+        """σ as straight lines; None if it is not piecewise linear."""
         return None
 
     @abstractmethod
@@ -110,12 +110,12 @@ class Activation(ABC):
 
     @abstractmethod
     def primitive(self, h: Tensor) -> Tensor:
-        """Λ(h), Λ' = σ. The constant is free, and is the same one in `potential`."""
+        """Λ(h), Λ' = σ. Its constant is free, but `potential` uses the same one."""
 
     def potential(self, s: Tensor) -> Tensor:
         """G(s) = h s − Λ(h) at σ(h) = s; +∞ outside the range of σ.
 
-        Raises `UnsupportedError` where σ is not monotone: σ(h) = s then has several solutions.
+        Raises `UnsupportedError` if σ is not monotone, since σ(h) = s then has several solutions.
         """
         raise UnsupportedError(
             f"{self!r} is not monotone, so its potential is not a function of the state s; "
@@ -123,7 +123,7 @@ class Activation(ABC):
         )
 
     def energy_of_preactivation(self, h: Tensor) -> Tensor:
-        """h σ(h) − Λ(h), which is G(σ(h)) where σ is monotone and is defined for every activation."""
+        """h σ(h) − Λ(h), which every activation has. It is G(σ(h)) if σ is monotone."""
         return in_double(lambda x: x * self.value(x) - self.primitive(x), h)
 
     def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -131,45 +131,47 @@ class Activation(ABC):
         return _bounds_of(self)
 
     def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
-        """k ↦ quotient(h, k, t), with what depends on h and t alone computed once."""
+        """k ↦ quotient(h, k, t). Values that depend only on h and t are computed once."""
         return lambda k: self.quotient(h, k, t)
 
     @abstractmethod
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
         """[σ(h + t k) − σ(h)] / t without cancellation; tends to σ'(h) k as t → 0.
 
-        `h` and `k` are float32 or float64 of one shape, `t` is nonzero, of either sign (1e-12 to 1e3 in
-        size), and t k must be finite. The error is a few units of round-off of lipschitz · |k|.
+        `h` and `k` are float32 or float64 of the same shape. `t` may have either sign, with 1e-12 ≤ |t| ≤ 1e3, and t k
+        must be finite. The error is a few units of round-off of lipschitz · |k|.
         """
 
     def complex_quotient(self, h: Tensor, k: Tensor, t: complex) -> Tensor:
         """[σ(h + t k) − σ(h)] / t for a complex nudge, as holomorphic equilibrium propagation takes it.
 
-        `h` is real (float32 or float64), `k` complex of the same shape, t ≠ 0; the result has the dtype of k
-        and is computed in complex128 without cancellation, for small |t| too: the error is below 1e-12 of
-        |k| max(lipschitz, |σ'(h + t k)|). It is meaningful while |Im(t k)| is inside the strip around the real
-        line on which σ is holomorphic: tanh π/2; sigmoid, log_sigmoid, silu π; softplus π/β; quick_gelu π/α;
-        mish 3π/4; gelu "tanh" 2.754…; gelu has no limit, and that accuracy up to 8. Outside, beyond a pole or
-        a branch cut, it is some finite number.
+        `h` is real (float32 or float64), `k` is complex with the same shape, and t ≠ 0. The result has the dtype of k.
+        It is computed in complex128 without cancellation, also for small |t|. The error is below 1e-12 of
+        |k| max(lipschitz, |σ'(h + t k)|).
+
+        The result is meaningful while |Im(t k)| is inside the strip around the real line on which σ is holomorphic. Its
+        half width is π/2 for tanh, π for sigmoid, log_sigmoid and silu, π/β for softplus, π/α for quick_gelu, 3π/4 for
+        mish, and 2.754… for gelu "tanh". gelu has no limit, and the stated accuracy up to 8. Outside, beyond a pole or
+        a branch cut, the result is some finite number.
 
         Source: Laborieux & Zenke, 2022, arXiv 2209.00530.
 
         Raises:
-            UnsupportedError: where σ is not `holomorphic`.
-            InputError: for a real k.
+            UnsupportedError: σ is not `holomorphic`.
+            InputError: k is real.
         """
         if not self.holomorphic:
             raise UnsupportedError(
-                f"{self!r} is not holomorphic: made of pieces, it has no complex-differentiable extension, and so "
-                "no value at the complex pre-activations of holomorphic equilibrium propagation; use "
+                f"{self!r} is not holomorphic, since it is made of pieces, so that it has no value at the complex "
+                "pre-activations of holomorphic equilibrium propagation; use "
                 "EquilibriumPropagation(variant='centered'), or a holomorphic activation such as SiLU() or Tanh()"
             )
         if not k.is_complex():
-            raise InputError(f"k is {k.dtype}; expected complex64 or complex128 (for a real step there is quotient)")
+            raise InputError(f"k is {k.dtype}; expected complex64 or complex128 (use quotient for a real step)")
         return (self._complex_step(h.double(), t * k.to(torch.complex128)) / t).to(k.dtype)
 
     def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
-        """σ(h + w) − σ(h) for float64 h and complex128 w, where σ is holomorphic."""
+        """σ(h + w) − σ(h) for float64 h and complex128 w, if σ is holomorphic."""
         raise NotImplementedError
 
 
@@ -199,16 +201,16 @@ def infinite_outside(f: Callable[[Tensor], Tensor], s: Tensor, lo: float, hi: fl
 
 
 def clamp_step(h: Tensor, k: Tensor, t: float, lo: float, hi: float) -> Tensor:
-    """The step quotient of σ(h) = clamp(h, lo, hi); `lo` and `hi` may be infinite."""
+    """The step quotient of σ(h) = clamp(h, lo, hi). `lo` and `hi` may be infinite."""
     return clamp_stepper(h, t, lo, hi)(k)
 
 
 def clamp_stepper(h: Tensor, t: float, lo: float, hi: float) -> Callable[[Tensor], Tensor]:
     """k ↦ the step quotient of σ(h) = clamp(h, lo, hi).
 
-    With s = σ(h): clip k + (h − s)/t to [(lo − s)/t, (hi − s)/t], the bounds swapped for t < 0.
-    One bound b alone needs fewer kernels: with u = (b − h)/t, u⁺ = max(u, 0) and u⁻ = min(u, 0), it is
-    max(k − u⁺, u⁻) where t points away from a lower bound or at an upper one, else min(k − u⁻, u⁺).
+    With s = σ(h), it is k + (h − s)/t, clipped to [(lo − s)/t, (hi − s)/t]. The bounds are swapped for t < 0.
+    A single bound b needs fewer kernels. Let u = (b − h)/t, u⁺ = max(u, 0) and u⁻ = min(u, 0). For a lower bound and
+    t > 0, or an upper bound and t < 0, it is max(k − u⁺, u⁻). Otherwise it is min(k − u⁻, u⁺).
     """
     if lo == -inf and hi == inf:
         return torch.clone
@@ -227,15 +229,15 @@ def clamp_stepper(h: Tensor, t: float, lo: float, hi: float) -> Callable[[Tensor
 
 
 def _in_place(f: Callable[..., Tensor], value: Tensor, other: Tensor) -> Tensor:
-    """f(value, other), over `value` where nothing else needs it."""
+    """f(value, other), written over `value` unless a gradient needs that."""
     return f(value, other) if value.requires_grad else f(value, other, out=value)
 
 
 def sigmoid_step(a: Tensor, b: Tensor, difference: Tensor, t: float) -> Tensor:
-    """[S(b) − S(a)] / t for the logistic sigmoid S, given b − a as computed without cancellation.
+    """[S(b) − S(a)] / t for the logistic sigmoid S, with `difference` = b − a computed without cancellation.
 
-    S(b) − S(a) = S(b) S(−a) (1 − e^{−(b − a)}) for b ≥ a, and antisymmetric: accurate relative to
-    itself even where S saturates.
+    S(b) − S(a) = S(b) S(−a) (1 − e^{−(b − a)}) for b ≥ a, and it is antisymmetric. Its relative error is small
+    even where S saturates.
     """
     rise = torch.copysign(torch.expm1(-difference.abs()), difference)
     return torch.sigmoid(torch.maximum(a, b)) * torch.sigmoid(-torch.minimum(a, b)) * rise.mul(1 / t)

@@ -19,14 +19,14 @@ __all__ = ["PReLU"]
 class PReLU(Activation):
     """σ(h) = h for h > 0, a h else, with a slope a for all values or one for each channel (the second dimension).
 
-    A slope may be negative, and may become so in training. So the energy is written in the pre-activation,
-    with Λ(h) = ½ h σ(h) and ∂Λ/∂a = ½ min(h, 0)², whatever the slopes are at present.
+    A slope may be negative, or become negative in training. So the energy is always written in the pre-activation,
+    with Λ(h) = ½ h σ(h) and ∂Λ/∂a = ½ min(h, 0)².
 
     Source: He et al., 2015, arXiv 1502.01852.
     """
 
     slope: Tensor | None = field(default=None, compare=False, repr=False)
-    """The present slopes; None in a block's program, where they are one of its weights."""
+    """The present slopes; None in a block's program, since they are one of the block's weights."""
     name = "prelu"
     monotone = False
     smooth = False
@@ -36,12 +36,12 @@ class PReLU(Activation):
         return PReLU(parameters[0])
 
     def kept(self) -> PReLU:
-        """With the slopes as they are now."""
+        """The same activation with a copy of the present slopes."""
         return PReLU(None if self.slope is None else self.slope.detach().clone())
 
     @property
     def lipschitz(self) -> float:
-        """max(1, max |a|); 1 where no slopes are given."""
+        """max(1, max |a|), or 1 if no slopes are given."""
         return 1.0 if self.slope is None else max(1.0, float(self.slope.detach().abs().max()))
 
     def lipschitz_gradients(self) -> list[Tensor]:
@@ -54,7 +54,7 @@ class PReLU(Activation):
         return [found]
 
     def _slope(self, h: Tensor) -> Tensor:
-        """The slopes, to be broadcast over h."""
+        """The slopes in a shape that broadcasts over h."""
         if self.slope is None:
             raise FFEBMError("the slopes of a PReLU are weights of its block: take it from `Frame.activations`")
         slope = self.slope.to(h.dtype)
@@ -81,7 +81,7 @@ class PReLU(Activation):
         return above + self._slope(h) * (k - above)
 
     def parameter_gradients(self, h: Tensor, force: Tensor) -> list[Tensor]:
-        """Σ over what shares a slope of force · ∂σ/∂a, ∂σ/∂a = min(h, 0)."""
+        """Σ force · ∂σ/∂a over the values that share a slope, with ∂σ/∂a = min(h, 0)."""
         assert self.slope is not None
         product = force * h.clamp(max=0)
         if self.slope.numel() == 1:

@@ -115,7 +115,7 @@ class ReLU(_Clamp):
 
 @dataclass(frozen=True)
 class Hardtanh(_Clamp):
-    """σ(h) = min(max(h, lo), hi), with derivative 0 at both bounds; ReLU6 is Hardtanh(0, 6)."""
+    """σ(h) = min(max(h, lo), hi) with derivative 0 at both bounds. ReLU6 is Hardtanh(0, 6)."""
 
     lo: float = -1.0
     hi: float = 1.0
@@ -136,7 +136,7 @@ class Hardtanh(_Clamp):
 
 @dataclass(frozen=True)
 class Clamp(_Clamp):
-    """σ(h) = min(max(h, lo), hi) as `torch.clamp`: with derivative 1 at both bounds."""
+    """σ(h) = min(max(h, lo), hi) with derivative 1 at both bounds, like `torch.clamp`."""
 
     lo: float = -inf
     hi: float = inf
@@ -216,7 +216,7 @@ def _check_bounds(activation: _Clamp | SlopedClamp) -> None:
 
 @dataclass(frozen=True)
 class LeakyReLU(Activation):
-    """σ(h) = h for h > 0, a h else; Λ(h) = ½h σ(h); G(s) = ½s² for s ≥ 0, ½s²/a else (a ≥ 0)."""
+    """σ(h) = h for h > 0, a h else, with a ≥ 0. Λ(h) = ½h σ(h), and G(s) = ½s² for s ≥ 0, ½s²/a else."""
 
     negative_slope: float = 0.01
     name = "leaky_relu"
@@ -322,9 +322,9 @@ class Hardsigmoid(Activation):
 
 @dataclass(frozen=True)
 class Hardswish(Activation):
-    """σ(h) = h m(h), m(h) = clamp(h/6 + ½, 0, 1); Λ = h³/18 + h²/4 − ¾ on [−3, 3], 0 below.
+    """σ(h) = h m(h) with m(h) = clamp(h/6 + ½, 0, 1). Λ = h³/18 + h²/4 − ¾ on [−3, 3], and 0 below.
 
-    Not monotone. Its step follows the product rule: k m(h + t k) + h [m(h + t k) − m(h)]/t.
+    It is not monotone. Its step follows the product rule: k m(h + t k) + h [m(h + t k) − m(h)]/t.
     """
 
     name = "hardswish"
@@ -407,7 +407,7 @@ class _Exponential(Activation):
 
 @dataclass(frozen=True)
 class ELU(_Exponential):
-    """σ(h) = scale·h for h > 0, scale·α (e^{input_scale·h} − 1) else: all of `aten.elu`."""
+    """σ(h) = scale·h for h > 0, scale·α (e^{input_scale·h} − 1) else, with all parameters of `aten.elu`."""
 
     alpha: float = 1.0
     scale: float = 1.0
@@ -438,7 +438,7 @@ class SELU(_Exponential):
 
 @dataclass(frozen=True)
 class CELU(_Exponential):
-    """σ(h) = h for h > 0, α (e^{h/α} − 1) else; continuously differentiable."""
+    """σ(h) = h for h > 0, α (e^{h/α} − 1) else. It is continuously differentiable."""
 
     alpha: float = 1.0
     name = "celu"

@@ -37,11 +37,11 @@ __all__ = ["GELU", "LogSigmoid", "Mish", "QuickGELU", "SiLU", "Sigmoid", "Softpl
 
 
 class _Smooth(Activation):
-    """An activation without kinks in any derivative: two formulas for its quotient.
+    """An activation without kinks in any derivative. It has two formulas for its quotient.
 
-    Where every step d = t k is small it is k times the average of σ' over the step, by two Gauss nodes:
-    the error is d⁴ σ⁽⁵⁾/4320, and torch has σ'(x) k as one kernel; one node in the middle, with the error
-    d² σ⁽³⁾/24, is enough where that is below the round-off. Else the formula of the subclass, which
+    If every step d = t k is small, the quotient is k times the average of σ' over the step, from two Gauss nodes.
+    The error is d⁴ σ⁽⁵⁾/4320, and torch has σ'(x) k as one kernel. One node in the middle has the error
+    d² σ⁽³⁾/24 and is used if that is below the round-off. Otherwise the subclass has a formula that
     holds for steps of every size and costs two to five times as much.
     """
 
@@ -49,7 +49,7 @@ class _Smooth(Activation):
     holomorphic = True
 
     def quotient(self, h: Tensor, k: Tensor, t: float) -> Tensor:
-        # Looking at k costs a synchronisation with a device: there it is taken to be below 80 for a small t.
+        # Reading k would wait for the device. There |k| is taken to be below 80 if t is small.
         on_device = h.device.type != "cpu"
         size = longest(k) * abs(t) if not on_device else 80 * abs(t)
         if size > self._small_step(h.dtype):
@@ -61,7 +61,7 @@ class _Smooth(Activation):
         return torch.add(*ends).mul_(0.5)
 
     def _small_step(self, dtype: torch.dtype) -> float:
-        """Where d⁴ reaches the round-off of a difference, ε/d, up to the size of σ⁽⁵⁾."""
+        """The step d at which d⁴ reaches the round-off ε/d of a difference, up to the size of σ⁽⁵⁾."""
         return float(2 * torch.finfo(dtype).eps ** 0.2)
 
     @abstractmethod
@@ -167,9 +167,9 @@ class Softsign(Activation):
 class Softplus(_Smooth):
     """σ(h) = log(1 + e^{βh})/β, Λ(h) = D(βh)/β², G(s) = h s − Λ(h) at h = log(e^{βs} − 1)/β for s ≥ 0.
 
-    Torch returns h itself for βh > threshold, a jump of less than e^{−threshold}/β. Value and derivative
-    have it; the primitive, the potential and the quotients, where it would be divided by t, do not: what is
-    extended to complex arguments is the formula.
+    torch returns h itself for βh > threshold, which is a jump of less than e^{−threshold}/β. Value and derivative
+    have this jump. The primitive, the potential and the quotients use the formula without it, since a quotient would
+    divide the jump by t. The formula is also what is extended to complex arguments.
     """
 
     beta: float = 1.0
@@ -212,7 +212,7 @@ class Softplus(_Smooth):
 
 @dataclass(frozen=True)
 class LogSigmoid(_Smooth):
-    """σ(h) = log S(h) = −log(1 + e^{−h}), Λ(h) = D(−h); G is that of softplus at −s, for s ≤ 0."""
+    """σ(h) = log S(h) = −log(1 + e^{−h}), Λ(h) = D(−h). G(s) is the potential of softplus at −s, for s ≤ 0."""
 
     name = "log_sigmoid"
     lipschitz = 1.0
@@ -242,7 +242,7 @@ class LogSigmoid(_Smooth):
 
 @dataclass(frozen=True)
 class SiLU(_Smooth):
-    """σ(h) = h S(h), Λ(h) = h log(1 + e^h) − D(h); not monotone.
+    """σ(h) = h S(h), Λ(h) = h log(1 + e^h) − D(h). It is not monotone.
 
     Its step follows the product rule: k S(h + t k) + h [S(h + t k) − S(h)]/t.
     """
@@ -274,7 +274,7 @@ class SiLU(_Smooth):
 
 @dataclass(frozen=True)
 class Mish(_Smooth):
-    """σ(h) = h tanh(log(1 + e^h)); not monotone.
+    """σ(h) = h tanh(log(1 + e^h)). It is not monotone.
 
     tanh(log(1 + e^h)) = Re[(1 − i) S(z)] with z = h − log(1 − i), so that
     Λ(h) = Re[(1 − i)(h log(1 + e^z) − D(z))]. Its step follows the product rule.
@@ -313,9 +313,9 @@ class Mish(_Smooth):
 
 @dataclass(frozen=True)
 class GELU(_Smooth):
-    """σ(h) = h Φ(h), Φ the normal distribution function, or h S(2c(h + 0.044715 h³)), c = √(2/π), for "tanh".
+    """σ(h) = h Φ(h) with the normal distribution function Φ, or h S(2c(h + 0.044715 h³)), c = √(2/π), for "tanh".
 
-    Not monotone. Λ(h) = ½[(h² − 1) Φ(h) + h φ(h)] + ¼ for the exact form; "tanh" has no elementary Λ and is
+    It is not monotone. For the exact form Λ(h) = ½[(h² − 1) Φ(h) + h φ(h)] + ¼. "tanh" has no elementary Λ and is
     integrated numerically. The step follows the product rule.
     """
 
@@ -336,7 +336,7 @@ class GELU(_Smooth):
         return F.gelu(h, approximate=self.approximate)
 
     def derivative(self, h: Tensor) -> Tensor:
-        x = h if self.approximate == "none" else h.clamp(-30, 30)  # the gate is 0 or 1 long before, and x³ finite
+        x = h if self.approximate == "none" else h.clamp(-30, 30)  # the gate is 0 or 1 there, and x³ stays finite
         return self._tangent(x, torch.ones_like(h))
 
     def primitive(self, h: Tensor) -> Tensor:
@@ -352,14 +352,14 @@ class GELU(_Smooth):
         moved = h + step
         if self.approximate == "none":
             return k * _normal_cdf(moved) + h * _normal_cdf_step(h, k, t)
-        # (b³ − a³)/(b − a) = (a + b/2)² + ¾b², capped where the gate is saturated and the square overflows.
+        # (b³ − a³)/(b − a) = (a + b/2)² + ¾b². It is capped, since the square may overflow where the gate saturates.
         slope = (h + 0.5 * moved).square().add(0.75 * moved.square()).clamp(max=1e6)
         end, rise = _gelu_argument(moved), step * (1 + 0.044715 * slope) * (2 * sqrt(2 / pi))
         return k * torch.sigmoid(end) + h * sigmoid_step(_gelu_argument(h), end, rise, t)
 
     def _complex_step(self, h: Tensor, w: Tensor) -> Tensor:
         moved = h + w
-        if self.approximate == "none":  # to h + Re w first, then in the imaginary direction
+        if self.approximate == "none":  # step to h + Re w first, then in the imaginary direction
             x = moved.real
             aside = normal_cdf_aside(x, moved.imag)
             return w * (_normal_cdf(x) + aside) + h * (_normal_cdf_step(h, w.real, 1.0) + aside)
@@ -373,7 +373,7 @@ def _sigmoid_tangent(x: Tensor, k: Tensor) -> Tensor:
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z) without torch's threshold; z may be complex with |Im z| < π."""
+    """log(1 + e^z) without torch's threshold. z may be complex with |Im z| < π."""
     if not z.is_complex():
         return z.relu() + torch.log1p(torch.exp(-z.abs()))
     positive = z.real > 0
@@ -383,7 +383,7 @@ def _softplus(z: Tensor) -> Tensor:
 def _softplus_step(h: Tensor, k: Tensor, t: float) -> Tensor:
     """The step quotient of log(1 + e^h) = max(h, 0) + log(1 + e^{−|h|}).
 
-    With a = |h + t k| − |h|, which comes exactly from the step of max(h, 0), the second term moves by
+    Let a = |h + t k| − |h|, which follows exactly from the step of max(h, 0). Then the second term moves by
     log(1 + (e^{−|h| − a} − e^{−|h|}) / (1 + e^{−|h|})).
     """
     above = clamp_step(h, k, t, 0, inf)
@@ -394,10 +394,10 @@ def _softplus_step(h: Tensor, k: Tensor, t: float) -> Tensor:
 
 
 def _softplus_primitive(z: Tensor) -> Tensor:
-    """D(z) = −Li₂(−e^z) in double precision; z may be complex with |Im z| < π.
+    """D(z) = −Li₂(−e^z) in double precision. z may be complex with |Im z| < π.
 
-    D(z) = π²/6 + z²/2 − D(−z) for Re z > 0; else with w = log(1 + e^z), |w| < 0.74, the series
-    w + w²/4 + Σ_n B_{2n} w^{2n+1}/(2n+1)! in Bernoulli numbers, whose terms fall by (|w|/2π)² each.
+    For Re z > 0, D(z) = π²/6 + z²/2 − D(−z). Otherwise let w = log(1 + e^z), |w| < 0.74. Then D(z) is the series
+    w + w²/4 + Σ_n B_{2n} w^{2n+1}/(2n+1)! with the Bernoulli numbers B_{2n}. Its terms fall by (|w|/2π)² each.
     """
     positive = z.real > 0
     w = log1p(torch.exp(torch.where(positive, -z, z)))
@@ -408,7 +408,7 @@ def _softplus_primitive(z: Tensor) -> Tensor:
     return torch.where(positive, pi * pi / 6 + 0.5 * z * z - below, below)
 
 
-# (2n + 1)!/B_{2n}, n = 1..7; B_{2n} are the Bernoulli numbers.
+# (2n + 1)!/B_{2n} for n = 1..7, with the Bernoulli numbers B_{2n}.
 _DILOGARITHM_DIVISORS = (36, -3600, 211680, -10886400, 526901760, -16999766784000 / 691, 1120863744000)
 
 
@@ -427,9 +427,9 @@ def _normal_density(h: Tensor) -> Tensor:
 
 
 def _normal_cdf_step(h: Tensor, k: Tensor, t: float) -> Tensor:
-    """The step quotient of Φ: k times the density averaged by two Gauss nodes where |t k| is small.
+    """The step quotient of Φ. If |t k| is small, it is k times the density, averaged over two Gauss nodes.
 
-    The average is wrong by (t k)⁴ φ''''/4320, the difference of Φ by ε/|t k|: they meet near ε^{1/5}.
+    The average is wrong by (t k)⁴ φ''''/4320, and the difference of Φ by ε/|t k|. The two are equal near ε^{1/5}.
     """
     step = t * k
     middle, node = h + 0.5 * step, step * (0.5 / sqrt(3))
@@ -443,7 +443,7 @@ def _gelu_argument(h: Tensor) -> Tensor:
 
 
 def _gelu_tanh_primitive(h: Tensor) -> Tensor:
-    """∫₀^h σ: σ(u) = ½u + ½u·tanh(…), whose second term is even, and |u|/2 to 1e-21 for |u| > 8."""
+    """∫₀^h σ, with σ(u) = ½u + ½u·tanh(…). The second term is even, and equal to |u|/2 to 1e-21 for |u| > 8."""
     size = h.abs()
     inner = size.clamp(max=8)
     even = 0.25 * (size.square() - inner.square())
@@ -455,9 +455,9 @@ def _gelu_tanh_primitive(h: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class QuickGELU(Activation):
-    """σ(h) = h S(α h) = SiLU(α h)/α with α = 1.702, the gate that stands for Φ in CLIP and others.
+    """σ(h) = h S(α h) = SiLU(α h)/α with α = 1.702. The gate S approximates Φ in CLIP and other models.
 
-    Not monotone. All of it is SiLU's, with h scaled: Λ(h) = Λ_SiLU(α h)/α².
+    It is not monotone. Everything follows from SiLU with a scaled h, such as Λ(h) = Λ_SiLU(α h)/α².
     """
 
     alpha: float = 1.702
@@ -487,5 +487,5 @@ class QuickGELU(Activation):
 
 
 def quick_gelu(h: Tensor) -> Tensor:
-    """QuickGELU as a function: the target of a recognised `h * sigmoid(1.702 * h)`."""
+    """QuickGELU as a function. A recognised `h * sigmoid(1.702 * h)` becomes a call of it."""
     return QuickGELU().value(h)

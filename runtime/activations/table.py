@@ -117,7 +117,7 @@ def _rrelu(lower: float, upper: float, training: float = 0.0, generator: object 
     return LeakyReLU((lower + upper) / 2)
 
 
-# ATen operator -> activation, given the arguments after the tensor in the order of the operator's schema.
+# ATen operator -> function that makes the activation of the arguments after the tensor, in the schema's order.
 _FROM_ATEN: dict[str, Callable[..., Activation]] = {
     "relu": ReLU,
     "relu6": lambda: Hardtanh(0.0, 6.0),
@@ -146,11 +146,11 @@ _FROM_ATEN: dict[str, Callable[..., Activation]] = {
 def from_aten(
     name: str, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
 ) -> Activation | None:
-    """The activation that `torch.ops.aten.<name>` computes, or None where this package has none.
+    """The activation that `torch.ops.aten.<name>` computes, or None if this package has none.
 
-    `args` and `kwargs` are the operator's arguments without its tensor; missing ones take the defaults of
-    the operator's schema. None also where a parameter is not a constant (a tensor, a graph node), is outside
-    of what the activation covers, or does not fit the schema.
+    `args` and `kwargs` are the operator's arguments without its tensor. Missing ones have the defaults of
+    the operator's schema. The result is None, too, if a parameter is no constant (a tensor, a graph node), is out of
+    the activation's range, or does not fit the schema.
     """
     build = _FROM_ATEN.get(name)
     if build is None:
@@ -164,5 +164,5 @@ def from_aten(
         return None
     try:
         return build(*(float(v) if isinstance(v, Real) else v for v in values))
-    except (InputError, TypeError):  # TypeError: None where a number is needed
+    except (InputError, TypeError):  # a TypeError means that None was given for a number
         return None

@@ -1,1 +1,1 @@
-"""Energies: what a block of analog layers minimises, each a value that answers all questions about it."""
+"""The energies that blocks of analog layers minimise. Each is a value that answers all questions about it."""

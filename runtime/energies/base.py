@@ -1,4 +1,4 @@
-"""What an energy is: the answers that phases, estimators, certificates and reports ask for.
+"""The interface of an energy, which phases, estimators, certificates and reports use.
 
 Every energy of a block has the form
 
@@ -8,8 +8,8 @@ with the drives d_l of the block's program, scales c_l > 0 and a potential F_l o
 
     s_l = σ_l(h_l),    h_l = d_l + Σ_{m>l} γ_{l,m} J_{ml}ᵀ s_m ,    γ_{l,m} = c_m/c_l ,    σ_l = (∂F_l)⁻¹ .
 
-An `Energy` is a value without state: it has no weights and no measurements. A `Setting` is an energy together with what
-the amplifiers of one block are set to. A `Gauge` measures one block and says what its amplifiers should be set to.
+An `Energy` is a value without state, so it has no weights and no measurements. A `Setting` is an energy together with
+the settings of one block's amplifiers. A `Gauge` measures one block and says how its amplifiers should be set.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from ffebm_compiler.runtime.program.frame import Frame
 __all__ = ["Energy", "Evaluated", "Gauge", "Setting"]
 
 Evaluated = Callable[[], tuple[Frame, list[Tensor]]]
-"""A block evaluated once without feedback, for one sample and without its random masks, and its states."""
+"""Evaluates a block once without feedback, for one sample and without random masks. Returns its frame and states."""
 
 
 class Energy(ABC):
     """An energy of blocks. Subclasses are frozen dataclasses: their options are their fields."""
 
     name: ClassVar[str]
-    """What `convert` and files call it."""
+    """The energy's name in `convert` and in files."""
     amplified: ClassVar[bool]
-    """Whether an amplifier with a gain of its own follows every layer."""
+    """Whether every layer is followed by an amplifier with a gain of its own."""
     default_feedback: ClassVar[float]
-    """The feedback that a block has where none is given."""
+    """The feedback of a block if none is given."""
 
     @abstractmethod
     def check_feedback(self, feedback: object) -> float | str:
-        """The feedback, checked.
+        """The checked feedback.
 
         Raises:
-            InputError: for anything that is no feedback of this energy.
+            InputError: this energy has no such feedback.
         """
 
     @abstractmethod
@@ -55,16 +55,16 @@ class Energy(ABC):
         """Refuse a block with feedback that this energy cannot describe.
 
         Raises:
-            UnsupportedError: naming the block, the layer and its activation or operator, and what to do.
+            UnsupportedError: names the block, the layer, its activation or operator, and what to do.
         """
 
     @abstractmethod
     def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
-        """σ_l = (∂F_l)⁻¹ of every layer: the state of a field, with its slope and its stable quotient.
+        """σ_l = (∂F_l)⁻¹ of every layer. It gives the state for a field, with its slope and its stable quotient.
 
         Args:
             frame: the block's program with its weights, evaluated once so that all shapes are known.
-            setting: what the block's amplifiers are set to.
+            setting: the settings of the block's amplifiers.
         """
 
     @abstractmethod
@@ -79,9 +79,9 @@ class Energy(ABC):
 
         Args:
             frame: the block's program with its inputs and weights.
-            setting: what its amplifiers are set to.
+            setting: the settings of its amplifiers.
             states: s_l, batch first.
-            preactivations: h_l with s_l = σ_l(h_l); needed where an activation is not monotone.
+            preactivations: h_l with s_l = σ_l(h_l), which is needed if an activation is not monotone.
 
         Raises:
             UnsupportedError: for a non-monotone activation without pre-activations, and for a block whose feedback has
@@ -99,10 +99,10 @@ class Energy(ABC):
         needed: Sequence[bool],
         factor: float = 1.0,
     ) -> None:
-        """Add to `gradients` what the weight gradient holds beside that of the drives.
+        """Add to `gradients` the part of the weight gradient that does not come from the drives.
 
-        It is `factor` −Σ_l c_l ⟨v_l, ∂_θ ∂F_l(m_l; θ)⟩ with v_l = e_l/c_l: bilinear in the error currents e and the
-        midpoint m where F_l is quadratic in what depends on weights.
+        This part is −`factor` Σ_l c_l ⟨v_l, ∂_θ ∂F_l(m_l; θ)⟩ with v_l = e_l/c_l. If the terms of F_l with weights are
+        quadratic in the state, it is bilinear in the error currents e and the midpoint m.
         """
 
     @abstractmethod
@@ -134,18 +134,18 @@ class Energy(ABC):
 
     @abstractmethod
     def gauge(self, program: BlockProgram) -> Gauge:
-        """What measures a block of this energy."""
+        """The gauge that measures a block with this energy."""
 
     @abstractmethod
     def contraction(self, program: BlockProgram, certificate: Certificate, feedback: float | str) -> float | None:
-        """Factor by which a Gauss–Seidel sweep contracts, where it is certified to."""
+        """Factor by which a Gauss–Seidel sweep is certified to contract; None without a certificate."""
 
     @abstractmethod
     def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
-        """Weight index -> factor in (0, 1) that brings the loop gain to `limit`; empty where nothing needs it.
+        """Weight index -> factor in (0, 1). Together they bring the loop gain down to `limit`. Empty if it is lower.
 
         Raises:
-            InputError: where an edge between two states holds no weight that could be scaled.
+            InputError: an edge between two states holds no weight that could be scaled.
         """
 
     @abstractmethod
@@ -154,18 +154,18 @@ class Energy(ABC):
 
     @abstractmethod
     def remedy(self, feedback: float | str, loop_gain: float) -> str:
-        """What to change where a block does not settle, as the end of a sentence."""
+        """What to change if a block does not settle, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The energy of a block and what its amplifiers are set to: constant while it settles and its gradient is taken."""
+    """The energy of a block and the settings of its amplifiers, constant while it settles and its gradient is taken."""
 
     energy: Energy
     scales: tuple[float, ...]
     """c_l, with γ_{l,m} = c_m/c_l."""
     amplifiers: tuple[float, ...] = ()
-    """A_l, the gain of the amplifier behind each layer; empty where the energy has none."""
+    """A_l, the gain of the amplifier behind each layer; empty if the energy has no amplifiers."""
 
     def activations(self, frame: Frame) -> tuple[Activation, ...]:
         """σ_l of every layer of an evaluated frame."""
@@ -173,49 +173,49 @@ class Setting:
 
 
 class Gauge(ABC):
-    """Measures one block: what its feedback amounts to, and what its amplifiers have to be for a feedback.
+    """Measures the loop gain of one block, and finds the settings of its amplifiers for a feedback.
 
-    It keeps what makes the next measurement cheap. All methods are called without gradients.
+    It keeps vectors that make the next measurement cheap. All methods are called without gradients.
     """
 
     @abstractmethod
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
-        """Measured to convergence, with the amplifiers set for a feedback."""
+        """Measure to convergence, with the amplifiers set for a feedback."""
 
     @abstractmethod
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
-        """Measured to convergence, with the amplifiers as `present` has them."""
+        """Measure to convergence, with the amplifiers as in `present`."""
 
     @abstractmethod
     def needed(self, evaluated: Evaluated, present: Certificate, feedback: float | str) -> Certificate | None:
-        """What `certify` returns, where the amplifiers would be set to something else than they are; else None."""
+        """The result of `certify`, if it sets the amplifiers otherwise than `present`; else None."""
 
     @abstractmethod
     def follow(
         self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
     ) -> Certificate:
-        """After a change of the weights in training, with the amplifiers set anew where the feedback asks for it.
+        """Measure after a change of the weights in training, and set the amplifiers again if the feedback needs it.
 
         Args:
             frame: the block at these weights for one sample, with all shapes known.
-            evaluated: evaluates it.
+            evaluated: evaluates the block.
             present: the certificate before the change.
-            feedback: what is to be held.
-            converge: whether to measure to convergence, whatever an estimate says.
+            feedback: the feedback to hold.
+            converge: whether to measure to convergence even if the estimate has not jumped.
         """
 
     @abstractmethod
     def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:
-        """The same measurement with the amplifiers set for another feedback; None where it has to be measured again."""
+        """The same measurement with the amplifiers set for another feedback; None if it must be measured again."""
 
     @abstractmethod
     def with_setting(self, found: Certificate, present: Certificate) -> Certificate | None:
-        """The same measurement with the amplifiers of `present`; None where it has to be measured again."""
+        """The same measurement with the amplifiers of `present`; None if it must be measured again."""
 
     @abstractmethod
     def state(self) -> dict[str, dict[str, Any]]:
-        """What is kept, by edge: numbers and tensors only."""
+        """The kept numbers and tensors of each edge."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state` returned."""
+        """Restore the result of `state`."""

@@ -1,4 +1,4 @@
-"""Energies by name."""
+"""Choose an energy by its name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ffebm_compiler.runtime.energies.resistive import Resistive
 __all__ = ["DEFAULT_ENERGY", "ENERGIES", "energy_of", "name_of"]
 
 DEFAULT_ENERGY: Energy = Hopfield()
-"""The energy of blocks where none is chosen."""
+"""The energy of blocks if none is chosen."""
 
 ENERGIES: dict[str, type[Energy]] = {kind.name: kind for kind in (Hopfield, Resistive)}
 
 
 def name_of(energy: Energy) -> str | None:
-    """The name that `energy_of` makes this energy of; None for one of your own class."""
+    """The name for which `energy_of` returns this energy; None for an energy of a class of the user's."""
     return energy.name if ENERGIES.get(energy.name) is type(energy) else None
 
 
@@ -24,7 +24,7 @@ def energy_of(energy: object) -> Energy:
     """The energy that a name or an energy object stands for.
 
     Raises:
-        InputError: for any other name or object.
+        InputError: the name is unknown, or the object is no energy.
     """
     if isinstance(energy, Energy):
         return energy

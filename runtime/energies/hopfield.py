@@ -2,9 +2,9 @@
 
     E(s; θ, x) = Σ_l c_l [ G_l(s_l) − ⟨s_l, d_l(s_1..s_{l−1}, x; θ)⟩ ],
 
-G_l the potential of the layer's activation (∂G_l = σ_l⁻¹), so that σ_l is the activation itself. Where an activation is
-not monotone G_l is written in the pre-activation, h σ(h) − Λ(h): an equilibrium is then a stationary point of E, not a
-minimum. A loop gain below one certifies it (`runtime/energies/loop_gain.py`).
+G_l is the potential of the layer's activation (∂G_l = σ_l⁻¹), so that σ_l is the activation itself. If an activation is
+not monotone, G_l is written in the pre-activation, as h σ(h) − Λ(h). An equilibrium is then a stationary point of E,
+but no minimum. A loop gain below one certifies a unique equilibrium (`runtime/energies/loop_gain.py`).
 
 Where the feedback has weights of its own, no energy has the fields as its derivative, and `value` refuses; the states,
 the certificate and the local gradients are those of the vector field (Scellier et al. 2018, arXiv 1808.04873).
@@ -37,7 +37,7 @@ __all__ = ["Hopfield"]
 _log = logging.getLogger(__name__)
 
 _SLACK = 0.01
-"""Relative distance from κ at which γ is set anew."""
+"""Relative distance from κ at which γ is set again."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Hopfield(Energy):
     default_feedback = 0.1
 
     def check_feedback(self, feedback: object) -> float | str:
-        """A loop gain in (0, 1) or `"symmetric"`."""
+        """A loop gain in (0, 1), or `"symmetric"`."""
         if feedback == "symmetric":
             return "symmetric"
         if isinstance(feedback, bool) or not isinstance(feedback, int | float) or not 0 < feedback < 1:
             raise InputError(
-                f"feedback is {feedback!r}; expected a loop gain strictly between 0 and 1 (below 1 every block is "
-                "certain to settle; 0.1 is the default), or 'symmetric'"
+                f"feedback is {feedback!r}; expected a loop gain strictly between 0 and 1, below which every block is "
+                "certain to settle (0.1 is the default), or 'symmetric'"
             )
         return float(feedback)
 
@@ -102,7 +102,7 @@ class Hopfield(Energy):
         needed: Sequence[bool],
         factor: float = 1.0,
     ) -> None:
-        """Nothing: the weights are in the drives alone."""
+        """Nothing to add, since only the drives hold weights."""
 
     def add_amplifier_terms(
         self,
@@ -120,23 +120,23 @@ class Hopfield(Energy):
             add_gain_terms(frame, setting.scales, measured, currents, middle, gradients, needed)
 
     def gauge(self, program: BlockProgram) -> Gauge:
-        """Operator norms of the edges."""
+        """A gauge that measures the operator norms of the edges."""
         return _EdgeNorms(program)
 
     def contraction(self, program: BlockProgram, certificate: Certificate, feedback: float | str) -> float | None:
-        """About κ (Young 1954) where it is held below one; None at symmetric feedback."""
+        """About κ (Young 1954) if it is held below one; None at symmetric feedback."""
         if isinstance(feedback, str) or not certificate.certified:
             return None
-        if program.selects:  # certified for one choice of winners only
+        if program.selects:  # the certificate holds for one choice of winners only
             return None
         return certificate.contraction
 
     def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
-        """Caps the norms of the edges where the loop gain exceeds the limit."""
+        """Factors that cap the norms of the edges if the loop gain exceeds the limit."""
         return projection(program, certificate, limit) if certificate.loop_gain > limit else {}
 
     def describe(self, feedback: float | str, symmetric: bool = True) -> str:
-        """With κ, or γ = 1."""
+        """A phrase with κ, or with γ = 1."""
         held = "symmetric feedback, γ = 1" if isinstance(feedback, str) else f"loop gain κ = {feedback:.3g}"
         if not symmetric:
             held = "γ = 1" if isinstance(feedback, str) else held
@@ -144,7 +144,7 @@ class Hopfield(Energy):
         return f"Hopfield energy, {held}"
 
     def remedy(self, feedback: float | str, loop_gain: float) -> str:
-        """Another feedback, smaller weights or more sweeps."""
+        """Advises another feedback, smaller weights or more sweeps."""
         if isinstance(feedback, str):
             return (
                 f"its loop gain at symmetric feedback is {loop_gain:.3g} (below 1 is certain to settle): use "
@@ -158,22 +158,22 @@ class Hopfield(Energy):
 
 
 class _EdgeNorms(Gauge):
-    """‖J_{ml}‖₂ of every edge: the amplifiers are γ alone, and κ follows from the norms."""
+    """Measures ‖J_{ml}‖₂ of every edge. The norms and γ give κ. There are no other amplifiers."""
 
     def __init__(self, program: BlockProgram) -> None:
         self.program = program
         self.tracked = TrackedNorms()
 
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
-        """Norms by Lanczos, and the γ that holds κ."""
+        """Norms from Lanczos iteration, and the γ that holds κ."""
         return certify(self.program, edge_norms(frame, states), feedback)
 
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
-        """Norms by Lanczos at the present γ."""
+        """Norms from Lanczos iteration, at the present γ."""
         return certificate_at(self.program, edge_norms(frame, states), present.scales)
 
     def needed(self, evaluated: Evaluated, present: Certificate, feedback: float | str) -> Certificate | None:
-        """None where the loop gain is κ, and at symmetric feedback."""
+        """None if the loop gain is still κ, and at symmetric feedback."""
         if isinstance(feedback, str):
             return None
         found = self.at(*evaluated(), present)
@@ -184,9 +184,9 @@ class _EdgeNorms(Gauge):
     def follow(
         self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
     ) -> Certificate:
-        """Norms followed from step to step; γ is set anew where the loop gain has left κ."""
+        """Norms followed from step to step. γ is set again if the loop gain has left κ."""
         norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
-        if converge:  # both approach the norm from below
+        if converge:  # both methods approach the norm from below, so that the larger value is better
             lanczos = edge_norms(*evaluated())
             norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
         found = certificate_at(self.program, norms, present.scales)
@@ -196,11 +196,11 @@ class _EdgeNorms(Gauge):
         return found
 
     def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:
-        """The norms do not depend on γ."""
+        """The measurement stays valid, since the norms do not depend on γ."""
         return certify(self.program, found.norms, feedback)
 
     def with_setting(self, found: Certificate, present: Certificate) -> Certificate | None:
-        """The norms do not depend on γ."""
+        """The measurement stays valid, since the norms do not depend on γ."""
         return certificate_at(self.program, found.norms, present.scales)
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -208,5 +208,5 @@ class _EdgeNorms(Gauge):
         return self.tracked.state()
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """The vectors of every edge."""
+        """Restore the vectors of every edge."""
         self.tracked.restore(state)

@@ -1,4 +1,4 @@
-"""`Loaded`: the activation of a state that drives a load, solved exactly where it is made of straight lines."""
+"""`Loaded`: the activation of a state that drives a load, solved exactly for piecewise linear activations."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Loaded(Activation):
     """The s that solves ∂G(s) + e s ∋ h, for the potential G of a piecewise linear σ and a load e ≥ 0.
 
     A line of σ with slope a through (h_i, s_i) becomes a line of slope a/(1 + a e) through (h_i + e s_i, s_i). For ReLU
-    and clamps of slope 1 that is σ(h/(1 + e)); for a leak or another slope no division of the field is.
+    and clamps of slope 1 this is σ(h/(1 + e)). For a leak or another slope it is not σ of a scaled field.
     """
 
     activation: Activation
-    """σ, monotone and made of straight lines."""
+    """σ, which is monotone and made of straight lines."""
     load: Tensor = field(compare=False, repr=False)
-    """e = D − 1, to be broadcast over h."""
+    """e = D − 1, in a shape that broadcasts over h."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Loaded(Activation):
 
     @property
     def lipschitz(self) -> float:
-        """That of σ: a load makes no slope larger."""
+        """The Lipschitz constant of σ, since a load makes no slope larger."""
         return self.activation.lipschitz
 
     @property
@@ -55,12 +55,12 @@ class Loaded(Activation):
 
     @property
     def steepest(self) -> Tensor:
-        """The largest slope, by unit."""
+        """The largest slope of each unit."""
         slope = max(self._lines.slopes)
         return slope / (1 + slope * self.load)
 
     def kept(self) -> Loaded:
-        """With the load as it is now."""
+        """The same activation with the present load, without its gradient history."""
         return replace(self, load=self.load.detach())
 
     @cached_property
@@ -96,7 +96,7 @@ class Loaded(Activation):
     def value(self, h: Tensor) -> Tensor:
         lines = self._lines
         steep = [index for index, slope in enumerate(lines.slopes) if slope]
-        if len(steep) == 1:  # one line between two values, which are met exactly
+        if len(steep) == 1:  # a single line, clamped to its end values, which makes those exact
             index = steep[0]
             slope, knots = lines.slopes[index], self._knots
             offset = lines.start / slope - (lines.knots[max(index - 1, 0)] if knots else 0.0)
@@ -132,7 +132,7 @@ class Loaded(Activation):
         return self.stepper(h, t)(k)
 
     def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
-        """Σ over the lines of slope · the step quotient of a clamp to its ends."""
+        """k ↦ Σ slope · (step quotient of a clamp to the line's ends), over the lines that are not flat."""
         steps = [(slope, _stepper(h, t, lo, hi)) for slope, lo, hi in self._pieces]
         if len(steps) == 1:
             slope, step = steps[0]
@@ -159,7 +159,7 @@ def _clip(h: Tensor, lo: Bound, hi: Bound) -> Tensor:
 
 
 def _stepper(h: Tensor, t: float, lo: Bound, hi: Bound) -> Callable[[Tensor], Tensor]:
-    """k ↦ [clip(h + t k) − clip(h)]/t for bounds that may differ from unit to unit; see `clamp_stepper`."""
+    """k ↦ [clip(h + t k) − clip(h)]/t for bounds that may differ from unit to unit (see `clamp_stepper`)."""
     if isinstance(lo, float) and isinstance(hi, float):
         return clamp_stepper(h, t, lo, hi)
     s = _clip(h, lo, hi)

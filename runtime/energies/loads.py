@@ -1,4 +1,4 @@
-"""What the conductances of a block load: row sums of its layers, and the load on every state."""
+"""Compute the load of a block's conductances on every state, and the row sums of its layers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["add_row_sum_gradients", "loads_of", "magnitudes_of", "multiplying_we
 
 
 def multiplying_weights(program: BlockProgram) -> frozenset[int]:
-    """The weights that multiply values, as biases do not."""
+    """Indices of the weights that multiply values. Biases do not."""
     return frozenset(
         i.weights[0] for layer in program.layers for i in layer.instructions if i.weights and i.weights[0] is not None
     )
 
 
 def magnitudes_of(frame: Frame) -> Frame:
-    """The block at |θ| without biases, with operators of absolute values: of one sample where all samples are alike."""
+    """The block at |θ| without biases, with operators of absolute values. One sample is enough without random masks."""
     multiplying = multiplying_weights(frame.program)
     weights = [w.abs() if w is not None and place in multiplying else None for place, w in enumerate(frame.weights)]
     shapes = dict(frame.shapes)
@@ -32,13 +32,13 @@ def magnitudes_of(frame: Frame) -> Frame:
 
 
 def over_samples(value: Tensor, magnitudes: Frame) -> Tensor:
-    """A value of all samples, summed over them where `magnitudes` is of one."""
+    """A value of all samples, summed over them if `magnitudes` has only one."""
     one = magnitudes.program.resizable and all(mask is None for mask in magnitudes.drawn.values())
     return value.sum(0, keepdim=True) if one else value
 
 
 def loads_of(frame: Frame, setting: Setting) -> list[Tensor | None]:
-    """D^l − 1 of every layer, to be broadcast over its state; None where it feeds no other."""
+    """D^l − 1 of every layer, in a shape that broadcasts over its state; None if it feeds no other layer."""
     program, magnitudes = frame.program, magnitudes_of(frame)
     found: list[Tensor | None] = [None] * len(program.layers)
     like = next(weight for weight in magnitudes.weights if weight is not None)
@@ -56,7 +56,7 @@ def loads_of(frame: Frame, setting: Setting) -> list[Tensor | None]:
 
 
 def row_sums_of(frame: Frame) -> tuple[float, ...]:
-    """max_i (|J_m| 1)_i of every layer, with the most that random masks may add."""
+    """max_i (|J_m| 1)_i of every layer, for the largest factors that random masks may have."""
     ones, states = _at_ones(magnitudes_of(frame))
     return tuple(_random_gain(frame, index) * float(ones.drive(index, states).max()) for index in range(len(states)))
 

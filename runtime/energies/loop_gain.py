@@ -1,4 +1,4 @@
-"""Loop gain: when a block has a unique equilibrium, and how strong its feedback may be.
+"""Loop gain: decide whether a block has a unique equilibrium, and how strong its feedback may be.
 
 For an edge from the state of layer l to the drive of a later layer m, with operator norm
 ‖J_{ml}‖ and γ_{l,m} = c_m/c_l,
@@ -14,11 +14,11 @@ the forward weights, and a_{lm} that of the feedback weights. A is then not symm
 the norm weighted by its Perron vector.
 
 Norms are measured on the actual operator (the convolution with its padding and stride) by
-Golub–Kahan–Lanczos bidiagonalisation, which approaches the largest singular value from below;
-`MARGIN` is added for what is missing. It may rest for a few steps where its random start has
-next to nothing of the largest singular vector: it stops after `_PATIENCE` steps without progress
-(on 150 random matrices and convolutions none was then short by more than 0.1 %, after one step 8 %
-were short by more than the margin, the worst by 2 %).
+Golub–Kahan–Lanczos bidiagonalisation. It approaches the largest singular value from below, and
+`MARGIN` is added for the rest. If its random start has almost no part in the largest singular vector,
+it may rest for a few steps. So it stops only after `_PATIENCE` steps without progress. On 150 random
+matrices and convolutions, no norm was then short by more than 0.1 %. With one step without progress, 8 %
+were short by more than the margin, the worst by 2 %.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 MARGIN = 1.005
-"""Factor on every measured norm; the iteration stops when `_PATIENCE` steps change it by less than 0.1 %."""
+"""Factor on every measured norm. The iteration stops when `_PATIENCE` steps change the norm by less than 0.1 %."""
 
 _STEPS = 40
 _TOLERANCE = 1e-3
@@ -82,8 +82,8 @@ def directions(frame: Frame) -> list[tuple[int, int, Frame]]:
 def edge_gain(frame: Frame, start: int, end: int) -> float:
     """Factor on the norm of an edge: what random masks may add to it, and learned slopes above 1.
 
-    A learned slope moves with the weights. √(Lip σ_l Lip σ_m) of present slopes, beyond what the program's own
-    activations say, is counted here, so that the certificate follows it.
+    A learned slope changes with the weights, and the program's own activations do not know it. So the present
+    √(Lip σ_l Lip σ_m), divided by theirs, is a factor here, and the certificate follows the slopes.
     """
     gain = 1.0
     for instruction in frame.program.layers[max(start, end)].instructions:
@@ -178,7 +178,7 @@ def scales_for(program: BlockProgram, gain: float) -> tuple[float, ...]:
 
 
 def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loop_gain: float) -> float:
-    """The g for which ρ(A)² = κ; 1 where no feedback exists at all.
+    """The g for which ρ(A)² = κ, or 1 if there is no feedback.
 
     ln ρ² is convex in ln g (Kingman 1961), with the slope yᵀ(S ∘ A)x / ρ yᵀx for the Perron vectors x and y, right and
     left, and the depths S that the edges span: Newton's method finds it in a few steps, in one where every edge spans
@@ -206,7 +206,7 @@ def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loo
 def certificate_at(
     program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]
 ) -> Certificate:
-    """What edge norms certify at given scales."""
+    """The certificate of edge norms at given scales."""
     matrix = matrix_of(program, norms, scales)
     largest = radius(program, norms, scales)
     return Certificate(tuple(norms), tuple(scales), largest, _sweep_radius(matrix, largest))

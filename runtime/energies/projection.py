@@ -1,8 +1,8 @@
 """A projection of the weights that keeps a block inside its certificate.
 
-The loop gain κ = ρ(A)² of a block grows with each of its edge norms ‖J_{ml}‖. Capping them all at one
-value τ keeps the smaller ones as they are; the τ for which κ is the limit asked for is found by bisection.
-It is the spectral-norm clipping of Yoshida & Miyato (2017, arXiv 1705.10941) with the bound that the block needs.
+The loop gain κ = ρ(A)² of a block grows with each of its edge norms ‖J_{ml}‖. They are all capped at one
+value τ, so that smaller ones stay as they are. Bisection finds the τ for which κ is the given limit.
+This is the spectral-norm clipping of Yoshida & Miyato (2017, arXiv 1705.10941) with the bound that the block needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def projection(program: BlockProgram, certificate: Certificate, limit: float) ->
     A weight on several edges (a tied one) gets the smallest of their factors.
 
     Raises:
-        InputError: where the edges without a weight, such as a residual add, exceed the limit by themselves.
+        InputError: the edges without a weight, such as a residual add, exceed the limit by themselves.
     """
     behind = {
         (k, m): _weights_between(program if k < m else program.back, min(k, m), max(k, m))
@@ -37,7 +37,7 @@ def projection(program: BlockProgram, certificate: Certificate, limit: float) ->
         k, m, norm = max((edge for edge in certificate.norms if not behind[edge[:2]]), key=lambda edge: edge[2])
         raise InputError(
             f"{program.name}: {program.layers[k].name} feeds {program.layers[m].name} with norm {norm:.3g} and without "
-            f"a weight that could be scaled, so that its loop gain cannot be brought to {limit:g}: give `feedback` as "
+            f"a weight that could be scaled, so that its loop gain cannot be brought to {limit:g}. Give `feedback` as "
             "a number, or keep the two in different blocks with plan.move()"
         )
     for _ in range(60):

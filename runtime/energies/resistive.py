@@ -3,17 +3,17 @@
 Signed weights sit on differential lines, and an amplifier of gain A_m follows every layer. With |J_m| the operator of
 the absolute values of all coefficients of layer m,
 
-    A_m = max_i (|J_m| 1)_i   over all inputs of layer m: states, clamped inputs and wires, not the bias,
+    A_m = max_i (|J_m| 1)_i   over all inputs of layer m (states, clamped inputs and wires, but not the bias),
     D^l = 1 + Σ_{m>l} γ_{l,m} A_m |J_{ml}|ᵀ 1 ,
     E(s; θ, x) = Σ_l c_l [ G_l(s_l) + ½ ⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l(s_1..s_{l−1}, x; θ)⟩ ] .
 
-A state solves ∂G_l(s) + (D^l − 1) s ∋ h_l, which `Loaded` does exactly. E is a sum of squares
+A state solves ∂G_l(s) + (D^l − 1) s ∋ h_l, and `Loaded` solves that exactly. E is a sum of squares
 
     c_m |w| A_m ½ (s_source ∓ s_m/A_m)²   and   c_m ½ (1 − row sum/A_m) s_m² + c_m (G_m(s_m) − ½ s_m²)
 
-(for slopes of at most 1), so that it is convex and has one minimum whatever γ is, as long as no A_m is below its row
-sum: the pad from a node to ground, A_m − row sum, would then be negative. γ and A are what amplifiers are set to: they
-are held while a gradient is taken, and measured again wherever γ would be.
+(for slopes of at most 1). So it is convex and has one minimum for every γ, as long as no A_m is below its row
+sum. Otherwise the conductance from a node to ground, A_m − row sum, would be negative. γ and A are settings of the
+amplifiers. They are held while a gradient is taken. Whenever γ is measured and set again, A is too.
 
 Sources: Scellier 2024 (arXiv 2402.11674) for the network of resistors and diodes; Kendall et al. 2020
 (arXiv 2006.01981) for amplifiers between layers.
@@ -50,9 +50,9 @@ __all__ = ["Resistive"]
 
 @dataclass(frozen=True)
 class Resistive(Energy):
-    """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]; `feedback` is γ itself, any positive number.
+    """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]. `feedback` is γ itself, a positive number.
 
-    `"symmetric"` is γ = 1. Blocks with feedback hold linear layers and sums, and activations of straight lines.
+    `"symmetric"` is γ = 1. Blocks with feedback hold linear layers, sums and piecewise linear activations.
     """
 
     name = "resistive"
@@ -60,14 +60,14 @@ class Resistive(Energy):
     default_feedback = 0.01
 
     def check_feedback(self, feedback: object) -> float | str:
-        """A gain γ > 0 or `"symmetric"`."""
+        """A gain γ > 0, or `"symmetric"`."""
         if feedback == "symmetric":
             return "symmetric"
         number = isinstance(feedback, int | float) and not isinstance(feedback, bool)
         if not number or not 1e-12 <= feedback <= 1e12:  # type: ignore[operator]
             raise InputError(
                 f"feedback is {feedback!r}; expected the gain γ of the amplifiers of a resistive energy, a number from "
-                "1e-12 to 1e12 (every one settles; 0.01 is the default), or 'symmetric', which is 1"
+                "1e-12 to 1e12 (0.01 is the default, and all of them settle), or 'symmetric', which is 1"
             )
         return float(feedback)  # type: ignore[arg-type]
 
@@ -85,13 +85,13 @@ class Resistive(Energy):
                 if isinstance(operator, Convolution | Contraction) or operator.selects:
                     what = "max pooling" if operator.selects else f"a {type(operator).__name__.lower()}"
                     raise UnsupportedError(
-                        f"{program.name}: layer {layer.name!r} holds {what}, and a resistive energy has linear layers "
-                        f"and sums only so far: keep the layer digital (force_digital={layer.name!r}), give each layer "
-                        "a block of its own (hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
+                        f"{program.name}: layer {layer.name!r} holds {what}, and a resistive energy has only linear "
+                        f"layers and sums so far. Keep the layer digital (force_digital={layer.name!r}), give each "
+                        "layer a block of its own (hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
                     )
 
     def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
-        """σ_l at the load D^l − 1; a layer that feeds none has its own activation."""
+        """σ_l at the load D^l − 1. A layer that feeds no other has its own activation."""
         found = frame.memory.get(setting)
         if found is None:
             loads = loads_of(frame, setting)
@@ -183,23 +183,23 @@ class Resistive(Energy):
         _add_by_sign(frame, found, gradients, 1.0)
 
     def gauge(self, program: BlockProgram) -> Gauge:
-        """Row sums, and the spectral radius of the whole block."""
+        """A gauge that measures row sums and the spectral radius of the whole block."""
         return RowSums(self, program)
 
     def contraction(self, program: BlockProgram, certificate: Certificate, feedback: float | str) -> float | None:
-        """ρ² on a chain, more with odd cycles; at symmetric feedback too."""
+        """ρ² on a chain, and more with odd cycles. It is known at symmetric feedback, too."""
         return certificate.contraction if certificate.certified else None
 
     def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
-        """Nothing: it settles at every γ."""
+        """Empty, since the block settles at every γ."""
         return {}
 
     def describe(self, feedback: float | str, symmetric: bool = True) -> str:
-        """With γ."""
+        """A phrase with γ."""
         return f"resistive energy with amplifiers, γ = {1.0 if isinstance(feedback, str) else feedback:.3g}"
 
     def remedy(self, feedback: float | str, loop_gain: float) -> str:
-        """More sweeps, a smaller γ, or amplifiers that fit the weights."""
+        """Advises more sweeps, a smaller γ, or amplifiers that fit the weights."""
         gamma = 1.0 if isinstance(feedback, str) else feedback
         return (
             f"its energy is convex, with a loop gain of {loop_gain:.3g} at γ = {gamma:.3g}: lower `feedback`, call "

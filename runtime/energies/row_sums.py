@@ -1,8 +1,8 @@
-"""The gauge of resistive blocks: the amplifiers' gains from row sums, and how fast the whole block contracts.
+"""The gauge of resistive blocks: it finds the amplifiers' gains from row sums, and how fast the whole block contracts.
 
-At the steepest slopes S of its states a sweep of a chain contracts by ρ², ρ the largest |eigenvalue| of the symmetric
-matrix (c S)^½ B (S/c)^½ with B the coupling of all layers. It is below 1 wherever no amplifier's gain is below its row
-sum. Norms of single edges bound it badly, since loads differ from unit to unit.
+Let S be the steepest slopes of the block's states, and B the coupling of all layers. A sweep of a chain contracts by
+ρ², where ρ is the largest |eigenvalue| of the symmetric matrix (c S)^½ B (S/c)^½. ρ is below 1 as long as no gain of an
+amplifier is below its row sum. Norms of single edges bound ρ badly, since loads differ from unit to unit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ffebm_compiler.runtime.program.frame import Frame
 __all__ = ["RowSums"]
 
 _SLACK = 0.01
-"""Relative distance of an amplifier's gain from its row sum at which a block that does not settle is set anew."""
+"""Relative distance of an amplifier's gain from its row sum at which a block that does not settle is set again."""
 _STEPS = 60
 _TOLERANCE = 1e-3
 _PATIENCE = 6
@@ -38,7 +38,7 @@ _SWEEPS = 30
 
 
 class RowSums(Gauge):
-    """A_m exactly, and ρ of the whole block, followed from step to step as `tracked_norms.py` follows an operator."""
+    """Measures A_m exactly, and follows ρ of the whole block from step to step as in `tracked_norms.py`."""
 
     def __init__(self, energy: Energy, program: BlockProgram) -> None:
         self.energy = energy
@@ -47,15 +47,15 @@ class RowSums(Gauge):
         self._probe: Tensor | None = None
 
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
-        """A from the row sums, c from γ."""
+        """The certificate with A from the row sums and c from γ."""
         return self._certificate(frame, states, scales_for(self.program, _gamma(feedback)), row_sums_of(frame))
 
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
-        """ρ of these weights at the present γ and A."""
+        """The certificate with ρ of these weights at the present γ and A."""
         return self._certificate(frame, states, present.scales, present.amplifiers)
 
     def needed(self, evaluated: Evaluated, present: Certificate, feedback: float | str) -> Certificate | None:
-        """Where an amplifier's gain is not the row sum of its layer."""
+        """A new certificate if an amplifier's gain differs from the row sum of its layer; else None."""
         frame, states = evaluated()
         sums = row_sums_of(frame)
         if all(abs(gain - held) <= _SLACK * held for gain, held in zip(sums, present.amplifiers, strict=True)):
@@ -65,45 +65,45 @@ class RowSums(Gauge):
     def follow(
         self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
     ) -> Certificate:
-        """A from the row sums, exact at once; ρ followed."""
+        """The certificate with A from the row sums, which is exact, and ρ followed from step to step."""
         if converge:
             return self.certify(*evaluated(), feedback)
         amplifiers = row_sums_of(frame)
         if not all(math.isfinite(gain) for gain in amplifiers):
             return replace(present, radius=math.inf, sweep_radius=None, amplifiers=amplifiers)
-        block = _Block(frame, Setting(self.energy, present.scales, amplifiers))
+        block = _ScaledCoupling(frame, Setting(self.energy, present.scales, amplifiers))
         if self._probe is None or self._probe.shape[1] != block.size:
             self._probe = block.probe(seed=0)
         self._probe = block.here(self._probe)
         self._track = followed(block, self._probe, self._track)
         radius = 0.0 if self._track is None else _below_one(self._track.norm)
-        # On odd cycles a sweep contracts by more than ρ²; how much more was measured to convergence.
+        # On odd cycles the factor of a sweep is larger than ρ². The ratio was measured to convergence.
         longer = present.contraction / present.loop_gain if present.loop_gain else 1.0
         sweep = max(radius**2, min(longer * radius**2, radius))
         return Certificate((), present.scales, radius, sweep, amplifiers)
 
     def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:
-        """ρ depends on γ in every unit."""
+        """None, since ρ depends on γ in every unit."""
         return None
 
     def with_setting(self, found: Certificate, present: Certificate) -> Certificate | None:
-        """ρ depends on γ in every unit."""
+        """None, since ρ depends on γ in every unit."""
         return None
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What is kept of the whole block, under its first edge."""
+        """The kept vectors of the whole block, under the name of its first edge."""
         if self._track is None:
             return {}
         norm, vectors, image = self._track.norm, self._track.vectors, self._track.image
-        return {self._key: {"norm": norm, "vectors": vectors, "image": image}}
+        return {self._first_edge: {"norm": norm, "vectors": vectors, "image": image}}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """What is kept of the whole block."""
-        kept = state.get(self._key)
+        """Restore the kept vectors of the whole block."""
+        kept = state.get(self._first_edge)
         self._track = None if kept is None else Track(float(kept["norm"]), kept["vectors"], kept["image"])
 
     @property
-    def _key(self) -> str:
+    def _first_edge(self) -> str:
         return next(f"{above[0]}-{later}" for later, above in enumerate(self.program.upstream) if above)
 
     def _certificate(
@@ -111,17 +111,17 @@ class RowSums(Gauge):
     ) -> Certificate:
         if not all(math.isfinite(gain) for gain in amplifiers):
             return Certificate((), scales, math.inf, None, amplifiers)
-        block = _Block(frame, Setting(self.energy, scales, amplifiers))
-        radius = _below_one(_radius(block))
+        block = _ScaledCoupling(frame, Setting(self.energy, scales, amplifiers))
+        radius = _below_one(_spectral_radius(block))
         sweep = max(radius**2, _below_one(self._sweep_radius(block.phase(1))))
         return Certificate((), scales, radius, sweep, amplifiers)
 
     def _sweep_radius(self, phase: AdjointPhase) -> float:
-        """Factor by which a sweep contracts where edges close odd cycles; 0 on two colours, where it is ρ²."""
+        """Factor by which a sweep contracts if edges close odd cycles; 0 without such cycles, where it is ρ²."""
         edges = [(k, m) for m, above in enumerate(self.program.upstream) for k in above]
         if nx.is_bipartite(nx.Graph(edges)):
             return 0.0
-        for index, value in enumerate(_random(phase)):
+        for index, value in enumerate(_random_states(phase)):
             phase.store(index, value)
         sizes = []
         for _ in range(_SWEEPS):
@@ -142,17 +142,17 @@ def _gamma(feedback: float | str) -> float:
 
 
 def _below_one(measured: float) -> float:
-    """A measured radius with the margin of its measurement, which takes none that is below one to one."""
+    """A measured radius with a margin for the measurement. A radius below one stays below one."""
     return min(measured * MARGIN, (1 + measured) / 2) if measured < 1 else measured * MARGIN
 
 
-def _random(phase: AdjointPhase) -> list[Tensor]:
+def _random_states(phase: AdjointPhase) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(s.shape, generator=generator, dtype=torch.float32).to(s) for s in phase.slopes]
 
 
-class _Block:
-    """(c S)^½ B (S/c)^½ on the rows of a matrix, each the states of one sample, layer after layer. It is symmetric."""
+class _ScaledCoupling:
+    """The symmetric map M = (c S)^½ B (S/c)^½. Each row that it is applied to holds the states of one sample."""
 
     def __init__(self, frame: Frame, setting: Setting) -> None:
         self.frame = frame
@@ -169,7 +169,7 @@ class _Block:
         self.size = sum(self.sizes)
 
     def phase(self, copies: int) -> AdjointPhase:
-        """The linear response of so many copies of the sample, at the steepest slopes."""
+        """The linear response of a number of copies of the sample, at the steepest slopes."""
         nothing: list[Tensor | None] = [None] * len(self.slopes)
         return AdjointPhase(self.frame.repeated(copies), self.setting, self.slopes, nothing, self.slopes)
 
@@ -191,19 +191,19 @@ class _Block:
         )
 
     def transpose(self, rows: Tensor) -> Tensor:
-        """The same."""
+        """M x for every row x, since M is symmetric."""
         return self.forward(rows)
 
     def probe(self, seed: int) -> Tensor:
-        """A random row of unit length on average."""
+        """A random row whose mean squared length is one."""
         return self.here(drawn_probe(self.size, seed))
 
     def here(self, rows: Tensor) -> Tensor:
-        """Rows on the device and in the dtype of the weights."""
+        """Rows moved to the device and dtype of the weights."""
         return rows.to(self.outer[0])
 
 
-def _radius(block: _Block) -> float:
+def _spectral_radius(block: _ScaledCoupling) -> float:
     """The largest |eigenvalue| of a block's matrix by Lanczos, from below."""
     vector = block.probe(seed=0)
     vector = vector / torch.linalg.vector_norm(vector)

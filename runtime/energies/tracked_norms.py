@@ -1,19 +1,19 @@
 """Operator norms of a block's edges, followed while the weights move.
 
-For the operator J of an edge (the Jacobian of a later layer's drive by an earlier layer's state) a few left vectors U
-and the image J p of a fixed random probe p are kept from one measurement to the next. One pass:
+The operator J of an edge is the Jacobian of a later layer's drive by an earlier layer's state. From one measurement to
+the next, a few left vectors U and the image J p of a fixed random probe p are kept. One pass:
 
     1.  d = J p − (J p at the measurement before)
     2.  Z = Jᵀ [U, d]
-    3.  Rayleigh–Ritz in span Z: the singular values of J there; the leading left vectors are the new U.
+    3.  Rayleigh–Ritz in span Z gives singular values of J. The leading left vectors are the new U.
 
-Most columns of Z are a step of block power iteration. The last is what the *change* ΔJ of the operator has made of the
-probe: an optimizer's step has few large singular directions, and where ΔJ = τ u vᵀ with (u, v) a singular pair of J,
-the column Jᵀ ΔJ p is v itself, however small its part in the kept vectors and however many dimensions there are.
-Without it a direction that overtakes the kept ones is seen late: in 1 024 dimensions, one that grows by 0.1 a step
-drove the true loop gain to twice the told one (`benchmarks/loop_gain.py`).
+Most columns of Z are a step of block power iteration. The last one comes from the *change* ΔJ of the operator, applied
+to the probe. An optimizer's step has few large singular directions. If ΔJ = τ u vᵀ with a singular pair (u, v) of J,
+then the column Jᵀ ΔJ p is parallel to v, however small its part in the kept vectors, and in any number of dimensions.
+Without this column, a direction that overtakes the kept ones is seen late. In 1 024 dimensions, one that grew by 0.1 a
+step drove the true loop gain to twice the reported one (`benchmarks/loop_gain.py`).
 
-Where the estimate jumps, passes with fresh probes are repeated until it rests. (Golub & Van Loan 2013, sections 8.2 and
+If the estimate jumps, passes with fresh probes are repeated until it rests. (Golub & Van Loan 2013, sections 8.2 and
 10.1, for the parts.)
 """
 
@@ -34,24 +34,24 @@ from ffebm_compiler.runtime.program.operators import Linear, Scale, Sum
 
 __all__ = ["LinearMap", "Track", "TrackedNorms", "drawn_probe", "followed"]
 
-_KEPT = 3
-_JUMP = 0.01
-"""Relative change of a norm between two measurements from which on it is measured to convergence."""
-_REST = 1e-3
-"""Relative change of a norm in a pass at which it has converged."""
-_PASSES = 30
+_KEPT_VECTORS = 3
+_JUMPS_ABOVE = 0.01
+"""If a norm changes by more than this between two measurements (relative), it is measured to convergence."""
+_RESTS_BELOW = 1e-3
+"""If a norm changes by less than this in two passes (relative), it has converged."""
+_MOST_PASSES = 30
 
 
 @dataclass(frozen=True)
 class Track:
-    """What is kept of an edge between two measurements."""
+    """The values that are kept of an edge between two measurements."""
 
     norm: float
-    """Largest singular value found last."""
+    """Largest singular value at the last measurement."""
     vectors: Tensor
-    """U, one vector a row, with the entries in the order of memory."""
+    """U, with one vector in each row and its entries in the order of memory."""
     image: Tensor
-    """J p at the last measurement, in one row."""
+    """J p at the last measurement, as one row."""
 
 
 class LinearMap(Protocol):
@@ -64,10 +64,10 @@ class LinearMap(Protocol):
         """Jᵀ y for every row y."""
 
     def probe(self, seed: int) -> Tensor:
-        """A random row of unit length on average."""
+        """A random row whose mean squared length is one."""
 
     def here(self, rows: Tensor) -> Tensor:
-        """Rows kept from before, on the device and in the dtype of now."""
+        """Kept rows, moved to the present device and dtype."""
 
 
 class TrackedNorms:
@@ -81,7 +81,7 @@ class TrackedNorms:
         """(l, m, ‖J_{ml}‖₂) of every edge at the weights of a frame, from below; (m, l, norm) of feedback of its own.
 
         Args:
-            frame: the block evaluated once for one sample, so that all shapes are known, without its random masks.
+            frame: the block without its random masks, evaluated once for one sample so that all shapes are known.
         """
         found = []
         with torch.no_grad():
@@ -98,14 +98,14 @@ class TrackedNorms:
         return found
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What is kept, under "l-m" for the edge from layer l to layer m: numbers and tensors only."""
+        """The kept numbers and tensors. Those of the edge from layer l to layer m have the key "l-m"."""
         return {
             f"{earlier}-{later}": {"norm": track.norm, "vectors": track.vectors, "image": track.image}
             for (earlier, later), track in self.tracks.items()
         }
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over what `state` returned."""
+        """Restore the result of `state`."""
         self.tracks = {}
         for key, kept in state.items():
             earlier, later = map(int, key.split("-"))
@@ -113,7 +113,7 @@ class TrackedNorms:
 
 
 class _Edge:
-    """The operator of an edge on the rows of a matrix, each a state of one sample."""
+    """The operator of an edge. Each row that it is applied to is a state of one sample."""
 
     def __init__(self, frame: Frame, earlier: int, later: int) -> None:
         program = frame.program
@@ -165,16 +165,16 @@ class _Edge:
         return value.reshape(rows, -1)
 
     def probe(self, seed: int) -> Tensor:
-        """A random state of unit length on average: the same for the same seed, on any device and rank."""
+        """A random state whose mean squared length is one. It depends on the seed, but not on the device or rank."""
         return drawn_probe(self.inner.numel(), seed).to(self.device, self.dtype)
 
     def here(self, rows: Tensor) -> Tensor:
-        """Rows kept from before, on the device and in the dtype of the weights now."""
+        """Kept rows, moved to the present device and dtype of the weights."""
         return rows.to(self.device, self.dtype)
 
 
 def _without_tokens(frame: Frame, earlier: int, later: int) -> Frame:
-    """The same for one token, where an edge does the same to every token: its norm is the same."""
+    """A frame with one token if the edge treats all tokens alike, since its norm is then the same."""
     layer = frame.program.layers[later]
     dims = len(frame.shapes[frame.program.layers[earlier].state])
     rowwise = all(
@@ -191,59 +191,59 @@ def _without_tokens(frame: Frame, earlier: int, later: int) -> Frame:
 
 
 def drawn_probe(size: int, seed: int) -> Tensor:
-    """A random row of unit length on average: the same for the same seed, on any device and rank."""
+    """A random row whose mean squared length is one. It depends on the seed, but not on the device or rank."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((1, size), generator=generator, dtype=torch.float32).div_(math.sqrt(max(1, size)))
 
 
 def followed(edge: LinearMap, probe: Tensor, track: Track | None) -> Track | None:
-    """The track of an edge (or of another map) after a change of the weights; None where its operator is zero."""
+    """The track of a map, such as an edge, after a change of the weights; None if the map is zero."""
     image = edge.forward(probe)
     if image is None:
         return None
     if track is None or track.image.shape != image.shape or not math.isfinite(track.norm):
-        norm, vectors = _converged(edge, *_rayleigh_ritz(edge, image))
+        norm, vectors = _converge(edge, *_rayleigh_ritz(edge, image))
         return Track(norm, vectors, image)
     norm, vectors = _rayleigh_ritz(edge, torch.cat([edge.here(track.vectors), image - edge.here(track.image)]))
-    if abs(norm - track.norm) > _JUMP * track.norm:
-        norm, vectors = _converged(edge, norm, vectors)
+    if abs(norm - track.norm) > _JUMPS_ABOVE * track.norm:
+        norm, vectors = _converge(edge, norm, vectors)
     return Track(norm, vectors, image)
 
 
-def _converged(edge: LinearMap, norm: float, vectors: Tensor) -> tuple[float, Tensor]:
-    """Passes with fresh probes until the norm rests in two of them."""
+def _converge(edge: LinearMap, norm: float, vectors: Tensor) -> tuple[float, Tensor]:
+    """Repeat passes with fresh probes until the norm rests in two of them."""
     resting = 0
-    for index in range(_PASSES):
+    for index in range(_MOST_PASSES):
         if not math.isfinite(norm):
             break
         fresh = edge.forward(edge.probe(seed=1 + index))
         assert fresh is not None
         before = norm
         norm, vectors = _rayleigh_ritz(edge, torch.cat([vectors, fresh]))
-        resting = resting + 1 if abs(norm - before) <= _REST * norm else 0
+        resting = resting + 1 if abs(norm - before) <= _RESTS_BELOW * norm else 0
         if resting == 2:
             break
     return norm, vectors
 
 
 def _rayleigh_ritz(edge: LinearMap, left: Tensor) -> tuple[float, Tensor]:
-    """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y, of any length."""
+    """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y. The rows need no norm."""
     basis = edge.transpose(left)
     images = edge.forward(basis)
     assert images is not None
     overlap, energy = _gram(basis), _gram(images)
     if not (np.isfinite(overlap).all() and np.isfinite(energy).all()):
-        return math.inf, images[:_KEPT]
+        return math.inf, images[:_KEPT_VECTORS]
     lengths = np.sqrt(np.diag(overlap))
     factors = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-    # Rows may be nearly parallel: directions of the basis that are lost in round-off are left out.
+    # Rows may be nearly parallel, so directions of the basis that are lost in round-off are left out.
     sizes, axes = np.linalg.eigh(overlap * np.outer(factors, factors))
     certain = sizes > 1e-5 * max(sizes[-1], 1e-30)
     if not certain.any():  # J is zero
-        return 0.0, images[:_KEPT]
+        return 0.0, images[:_KEPT_VECTORS]
     white = factors[:, None] * axes[:, certain] / np.sqrt(sizes[certain])
     values, turned = np.linalg.eigh(white.T @ energy @ white)
-    chosen = (white @ turned)[:, ::-1][:, :_KEPT].T
+    chosen = (white @ turned)[:, ::-1][:, :_KEPT_VECTORS].T
     return math.sqrt(max(float(values[-1]), 0.0)), torch.from_numpy(chosen.copy()).to(images) @ images
 
 

@@ -1,1 +1,1 @@
-"""Feedforward blocks and the operations in them that are our own."""
+"""Feedforward blocks, and the operations in them that torch does not have."""

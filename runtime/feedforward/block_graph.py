@@ -1,8 +1,9 @@
 """A graph module whose pickle holds its nodes.
 
-`torch.fx` pickles code and traces it again when it is opened. A call without tensors among its
-arguments (`rand`) is then executed and becomes a constant, and a function of this package is traced
-into. Here the nodes themselves are stored; of their metadata, which holds the tracer's tensors, a name alone.
+`torch.fx` pickles a graph as code and traces it again when it is opened. A call without tensors among its
+arguments (`rand`) is then executed and becomes a constant, and functions of this package are traced
+through. So the nodes themselves are stored here. Their metadata holds the tracer's tensors, so only a name of it is
+stored.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import fx, nn
 __all__ = ["CAPTURED_NAME", "OPERANDS", "BlockGraph"]
 
 OPERANDS = "operands"
-"""Name of the submodule of a hybrid's graph that holds what fetches parameters and buffers."""
+"""Name of the submodule of a hybrid's graph that holds the `Fetch` modules."""
 
 CAPTURED_NAME = "ffebm_captured_name"
-"""Meta key: the name of the captured operation that a node is. It is stored with the node."""
+"""Meta key of the name that a node's operation had at capture. It is stored with the node."""
 
 
 @dataclass(frozen=True)
-class _Node:
-    """A reference to the node at this place."""
+class _NodeReference:
+    """A reference to the node with this index."""
 
     place: int
 
@@ -50,7 +51,7 @@ class BlockGraph(fx.GraphModule):
     """An `fx.GraphModule` that survives `torch.save` and pickle as it is."""
 
     def __repr__(self) -> str:
-        """The parts, without what fetches their operands."""
+        """The parts, without the modules that fetch their operands."""
         shown = nn.Module()
         shown._modules.update({name: module for name, module in self._modules.items() if name != OPERANDS})
         return repr(shown).replace("Module(", f"{type(self).__name__}(", 1)
@@ -63,14 +64,14 @@ class BlockGraph(fx.GraphModule):
                 node.op,
                 node.name,
                 _Overload.of(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target,
-                *_referred((node.args, dict(node.kwargs)), places),
+                *_with_references((node.args, dict(node.kwargs)), places),
                 node.meta.get(CAPTURED_NAME),
             )
             for node in self.graph.nodes
         ]
         kind = next(
             cls for cls in type(self).__mro__ if "<locals>" not in cls.__qualname__
-        )  # each has a class of its own
+        )  # each `fx.GraphModule` has a class of its own
         state = (
             dict(self._modules),
             dict(self._buffers),
@@ -78,17 +79,17 @@ class BlockGraph(fx.GraphModule):
             self.training,
             list(self.__dict__.get("_deepcopy_hooks", ())),
         )
-        return _rebuilt, (kind, type(self).__name__, nodes, state)
+        return _rebuild_graph, (kind, type(self).__name__, nodes, state)
 
 
-def _referred(arguments: Any, places: dict[fx.Node, int]) -> Any:
+def _with_references(arguments: Any, places: dict[fx.Node, int]) -> Any:
     return fx.node.map_aggregate(
         arguments,
-        lambda value: _Node(places[value]) if isinstance(value, fx.Node) else value,  # type: ignore[arg-type,return-value]
+        lambda value: _NodeReference(places[value]) if isinstance(value, fx.Node) else value,  # type: ignore[arg-type,return-value]
     )
 
 
-def _rebuilt(kind: type[BlockGraph], name: str, nodes: list[Any], state: tuple[Any, ...]) -> BlockGraph:
+def _rebuild_graph(kind: type[BlockGraph], name: str, nodes: list[Any], state: tuple[Any, ...]) -> BlockGraph:
     modules, buffers, temporary, training, hooks = state
     root = nn.Module()
     for key, module in modules.items():
@@ -100,7 +101,7 @@ def _rebuilt(kind: type[BlockGraph], name: str, nodes: list[Any], state: tuple[A
     for op, label, target, args, kwargs, captured in nodes:
         known = target.operator() if isinstance(target, _Overload) else target
         here = fx.node.map_aggregate(
-            (args, kwargs), lambda value: made[value.place] if isinstance(value, _Node) else value
+            (args, kwargs), lambda value: made[value.place] if isinstance(value, _NodeReference) else value
         )
         made.append(graph.create_node(op, known, here[0], here[1], name=label))
         if captured is not None:

@@ -26,7 +26,7 @@ __all__ = [
 class FeedforwardBlock(BlockGraph):
     """A digital part: a graph of ordinary operations, differentiated by autograd or by perturbation.
 
-    Parameters and buffers are operands, not attributes: the hybrid owns them.
+    Parameters and buffers are operands, not attributes, since the hybrid owns them.
     """
 
     zeroth_order: ZerothOrder | None = None
@@ -89,13 +89,13 @@ def _with_gradient(
 class ReboundOperation(nn.Module):
     """An operation that reads its flags from a module that it does not own.
 
-    The reference is kept out of the registered submodules, so that the hybrid's `state_dict`
-    holds each tensor once, under the source's name; `copy.deepcopy` keeps the two together.
+    The reference is no registered submodule, so that the hybrid's `state_dict`
+    holds each tensor once, under the source's name. `copy.deepcopy` copies the two together.
     """
 
     operation: ClassVar[str] = ""
-    """Name of the operation, for people."""
-    _is_impure = True  # fx must not take it for dead code: it may draw random numbers or count batches
+    """Name of the operation in plans and reports."""
+    _is_impure = True  # fx must not remove it as dead code, since it may draw random numbers or count batches
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class ReboundOperation(nn.Module):
 
     @property
     def owner(self) -> nn.Module:
-        """The module of the source whose flags count."""
+        """The module of the source whose flags it reads."""
         owner: nn.Module = self.__dict__["_owner"]
         return owner
 
@@ -113,7 +113,7 @@ class ReboundOperation(nn.Module):
         return self.owner.training
 
     def follow(self, source: nn.Module, root: nn.Module) -> None:
-        """Let `root`, which stands for the source itself, be followed in its place."""
+        """If the owner is the source itself, read the flags of `root`, the hybrid, instead."""
         if self.__dict__["_owner"] is source:
             self.__dict__["_owner"] = root
 
@@ -121,7 +121,7 @@ class ReboundOperation(nn.Module):
 class ReboundBatchNorm(ReboundOperation):
     """Batch norm, y = γ (x − m)/√(v + ε) + β, with the owner's flag, momentum and counter.
 
-    In train mode (m, v) are the batch's and update the running statistics, as in
+    In train mode m and v are those of the batch, and they update the running statistics, as in
     `torch.nn.modules.batchnorm._BatchNorm.forward`.
     """
 
@@ -132,11 +132,11 @@ class ReboundBatchNorm(ReboundOperation):
     def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float, counts: bool = True) -> None:
         super().__init__(owner)
         self.always = always
-        """The source normalises by the batch in eval mode too (no running statistics)."""
+        """Whether the source normalises by the batch in eval mode too (no running statistics)."""
         self.momentum = momentum
         self.eps = eps
         self.counts = counts
-        """It also counts the owner's batches, which are no operation of their own in the graph."""
+        """Whether it counts the owner's batches, because the graph has no operation that does."""
 
     def forward(
         self,
@@ -146,7 +146,7 @@ class ReboundBatchNorm(ReboundOperation):
         mean: Tensor | None,
         variance: Tensor | None,
     ) -> Tensor:
-        """Normalise `x`; updates `mean` and `variance` in place where the owner would."""
+        """Normalise `x`, and update `mean` and `variance` in place if the owner would."""
         training = self.always or self.active or mean is None
         update = self.active and mean is not None and not self.always and not self.frozen
         momentum = self.momentum
@@ -221,7 +221,7 @@ class ReboundDropout(ReboundOperation):
         return dropped
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """The factor that dropout multiplies `x` by, drawn once; None where it does nothing."""
+        """The factor that dropout multiplies `x` by, drawn once; None if it does nothing."""
         if not self.active or not self.rate:
             return None
         return self.forward(torch.ones_like(x))

@@ -1,4 +1,4 @@
-"""Casts of an autocast region, written out."""
+"""The casts of an autocast region as functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["autocast_to", "under_autocast"]
 
 
 def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`; as autocast does, float64 stays as it is."""
+    """`x` in `dtype`. As under autocast, float64 stays as it is."""
     return x if x.dtype is torch.float64 else x.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""What the source does to gradients by hand: its own `autograd.Function`s, and hooks on tensors."""
+"""Modules for the source's own `autograd.Function`s and its hooks on tensors, which change gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Slot:
 class CustomFunction(nn.Module):
     """One call of an `autograd.Function` of the source: its own forward and its own backward.
 
-    Tensors and sizes are operands; the other arguments are the ones of the capture.
+    Tensors and sizes are operands. The other arguments are those of the capture.
     """
 
     operation: ClassVar[str] = "custom_function"
@@ -33,9 +33,9 @@ class CustomFunction(nn.Module):
         self.structure = structure
         """The pytree of (args, kwargs)."""
         self.leaves = leaves
-        """Its leaves: a `Slot` for each operand, the captured value for anything else."""
+        """The leaves of (args, kwargs): a `Slot` for each operand, the captured value for anything else."""
         self.written = frozenset(written)
-        """Operands that the function writes in place (`mark_dirty`); it gets copies of them."""
+        """Indices of the operands that the function writes in place (`mark_dirty`). It gets copies of them."""
 
     @property
     def reason(self) -> str:
@@ -43,7 +43,7 @@ class CustomFunction(nn.Module):
         return f"the autograd.Function {self.function.__name__} has a backward of its own"
 
     def forward(self, *operands: Any) -> tuple[Tensor, ...]:
-        """The tensors among what the function returns, in order."""
+        """The tensors that the function returns, in order."""
         given = [value.clone() if index in self.written else value for index, value in enumerate(operands)]
         filled = [given[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(filled, self.structure)
@@ -52,7 +52,7 @@ class CustomFunction(nn.Module):
 
 
 class GradientHook(nn.Module):
-    """The identity, with the source's hook on the gradient that comes back."""
+    """The identity, with the source's hook on its gradient."""
 
     operation: ClassVar[str] = "gradient_hook"
 
@@ -66,7 +66,7 @@ class GradientHook(nn.Module):
         return "the source has a hook on its gradient (register_hook)"
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x`, as a value of its own."""
+        """A view of `x` with the hook."""
         value = x.view_as(x)
         if value.requires_grad:
             value.register_hook(self.hook)

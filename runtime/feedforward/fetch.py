@@ -1,7 +1,7 @@
 """`Fetch`: a parameter or buffer of the source, read where it is needed.
 
 An engine that shards weights gathers those of one part of a network at a time. So the graph of a hybrid reads each
-tensor just before the block that needs it, and holds none of them longer.
+tensor just before the block that needs it, and does not hold it longer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Fetch", "Owner"]
 
 
 class Owner(Protocol):
-    """What has tensors by name: a hybrid."""
+    """An object that has tensors by name, such as a hybrid."""
 
     def _tensor(self, name: str) -> Tensor:
         """The present tensor of this name."""
@@ -24,7 +24,7 @@ class Owner(Protocol):
 class Fetch(nn.Module):
     """Reads the present tensor of one name from the hybrid that it is part of.
 
-    The reference to the hybrid is kept out of the registered submodules; `copy.deepcopy` keeps the two together.
+    The reference to the hybrid is no registered submodule. `copy.deepcopy` copies the two together.
     """
 
     def __init__(self, name: str) -> None:

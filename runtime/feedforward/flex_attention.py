@@ -1,4 +1,4 @@
-"""Flex attention as a module: attention with a score function and a mask function of the user's own."""
+"""Flex attention as a module: attention with the user's own score and mask functions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["FlexAttention"]
 class FlexAttention(nn.Module):
     """softmax(score(q kᵀ/√d), masked) v, with the captured graphs of score and mask.
 
-    The arguments of torch's operator are kept as a template, in which operands and graphs are numbered.
-    On a CPU torch has no gradient for it.
+    The arguments of torch's operator are kept as a template with numbered operands and graphs.
+    On a CPU, torch has no gradient for it.
     """
 
     operation: ClassVar[str] = "flex_attention"
@@ -42,11 +42,11 @@ class FlexAttention(nn.Module):
         self.functions = nn.ModuleList(functions)
 
     def __deepcopy__(self, memo: dict[int, object]) -> FlexAttention:
-        """Itself: it holds nothing that changes."""
+        """Itself, since it never changes."""
         return self
 
     def forward(self, *operands: Tensor) -> Any:
-        """What torch's operator gives: the attended values and what it saves for the backward pass."""
+        """The result of torch's operator: the attended values, and the values that it saves for the backward pass."""
 
         def filled(argument: Any) -> Any:
             if isinstance(argument, FlexAttention.Operand):

@@ -1,7 +1,7 @@
-"""What a network computes differently in train mode: one operation that follows a module's flag.
+"""Operations that compute something else in train mode, by the flag of a module.
 
-The two captures of a network, in eval and in train mode, agree but for some places. At each of
-them the lowered graph has a `ModeSwitch`, which runs the operations of the one or of the other.
+The two captures of a network, in eval and in train mode, agree except in some places. At each of
+them the lowered graph has a `ModeSwitch`, which runs the operations of one or the other capture.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["ModeSwitch", "TrainingMask"]
 
 
 class ModeSwitch(ReboundOperation):
-    """y = E(x) where the owner is in eval mode, T(x) where it is in train mode.
+    """y = E(x) if the owner is in eval mode, T(x) if it is in train mode.
 
-    E and T take the same operands and give the same number of results; an operand or result that
+    E and T take the same operands and return the same number of results. An operand or result that
     exists in one mode alone is None in the other.
     """
 
@@ -38,10 +38,10 @@ class ModeSwitch(ReboundOperation):
     ) -> None:
         super().__init__(next(iter(owners.values())))
         self.paths = tuple(owners)
-        """Module paths: of the owner, and of others that must be in the same mode."""
+        """Paths of the owner, and of other modules that must be in the same mode."""
         self.__dict__["_linked"] = tuple(owners.values())
         self.joined_paths = tuple(joined or ())
-        """Module paths of others that hand one value to it, and must be in the same mode as long as not `checked`."""
+        """Paths of modules that hand one value to it. They must be in the same mode unless `checked` is true."""
         self.__dict__["_joined"] = tuple((joined or {}).values())
         self.checked = False
         self.evaluation = evaluation
@@ -54,7 +54,7 @@ class ModeSwitch(ReboundOperation):
         """Whether it writes state of the source."""
 
     def follow(self, source: nn.Module, root: nn.Module) -> None:
-        """Let `root`, which stands for the source itself, be followed in its place."""
+        """If one of the modules is the source itself, read the flags of `root`, the hybrid, instead."""
         super().follow(source, root)
         for key in ("_linked", "_joined"):
             self.__dict__[key] = tuple(root if owner is source else owner for owner in self.__dict__[key])
@@ -66,10 +66,10 @@ class ModeSwitch(ReboundOperation):
         return joined
 
     def forward(self, *operands: Any) -> Any:
-        """The results of the present mode; a single one is no tuple.
+        """The results of the present mode: a tuple, or the value itself if there is only one.
 
         Raises:
-            UnsupportedError: where modules that were captured in one mode are in different ones.
+            UnsupportedError: modules are in different modes that were captured only in the same mode.
         """
         active = self.active
         others = list(zip(self.paths, self.__dict__["_linked"], strict=True))
@@ -79,13 +79,13 @@ class ModeSwitch(ReboundOperation):
             if owner.training != active:
                 raise UnsupportedError(
                     f"module {self.paths[0]!r} is in {'train' if active else 'eval'} mode and module {path!r} is not, "
-                    "but what the one does differently there depends on the other: put both in one mode"
+                    "but what the first one computes in that mode depends on the other: put both in one mode"
                 )
         return (self.training_part if active else self.evaluation)(*operands)
 
 
 class TrainingMask(ReboundOperation):
-    """y = x · m in the owner's train mode, with a factor m that depends on the shape of x alone (stochastic depth)."""
+    """y = x · m in the owner's train mode, with a factor m that depends only on the shape of x (stochastic depth)."""
 
     operation: ClassVar[str] = "training_mask"
 
@@ -102,5 +102,5 @@ class TrainingMask(ReboundOperation):
         return self.training_part(x) if self.active else x
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """The factor that `x` is multiplied by, drawn once; None where there is none."""
+        """The factor that `x` is multiplied by, drawn once; None in eval mode."""
         return self.training_part(torch.ones_like(x)) if self.active else None

@@ -1,4 +1,4 @@
-"""State that a forward writes: counters, moving averages, the vectors of spectral norm, renormalised weights."""
+"""`WriteState`: state that a forward writes, such as counters, moving averages or renormalised weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["WriteState"]
 class WriteState(nn.Module):
     """Write a value into a parameter or buffer of the source, as its forward does.
 
-    What is read afterwards is the result: the parameter itself, which has its gradient, or the value
-    written to a buffer.
+    Later operations read the result. That is the parameter itself, with its gradient, or the value written to a
+    buffer.
     """
 
     operation: ClassVar[str] = "write_state"
-    _is_impure = True  # fx must not take it for dead code
+    _is_impure = True  # fx must not remove it as dead code
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class WriteState(nn.Module):
         return f"it writes {self.name!r}, the model's own state"
 
     def forward(self, state: Tensor, value: Tensor, *before: Tensor) -> Tensor:
-        """`state` with `value` in it; `before` was computed from the state as it was."""
+        """Write `value` into `state`. `before` makes sure that copies of the old state are taken first."""
         with torch.no_grad():
             state.copy_(value)
         return state if state.requires_grad else value

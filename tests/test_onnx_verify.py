@@ -51,8 +51,8 @@ def test_a_deviation_above_the_tolerance_is_an_error_in_one_line(tmp_path: Path)
     result = export(tmp_path, "--out", "all.onnx", "--tolerance", "1e-12")
     assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(
-        r"error: all.onnx was written, but deviates from the hybrid by \S+ in onnxruntime at batch [25] \(relative, with "
-        r"a tolerance of 1.0e-12\): raise the tolerance .*\n",
+        r"error: all.onnx was written, but deviates from the hybrid by \S+ in onnxruntime at batch [25] \(relative, "
+        r"with a tolerance of 1.0e-12\): raise the tolerance .*\n",
         result.stderr,
     )
     assert (tmp_path / "all.onnx").is_file()

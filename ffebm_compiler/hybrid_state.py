@@ -29,6 +29,7 @@ from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
+    from ffebm_compiler.runtime.block import EnergyBlock
 
 __all__ = [
     "ESTIMATORS",
@@ -194,16 +195,22 @@ class Arrival:
 
 
 def _of_same_blocks(hybrid: HybridParts, state: Any) -> bool:
-    """Whether a state belongs to a hybrid with the same blocks and the same energy."""
+    """Whether a state belongs to a hybrid with the same blocks, energy and feedback weights, if any."""
     try:
         if state.get("energy", DEFAULT_ENERGY.name) != name_of(hybrid.energy_function):
             return False
-        layers = {name: list(block["layers"]) for name, block in state["blocks"].items()}
+        found = {name: (list(block["layers"]), len(block["norms"])) for name, block in state["blocks"].items()}
     except (KeyError, TypeError, AttributeError):
         return False
-    return layers == {
-        name: [layer.name for layer in block.program.layers] for name, block in hybrid.energy_blocks.items()
+    return found == {
+        name: ([layer.name for layer in block.program.layers], _norms(block))
+        for name, block in hybrid.energy_blocks.items()
     }
+
+
+def _norms(block: EnergyBlock) -> int:
+    """How many norms its certificate holds: feedback weights of their own have more."""
+    return 0 if block.certificate is None else len(block.certificate.norms)
 
 
 def _is_equal(present: Tensor, arriving: object) -> bool:

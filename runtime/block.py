@@ -119,7 +119,8 @@ class EnergyBlock(nn.Module):
         """Keep the pre-activations of this forward, from which `states` follow. The gradient needs them in any case."""
         self._preactivations = tuple(field.detach() for field in phase.settled()[1])
         self._activations = tuple(activation.kept() for activation in phase.activations)
-        self._shapes, self._drawn = dict(phase.frame.shapes), dict(phase.frame.drawn)
+        self._shapes = dict(phase.frame.shapes)
+        self._drawn = {} if self.program.symmetric else dict(phase.frame.drawn)
 
     def response(self, weights: Sequence[Tensor | None]) -> AdjointPhase | None:
         """The linear response at the states of the last forward, for these weights; None before the first."""

@@ -134,6 +134,17 @@ def test_a_source_s_state_dict_loads_without_them() -> None:
     assert hybrid(x).isfinite().all()
 
 
+def test_state_dicts_of_tied_feedback_and_of_its_own() -> None:
+    hybrid, model, x = _converted(FeedbackWeights(start="random"))
+    tied = ffebm.convert(model, x, feedback=0.3)
+    hybrid.load_state_dict(tied.state_dict())  # with the state of the blocks, which is of other edges
+    assert hybrid.blocks[0].loop_gain == pytest.approx(0.1, rel=1e-6)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        tied.load_state_dict(hybrid.state_dict())
+    tied.load_state_dict(hybrid.state_dict(), strict=False)
+    assert tied.blocks[0].loop_gain == pytest.approx(0.3, rel=1e-6)
+
+
 class _OwnLoading(MLP):
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         return super().load_state_dict(state_dict, *args, **kwargs)

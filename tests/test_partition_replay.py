@@ -150,7 +150,7 @@ def test_without_feedback_the_hybrid_is_the_source(
 moves = st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["digital", "analog"])), min_size=1, max_size=4)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(described=steps, hardware=hardwares, chosen=moves)
 def test_moves_of_layers_beside_driven_states_are_sound(
     described: list[Step], hardware: Hardware, chosen: list[tuple[int, str]]

@@ -12,9 +12,12 @@ are fewer. Everything else is as in `from_scratch.py`.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from from_scratch import Clamp, main
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from from_scratch import Clamp, main
 
 import ffebm_compiler as ffebm
 

@@ -67,24 +67,24 @@ class ByHand:
                 break
         return states
 
-    def energy(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
-        """E without Σ c_l G_l(s_l), which depends on no weight and no input."""
+    def energies(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        """E of every sample without Σ c_l G_l(s_l), which depends on no weight and no input."""
         terms = [
-            c * (s * self.drive(i, states, x)).sum() for i, (s, c) in enumerate(zip(states, self.scales, strict=True))
+            c * (s * self.drive(i, states, x)).sum(1) for i, (s, c) in enumerate(zip(states, self.scales, strict=True))
         ]
-        return -torch.stack(terms).sum()
+        return -torch.stack(terms).sum(0)
+
+    def energy(self, states: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The same, summed over the samples."""
+        return self.energies(states, x).sum()
 
     def contrast(
         self, first: Sequence[Tensor], second: Sequence[Tensor], divisor: Tensor, x: Tensor, by: Sequence[Tensor]
     ) -> list[Tensor]:
         """[∂E(first) − ∂E(second)] / divisor, the division per sample."""
-        total = [torch.zeros_like(p) for p in by]
-        for row in range(len(x)):
-            one = self.energy([s[row : row + 1].detach() for s in first], x[row : row + 1])
-            two = self.energy([s[row : row + 1].detach() for s in second], x[row : row + 1])
-            found = torch.autograd.grad((one - two) / divisor[row], by, allow_unused=True)
-            total = [t if g is None else t + g for t, g in zip(total, found, strict=True)]
-        return total
+        up, down = [s.detach() for s in first], [s.detach() for s in second]
+        difference = ((self.energies(up, x) - self.energies(down, x)) / divisor).sum()
+        return list(torch.autograd.grad(difference, by))
 
 
 def chain(model: MLP) -> list[tuple[Sources, Tensor, Callable[[Tensor], Tensor]]]:

@@ -185,6 +185,19 @@ def test_digital_drive(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_algorithms(tmp_path: Path) -> None:
+    path = tmp_path / "algorithms.json"
+    done = run("algorithms.py", "--tables", "gradients", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text(encoding="utf-8"))["gradients"]
+    for row in found.values():
+        assert row["ep, β = 1e-4"] > 0.9999999
+        assert row["recurrent"] > 0.9999999
+        assert 0.9 < row["truncated, 1 sweep"] < row["truncated, 3 sweeps"] < 1
+        assert 0.9 < row["contrastive"] < 1
+
+
+@pytest.mark.slow
 def test_vector_fields(tmp_path: Path) -> None:
     """The angles at every asymmetry, and two kinds of training."""
     path = tmp_path / "fields.json"

@@ -206,6 +206,17 @@ def test_feedback_weights_of_their_own_count_in_both_directions() -> None:
             assert relative(gradient, found[name]) <= 1e-8, (estimator, name)
 
 
+def test_the_check_compares_total_gradients_with_each_other() -> None:
+    hybrid, _, x = make("two", 0.6)
+    held = ffebm.check_gradients(hybrid, x, loss_of)
+    hybrid.set_gradient(ffebm.Implicit(through_feedback=True))
+    total = ffebm.check_gradients(hybrid, x, loss_of)
+    assert total.own == "implicit"
+    for report in (held, total):
+        assert report.worst("implicit")[1].relative_error <= 1e-8
+        assert report.worst("ep")[1].cosine >= 0.999999
+
+
 def test_symmetric_feedback_has_no_such_term() -> None:
     model, x = seeded(lambda: MLP((6, 7, 4), nn.Tanh)).double(), noise(5, 6).double()
     hybrid = ffebm.convert(model, x, feedback="symmetric", solver=EXACT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,6 +143,7 @@ class GradientReport:
 def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> GradientReport:
     """Compare gradients with autograd through the relaxation in float64: of EP, implicit, unrolled, the hybrid's own.
 
+    Where the hybrid's own goes through γ (`through_feedback`), all do: the reference is then the total gradient.
     Contrastive and coupled learning do not estimate the gradient of the loss: their cosine says how far off they are.
 
     Args:
@@ -181,9 +182,12 @@ def _gradients(
     model.zero_grad(set_to_none=True)
     if estimator in ESTIMATORS:  # the hybrid's own settings of it where it has some
         assign_digital(model, None)
+        through = any(block.estimator.through_feedback for block in model.energy_blocks.values())
         for block in model.energy_blocks.values():
             if block.estimator.name != estimator:
                 block.estimator = estimator_of(estimator)
+                if through:  # like is compared with like
+                    block.estimator = replace(block.estimator, through_feedback=True)  # type: ignore[type-var]
     cast = pytree.tree_map(
         lambda leaf: leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
         inputs,

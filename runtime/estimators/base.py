@@ -54,6 +54,8 @@ class Estimator(ABC):
     """How the gradient of the loss is obtained at a block."""
 
     name: str
+    through_feedback: bool = False
+    """Whether the gradient goes through what the amplifiers are set to, which follows the weights."""
     output_blocks_only: ClassVar[bool] = False
     """Whether it is defined only in blocks whose outputs reach the loss through no other block."""
 

@@ -5,7 +5,8 @@
 The network is 64-128-96-10 with ReLU on scikit-learn's digits, trained by Adam at 2e-3 with a cosine schedule in
 batches of 64; every fourth image tests (450). `trained` converts the network that backprop has trained and measures
 it at every γ. `scratch` trains the hybrid itself by EP. `step` is an EP step of a stack of linear layers in blocks of
-two, in backprop steps of its source: medians of CPU time, all in turn. One thread.
+two, and of a block of three convolutions (one grouped, one strided), in backprop steps of its source: medians of CPU
+time, all in turn. One thread.
 """
 
 from __future__ import annotations
@@ -128,25 +129,38 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
 def steps(options: argparse.Namespace) -> list[dict[str, Any]]:
     """CPU time of EP steps relative to backprop's, both energies at their default feedback."""
     rows = []
-    for width in options.widths:
-        torch.manual_seed(0)
-        stack = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())])
-        x = torch.randn(options.batch, width)
-        pair = ffebm.Hardware(layers_per_block=2)
-        runs = {"backprop": step_of(stack, x)}
+    for name, (source, x, fabric) in _sources(options).items():
+        runs = {"backprop": step_of(source, x)}
         for energy in ("hopfield", "resistive"):
-            hybrid = ffebm.convert(stack, x[:2], hardware=pair, energy=energy)
+            hybrid = ffebm.convert(source, x[:2], hardware=fabric, energy=energy)
             runs[energy] = step_of(hybrid.train(), x)
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        seconds: dict[str, list[float]] = {key: [] for key in runs}
         for turn in range(options.turns + 2):
-            for name, run in runs.items():
+            for key, run in runs.items():
                 started = time.process_time()
                 run()
                 if turn >= 2:
-                    seconds[name].append(time.process_time() - started)
-        times = {name: statistics.median(found) for name, found in seconds.items()}
-        rows.append({"width": width, **{name: value / times["backprop"] for name, value in times.items()}})
+                    seconds[key].append(time.process_time() - started)
+        times = {key: statistics.median(found) for key, found in seconds.items()}
+        rows.append({"source": name, **{key: value / times["backprop"] for key, value in times.items()}})
     return rows
+
+
+def _sources(options: argparse.Namespace) -> dict[str, tuple[nn.Module, Tensor, ffebm.Hardware]]:
+    """Stacks of linear layers in blocks of two, and one block of convolutions."""
+    found: dict[str, tuple[nn.Module, Tensor, ffebm.Hardware]] = {}
+    for width in options.widths:
+        torch.manual_seed(0)
+        stack = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(width, width), nn.ReLU())])
+        found[f"width {width}"] = (stack, torch.randn(options.batch, width), ffebm.Hardware(layers_per_block=2))
+    torch.manual_seed(0)
+    images = nn.Sequential(
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1, groups=2), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1, stride=2), nn.ReLU()),
+    )
+    found["images"] = (images, torch.randn(options.batch // 4, 16, 16, 16), ffebm.Hardware())
+    return found
 
 
 def main() -> None:
@@ -172,9 +186,9 @@ def main() -> None:
         means = [statistics.mean(ends) for ends in zip(*row["load"], strict=True)]
         shown = f"{' '.join(f'{value:.2f}' for value in row['accuracy']):>26}"
         print(f"{row['gamma'] or 'backprop':>8} {shown} " + (f"{means[0]:14.2f} {means[1]:6.2f}" if means else ""))
-    print(f"\n{'width':>8} {'hopfield':>10} {'resistive':>10}   EP steps in backprop steps")
+    print(f"\n{'':>10} {'hopfield':>10} {'resistive':>10}   EP steps in backprop steps")
     for row in results["step"]:
-        print(f"{row['width']:8} {row['hopfield']:10.2f} {row['resistive']:10.2f}")
+        print(f"{row['source']:>10} {row['hopfield']:10.2f} {row['resistive']:10.2f}")
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, json.dumps(results, indent=1) + "\n")

@@ -276,7 +276,8 @@ class _Builder:
         parts: dict[int, list[str]] = {}
         magnitudes: list[str | None] = list(self.weights)
         for place in multiplying_weights(self.program) if self.amplifiers else ():
-            magnitudes[place] = self.main.op("Abs", self.weights[place])
+            magnitudes[place] = name = self.main.op("Abs", self.weights[place])
+            self.main.weight_shapes[name] = self.main.weight_shapes[self.weights[place]]
         for later, name in self.amplifiers.items():
             shape = self.main.op("Shape", states[later])
             ones = self.main.op("Expand", self.main.setting(name, "float"), shape)

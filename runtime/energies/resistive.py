@@ -41,18 +41,37 @@ from ffebm_compiler.runtime.energies.loads import (
 )
 from ffebm_compiler.runtime.energies.row_sums import RowSums
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
-from ffebm_compiler.runtime.program.contraction import Contraction
 from ffebm_compiler.runtime.program.frame import Frame
-from ffebm_compiler.runtime.program.operators import Convolution
 
 __all__ = ["Resistive"]
+
+_NEAREST = {
+    "gelu": "ReLU",
+    "quick_gelu": "ReLU",
+    "silu": "ReLU",
+    "mish": "ReLU",
+    "hardswish": "ReLU",
+    "softplus": "ReLU",
+    "elu": "leaky ReLU",
+    "selu": "leaky ReLU",
+    "celu": "leaky ReLU",
+    "prelu": "leaky ReLU with a slope from 0 to 1",
+    "leaky_relu": "leaky ReLU with a slope from 0 to 1",
+    "tanh": "hard tanh",
+    "softsign": "hard tanh",
+    "sigmoid": "hard sigmoid",
+    "log_sigmoid": "clamp with an upper bound of 0",
+    "sloped_clamp": "clamp with a slope from 0 to 1",
+}
+"""The activation of straight lines that is nearest to one that no diode makes, by name."""
 
 
 @dataclass(frozen=True)
 class Resistive(Energy):
     """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]. `feedback` is γ itself, a positive number.
 
-    `"symmetric"` is γ = 1. Blocks with feedback hold linear layers, sums and piecewise linear activations.
+    `"symmetric"` is γ = 1. Blocks with feedback hold every operator except max pooling, and
+    activations of straight lines.
     """
 
     name = "resistive"
@@ -72,7 +91,7 @@ class Resistive(Energy):
         return float(feedback)  # type: ignore[arg-type]
 
     def check_program(self, program: BlockProgram) -> None:
-        """Tied feedback, linear layers and wires, and activations of straight lines whose slopes are from 0 to 1."""
+        """Tied feedback, no max pooling, and activations of straight lines whose slopes are from 0 to 1."""
         if not program.symmetric:
             raise UnsupportedError(
                 f"{program.name}: a resistive energy is a circuit whose conductances carry both directions, so that "
@@ -80,15 +99,12 @@ class Resistive(Energy):
             )
         for layer in program.layers:
             _check_activation(program, layer)
-            for instruction in layer.instructions:
-                operator = instruction.operator
-                if isinstance(operator, Convolution | Contraction) or operator.selects:
-                    what = "max pooling" if operator.selects else f"a {type(operator).__name__.lower()}"
-                    raise UnsupportedError(
-                        f"{program.name}: layer {layer.name!r} holds {what}, and a resistive energy has only linear "
-                        f"layers and sums so far. Keep the layer digital (force_digital={layer.name!r}), give each "
-                        "layer a block of its own (hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
-                    )
+            if any(instruction.operator.selects for instruction in layer.instructions):
+                raise UnsupportedError(
+                    f"{program.name}: layer {layer.name!r} holds max pooling, which no conductances make: they add "
+                    "what they connect. The nearest that exists is average pooling (nn.AvgPool2d). Or keep the pooling "
+                    "digital (leave 'max_pool' out of block_ops), or use energy='hopfield'"
+                )
 
     def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
         """σ_l at the load D^l − 1. A layer that feeds no other has its own activation."""
@@ -227,9 +243,10 @@ def _check_activation(program: BlockProgram, layer: Layer) -> None:
         why = f"has a slope of {activation.lipschitz:.3g} and not one from 0 to 1"
     else:
         return
+    nearest = _NEAREST.get(activation.name, "ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or softshrink")
     raise UnsupportedError(
-        f"{program.name}: the activation {activation.name} of layer {layer.name!r} {why}, as a resistive energy needs "
-        "it. Use ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or softshrink, keep the layer digital "
+        f"{program.name}: the activation {activation.name} of layer {layer.name!r} {why}, as diodes and resistors make "
+        f"them. The nearest that a resistive energy has is {nearest}. Or keep the layer digital "
         f"(force_digital={layer.name!r}), give each layer a block of its own "
         "(hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
     )

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition.search import improve
+from ffebm_compiler.passes.partition.search import improve, rebuild
 from ffebm_compiler.passes.partition.state import State, tiles_of
 from ffebm_compiler.passes.partition.waves import next_fit, waves_and_cuts
 
@@ -46,6 +46,11 @@ __all__ = [
 
 _EFFORT, _EFFORT_EACH = 80_000, 8
 """Operations that the improvement of one start may look at: a base, and so many for each operation of the network."""
+_SMALL = 150
+"""Operations up to which both starts are taken apart and built again. Above it the better one is, for half the effort.
+
+On 40 public networks of 51 to 724 operations, for two fabrics, this changes no conversion.
+"""
 
 
 @dataclass
@@ -91,6 +96,11 @@ def partition(
         state.start()
         improve(state, _EFFORT + _EFFORT_EACH * state.size)
         states.append(state)
+    if len(graph.operations) > _SMALL:
+        states = [min(states, key=State.objective)]
+    for state in states:
+        left = _EFFORT + _EFFORT_EACH * state.size - state.work
+        rebuild(state, left if state.size <= _SMALL else left // 2)
     state = min(states, key=State.objective)
     names = [operation.name for operation in graph.operations]
     order = sorted(state.load, key=lambda block: state.span[block])

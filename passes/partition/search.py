@@ -15,25 +15,30 @@ from collections.abc import Iterable
 from ffebm_compiler.passes.partition.drive import make_driven
 from ffebm_compiler.passes.partition.state import DIGITAL, State
 
-__all__ = ["improve"]
+__all__ = ["improve", "rebuild"]
 
 _FAN = 12
 """Readers of one value that are looked at for a neighbour."""
 _NEAR = 16
 """Blocks that follow in the order and are tried for a merge that saves no conversion."""
+_WINDOW = 2000
+"""Operations that a change may have to sort again."""
 _WAYS = 16
 """Times that each block is taken apart and built again."""
 
 
 def improve(state: State, budget: int) -> None:
-    """Improve a partition until nothing helps or the clock says stop."""
-    window = 2000
+    """Merge blocks and move operations until nothing helps or the clock says stop."""
     end = state.work + budget
-    _merge_all(state, window, end)
-    _move_all(state, range(state.size), window, end)
-    _merge_all(state, window, end)
-    _merge_neutral(state, window, end)
-    _rebuild_all(state, window, end)
+    _merge_all(state, _WINDOW, end)
+    _move_all(state, range(state.size), _WINDOW, end)
+    _merge_all(state, _WINDOW, end)
+    _merge_neutral(state, _WINDOW, end)
+
+
+def rebuild(state: State, budget: int) -> None:
+    """Take neighbourhoods apart and build them again until the clock says stop, and settle what costs the same."""
+    _rebuild_all(state, _WINDOW, state.work + budget)
     _tidy(state)
 
 

@@ -51,9 +51,9 @@ class Network(nn.Module):
 def made(gradient: str) -> ffebm.HybridModel:
     torch.manual_seed(0)
     solver = ffebm.GaussSeidel(rtol=1e-10)
-    return ffebm.convert(
-        Network().double(), torch.randn(2, 1, 6, 6).double(), feedback=0.3, gradient=gradient, solver=solver
-    )
+    own = ffebm.FeedbackWeights(start="random") if gradient == "implicit" else "tied"
+    x = torch.randn(2, 1, 6, 6).double()
+    return ffebm.convert(Network().double(), x, feedback=0.3, gradient=gradient, solver=solver, feedback_weights=own)
 
 
 def batches(count: int) -> list[Tensor]:

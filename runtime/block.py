@@ -188,13 +188,13 @@ class EnergyBlock(nn.Module):
         """Factor by which a Gauss–Seidel sweep contracts, about κ (Young 1954); None without a certificate."""
         return self.gain.contraction
 
-    def free_rtol(self, dtype: torch.dtype) -> float:
+    def free_rtol(self, dtype: torch.dtype, training: bool = False) -> float:
         """Relative error at which the free phase stops."""
-        return self.active_solver.rtol or free_rtol(dtype, self.contraction is not None)
+        return self.active_solver.rtol or free_rtol(dtype, self.contraction is not None, training)
 
-    def error_rtol(self, dtype: torch.dtype) -> float:
+    def error_rtol(self, dtype: torch.dtype, training: bool = False) -> float:
         """Relative error at which nudged phases and adjoint systems stop."""
-        return self.active_solver.rtol or error_rtol(dtype, self.contraction is not None)
+        return self.active_solver.rtol or error_rtol(dtype, self.contraction is not None, training)
 
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]:
         """Settle the free phase of a frame.
@@ -237,7 +237,9 @@ class EnergyBlock(nn.Module):
             del frame.drawn[register]
         before, self.gain.certificate = self.gain.certificate, needed
         try:
-            return self._settled(Frame(self.program, frame.inputs, frame.weights, frame.drawn))
+            anew = Frame(self.program, frame.inputs, frame.weights, frame.drawn)
+            anew.training = frame.training
+            return self._settled(anew)
         finally:
             if not self.training:
                 self.gain.certificate = before
@@ -251,7 +253,7 @@ class EnergyBlock(nn.Module):
 
     def _rtol(self, phase: FreePhase) -> float:
         first = phase.values[0]
-        return self.free_rtol(phase.frame.inputs[0].dtype if first is None else first.dtype)
+        return self.free_rtol(phase.frame.inputs[0].dtype if first is None else first.dtype, phase.training)
 
     def _warn_of_held_winners(self, frame: Frame, states: Sequence[Tensor]) -> None:
         """Log once if the states are no equilibrium when the held winners of max pooling are chosen anew."""

@@ -41,8 +41,8 @@ class Settling(Protocol):
     def laid_out(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]: ...
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]: ...
     def remember(self, phase: FreePhase) -> None: ...
-    def error_rtol(self, dtype: torch.dtype) -> float: ...
-    def free_rtol(self, dtype: torch.dtype) -> float: ...
+    def error_rtol(self, dtype: torch.dtype, training: bool = False) -> float: ...
+    def free_rtol(self, dtype: torch.dtype, training: bool = False) -> float: ...
     def hint(self) -> str: ...
 
 
@@ -59,13 +59,14 @@ class Settle(torch.autograd.Function):
         tensors = block.laid_out(tensors)
         inputs = [value for value in tensors[: program.inputs] if value is not None]
         frame = Frame(program, inputs, tensors[program.inputs :], drawn)
+        frame.training = block.training
         if block.training:
             block.gain.hold(frame.weights)
         phase, block.last = block.relax(frame)
         frame = phase.frame
         states, preactivations = phase.settled()
         block.remember(phase)
-        ctx.block, ctx.last = block, block.last
+        ctx.block, ctx.last, ctx.training = block, block.last, frame.training
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
         ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
         ctx.estimator, ctx.aligned = block.estimator, block.aligned
@@ -89,6 +90,7 @@ class Settle(torch.autograd.Function):
         layers = len(program.layers)
         inputs = [value for value in saved[: program.inputs] if value is not None]
         frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
+        frame.training = ctx.training
         preactivations = tuple(value for value in saved[count + layers :] if value is not None)
         states = tuple(
             sigma.value(field) if state is None else state
@@ -106,11 +108,11 @@ class Settle(torch.autograd.Function):
             states=states,
             preactivations=preactivations,
             solver=block.active_solver,
-            rtol=block.error_rtol(states[0].dtype),
+            rtol=block.error_rtol(states[0].dtype, frame.training),
             contraction=block.contraction,
             hint=block.hint,
             free_sweeps=ctx.last.sweeps,
-            free_rtol=block.free_rtol(states[0].dtype),
+            free_rtol=block.free_rtol(states[0].dtype, frame.training),
             feedback=ctx.feedback,
             measured=lambda: block.gain.measured(frame.weights),
             inputs_needed=tuple(needed[: program.inputs]),

@@ -248,8 +248,8 @@ class Watched(ffebm.GaussSeidel):
 def test_not_every_sweep_is_measured() -> None:
     """A measured sweep is a synchronisation with the device."""
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)))
-    for feedback, share in ((0.1, 1 / 3), (0.98, 0.5)):
-        hybrid = ffebm.convert(model, noise(3, 8), feedback=feedback, solver=Watched())
+    for feedback, training, share in ((0.1, False, 1 / 3), (0.98, False, 0.5), (0.1, True, 0.5), (0.5, True, 0.5)):
+        hybrid = ffebm.convert(model, noise(3, 8), feedback=feedback, solver=Watched()).train(training)
         Watched.seen.clear()
         hybrid(noise(3, 8))
         assert Watched.seen[-1]
@@ -262,8 +262,8 @@ def test_not_every_sweep_is_measured() -> None:
 def test_a_warm_start_needs_fewer_sweeps_to_the_same_equilibrium() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)))
     x = noise(5, 8)
-    cold = ffebm.convert(model, x, feedback=0.9, solver=ffebm.GaussSeidel(rtol=1e-5))
-    warm = ffebm.convert(model, x, feedback=0.9, solver=ffebm.GaussSeidel(rtol=1e-5, start="last"))
+    cold = ffebm.convert(model, x, feedback=0.9, solver=ffebm.GaussSeidel(rtol=1e-5)).eval()
+    warm = ffebm.convert(model, x, feedback=0.9, solver=ffebm.GaussSeidel(rtol=1e-5, start="last")).eval()
     sweeps = []
     for step in range(3):
         moved = x + 1e-4 * step
@@ -304,6 +304,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("feedback", [0.1, 0.5])
 def test_bfloat16_sweeps_end_at_the_same_equilibrium(case: str, feedback: float) -> None:
     hybrid, x = own(case, nn.ReLU)
+    hybrid.eval()
     loss = lambda output: output.square().mean()  # noqa: E731
     counts = {}
     for precision in ("full", "bfloat16"):

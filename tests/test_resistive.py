@@ -549,7 +549,7 @@ def test_files_copies_and_state_dicts_keep_it(tmp_path: Path) -> None:
     model, _ = CASES["mlp"].make(nn.ReLU)
     other = ffebm.convert(model, x, energy="resistive")
     other.load_state_dict(hybrid.state_dict())
-    for again in (ffebm.load(tmp_path / "saved", model), copy.deepcopy(hybrid), other):
+    for again in (ffebm.load(tmp_path / "saved", model).eval(), copy.deepcopy(hybrid), other.eval()):
         assert again.blocks[0].module.setting == block.module.setting
         assert again.blocks[0].module.feedback == 2.5
         assert torch.equal(again(x), expected)
@@ -655,7 +655,7 @@ def test_every_solver_finds_the_same_states_and_gradients(name: str) -> None:
     options = CASES["branches"].options
     found = []
     for solver in (ffebm.GaussSeidel(rtol=1e-7), SOLVERS[name]):
-        hybrid = ffebm.convert(model, x, energy="resistive", feedback=2.0, solver=solver, **options)
+        hybrid = ffebm.convert(model, x, energy="resistive", feedback=2.0, solver=solver, **options).eval()
         if name == "warm":
             hybrid(1.01 * x)
         loss_of(hybrid(x)).backward()

@@ -163,6 +163,7 @@ def test_settings_are_checked() -> None:
     for kind, options, message in (
         (ffebm.NewtonCG, {"slow": 1.0}, r"slow is 1\.0; expected a number from 0 \(always correct\) to below 1"),
         (ffebm.GaussSeidel, {"termination": "layer"}, "termination is 'layer'; expected 'batch' or 'sample'"),
+        (ffebm.GaussSeidel, {"relaxation": 2.0}, r"relaxation is 2\.0; expected a number from 1 to below 2, or None"),
         (ffebm.GaussSeidel, {"start": "zero"}, "start is 'zero'; expected 'feedforward' or 'last'"),
         (ffebm.Anderson, {"precision": "int8"}, "precision is 'int8'; expected 'full' or 'bfloat16'"),
     ):
@@ -171,7 +172,9 @@ def test_settings_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [ffebm.NewtonCG(slow=0.3), ffebm.Anderson(precision="bfloat16", start="last")], ids=str
+    "solver",
+    [ffebm.NewtonCG(slow=0.3), ffebm.GaussSeidel(relaxation=1.2), ffebm.Anderson(precision="bfloat16", start="last")],
+    ids=str,
 )
 def test_solvers_are_saved_and_loaded(tmp_path: Any, solver: Any) -> None:
     model = seeded(lambda: layers([1.0, 1.0, 1.0], nn.Tanh()))

@@ -110,7 +110,7 @@ class Exported:
             if operand is not None and "tensor" in operand and operand["tensor"] not in self._tensors:
                 raise ValueError(f"{step['name']} reads {operand['tensor']!r}, which {WEIGHTS} does not hold")
         settling = step["settling"]
-        block = EnergyBlock(program)
+        block = EnergyBlock(program).eval()
         energy = energy_of(step.get("energy", DEFAULT_ENERGY.name))
         amplifiers = tuple(float(gain) for gain in step.get("amplifiers", ()))
         if len(amplifiers) != (len(program.layers) if energy.amplified and program.coupled else 0):

@@ -25,7 +25,7 @@ from ffebm_compiler.runtime.phases.base import narrow
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
-from ffebm_compiler.runtime.solvers.base import GaussSeidel, sweep_layers
+from ffebm_compiler.runtime.solvers.base import GaussSeidel
 from ffebm_compiler.runtime.solvers.conjugate import solve_adjoint
 from ffebm_compiler.runtime.solvers.relaxation import relax
 
@@ -125,13 +125,15 @@ class Unrolled(Estimator):
                 for t, n in zip(at.frame.weights, at.weights_needed, strict=True)
             ]
             frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
+            frame.training = at.frame.training
             # What is added to the fields: the derivative by it is e_l, summed over the sweeps.
             offsets = [torch.zeros_like(s).requires_grad_() for s in at.states] if self.through_feedback else []
             phase = _OffsetPhase(frame, at.setting, offsets) if offsets else FreePhase(frame, at.setting)
+            phase.contraction = at.contraction
             if isinstance(at.solver, GaussSeidel) and at.solver.start == "feedforward":
-                sweeps = at.free_sweeps
+                sweeps, memory = at.free_sweeps, at.solver.init(phase)
                 for _ in range(sweeps):
-                    sweep_layers(phase, phase.order(), measure=False)
+                    at.solver.step(phase, memory, measure=False)
             else:  # another method took those
                 plain = GaussSeidel(max_sweeps=at.solver.max_sweeps, on_failure=at.solver.on_failure)
                 subject = f"unrolled free phase of {at.name}"

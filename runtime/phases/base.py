@@ -41,6 +41,7 @@ class Phase(FixedPoint):
         self.values = values
         self.scratch = {}
         self.samples = frame.samples
+        self.training = frame.training
         self._version = [0] * len(values)
         self._pulled: dict[int, tuple[int, dict[int, Tensor]]] = {}
 

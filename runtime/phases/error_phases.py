@@ -45,6 +45,13 @@ class _ErrorPhase(Phase):
         for index, value in enumerate(self.values):
             self.store(index, None if value is None else value.index_fill(0, rows.to(value.device), 0))
 
+    def advance(self, index: int) -> Tensor | None:
+        """u_l, over-relaxed."""
+        new, before = self.update(index), self.values[index]
+        if self.relaxation == 1 or new is None or before is None:
+            return new
+        return torch.lerp(before, new, self.relaxation)
+
     @abstractmethod
     def response(self) -> AdjointPhase:
         """The linear response of the block at its settled state."""

@@ -68,14 +68,26 @@ class FreePhase(Phase):
 
     def update(self, index: int) -> Tensor:
         """σ_l(h_l)."""
+        self.preactivations[index] = field = self._field(index)
+        return self.activations[index].value(field)
+
+    def advance(self, index: int) -> Tensor:
+        """σ_l of the over-relaxed pre-activation, so that states and pre-activations belong together."""
+        field, before = self._field(index), self.preactivations[index]
+        if self.relaxation != 1 and before is not None:
+            field = torch.lerp(before, field, self.relaxation)
+        self.preactivations[index] = field
+        return self.activations[index].value(field)
+
+    def _field(self, index: int) -> Tensor:
+        """h_l at the present states."""
         self._updates += 1
         if self._updates > HOLD * len(self.values):
             self.frame.frozen = True
         field = self._drive(index)
         for later, part in self.pulled(index):
             field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])
-        self.preactivations[index] = field
-        return self.activations[index].value(field)
+        return field
 
     def refine(self) -> None:
         """Forget what was computed in bfloat16."""

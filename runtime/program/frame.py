@@ -40,6 +40,8 @@ class Frame:
         self._fixed: dict[int, Tensor] = dict(enumerate(self.inputs))
         self.memory: dict[Any, Any] = {}
         """What an energy has computed from these weights, for the next phase that asks."""
+        self.training = False
+        """Whether the block is evaluated for a gradient alone: with the tolerances of training."""
         self.coarse = False
         """Whether products of what depends on states are computed in bfloat16."""
         self._rounded: dict[int, Tensor] = {}
@@ -83,7 +85,7 @@ class Frame:
         shapes = {register: torch.Size((len(rows), *shape[1:])) for register, shape in self.shapes.items()}
         assert samples is not None
         frame = Frame(self.program, inputs, self.weights, drawn, shapes, self.frozen)
-        frame.coarse = self.coarse
+        frame.coarse, frame.training = self.coarse, self.training
         return frame
 
     def repeated(self, copies: int) -> Frame:
@@ -96,7 +98,7 @@ class Frame:
         }
         shapes = {register: torch.Size((copies * shape[0], *shape[1:])) for register, shape in self.shapes.items()}
         frame = Frame(self.program, (), self.weights, drawn, shapes, frozen=True)
-        frame.coarse, frame._rounded = self.coarse, self._rounded
+        frame.coarse, frame._rounded, frame.training = self.coarse, self._rounded, self.training
         return frame
 
     def _weights(self, instruction: Instruction) -> list[Tensor | None]:

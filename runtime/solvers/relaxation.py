@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
-from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver
+from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver, typical_contraction
 
 __all__ = ["Settled", "concluded", "relax", "run", "stopping_rule"]
 
@@ -51,13 +51,16 @@ class Settled:
     """Those of them that diverged: their states are those of the start, and they give no gradient."""
 
 
-def stopping_rule(rtol: float, contraction: float | None) -> tuple[int, float]:
+def stopping_rule(rtol: float, contraction: float | None, training: bool = False) -> tuple[int, float]:
     """(first sweep whose change is measured, factor from the change to the error that is left).
 
     Where a sweep contracts by κ the error left is at most κ/(1 − κ) times its change. The certificate is
     a worst case: blocks settle in about 0.6 of the sweeps that it predicts. Measuring the change before
-    that is wasted (and a device synchronisation), so that up to two sweeps go by without.
+    that is wasted (and a device synchronisation), so that up to two sweeps go by without. In training an
+    estimate is enough: κ is then what sweeps are expected to contract by.
     """
+    if training and contraction is not None:
+        contraction = typical_contraction(contraction)
     if contraction is None:
         return 1, 1.0
     if not contraction:
@@ -161,7 +164,8 @@ class _Relaxation:
         self.solver = solver
         self.rtol = rtol
         self.contraction = contraction
-        self.earliest, self.left = stopping_rule(rtol, contraction)
+        self.earliest, self.left = stopping_rule(rtol, contraction, problem.training)
+        problem.contraction = contraction
         self.coarse = _coarse_goal(solver, rtol, contraction)
         """The error down to which products are in bfloat16; None: not (any more)."""
         self.per_sample = solver.termination == "sample" and problem.samples is not None
@@ -244,6 +248,8 @@ class _Relaxation:
                 return True
             self.per_sample = True  # one sample may be to blame
             self.best, self.since = math.inf, self.sweep
+        if self.running.relaxation != 1 and change > self.previous:
+            self.running.relaxation = 1.0  # not what this block needs
         self.next = self.sweep + self._stride(worst)
         self.measured, self.previous = self.sweep, change
         return False
@@ -280,6 +286,7 @@ class _Relaxation:
         self.rows = rows[staying]
         if len(staying):
             self.running = self.running.narrowed(staying)
+            self.running.contraction = self.contraction
             self.halfway = None
             self._restart()
             self.worst = float(errors[staying].max())

@@ -1,0 +1,93 @@
+"""Training settles as far as its gradients need, evaluation as far as its states do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import CASES, converted, noise
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+
+
+def gradients(hybrid: ffebm.HybridModel, x: Tensor) -> dict[str, Tensor]:
+    """Of the mean squared distance to a fixed target, by every parameter."""
+    hybrid.zero_grad(set_to_none=True)
+    output = hybrid(x)
+    (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean().backward()
+    return {name: p.grad.double() for name, p in hybrid.named_parameters() if p.grad is not None}
+
+
+def sweeps(hybrid: ffebm.HybridModel) -> list[int]:
+    """Free sweeps of the last forward, of the blocks that have feedback."""
+    blocks = [block.module for block in hybrid.blocks if block.module.program.coupled]
+    return [block.last.sweeps for block in blocks if block.last is not None]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.Tanh, nn.GELU])
+def test_gradients_in_training_at_the_default_tolerances(case: str, activation: type[nn.Module]) -> None:
+    """More activations and loop gains: `benchmarks/training_tolerance.py`."""
+    hybrid, x = converted(case, activation)
+    hybrid = copy.deepcopy(hybrid).train()
+    exact = copy.deepcopy(hybrid).double()
+    exact.set_gradient("implicit")
+    for kappa in (0.1, 0.5, 0.9):
+        hybrid.set_feedback(kappa)
+        exact.set_feedback(kappa)
+        found, expected = gradients(hybrid, x), gradients(exact, x.double())
+        for name, gradient in expected.items():
+            cosine = float((found[name] * gradient).sum() / (found[name].norm() * gradient.norm()))
+            assert cosine >= 0.9999, f"κ = {kappa}: {name}"
+
+
+@pytest.mark.parametrize("kappa", [0.5, 0.9])
+def test_training_takes_fewer_sweeps_than_evaluation(kappa: float) -> None:
+    hybrid, x = converted("mlp", nn.ReLU)
+    hybrid = copy.deepcopy(hybrid)
+    hybrid.set_feedback(kappa)
+    exact = copy.deepcopy(hybrid).double().eval()(x.double())
+    outputs, taken = [], []
+    for training in (False, True):
+        outputs.append(hybrid.train(training)(x))
+        taken.append(sweeps(hybrid)[0])
+    assert taken[1] < taken[0]
+    assert (outputs[0] - exact).norm() <= 1e-4 * exact.norm()
+    assert (outputs[1] - exact).norm() <= 1e-3 * exact.norm()
+
+
+def test_rtol_holds_for_both_purposes() -> None:
+    hybrid, x = converted("mlp", nn.Tanh)
+    hybrid = copy.deepcopy(hybrid)
+    exact = copy.deepcopy(hybrid).double().eval()(x.double())
+    hybrid.set_solver(ffebm.GaussSeidel(rtol=1e-6))
+    for training in (False, True):
+        assert (hybrid.train(training)(x) - exact).norm() <= 3e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("case", ["mlp", "residual", "branches", "cnn"])
+@pytest.mark.parametrize("estimator", ["ep", "implicit", "unrolled"])
+def test_over_relaxed_sweeps_end_at_the_same_equilibrium_sooner(case: str, estimator: str) -> None:
+    hybrid, x = converted(case, nn.ReLU)
+    hybrid = copy.deepcopy(hybrid).double()
+    hybrid.set_feedback(0.9)
+    hybrid.set_gradient(estimator)
+    found, taken = [], []
+    for relaxation in (1.0, 1.15):
+        hybrid.set_solver(ffebm.GaussSeidel(rtol=1e-10, relaxation=relaxation))
+        found.append(gradients(hybrid, x.double()))
+        taken.append(sum(sweeps(hybrid)))
+    assert taken[1] < taken[0]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-7, atol=1e-8 * float(gradient.abs().max()))
+
+
+def test_over_relaxation_that_does_not_pay_is_given_up() -> None:
+    hybrid, x = converted("projections", nn.GELU)
+    hybrid = copy.deepcopy(hybrid)
+    hybrid.set_feedback(0.9)
+    exact = copy.deepcopy(hybrid).double()(x.double())
+    hybrid.set_solver(ffebm.GaussSeidel(relaxation=1.999))
+    assert (hybrid(x) - exact).norm() <= 1e-3 * exact.norm()

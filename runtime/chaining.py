@@ -99,7 +99,7 @@ class Settle(torch.autograd.Function):
             )
         )
         errors: list[Tensor | None] = [None] * layers
-        for index, error in zip(program.visible, visible, strict=True):
+        for index, error in zip(program.visible, block.laid_out(visible), strict=True):
             errors[index] = error
         needed = ctx.needs_input_grad[2:]
         situation = Situation(

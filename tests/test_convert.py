@@ -264,7 +264,7 @@ def test_without_feedback_every_block_is_the_source(name: str) -> None:
 
 def test_compare_measures_the_deviation_from_the_source() -> None:
     model, x = mlp()
-    hybrid = ffebm.convert(model, x, feedback=0.4)
+    hybrid = ffebm.convert(model, x, feedback=0.4).eval()
     comparison = hybrid.compare(x)
     assert comparison.output == pytest.approx(relative(hybrid(x), model(x)), rel=1e-4)
     assert comparison.output > 1e-3
@@ -785,7 +785,7 @@ def test_children_named_like_the_hybrids_own_attributes() -> None:
 
 def test_blocks_have_states_names_and_settle() -> None:
     model, x = mlp()
-    hybrid = ffebm.convert(model, x, feedback=0.3)
+    hybrid = ffebm.convert(model, x, feedback=0.3).eval()
     (block,) = hybrid.blocks
     output = hybrid(x)
     assert block.state_names == ("layers.0", "layers.1", "layers.2", "layers.3")

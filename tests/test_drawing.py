@@ -206,7 +206,7 @@ def test_notebook_output_is_a_sandboxed_frame_with_the_page() -> None:
 
 def test_overlays_show_what_was_measured(tmp_path: Path) -> None:
     model, inputs = mlp()
-    hybrid = ffebm.convert(model, inputs)
+    hybrid = ffebm.convert(model, inputs).eval()
     comparison = hybrid.compare(inputs)
     gradients = ffebm.check_gradients(hybrid, inputs, lambda y: y.square().mean())
     hybrid(inputs)

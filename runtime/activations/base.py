@@ -222,7 +222,8 @@ def clamp_stepper(h: Tensor, t: float, lo: float, hi: float) -> Callable[[Tensor
         return lambda k: (k + beyond).clamp(least, most)
     bound = lo if lo > -inf else hi
     u = h.mul(-1 / t) if bound == 0 else h.sub(bound).mul_(-1 / t)
-    above, below = u.relu(), u.clamp_max(0)
+    above = u.relu()
+    below = u.clamp_max_(0)
     if (t > 0) == (lo > -inf):
         return lambda k: _in_place(torch.maximum, k - above, below)
     return lambda k: _in_place(torch.minimum, k - below, above)

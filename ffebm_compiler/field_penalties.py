@@ -76,7 +76,7 @@ def jacobian_homeostasis(hybrid: HybridParts, samples: int = 1, generator: torch
         if response is None:
             raise InputError(f"{name} has no states yet: call the hybrid before jacobian_homeostasis")
         for _ in range(samples):
-            noise = [torch.empty_like(slope).normal_(generator=generator) for slope in response.slopes]
+            noise = [_drawn_like(slope, generator) for slope in response.slopes]
             moved = _product(response, noise)
             again = _product(response, moved)
             batch = noise[0].shape[0] if block.program.batched else 1
@@ -84,6 +84,12 @@ def jacobian_homeostasis(hybrid: HybridParts, samples: int = 1, generator: torch
                 term = 2 * (first.square().sum() - (epsilon * second).sum()) / (batch * samples)
                 total = term if total is None else total + term
     return torch.zeros(()) if total is None else total
+
+
+def _drawn_like(value: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise, drawn where its generator is."""
+    device = value.device if generator is None else generator.device
+    return torch.randn(value.shape, generator=generator, dtype=value.dtype, device=device).to(value.device)
 
 
 def _product(response: AdjointPhase, values: list[Tensor]) -> list[Tensor]:

@@ -62,7 +62,8 @@ def goe_(weight: Tensor, variance: float, generator: torch.Generator | None = No
         raise InputError(f"variance is {variance!r}; expected a positive number, such as 8.4e-5")
     size = max(rows, cols)
     with torch.no_grad():
-        drawn = torch.empty((*weight.shape[:-2], size, size), dtype=weight.dtype, device=weight.device)
+        device = weight.device if generator is None else generator.device
+        drawn = torch.empty((*weight.shape[:-2], size, size), dtype=weight.dtype, device=device)
         drawn.normal_(0.0, math.sqrt(variance / (2 * size)) if size else 0.0, generator=generator)
         # (N + Nᵀ)_ij has twice the variance of N_ij, and four times on the diagonal.
         return weight.copy_((drawn + drawn.mT)[..., :rows, :cols])

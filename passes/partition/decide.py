@@ -8,7 +8,7 @@ steps, each in a file of its own:
 
 1. `waves`: two starts, both acyclic by construction: waves of Kahn's algorithm with the
    best cuts of each wave by dynamic programming, and filling one block after the other.
-2. `search`: merge blocks, move operations, take small neighbourhoods apart and build
+2. `search` and `rebuild`: merge blocks, move operations, take small neighbourhoods apart and build
    them again, while the objective falls. The better of the two results is taken.
 3. `state`: the cost and the proof of acyclicity that the search keeps up to date.
 
@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition.search import improve, rebuild
+from ffebm_compiler.passes.partition.rebuild import rebuild
+from ffebm_compiler.passes.partition.search import improve
 from ffebm_compiler.passes.partition.state import State, tiles_of
 from ffebm_compiler.passes.partition.waves import next_fit, waves_and_cuts
 

@@ -1,4 +1,4 @@
-"""The improvement: merge blocks, move operations, and take small neighbourhoods apart and build them again.
+"""The improvement: merge blocks and move operations.
 
 Every step is a change that `State.attempt` accepts because the result is sound and has fewer
 conversions, or as many in fewer blocks. The search stops when nothing improves or when its
@@ -12,54 +12,45 @@ import heapq
 import random
 from collections.abc import Iterable
 
-from ffebm_compiler.passes.partition.drive import make_driven
 from ffebm_compiler.passes.partition.state import DIGITAL, State
 
-__all__ = ["improve", "rebuild"]
+__all__ = ["FAN", "WINDOW", "improve", "joining", "merge_all", "move_all", "partners", "tail"]
 
-_FAN = 12
+FAN = 12
 """Readers of one value that are looked at for a neighbour."""
 _NEAR = 16
 """Blocks that follow in the order and are tried for a merge that saves no conversion."""
-_WINDOW = 2000
+WINDOW = 2000
 """Operations that a change may have to sort again."""
-_WAYS = 16
-"""Times that each block is taken apart and built again."""
 
 
 def improve(state: State, budget: int) -> None:
     """Merge blocks and move operations until nothing helps or the clock says stop."""
     end = state.work + budget
-    _merge_all(state, _WINDOW, end)
-    _move_all(state, range(state.size), _WINDOW, end)
-    _merge_all(state, _WINDOW, end)
-    _merge_neutral(state, _WINDOW, end)
+    merge_all(state, WINDOW, end)
+    move_all(state, range(state.size), WINDOW, end)
+    merge_all(state, WINDOW, end)
+    _merge_neutral(state, WINDOW, end)
 
 
-def rebuild(state: State, budget: int) -> None:
-    """Take neighbourhoods apart and build them again until the clock says stop, and settle what costs the same."""
-    _rebuild_all(state, _WINDOW, state.work + budget)
-    _tidy(state)
-
-
-def _partners(state: State, block: int) -> list[int]:
+def partners(state: State, block: int) -> list[int]:
     """Blocks that a block could share a value with, also across one digital operation that may join."""
     home, found = state.home, dict[int, None]()
     members = state.members(block)
     state.work += len(members)
     for v in members:
         for u in state.reads[v]:
-            for reader in state.readers[u][:_FAN]:
+            for reader in state.readers[u][:FAN]:
                 found[home[reader]] = None
             if u < state.size:
                 found[home[u]] = None
                 if home[u] == DIGITAL and state.joins[u]:
                     for w in state.operands[u]:
                         found[home[w]] = None
-        for reader in state.readers[v][:_FAN]:
+        for reader in state.readers[v][:FAN]:
             found[home[reader]] = None
             if home[reader] == DIGITAL and state.joins[reader]:
-                for w in state.readers[reader][:_FAN]:
+                for w in state.readers[reader][:FAN]:
                     found[home[w]] = None
     return sorted(found.keys() - {block, DIGITAL})
 
@@ -83,7 +74,7 @@ def _gain(state: State, first: int, second: int) -> int:
     return gain
 
 
-def _merge_all(
+def merge_all(
     state: State, window: int, end: int, only: Iterable[int] | None = None, noise: random.Random | None = None
 ) -> None:
     """Merge pairs of blocks, the pair that saves most first."""
@@ -91,7 +82,7 @@ def _merge_all(
     version: dict[int, int] = {}
 
     def offer(block: int, above: bool) -> None:
-        for other in _partners(state, block):
+        for other in partners(state, block):
             if (other > block or not above) and state.may_merge(block, other):
                 gain: float = _gain(state, block, other)
                 if noise is not None:
@@ -129,25 +120,25 @@ def _merge_neutral(state: State, window: int, end: int) -> None:
                 state.attempt(_union(state, block, other), close=True, worst_window=window)
 
 
-def _tail(state: State, v: int) -> list[int]:
+def tail(state: State, v: int) -> list[int]:
     """An operation and what follows it in its block without being a layer."""
     home = state.home[v]
     found = {v: None}
     stack = [v]
     while stack:
-        for reader in state.readers[stack.pop()][:_FAN]:
+        for reader in state.readers[stack.pop()][:FAN]:
             if state.home[reader] == home and not state.layer[reader] and reader not in found:
                 found[reader] = None
                 stack.append(reader)
     return list(found)
 
 
-def _joining(state: State, v: int, edges: list[tuple[int, ...]] | list[list[int]]) -> list[int]:
+def joining(state: State, v: int, edges: list[tuple[int, ...]] | list[list[int]]) -> list[int]:
     """A digital operation and those along the edges that are digital and may join, eight at most."""
     found = {v: None}
     stack = [v]
     while stack and len(found) < 8:
-        for w in edges[stack.pop()][:_FAN]:
+        for w in edges[stack.pop()][:FAN]:
             if state.home[w] == DIGITAL and state.joins[w] and w not in found:
                 found[w] = None
                 stack.append(w)
@@ -164,9 +155,9 @@ def _targets(state: State, v: int) -> list[int]:
                 for w in state.operands[u]:
                     found[home[w]] = None
         if state.layer[v]:
-            for reader in state.readers[u][:_FAN]:
+            for reader in state.readers[u][:FAN]:
                 found[home[reader]] = None
-    for reader in state.readers[v][:_FAN]:
+    for reader in state.readers[v][:FAN]:
         found[home[reader]] = None
     found.pop(home[v], None)
     found.pop(DIGITAL, None)
@@ -190,11 +181,11 @@ def _groups(state: State, v: int, target: int) -> list[list[int]]:
     """Operations that could move with one."""
     groups = [[v]]
     if state.home[v] != DIGITAL:
-        groups.append(_tail(state, v))
+        groups.append(tail(state, v))
         if state.layer[v] and target != DIGITAL:  # with the wiring before it that no block holds yet
-            groups.append(_joining(state, v, state.operands))
+            groups.append(joining(state, v, state.operands))
     elif target != DIGITAL:
-        groups += [_joining(state, v, state.operands), _joining(state, v, state.readers)]
+        groups += [joining(state, v, state.operands), joining(state, v, state.readers)]
     return [group for index, group in enumerate(groups) if not index or len(group) > 1]
 
 
@@ -212,7 +203,7 @@ def _cut_before(state: State, v: int, window: int) -> None:
                 stack.append(u)
     if feeding:
         block = state.new_block()
-        changes = [(w, block) for w in _tail(state, v)] + [(u, DIGITAL) for u in feeding]
+        changes = [(w, block) for w in tail(state, v)] + [(u, DIGITAL) for u in feeding]
         state.attempt(changes, worst_window=window)
 
 
@@ -221,13 +212,13 @@ def _move_readers(state: State, v: int, window: int) -> None:
     home = state.home[v]
     if home == DIGITAL or len(state.readers[v]) < 2:
         return
-    state.attempt([(w, DIGITAL) for w in _tail(state, v)[1:]], worst_window=window)
-    outside = [w for w in state.readers[v][:_FAN] if state.home[w] == DIGITAL and state.joins[w]]
+    state.attempt([(w, DIGITAL) for w in tail(state, v)[1:]], worst_window=window)
+    outside = [w for w in state.readers[v][:FAN] if state.home[w] == DIGITAL and state.joins[w]]
     if len(outside) > 1:
         state.attempt([(w, home) for w in outside], close=True, worst_window=window)
 
 
-def _move_all(state: State, operations: Iterable[int], window: int, end: int, rounds: int = 3) -> None:
+def move_all(state: State, operations: Iterable[int], window: int, end: int, rounds: int = 3) -> None:
     """Move operations, alone or with what follows them, while it helps."""
     operations = [v for v in operations if state.layer[v] or state.joins[v]]
     for _ in range(rounds):
@@ -252,53 +243,5 @@ def _move_all(state: State, operations: Iterable[int], window: int, end: int, ro
 def _on_boundary(state: State, v: int) -> bool:
     """Whether a value is converted here or next to here."""
     return bool(state.price(v)) or any(
-        state.price(u) for around in (state.reads[v], state.readers[v][:_FAN]) for u in around
+        state.price(u) for around in (state.reads[v], state.readers[v][:FAN]) for u in around
     )
-
-
-def _rebuild_all(state: State, window: int, end: int) -> None:
-    """Take a block and its neighbours apart and build them again, in several ways; keep what is better."""
-    for seed in range(_WAYS):
-        draw = random.Random(seed)
-        for block in sorted(state.load, key=lambda b: state.span[b]):
-            if state.work > end:
-                return
-            if block in state.load:
-                _rebuild(state, block, draw, window, end)
-
-
-def _rebuild(state: State, block: int, draw: random.Random, window: int, end: int) -> None:
-    neighbours = _partners(state, block)
-    draw.shuffle(neighbours)
-    chosen = [block, *neighbours[: draw.choice((1, 2, 3, 5))]]
-    operations = [v for b in chosen for v in state.members(b)]
-    if len(operations) > 60:
-        return
-    before, mark = state.objective(), len(state.journal)
-    fresh = []
-    for v in [v for v in operations if state.layer[v]]:
-        if state.load[state.home[v]][0] > 1:
-            new = state.new_block()
-            if state.attempt([(w, new) for w in _tail(state, v)], slack=1 << 62, worst_window=window):
-                fresh.append(new)
-    around = sorted({w for v in operations for w in (v, *state.operands[v], *state.readers[v][:_FAN])})
-    _merge_all(state, window, end, [*fresh, *chosen], draw)
-    _move_all(state, around, window, end, rounds=2)
-    _merge_all(state, window, end, [b for b in {state.home[v] for v in operations} if b != DIGITAL])
-    if not state.objective() < before:
-        state.rollback(mark)
-
-
-def _tidy(state: State) -> None:
-    """Settle what costs the same either way: activations are analog, reshapes at the rim digital."""
-    for v in range(state.size):
-        if state.activation[v] and state.home[v] == DIGITAL and state.joins[v]:
-            group = _joining(state, v, state.operands)
-            for block in dict.fromkeys(state.home[u] for w in group for u in state.operands[w]):
-                if block != DIGITAL and state.attempt([(w, block) for w in group], slack=0):
-                    break
-            make_driven(state, v)
-    for v in reversed(range(state.size)):
-        home = state.home[v]
-        if home != DIGITAL and state.passes_on[v] and all(state.home[w] != home for w in state.readers[v]):
-            state.attempt([(v, DIGITAL)], slack=0)

@@ -7,10 +7,11 @@ It adds to `HybridCore` the methods that examine, draw and write a hybrid. `Hybr
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_core import HybridCore
@@ -159,6 +160,45 @@ class HybridModel(HybridCore):
             raise InputError(f"parts is {parts!r}; expected 'digital', or nothing for the whole hybrid")
         export = export_whole if parts is None else export_digital
         return export(self, Path(path), fuse_batchnorm=fuse_batchnorm)
+
+    def export_spice(
+        self,
+        path: str | Path,
+        *,
+        block: str,
+        inputs: Tensor | Sequence[Tensor],
+        emission: float = 1e-3,
+        volts: float = 5.0,
+        siemens: float = 1e-3,
+        currents: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write the circuit of a resistive block as a netlist for ngspice, with the expected voltages as comments.
+
+        A unit of layer m is a node `v_LAYER_i` of voltage V₀ s/A_m, and its amplifier's output `s_LAYER_i` of V₀ s. It
+        is the circuit of the first sample, in eval mode. `ngspice -b FILE` prints every node. See `docs/resistive.md`.
+
+        Args:
+            path: the file.
+            block: name of the block, as `hybrid.blocks` has it.
+            inputs: inputs of the network, batch first: a tensor, or one for each.
+            emission: emission coefficient n of the diodes: 1 is silicon, 0 would be ideal. Errors are linear in n.
+            volts: the largest voltage of a node `v_LAYER_i`, in V. It sets V₀.
+            siemens: the conductance of the largest weight, in S.
+            currents: by module path of a layer, what is added to the field of its units (dimensionless). A nudge by
+                β is −β/c_l times the derivative of the loss.
+
+        Raises:
+            InputError: the block is unknown or has one layer, there are no inputs, a number is out of range, or a
+                current fits no layer.
+            UnsupportedError: the energy is not that of a circuit, an activation has no diodes, or an amplifier's gain
+                is below a row sum.
+            ExportError: the file cannot be written.
+        """
+        from ffebm_compiler.spice import export_spice
+
+        given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        numbers = {"emission": emission, "volts": volts, "siemens": siemens}
+        return export_spice(self, path, block, given, currents=currents, **numbers)
 
     def save(self, path: str | Path) -> None:
         """Save plan, settings and weights into a folder (JSON and safetensors); `ffebm.load` reads it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,14 @@ def test_loop_gain(tmp_path: Path) -> None:
     assert [row["network"] for row in found["cost"]] == ["residual CNN", "transformer MLP stack"]
     assert all(row["ratio"] > 0 for row in found["cost"])
     assert all(1 <= row["true_over_told"] < 1.05 < row["power_iteration"] for row in found["growth"])
+
+
+@pytest.mark.skipif(shutil.which("ngspice") is None, reason="ngspice is not installed")
+def test_netlists() -> None:
+    done = run("netlists.py", "--emissions", "0.01", "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+    assert all(float(line.split()[-1]) < 1e-2 for line in done.stdout.splitlines()[1:])
 
 
 def test_resistive(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command `ffebm`: demo, plan, convert, check, draw, export."""
+"""The command `ffebm`: demo, plan, convert, check, draw, export, spice."""
 
 from __future__ import annotations
 
@@ -177,6 +177,31 @@ def export(
     hybrid, args, kwargs = settings.converted()
     for line in write_onnx(hybrid, out, args, kwargs, None if no_verify else tolerance):
         typer.echo(line)
+
+
+@main.command()
+@with_settings()
+def spice(
+    settings: Settings,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The netlist, e.g. block.cir.")],
+    block: Annotated[str, typer.Option("--block", help="The block, as ffebm plan names it.")] = "block_1",
+    emission: Annotated[
+        float, typer.Option("--emission", help="Emission coefficient of the diodes: 1 is silicon, small is ideal.")
+    ] = 1e-3,
+    volts: Annotated[float, typer.Option("--volts", help="The largest voltage of a crossbar's node, in V.")] = 5.0,
+    siemens: Annotated[float, typer.Option("--siemens", help="Conductance of the largest weight, in S.")] = 1e-3,
+    force: Force = False,
+) -> None:
+    """Write the circuit of a resistive block as a netlist for ngspice, on random input.
+
+    Example: ffebm spice ffebm_compiler.demo.models:digits_mlp --input 1x1x8x8 --energy resistive --out block.cir
+    """
+    check_free(out, force)
+    hybrid, args, kwargs = settings.converted()
+    if kwargs:
+        raise ffebm.InputError("ffebm spice takes inputs by position: name none of them with --input")
+    hybrid.export_spice(out, block=block, inputs=args, emission=emission, volts=volts, siemens=siemens)
+    typer.echo(f"wrote {out}: run it by ngspice -b {out}")
 
 
 def _random_loss(outputs: Any) -> Tensor:

@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.energies.circuit import Circuit
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 
@@ -131,6 +133,17 @@ class Energy(ABC):
             gradients: by weight, None where there is none yet.
             needed: which weights are asked for.
         """
+
+    def circuit(self, frame: Frame, setting: Setting) -> Circuit:
+        """The circuit whose operating point is the equilibrium of an evaluated block.
+
+        Raises:
+            UnsupportedError: this energy is that of no circuit.
+        """
+        raise UnsupportedError(
+            f"{frame.program.name}: its energy, {self.name!r}, is not that of a circuit of resistors and diodes, so "
+            "that there is no netlist. Convert the model with energy='resistive'"
+        )
 
     @abstractmethod
     def gauge(self, program: BlockProgram) -> Gauge:

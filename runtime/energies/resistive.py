@@ -31,6 +31,8 @@ from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Gauge, Setting
+from ffebm_compiler.runtime.energies.circuit import Circuit
+from ffebm_compiler.runtime.energies.conductances import circuit_of
 from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.loads import (
     add_row_sum_gradients,
@@ -197,6 +199,10 @@ class Resistive(Energy):
             if image is not None:
                 add_row_sum_gradients(measured, index, -ratio * float(image.sum()), found, wanted)
         _add_by_sign(frame, found, gradients, 1.0)
+
+    def circuit(self, frame: Frame, setting: Setting) -> Circuit:
+        """Resistors, diodes and amplifiers; see `circuit.py` and `conductances.py`."""
+        return circuit_of(frame, setting)
 
     def gauge(self, program: BlockProgram) -> Gauge:
         """A gauge that measures row sums and the spectral radius of the whole block."""

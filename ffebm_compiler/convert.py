@@ -1,6 +1,6 @@
 """`convert` and `plan`: the compiler's one call and its dry run.
 
-`PASSES` is the table of contents of the compiler: what happens to a captured graph, in order.
+`pipeline.passes_for` is the table of contents of the compiler: the passes over a captured graph, in order.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ __all__ = ["convert", "plan"]
 
 _OTHER_ORDER = (
     "random numbers are drawn in another order than in the source, since blocks and digital parts hold draws of "
-    "several branches: of the same distribution, but for one seed dropout masks and the like are others"
+    "several branches: their distribution is the same, but one seed gives other dropout masks"
 )
 
 DEFAULT_FEEDBACK = float(str(DEFAULT_ENERGY.default_feedback))
-"""The object that says, by being itself, that no feedback was given: each energy has a default of its own."""
+"""The default of `feedback`, recognised by identity. It stands for the default of the chosen energy."""
 
 
 @dataclass
-class _Front:
-    """What capture and annotate leave for partition and lower."""
+class _Annotated:
+    """The results of capture and annotate, from which partition and lower go on."""
 
     program: Program
     graph: OperationGraph
@@ -59,7 +59,7 @@ def _front(
     options: PlanOptions,
     shapes: Any,
     hardware: Hardware,
-) -> _Front:
+) -> _Annotated:
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     if not isinstance(args, tuple | list):
         raise InputError(
@@ -71,7 +71,7 @@ def _front(
     _refuse_hybrids(model)
     _refuse_empty_batch((tuple(args), named))
     program, graph = annotated_program(model, tuple(args), named, options, shapes, hardware)
-    return _Front(program, graph, tuple(args), named)
+    return _Annotated(program, graph, tuple(args), named)
 
 
 def _refuse_hybrids(model: object) -> None:
@@ -121,10 +121,10 @@ def plan(
     on_unsupported: str = "digital",
     dynamic_shapes: Any = "batch",
 ) -> Plan:
-    """The partition that `convert` would build, as data; nothing is built.
+    """The partition that `convert` would build, as data. Nothing is built.
 
-    A model on the meta device has shapes and no memory, and that is enough: a network that fits no machine is planned
-    so (`with torch.device("meta"): model = Large()`).
+    The model may be on the meta device, with shapes and no memory. So a network that fits no machine can be planned
+    (`with torch.device("meta"): model = Large()`).
 
     Arguments and errors are those of `convert`.
     """
@@ -159,29 +159,31 @@ def convert(
     """Convert a network into a feedforward-tied energy-based model.
 
     Args:
-        model: any `nn.Module` (or `ExportedProgram`, `fx.GraphModule`); never changed.
+        model: any `nn.Module` (or `ExportedProgram`, `fx.GraphModule`). It is never changed.
         example_inputs: a tensor or a tuple of the forward's positional arguments.
         kwargs: the forward's keyword arguments.
         hardware: a preset's name (`hardware_presets()`) or a `Hardware`.
-        feedback: for a Hopfield energy the loop gain κ of every block, in (0, 1), 0.1 where it is left out; for a
-            resistive one the amplifiers' gain γ > 0 itself, 0.01 where it is left out; or `"symmetric"` (γ = 1).
-        energy: what the blocks minimise: `"hopfield"`, `"resistive"`, or an energy object.
+        feedback: a number or `"symmetric"` (γ = 1). For a Hopfield energy the number is the loop gain κ of every block,
+            in (0, 1), by default 0.1. For a resistive energy it is the amplifiers' gain γ > 0, by default 0.01.
+        energy: the energy that the blocks minimise: `"hopfield"`, `"resistive"`, or an energy object.
         gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"truncated"`, `"recurrent"`, or
             an estimator object; see `HybridModel.set_gradient`.
-        solver: a solver object; None chooses per block.
+        solver: a solver object. None chooses one for each block.
         fold_batchnorm: fold eval-mode batch norm into the layer before it.
         block_ops: the wiring that may sit inside a block: `"add"`, `"reshape"`, `"concat"`,
             `"scale"`, `"avg_pool"`, `"max_pool"`.
-        feedback_weights: `"tied"`, the feedback is the transpose of the drives; or `"free"`, it goes through weights of
-            its own, parameters beside the source's that start as copies of its weights (a vector field without energy);
-            or a `FeedbackWeights`, which also fixes or aligns them, or starts them at random.
-        digital_drive: whether an activation of a digital value, such as batch norm's result, may be a block's state,
-            with that value through DACs as its drive and feedback from the layers of the block that read it. It changes
-            what is computed: conv, batch norm and ReLU are then the networks of Nest & Ernoult (2024).
+        feedback_weights: `"tied"`, `"free"` or a `FeedbackWeights`. With `"tied"` the feedback is the transpose of the
+            drives. With `"free"` it goes through weights of its own, which are additional parameters and start as
+            copies of the source's weights (a vector field without energy). A `FeedbackWeights` can also fix or align
+            them, or start them at random.
+        digital_drive: whether an activation of a digital value, such as batch norm's result, may be a block's state.
+            Its drive is that value, through DACs, and it gets feedback from the layers of the block that read it. It
+            changes what is computed: conv, batch norm and ReLU are then the networks of Nest & Ernoult (2024).
         force_digital, force_analog: glob patterns on module paths.
         on_unsupported: `"digital"` leaves a layer that cannot be analog digital, `"error"` raises.
-        dynamic_shapes: `"batch"` frees the batch size; None fixes all; or as `torch.export` takes it.
-        plan: a plan made before, for the same model.
+        dynamic_shapes: `"batch"` frees the batch size, and None fixes all sizes. Other values are handed to
+            `torch.export`.
+        plan: a plan that was made before for the same model.
 
     Returns:
         A `HybridModel` with the source's forward signature and `state_dict` keys.

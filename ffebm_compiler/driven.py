@@ -1,4 +1,4 @@
-"""States driven by a digital value, in words: what drives them and which layers feed back into them."""
+"""Describe states driven by a digital value: the value that drives them, and the layers that feed back into them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from ffebm_compiler.ir import Operation, OperationGraph, Role
 
 __all__ = ["UNDRIVEN", "driven_places", "driven_sentence", "layers_that_read"]
 
-UNDRIVEN = (
-    "as a state driven by a digital value it would cost conversions, or no block has layers that read it and nothing "
-    "else that does"
-)
+UNDRIVEN = "as a state driven by a digital value it would cost conversions, or in no block do only layers read it"
 """Why an activation is digital although `digital_drive` is on, as a clause."""
 
 
 def layers_that_read(graph: OperationGraph, members: Collection[str], name: str) -> tuple[str, ...]:
-    """Module paths of the layers of a block that read one of its values, through the block's wiring too."""
+    """Module paths of the layers of a block that read one of its values, directly or through the block's wiring."""
     inside, reached, found = set(members), {name}, []
     for op in (op for op in graph.operations if op.name in inside):
         if reached.isdisjoint(op.inputs):
@@ -29,7 +26,7 @@ def layers_that_read(graph: OperationGraph, members: Collection[str], name: str)
 
 
 def driven_sentence(graph: OperationGraph, members: Collection[str], state: Operation, origin: str) -> str:
-    """What a driven state of a block is; `origin` names the place of the value that drives it."""
+    """A sentence about a driven state of a block. `origin` names the place of the value that drives it."""
     source = state.inputs[0]
     value = f"{graph[source].target} of {origin}" if source in graph else f"the network's input {source}"
     return (
@@ -41,11 +38,11 @@ def driven_sentence(graph: OperationGraph, members: Collection[str], state: Oper
 def driven_places(
     graph: OperationGraph, blocks: Iterable[tuple[str, Collection[str], Collection[str]]]
 ) -> dict[str, tuple[str, frozenset[str]]]:
-    """For each driven state: a text on where it is, and the layers that feed back into it.
+    """Driven state -> a text about its place, and the layers that feed back into it.
 
     Args:
         graph: the operations.
-        blocks: of each block its name, its operations and those of them that are driven.
+        blocks: the name, the operations and the driven operations of each block.
     """
     found = {}
     for block, members, driven in blocks:

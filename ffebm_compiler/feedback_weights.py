@@ -2,7 +2,7 @@
 
     s_l = σ_l( d_l + Σ_{m>l} γ_{l,m} B_{ml}ᵀ s_m )
 
-B_{ml} is the map J_{ml} of the edge with feedback weights in the place of the forward ones, so that B = W is tied
+B_{ml} is the map J_{ml} of the edge with feedback weights in place of the forward ones. B = W is tied
 feedback.
 """
 
@@ -28,21 +28,22 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FeedbackWeights:
-    """Feedback through weights B of its own, of the shape of the forward weights W, and how they are trained.
+    """Feedback through weights B of its own, with the shape of the forward weights W.
 
-    There is no energy then, and equilibrium propagation becomes a local rule, which follows the exact gradient as far
+    There is no energy then, and equilibrium propagation becomes a local rule. It follows the exact gradient as far
     as B is close to W. With error currents e and states s its gradients are e_l s_kᵀ for W from k to l, and γ e_l s_mᵀ
     for the feedback from m to l.
 
     Args:
-        update: `"free"`, B has its own local gradient; `"fixed"`, B stays as it is; `"aligned"`, W and B both get the
-            sum of the two, so that their difference only decays, by the optimizer's `weight_decay` (Kolen & Pollack
-            1994). `alignment_penalty` brings them together with any of the three.
-        start: `"tied"`, B is a copy of W; `"random"`, independent normal entries of W's root mean square.
-        seed: of the random start.
+        update: how B is trained. With `"free"` it has its own local gradient, with `"fixed"` it does not change. With
+            `"aligned"` W and B both get the sum of the two gradients, so that their difference only decays, by the
+            optimizer's `weight_decay` (Kolen & Pollack 1994). `alignment_penalty` brings them together with any of the
+            three.
+        start: `"tied"` starts B as a copy of W, `"random"` with independent normal entries of W's root mean square.
+        seed: seed of the random start.
 
     Raises:
-        InputError: for another update, start or seed.
+        InputError: update, start or seed is none of these.
 
     Sources: Scellier et al. 2018 (arXiv 1808.04873) for equilibrium propagation in vector fields.
     """
@@ -62,10 +63,10 @@ class FeedbackWeights:
 
 
 def feedback_weights_of(given: object) -> FeedbackWeights | None:
-    """What `convert` was asked for; None for tied feedback.
+    """The `FeedbackWeights` for an argument of `convert`; None for tied feedback.
 
     Raises:
-        InputError: for anything but `"tied"`, `"free"` or a `FeedbackWeights`.
+        InputError: the argument is none of `"tied"`, `"free"` and a `FeedbackWeights`.
     """
     if isinstance(given, FeedbackWeights):
         return given
@@ -83,8 +84,8 @@ def register_feedback_weights(hybrid: nn.Module, weights: Mapping[str, Tensor], 
     """Make the feedback weights of a hybrid.
 
     Args:
-        hybrid: whose submodules they become parameters of.
-        weights: name of each, and the forward weight that it belongs to.
+        hybrid: the hybrid. They become parameters of its submodules.
+        weights: name of each -> the forward weight that it belongs to.
         options: how they start, and whether they are trained.
     """
     generator = torch.Generator().manual_seed(options.seed)

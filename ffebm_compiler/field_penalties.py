@@ -1,4 +1,4 @@
-"""Terms for the loss that bring the field of a block, whose feedback has weights of its own, closer to an energy."""
+"""Terms for the loss that bring the vector field of a block with feedback weights closer to that of an energy."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["alignment_penalty", "jacobian_homeostasis"]
 
 
 def alignment_penalty(hybrid: HybridParts) -> Tensor:
-    """½ Σ ‖W − B‖², over all weights with feedback weights of their own: a scalar to add to the loss.
+    """½ Σ ‖W − B‖² over all weights with feedback weights of their own, a scalar to add to the loss.
 
-    Its gradient is W − B for W and B − W for B. Zero where the feedback is tied.
+    Its gradient is W − B for W and B − W for B. It is zero if the feedback is tied.
 
     Raises:
-        InputError: for anything but a hybrid.
+        InputError: `hybrid` is no hybrid.
     """
     total: Tensor | None = None
     names = getattr(hybrid, "feedback_names", None)
@@ -35,24 +35,24 @@ def alignment_penalty(hybrid: HybridParts) -> Tensor:
 
 
 def jacobian_homeostasis(hybrid: HybridParts, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
-    """‖J − Jᵀ‖²_F of the blocks' fields at the states of the last forward, as noise measures it: a term for the loss.
+    """‖J − Jᵀ‖²_F of the blocks' fields at the states of the last forward, estimated with noise, to add to the loss.
 
         ‖J − Jᵀ‖²_F = 2 E[ ‖Jε‖² − εᵀJ²ε ],     ε standard normal,
         J_{lk} = √(σ_l' σ_k') √(c_l/c_k) W_{lk}   (k before l),
         J_{lm} = √(σ_l' σ_m') √(c_m/c_l) B_{ml}ᵀ   (m after l).
 
-    J is similar to the Jacobian of the update s ← σ(h(s)), in the coordinates in which it is symmetric where B = W. The
-    result is a scalar tensor, averaged over the batch, summed over the blocks, and differentiable with respect to W and
-    B at the slopes σ' as they are. It is 0 where the feedback is tied. A single draw may be negative, the mean is not.
+    J is similar to the Jacobian of the update s ← σ(h(s)), in coordinates in which it is symmetric if B = W. The
+    result is a scalar tensor, averaged over the batch and summed over the blocks. It is differentiable with respect to
+    W and B, at fixed slopes σ'. It is 0 if the feedback is tied. A single draw may be negative, but not the mean.
 
     Args:
-        hybrid: after a forward.
-        samples: independent noise vectors a sample of the batch.
-        generator: of the noise; torch's default one where it is left out.
+        hybrid: the hybrid, after a forward.
+        samples: number of independent noise vectors for each sample of the batch.
+        generator: generator of the noise; torch's default one if it is left out.
 
     Raises:
-        InputError: for another number of samples, before the first forward, and for anything but a hybrid.
-        UnsupportedError: where an activation is not monotone, whose slopes have no root.
+        InputError: `samples` is below one, there was no forward yet, or `hybrid` is no hybrid.
+        UnsupportedError: an activation is not monotone, so that its slopes have no real root.
 
     Source: Laborieux & Zenke 2023 (arXiv 2309.02214).
     """
@@ -93,7 +93,7 @@ def _drawn_like(value: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _product(response: AdjointPhase, values: list[Tensor]) -> list[Tensor]:
-    """J x: the response to u = (c σ')^½ x, times (σ'/c)^½."""
+    """J x, which is (σ'/c)^½ times the response to u = (c σ')^½ x."""
     roots = [torch.sqrt(slope) for slope in response.slopes]
     for index, (root, value, scale) in enumerate(zip(roots, values, response.scales, strict=True)):
         response.store(index, root * value * scale**0.5)

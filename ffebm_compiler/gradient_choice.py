@@ -1,4 +1,4 @@
-"""Which block of a hybrid uses which gradient estimator."""
+"""Choose the gradient estimator of each block of a hybrid."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def output_blocks(hybrid: HybridParts) -> frozenset[str]:
 
 
 def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | None = None) -> None:
-    """Give blocks an estimator: all of them, or those of the names given.
+    """Give an estimator to all blocks, or to those with the given names.
 
-    One that is defined only at the network's output goes to the blocks there, and its `within()` to the others.
+    If it is defined only at the network's output, the blocks there get it, and the others get its `within()`.
 
     Raises:
-        InputError: for a name that is no block's.
-        UnsupportedError: where a block given by name, or every block with feedback, is one that it is not defined in.
+        InputError: a name is no block's.
+        UnsupportedError: it is not defined in a block given by name, or in any block with feedback.
     """
     blocks = hybrid.energy_blocks
     if names is not None:
@@ -66,7 +66,7 @@ def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | Non
     if names is not None and inner:
         raise UnsupportedError(
             f"{estimator.name} learning is not defined in {', '.join(inner)}, whose outputs reach the loss through "
-            "another block: what they should be held at is not known there. Use 'ep' in these blocks, or call "
+            "another block, since the target of their states is not known. Use 'ep' in these blocks, or call "
             "set_gradient without `blocks`, which does that"
         )
     coupled = [name for name in chosen if blocks[name].program.coupled]
@@ -82,10 +82,10 @@ def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | Non
 
 
 def zeroth_order_of(feedforward: object) -> ZerothOrder | None:
-    """What a name or an object says of the gradient of digital parts; None is backpropagation.
+    """The settings for the gradient of digital parts, from a name or an object; None for backpropagation.
 
     Raises:
-        InputError: for any other name or object.
+        InputError: the name or object is unknown.
     """
     if isinstance(feedforward, ZerothOrder):
         return feedforward
@@ -98,26 +98,26 @@ def zeroth_order_of(feedforward: object) -> ZerothOrder | None:
 
 
 def check_digital(hybrid: HybridParts) -> None:
-    """Refuse perturbed gradients where a digital part writes state of the source.
+    """Refuse perturbed gradients if a digital part writes state of the source.
 
     Raises:
-        UnsupportedError: naming the first such part.
+        UnsupportedError: there is such a part; names the first one.
     """
     for name, part in _parts(hybrid):
         for module in part.modules():
             if isinstance(module, WriteState) or (isinstance(module, ModeSwitch) and module.writes):
                 raise UnsupportedError(
-                    f"{name} cannot have a zeroth-order gradient: {module.reason}, and an evaluation at other values "
-                    "would write it again and read what was written. Use feedforward='backprop', or give the source "
+                    f"{name} cannot have a zeroth-order gradient: {module.reason}, and a further evaluation would "
+                    "write it again and read the new value. Use feedforward='backprop', or give the source "
                     "a module that does not write its state in forward"
                 )
 
 
 def assign_digital(hybrid: HybridParts, settings: ZerothOrder | None) -> None:
-    """Give the digital parts perturbed gradients, or backpropagation (None).
+    """Give the digital parts perturbed gradients, or backpropagation if `settings` is None.
 
     Raises:
-        UnsupportedError: naming the first part that writes state of the source, which a second evaluation would see.
+        UnsupportedError: a part writes state of the source, which a second evaluation would read; names the first one.
     """
     if settings is not None:
         check_digital(hybrid)
@@ -131,7 +131,7 @@ def _parts(hybrid: HybridParts) -> list[tuple[str, FeedforwardBlock]]:
 
 
 def own_gradient(hybrid: HybridParts) -> str:
-    """The name of the estimator that a hybrid was given: of the blocks at its output, where the others have another."""
+    """The name of a hybrid's estimator, which is that of the blocks at its output if blocks have different ones."""
     kinds = [block.estimator for block in hybrid.energy_blocks.values() if block.program.coupled]
     name = next((kind.name for kind in kinds if kind.output_blocks_only), kinds[0].name if kinds else "ep")
     perturbed = digital_gradient(hybrid)
@@ -139,12 +139,12 @@ def own_gradient(hybrid: HybridParts) -> str:
 
 
 def digital_gradient(hybrid: HybridParts) -> ZerothOrder | None:
-    """How the gradient of digital parts is estimated; None: by backpropagation."""
+    """How the gradient of digital parts is estimated; None for backpropagation."""
     return next((part.zeroth_order for _, part in _parts(hybrid)), None)
 
 
 def gradient_lines(hybrid: HybridParts) -> list[str]:
-    """Where an estimator that is defined only at the network's output is used, and what digital parts use."""
+    """Sentences about blocks that use another estimator than the rest, and about the gradient of digital parts."""
     perturbed = digital_gradient(hybrid)
     lines = [] if perturbed is None else [f"digital parts without backpropagation: {perturbed}"]
     coupled = {name: block.estimator for name, block in hybrid.energy_blocks.items() if block.program.coupled}

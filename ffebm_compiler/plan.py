@@ -1,6 +1,6 @@
-"""`Plan`: the partition of a network, and what people call on it.
+"""`Plan`: the partition of a network, with the methods that users call.
 
-The data is `PlanData`, which the passes make. Here is what reads it: editing, checking, comparing, drawing, files.
+The passes make its data, `PlanData`. The methods here edit, check, compare, draw and store it.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Plan(PlanData):
 
     @classmethod
     def of(cls, data: PlanData) -> Plan:
-        """The plan of what the passes have decided."""
+        """The plan with the data that the passes have made."""
         return cls(**{item.name: getattr(data, item.name) for item in fields(PlanData) if item.init})
 
     def move(self, path: str, where: str) -> Plan:
         """A new plan with a layer, or all layers of a module, moved.
 
-        What follows a layer in its block (activations, wiring) moves with it, and what would lie on
-        a way out of the new block and back into it joins the block, if it may.
+        Operations that follow a layer in its block (activations, wiring) move with it. Operations that would lie on
+        a path out of the new block and back into it join the block, if they may.
 
         Args:
             path: module path of a layer, or of a module that holds some.
             where: `"digital"`, `"analog"` (a block of its own), or the name of a block.
 
         Raises:
-            PlanError: where there is no such layer or block, or the new plan would be over capacity,
-                cyclic or against `force_digital` / `force_analog`, with the numbers.
+            PlanError: there is no such layer or block, or the new plan would be over capacity,
+                cyclic or against `force_digital` / `force_analog`. Gives the numbers.
         """
         from ffebm_compiler.passes.partition.edit import move
 
@@ -58,14 +58,14 @@ class Plan(PlanData):
         """Check that the plan is complete, acyclic, within capacity and free of contradictions.
 
         Raises:
-            PlanError: naming the block, part or layer, what it says and what it should say.
+            PlanError: something is wrong. Names the block, part or layer, its value, and the right value.
         """
         from ffebm_compiler.passes.partition.check import check_plan
 
         check_plan(self)
 
     def diff(self, other: PlanData) -> PlanDiff:
-        """What is different in another plan for the same model; `print` it.
+        """The differences to another plan for the same model, to be printed.
 
         Raises:
             PlanError: if the other plan has none of this plan's layers.
@@ -75,25 +75,25 @@ class Plan(PlanData):
         return diff_plans(self, other)
 
     def advice(self) -> tuple[str, ...]:
-        """What would save conversions or place more layers, each partitioned again to get the number."""
+        """Changes that would save conversions or place more layers. Each number comes from a new partition."""
         from ffebm_compiler.passes.partition.compare import advise
 
         return advise(self)
 
     def placement(self) -> TilePlacement:
-        """Which tile of which core holds which rows and columns of which weight, and how full they are."""
+        """The core, tile, rows and columns of every weight, and how full the tiles are."""
         from ffebm_compiler.passes.partition.placement import placement_of
 
         return placement_of(self)
 
     def floor_plan(self) -> FloorPlan:
-        """Which cores are on which chip, and the values that cross between chips; `print` it."""
+        """The cores of each chip, and the values that cross between chips, to be printed."""
         from ffebm_compiler.passes.partition.chips import floor_plan_of
 
         return floor_plan_of(self)
 
     def cost_report(self, *, feedback: float = 0.1, rtol: float = 1e-4, nudged_phases: int = 1) -> CostReport:
-        """Modelled energy and latency per sample, without building the hybrid; `print` it.
+        """Modelled energy and latency per sample, without building the hybrid, to be printed.
 
         Args:
             feedback: the loop gain κ that the sweeps of a phase are predicted from.
@@ -161,10 +161,10 @@ class Plan(PlanData):
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_dict`, validated.
 
-        A block may give its name and operations alone: the rest follows from them.
+        A block may give its name and operations alone, since the rest follows from them.
 
         Raises:
-            PlanError: where a key is missing or malformed, the schema is another, or the plan is
+            PlanError: a key is missing or malformed, the schema is another one, or the plan is
                 incomplete, cyclic, over capacity or contradicts itself.
         """
         from ffebm_compiler.plan_file import plan_from
@@ -174,7 +174,7 @@ class Plan(PlanData):
         return plan
 
     def to_json(self, path: str | Path) -> None:
-        """Write the plan; an existing file is replaced, or left as it is where that fails.
+        """Write the plan. An existing file is replaced, or left as it is if writing fails.
 
         Raises:
             PlanError: where the path cannot be written.

@@ -1,9 +1,9 @@
 """Plans as data: the partition of a network.
 
-`PlanData` says which operation is in which energy block, what each block takes of the hardware and
-what crosses its converters, and why every digital operation is digital. It holds the operations
-it was made of, so that it can be printed, stored, compared and edited without the model. `plan.py` adds to it
-what people call on a plan.
+`PlanData` says which operation is in which energy block, how much hardware each block needs and how many values
+cross its converters, and why every digital operation is digital. It holds the operations
+it was made of, so that it can be printed, stored, compared and edited without the model. `plan.py` adds
+the methods that users call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA", "BlockPlan", "DigitalPart", "Placement", "PlanData", "PlanOptions", "fingerprint"]
 
 SCHEMA = 2
-"""Of the files that `to_json` writes."""
+"""Schema version of the files that `to_json` writes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class BlockPlan:
     macs: int
     """Multiply-accumulates per sample of one pass through its layers."""
     driven: tuple[str, ...] = ()
-    """Operations of it that are states driven by a digital value: activations without a layer (`digital_drive`)."""
+    """Its states that a digital value drives, which are activations without a layer (`digital_drive`)."""
 
     @property
     def conversions(self) -> int:
@@ -71,10 +71,10 @@ class DigitalPart:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a parameter went."""
+    """The place of a parameter, and the reason for it."""
 
     block: str | None
-    """Name of the energy block, or None where it stays digital."""
+    """Name of the energy block; None if it stays digital."""
     reason: str
 
 
@@ -90,7 +90,7 @@ class PlanOptions:
 
 
 def fingerprint(graph: OperationGraph) -> str:
-    """A digest of the operations and their sizes, by which a plan knows its model."""
+    """A digest of the operations and their sizes, which ties a plan to its model."""
     text = json.dumps(graph.to_dict(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -105,7 +105,7 @@ class PlanData:
     blocks: tuple[BlockPlan, ...]
     digital_parts: tuple[DigitalPart, ...]
     weights: Mapping[str, Placement]
-    """Every parameter of two or more dimensions."""
+    """Parameter of two or more dimensions -> its placement."""
     rejected: Mapping[str, str]
     """Module path of every weight-stationary layer that stayed digital -> why."""
     notes: tuple[str, ...]
@@ -163,7 +163,7 @@ class PlanData:
         """One sentence on a module path or a parameter name.
 
         Raises:
-            PlanError: if the model has neither, with the closest names.
+            PlanError: the model has neither. Gives the closest names.
         """
         if path in self.weights:
             placement = self.weights[path]
@@ -171,7 +171,7 @@ class PlanData:
                 f"analog, {placement.block}: {placement.reason}" if placement.block else f"digital: {placement.reason}"
             )
         reading = [op for op in self.graph.operations if path in op.weights]
-        if reading:  # of one dimension: a bias, the weight of a norm
+        if reading:  # a parameter of one dimension, such as a bias or the weight of a norm
             return "; ".join(dict.fromkeys(self._explain_operation(op) for op in reading))
         if path not in self.modules:
             close = difflib.get_close_matches(path, [*self.modules, *self.weights], n=3)
@@ -188,7 +188,7 @@ class PlanData:
             return self._explain_container(path)
         if not inside:
             own = [name for name in self.weights if name.rpartition(".")[0] == path]
-            if own:  # it runs on parameters and constants alone, or others read its parameters
+            if own:  # the module only computes from parameters, or other modules read its parameters
                 return "; ".join(dict.fromkeys(self.explain(name) for name in own))
             return "digital: it runs no operation of its own in the captured graph"
         sentences = dict.fromkeys(self._explain_operation(op) for op in inside)
@@ -238,7 +238,7 @@ class PlanData:
         return f"{domain}: {len(below)} operation{'s' if len(below) > 1 else ''} in {shown}"
 
     def to_networkx(self) -> networkx.DiGraph[str]:
-        """The quotient DAG: a node per block and digital part, values per sample on the edges."""
+        """The quotient DAG, with a node for each block and digital part, and values per sample on the edges."""
         import networkx
 
         quotient: networkx.DiGraph[str] = networkx.DiGraph()

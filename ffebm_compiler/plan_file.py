@@ -1,4 +1,4 @@
-"""Plans from JSON values, every one of them checked."""
+"""Make a plan from JSON values, and check every value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["plan_from"]
 
 @dataclass(frozen=True)
 class _PlanFile:
-    """What a file holds; hardware and blocks are read one by one."""
+    """The content of a file. Hardware and blocks are read one by one."""
 
     schema: int
     graph: OperationGraph
@@ -38,7 +38,7 @@ def plan_from(data: Any) -> PlanData:
     """The plan of JSON values, not validated.
 
     Raises:
-        PlanError: with the place of what is missing or malformed.
+        PlanError: something is missing or malformed; names the place.
     """
     schema = data.get("schema") if isinstance(data, Mapping) else None
     if isinstance(schema, bool) or schema != SCHEMA:
@@ -61,13 +61,13 @@ def plan_from(data: Any) -> PlanData:
             fingerprint=file.fingerprint,
         )
     except HardwareError as error:
-        raise PlanError(f"the plan is malformed (hardware: {error}): make it again") from error
+        raise PlanError(f"the plan is malformed (hardware, {error}): make it again") from error
     except Malformed as error:
         raise PlanError(f"the plan is malformed ({error}): make it again") from error
 
 
 def _blocks(items: tuple[Any, ...], graph: OperationGraph, hardware: Hardware) -> tuple[BlockPlan, ...]:
-    """Blocks of a file; one that gives no more than name and operations is completed."""
+    """The blocks of a file. A block that gives only its name and operations is completed."""
     users = graph.users()
     order = {op.name: index for index, op in enumerate(graph.operations)}
     blocks = []

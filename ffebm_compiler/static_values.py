@@ -14,7 +14,7 @@ __all__ = ["static_value"]
 
 
 def static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
-    """Value of a node that depends on parameters alone; None for one that depends on the inputs."""
+    """Value of a node that depends on parameters alone; None if it depends on the inputs."""
     if not isinstance(node, fx.Node):
         return None
     if node in known:

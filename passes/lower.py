@@ -1,4 +1,4 @@
-"""Lower: a program and its plan become an fx graph of energy blocks and feedforward blocks.
+"""Lower: make an fx graph of energy blocks and feedforward blocks from a program and its plan.
 
 The lowered graph takes the network's inputs, in the captured order, and calls one module per block. It fetches the
 source's parameters and buffers just before the block that reads them. Static operations (folded or transposed weights)
@@ -40,33 +40,33 @@ _SAFE: dict[object, Callable[..., torch.Tensor]] = {
     aten.conv_transpose2d.input: pointwise.conv_transpose2d,
     aten.convolution.default: pointwise.convolution,
 }
-"""Convolutions whose autograd would call a faulty kernel, and what computes the same."""
+"""Convolution whose autograd may call a faulty kernel -> function that computes the same without it."""
 
 
 @dataclass(frozen=True)
 class FeedbackPlace:
-    """Feedback weights that the lowered graph fetches, and what they belong to."""
+    """Feedback weights that the lowered graph fetches, and the forward weight that they belong to."""
 
     name: str
-    """Under which they are a parameter, beside that of the forward weight."""
+    """Name of the parameter that holds them, beside that of the forward weight."""
     block: str
     weight: int
-    """Index of the forward weight among the block's."""
+    """Index of the forward weight among the block's weights."""
     parameter: str | None
-    """The parameter which that weight is, or is a view or a multiple of; None for a constant."""
+    """Name of the parameter behind that weight, which may be a view or a multiple of it; None for a constant."""
 
 
 @dataclass
 class Lowered:
-    """The lowered graph and where its parts are."""
+    """The lowered graph and its parts."""
 
     graph_module: fx.GraphModule
     energy: dict[str, EnergyBlock]
     feedforward: dict[str, FeedforwardBlock]
     draws_in_order: bool = True
-    """Whether random numbers are drawn in the order of the source, so that one seed gives the same draws."""
+    """Whether random numbers are drawn in the source's order, so that one seed gives the same draws."""
     feedback: tuple[FeedbackPlace, ...] = ()
-    """What a hybrid has to hold beside the source's tensors."""
+    """Feedback weights that a hybrid has to hold beside the source's tensors."""
 
 
 def lower(program: Program, plan: PlanData, own_feedback: bool = False) -> Lowered:
@@ -117,7 +117,7 @@ class _Lowering:
                 self._feedforward_block(self.plan.digital_parts[place - len(blocks)].name, parts[place - len(blocks)])
         for node in self.program.graph.nodes:
             if info(node).role is Role.STATIC and self._writes(node):
-                self._value(node)  # read or not
+                self._value(node)  # it is emitted even if nothing reads it
         output = next(node for node in self.program.graph.nodes if node.op == "output")
         self.graph.output(fx.map_arg(output.args[0], self._value))
         self.graph.lint()
@@ -127,9 +127,9 @@ class _Lowering:
         return Lowered(module, self.energy, self.feedforward, order.kept, tuple(self.feedback))
 
     def _value(self, node: fx.Node) -> fx.Node:
-        """The lowered node of a value; static operations and shapes are emitted when first read.
+        """The lowered node of a value. Static operations and shapes are emitted when they are first read.
 
-        A parameter or buffer is fetched anew for each that reads it.
+        A parameter or buffer is fetched again for each block that reads it.
         """
         if node in self.env:
             return self.env[node]
@@ -182,7 +182,7 @@ class _Lowering:
     def _with_feedback(
         self, program: BlockProgram, weights: Sequence[fx.Node], operands: list[fx.Node]
     ) -> BlockProgram:
-        """The program with an operand more for every weight between its states; what fetches them joins `operands`."""
+        """The program with one more operand for every weight between its states, whose fetches join `operands`."""
         own: list[tuple[int, int]] = []
         for weight in program.coupling_weights:
             behind = self._parameter_behind(weights[weight])
@@ -201,12 +201,12 @@ class _Lowering:
 
     def _parameter_behind(self, weight: fx.Node) -> str | None:
         while weight.name not in self.program.lifted and weight.all_input_nodes:
-            # The first operand is the weight: what it is transposed, reshaped or multiplied by comes after it.
+            # The first operand is the weight. Dimensions and factors come after it.
             weight = weight.all_input_nodes[0]
         return self.program.lifted.get(weight.name)
 
     def _feedback_name(self, beside: str) -> str:
-        """A free name for feedback weights, beside that of their parameter."""
+        """A free name for feedback weights, made from the name of their parameter."""
         path, _, leaf = beside.rpartition(".")
         owner, name, count = module_at(self.program.source, path), f"{leaf}_feedback", 1
         prefix, taken = f"{path}." if path else "", {place.name for place in self.feedback}
@@ -252,12 +252,12 @@ class _Lowering:
 
 
 def _constants_are_no_state(module: fx.GraphModule) -> None:
-    """Keep the source's constants out of `state_dict`: a `GraphModule` registers them as persistent buffers."""
+    """Keep the source's constants out of `state_dict`, since a `GraphModule` registers them as persistent buffers."""
     module._non_persistent_buffers_set.update(module._buffers)
 
 
 def _reads_inside(user: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether a user of a value is in the same part; a shape is where its readers are."""
+    """Whether a user of a value is in the same part. A shape belongs to the part of its readers."""
     if user in inside:
         return True
     if info(user).role is Role.SHAPE:
@@ -266,7 +266,7 @@ def _reads_inside(user: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def _operands(nodes: list[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
-    """What the nodes of a part read from outside, through shapes too, each once."""
+    """The nodes from outside that a part reads, directly or through shapes, each once."""
     found: dict[fx.Node, None] = {}
     stack = [operand for node in nodes for operand in node.all_input_nodes]
     seen: set[fx.Node] = set()

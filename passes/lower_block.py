@@ -1,11 +1,11 @@
-"""Lower one block: the nodes of an energy block become a `BlockProgram`.
+"""Lower one block: make a `BlockProgram` of the nodes of an energy block.
 
-Every activation is a state. Where a layer's output reaches another layer, leaves the block or is
-read twice without an activation in between, it gets a state with the identity as activation, so
-that each path of a drive holds one weight-stationary layer.
+Every activation is a state. If a layer's output reaches another layer, leaves the block or is
+read twice without an activation in between, it gets a state with the identity as activation. So
+each path of a drive holds one weight-stationary layer.
 
-Promise: run feedforward, the program computes what the nodes compute; every state owns a layer
-or is driven by a value from outside (`partition/rules.py`), so that a block of one layer without such a state has one
+Promise: run feedforward, the program computes what the nodes compute. Every state owns a layer
+or is driven by a value from outside (`partition/rules.py`). So a block of one layer without such a driven state has one
 state and no feedback.
 """
 
@@ -34,7 +34,7 @@ _FIXED = (Role.LIFTED, Role.STATIC)
 
 @dataclass(frozen=True)
 class LoweredBlock:
-    """A block program and the nodes that its operands and results are."""
+    """A block program, and the nodes of its operands and results."""
 
     program: BlockProgram
     inputs: tuple[fx.Node, ...]
@@ -51,8 +51,8 @@ def lower_block(
         program: the captured network.
         name: the block's name.
         nodes: its nodes, in topological order.
-        outside: those of its nodes that are read outside the block.
-        driven: names of its activations that are states driven by a value from outside of the block.
+        outside: the nodes of the block that are read outside of it.
+        driven: names of the activations that are states driven by a value from outside of the block.
     """
     return _Builder(program, name, nodes, outside, frozenset(driven)).build()
 
@@ -70,7 +70,7 @@ class _Builder:
         self.inputs: dict[fx.Node, int] = {}
         self.weights: dict[fx.Node, int] = {}
         self.drawn: dict[fx.Node, tuple[int, list[Instruction]]] = {}
-        """Each node that draws a mask: the register that keeps it, and the instructions in which it is drawn first."""
+        """Node that draws a mask -> register of the mask, and the instructions in which it is drawn first."""
 
     def build(self) -> LoweredBlock:
         states = self._states()
@@ -94,7 +94,7 @@ class _Builder:
             if not alone and all(not i.weights or isinstance(i.operator, Gain) for i in instructions):
                 raise FFEBMError(
                     f"{self.name} would hold the state {state.name!r} of {info(state).path!r}, whose drive holds no "
-                    "layer: its feedback would change what the states before it are; move it to a digital part"
+                    "layer, so that its feedback would change the states before it: move it to a digital part"
                 )
             layers.append(
                 Layer(
@@ -109,7 +109,7 @@ class _Builder:
         readout: list[Instruction] = []
         shared: dict[fx.Node, int] = {}
         results = tuple(self._emit(node, None, register, shared, readout, counter) for node in outputs)
-        batched = self._batched(states)
+        batched = self._is_batched(states)
         block = BlockProgram(
             name=self.name,
             inputs=len(self.inputs),
@@ -119,19 +119,19 @@ class _Builder:
             outputs=results,
             batched=batched,
             resizable=batched and self.program.batch_symbol is not None,
-            draws=tuple(_up_to(*self.drawn[node]) for node in self.nodes if node in self.drawn),
+            draws=tuple(_instructions_for(*self.drawn[node]) for node in self.nodes if node in self.drawn),
         )
         return LoweredBlock(block, tuple(self.inputs), tuple(self.weights), tuple(outputs))
 
     def _states(self) -> list[fx.Node]:
-        """The nodes whose value is a state, in topological order."""
+        """The nodes whose values are states, in topological order."""
         states = {node for node in self.nodes if info(node).role is Role.ACTIVATION}
         while True:
             without_state = self._without_state(states)
             found = next((node for node in self.nodes if without_state[node] and self._must_settle(node)), None)
             if found is None:
                 return [node for node in self.nodes if node in states]
-            states.add(self._anchor(found, without_state))
+            states.add(self._before_reshapes(found, without_state))
 
     def _without_state(self, states: set[fx.Node]) -> dict[fx.Node, bool]:
         """Whether a node's value comes from a layer without a state in between."""
@@ -147,8 +147,8 @@ class _Builder:
             return True
         return any(info(user).role is Role.WEIGHT for user in users)
 
-    def _anchor(self, node: fx.Node, without_state: dict[fx.Node, bool]) -> fx.Node:
-        """Back through reshapes to the value itself: the state is what the layer computes."""
+    def _before_reshapes(self, node: fx.Node, without_state: dict[fx.Node, bool]) -> fx.Node:
+        """The node before all reshapes, since the state is the value that the layer computes."""
         while info(node).kind in ("reshape", "copy", "dropout"):
             operand = _value_operands(node)[0]
             if not without_state.get(operand, False) or len(operand.users) > 1:
@@ -179,7 +179,7 @@ class _Builder:
         instructions: list[Instruction],
         counter: list[int],
     ) -> int:
-        """Emit the instructions of a value; returns its register. `root` is expanded, not read."""
+        """Emit the instructions of a value, and return its register. `root` is expanded even if it is a state."""
         if node is not root and node in register:
             return register[node]
         if node in local:
@@ -218,7 +218,7 @@ class _Builder:
             return Contraction(str(node.args[2])), (weight,)
         return convolution_operator(node), (weight, bias)
 
-    def _batched(self, states: list[fx.Node]) -> bool:
+    def _is_batched(self, states: list[fx.Node]) -> bool:
         """Whether the leading dimension of all states and inputs counts the same independent samples."""
         sizes = {str(node.meta["val"].shape[0]) if node.meta["val"].dim() > 1 else "" for node in states}
         sizes |= {str(node.meta["val"].shape[0]) if node.meta["val"].dim() > 1 else "" for node in self.inputs}
@@ -226,8 +226,8 @@ class _Builder:
         return len(sizes) == 1 and "" not in sizes and not any(_mixes_leading(node) for node in self.nodes)
 
 
-def _up_to(register: int, instructions: list[Instruction]) -> tuple[Instruction, ...]:
-    """The instructions that a register's value follows from, that of the register itself last."""
+def _instructions_for(register: int, instructions: list[Instruction]) -> tuple[Instruction, ...]:
+    """The instructions that a register's value depends on, in order. The last one computes the register itself."""
     needed, kept = {register}, []
     for instruction in reversed(instructions):
         if instruction.output in needed:
@@ -244,7 +244,7 @@ def _parameters(node: fx.Node) -> list[fx.Node]:
 
 
 def _value_operands(node: fx.Node) -> list[fx.Node]:
-    """The operands of a node that are values: all but weights, biases and an activation's parameters."""
+    """The operands of a node that are values, without weights, biases and an activation's parameters."""
     if info(node).role is Role.ACTIVATION:
         return [node.args[0]]  # type: ignore[list-item]
     if info(node).role is Role.WEIGHT:
@@ -255,7 +255,7 @@ def _value_operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _mixes_leading(node: fx.Node) -> bool:
-    """Whether wiring moves the leading dimension (a reshape that keeps its size keeps it)."""
+    """Whether wiring moves the leading dimension. A reshape that keeps its size does not."""
     rank = node.args[0].meta["val"].dim() if node.args and isinstance(node.args[0], fx.Node) else 0
     arguments = node.args[1:]
     if node.target is contraction:

@@ -1,7 +1,7 @@
-"""Planning: the partition of a captured network, with every weight accounted for.
+"""Planning: describe the partition of a captured network, with a place and a reason for every weight.
 
-Promise: each parameter of two or more dimensions has a `Placement`, each weight-stationary layer
-is in exactly one block or in `rejected`, and each operation is in exactly one block or part.
+Promise: each parameter of two or more dimensions has a `Placement`. Each weight-stationary layer
+is in exactly one block or in `rejected`. Each operation is in exactly one block or part.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def make_plan(
     """Partition the operations and describe the result.
 
     Raises:
-        InputError: for a pattern that matches nothing, contradicting patterns or unknown `block_ops`.
-        HardwareError: for an override that matches no layer, or two that disagree on one.
-        UnsupportedError: for a model without weight-stationary layers, a layer of `force_analog`
-            that cannot be analog, or any rejected layer with `on_unsupported="error"`.
+        InputError: a pattern matches nothing, patterns contradict each other, or `block_ops` are unknown.
+        HardwareError: an override matches no layer, or two disagree on one.
+        UnsupportedError: the model has no weight-stationary layer, a layer of `force_analog`
+            cannot be analog, or a layer is rejected with `on_unsupported="error"`.
     """
     layers = [op for op in graph.operations if op.role is Role.WEIGHT]
     modules = tuple(name for name, _ in program.source.named_modules())
@@ -126,12 +126,12 @@ def describe(
     """The plan of a partition: loads, conversions, placements and reasons.
 
     Args:
-        graph, hardware, options: what was partitioned, for what and how.
-        result: which operation is where.
+        graph, hardware, options: the graph that was partitioned, and its hardware and settings.
+        result: the partition.
         model: the model's class name.
         modules: every module path of the model.
         parameters: every parameter of two or more dimensions.
-        notes: what else the person should know.
+        notes: further sentences for the report.
         names: the blocks' names; None numbers them.
     """
     users = graph.users()
@@ -162,7 +162,7 @@ def describe(
 
 
 def plan_notes(blocks: Sequence[BlockPlan], graph: OperationGraph, hardware: Hardware) -> tuple[str, ...]:
-    """What the blocks themselves give reason to say."""
+    """Notes about properties of the blocks."""
     notes = []
     convolutions = [
         [op for name in block.operations if (op := graph[name]).kind.startswith("conv")] for block in blocks
@@ -195,7 +195,7 @@ def describe_block(
     name: str,
     members: Sequence[str],
 ) -> BlockPlan:
-    """Loads and conversions of one block; `order` is the position of each operation in the graph."""
+    """Loads and conversions of one block. `order` is the position of each operation in the graph."""
     members = sorted(members, key=order.__getitem__)
     inside = set(members)
     layers: list[Operation] = [graph[m] for m in members if graph[m].role is Role.WEIGHT]
@@ -218,7 +218,7 @@ def describe_block(
     )
 
 
-def _unmultiplied(op: Operation, weight: str) -> str:
+def _reason_without_product(op: Operation, weight: str) -> str:
     if weight in op.computed and op.kind != "weight":
         return f"{op.target} reads what is computed from it, which is no matrix product with an activation"
     return _UNMULTIPLIED.get(op.kind) or _UNMULTIPLIED.get(op.target) or op.reason
@@ -243,7 +243,7 @@ def _placements(
             placements[name] = Placement(home[analog[0].name], f"the weight of {places}{shared}")
         elif reading:
             op = reading[0]
-            placements[name] = Placement(None, rejected.get(op.name) or _unmultiplied(op, name))
+            placements[name] = Placement(None, rejected.get(op.name) or _reason_without_product(op, name))
         else:
             placements[name] = Placement(None, "no operation that the output depends on reads it")
     return placements

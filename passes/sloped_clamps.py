@@ -1,8 +1,8 @@
 """Sloped clamps: a clamp of a product with a positive number becomes one activation, σ(h) = min(max(a h, lo), hi).
 
-The hard sigmoid of the networks of Laborieux et al. (2021, arXiv 2006.03824) and Nest & Ernoult (2024, arXiv
-2409.03306). As a product and a clamp, a state would have clamp(a d + feedback), where theirs has
-clamp(a (d + feedback)). It runs with `digital_drive` alone: without, plans and states stay what they were.
+This is the hard sigmoid in the networks of Laborieux et al. (2021, arXiv 2006.03824) and Nest & Ernoult (2024, arXiv
+2409.03306). As a product and a clamp, a state would be clamp(a d + feedback), while theirs is
+clamp(a (d + feedback)). The pass runs only with `digital_drive`, so that other plans do not change.
 
 Promise: no clamp is left whose operand is the product of a value that nothing else reads with a positive number.
 """
@@ -36,7 +36,7 @@ def _bounds(node: fx.Node) -> tuple[float, float] | None:
 
 
 def _slope(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(h, a) of a product a h, or a quotient h / (1/a), with a positive number; read once, and of one dtype."""
+    """(h, a) of a product a h or a quotient h / (1/a) with a positive number, if it is read once and has one dtype."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar) or len(node.users) != 1:
         return None
     first, second = node.args

@@ -1,7 +1,7 @@
 """BP-EP chaining: one `torch.autograd.Function` for an energy block.
 
-Forward settles the free phase; backward receives δ = ∂L/∂s at the block's outputs from autograd and
-hands back what the block's gradient estimator makes of it (Nest & Ernoult 2024, arXiv 2409.03306).
+Forward settles the free phase. Backward receives δ = ∂L/∂s at the block's outputs from autograd, and
+returns the gradients that the block's estimator computes from it (Nest & Ernoult 2024, arXiv 2409.03306).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Settle"]
 
 
 class Settling(Protocol):
-    """What a block is asked for while it settles and while its gradients are taken; an `EnergyBlock`."""
+    """The methods of an `EnergyBlock` that are needed to settle it and to take its gradients."""
 
     program: BlockProgram
     training: bool
@@ -47,10 +47,10 @@ class Settling(Protocol):
 
 
 class Settle(torch.autograd.Function):
-    """(inputs, weights) -> settled states of the visible layers; backward asks the block's estimator.
+    """(inputs, weights) -> settled states of the visible layers. Backward calls the block's estimator.
 
-    Pre-activations are saved. States are so only where σ costs more than a pass over memory, or where they are
-    handed out, and so are in memory anyway: a hidden state of a clamp is made again from its pre-activation.
+    Pre-activations are saved. A state is saved only if σ costs more than a pass over memory, or if it is an output and
+    so in memory in any case. For example, a hidden state of a clamp is computed again from its pre-activation.
     """
 
     @staticmethod

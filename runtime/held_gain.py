@@ -1,9 +1,9 @@
-"""`HeldGain`: the feedback of one block. γ is a setting, the loop gain a measurement.
+"""`HeldGain`: the feedback of one block. γ is a setting, and the loop gain is a measurement.
 
-γ_{l,m} = c_m/c_l is what an amplifier is set to. It changes only when it is set: at conversion, by `set_feedback`, by
-`recertify`, and in training, where `feedback` is to be held. The loop gain is what γ amounts to at the present weights,
-and moves with them. A training forward that finds the weights changed measures first and sets the amplifiers anew where
-the feedback asks for it. What is measured and set is the energy's own matter (`Gauge` in `runtime/energies/base.py`).
+γ_{l,m} = c_m/c_l is the setting of an amplifier. It changes only at conversion, by `set_feedback`, by
+`recertify`, and in training if `feedback` is held. The loop gain follows from γ and the present weights,
+and changes with them. A training forward that finds the weights changed measures first, and sets the amplifiers again
+if the feedback needs it. The energy decides what is measured and set (`Gauge` in `runtime/energies/base.py`).
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ __all__ = ["HeldGain"]
 
 
 class HeldGain:
-    """Feedback, certificate and what is kept between two measurements of a block's loop gain."""
+    """The feedback and certificate of a block, and the values kept between two measurements of its loop gain."""
 
     def __init__(self, program: BlockProgram, energy: Energy) -> None:
         self.program = program
         self.energy = energy
         self.feedback: float | str = energy.default_feedback
-        """What is to be held, as the energy understands it; or `"symmetric"` (γ = 1)."""
+        """The feedback to hold: a number whose meaning depends on the energy, or `"symmetric"` (γ = 1)."""
         self.certificate: Certificate | None = None
-        """Of the weights measured last; None for a block without feedback."""
+        """The certificate of the last measurement; None for a block without feedback."""
         self.gauge = energy.gauge(program)
         self.locked = False
-        """Whether the amplifiers stay as they are whatever the weights are."""
+        """Whether the amplifiers stay as they are even if the weights change."""
         self.changes = 0
-        """Changes of the weights that training forwards have seen."""
+        """Number of changes of the weights that training forwards have seen."""
         self.stamp: WeightStamp | None = None
-        """Of the weights that the certificate is of."""
-        self._arriving: WeightStamp | None = None
-        """Of changed weights, until they are measured."""
-        self._every: int | None = None
-        self._seen: tuple[WeightStamp, Certificate] | None = None
+        """Stamp of the weights that the certificate belongs to."""
+        self._changed_stamp: WeightStamp | None = None
+        """Stamp of changed weights, until they are measured."""
+        self._converge_every: int | None = None
+        self._measured_stamp: tuple[WeightStamp, Certificate] | None = None
         self._warned = False
-        self._kept: tuple[Certificate | None, float | str, tuple[Setting, float | None]] | None = None
+        self._cached_setting: tuple[Certificate | None, float | str, tuple[Setting, float | None]] | None = None
         self._examples: list[Tensor] = []
         self._shapes: dict[int, torch.Size] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the stamps, which are of tensor objects; the hybrid stamps its copy's weights."""
-        return {**self.__dict__, "stamp": None, "_arriving": None, "_seen": None}
+        """Everything without the stamps, which identify tensor objects. The hybrid stamps its copy's weights."""
+        return {**self.__dict__, "stamp": None, "_changed_stamp": None, "_measured_stamp": None}
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -65,22 +65,22 @@ class HeldGain:
 
     @property
     def setting(self) -> Setting:
-        """The energy and what its amplifiers are set to."""
-        return self._derived()[0]
+        """The energy and the settings of its amplifiers."""
+        return self._setting_and_contraction()[0]
 
     @property
     def loop_gain(self) -> float:
-        """κ as measured last; 0 for a block without feedback."""
+        """κ of the last measurement; 0 for a block without feedback."""
         return 0.0 if self.certificate is None else self.certificate.loop_gain
 
     @property
     def contraction(self) -> float | None:
-        """Factor by which a sweep contracts, where it is certified to."""
-        return self._derived()[1]
+        """Factor by which a sweep contracts; None without a certificate."""
+        return self._setting_and_contraction()[1]
 
-    def _derived(self) -> tuple[Setting, float | None]:
-        """(setting, contraction), made once for a certificate and a feedback."""
-        certificate, kept = self.certificate, self._kept
+    def _setting_and_contraction(self) -> tuple[Setting, float | None]:
+        """(setting, contraction), computed once for each certificate and feedback."""
+        certificate, kept = self.certificate, self._cached_setting
         if kept is None or kept[0] is not certificate or kept[1] != self.feedback:
             amplifiers: tuple[float, ...] = ()
             contraction = None
@@ -88,7 +88,7 @@ class HeldGain:
                 amplifiers = certificate.amplifiers
                 contraction = self.energy.contraction(self.program, certificate, self.feedback)
             kept = certificate, self.feedback, (Setting(self.energy, self.scales, amplifiers), contraction)
-            self._kept = kept
+            self._cached_setting = kept
         return kept[2]
 
     def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
@@ -107,43 +107,44 @@ class HeldGain:
             InputError: for a weight with NaN or infinite values.
         """
         if self._measurable(weights):
-            with self._quietly():
+            with self._without_gradients():
                 self.certificate = self.gauge.certify(*self._evaluated(weights), self.feedback)
 
     def _measurable(self, weights: Sequence[Tensor | None]) -> bool:
-        """Whether there is feedback to measure; refuses weights with NaN or infinite values."""
+        """Whether there is feedback to measure. Weights with NaN or infinite values are refused."""
         if not self.program.coupled or not self._examples:
             return False
         check_weights(self.program.name, weights)
         return True
 
     @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Without gradients and without autocast."""
+    def _without_gradients(self) -> Iterator[None]:
+        """Turn gradients and autocast off while the context is open."""
         with torch.no_grad(), torch.autocast(self._examples[0].device.type, enabled=False):
             yield
 
     def fits(self, sources: Sequence[Tensor]) -> bool:
-        """Whether the certificate is of these tensors as they are now."""
+        """Whether the certificate belongs to the present values of these tensors."""
         return self.stamp is not None and self.stamp.fits(sources)
 
     def fitted(self, sources: Sequence[Tensor]) -> None:
-        """Note that the certificate is of these tensors as they are now."""
-        self.stamp, self._arriving = WeightStamp.of(sources), None
+        """Note that the certificate belongs to the present values of these tensors."""
+        self.stamp, self._changed_stamp = WeightStamp.of(sources), None
 
     def at(self, weights: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Certificate | None:
-        """The certificate of these weights (made of `sources`) at the present setting, measured once. Changes nothing.
+        """The certificate of these weights (computed from `sources`) at the present setting. Nothing is changed.
 
-        The drives are affine, so that it depends on the inputs' shapes only.
+        It is measured once for each value of the weights. The drives are affine, so that of the inputs only the shapes
+        matter.
 
         Raises:
-            InputError: for a weight with NaN or infinite values.
+            InputError: a weight holds NaN or infinite values.
         """
         if self.certificate is None:
             return None
         found: Certificate | None = None
-        if self._seen is not None and self._seen[0].fits(sources):
-            found = self._seen[1]
+        if self._measured_stamp is not None and self._measured_stamp[0].fits(sources):
+            found = self._measured_stamp[1]
             if found.scales != self.scales or found.amplifiers != self.certificate.amplifiers:
                 return self.gauge.with_setting(found, self.certificate) or self._measured(weights, sources)
         return found or self._measured(weights, sources)
@@ -152,13 +153,13 @@ class HeldGain:
         assert self.certificate is not None
         if not self._measurable(weights):
             return None
-        with self._quietly():
+        with self._without_gradients():
             found = self.gauge.at(*self._evaluated(weights), self.certificate)
-        self._seen = WeightStamp.of(sources), found
+        self._measured_stamp = WeightStamp.of(sources), found
         return found
 
     def set_feedback(self, feedback: float | str) -> bool:
-        """Set the feedback from what was measured last; whether that was enough (else call `recertify`)."""
+        """Set the feedback from the last measurement. If it returns False, `recertify` must be called."""
         self.feedback = feedback
         if self.certificate is None:
             return True
@@ -169,49 +170,49 @@ class HeldGain:
         return True
 
     def look(self, sources: Sequence[Tensor], every: int | None) -> bool:
-        """Note before a training forward whether the tensors that the weights are made of have changed.
+        """Note before a training forward whether the tensors have changed that the weights are computed from.
 
         Args:
             sources: those tensors.
-            every: changes after which is measured to convergence, whatever the estimate says.
+            every: number of changes after which the measurement always converges; None only after jumps.
         """
-        self._every = every or None
-        self._arriving = None
+        self._converge_every = every or None
+        self._changed_stamp = None
         if not self.locked:
             present = WeightStamp.of(sources)
             if self.stamp is None or not self.stamp.equals(present):
-                self._arriving = present
-        return self._arriving is not None
+                self._changed_stamp = present
+        return self._changed_stamp is not None
 
     def hold(self, weights: Sequence[Tensor | None]) -> None:
-        """Measure weights that `look` found changed, and set the amplifiers where the feedback asks for it.
+        """Measure weights that `look` found changed, and set the amplifiers if the feedback needs it.
 
         Raises:
-            InputError: for a weight with NaN or infinite values.
+            InputError: a weight holds NaN or infinite values.
         """
-        if self._arriving is None:
+        if self._changed_stamp is None:
             return
         before = self.loop_gain
         self.changes += 1
-        self._measure(weights, converge=self._every is not None and self.changes % self._every == 0)
-        self.stamp, self._arriving = self._arriving, None
+        self._measure(weights, converge=self._converge_every is not None and self.changes % self._converge_every == 0)
+        self.stamp, self._changed_stamp = self._changed_stamp, None
         if isinstance(self.feedback, str) and before <= 1 < self.loop_gain and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.program.name}: its loop gain at symmetric feedback has grown to {self.loop_gain:.3g}; above 1 "
-                "nothing certifies that it settles: give `feedback` as a number such as 0.1, or keep the weights "
-                "small with hybrid.project_to = 0.9",
+                f"{self.program.name}: its loop gain at symmetric feedback has grown to {self.loop_gain:.3g}, and "
+                "above 1 nothing certifies that it settles. Give `feedback` as a number such as 0.1, or keep the "
+                "weights small with hybrid.project_to = 0.9",
                 FFEBMWarning,
                 stacklevel=2,
             )
 
     def needed(self, weights: Sequence[Tensor | None]) -> Certificate | None:
-        """The certificate that holds the feedback at these weights, measured to convergence, where it is another now.
+        """A new certificate, measured to convergence, if the feedback needs other amplifiers at these weights.
 
-        None where the amplifiers are right, and where they are held (`locked`). Changes nothing.
+        None if the amplifiers are right, or if they must not change (`locked`). Nothing is changed.
 
         Raises:
-            InputError: for a weight with NaN or infinite values.
+            InputError: a weight holds NaN or infinite values.
         """
         if self.locked or self.certificate is None or not self._examples:
             return None
@@ -220,12 +221,12 @@ class HeldGain:
             check_weights(self.program.name, weights)
             return self._evaluated(weights)
 
-        with self._quietly():
+        with self._without_gradients():
             return self.gauge.needed(evaluated, self.certificate, self.feedback)
 
     def _measure(self, weights: Sequence[Tensor | None], converge: bool) -> None:
         assert self.certificate is not None
-        with self._quietly():
+        with self._without_gradients():
             found = self.gauge.follow(
                 self._frame(weights), lambda: self._evaluated(weights), self.certificate, self.feedback, converge
             )
@@ -234,22 +235,22 @@ class HeldGain:
         self.certificate = found
 
     def measured(self, weights: Sequence[Tensor | None]) -> Frame | None:
-        """The block as it is measured at these weights: one sample, without random masks; None where nothing is."""
+        """The block as it is measured at these weights, for one sample, without random masks; None without feedback."""
         if not self.program.coupled or not self._examples:
             return None
-        with self._quietly():
+        with self._without_gradients():
             return self._frame(weights)
 
     def _frame(self, weights: Sequence[Tensor | None]) -> Frame:
         """The block at these weights for one sample, with the shapes of all registers, without its random masks."""
-        if not self._shapes or self.program.selects:  # the winners of max pooling are those at these weights
+        if not self._shapes or self.program.selects:  # the winners of max pooling depend on the weights
             return self._evaluated(weights)[0]
-        operands = laid_out(self.program, _wide(weights))
+        operands = laid_out(self.program, _in_full_precision(weights))
         return Frame(self.program, (), operands, dict.fromkeys(self.program.masks), dict(self._shapes), frozen=True)
 
     def _evaluated(self, weights: Sequence[Tensor | None]) -> tuple[Frame, list[Tensor]]:
-        """The same, evaluated once without feedback, and its states."""
-        wide = _wide(weights)
+        """The frame of `_frame`, evaluated once without feedback, and its states."""
+        wide = _in_full_precision(weights)
         first = next((weight for weight in wide if weight is not None), None)
         examples = [
             value.to(first) if first is not None and value.is_floating_point() else value for value in self._examples
@@ -260,22 +261,22 @@ class HeldGain:
         states = frame.feedforward()
         shapes = {layer.state: state.shape for layer, state in zip(self.program.layers, states, strict=True)}
         self._shapes = {**frame.shapes, **shapes}
-        # Random masks are left out of the measured norm; their gain is added as a bound.
+        # Random masks are left out of the measured norm. Their gain is added as a bound.
         frame.drawn.update(dict.fromkeys(self.program.masks))
         frame.frozen = True
         return frame, states
 
     def state(self) -> dict[str, Any]:
-        """What makes a copy of this block behave as it does: numbers, texts and tensors only."""
+        """The numbers, texts and tensors with which a copy of this block behaves in the same way."""
         certificate = self.certificate
         return {
             "layers": [layer.name for layer in self.program.layers],
             "feedback": self.feedback,
             "changes": self.changes,
-            "norms": [] if certificate is None else [[k, m, _finite(norm)] for k, m, norm in certificate.norms],
+            "norms": [] if certificate is None else [[k, m, _or_none(norm)] for k, m, norm in certificate.norms],
             "scales": list(self.scales),
-            "radius": None if certificate is None else _finite(certificate.radius),
-            "contraction": None if certificate is None else _finite(certificate.contraction),
+            "radius": None if certificate is None else _or_none(certificate.radius),
+            "contraction": None if certificate is None else _or_none(certificate.contraction),
             "tracks": self.gauge.state(),
             **(
                 {}
@@ -285,10 +286,10 @@ class HeldGain:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` of the same block returned.
+        """Restore the result of `state` of the same block.
 
         Raises:
-            InputError: for the state of another block.
+            InputError: the state belongs to another block.
         """
         layers = [layer.name for layer in self.program.layers]
         edges = [] if self.certificate is None else [(k, m) for k, m, _ in self.certificate.norms]
@@ -301,8 +302,8 @@ class HeldGain:
             )
         if list(state["layers"]) != layers or [(k, m) for k, m, _ in norms] != edges:
             raise InputError(
-                f"the stored feedback of {self.program.name} is of other layers ({', '.join(state['layers'])}): it "
-                f"holds {', '.join(layers)} here; convert with the plan of the saved hybrid"
+                f"the stored feedback of {self.program.name} is of other layers ({', '.join(state['layers'])}), and it "
+                f"holds {', '.join(layers)} here: convert with the plan of the saved hybrid"
             )
         self.feedback = state["feedback"] if isinstance(state["feedback"], str) else float(state["feedback"])
         self.changes = int(state["changes"])
@@ -319,18 +320,18 @@ def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:
     for index, weight in enumerate(weights):
         if weight is not None and not bool(torch.isfinite(weight).all()):
             raise InputError(
-                f"weight {index} of {name}, of shape {tuple(weight.shape)}, holds NaN or infinite values: "
-                "training may have diverged; lower the learning rate or reload a checkpoint"
+                f"weight {index} of {name}, of shape {tuple(weight.shape)}, holds NaN or infinite values. Training may "
+                "have diverged; lower the learning rate or reload a checkpoint"
             )
 
 
-def _wide(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Weights in at least float32: norms are not measured in half precision."""
+def _in_full_precision(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Weights in at least float32, since norms are not measured in half precision."""
     half = (torch.float16, torch.bfloat16)
     return [w if w is None or w.dtype not in half else w.float() for w in weights]
 
 
-def _finite(value: float) -> float | None:
+def _or_none(value: float) -> float | None:
     """The number, or None for an infinite one, which JSON does not have."""
     return value if math.isfinite(value) else None
 

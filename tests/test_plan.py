@@ -255,7 +255,7 @@ def test_a_moved_plan_converts(plan: Plan) -> None:
         ("nothing", "digital", r"no weight-stationary layer 'nothing': its layers are 'stem', 'body.0'"),
         ("head.2", "digital", r"no weight-stationary layer 'head.2': did you mean head.3, head.1\?"),
         ("stem", "cloud", r"no place 'cloud' to move 'stem' to; expected 'digital', 'analog', 'block_1', 'block_2'"),
-        ("head.1", "block_1", r"'head.1' cannot move to block_1: a value would have to leave a block and come back"),
+        ("head.1", "block_1", r"'head.1' cannot move to block_1, since a value would leave a block and come back"),
     ],
 )
 def test_moves_that_are_refused(plan: Plan, path: str, where: str, message: str) -> None:
@@ -266,14 +266,18 @@ def test_moves_that_are_refused(plan: Plan, path: str, where: str, message: str)
 def test_a_move_over_capacity_is_refused() -> None:
     pair = residual_plan(hardware=ffebm.Hardware(layers_per_block=2))
     assert [block.layers for block in pair.blocks] == [("stem",), ("body.0", "body.2"), ("head.1", "head.3")]
-    with pytest.raises(PlanError, match=r"'stem' does not fit into block_2: it would have 3 layers and holds 2; move"):
+    with pytest.raises(
+        PlanError, match=r"'stem' does not fit into block_2, which would have 3 layers and holds 2: move"
+    ):
         pair.move("stem", "block_2")
     assert pair.move("body.2", "analog").move("stem", "block_2").block("block_2").layers == ("stem", "body.0")
 
 
 def test_a_move_against_an_option_is_refused() -> None:
     forced = residual_plan(force_digital="head", force_analog="stem")
-    with pytest.raises(PlanError, match=r"'head.1' cannot move to analog: force_digital=\('head',\) holds 'head.1'"):
+    with pytest.raises(
+        PlanError, match=r"'head.1' cannot move to analog, since force_digital=\('head',\) holds 'head.1'"
+    ):
         forced.move("head.1", "analog")
     with pytest.raises(PlanError, match=r"'stem' cannot move to digital: force_analog=\('stem',\) holds 'stem'"):
         forced.move("stem", "digital")
@@ -334,7 +338,7 @@ def test_diff(plan: Plan) -> None:
 
 
 def test_diff_of_two_models_is_refused(plan: Plan) -> None:
-    with pytest.raises(PlanError, match="no layer in common: one is of Residual, the other of Linear"):
+    with pytest.raises(PlanError, match=r"no layer in common \(one is of Residual, the other of Linear"):
         plan.diff(ffebm.plan(nn.Linear(3, 3), torch.randn(2, 3)))
 
 

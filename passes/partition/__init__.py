@@ -1,1 +1,1 @@
-"""Partition: which operation is in which energy block."""
+"""Partition: decide which operation is in which energy block."""

@@ -1,8 +1,8 @@
-"""Validation: is a plan that was read from a file or edited still a plan of its own graph and hardware?
+"""Validation: check that a plan which was read or edited still fits its own graph and hardware.
 
 Everything in a plan follows from its graph, its hardware and the list of operations of each
-block; so it is all computed again and compared. The first thing that is wrong is said, with the
-place and both values.
+block. So everything is computed again and compared. The error names the first wrong value, its place, and the
+right value.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def check_plan(plan: PlanData) -> None:
     """Check that a plan is complete, acyclic, within capacity and free of contradictions.
 
     Raises:
-        PlanError: naming the block, part or layer, what it says and what it should say.
+        PlanError: something is wrong. Names the block, part or layer, its value, and the right value.
     """
     if plan.fingerprint != fingerprint(plan.graph):
         raise PlanError(
-            f"the plan's fingerprint is {plan.fingerprint!r} and its graph has {fingerprint(plan.graph)!r}: the graph "
-            f"was changed; {_REMEDY}"
+            f"the graph was changed, since its fingerprint is {fingerprint(plan.graph)!r} and the plan has "
+            f"{plan.fingerprint!r}: {_REMEDY}"
         )
     _check_homes(plan)
     users = plan.graph.users()
@@ -92,9 +92,9 @@ def _check_members(plan: PlanData, block: BlockPlan, users: Mapping[str, list[st
     unfed = [name for name in block.operations if name not in fed]
     if unfed and plan.options.digital_drive and plan.graph[unfed[0]].role is Role.ACTIVATION:
         raise PlanError(
-            f"{block.name} holds the activation {unfed[0]!r} of a value from outside of it, which no layer of the "
-            "block reads, or something else than layers does: a state driven by a digital value needs feedback from "
-            "layers; move it to a digital part"
+            f"{block.name} holds the activation {unfed[0]!r} of a value from outside of it, but not only layers of the "
+            "block read it, or none does. A state driven by a digital value needs feedback from layers; move it to a "
+            "digital part"
         )
     if unfed:
         raise PlanError(
@@ -106,8 +106,8 @@ def _check_members(plan: PlanData, block: BlockPlan, users: Mapping[str, list[st
         if name in driven:
             continue
         raise PlanError(
-            f"{block.name} holds the activation {name!r}, which owns no layer of the block: no layer's product reaches "
-            "it alone and without another activation in between, so that its feedback would change what a layer "
+            f"{block.name} holds the activation {name!r}, which owns no layer of the block, since no layer's product "
+            "reaches it alone and without another activation in between. Its feedback would change what a layer "
             "computes; move it to a digital part"
         )
 

@@ -1,9 +1,8 @@
-"""Chips: which cores are on which chip, and what crosses between chips.
+"""Chips: assign cores to chips, and count the values that cross between chips.
 
 A fabric of several chips has `Hardware.cores_per_chip` cores on each. Cores are put on chips in the order in which data
 reaches their first blocks, so that neighbours in the network are neighbours on the fabric. A digital part runs on the
-chip that most of the values that it reads come from, the first of several. The network's inputs are on the first chip
-that reads them.
+chip from which most of the values come that it reads. The network's inputs are on the first chip that reads them.
 
 A value crosses once to each other chip on which something reads it.
 """
@@ -24,7 +23,7 @@ __all__ = ["Chip", "FloorPlan", "floor_plan_of"]
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip holds."""
+    """The cores and tiles on one chip."""
 
     chip: int
     cores: tuple[int, ...]
@@ -33,12 +32,12 @@ class Chip:
     digital_parts: tuple[str, ...]
     tiles: int
     utilisation: float
-    """Tiles used, of all tiles of a chip; 1 where a core is unlimited."""
+    """Share of the chip's tiles that are used; 1 if cores are unlimited."""
 
 
 @dataclass(frozen=True)
 class FloorPlan:
-    """Tiles on cores on chips; `print` it."""
+    """The chips of a fabric, to be printed."""
 
     chips: tuple[Chip, ...]
     crossings: Mapping[tuple[int, int], int]
@@ -51,7 +50,7 @@ class FloorPlan:
         return sum(self.crossings.values())
 
     def __str__(self) -> str:
-        """A line for each chip: what it holds, and the values per sample that enter and leave it."""
+        """A line for each chip, with its cores and the values per sample that enter and leave it."""
         lines = [f"{len(self.chips)} chips, {self.crossing} values per sample cross between them in an inference"]
         for chip in self.chips:
             entering = sum(values for (_, to), values in self.crossings.items() if to == chip.chip)
@@ -65,10 +64,10 @@ class FloorPlan:
 
 
 def floor_plan_of(plan: PlanData) -> FloorPlan:
-    """Put the cores of a plan on chips; one chip where `hardware.cores_per_chip` is None.
+    """Put the cores of a plan on chips. There is one chip if `hardware.cores_per_chip` is None.
 
     Raises:
-        PlanError: where the blocks do not fit `hardware.cores`.
+        PlanError: the blocks do not fit `hardware.cores`.
     """
     tiles = placement_of(plan)
     order = sorted(tiles.per_core, key=lambda core: min(core.blocks))
@@ -97,7 +96,7 @@ def floor_plan_of(plan: PlanData) -> FloorPlan:
 
 
 def _digital_homes(plan: PlanData, home: dict[str, int]) -> dict[str, int]:
-    """The chip of each digital part, in the order of data; adds its operations to `home`."""
+    """The chip of each digital part, in the order of data. Its operations are added to `home`."""
     quotient = plan.to_networkx()
     parts = {part.name: part for part in plan.digital_parts}
     chip_of = {block.name: home[block.operations[0]] for block in plan.blocks}
@@ -108,7 +107,7 @@ def _digital_homes(plan: PlanData, home: dict[str, int]) -> dict[str, int]:
         for origin in quotient.predecessors(name):
             if origin in chip_of:
                 votes[chip_of[origin]] += int(quotient.edges[origin, name]["values"])
-        if not votes:  # it reads the network's inputs alone: it is where it is read
+        if not votes:  # it reads only the network's inputs, so it runs where its results are read
             votes.update(chip_of[reader] for reader in quotient.successors(name) if reader in chip_of)
         chip_of[name] = min(votes, key=lambda chip: (-votes[chip], chip)) if votes else 0
         home.update(dict.fromkeys(parts[name].operations, chip_of[name]))

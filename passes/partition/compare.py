@@ -1,4 +1,4 @@
-"""Compare plans: what is different between two, what other settings would bring, and sweeps over them."""
+"""Compare plans: the differences between two plans, the effect of other settings, and sweeps over settings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FORCED = "force_digital asks for it"
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """What is different between two plans of one model."""
+    """The differences between two plans of one model."""
 
     moved: Mapping[str, tuple[str, str]]
-    """Layer -> where it was and where it is: the layers that it settles with, or why it is digital."""
+    """Layer -> its place before and after: the layers that it settles with, or why it is digital."""
     conversions: tuple[int, int]
     """DAC and ADC values per sample, before and after."""
     blocks: tuple[int, int]
@@ -52,8 +52,8 @@ class PlanDiff:
         return "\n".join(lines)
 
 
-def _company(plan: PlanData) -> dict[str, tuple[str, frozenset[str]]]:
-    """For each layer: a text on where it is, and the layers of its block."""
+def _neighbours(plan: PlanData) -> dict[str, tuple[str, frozenset[str]]]:
+    """Layer -> a text about its place, and the layers of its block."""
     found: dict[str, tuple[str, frozenset[str]]] = {}
     for block in plan.blocks:
         for layer in block.layers:
@@ -66,11 +66,11 @@ def _company(plan: PlanData) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
-    """What is different in the second plan; see `Plan.diff`."""
-    old, new = _company(before), _company(after)
+    """The differences of the second plan to the first. See `Plan.diff`."""
+    old, new = _neighbours(before), _neighbours(after)
     if old and not set(old) & set(new):
         raise PlanError(
-            f"the plans have no layer in common: one is of {before.model}, the other of {after.model}; compare two "
+            f"the plans have no layer in common (one is of {before.model}, the other of {after.model}): compare two "
             "plans of one model"
         )
     moved = {}
@@ -94,7 +94,7 @@ def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
     )
 
 
-def _again(plan: PlanData, hardware: Hardware, block_ops: Sequence[str] | None = None) -> Partition:
+def _partition_again(plan: PlanData, hardware: Hardware, block_ops: Sequence[str] | None = None) -> Partition:
     """The partition of a plan's graph for other settings."""
     forced = {
         op.name: _FORCED
@@ -114,10 +114,10 @@ def _macs(graph: OperationGraph, blocks: Sequence[Sequence[str]]) -> int:
 
 
 def advise(plan: PlanData) -> tuple[str, ...]:
-    """What would save conversions or place more layers; see `Plan.advice`."""
+    """Changes that would save conversions or place more layers. See `Plan.advice`."""
     graph, hardware = plan.graph, plan.hardware
     sentences = [*_large_layers(plan)]
-    here = _total(graph, _again(plan, hardware).blocks)
+    here = _total(graph, _partition_again(plan, hardware).blocks)
     if plan.conversions > here:
         sentences.append(
             f"this plan has {plan.conversions - here} conversions per sample more than a fresh one for its hardware"
@@ -150,7 +150,7 @@ def advise(plan: PlanData) -> tuple[str, ...]:
         if what in seen:
             continue
         seen.add(what)
-        result = _again(plan, fabric, kinds_)
+        result = _partition_again(plan, fabric, kinds_)
         saved = here - _total(graph, result.blocks)
         if saved > 0 and _macs(graph, result.blocks) >= plan.analog_macs:
             sentences.append(
@@ -185,7 +185,7 @@ def _large_layers(plan: PlanData) -> list[str]:
 
 
 def _split_groups(plan: PlanData) -> list[str]:
-    """A sentence where convolutions are split that would take fewer tiles if their groups shared them."""
+    """A sentence if grouped convolutions were split that would take fewer tiles if their groups shared them."""
     hardware, found, apart, together = plan.hardware, set(), 0, 0
     parts = Counter(op.path for op in plan.graph.operations if op.role is Role.WEIGHT)
     for op in plan.graph.operations:
@@ -206,7 +206,7 @@ def _split_groups(plan: PlanData) -> list[str]:
 
 
 def _tile_steps(plan: PlanData) -> list[int]:
-    """Numbers of further tiles with which two neighbouring blocks would fit one core: the smallest and the median."""
+    """How many more tiles would let two neighbouring blocks fit one core: the smallest number and the median."""
     core = plan.hardware.tiles_per_core
     assert core is not None
     homes = {name: block for block in plan.blocks for name in block.operations}
@@ -242,12 +242,12 @@ def sweep(
     """Partition a plan's network for every combination of hardware settings.
 
     Args:
-        plan: a plan of the network; its hardware gives what is not swept.
+        plan: a plan of the network. Its hardware gives the settings that are not swept.
         settings: field of `Hardware` -> the values to try, e.g. `{"tile_rows": [64, 128, 256]}`.
-        replan: plans the model anew, e.g. `lambda fabric: ffebm.plan(model, x, hardware=fabric)`. A plan alone
-            has no model to split: its split layers stay split as they are, and one too large for a point stays digital.
-            With it, points where layers are larger than a core, and all points of a plan with split layers, are
-            planned anew, which captures the model each time.
+        replan: plans the model again, e.g. `lambda fabric: ffebm.plan(model, x, hardware=fabric)`. Without it there is
+            no model whose layers could be split. Split layers stay as they are, and a layer that is too large for a
+            point stays digital. With it, the model is captured and planned again at points where layers are larger
+            than a core, and at all points of a plan with split layers.
 
     Returns:
         A row for each combination, in order, the last setting changing fastest.
@@ -272,7 +272,7 @@ def sweep(
             fresh = replan(fabric)
             graph, blocks = fresh.graph, [block.operations for block in fresh.blocks]
         else:
-            graph, blocks = plan.graph, [tuple(block) for block in _again(plan, fabric).blocks]
+            graph, blocks = plan.graph, [tuple(block) for block in _partition_again(plan, fabric).blocks]
         rows.append(_sweep_row(chosen, graph, fabric, blocks))
     return rows
 

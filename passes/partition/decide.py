@@ -1,10 +1,10 @@
-"""Partition: which operation is in which energy block. Decides, rewrites nothing.
+"""Partition: decide which operation is in which energy block. Nothing is rewritten here.
 
-Blocks must form an acyclic quotient graph within the hardware's capacity, with the fewest
+Blocks must form an acyclic quotient graph within the hardware's capacity. The objective is the fewest
 boundary conversions (a DAC value for every input of a block, an ADC value for every output, per
-sample), then the fewest blocks. Random numbers are drawn in the source's order: the operations that
-draw form a chain, whose links count as edges in the proof that the quotient is acyclic. Three
-steps, each in a file of its own:
+sample), then the fewest blocks. Random numbers are drawn in the source's order. So the operations that
+draw form a chain, and its links count as edges in the proof that the quotient is acyclic. There are three
+parts, each in a file of its own:
 
 1. `waves`: two starts, both acyclic by construction: waves of Kahn's algorithm with the
    best cuts of each wave by dynamic programming, and filling one block after the other.
@@ -12,9 +12,9 @@ steps, each in a file of its own:
    them again, while the objective falls. The better of the two results is taken.
 3. `state`: the cost and the proof of acyclicity that the search keeps up to date.
 
-Then blocks are assigned to cores; where those are a budget, the least valuable blocks (MACs per
-tile) turn digital. Deterministic: same graph, same partition. `benchmarks/partition.py` compares
-the result with the exact optimum.
+Then blocks are assigned to cores. If there are too few cores, the least valuable blocks (MACs per
+tile) turn digital. The result is deterministic: the same graph gives the same partition. `benchmarks/partition.py`
+compares it with the exact optimum.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _EFFORT, _EFFORT_EACH = 80_000, 8
-"""Operations that the improvement of one start may look at: a base, and so many for each operation of the network."""
+"""The budget of operations that the improvement of one start may visit: a base, and a number per operation."""
 _SMALL = 150
 """Operations up to which both starts are taken apart and built again. Above it the better one is, for half the effort.
 
@@ -56,7 +56,7 @@ On 40 public networks of 51 to 724 operations, for two fabrics, this changes no 
 
 @dataclass
 class Partition:
-    """Operations of each block, operations of each digital part, and reasons."""
+    """The operations of each block and of each digital part, and the reasons."""
 
     blocks: list[list[str]]
     digital: list[list[str]]
@@ -111,7 +111,7 @@ def partition(
 
 
 def too_large(operation: Operation, hardware: Hardware) -> str:
-    """Why a layer fits no core, or nothing."""
+    """Why a layer fits no core, or an empty text."""
     tiles = tiles_of(operation, hardware)
     if hardware.tiles_per_core is not None and tiles > hardware.tiles_per_core:
         return f"it needs {tiles} tiles and a core has {hardware.tiles_per_core}"
@@ -134,9 +134,9 @@ def conversions(graph: OperationGraph, members: Collection[str], users: Mapping[
 
 
 def pack_cores(tiles: Sequence[int], hardware: Hardware, order: Sequence[int]) -> list[int | None]:
-    """The core of each block: blocks in the given order, each on the first core with room.
+    """The core of each block. Blocks are put in the given order, each on the first core with room.
 
-    Where `cores` is None, a new core is taken when none has room; else None says that none has.
+    If no core has room, a new one is taken if `cores` is None; otherwise the block's core is None.
     """
     capacity = math.inf if hardware.tiles_per_core is None else hardware.tiles_per_core
     used: list[int] = []
@@ -154,7 +154,7 @@ def pack_cores(tiles: Sequence[int], hardware: Hardware, order: Sequence[int]) -
 
 
 def core_homes(tiles: Sequence[int], macs: Sequence[int], hardware: Hardware) -> list[int | None]:
-    """The core of each block: largest first; where that leaves one out, most multiply-accumulates per tile first."""
+    """The core of each block, with the largest put first, or the one with most MACs per tile if that leaves one out."""
     homes = pack_cores(tiles, hardware, sorted(range(len(tiles)), key=lambda index: (-tiles[index], index)))
     if None not in homes:
         return homes
@@ -166,7 +166,7 @@ def core_homes(tiles: Sequence[int], macs: Sequence[int], hardware: Hardware) ->
 def _within_cores(
     graph: OperationGraph, hardware: Hardware, blocks: list[list[str]], rejected: dict[str, str]
 ) -> list[list[str]]:
-    """Keep the blocks that fit the cores: most MACs per tile first."""
+    """Keep the blocks that fit the cores, those with most MACs per tile first."""
     if hardware.cores is None:
         return blocks
     layers = [[graph[name] for name in block if graph[name].role is Role.WEIGHT] for block in blocks]
@@ -190,12 +190,12 @@ def quotient_order(
 
     Args:
         graph: the operations.
-        blocks: which of them run together.
-        names: what the blocks are called in an error.
+        blocks: the operations of each block, which run together.
+        names: names of the blocks for an error.
         draws: whether random numbers must be drawn in the source's order.
 
     Raises:
-        PlanError: where the blocks form a cycle, naming one on it (by `names`, or by number).
+        PlanError: the blocks form a cycle; names a block on it (by `names`, or by number).
     """
     needs = graph.needs(draws)
     home: dict[str, str | int] = {}
@@ -229,7 +229,7 @@ def quotient_order(
             if not missing[follower]:
                 heapq.heappush(heap, (first[follower], str(follower), follower))
     if len(order) < len(missing):
-        # Backwards from a place that waits, one comes to a cycle.
+        # Going back from a block that waits, one reaches a cycle.
         waits = sorted((place for place, count in missing.items() if count), key=first.__getitem__)
         before = {follower: place for place in waits for follower in followers.get(place, ())}
         place = waits[0]
@@ -240,21 +240,21 @@ def quotient_order(
         on_cycle = [p for p in seen[seen.index(place) :] if isinstance(p, int)]
         name = (names[min(on_cycle)] if names else f"block {min(on_cycle) + 1}") if on_cycle else "a digital operation"
         raise PlanError(
-            f"the blocks form a cycle through {name}: a value would have to leave a block and come back into it; "
+            f"the blocks form a cycle through {name}, so that a value would leave a block and come back into it: "
             "split the block or move one of its layers to the digital side"
         )
     return order
 
 
 def order_with_draws(graph: OperationGraph, blocks: Sequence[Sequence[str]]) -> tuple[list[str | int], bool]:
-    """`quotient_order` with random numbers drawn as in the source, and whether there is such an order.
+    """`quotient_order` with random numbers drawn as in the source if that is possible, and whether it is.
 
     Raises:
-        PlanError: where the blocks form a cycle, whatever is drawn when.
+        PlanError: the blocks form a cycle even if the order of draws does not count.
     """
     try:
         return quotient_order(graph, blocks, draws=True), True
-    except PlanError:  # a plan edited by hand: its blocks draw in an order of their own
+    except PlanError:  # the plan was edited by hand, and its blocks cannot draw in the source's order
         return quotient_order(graph, blocks), False
 
 

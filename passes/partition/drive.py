@@ -1,7 +1,7 @@
-"""Driven states of a partition: activations of digital values that open a block, where that costs no conversion.
+"""Driven states of a partition: let activations of digital values open a block if that costs no conversion.
 
-The value that drives such a state takes the DACs that the state itself would take as a digital one, so that most often
-it costs nothing. It costs its ADCs where something outside of the block reads it too. The rule is in `rules`.
+The value that drives such a state needs the DACs that the state itself would need if it were digital. So most often
+it costs nothing. It costs ADCs if an operation outside of the block reads the state too. The rule is in `rules`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from ffebm_compiler.passes.partition.state import DIGITAL, State
 __all__ = ["driven_with", "make_driven", "make_driven_before"]
 
 _FAN = 12
-"""Readers of one value that are looked at."""
+"""The largest number of readers of one value that are tried."""
 
 
 def make_driven(state: State, v: int) -> None:
-    """Make a digital activation a driven state of a block whose layers read it, where that costs no conversion."""
+    """Make a digital activation a driven state of a block whose layers read it, if that costs no conversion."""
     if not state.digital_drive or state.home[v] != DIGITAL:
         return
     group = [v]
@@ -29,7 +29,7 @@ def make_driven(state: State, v: int) -> None:
 
 
 def make_driven_before(state: State, v: int) -> None:
-    """Make the digital activations that a layer of a block reads driven states, where that costs no conversion."""
+    """Make the digital activations that a layer of a block reads driven states, if that costs no conversion."""
     stack = [v] if state.digital_drive and state.home[v] != DIGITAL else []
     for u in stack:
         for w in state.operands[u]:
@@ -41,7 +41,7 @@ def make_driven_before(state: State, v: int) -> None:
 
 
 def driven_with(state: State, v: int) -> list[int]:
-    """The driven states that one layer of their block alone reads, with the wiring between: they go where it goes."""
+    """The driven states that only this layer of their block reads, with the wiring between. They move with it."""
     home, found = state.home[v], {v: None}
     for u in state.operands[v] if state.digital_drive and home != DIGITAL else ():
         chain = [u]

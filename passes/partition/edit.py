@@ -19,7 +19,7 @@ _ANY = 1 << 62
 
 
 def move(plan: PlanData, path: str, where: str) -> PlanData:
-    """A new plan with the layers of a module path in another place; see `Plan.move`."""
+    """A new plan with the layers of a module path in another place. See `Plan.move`."""
     layers = plan.layers_of(path)
     if not layers:
         raise PlanError(_no_layer(plan, path))
@@ -27,7 +27,7 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
     names = [block.name for block in plan.blocks]
     if where not in ("digital", "analog", *names):
         raise PlanError(
-            f"there is no place {where!r} to move {path!r} to; expected 'digital', 'analog', {_some(names)}"
+            f"there is no place {where!r} to move {path!r} to; expected 'digital', 'analog', {_listed(names)}"
         )
     too_big = {op.name: too_large(op, hardware) for op in graph.operations if op.role is Role.WEIGHT}
     _refuse(plan, path, where, layers, too_big)
@@ -47,7 +47,7 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
         if where == "digital":
             target = DIGITAL
         elif where == "analog":
-            names.append(_free(names))
+            names.append(_free_name(names))
             target = state.new_block()
         else:
             target = names.index(where)
@@ -60,14 +60,14 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
         if state.attempt(changes, slack=_ANY, close=True):
             continue
         if where in ("digital", "analog"):
-            # It was in the middle: what depends on it in its block settles in a block of its own from now on.
-            names.append(_free(names))
+            # It was in the middle, so the operations that depend on it get a block of their own.
+            names.append(_free_name(names))
             later = state.new_block()
-            if state.attempt([*changes, *((w, later) for w in _later(state, v, changes))], slack=_ANY):
+            if state.attempt([*changes, *((w, later) for w in _dependents(state, v, changes))], slack=_ANY):
                 continue
         raise PlanError(
-            f"{path!r} cannot move to {where}: a value would have to leave a block and come back into it; move "
-            "what lies in between too, or choose another block"
+            f"{path!r} cannot move to {where}, since a value would leave a block and come back into it: move "
+            "the operations in between too, or choose another block"
         )
     for op in layers:
         make_driven_before(state, number[op.name])
@@ -95,7 +95,7 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
 
 
 def _tail(state: State, v: int) -> list[int]:
-    """A layer and what follows it in its block, up to where another layer of the block feeds it too."""
+    """A layer and the operations that follow it in its block, as long as no other layer of the block feeds them too."""
     home = state.home[v]
     found = [v]
     for w in found:
@@ -106,8 +106,8 @@ def _tail(state: State, v: int) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def _later(state: State, v: int, changes: list[tuple[int, int]]) -> list[int]:
-    """Operations of a layer's block that depend on it, but for those that move with it."""
+def _dependents(state: State, v: int, changes: list[tuple[int, int]]) -> list[int]:
+    """Operations of a layer's block that depend on it, without those that move with it."""
     home, gone = state.home[v], {w for w, _ in changes}
     found = {v: None}
     stack = [v]
@@ -119,14 +119,14 @@ def _later(state: State, v: int, changes: list[tuple[int, int]]) -> list[int]:
     return [w for w in found if state.home[w] == home and w not in gone]
 
 
-def _free(names: list[str]) -> str:
+def _free_name(names: list[str]) -> str:
     number = len(names) + 1
     while f"block_{number}" in names:
         number += 1
     return f"block_{number}"
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "")
 
 
@@ -136,7 +136,7 @@ def _no_layer(plan: PlanData, path: str) -> str:
             return f"{path!r} cannot be analog: {op.reason}"
     paths = [op.path or op.name for op in plan.graph.operations if op.role is Role.WEIGHT]
     close = difflib.get_close_matches(path, paths, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else f"its layers are {_some(paths)}"
+    hint = f"did you mean {', '.join(close)}?" if close else f"its layers are {_listed(paths)}"
     return f"the plan has no weight-stationary layer {path!r}: {hint}"
 
 
@@ -151,7 +151,7 @@ def _refuse(plan: PlanData, path: str, where: str, layers: list[Operation], too_
         )
         if matches(op.path, patterns):
             raise PlanError(
-                f"{path!r} cannot move to {where}: {option}={patterns} holds {op.path!r}; make the plan without"
+                f"{path!r} cannot move to {where}, since {option}={patterns} holds {op.path!r}: plan without it"
             )
 
 
@@ -165,6 +165,6 @@ def _check_room(plan: PlanData, state: State, op: Operation, where: str, target:
     ):
         if limit is not None and used + more > limit:
             raise PlanError(
-                f"{op.path!r} does not fit into {where}: it would have {used + more} {what} and holds {limit}; move "
+                f"{op.path!r} does not fit into {where}, which would have {used + more} {what} and holds {limit}: move "
                 "another layer out of it first"
             )

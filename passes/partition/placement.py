@@ -1,9 +1,9 @@
-"""Placement: which tile of which core holds which rows and columns of which weight.
+"""Placement: find the core, tile, rows and columns of every weight.
 
 A layer's matrix of rows × cols weights (per group, per unrolled position) is cut into a grid of
 tiles of `tile_rows` rows and ⌊tile_cols / devices_per_weight⌋ weights. The tiles of a block lie
-one after the other on one core; blocks are put on cores largest first, each on the first core
-with room, so that several small blocks share a core. Where groups share tiles, their matrices lie
+one after the other on one core. Blocks are put on cores largest first, each on the first core
+with room, so that several small blocks share a core. If groups share tiles, their matrices lie
 along a tile's diagonal.
 """
 
@@ -23,36 +23,36 @@ __all__ = ["CorePlacement", "LayerPlacement", "Tile", "TilePlacement", "place_la
 
 @dataclass(frozen=True)
 class Tile:
-    """One crossbar and the part of a weight matrix that it holds."""
+    """One crossbar, and the part of a weight matrix that it holds."""
 
     core: int
     index: int
     """Number of the tile in its core, from 0."""
     layer: str
     group: int
-    """The group that it holds, or the first of those along its diagonal."""
+    """The group that it holds, or the first one on its diagonal."""
     position: int
-    """Output position that it serves with `conv_mapping="unrolled"`; 0 otherwise."""
+    """The output position that it serves with `conv_mapping="unrolled"`; 0 otherwise."""
     rows: tuple[int, int]
     """First row of the group's matrix and the one after the last."""
     cols: tuple[int, int]
     """First column of the group's matrix and the one after the last."""
     utilisation: float
-    """Devices that hold a weight, of all devices of the tile."""
+    """Share of the tile's devices that hold a weight."""
     groups: int = 1
-    """Groups that it holds, one after the other along its diagonal."""
+    """Number of groups that it holds along its diagonal."""
 
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """The tiles of one layer, as the grid that they are."""
+    """The tiles of one layer, as a grid."""
 
     layer: str
     core: int
     first: int
     """Number of its first tile in the core."""
     rows: int
-    """Rows of one group's matrix, with the bias where it takes a row."""
+    """Rows of one group's matrix, including a row for the bias if it takes one."""
     cols: int
     groups: int
     positions: int
@@ -61,9 +61,9 @@ class LayerPlacement:
     across: int
     """Tiles along the columns of one group."""
     hardware: Hardware
-    """The fabric as this layer has it."""
+    """The fabric with this layer's overrides."""
     per_tile: int = 1
-    """Groups on one tile, where they share tiles."""
+    """Groups on one tile; 1 unless they share tiles."""
 
     @property
     def count(self) -> int:
@@ -77,7 +77,7 @@ class LayerPlacement:
 
     @property
     def tile_devices(self) -> int:
-        """Devices of one of its tiles; an unlimited side is as long as the matrix."""
+        """Devices of one of its tiles. An unlimited side is as long as the matrix."""
         rows = self.hardware.tile_rows or self.rows * self.per_tile
         return rows * (self.hardware.tile_cols or self.cols * self.hardware.devices_per_weight * self.per_tile)
 
@@ -85,7 +85,7 @@ class LayerPlacement:
         """Every tile, position by position, group by group, row by row of the grid."""
         each = self.hardware.devices_per_weight
         high = self.hardware.tile_rows or self.rows
-        # In devices: a pair of columns that hold one weight may lie on two neighbouring tiles.
+        # Counted in devices, since the two columns of one weight may lie on neighbouring tiles.
         wide = self.hardware.tile_cols or self.cols * each
         index = self.first
         for position in range(self.positions):
@@ -103,14 +103,14 @@ class LayerPlacement:
 
 @dataclass(frozen=True)
 class CorePlacement:
-    """What one core holds."""
+    """The blocks and tiles on one core."""
 
     core: int
     blocks: tuple[int, ...]
     """Indices of its blocks."""
     tiles: int
     utilisation: float
-    """Tiles used, of all its tiles; 1 where a core is unlimited."""
+    """Share of its tiles that are used; 1 if a core is unlimited."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class TilePlacement:
 
     @property
     def utilisation(self) -> float:
-        """Devices that hold a weight, of all devices of the tiles that are used; 0 without any."""
+        """Share of the devices of used tiles that hold a weight; 0 if no tile is used."""
         devices = sum(layer.count * layer.tile_devices for layer in self.layers)
         return sum(layer.devices for layer in self.layers) / devices if devices else 0.0
 
@@ -149,7 +149,7 @@ class TilePlacement:
 
 
 def placement_of(plan: PlanData) -> TilePlacement:
-    """The placement of a plan's layers; arguments and errors as of `place_layers`."""
+    """The placement of a plan's layers. Arguments and errors are those of `place_layers`."""
     graph = plan.graph
     layers = [[op for n in block.operations if (op := graph[n]).role is Role.WEIGHT] for block in plan.blocks]
     return place_layers(layers, plan.hardware)
@@ -163,7 +163,7 @@ def place_layers(blocks: Sequence[Sequence[Operation]], hardware: Hardware) -> T
         hardware: the fabric.
 
     Raises:
-        PlanError: where `hardware.cores` are too few.
+        PlanError: `hardware.cores` are too few.
     """
     sizes = [sum(tiles_of(layer, hardware) for layer in layers) for layers in blocks]
     homes = core_homes(sizes, [sum(layer.macs for layer in layers) for layers in blocks], hardware)

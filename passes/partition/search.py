@@ -1,8 +1,8 @@
 """The improvement: merge blocks and move operations.
 
-Every step is a change that `State.attempt` accepts because the result is sound and has fewer
-conversions, or as many in fewer blocks. The search stops when nothing improves or when its
-clock (operations looked at, the same on every machine) runs out, so that the time grows with the
+`State.attempt` accepts a step only if the result is sound and has fewer
+conversions, or equally many in fewer blocks. The search stops when nothing improves or when its
+budget runs out. The budget counts visited operations, so that the time grows with the
 network and the result does not depend on the machine.
 """
 
@@ -17,9 +17,9 @@ from ffebm_compiler.passes.partition.state import DIGITAL, State
 __all__ = ["FAN", "WINDOW", "improve", "joining", "merge_all", "move_all", "partners", "tail"]
 
 FAN = 12
-"""Readers of one value that are looked at for a neighbour."""
+"""The largest number of readers of one value that are tried for a neighbour."""
 _NEAR = 16
-"""Blocks that follow in the order and are tried for a merge that saves no conversion."""
+"""How many following blocks are tried for a merge that saves no conversion."""
 WINDOW = 2000
 """Operations that a change may have to sort again."""
 
@@ -34,7 +34,7 @@ def improve(state: State, budget: int) -> None:
 
 
 def partners(state: State, block: int) -> list[int]:
-    """Blocks that a block could share a value with, also across one digital operation that may join."""
+    """Blocks that could share a value with this block, also through one digital operation that may join."""
     home, found = state.home, dict[int, None]()
     members = state.members(block)
     state.work += len(members)
@@ -55,15 +55,15 @@ def partners(state: State, block: int) -> list[int]:
     return sorted(found.keys() - {block, DIGITAL})
 
 
-def _union(state: State, first: int, second: int) -> list[tuple[int, int]]:
-    """The changes that merge two blocks: the smaller one goes."""
+def _merging_changes(state: State, first: int, second: int) -> list[tuple[int, int]]:
+    """The changes that merge the smaller of two blocks into the larger one."""
     a, b = state.members(first), state.members(second)
     return [(v, second) for v in a] if len(a) < len(b) else [(v, first) for v in b]
 
 
-def _gain(state: State, first: int, second: int) -> int:
-    """Conversions that a merge saves, without what might join in between."""
-    changes = _union(state, first, second)
+def _saved_conversions(state: State, first: int, second: int) -> int:
+    """Conversions that a merge saves, not counting operations in between that might join."""
+    changes = _merging_changes(state, first, second)
     before = state.total
     done = [(v, state.home[v]) for v, _ in changes]
     for v, home in changes:
@@ -77,14 +77,14 @@ def _gain(state: State, first: int, second: int) -> int:
 def merge_all(
     state: State, window: int, end: int, only: Iterable[int] | None = None, noise: random.Random | None = None
 ) -> None:
-    """Merge pairs of blocks, the pair that saves most first."""
+    """Merge pairs of blocks. The pair that saves most comes first."""
     heap: list[tuple[float, int, int, int, int]] = []
     version: dict[int, int] = {}
 
     def offer(block: int, above: bool) -> None:
         for other in partners(state, block):
             if (other > block or not above) and state.may_merge(block, other):
-                gain: float = _gain(state, block, other)
+                gain: float = _saved_conversions(state, block, other)
                 if noise is not None:
                     gain *= noise.uniform(0.5, 1.5)
                 pair = (min(block, other), max(block, other))
@@ -101,7 +101,7 @@ def merge_all(
             continue
         if (version.get(first, 0), version.get(second, 0)) != (at_first, at_second):
             continue
-        if state.attempt(_union(state, first, second), close=True, worst_window=window):
+        if state.attempt(_merging_changes(state, first, second), close=True, worst_window=window):
             kept = first if first in state.load else second
             version[kept] = version.get(kept, 0) + 1
             offer(kept, False)
@@ -117,11 +117,11 @@ def _merge_neutral(state: State, window: int, end: int) -> None:
             if block not in state.load:
                 break
             if other in state.load and state.may_merge(block, other):
-                state.attempt(_union(state, block, other), close=True, worst_window=window)
+                state.attempt(_merging_changes(state, block, other), close=True, worst_window=window)
 
 
 def tail(state: State, v: int) -> list[int]:
-    """An operation and what follows it in its block without being a layer."""
+    """An operation and the operations after it in its block, up to the next layers."""
     home = state.home[v]
     found = {v: None}
     stack = [v]
@@ -134,7 +134,7 @@ def tail(state: State, v: int) -> list[int]:
 
 
 def joining(state: State, v: int, edges: list[tuple[int, ...]] | list[list[int]]) -> list[int]:
-    """A digital operation and those along the edges that are digital and may join, eight at most."""
+    """A digital operation and up to eight digital ones along the edges that may join."""
     found = {v: None}
     stack = [v]
     while stack and len(found) < 8:
@@ -145,13 +145,13 @@ def joining(state: State, v: int, edges: list[tuple[int, ...]] | list[list[int]]
     return list(found)
 
 
-def _targets(state: State, v: int) -> list[int]:
-    """Homes that an operation could move to, also across one digital operation that may join."""
+def _possible_homes(state: State, v: int) -> list[int]:
+    """Homes that an operation could move to, also through one digital operation that may join."""
     home, found = state.home, dict[int, None]()
     for u in state.reads[v]:
         if u < state.size:
             found[home[u]] = None
-            if state.layer[v] and home[u] == DIGITAL and state.joins[u]:  # it would come along
+            if state.layer[v] and home[u] == DIGITAL and state.joins[u]:  # `u` would move with it
                 for w in state.operands[u]:
                     found[home[w]] = None
         if state.layer[v]:
@@ -170,7 +170,7 @@ def _targets(state: State, v: int) -> list[int]:
     return targets
 
 
-def _room(state: State, v: int, target: int) -> bool:
+def _has_room(state: State, v: int, target: int) -> bool:
     load = state.load.get(target)
     if load is None or not state.layer[v]:
         return True
@@ -178,11 +178,11 @@ def _room(state: State, v: int, target: int) -> bool:
 
 
 def _groups(state: State, v: int, target: int) -> list[list[int]]:
-    """Operations that could move with one."""
+    """Groups of operations that could move together with this one."""
     groups = [[v]]
     if state.home[v] != DIGITAL:
         groups.append(tail(state, v))
-        if state.layer[v] and target != DIGITAL:  # with the wiring before it that no block holds yet
+        if state.layer[v] and target != DIGITAL:  # together with digital wiring before it
             groups.append(joining(state, v, state.operands))
     elif target != DIGITAL:
         groups += [joining(state, v, state.operands), joining(state, v, state.readers)]
@@ -190,7 +190,7 @@ def _groups(state: State, v: int, target: int) -> list[list[int]]:
 
 
 def _cut_before(state: State, v: int, window: int) -> None:
-    """Give a layer a block of its own and make what feeds it in its old block digital."""
+    """Give a layer a block of its own, and make the operations that feed it in its old block digital."""
     home = state.home[v]
     if not state.layer[v] or state.load[home][0] < 2:
         return
@@ -208,7 +208,7 @@ def _cut_before(state: State, v: int, window: int) -> None:
 
 
 def _move_readers(state: State, v: int, window: int) -> None:
-    """Move all that follows an operation out of its block, or what reads it into the block, at once."""
+    """Move everything after an operation out of its block at once, or its readers into the block."""
     home = state.home[v]
     if home == DIGITAL or len(state.readers[v]) < 2:
         return
@@ -219,7 +219,7 @@ def _move_readers(state: State, v: int, window: int) -> None:
 
 
 def move_all(state: State, operations: Iterable[int], window: int, end: int, rounds: int = 3) -> None:
-    """Move operations, alone or with what follows them, while it helps."""
+    """Move operations, alone or with those that follow them, while it helps."""
     operations = [v for v in operations if state.layer[v] or state.joins[v]]
     for _ in range(rounds):
         before = state.objective()
@@ -230,8 +230,8 @@ def move_all(state: State, operations: Iterable[int], window: int, end: int, rou
                 continue
             _move_readers(state, v, window)
             _cut_before(state, v, window)
-            for target in _targets(state, v):
-                if _room(state, v, target) and any(
+            for target in _possible_homes(state, v):
+                if _has_room(state, v, target) and any(
                     state.attempt([(w, target) for w in group], close=True, worst_window=window)
                     for group in _groups(state, v, target)
                 ):
@@ -241,7 +241,7 @@ def move_all(state: State, operations: Iterable[int], window: int, end: int, rou
 
 
 def _on_boundary(state: State, v: int) -> bool:
-    """Whether a value is converted here or next to here."""
+    """Whether the value of an operation, or of a neighbour, is converted."""
     return bool(state.price(v)) or any(
         state.price(u) for around in (state.reads[v], state.readers[v][:FAN]) for u in around
     )

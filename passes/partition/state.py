@@ -1,15 +1,15 @@
-"""The state of a partition under improvement: who is where, what it costs, and an order that proves it acyclic.
+"""The state of a partition under improvement: the home of each operation, the cost, and a proof that it is acyclic.
 
 Operations are integers here. Each has a home: a block (0, 1, ...) or `DIGITAL`. The cost is kept
-up to date value by value: a value u costs
+up to date value by value. A value u costs
 
-    values(u) · ( blocks other than its home that read it  +  1 where it leaves its home through ADCs )
+    values(u) · ( blocks other than its home that read it  +  1 if it leaves its home through ADCs )
 
-and moving one operation changes this for the operation and for what it reads alone, in time
-proportional to its operands. The proof of acyclicity is `order`, a permutation of all operations
+Moving one operation changes this only for the operation and its operands, in time
+proportional to their number. The proof of acyclicity is `order`, a permutation of all operations
 that is topological for the quotient graph and in which every block is contiguous. A change of
-some blocks can only make a cycle between the first and the last position that it touches, so
-that only this window is sorted again.
+some blocks can make a cycle only between the first and the last position that it touches. So
+only this window is sorted again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def tiles_of(operation: Operation, hardware: Hardware) -> int:
 
 
 class State:
-    """Homes, loads, cost and order of a partition; `attempt` changes it, or leaves it as it was."""
+    """Homes, loads, cost and order of a partition. `attempt` changes it, or leaves it as it was."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class State:
         count = len(operations)
         self.size = count
         self.digital_drive = digital_drive
-        """Whether an activation of a value from outside of its block may be a state of it: see `rules`."""
+        """Whether an activation of a value from outside of its block may be a state of it (see `rules`)."""
         self.values = [op.values for op in operations] + list(graph.inputs.values())
         self.reads = [tuple(sources[name] for name in dict.fromkeys(op.inputs)) for op in operations]
         self.operands = [tuple(u for u in reads if u < count) for reads in self.reads]
@@ -61,7 +61,7 @@ class State:
                 self.readers[u].append(index)
         needs = graph.needs(draws)
         self.needs = [tuple(number[name] for name in needs[op.name] if name in number) for op in operations]
-        """What must have run before each operation: its operands, and with `draws` the draw before it."""
+        """Operation -> the operations that run before it: its operands, and with `draws` the draw before it."""
         self.followers: list[list[int]] = [[] for _ in operations]
         """The inverse of `needs`."""
         for index, before in enumerate(self.needs):
@@ -76,9 +76,9 @@ class State:
         ]
         self.activation = [op.role is Role.ACTIVATION for op in operations]
         self.read_once = [len(self.readers[index]) == 1 and not self.output[index] for index in range(count)]
-        """Operations whose value one operation reads: a layer's product reaches an activation through such alone."""
+        """Operations whose value only one operation reads. A layer's product must reach an activation through these."""
         self.passes_on = [op.kind in ("reshape", *ALWAYS_JOIN) for op in operations]
-        """Operations that a block gains nothing from where they are at its rim."""
+        """Operations at the edge of a block that save it nothing."""
         self.weight = [
             (1, tiles_of(op, hardware), op.values) if self.layer[index] else (0, 0, 0)
             for index, op in enumerate(operations)
@@ -94,14 +94,14 @@ class State:
         self.order = list(range(count))
         self.position = list(range(count))
         self.activations: dict[int, set[int]] = {}
-        """The activations of each block, kept where some may be driven."""
+        """The activations of each block, if some may be driven."""
         self.span: dict[int, tuple[int, int]] = {}
         """First and last position of each block in the order."""
         self.journal: list[tuple[int, int]] = []
         """(operation, home before) of every accepted change, for `rollback`."""
         self.unused = 0
         self.work = 0
-        """Operations looked at since the start: a clock that is the same on every machine."""
+        """Number of operations visited since the start, a clock that is the same on every machine."""
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class State:
         return self.total, len(self.load)
 
     def fits(self, block: int) -> bool:
-        """Whether a block is within capacity; one layer alone always is (others were refused before)."""
+        """Whether a block is within capacity. A single layer always is, since larger ones were refused before."""
         load = self.load.get(block)
         if load is None:
             return True
@@ -136,7 +136,7 @@ class State:
         return load[0] <= self.capacity[0] and load[1] <= self.capacity[1] and neurons <= self.capacity[2]
 
     def _driven_values(self, block: int) -> int:
-        """Neurons of a block that a digital value drives; counted only where neurons are limited."""
+        """Neurons of a block that a digital value drives. They are counted only if neurons are limited."""
         if not self.digital_drive or self.capacity[2] == float("inf"):
             return 0
         return sum(self.values[v] for v in self.activations.get(block, ()) if self.driven(v))
@@ -147,7 +147,7 @@ class State:
         return all(x + y <= limit for x, y, limit in zip(a, b, self.capacity, strict=True))
 
     def fed(self, v: int) -> bool:
-        """Whether an operation of a block may be in it: a layer, a state that `rules` allow, or wiring behind one."""
+        """Whether an operation may be in its block: a layer, a state that `rules` allow, or wiring after one."""
         home = self.home[v]
         if self.layer[v]:
             return True
@@ -156,7 +156,7 @@ class State:
         return any(self.home[u] == home for u in self.operands[v])
 
     def _owns_layer(self, v: int) -> bool:
-        """Whether a layer of the block reaches an activation of it and nothing else: see `rules`."""
+        """Whether a layer of the block reaches this activation of it and nothing else (see `rules`)."""
         home, stack = self.home[v], list(self.operands[v])
         self.work += 1
         while stack:
@@ -169,7 +169,7 @@ class State:
         return False
 
     def driven(self, v: int) -> bool:
-        """Whether an activation of a block is a state that a digital value drives and only layers of the block read."""
+        """Whether an activation is a state that a digital value drives and that only layers of its block read."""
         home = self.home[v]
         if not self.digital_drive or any(self.home[u] == home for u in self.operands[v]):
             return False
@@ -188,7 +188,7 @@ class State:
         return True
 
     def states_behind(self, v: int) -> list[int]:
-        """The activations of blocks whose values reach an operation through wiring of blocks alone, or directly."""
+        """The activations of blocks whose values reach an operation directly, or through wiring of blocks alone."""
         found: dict[int, None] = {}
         seen, stack = {v}, [v]
         while stack:
@@ -208,7 +208,7 @@ class State:
         return self.unused - 1
 
     def start(self) -> None:
-        """Drop what no layer feeds after the first homes were `put`, and order everything."""
+        """After the first homes were `put`, make operations digital that no layer feeds, and order everything."""
         done = [(v, DIGITAL) for v in range(self.size) if self.home[v] != DIGITAL]
         self._drop_unfed(done, {})
         if self.size and not self._sort(0, self.size - 1):
@@ -217,7 +217,7 @@ class State:
     # -- changing ----------------------------------------------------------------------------
 
     def put(self, v: int, home: int) -> None:
-        """Change one home, and the cost and loads with it; the order is not touched."""
+        """Change one home, and the cost and loads with it, but not the order."""
         old = self.home[v]
         self.work += 1
         reads = self.reads[v]
@@ -257,24 +257,24 @@ class State:
         close: bool = False,
         worst_window: int = 1 << 62,
     ) -> bool:
-        """Change homes if the result is sound and better; else change nothing.
+        """Change homes if the result is sound and better. Otherwise change nothing.
 
         Args:
             changes: (operation, new home).
-            slack: accept up to this many conversions more, whatever the number of blocks; None accepts
-                improvements alone: fewer conversions, or as many in fewer blocks.
-            close: take operations that lie on a way out of a changed block and back into it into the block.
-            worst_window: give up where more operations than this would have to be sorted again.
+            slack: accept up to this many conversions more, with any number of blocks. None accepts only
+                improvements: fewer conversions, or equally many in fewer blocks.
+            close: let operations join a changed block that lie on a path out of it and back into it.
+            worst_window: give up if more operations than this would have to be sorted again.
 
         Returns:
-            Whether it was done. What was done is at the end of `journal`.
+            Whether it was done. The changes are at the end of `journal`.
         """
         before = self.objective()
         done: list[tuple[int, int]] = []
         touched: dict[int, None] = {}
         self._apply(changes, done, touched)
         self._drop_unfed(done, touched)
-        if not all(self.fits(block) for block in touched) or not self._good(before, slack):
+        if not all(self.fits(block) for block in touched) or not self._is_accepted(before, slack):
             return self._undo(done)
         window = self._window(done, touched)
         if window is None:
@@ -282,7 +282,7 @@ class State:
         if window[1] - window[0] >= worst_window:
             return self._undo(done)
         if not self._sort(*window):
-            if not close or not self._close(done, touched, window) or not self._good(before, slack):
+            if not close or not self._close_cycles(done, touched, window) or not self._is_accepted(before, slack):
                 return self._undo(done)
             window = self._window(done, touched) or window
             if not all(self.fits(block) for block in touched) or not self._sort(*window):
@@ -292,7 +292,7 @@ class State:
         return True
 
     def rollback(self, mark: int) -> None:
-        """Take back every change since the journal had this length."""
+        """Undo every change since the journal had this length."""
         done = self.journal[mark:]
         if not done:
             return
@@ -322,13 +322,13 @@ class State:
             self.put(v, old)
         return False
 
-    def _good(self, before: tuple[int, int], slack: int | None) -> bool:
+    def _is_accepted(self, before: tuple[int, int], slack: int | None) -> bool:
         return self.objective() < before if slack is None else self.total <= before[0] + slack
 
     def _drop_unfed(self, done: list[tuple[int, int]], touched: dict[int, None]) -> None:
-        """What lost the layer that fed it turns digital."""
+        """Make operations digital that have lost the layer which fed them."""
         stack = [v for changed, _ in done for v in (changed, *self.readers[changed])]
-        if self.digital_drive:  # a driven state depends on what reads it, too
+        if self.digital_drive:  # a driven state depends on its readers, too
             stack += [v for changed, _ in done for v in self.states_behind(changed)]
         while stack:
             v = stack.pop()
@@ -339,7 +339,7 @@ class State:
                 self._apply([(v, DIGITAL)], done, touched)
                 stack.extend((*self.readers[v], *behind))
             elif self.read_once[v] and not self.layer[v] and not self.activation[v]:
-                stack.extend(self.readers[v])  # the activation behind the wiring may have lost its layer
+                stack.extend(self.readers[v])  # the activation after the wiring may have lost its layer
 
     def _window(self, done: list[tuple[int, int]], touched: dict[int, None]) -> tuple[int, int] | None:
         if not done:
@@ -351,7 +351,7 @@ class State:
         return min(places), max(places)
 
     def _graph(self, window: list[int], low: int, high: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """Operations of each place in a window, and the places that follow each one (with repetitions)."""
+        """The operations of each place in a window, and the places that follow each one (with repetitions)."""
         home, position = self.home, self.position
         groups: dict[int, list[int]] = {}
         followers: dict[int, list[int]] = {}
@@ -367,7 +367,7 @@ class State:
         return groups, followers
 
     def _sort(self, low: int, high: int) -> bool:
-        """Sort a window of the order again; False where it holds a cycle."""
+        """Sort a window of the order again; False if it holds a cycle."""
         window = self.order[low : high + 1]
         groups, followers = self._graph(window, low, high)
         missing = dict.fromkeys(groups, 0)
@@ -396,8 +396,8 @@ class State:
                 self.span[place] = span
         return True
 
-    def _close(self, done: list[tuple[int, int]], touched: dict[int, None], window: tuple[int, int]) -> bool:
-        """Take what lies on a cycle through a changed block into the block; False where it may not join."""
+    def _close_cycles(self, done: list[tuple[int, int]], touched: dict[int, None], window: tuple[int, int]) -> bool:
+        """Let the operations on a cycle through a changed block join it; False if one may not join."""
         low, high = window
         groups, followers = self._graph(self.order[low : high + 1], low, high)
         back: dict[int, list[int]] = {}

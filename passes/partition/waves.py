@@ -1,9 +1,9 @@
-"""The construction: waves of Kahn's algorithm, and the best cuts of each wave.
+"""Construct a partition from waves of Kahn's algorithm, and the best cuts of each wave.
 
-Between two waves only digital operations run, and within a wave only analog ones, so that every
-cut of a wave's order into consecutive segments is acyclic. Dynamic programming over the units of
-a wave (a layer and what follows it up to the next one) finds the segments with the fewest
-conversions, then the fewest segments. Where a segment may hold very many units, neighbours are
+Between two waves only digital operations run, and within a wave only analog ones. So every
+cut of a wave's order into consecutive segments is acyclic. A unit is a layer and the operations after it up to the
+next layer. Dynamic programming over the units of a wave finds the segments with the fewest
+conversions, then the fewest segments. If a segment may hold very many units, neighbours are
 joined first, so that the work stays proportional to the network.
 """
 
@@ -17,14 +17,14 @@ from ffebm_compiler.passes.partition.state import State
 __all__ = ["next_fit", "waves_and_cuts"]
 
 _LOOK_BACK = 48
-"""Units that a segment is searched over; longer segments are searched over runs of units."""
+"""The largest number of units in a searched segment. Longer segments are searched over joined units."""
 
 
 def waves_and_cuts(state: State) -> list[list[int]]:
     """Operations of each block, acyclic and within capacity."""
     segments = []
     for wave in _waves(state):
-        # Depth first or in the order of the graph: neither is always better.
+        # Depth first and the order of the graph are both tried, since neither is always better.
         _, best = min((_cut(state, order) for order in (wave, sorted(wave))), key=lambda found: found[0])
         for segment in best:
             segments += _filled(state, segment)
@@ -37,9 +37,9 @@ def next_fit(state: State) -> list[list[int]]:
 
 
 def _filled(state: State, operations: Iterable[int]) -> list[list[int]]:
-    """Blocks of operations that come in topological order, filled one after the other.
+    """Fill blocks one after the other with operations in topological order.
 
-    A block is closed when a layer does not fit, or depends on the block through something outside of it.
+    A block is closed when a layer does not fit, or depends on the block through an operation outside of it.
     """
     blocks: list[list[int]] = []
     inside = _Inside(state)
@@ -70,20 +70,20 @@ class _Inside:
         self.state = state
         self.members: set[int] = set()
         self.carrying: set[int] = set()
-        """Those that hand what a layer computes to one operation, without an activation in between."""
+        """The operations that hand a layer's product to a single operation, without an activation in between."""
 
     def feeds(self, v: int) -> bool:
-        """Whether an operation needs one of the block."""
+        """Whether an operation reads an operation of the block."""
         return any(u in self.members for u in self.state.needs[v])
 
     def may_hold(self, v: int) -> bool:
-        """Whether an operation other than a layer may join: `State.fed`, and the wiring allowed."""
+        """Whether an operation that is no layer may join, by the rules of `State.fed` and the allowed wiring."""
         state = self.state
         feeding = self.carrying if state.activation[v] else self.members
         return state.joins[v] and any(u in feeding for u in state.operands[v])
 
     def add(self, v: int) -> None:
-        """Take an operation in."""
+        """Add an operation."""
         state = self.state
         self.members.add(v)
         behind = not state.activation[v] and any(u in self.carrying for u in state.operands[v])
@@ -92,7 +92,7 @@ class _Inside:
 
 
 def _waves(state: State) -> list[list[int]]:
-    """Analog operations in waves."""
+    """The waves of analog operations."""
     missing = [len(needs) for needs in state.needs]
     layers: list[int] = []
     others: list[int] = []
@@ -118,7 +118,7 @@ def _waves(state: State) -> list[list[int]]:
                 file(user)
         wave: list[int] = []
         inside = _Inside(state)
-        # Depth first: the followers of a layer come right after it, so that chains stay together.
+        # Depth first, so that the followers of a layer come right after it and chains stay together.
         stack = sorted(layers, reverse=True)
         layers.clear()
         while stack:
@@ -137,7 +137,7 @@ def _waves(state: State) -> list[list[int]]:
 
 
 def _cut(state: State, wave: list[int]) -> tuple[tuple[int, int], list[list[int]]]:
-    """The wave's best cut into consecutive segments within capacity, after its (conversions, segments)."""
+    """((conversions, segments), segments) of the wave's best cut into consecutive segments within capacity."""
     units: list[list[int]] = []
     for v in wave:
         if state.layer[v] or not units:
@@ -170,7 +170,7 @@ def _within(load: tuple[int, ...], capacity: tuple[float, ...], share: float = 1
 
 
 def _runs(state: State, units: list[list[int]]) -> list[list[int]]:
-    """Units joined where a segment could hold more than the look-back."""
+    """The units, joined to longer runs if a segment could hold more units than are searched."""
     loads = [_load(state, unit) for unit in units]
     whole = tuple(sum(column) for column in zip(*loads, strict=True))
     if _within(whole, state.capacity):

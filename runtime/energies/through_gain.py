@@ -1,16 +1,16 @@
-"""The gradient through γ: what a change of the weights does to amplifiers that hold the loop gain.
+"""The gradient through γ: the effect of the weights on the loss through amplifiers that hold the loop gain.
 
 With c_l = g^depth(l) and κ = ρ(A)² held, a weight that moves the norms n of the edges moves g:
 
     d ln g = −2 Σ_e w_e d ln n_e / Σ_e w_e span_e ,    w_e = ∂ ln ρ/∂ ln a_e = 2 x_l x_m a_e/ρ ,
 
 with x the Perron vector of A and span_e the depths that an edge spans (ln a_e = ½ span_e ln g + ln n_e + a constant).
-Where the feedback has weights of its own A is not symmetric, each direction of an edge has a norm, and w_e =
-y_m x_l a_e/(ρ yᵀx) with the left Perron vector y. The loss follows g by
+If the feedback has weights of its own, A is not symmetric and each direction of an edge has a norm. Then w_e =
+y_m x_l a_e/(ρ yᵀx) with the left Perron vector y. The loss depends on g by
 
     dL/d ln g = Σ_e span_e γ_e ⟨e_l, J_{ml}ᵀ s_m⟩ ,
 
-and dn_e = uᵀ dJ_{ml} v with its leading singular pair (u, v): a term of rank one for every edge.
+and dn_e = uᵀ dJ_{ml} v with the leading singular pair (u, v) of J_{ml}. So every edge adds a term of rank one.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def add_gain_terms(
     Args:
         frame: the block at its equilibrium.
         scales: c_l.
-        measured: the block as its loop gain was measured: one sample, without random masks.
+        measured: the block as it is measured, for one sample and without random masks.
         currents: e_l, the derivative of the loss by h_l.
-        middle: s_l, or the midpoint of the states that are compared.
-        gradients: by weight, None where there is none yet.
-        needed: which weights are asked for.
+        middle: s_l, or the midpoint of the compared states.
+        gradients: the gradient of each weight; None if there is none yet.
+        needed: for each weight, whether its gradient is needed.
     """
     program = frame.program
     slope = _by_log_gain(frame, scales, currents, middle)
@@ -118,7 +118,7 @@ def _by_log_gain(
 
 
 def leading_pair(frame: Frame, earlier: int, later: int) -> tuple[float, Tensor, Tensor] | None:
-    """(σ, u, v) of J_{ml} with J v = σ u, by Golub–Kahan–Lanczos with full reorthogonalisation; None where J is zero.
+    """(σ, u, v) of J_{ml} with J v = σ u, by Golub–Kahan–Lanczos with full reorthogonalisation; None if J is zero.
 
     It stops where ‖Jᵀu − σ v‖ is below 1e-5 σ (1e-11 σ in float64).
     """
@@ -142,7 +142,7 @@ def leading_pair(frame: Frame, earlier: int, later: int) -> tuple[float, Tensor,
         left = _orthogonal(image.reshape(-1), lefts)
         alpha = float(torch.linalg.vector_norm(left))
         if alpha <= 1e-30 or (diagonal and alpha <= 1e-14 * diagonal[0]):
-            break  # the images of the right vectors are in the span of the left ones: one column more
+            break  # the images of the right vectors lie in the span of the left ones, so B has one more column
         lefts.append(left / alpha)
         diagonal.append(alpha)
         back = frame.pullback(later, lefts[-1].reshape(outer), states=True)[state].reshape(-1)
@@ -163,7 +163,7 @@ def leading_pair(frame: Frame, earlier: int, later: int) -> tuple[float, Tensor,
 
 
 def _bidiagonal(diagonal: Sequence[float], above: Sequence[float]) -> np.ndarray:
-    """B with J V = U B: square, or with a column more than rows."""
+    """B with J V = U B. It is square, or has one more column than rows."""
     matrix = np.zeros((len(diagonal), max(len(diagonal), len(above) + 1)))
     for index, value in enumerate(diagonal):
         matrix[index, index] = value
@@ -173,7 +173,7 @@ def _bidiagonal(diagonal: Sequence[float], above: Sequence[float]) -> np.ndarray
 
 
 def _orthogonal(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:
-    """A vector without its part in the span of orthonormal ones; twice, for round-off."""
+    """A vector without its part in the span of orthonormal ones. It is removed twice because of round-off."""
     if not basis:
         return vector
     rows = torch.stack(list(basis))

@@ -1,1 +1,1 @@
-"""Gradient estimators: from the error at a block's outputs to gradients of weights and inputs."""
+"""Gradient estimators turn the error at a block's outputs into gradients of weights and inputs."""

@@ -1,4 +1,4 @@
-"""Backpropagation through the sweeps at a settled state: a few of them, or as many as it takes."""
+"""Backpropagation through sweeps at a settled state: through a few of them, or until the result settles."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ class TruncatedBackprop(Estimator):
 
         e_l ← σ_l'(h_l) [ δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k ] ,   l = L..1,
 
-    K times from e = 0, with e_l the derivative of the loss by h_l, summed over the sweeps. That is what is computed:
-    the memory does not grow with K. K = 1 is backpropagation along the forward edges at the equilibrium, without
-    feedback; the error falls as κ^K, and K → ∞ is implicit differentiation. The free phase may be any solver's.
+    K times from e = 0, with e_l the derivative of the loss by h_l, summed over the sweeps. This iteration is computed
+    directly, so that the memory does not grow with K. K = 1 is backpropagation along the forward edges at the
+    equilibrium, without feedback. The error falls as κ^K, and K → ∞ is implicit differentiation. Any solver may settle
+    the free phase.
 
     Raises:
-        InputError: where `sweeps` is no positive integer.
+        InputError: `sweeps` is no positive integer.
 
     Sources: Williams & Peng 1990; Ernoult et al. 2019 (arXiv 1905.13633) for its relation to equilibrium propagation.
     """
 
     sweeps: int = 3
-    """K."""
+    """K, the number of sweeps to differentiate."""
     through_feedback: bool = False
     """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "truncated"
@@ -77,11 +78,11 @@ class RecurrentBackprop(Estimator):
 
         e_l ← σ_l'(h_l) [ δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k ] ,   l = L..1,
 
-    until e rests. The result is that of implicit differentiation. What differs is the way: plain sweeps, whatever
-    solver the free phase has, and so the rate at which an error circuit with the block's own couplings would settle.
+    until e rests. The result is that of implicit differentiation. But it always uses plain sweeps, even if the free
+    phase has another solver. So it settles at the rate of an error circuit with the block's own couplings.
 
     Raises:
-        ConvergenceError: from `backward`, naming the block, where the sweeps do not settle.
+        ConvergenceError: from `backward`, if the sweeps do not settle; names the block.
 
     Sources: Almeida 1987; Pineda 1987.
     """

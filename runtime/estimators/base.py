@@ -6,9 +6,9 @@ midpoint m of the states) and hands them to one contraction,
     g_θ   = Σ_l ∂_θ[ ⟨e_l, d_l(m, x)⟩ + ⟨m_l, Σ_k (c_l/c_k) J_{lk} e_k⟩ ],
     δ_x   = Σ_l (∂d_l/∂x)ᵀ e_l ,        e = −u,
 
-which for equilibrium propagation is exactly [∂E(s⁺) − ∂E(s⁻)]/(difference of β), expanded so
-that nothing cancels: u = c v̄ with v̄ the mean deviation and m the midpoint of the two states. An energy whose potentials
-hold weights adds terms of its own.
+For equilibrium propagation this is exactly [∂E(s⁺) − ∂E(s⁻)]/(difference of β), expanded so
+that nothing cancels. Then u = c v̄ with the mean deviation v̄, and m is the midpoint of the two states. An energy whose
+potentials hold weights adds further terms.
 
 Sources: Scellier & Bengio 2017 (arXiv 1602.05179), Laborieux et al. 2021 (arXiv 2006.03824),
 Nest & Ernoult 2024 (arXiv 2409.03306), Bai et al. 2019 (arXiv 1909.01377) for the implicit form.
@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass
 class Gradients:
-    """Gradients of the loss by a block's inputs and weights; None where not needed or zero."""
+    """Gradients of the loss by a block's inputs and weights; None if not needed or zero."""
 
     inputs: list[Tensor | None]
     weights: list[Tensor | None]
@@ -51,21 +51,21 @@ class Gradients:
 
 
 class Estimator(ABC):
-    """How the gradient of the loss is obtained at a block."""
+    """A method to obtain the gradient of the loss at a block."""
 
     name: str
     through_feedback: bool = False
     """Whether the gradient goes through what the amplifiers are set to, which follows the weights."""
     output_blocks_only: ClassVar[bool] = False
-    """Whether it is defined only in blocks whose outputs reach the loss through no other block."""
+    """Whether the method is defined only in blocks whose outputs reach the loss through no other block."""
 
     def within(self) -> Estimator:
-        """What a block uses whose outputs reach the loss through another block."""
+        """The estimator for blocks whose outputs reach the loss through another block."""
         return self
 
     @abstractmethod
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
-        """Gradients from δ_l = ∂L/∂s_l, one per layer, None where the loss does not see it."""
+        """Gradients from δ_l = ∂L/∂s_l, one per layer; None for a layer that the loss does not depend on."""
 
 
 def contract(
@@ -77,16 +77,16 @@ def contract(
     forces: Sequence[Tensor | None] | None = None,
     through_feedback: bool = False,
 ) -> Gradients:
-    """The contraction of the module's docstring; `currents` are e = −u, `errors` are δ.
+    """The contraction in the module's docstring. `currents` are e = −u, `errors` are δ.
 
-    Where the feedback has weights B of its own, J_{lk} in the second term is theirs. Its derivative is then the local
-    gradient γ e_l s_mᵀ of B, and that of the first term, e_l s_kᵀ, the one of the forward weights. `exact` says that
-    the currents are those of the adjoint phase, with which both are the exact gradient.
+    If the feedback has weights B of its own, J_{lk} in the second term has those weights. The derivative of that term
+    is then the local gradient γ e_l s_mᵀ of B. The derivative of the first term, e_l s_kᵀ, is the gradient of the
+    forward weights. `exact` says that the currents come from the adjoint phase. Then both are the exact gradient.
 
-    A parameter a of an activation has the gradient Σ −K_l ∂σ_l/∂a, with the force K_l that e answers:
+    A parameter a of an activation has the gradient Σ −K_l ∂σ_l/∂a. Here K_l is the force that causes e,
     −K_l = δ_l + Σ_{m>l} J_{ml}ᵀ e_m + Σ_{k<l} (c_l/c_k) J_{lk} e_k. For equilibrium propagation it is the limit
-    β → 0 of the contrast of ∂E_l/∂a = −c_l ∂Λ_l/∂a. An estimator whose currents are no fixed point gives `forces`,
-    the −K_l that its currents answer. `through_feedback` adds the gradient through what the amplifiers are set to.
+    β → 0 of the contrast of ∂E_l/∂a = −c_l ∂Λ_l/∂a. An estimator whose currents are no fixed point passes `forces`,
+    the −K_l that cause its currents. `through_feedback` adds the gradient through the amplifiers' settings.
     """
     frame, program = at.frame, at.frame.program
     weights: list[Tensor | None] = [None] * program.weights
@@ -132,7 +132,7 @@ def contract(
 
 
 def aligned(program: BlockProgram, gradients: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-    """The same update for forward and feedback weights: both get the sum of their gradients (Kolen & Pollack 1994)."""
+    """Give forward and feedback weights the same update, the sum of their gradients (Kolen & Pollack 1994)."""
     result = list(gradients)
     for places in program.feedback_weights:
         parts = [gradients[place] for place in places]
@@ -147,7 +147,7 @@ def aligned(program: BlockProgram, gradients: Sequence[Tensor | None], needed: S
 def add_amplifier_terms(
     at: Situation, currents: Sequence[Tensor | None], middle: Sequence[Tensor], weights: list[Tensor | None]
 ) -> None:
-    """Add what the loss has through the amplifiers, which follow the weights."""
+    """Add the gradient of the loss through the amplifiers, which follow the weights."""
     measured = at.measured()
     if measured is not None:
         at.setting.energy.add_amplifier_terms(
@@ -184,16 +184,17 @@ def check_through_feedback(value: object) -> None:
     """Refuse anything but True and False.
 
     Raises:
-        InputError: where `value` is neither.
+        InputError: `value` is neither.
     """
     if not isinstance(value, bool):
         raise InputError(f"through_feedback is {value!r}; expected True or False")
 
 
 def of_unit_size(errors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
-    """(errors / f, f) with f the power of two at their largest entry: the system is linear, and norms stay in range.
+    """(errors / f, f) with f the power of two at their largest entry, so that norms stay in the range of the dtype.
 
-    Errors below the smallest normal number of their dtype become zero, and so does f.
+    The system is linear, so that the result can be multiplied by f afterwards. Errors below the smallest normal number
+    of their dtype become zero, and so does f.
     """
     present = [error for error in errors if error is not None]
     largest = torch.stack([error.detach().abs().amax() if error.numel() else error.new_zeros(()) for error in present])

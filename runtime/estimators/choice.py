@@ -1,4 +1,4 @@
-"""Gradient estimators by name."""
+"""Choose a gradient estimator by its name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def estimator_of(gradient: object) -> Estimator:
     """The estimator that a name or an estimator object stands for.
 
     Raises:
-        InputError: for any other name or object.
+        InputError: the name is unknown, or the object is no estimator.
     """
     if isinstance(gradient, Estimator):
         return gradient

@@ -1,4 +1,4 @@
-"""Contrastive and coupled learning: the visible states are held where the loss wants them, and the energies compared.
+"""Contrastive and coupled learning: hold the visible states at or near their target, and compare the energies.
 
 Source: Scellier et al. 2023 (arXiv 2312.15103), who compare them with equilibrium propagation.
 """
@@ -25,7 +25,7 @@ __all__ = ["ContrastiveLearning", "CoupledLearning"]
 
 @dataclass(frozen=True)
 class CoupledLearning(Estimator):
-    """Coupled learning: visible states are held a little nearer to where the loss wants them, the others settle.
+    """Coupled learning: visible states are held a little nearer to their target, and the others settle.
 
     With the visible states v (those that the loss sees) held at
 
@@ -35,18 +35,17 @@ class CoupledLearning(Estimator):
     [∂_θE(s*) − ∂_θE(s^{−β})]/(βa) (negative), or half the sum of both (centered); δ_x alike. a = rms(s_v)/rms(δ) per
     sample, as for equilibrium propagation, so that β is relative.
 
-    *This is not the gradient of the loss, for no β.* Its limit β → 0 is the gradient with δ replaced by S δ, S =
-    H_vv − H_vh H_hh⁻¹ H_hv with the second derivatives H of the energy: the force that a displacement of the
-    visible states needs, where equilibrium propagation takes the displacement that a force makes.
+    *This is not the gradient of the loss, for any β.* Its limit β → 0 is the gradient with δ replaced by S δ, S =
+    H_vv − H_vh H_hh⁻¹ H_hv with the second derivatives H of the energy. S δ is the force that displaces the visible
+    states by δ. Equilibrium propagation takes the displacement that the force δ causes.
 
     It is defined only in blocks whose outputs reach the loss through no other block. `set_gradient` gives the other
-    blocks equilibrium propagation of the same β and variant, and `summary()` says which. A block of one layer has no
-    other states: its gradient stays exact.
+    blocks equilibrium propagation with the same β and variant, and `summary()` says which. A block of one layer has no
+    other states, so that its gradient stays exact.
 
     Raises:
-        InputError: for settings out of range.
-        UnsupportedError: where a held state has an activation with parameters, or no block of a hybrid is one that it
-            is defined in.
+        InputError: a setting is out of range.
+        UnsupportedError: a held state has an activation with parameters, or it is defined in no block of a hybrid.
 
     Sources: Stern et al. 2021 (arXiv 2011.03861); Scellier et al. 2023 (arXiv 2312.15103) for the three variants.
     """
@@ -67,15 +66,15 @@ class CoupledLearning(Estimator):
         check_through_feedback(self.through_feedback)
 
     def within(self) -> EquilibriumPropagation:
-        """Equilibrium propagation of the same β and variant."""
+        """Equilibrium propagation with the same β and variant."""
         return EquilibriumPropagation(self.beta, self.variant, through_feedback=self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Settle with the visible states held, and contract.
 
         Raises:
-            UnsupportedError: where a held state has an activation with parameters.
-            ConvergenceError: where a phase does not settle.
+            UnsupportedError: a held state has an activation with parameters.
+            ConvergenceError: a phase does not settle.
         """
         amplitude = amplitudes(at, errors)
         if amplitude is None:
@@ -88,21 +87,20 @@ class CoupledLearning(Estimator):
 
 @dataclass(frozen=True)
 class ContrastiveLearning(Estimator):
-    """Contrastive learning: visible states are held at their target, and the energies of both states compared.
+    """Contrastive learning: visible states are held at their target, and the energies of both states are compared.
 
-    The target that a loss has is s_v* − scale · δ_v, δ = ∂L/∂s_v, projected to the range of σ_v, and
+    The target of a loss is s_v* − scale · δ_v with δ = ∂L/∂s_v, projected to the range of σ_v, and
 
         g_θ = [∂_θE(s with s_v at its target) − ∂_θE(s*)] / scale ,   δ_x alike.
 
-    `scale` is 1 for ½‖s − y‖² summed over the batch and N for its mean over N samples: the target is then y itself.
-    With cross-entropy it is s* + onehot − softmax. It is `CoupledLearning` of the positive variant with β = 1 and
-    `scale` in the place of a, and what is said there of the limit and of where it is defined holds here: *it is not
-    the gradient of the loss*. Other blocks use equilibrium propagation in its default setting.
+    Use `scale` = 1 for ½‖s − y‖² summed over the batch, and N for its mean over N samples. The target is then y itself.
+    With cross-entropy it is s* + onehot − softmax. This is `CoupledLearning` of the positive variant with β = 1 and
+    `scale` in the place of a. As there, *it is not the gradient of the loss*, and it is defined only in blocks whose
+    outputs reach the loss through no other block. Other blocks use equilibrium propagation with its default settings.
 
     Raises:
-        InputError: where `scale` is no positive number.
-        UnsupportedError: where a held state has an activation with parameters, or no block of a hybrid is one that it
-            is defined in.
+        InputError: `scale` is no positive number.
+        UnsupportedError: a held state has an activation with parameters, or it is defined in no block of a hybrid.
 
     Sources: Movellan 1991; Baldi & Pineda 1991; Scellier et al. 2023 (arXiv 2312.15103).
     """
@@ -131,8 +129,8 @@ class ContrastiveLearning(Estimator):
         """Settle with the visible states at their targets, and contract.
 
         Raises:
-            UnsupportedError: where a held state has an activation with parameters.
-            ConvergenceError: where the phase does not settle.
+            UnsupportedError: a held state has an activation with parameters.
+            ConvergenceError: the phase does not settle.
         """
         present = next((error for error in errors if error is not None), None)
         if present is None:

@@ -36,24 +36,24 @@ __all__ = ["EquilibriumPropagation"]
 class EquilibriumPropagation(Estimator):
     """Equilibrium propagation: the difference of settled states under a nudge.
 
-    Centered, g_θ = [∂_θE(s^{+β}) − ∂_θE(s^{−β})]/2β; positive or negative, against the free state with one of
-    the two; holomorphic, with N points on a circle in ℂ,
+    The centered variant is g_θ = [∂_θE(s^{+β}) − ∂_θE(s^{−β})]/2β. The positive and the negative variant compare one
+    of these two states with the free state. The holomorphic variant uses N points on a circle in ℂ,
 
         g_θ = 1/N Σ_j ∂_θE(s^{β_j})/β_j ,   β_j = β e^{2πij/N},   wrong by O(β^N)
 
-    for activations that are holomorphic. β is relative: 1 nudges each sample by rms(s_out).
+    and needs holomorphic activations. β is relative: 1 nudges each sample by rms(s_out).
 
-    The default is one-sided with a tiny β: in deviation coordinates it is as accurate as the
+    The default is one-sided with a tiny β. In deviation coordinates it is as accurate as the
     centered form at half the cost (`benchmarks/gradient_accuracy.py`). A hardware-sized β (0.1)
-    and `variant="centered"` are for realism; the centered error falls as β², the one-sided as β.
+    and `variant="centered"` are for realism. The centered error falls as β², the one-sided as β.
     """
 
     beta: float = 1e-4
     variant: Literal["positive", "negative", "centered", "holomorphic"] = "positive"
     points: int = 4
-    """N of the holomorphic variant; 2 is the centered form."""
+    """N of the holomorphic variant. With 2 it is the centered form."""
     together: bool | None = None
-    """Whether several nudged phases settle at once, as one larger batch; None: where that pays."""
+    """Whether several nudged phases settle at once, as one larger batch. None does so if that is faster."""
     through_feedback: bool = False
     """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "ep"
@@ -73,7 +73,7 @@ class EquilibriumPropagation(Estimator):
         check_through_feedback(self.through_feedback)
 
     def _betas(self) -> list[tuple[complex, float]]:
-        """The nudging strengths, real ones as floats, and their shares; of a conjugate pair only one is settled."""
+        """The nudging strengths and their shares. Real ones are floats. Of a conjugate pair only one is settled."""
         if self.variant == "positive":
             return [(self.beta, 1.0)]
         if self.variant == "negative":
@@ -92,8 +92,8 @@ class EquilibriumPropagation(Estimator):
         """Settle the nudged phases and contract.
 
         Raises:
-            UnsupportedError: for the holomorphic variant at an activation that is not holomorphic.
-            ConvergenceError: where a nudged phase does not settle.
+            UnsupportedError: the variant is holomorphic and an activation is not.
+            ConvergenceError: a nudged phase does not settle.
         """
         amplitude = amplitudes(at, errors)
         if amplitude is None:
@@ -129,8 +129,8 @@ def _second_order(
 ) -> None:
     """Add Re[strength ⟨e, ∂_θJ u⟩] with e = −u/a the restored and u the moved currents, for one point.
 
-    The energy is quadratic in the states, so that this is what its difference holds beyond first order. Half of it is
-    that of the drives and half that of the feedback, which may have weights of its own.
+    The energy is quadratic in the states, so that this term is everything beyond first order in its difference. Half of
+    it comes from the drives and half from the feedback, which may have weights of its own.
     """
     if not any(at.weights_needed):
         return
@@ -168,7 +168,7 @@ def _check_holomorphic(at: Situation) -> None:
         if not activation.holomorphic:
             raise UnsupportedError(
                 f"{at.name}: the activation {activation.name} of layer {layer.name} has no holomorphic "
-                "extension, so that it cannot be nudged in the complex plane: use variant='centered', or another "
+                "extension, so that it cannot be nudged in the complex plane. Use variant='centered', or another "
                 "activation"
             )
     if at.frame.samples is None:

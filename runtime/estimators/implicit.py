@@ -36,16 +36,16 @@ __all__ = ["ImplicitDifferentiation", "Unrolled"]
 class ImplicitDifferentiation(Estimator):
     """Implicit differentiation: H λ = −δ with H = ∂²E/∂s², then g_θ = ∂²E/∂θ∂s λ.
 
-    `method="sweeps"` solves the adjoint system by the block's own solver in the form
-    u_l = σ_l'(h_l) K_l, which contracts wherever the loop gain is below one, monotone activations
-    or not. `"cg"` uses conjugate gradients on the symmetric form, which needs fewer steps than plain sweeps
-    where the loop gain is near one, and falls back to sweeps where H turns out to be indefinite. `"auto"`
-    takes sweeps, accelerated where the block's solver is: they were faster than conjugate gradients on every
+    `method="sweeps"` solves the adjoint system with the block's own solver in the form
+    u_l = σ_l'(h_l) K_l. That contracts if the loop gain is below one, also for activations that are not monotone.
+    `"cg"` uses conjugate gradients on the symmetric form. It needs fewer steps than plain sweeps
+    if the loop gain is near one, and falls back to sweeps if H turns out to be indefinite. `"auto"`
+    uses sweeps, accelerated if the block's solver is. They were faster than conjugate gradients on every
     block measured (`benchmarks/solvers.py`).
 
-    Where the feedback has weights of its own there is no H: the transposed linear response is solved by sweeps, and the
-    gradient is the exact one of the equilibrium, which equilibrium propagation then approaches only as far as the
-    feedback weights are the forward ones.
+    If the feedback has weights of its own there is no H. The transposed linear response is then solved by sweeps, which
+    gives the exact gradient of the equilibrium. Equilibrium propagation approaches that gradient only as far as the
+    feedback weights are close to the forward ones.
     """
 
     method: Literal["auto", "sweeps", "cg"] = "auto"
@@ -68,7 +68,7 @@ class ImplicitDifferentiation(Estimator):
 
     def _solved(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         if self._conjugate(at):
-            # Its residual is of all layers together: the error of the layers far from the output may be larger.
+            # Its residual covers all layers together, so layers far from the output may have a larger error.
             response = AdjointPhase(at.frame, at.setting, at.preactivations, [None] * len(errors))
             goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
             solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)
@@ -78,7 +78,7 @@ class ImplicitDifferentiation(Estimator):
                 )
                 gradients.sweeps = steps
                 return gradients
-        # Driven by +δ the system gives e = −u at once.
+        # Driven by +δ, the system gives e = −u directly.
         phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
         settled = relax(phase, at.solver, at.rtol, f"adjoint system of {at.name}", at.hint, at.contraction)
         gradients = contract(at, phase.values, at.states, errors, exact=True, through_feedback=self.through_feedback)
@@ -101,10 +101,10 @@ class ImplicitDifferentiation(Estimator):
 
 @dataclass(frozen=True)
 class Unrolled(Estimator):
-    """Autograd through the relaxation: the reference for tests, never the default.
+    """Autograd through the relaxation. It is the reference for tests, never the default.
 
-    The free phase is run again under autograd, with as many forward sweeps as it took, or as sweeps need
-    where it was solved by another method; memory grows with their number.
+    The free phase is run again under autograd, with as many forward sweeps as it took. If it was solved by another
+    method, sweeps run until they settle. Memory grows with their number.
     """
 
     through_feedback: bool = False
@@ -126,7 +126,7 @@ class Unrolled(Estimator):
             ]
             frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
             frame.training = at.frame.training
-            # What is added to the fields: the derivative by it is e_l, summed over the sweeps.
+            # Zeros that are added to the fields. The derivative by them is e_l, summed over the sweeps.
             offsets = [torch.zeros_like(s).requires_grad_() for s in at.states] if self.through_feedback else []
             phase = _OffsetPhase(frame, at.setting, offsets) if offsets else FreePhase(frame, at.setting)
             phase.contraction = at.contraction
@@ -134,7 +134,7 @@ class Unrolled(Estimator):
                 sweeps, memory = at.free_sweeps, at.solver.init(phase)
                 for _ in range(sweeps):
                     at.solver.step(phase, memory, measure=False)
-            else:  # another method took those
+            else:  # the sweeps that are known belong to another method
                 plain = GaussSeidel(max_sweeps=at.solver.max_sweeps, on_failure=at.solver.on_failure)
                 subject = f"unrolled free phase of {at.name}"
                 sweeps = relax(phase, plain, at.free_rtol, subject, at.hint, at.contraction).sweeps
@@ -156,7 +156,7 @@ class Unrolled(Estimator):
 
 
 class _OffsetPhase(FreePhase):
-    """A free phase with something added to every field."""
+    """A free phase with an offset added to every field."""
 
     def __init__(
         self, frame: Frame, setting: Setting, offsets: Sequence[Tensor], start: Sequence[Tensor] | None = None

@@ -1,4 +1,4 @@
-"""What estimators share that compare settled states: the size of the nudge, its phases, the midpoint of the states."""
+"""Functions of estimators that compare settled states: the size of the nudge, its phases, the states' midpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def settled_currents(
     together: bool | None,
     phase_of: Callable[[Sequence[complex]], NudgedPhase],
 ) -> tuple[list[list[Tensor | None]], int]:
-    """Error currents of every β, and the sweeps of all phases; `together` settles them as one larger batch."""
+    """Error currents of every β, and the sweeps of all phases. `together` settles them as one larger batch."""
     joined = len(betas) > 1 and (_pays(at) if together is None else together)
     groups = [[beta for beta, _ in betas]] if joined and at.frame.samples else [[beta] for beta, _ in betas]
     found: list[list[Tensor | None]] = []
@@ -34,9 +34,9 @@ def settled_currents(
 
 
 def _pays(at: Situation) -> bool:
-    """Whether one larger batch is faster: where an operation costs more to launch than to run.
+    """Whether one larger batch is faster, because operations cost more to launch than to run.
 
-    On a CPU blocks of up to 16 384 values a state were 5 % faster so, those of 200 000 and more 15 % slower.
+    On a CPU, blocks of up to 16 384 values a state were 5 % faster, and those of 200 000 and more 15 % slower.
     """
     return at.states[0].device.type != "cpu" or max(state.numel() for state in at.states) <= 1 << 14
 
@@ -58,11 +58,11 @@ def midpoint(
 
 
 def amplitudes(at: Situation, errors: Sequence[Tensor | None]) -> Tensor | None:
-    """rms(s_out)/rms(δ), per sample where samples are independent, else one number.
+    """rms(s_out)/rms(δ), per sample if samples are independent, else one number.
 
-    The nudge is relative, so that the result depends neither on the scale of the loss nor on its
-    being a mean or a sum over the batch. It is 0 where δ is zero or so small (below 1e-37 in float32, say) that the
-    ratio or its inverse is out of range: such an error has no gradient that the dtype could hold.
+    The nudge is relative, so that the result does not depend on the scale of the loss, or on whether it is a mean or
+    a sum over the batch. It is 0 if δ is zero or so small (such as below 1e-37 in float32) that the
+    ratio or its inverse is out of range. The dtype could not hold the gradient of such an error.
     """
     pairs = [(state, error) for state, error in zip(at.states, errors, strict=True) if error is not None]
     if not pairs:
@@ -79,7 +79,7 @@ def amplitudes(at: Situation, errors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _square(value: Tensor, batched: bool) -> Tensor:
-    """‖value‖², per sample or in total, in float64 where there is one: δ may be as small as 1e-20."""
+    """‖value‖², per sample or in total. It is in float64 if the device has it, since δ may be as small as 1e-20."""
     wide = value.dtype if value.device.type == "mps" else torch.float64
     dims = tuple(range(1, value.dim())) if batched else tuple(range(value.dim()))
     if not dims:
@@ -121,5 +121,5 @@ def real(part: Tensor | None) -> Tensor | None:
 
 
 def imaginary(part: Tensor | None) -> Tensor | None:
-    """Im u; None for a real one."""
+    """Im u; None if u is real."""
     return None if part is None else part.imag

@@ -1,4 +1,4 @@
-"""The situation in which a gradient estimator is asked: a settled block and what is wanted."""
+"""`Situation`: everything that a gradient estimator needs, namely a settled block and the gradients that are needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Situation"]
 
 @dataclass(frozen=True)
 class Situation:
-    """A settled block at which a gradient is asked for."""
+    """A settled block whose gradients are needed."""
 
     frame: Frame
     setting: Setting
@@ -27,15 +27,15 @@ class Situation:
     rtol: float
     """Relative error of the error currents at which their phase stops."""
     contraction: float | None
-    """Factor by which a sweep contracts, where certified."""
+    """Factor by which a sweep contracts; None without a certificate."""
     hint: Callable[[], str]
-    """What to change where a phase does not settle."""
+    """Gives advice for a phase that does not settle."""
     free_sweeps: int
     free_rtol: float
     feedback: float | str
-    """What the amplifiers hold."""
+    """The feedback that the amplifiers hold."""
     measured: Callable[[], Frame | None]
-    """The block as its amplifiers were measured: one sample, without random masks; None where they are constant."""
+    """The block as it is measured, for one sample and without random masks; None if the amplifiers are constant."""
     inputs_needed: tuple[bool, ...]
     weights_needed: tuple[bool, ...]
 
@@ -50,8 +50,8 @@ class Situation:
         return self.frame.program.name
 
     def without(self, lost: Sequence[int], errors: Sequence[Tensor | None]) -> tuple[Situation, list[Tensor | None]]:
-        """The situation and the errors of the other samples: those that diverged have no part in the gradient."""
-        rows = self._others(lost)
+        """The situation and the errors without the diverged samples `lost`, which have no part in the gradient."""
+        rows = self._remaining(lost)
         kept = replace(
             self,
             frame=self.frame.narrowed(rows),
@@ -61,8 +61,8 @@ class Situation:
         return kept, [None if error is None else take_rows(error, rows) for error in errors]
 
     def spread(self, gradients: Sequence[Tensor | None], lost: Sequence[int]) -> list[Tensor | None]:
-        """Gradients of the other samples' inputs among zeros for those that diverged."""
-        rows = self._others(lost)
+        """Gradients of the inputs, with zeros for the diverged samples `lost`."""
+        rows = self._remaining(lost)
         return [
             None
             if gradient is None
@@ -70,7 +70,7 @@ class Situation:
             for value, gradient in zip(self.frame.inputs, gradients, strict=True)
         ]
 
-    def _others(self, lost: Sequence[int]) -> Tensor:
+    def _remaining(self, lost: Sequence[int]) -> Tensor:
         samples = self.frame.samples
         assert samples is not None
         return torch.tensor([row for row in range(samples) if row not in set(lost)])

@@ -1,4 +1,4 @@
-"""Zeroth-order gradients of digital parts: two more forward passes in place of a backward one."""
+"""Zeroth-order gradients of digital parts, with two more forward passes in place of a backward pass."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ __all__ = ["Perturbed", "PerturbedPart", "ZerothOrder", "directions"]
 
 @dataclass(frozen=True)
 class ZerothOrder:
-    """Simultaneous perturbation of a digital part F: no backpropagation through it.
+    """Simultaneous perturbation of a digital part F, without backpropagation through it.
 
     With the error δ at its outputs, all floating-point inputs s and parameters ω that need a gradient (together t), and
     independent signs z,
 
         g = 1/n Σ_i z_i ⟨F(t + σ z_i) − F(t − σ z_i), δ⟩ / 2σ ,    i = 1..n.
 
-    Its mean over z is the gradient, up to O(σ²), and its cosine to the gradient about √(n/dim t). Each evaluation has
-    the dropout masks and other random draws of the forward pass, and updates no statistics. The signs follow from
-    `seed`, the part and how often it has been called, so that a run can be repeated and resumed.
+    Its mean over z is the gradient, up to O(σ²), and its cosine to the gradient is about √(n/dim t). Each evaluation
+    has the dropout masks and other random draws of the forward pass, and updates no statistics. The signs follow from
+    `seed`, the part, and the number of its calls, so that a run can be repeated and resumed.
 
-    What remains to autograd is wiring: what a block hands out (reshapes, sums), and static operations on parameters
+    Autograd still differentiates the wiring at a block's outputs (reshapes, sums), and static operations on parameters
     such as a folded batch norm. A block of one layer has its exact gradient, which is local (an outer product).
 
     Raises:
-        InputError: for settings out of range.
+        InputError: a setting is out of range.
 
     Sources: Spall 1992 (simultaneous perturbation).
     """
 
     samples: int = 1
-    """n; every one costs two forward passes of the part."""
+    """n, the number of directions. Each costs two forward passes of the part."""
     sigma: float = 1e-3
-    """σ, the same for all entries."""
+    """σ, the size of the perturbation, the same for all entries."""
     seed: int = 0
     name = "zeroth-order"
 
@@ -59,7 +59,7 @@ class ZerothOrder:
 
 
 class PerturbedPart(Protocol):
-    """A digital part as it is asked for its values."""
+    """The methods of a digital part that are needed to evaluate it."""
 
     place: int
 
@@ -68,12 +68,12 @@ class PerturbedPart(Protocol):
 
 
 def directions(settings: ZerothOrder, place: int, call: int, like: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """z_1..z_n: signs ±1 for every tensor, the same on any device and rank.
+    """The directions z_1..z_n, signs ±1 for every tensor. They are the same on any device and rank.
 
     Args:
-        settings: with n and the seed.
-        place: which part of the network it is.
-        call: how often it was called before.
+        settings: the settings with n and the seed.
+        place: index of the part in the network.
+        call: number of its earlier calls.
         like: the tensors that are perturbed, in the order of the part's operands.
     """
     generator = torch.Generator().manual_seed(((settings.seed << 20) + place) * 1_000_003 + call)
@@ -82,7 +82,7 @@ def directions(settings: ZerothOrder, place: int, call: int, like: Sequence[Tens
 
 
 class Perturbed(torch.autograd.Function):
-    """The outputs of a digital part; backward perturbs its operands."""
+    """The outputs of a digital part. Backward perturbs its operands."""
 
     @staticmethod
     def forward(ctx: Any, part: PerturbedPart, settings: ZerothOrder, call: int, *operands: Any) -> tuple[Any, ...]:
@@ -90,7 +90,7 @@ class Perturbed(torch.autograd.Function):
         ctx.random = torch.get_rng_state(), get_device_states(*tensors)
         versions = [value._version for value in tensors]
         outputs = part.run(*operands)
-        # Statistics that the part has updated: their values no longer matter to it.
+        # The part has updated these statistics, and their values no longer matter to it.
         written = [value._version != version for value, version in zip(tensors, versions, strict=True)]
         pairs = list(zip(tensors, written, strict=True))
         ctx.written = [value.detach().clone() if is_new else None for value, is_new in pairs]
@@ -131,7 +131,7 @@ class Perturbed(torch.autograd.Function):
                 shifted = list(operands)
                 for place, value, sign in zip(moved, centre, signs, strict=True):
                     shifted[place] = value.add(sign, alpha=side * settings.sigma)
-                change += side * _product(_again(ctx, shifted), errors)
+                change += side * _product(_evaluate_again(ctx, shifted), errors)
             for total, sign in zip(totals, signs, strict=True):
                 total.add_(sign, alpha=change / (2 * settings.sigma * settings.samples))
         for place, total in zip(moved, totals, strict=True):
@@ -139,8 +139,8 @@ class Perturbed(torch.autograd.Function):
         return tuple(nothing)
 
 
-def _again(ctx: Any, operands: Sequence[Any]) -> Any:
-    """The part at other operands, with the random draws of the forward pass and without new statistics."""
+def _evaluate_again(ctx: Any, operands: Sequence[Any]) -> Any:
+    """Evaluate the part at other operands, with the random draws of the forward pass and without new statistics."""
     state, (devices, device_states) = ctx.random
     kind, enabled, dtype = ctx.autocast
     with ExitStack() as stack:

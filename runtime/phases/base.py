@@ -1,6 +1,6 @@
 """Phases: the fixed-point problems of an energy block.
 
-With scales c_l, γ_{l,m} = c_m/c_l and σ_l as the block's energy has it (`runtime/energies/base.py`), the free phase
+With scales c_l, γ_{l,m} = c_m/c_l and the σ_l of the block's energy (`runtime/energies/base.py`), the free phase
 settles
 
     s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m .                              (1)
@@ -13,9 +13,9 @@ cancels in float32 (`docs/mathematics.md`):
 
 The adjoint phase is its limit β → 0, u_l = σ_l'(h_l) K_l, which is H λ = −δ for λ = u/c.
 
-Where the feedback goes through weights of its own, the J_{ml}ᵀ of (1) and (2) are those of the feedback weights (the
-frame's `back`). There is no energy then, and the adjoint phase has the two exchanged: J_{lk} of the feedback weights
-and J_{ml}ᵀ of the forward ones, which makes it the transpose of the linear response.
+If the feedback has weights of its own, the J_{ml}ᵀ of (1) and (2) have those weights (the
+frame's `back`). There is no energy then. In the adjoint phase the two are exchanged: J_{lk} has the feedback weights
+and J_{ml}ᵀ the forward ones, which makes it the transpose of the linear response.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Phase", "merged", "narrow"]
 
 
 class Phase(FixedPoint):
-    """Shared bookkeeping: values, and pulled-back values that are reused while they hold."""
+    """A phase with its values, and with pulled-back values that are reused as long as they are valid."""
 
     def __init__(self, frame: Frame, setting: Setting, values: list[Tensor | None]) -> None:
         self.frame = frame
@@ -60,30 +60,30 @@ class Phase(FixedPoint):
                 continue
             version, parts = self._pulled.get(later, (-1, {}))
             if version != self._version[later]:
-                parts = self._returning(later, value)
+                parts = self._pull_back(later, value)
                 self._pulled[later] = (self._version[later], parts)
             part = parts.get(program.layers[index].state)
             if part is not None:
                 found.append((later, part))
         return found
 
-    def _returning(self, later: int, value: Tensor) -> dict[int, Tensor]:
-        """What the value of a layer sends back to the states that its drive reads."""
+    def _pull_back(self, later: int, value: Tensor) -> dict[int, Tensor]:
+        """The parts of the pulled-back value of a layer, for each state that its drive reads."""
         return self.frame.back.pullback(later, value, states=True)
 
     def refine(self) -> None:
-        """Forget what was computed in bfloat16."""
+        """Discard values that were computed in bfloat16."""
         self.frame.coarse = False
         self._pulled.clear()
 
     def adopt(self, other: FixedPoint, rows: Tensor) -> None:
-        """Take over the values of a narrowed phase."""
+        """Copy the values of a narrowed phase into this one."""
         for index, value in enumerate(other.values):
             self.store(index, merged(self.values[index], value, rows))
 
 
 def merged(whole: Tensor | None, part: Tensor | None, rows: Tensor) -> Tensor | None:
-    """`whole` with some of its rows replaced; a new tensor, since others may read the old one."""
+    """`whole` with some of its rows replaced. It is a new tensor, since others may read the old one."""
     if whole is None or part is None:
         return whole
     return whole.index_copy(0, rows.to(whole.device), part)

@@ -1,4 +1,4 @@
-"""The nudged phase whose visible states are held: what contrastive and coupled learning settle."""
+"""The nudged phase with held visible states, which contrastive and coupled learning settle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ClampedPhase"]
 class ClampedPhase(NudgedPhase):
     """Equation (2) of `runtime/phases/base.py` without a drive, with given error currents of the held layers.
 
-    A state that is held at s* + β v has u = c v, whatever acts on it; the others follow from K_l.
+    A state that is held at s* + β v has u = c v under any force. The others follow from K_l.
     """
 
     def __init__(
@@ -30,13 +30,13 @@ class ClampedPhase(NudgedPhase):
     ) -> None:
         super().__init__(frame, setting, preactivations, [None] * len(preactivations), betas)
         self._held = tuple(held)
-        """For each layer its currents at every β; None for one that is free."""
+        """For each layer, its currents at every β; None if it is free."""
         self._fixed = [
             None if parts is None else torch.cat(list(parts)) if len(parts) > 1 else parts[0] for parts in held
         ]
 
     def update(self, index: int) -> Tensor | None:
-        """What a layer is held at, or u_l from the finite difference of σ_l."""
+        """The held current of a layer, or u_l from the finite difference of σ_l."""
         fixed = self._fixed[index]
         return super().update(index) if fixed is None else fixed
 
@@ -46,11 +46,13 @@ class ClampedPhase(NudgedPhase):
         held = [None if parts is None else [take_rows(part, rows) for part in parts] for parts in self._held]
         betas = [beta.real for beta in self.betas]
         phase = ClampedPhase(self._single.narrowed(rows), self.setting, fields, held, betas)
-        phase.values = [None if value is None else take_rows(value, self._all(rows)) for value in self.values]
+        phase.values = [
+            None if value is None else take_rows(value, self._rows_at_every_place(rows)) for value in self.values
+        ]
         return phase
 
     def response(self) -> AdjointPhase:
-        """The linear response of the free layers: a held one does not respond."""
+        """The linear response of the free layers, since a held one does not respond."""
         response = super().response()
         response.slopes = [
             slope if fixed is None else torch.zeros_like(slope)

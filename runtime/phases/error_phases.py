@@ -19,7 +19,7 @@ __all__ = ["AdjointPhase", "NudgedPhase"]
 
 
 class _ErrorPhase(Phase):
-    """Error currents u at a settled state, driven by −δ (or −u by δ: the adjoint phase is linear)."""
+    """Error currents u at a settled state, driven by −δ. The adjoint phase is linear, so that δ drives −u."""
 
     def __init__(
         self,
@@ -33,15 +33,15 @@ class _ErrorPhase(Phase):
         self._drive = tuple(drives)
 
     def order(self) -> list[int]:
-        """Backward: the nudge reaches the first layer in one sweep."""
+        """Backward, so that the nudge reaches the first layer in one sweep."""
         return list(reversed(range(len(self.values))))
 
     def carried(self) -> list[int]:
-        """The layers that feed later ones: a backward sweep starts from their values alone."""
+        """The layers that feed later ones. A backward sweep starts from their values alone."""
         return [index for index, below in enumerate(self.frame.program.downstream) if below]
 
     def give_up(self, rows: Tensor) -> None:
-        """Set the error currents of samples to zero: they give no gradient."""
+        """Set the error currents of samples to zero, so that they give no gradient."""
         for index, value in enumerate(self.values):
             self.store(index, None if value is None else value.index_fill(0, rows.to(value.device), 0))
 
@@ -74,7 +74,7 @@ class _ErrorPhase(Phase):
         return self.frame
 
     def force(self, index: int) -> Tensor | None:
-        """K_l, or None where nothing has arrived yet."""
+        """K_l; None as long as nothing acts on the layer."""
         total = self._drive[index]
         for _, pulled in self.pulled(index):
             total = pulled if total is None else total + pulled
@@ -86,10 +86,10 @@ class _ErrorPhase(Phase):
 
 
 class AdjointPhase(_ErrorPhase):
-    """u_l = σ_l'(h_l) K_l, with the transpose of the block's linear response: it gives the exact gradient.
+    """u_l = σ_l'(h_l) K_l, with the transpose of the block's linear response. It gives the exact gradient.
 
     With `transposed=False` it is the linear response itself, the limit β → 0 of the nudged phase. The two differ only
-    where the feedback has weights of its own.
+    if the feedback has weights of its own.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class AdjointPhase(_ErrorPhase):
     def _arriving_frame(self) -> Frame:
         return self.frame.back if self.transposed else self.frame
 
-    def _returning(self, later: int, value: Tensor) -> dict[int, Tensor]:
+    def _pull_back(self, later: int, value: Tensor) -> dict[int, Tensor]:
         frame = self.frame if self.transposed else self.frame.back
         return frame.pullback(later, value, states=True)
 
@@ -138,10 +138,10 @@ class AdjointPhase(_ErrorPhase):
 
 
 class NudgedPhase(_ErrorPhase):
-    """Equation (2) for one nudging strength β or for several at once, on a batch that holds them one after another.
+    """Equation (2) for one nudging strength β, or for several at once in one batch, one after another.
 
-    A complex β (holomorphic equilibrium propagation) takes two places in the batch: the real and the
-    imaginary parts of its error currents. The coupling is real, so that only the activations join them.
+    A complex β (holomorphic equilibrium propagation) takes two places in the batch, for the real and the
+    imaginary parts of its error currents. The coupling is real, so that only the activations mix them.
     """
 
     def __init__(
@@ -156,15 +156,15 @@ class NudgedPhase(_ErrorPhase):
         self.parts = sum(2 if isinstance(beta, complex) else 1 for beta in betas)
         self._single, self._given = frame, tuple(drives)
         self._activations = setting.activations(frame)
-        super().__init__(frame.repeated(self.parts), setting, preactivations, self._placed(drives))
+        super().__init__(frame.repeated(self.parts), setting, preactivations, self._drives_by_place(drives))
         self.samples = frame.samples
         self._steppers = [
             [_stepper(sigma, h, beta / scale) for beta in betas]
             for sigma, h, scale in zip(self._activations, preactivations, self.scales, strict=True)
         ]
 
-    def _placed(self, drives: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The drive of every place: −δ is real."""
+    def _drives_by_place(self, drives: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The drive of every place. −δ is real, so that imaginary places have none."""
         if self.parts == 1:
             return list(drives)
         result: list[Tensor | None] = []
@@ -195,7 +195,7 @@ class NudgedPhase(_ErrorPhase):
         return torch.cat(found)
 
     def currents(self) -> list[list[Tensor | None]]:
-        """For each β the error currents u_l; complex for a complex β."""
+        """For each β, the error currents u_l. They are complex for a complex β."""
         chunks = [[None] * self.parts if value is None else value.chunk(self.parts) for value in self.values]
         result: list[list[Tensor | None]] = []
         place = 0
@@ -205,8 +205,8 @@ class NudgedPhase(_ErrorPhase):
             place += wide
         return result
 
-    def _all(self, rows: Tensor) -> Tensor:
-        """Rows of the batch at every place."""
+    def _rows_at_every_place(self, rows: Tensor) -> Tensor:
+        """The rows of these samples at every place."""
         if self.parts == 1:
             return rows
         assert self.samples is not None
@@ -216,19 +216,19 @@ class NudgedPhase(_ErrorPhase):
         """The phase of some of the samples, at their present error currents."""
         fields = [take_rows(value, rows) for value in self.preactivations]
         phase = NudgedPhase(self._single.narrowed(rows), self.setting, fields, narrow(self._given, rows), self.betas)
-        phase.values = narrow(self.values, self._all(rows))
+        phase.values = narrow(self.values, self._rows_at_every_place(rows))
         return phase
 
     def adopt(self, other: FixedPoint, rows: Tensor) -> None:
         """Take over the error currents of a narrowed phase."""
-        super().adopt(other, self._all(rows))
+        super().adopt(other, self._rows_at_every_place(rows))
 
     def give_up(self, rows: Tensor) -> None:
-        """Set the error currents of samples to zero: they give no gradient."""
-        super().give_up(self._all(rows))
+        """Set the error currents of samples to zero, so that they give no gradient."""
+        super().give_up(self._rows_at_every_place(rows))
 
     def response(self) -> AdjointPhase:
-        """With σ' at the settled state: exact but for the kinks that the nudge crosses."""
+        """The linear response with σ' at the settled state. It is exact unless the nudge crosses a kink."""
         layers = self.frame.program.layers
         slopes = [sigma.derivative(h) for sigma, h in zip(self._activations, self.preactivations, strict=True)]
         if self.parts > 1:

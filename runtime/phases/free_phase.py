@@ -19,11 +19,11 @@ from ffebm_compiler.runtime.solvers.conjugate import newton_step
 __all__ = ["HOLD", "FreePhase"]
 
 HOLD = 30
-"""Sweeps after which max pooling holds its winners: near a tie they could change places for ever."""
+"""Number of sweeps after which max pooling holds its winners, since near a tie they could change for ever."""
 
 
 class FreePhase(Phase):
-    """Equation (1), started from the feedforward values, or from states given."""
+    """Equation (1), started from the feedforward values or from given states."""
 
     def __init__(self, frame: Frame, setting: Setting, start: Sequence[Tensor] | None = None) -> None:
         count = len(frame.program.layers)
@@ -37,21 +37,21 @@ class FreePhase(Phase):
                 self.preactivations[index] = drive
                 self.store(index, activation.value(drive))
         elif not frame.evaluated:
-            for index in range(count):  # shapes, and the winners of max pooling, at these states
+            for index in range(count):  # this evaluates the shapes, and the winners of max pooling at these states
                 self._drive(index)
 
     @cached_property
     def activations(self) -> tuple[Activation, ...]:
-        """σ_l, as the energy has it."""
+        """σ_l of the energy."""
         return self.setting.activations(self.frame)
 
     @property
     def held(self) -> bool:
-        """Whether winners of max pooling had to be held, where they changed places."""
+        """Whether winners of max pooling had to be held because they kept changing."""
         return self.frame.program.selects and self._updates > HOLD * len(self.values)
 
     def carried(self) -> list[int]:
-        """The layers that feed back into earlier ones: a forward sweep starts from their values alone."""
+        """The layers that feed back into earlier ones. A forward sweep starts from their values alone."""
         return [index for index, above in enumerate(self.frame.program.upstream) if above]
 
     def settled(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -90,7 +90,7 @@ class FreePhase(Phase):
         return field
 
     def refine(self) -> None:
-        """Forget what was computed in bfloat16."""
+        """Discard values that were computed in bfloat16."""
         super().refine()
         self._drives.clear()
 
@@ -103,7 +103,7 @@ class FreePhase(Phase):
         return phase
 
     def adopt(self, other: FixedPoint, rows: Tensor) -> None:
-        """Take over the states and pre-activations of a narrowed phase."""
+        """Copy the states and pre-activations of a narrowed phase into this one."""
         assert isinstance(other, FreePhase)
         super().adopt(other, rows)
         for index, value in enumerate(other.preactivations):

@@ -37,9 +37,9 @@ def free_rtol(dtype: torch.dtype, certified: bool, training: bool = False) -> fl
 def error_rtol(dtype: torch.dtype, certified: bool, training: bool = False) -> float:
     """Relative error of an error current at which a nudged or adjoint phase stops.
 
-    An error of the states is amplified by 1/β and by every later block; one of the error currents enters the
-    gradient once and relatively. With a certified bound of 1e-2 the gradients of a 15-layer network are off by
-    about 5e-3, a cosine of 0.99999 (`benchmarks/gradient_accuracy.py`).
+    An error of the states is amplified by 1/β and by every later block. An error of the error currents enters the
+    gradient only once, as a relative error. With a certified bound of 1e-2 the gradients of a 15-layer network are off
+    by about 5e-3, a cosine of 0.99999 (`benchmarks/gradient_accuracy.py`).
     """
     if dtype == torch.float64:
         return 1e-11 if certified else 1e-12

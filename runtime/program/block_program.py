@@ -4,9 +4,9 @@ A block has L layers in topological order. Layer l has a state s_l, an activatio
 
     d_l = d_l(s_1, ..., s_{l−1}, x; θ),
 
-a short straight-line program of `Operator`s over numbered registers: the block's inputs x come
-first, then the states, then temporaries. A drive is affine in (s, x) jointly, which is what the
-deviation coordinates and the gradients rely on. `runtime/program/frame.py` evaluates it.
+a short straight-line program of `Operator`s over numbered registers. The block's inputs x come
+first, then the states, then temporaries. A drive is affine in (s, x) jointly, and the
+deviation coordinates and the gradients rely on that. `runtime/program/frame.py` evaluates it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Instruction:
     weights: tuple[int | None, ...]
     output: int
     first: int | None = None
-    """Register of an earlier instruction that draws the same mask; several drives may read one dropped value."""
+    """Register of an earlier instruction that draws the same mask, since several drives may read one dropped value."""
 
     @property
     def kept(self) -> int:
-        """Under which register a mask or winners are kept."""
+        """The register under which a mask or winners are kept."""
         return self.output if self.first is None else self.first
 
 
@@ -50,15 +50,15 @@ class Layer:
     state: int
     """Register of the state."""
     parameters: tuple[int, ...] = ()
-    """The weights of the block that are parameters of the activation."""
+    """Indices of the block's weights that are parameters of the activation."""
 
 
 @dataclass(frozen=True)
 class BlockProgram:
-    """An energy block: its layers in topological order and what it hands out.
+    """An energy block: its layers in topological order, and its outputs.
 
-    `readout` computes the outputs from states and inputs; it is ordinary digital wiring and is
-    differentiated by autograd.
+    `readout` computes the outputs from states and inputs. It is ordinary digital wiring, and autograd
+    differentiates it.
     """
 
     name: str
@@ -70,9 +70,9 @@ class BlockProgram:
     batched: bool = True
     """Whether the leading dimension of every state counts independent samples."""
     resizable: bool = False
-    """Whether it can also be evaluated for some of its samples, or for several copies of them."""
+    """Whether it can be evaluated for some of its samples alone, or for several copies of them."""
     draws: tuple[tuple[Instruction, ...], ...] = ()
-    """Each random mask, in the order in which they are drawn: the instructions up to the one that draws it."""
+    """For each random mask, in the order of drawing, the instructions up to the one that draws it."""
     feedback_weights: tuple[tuple[int, int], ...] = ()
     """(weight of an edge between states, weight that its feedback goes through); empty where feedback is tied."""
     upstream: tuple[tuple[int, ...], ...] = field(init=False)
@@ -89,7 +89,7 @@ class BlockProgram:
     """Registers of the states."""
 
     def __post_init__(self) -> None:
-        """Derive the dependences."""
+        """Derive which values depend on which."""
         layer_of = {layer.state: index for index, layer in enumerate(self.layers)}
         on_states = dict.fromkeys(range(self.inputs), False) | dict.fromkeys(layer_of, True)
         on_inputs = dict.fromkeys(range(self.inputs), True) | dict.fromkeys(layer_of, False)
@@ -122,7 +122,7 @@ class BlockProgram:
 
     @property
     def coupled(self) -> bool:
-        """Whether any state feeds another: without that, the block is its source's layers exactly."""
+        """Whether any state feeds another. If not, the block equals its source's layers."""
         return any(self.upstream)
 
     @property
@@ -132,7 +132,7 @@ class BlockProgram:
 
     @cached_property
     def back(self) -> BlockProgram:
-        """The block whose transposes are the feedback: itself, or with the feedback's own weights between states."""
+        """The block whose transposes are the feedback: itself, or a copy with the feedback weights between states."""
         if self.symmetric:
             return self
         own: dict[int | None, int | None] = dict(self.feedback_weights)
@@ -147,7 +147,7 @@ class BlockProgram:
 
     @cached_property
     def coupling_weights(self) -> tuple[int, ...]:
-        """The weights of products of what depends on states: those on the edges of the block."""
+        """Indices of the weights on the block's edges, which multiply states or values computed from them."""
         items = (item for layer in self.layers for item in layer.instructions if self._multiplies_states(item))
         return tuple(dict.fromkeys(item.weights[0] for item in items if item.weights[0] is not None))
 
@@ -156,12 +156,12 @@ class BlockProgram:
 
     @cached_property
     def monotone(self) -> bool:
-        """Whether all activations are: an equilibrium is then a minimum of the energy, else a stationary point."""
+        """Whether all activations are monotone. An equilibrium is then a minimum of the energy."""
         return all(layer.activation.monotone for layer in self.layers)
 
     @cached_property
     def absolute(self) -> BlockProgram:
-        """The same block with operators of absolute values: |J_{ml}| at weights |θ|."""
+        """The same block with operators of absolute values, which has |J_{ml}| at weights |θ|."""
         layers = tuple(
             replace(layer, instructions=tuple(replace(i, operator=i.operator.absolute()) for i in layer.instructions))
             for layer in self.layers
@@ -175,7 +175,7 @@ class BlockProgram:
 
     @cached_property
     def selects(self) -> bool:
-        """Whether any drive chooses: max pooling, whose certificate is of one choice of winners."""
+        """Whether any drive holds max pooling. Its certificate is valid for one choice of winners."""
         return any(i.operator.selects for layer in self.layers for i in layer.instructions)
 
     @property

@@ -2,8 +2,8 @@
 
     y[g, f, m] = Σ_k x[g, f, k] W[g, k, m]
 
-Each index may be several dimensions, in any order; an einsum equation says which. Every group g
-has a matrix of its own (experts, heads), f are the positions that it is applied at.
+Each index may stand for several dimensions, in any order, which an einsum equation names. Every group g
+(expert, head) has a matrix of its own, and f are the positions that it is applied at.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def contraction(value: Tensor, weight: Tensor, equation: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Letters:
-    """The dimensions of a contraction by what they are, in the order of the weight or the value."""
+    """The dimensions of a contraction by their kind, in the order of the weight or the value."""
 
     value: str
     weight: str
     result: str
     groups: str
-    """In value, weight and result."""
+    """Letters in value, weight and result."""
     inputs: str
-    """In value and weight alone: summed."""
+    """Letters in value and weight alone, which are summed."""
     outputs: str
-    """In weight and result alone."""
+    """Letters in weight and result alone."""
 
     def matrix(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """(rows, columns, groups) of the matrix of one group, from the weight's shape."""
@@ -64,14 +64,14 @@ def letters_of(equation: str) -> Letters:
 
 @dataclass(frozen=True)
 class Contraction(Operator):
-    """y = einsum(equation, x, W), e.g. "gnk,gkm->gnm"; no dimension is summed or broadcast in one operand alone."""
+    """y = einsum(equation, x, W), e.g. "gnk,gkm->gnm". No dimension is summed or broadcast in one operand alone."""
 
     equation: str
     product = True
 
     @property
     def adjoint_equation(self) -> str:
-        """That of Aᵀ p, from p and W."""
+        """The equation of Aᵀ p, for the operands p and W."""
         of = letters_of(self.equation)
         return f"{of.result},{of.weight}->{of.value}"
 

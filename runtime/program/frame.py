@@ -1,6 +1,6 @@
-"""Evaluation of a block program: drives, their Jacobian-vector products J_l v and the transposes J_lᵀ p.
+"""Evaluate a block program: its drives, their Jacobian-vector products J_l v, and the transposes J_lᵀ p.
 
-What depends on the inputs alone is evaluated once.
+Values that depend only on the inputs are evaluated once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Frame", "take_rows"]
 
 
 class Frame:
-    """One evaluation of a block program: inputs, weights, and what depends on them alone."""
+    """One evaluation of a block program: inputs, weights, and values that depend on them alone."""
 
     def __init__(
         self,
@@ -33,30 +33,30 @@ class Frame:
         self.inputs = tuple(inputs)
         self.weights = tuple(weights)
         self.drawn = drawn if drawn is not None else {}
-        """Masks and winners, by register; `frozen` keeps the winners of the equilibrium."""
+        """Register -> mask or winners. `frozen` keeps the winners of the equilibrium."""
         self.frozen = frozen
         self.shapes = shapes if shapes is not None else {}
         self.shapes.update({index: value.shape for index, value in enumerate(inputs)})
         self._fixed: dict[int, Tensor] = dict(enumerate(self.inputs))
         self.memory: dict[Any, Any] = {}
-        """What an energy has computed from these weights, for the next phase that asks."""
+        """Values that the energy has computed from these weights, kept for the next phase."""
         self.training = False
         """Whether the block is evaluated for a gradient alone: with the tolerances of training."""
         self.coarse = False
-        """Whether products of what depends on states are computed in bfloat16."""
-        self._rounded: dict[int, Tensor] = {}
+        """Whether products of values that depend on states are computed in bfloat16."""
+        self._in_bfloat16: dict[int, Tensor] = {}
         self._back: Frame | None = None
         self.activations = tuple(self._bound(layer) for layer in program.layers)
-        """σ_l, at the present values of its parameters."""
+        """σ_l with the present values of its parameters."""
 
     @property
     def back(self) -> Frame:
-        """The frame whose pullbacks are the feedback: itself where the feedback is tied (`BlockProgram.back`)."""
+        """The frame whose pullbacks are the feedback. It is this one if the feedback is tied (`BlockProgram.back`)."""
         if self.program.symmetric:
             return self
         if self._back is None:
             self._back = Frame(self.program.back, (), self.weights, self.drawn, self.shapes, frozen=True)
-            self._back._rounded = self._rounded
+            self._back._in_bfloat16 = self._in_bfloat16
         self._back.coarse = self.coarse
         return self._back
 
@@ -66,7 +66,7 @@ class Frame:
 
     @property
     def samples(self) -> int | None:
-        """Number of independent samples, where the block can be evaluated for some of them alone."""
+        """Number of independent samples; None if the block cannot be evaluated for some of them alone."""
         return self.inputs[0].shape[0] if self.program.resizable and self.inputs else None
 
     @property
@@ -89,7 +89,7 @@ class Frame:
         return frame
 
     def repeated(self, copies: int) -> Frame:
-        """The same block for several copies of the samples, one after another; for tangents and pullbacks only."""
+        """The same block for several copies of the samples, one after another. Only for tangents and pullbacks."""
         if copies == 1:
             return self
         drawn = {
@@ -98,7 +98,7 @@ class Frame:
         }
         shapes = {register: torch.Size((copies * shape[0], *shape[1:])) for register, shape in self.shapes.items()}
         frame = Frame(self.program, (), self.weights, drawn, shapes, frozen=True)
-        frame.coarse, frame._rounded, frame.training = self.coarse, self._rounded, self.training
+        frame.coarse, frame._in_bfloat16, frame.training = self.coarse, self._in_bfloat16, self.training
         return frame
 
     def _weights(self, instruction: Instruction) -> list[Tensor | None]:
@@ -115,14 +115,14 @@ class Frame:
             self.drawn[instruction.kept] = instruction.operator.draw(values)
         coarse = self.coarse and operator.product and self.program.from_states[instruction.output]
         if coarse:
-            result = operator.apply(_rounded(values), self._rounded_weights(instruction)).to(values[0].dtype)
+            result = operator.apply(_in_bfloat16(values), self._rounded_weights(instruction)).to(values[0].dtype)
         else:
             result = operator.apply(values, self._weights(instruction))
         self.shapes[instruction.output] = result.shape
         return result
 
     def _draw_before(self, mask: int, registers: Mapping[int, Tensor]) -> None:
-        """Draw the masks that the source draws before this one: the states that they belong to are known by now."""
+        """Draw the masks that the source draws before this one. The states that they belong to are already known."""
         for instructions in self.program.draws:
             draw = instructions[-1]
             if draw.kept == mask:
@@ -136,12 +136,12 @@ class Frame:
             self.drawn[draw.kept] = draw.operator.draw([local[r] for r in draw.operands])
 
     def _rounded_weights(self, instruction: Instruction) -> list[Tensor | None]:
-        """Its weights in bfloat16, rounded once."""
+        """The instruction's weights in bfloat16. They are rounded once."""
         for index in instruction.weights:
             weight = None if index is None else self.weights[index]
-            if index is not None and weight is not None and index not in self._rounded:
-                self._rounded[index] = weight.to(torch.bfloat16)
-        return [None if index is None else self._rounded.get(index) for index in instruction.weights]
+            if index is not None and weight is not None and index not in self._in_bfloat16:
+                self._in_bfloat16[index] = weight.to(torch.bfloat16)
+        return [None if index is None else self._in_bfloat16.get(index) for index in instruction.weights]
 
     def registers(self, index: int, states: Sequence[Tensor | None]) -> dict[int, Tensor]:
         """Every register that the drive of a layer needs, evaluated at the given states."""
@@ -165,7 +165,7 @@ class Frame:
         return self.registers(index, states)[self.program.layers[index].drive]
 
     def feedforward(self) -> list[Tensor]:
-        """The states without feedback, s_l = σ_l(d_l): what the source's layers compute."""
+        """The states without feedback, s_l = σ_l(d_l), as the source's layers compute them."""
         states: list[Tensor] = []
         for index, activation in enumerate(self.activations):
             states.append(activation.value(self.drive(index, states)))
@@ -174,7 +174,7 @@ class Frame:
     def deviations(
         self, index: int, values: Sequence[Tensor | None], scales: Sequence[float]
     ) -> tuple[float, list[Tensor | None]]:
-        """r and w with r J_l w = Σ_k (c_l/c_k) J_{lk} u_k; values are copied only where the c_k differ."""
+        """r and w with r J_l w = Σ_k (c_l/c_k) J_{lk} u_k. Values are copied only if the c_k differ."""
         upstream = self.program.upstream[index]
         ratios = {k: scales[index] / scales[k] for k in upstream if values[k] is not None}
         if len(set(ratios.values())) <= 1:
@@ -196,7 +196,7 @@ class Frame:
     def tangent_registers(
         self, index: int, deviations: Sequence[Tensor | None], instructions: Sequence[Instruction] | None = None
     ) -> dict[int, Tensor]:
-        """Every register of J_l v (or those of some instructions); one that does not vary is absent."""
+        """Every register of J_l v, or those of some instructions. A register that does not vary is absent."""
         layer = self.program.layers[index]
         registers: dict[int, Tensor] = {}
         for other, deviation in zip(self.program.layers, deviations, strict=True):
@@ -210,14 +210,14 @@ class Frame:
             operator = instruction.operator
             if self.coarse and operator.product:
                 dtype = next(value.dtype for value in values if value is not None)
-                rounded = operator.tangent(_rounded(values), self._rounded_weights(instruction), shapes)
+                rounded = operator.tangent(_in_bfloat16(values), self._rounded_weights(instruction), shapes)
                 registers[instruction.output] = rounded.to(dtype)
             else:
                 registers[instruction.output] = operator.tangent(values, self._weights(instruction), shapes)
         return registers
 
     def tangent(self, index: int, deviations: Sequence[Tensor | None]) -> Tensor | None:
-        """J_l v, or None where it is zero."""
+        """J_l v; None if it is zero."""
         return self.tangent_registers(index, deviations).get(self.program.layers[index].drive)
 
     def pullback(
@@ -235,10 +235,10 @@ class Frame:
     ) -> dict[int, Tensor]:
         """J_lᵀ p on the states and/or the inputs that the drive reads.
 
-        With `registers` (the operands' values) also adds `factor` ∂⟨p, d_l⟩/∂θ to `gradients`.
+        With `registers`, the values of the operands, it also adds `factor` ∂⟨p, d_l⟩/∂θ to `gradients`.
 
         Returns:
-            Register of each state or input asked for -> its part of J_lᵀ p.
+            Register of each requested state or input -> its part of J_lᵀ p.
         """
         program = self.program
         layer = program.layers[index]
@@ -323,6 +323,6 @@ def take_rows(value: Tensor, rows: Tensor) -> Tensor:
     return value.index_select(0, rows.to(value.device))
 
 
-def _rounded(values: Sequence[Tensor | None]) -> list[Tensor]:
+def _in_bfloat16(values: Sequence[Tensor | None]) -> list[Tensor]:
     """The operand of a product in bfloat16."""
     return [value.to(torch.bfloat16) for value in values if value is not None]

@@ -1,4 +1,4 @@
-"""The memory layout in which a block's sweeps are fastest."""
+"""Choose the memory layout in which a block's sweeps are fastest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["laid_out"]
 def laid_out(program: BlockProgram, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The tensors in the memory layout in which the sweeps of a block are fastest.
 
-    Convolutions on a CPU are up to twice as fast on channels-last tensors, and a settling
-    block runs each of its own many times.
+    On a CPU, convolutions are up to twice as fast on channels-last tensors, and a settling
+    block runs each of its convolutions many times.
     """
     if not program.convolutional or any(t is not None and t.device.type != "cpu" for t in tensors):
         return tuple(tensors)

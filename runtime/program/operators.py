@@ -1,11 +1,11 @@
 """Operators: the maps that a drive is composed of.
 
-Each is linear in its value operands for fixed weights, y = A(θ) x + b(θ), and knows three
-things: to apply itself (exactly as the source does, bias included), to apply its linear part
-(`tangent`, the Jacobian-vector product), and to apply the transpose of it (`adjoint`, the
-physical feedback path). Those that have weights also give the gradient of ⟨p, y⟩ by them.
+Each is linear in its value operands for fixed weights, y = A(θ) x + b(θ). It has three
+methods. `apply` computes y exactly as the source does, including the bias. `tangent` applies the linear part
+(the Jacobian-vector product). `adjoint` applies the transpose of that, the
+physical feedback path. Operators with weights also give the gradient of ⟨p, y⟩ by them.
 
-All of them are made of differentiable torch operations, so that a relaxation can be unrolled.
+All of them use differentiable torch operations, so that a relaxation can be unrolled.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Operator(ABC):
     draws: bool = False
     """Whether the operator holds a constant that it draws once a forward (a mask)."""
     product: bool = False
-    """Whether it is a product of its one operand with a weight, which may be computed in bfloat16."""
+    """Whether it is a product of one operand with a weight, so that it may be computed in bfloat16."""
     selects: bool = False
-    """Whether that constant is chosen anew at every evaluation of a free phase (max pooling's winners)."""
+    """Whether it holds a constant that is chosen again at every evaluation of a free phase (max pooling's winners)."""
 
     @abstractmethod
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
@@ -58,7 +58,7 @@ class Operator(ABC):
 
     @abstractmethod
     def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
-        """A x; an operand that is None is zero, of the shape given."""
+        """A x. An operand that is None stands for zeros of the given shape."""
 
     @abstractmethod
     def adjoint(
@@ -74,19 +74,19 @@ class Operator(ABC):
         needed: Sequence[bool],
         bias: bool,
     ) -> list[Tensor | None]:
-        """∂⟨p, A(θ) x + b(θ)⟩/∂θ for each weight that is needed; without the bias term if `bias` is false."""
+        """∂⟨p, A(θ) x + b(θ)⟩/∂θ for each weight that is needed, without the bias term if `bias` is false."""
         return [None] * len(weights)
 
     def absolute(self) -> Operator:
-        """The operator of the absolute values |A|, for weights |θ|: its own coefficients lose sign and constant."""
+        """The operator of the absolute values |A| for weights |θ|. Coefficients lose their sign, and constants go."""
         return self
 
     def draw(self, values: Sequence[Tensor]) -> Tensor | None:
-        """The constant of this forward, where the operator `draws` or `selects`."""
+        """The constant of this forward, if the operator `draws` or `selects`; else None."""
         return None
 
     def gain(self, certain: float) -> float:
-        """Factor by which the norm may exceed the measured one (random constants)."""
+        """Factor by which the norm may exceed the measured one, because of random constants."""
         return certain
 
 
@@ -96,9 +96,9 @@ def _rows(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear(Operator):
-    """y = x Wᵀ + b; x: (..., in), W: (out, in), b: (out,).
+    """y = x Wᵀ + b with x of shape (..., in), W (out, in) and b (out,).
 
-    Transposed it is y = x W + b with W: (in, out), as in `x @ W` and `addmm`.
+    If it is transposed, y = x W + b with W of shape (in, out), as in `x @ W` and `addmm`.
     """
 
     transposed: bool = False
@@ -119,7 +119,7 @@ class Linear(Operator):
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """P W, or P Wᵀ where it is transposed."""
+        """P W, or P Wᵀ if it is transposed."""
         return [torch.matmul(cotangent, self._out_in(weights))]
 
     def weight_gradients(
@@ -130,7 +130,7 @@ class Linear(Operator):
         needed: Sequence[bool],
         bias: bool,
     ) -> list[Tensor | None]:
-        """(Pᵀ X, Σ P), or (Xᵀ P, Σ P) where it is transposed."""
+        """(Pᵀ X, Σ P), or (Xᵀ P, Σ P) if it is transposed."""
         rows, read = _rows(cotangent), _rows(values[0])
         first, second = (read, rows) if self.transposed else (rows, read)
         return [
@@ -194,8 +194,8 @@ class Convolution(Operator):
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The transposed convolution, of the input's shape."""
-        # Only its shape is read. (An expanded tensor would be copied.)
+        """The transposed convolution, with the input's shape."""
+        # Only the shape of this tensor is read. (An expanded tensor would be copied.)
         shape_only = torch.empty(
             shapes[0], dtype=cotangent.dtype, device=cotangent.device, memory_format=_format_of(cotangent)
         )
@@ -261,7 +261,7 @@ class Sum(Operator):
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """f_i p, summed over what was broadcast."""
+        """f_i p, summed over broadcast dimensions."""
         result: list[Tensor | None] = []
         for factor, shape, wanted in zip(self.factors, shapes, needed, strict=True):
             part = cotangent.sum_to_size(shape) if wanted and cotangent.shape != shape else cotangent
@@ -270,7 +270,7 @@ class Sum(Operator):
 
 
 class ByValue(Operator):
-    """y = f ⊙ x with a factor for each value: its linear part and the transpose of that are the product itself."""
+    """y = f ⊙ x with a factor for each value. Tangent and adjoint are the same product."""
 
     def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
         """The product."""
@@ -300,7 +300,7 @@ class Scale(ByValue):
 
 @dataclass(frozen=True)
 class Gain(ByValue):
-    """y = g ⊙ x, a gain for each value; g broadcasts to the shape of x (layer scale)."""
+    """y = g ⊙ x with a gain for each value. g broadcasts to the shape of x (layer scale)."""
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """The product."""
@@ -314,7 +314,7 @@ class Gain(ByValue):
         needed: Sequence[bool],
         bias: bool,
     ) -> list[Tensor | None]:
-        """p ⊙ x, summed over what g was broadcast over."""
+        """p ⊙ x, summed over the dimensions along which g was broadcast."""
         return [(cotangent * values[0]).sum_to_size(_given(weights[0]).shape) if needed[0] else None]
 
 
@@ -329,7 +329,7 @@ class Concat(Operator):
         return torch.cat(list(values), self.dim)
 
     def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
-        """The concatenation with zeros for what does not vary."""
+        """The concatenation, with zeros for operands that do not vary."""
         like = _given(next(value for value in values if value is not None))
         full = [like.new_zeros(shape) if value is None else value for value, shape in zip(values, shapes, strict=True)]
         return torch.cat(full, self.dim)
@@ -337,7 +337,7 @@ class Concat(Operator):
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The pieces."""
+        """The parts of p that belong to the operands."""
         pieces = cotangent.split([shape[self.dim] for shape in shapes], self.dim)
         return [piece if wanted else None for piece, wanted in zip(pieces, needed, strict=True)]
 
@@ -407,11 +407,11 @@ class Mask(ByValue):
     """Dropout inside a block: y = m ⊙ x with m drawn once a forward and held while the block settles."""
 
     source: Any
-    """The rebound dropout that draws the mask; it follows the source's train mode."""
+    """The rebound dropout that draws the mask. It follows the source's train mode."""
     draws = True
 
     def draw(self, values: Sequence[Tensor]) -> Tensor | None:
-        """The mask of this forward; None where dropout does nothing."""
+        """The mask of this forward; None if dropout does nothing."""
         mask: Tensor | None = self.source.mask(values[0].detach())
         return mask
 
@@ -420,7 +420,7 @@ class Mask(ByValue):
         return values[0] if weights[0] is None else values[0] * weights[0]
 
     def gain(self, certain: float) -> float:
-        """1/(1 − p): what a mask can add to the norm in train mode."""
+        """1/(1 − p), by which a mask can increase the norm in train mode."""
         rate = float(self.source.rate)
         return certain / (1 - rate) if rate < 1 else math.inf
 
@@ -429,10 +429,10 @@ class Mask(ByValue):
 class MaxPool(Operator):
     """Max pooling, y = S x with S the selection of the present winners.
 
-    It is linear only while the winners stay: a free phase chooses them at every evaluation (and
-    holds them after 30 sweeps, where a tie would go on for ever), the nudged phases hold those of
-    the equilibrium. A winner that would switch under a finite nudge
-    is not seen, which is why it is not in `block_ops` by default.
+    It is linear only while the winners stay. A free phase chooses them at every evaluation, and
+    holds them after 30 sweeps, since they could change for ever at a tie. The nudged phases hold the winners of
+    the equilibrium. So a winner that would switch under a finite nudge
+    is not noticed. That is why max pooling is not in `block_ops` by default.
     """
 
     dims: int

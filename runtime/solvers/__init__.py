@@ -1,1 +1,1 @@
-"""Solvers: how a phase is brought to its fixed point."""
+"""Solvers bring a phase to its fixed point."""

@@ -18,10 +18,10 @@ __all__ = ["Anderson"]
 class Anderson(Solver):
     """Anderson acceleration of Gauss–Seidel sweeps (Walker & Ni, 2011).
 
-    With x_i the last iterates, g_i what a sweep makes of them and f_i = g_i − x_i, the next iterate is
-    Σ α_i g_i, α minimising ‖Σ α_i f_i‖ under Σ α_i = 1, for each sample on its own where samples are
-    independent, and of the layers from which a sweep starts (the others follow). It pays where sweeps contract
-    slowly; at small loop gain plain sweeps are cheaper.
+    Let x_i be the last iterates, g_i the results of a sweep from them, and f_i = g_i − x_i. The next iterate is
+    Σ α_i g_i, where α minimises ‖Σ α_i f_i‖ under Σ α_i = 1. If samples are independent, each has its own α. Only the
+    layers from which a sweep starts are mixed, since the others follow. It is faster if sweeps contract
+    slowly. At small loop gain plain sweeps are cheaper.
     """
 
     memory: int = 5
@@ -34,15 +34,15 @@ class Anderson(Solver):
             raise InputError(f"memory is {self.memory!r}; expected an integer of at least 2")
 
     def init(self, problem: FixedPoint) -> object:
-        """Empty history."""
+        """An empty history."""
         return _History(self.memory, self.regularisation, (problem.samples or 0) * problem.parts)
 
     def step(
         self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False
     ) -> Tensor | None:
-        """The mixing of what came before, and one sweep from there.
+        """Mix the previous iterates, then do one sweep from there.
 
-        A relaxation so ends with a sweep, whose states and pre-activations belong together.
+        So a relaxation ends with a sweep, and its states fit its pre-activations.
         """
         assert isinstance(memory, _History)
         carried, mixed = problem.carried(), memory.mixed()
@@ -64,7 +64,7 @@ class Anderson(Solver):
 class _History:
     """The last sweeps of Anderson acceleration: g_i, f_i = g_i − x_i, and the products ⟨f_i, f_j⟩.
 
-    Everything is kept by rows: a row for each sample, or one for them all.
+    Everything is kept in rows, one for each sample, or one for all of them.
     """
 
     def __init__(self, size: int, regularisation: float, rows: int) -> None:
@@ -74,9 +74,9 @@ class _History:
         self.made: list[Tensor] = []
         self.residuals: list[Tensor] = []
         self.gram: Tensor | None = None
-        """⟨f_i, f_j⟩, (rows, count, count)."""
+        """⟨f_i, f_j⟩, of shape (rows, count, count)."""
         self.channels_last: list[bool] = []
-        """Of each layer, whether its entries are kept in that order, as they lie in memory."""
+        """For each layer, whether its entries are kept in channels-last order, as they lie in memory."""
 
     def _joined(self, values: Sequence[Tensor | None]) -> Tensor:
         pairs = zip(values, self.channels_last, strict=True)
@@ -104,7 +104,7 @@ class _History:
         self.gram = grown
 
     def mixed(self) -> Tensor | None:
-        """Σ α_i g_i, by rows; None before there are two sweeps to mix.
+        """Σ α_i g_i in rows; None before there are two sweeps to mix.
 
         A row that has settled to the last digit, or is not finite, goes on from its last sweep.
         """
@@ -112,9 +112,9 @@ class _History:
         if count < 2 or self.gram is None:
             return None
         norms = self.gram.diagonal(dim1=1, dim2=2).sqrt()
-        falling = norms[:, -1] < norms[:, -2]  # mixing that made it worse is not repeated: a plain sweep follows
+        falling = norms[:, -1] < norms[:, -2]  # if mixing made a row worse, a plain sweep follows
         usable = torch.isfinite(self.gram).all(2).all(1) & (norms > 0).all(1) & falling
-        # In units of ‖f_i‖, so that the regularisation does not outweigh the last, smallest residuals.
+        # The units are ‖f_i‖, so that the regularisation does not outweigh the last, smallest residuals.
         norms = torch.where(usable[:, None], norms, 1.0)
         identity = torch.eye(count, dtype=self.gram.dtype, device=self.gram.device)
         cosines = self.gram / (norms[:, :, None] * norms[:, None, :]) + self.regularisation * identity
@@ -130,12 +130,12 @@ class _History:
 
 
 def _flat(value: Tensor, rows: int, last: bool) -> Tensor:
-    """(rows, entries), with the channels of images last if asked."""
+    """The value as (rows, entries), with the channels of images last if `last`."""
     return (value.movedim(1, -1) if last else value).reshape(rows, -1)
 
 
 def _unflattened(flat: Tensor, value: Tensor, last: bool) -> Tensor:
-    """What `_flat` made of a tensor like `value`, undone."""
+    """The inverse of `_flat` for a tensor like `value`."""
     if last:
         batch, channels, height, width = value.shape
         return flat.reshape(batch, height, width, channels).movedim(-1, 1)

@@ -1,7 +1,7 @@
-"""Solvers: how the states of a block are brought to a fixed point.
+"""Solvers bring the states of a block to a fixed point.
 
-A problem is x_l = f_l(x) for l = 1..L (`FixedPoint`); a solver is three methods, `init`, `step`
-and `finished`, and one loop, `relax` (`runtime/solvers/relaxation.py`), serves them all. A step returns
+A problem is x_l = f_l(x) for l = 1..L (`FixedPoint`). A solver has three methods, `init`, `step`
+and `finished`. One loop, `relax` (`runtime/solvers/relaxation.py`), serves them all. A step returns
 the largest relative change of a layer,
 
     max_l ‖Δx_l‖/‖x_l‖ ,
@@ -34,11 +34,11 @@ class FixedPoint(ABC):
     """A fixed-point problem over the layers of a block."""
 
     values: list[Tensor | None]
-    """Present value of each layer; None is zero and not reached yet."""
+    """Present value of each layer. None stands for zero, before a value is reached."""
     scratch: dict[object, Tensor]
     """Buffers for differences, kept over the sweeps."""
     samples: int | None = None
-    """Number of independent samples, along the leading dimension of every value; None: they are not independent."""
+    """Number of independent samples along the leading dimension of every value; None if they are not independent."""
 
     training: bool = False
     """Whether only a gradient is made of the result, so that an estimate of the error that is left is enough."""
@@ -48,7 +48,7 @@ class FixedPoint(ABC):
     """ω of over-relaxed sweeps: how much of its change a layer takes."""
 
     parts: int = 1
-    """Rows of a value that belong to each of those samples: part after part, each of all samples."""
+    """Number of rows of a value for each of those samples. The rows come in parts, each with all samples."""
 
     @abstractmethod
     def update(self, index: int) -> Tensor | None:
@@ -67,7 +67,7 @@ class FixedPoint(ABC):
         return list(range(len(self.values)))
 
     def carried(self) -> list[int]:
-        """The layers whose values a sweep in that order reads before it updates them: the others follow from these."""
+        """The layers whose values a sweep in that order reads before it updates them. The others follow from these."""
         return list(range(len(self.values)))
 
     @abstractmethod
@@ -76,27 +76,27 @@ class FixedPoint(ABC):
 
     @abstractmethod
     def adopt(self, other: FixedPoint, rows: Tensor) -> None:
-        """Take over what another problem, of these samples alone, has arrived at."""
+        """Copy the values of another problem that has these samples alone."""
 
     @abstractmethod
     def give_up(self, rows: Tensor) -> None:
-        """Put these samples back to where the relaxation started: their states have no meaning."""
+        """Reset these samples to the start of the relaxation, since their states have no meaning."""
 
     def refine(self) -> None:
         """Compute products in full precision from here on."""
         return
 
     def correction(self, rtol: float) -> list[Tensor] | None:
-        """Newton's step Δ, (1 − ∂f) Δ = f(x) − x, with an inner residual of `rtol`; None where there is none."""
+        """Newton's step Δ, (1 − ∂f) Δ = f(x) − x, with an inner residual of `rtol`; None if there is none."""
         return None
 
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """A way to settle; frozen settings, no state of its own."""
+    """A method to settle. It has frozen settings and no state."""
 
     steady: ClassVar[bool] = False
-    """Whether its steps contract at a steady rate, so that the rate seen tells how much error is left."""
+    """Whether its steps contract at a steady rate, so that the measured rate tells how much error is left."""
 
     rtol: float | None = None
     """Largest relative error of a layer at which it stops, in both phases, training and evaluation alike. None: by
@@ -104,19 +104,28 @@ class Solver(ABC):
     to 5e-4 and its error currents to 3e-3, which keeps gradients within a cosine of 0.9999."""
     max_sweeps: int = 2000
     on_failure: Literal["isolate", "error", "warn"] = "isolate"
-    """What happens where samples do not settle. `"isolate"`: the other samples settle undisturbed, and a
-    `ConvergenceWarning` names those that do not (a diverged sample keeps its feedforward values and gives no
-    gradient); an error where no sample settles. `"error"`: an error in any case. `"warn"`: never an error, unless
-    nothing finite is left."""
+    """What happens if samples do not settle.
+
+    With `"isolate"` the other samples settle undisturbed, and a `ConvergenceWarning` names those that do not. A
+    diverged sample keeps its feedforward values and gives no gradient. If no sample settles, it is an error. With
+    `"error"` it is always an error. With `"warn"` it is an error only if no value is finite.
+    """
     termination: Literal["batch", "sample"] = "batch"
-    """Whether the norms that end a relaxation are of the whole batch or of each sample. With `"sample"` each sample
-    stops by itself, so that its result does not depend on the others in its batch."""
+    """Whether the norms that end a relaxation cover the whole batch or each sample.
+
+    With `"sample"` each sample stops by itself, so that its result does not depend on the others in its batch.
+    """
     start: Literal["feedforward", "last"] = "feedforward"
-    """Where a free phase starts: `"last"` starts from the states of the block's last forward, where their shapes
-    fit (a warm start, for inputs or weights that have changed little)."""
+    """Where a free phase starts.
+
+    `"last"` starts from the states of the block's last forward if their shapes fit. This is a warm start, for inputs or
+    weights that have changed little.
+    """
     precision: Literal["full", "bfloat16"] = "full"
-    """`"bfloat16"` computes the products of the first sweeps in bfloat16, states and sums staying as they are, and
-    ends a free phase with sweeps in full precision; for certified blocks."""
+    """`"bfloat16"` computes the products of the first sweeps of certified blocks in bfloat16.
+
+    States and sums stay in full precision, and a free phase ends with sweeps in full precision.
+    """
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -142,13 +151,13 @@ class Solver(ABC):
     def step(
         self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False
     ) -> Tensor | None:
-        """One sweep; returns the largest relative change of a layer if asked to `measure`.
+        """Do one sweep. If `measure`, return the largest relative change of a layer.
 
         The change is a scalar tensor, or with `per_sample` one number for each sample.
         """
 
     def finished(self, residual: float, rtol: float) -> bool:
-        """Whether that residual ends the relaxation."""
+        """Whether this residual ends the relaxation."""
         return residual <= rtol
 
 
@@ -161,7 +170,7 @@ def typical_contraction(certified: float) -> float:
 
 
 def _change(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> Tensor:
-    """‖new − old‖/‖new‖; a value that was not reached before has changed by all of it."""
+    """‖new − old‖/‖new‖. It is 1 for a value that was not reached before."""
     if old is None:
         return new.new_ones(new.shape[:1] if per_sample else (), dtype=torch.float32)
     key = (new.shape, new.stride())
@@ -176,7 +185,7 @@ def _change(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bo
 
 
 def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_sample: bool = False) -> Tensor | None:
-    """One Gauss–Seidel sweep in an order; the largest relative change of a layer if asked to `measure`."""
+    """Do one Gauss–Seidel sweep in this order. If `measure`, return the largest relative change of a layer."""
     changes = []
     for index in order:
         new = problem.advance(index)
@@ -195,7 +204,7 @@ def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_s
 
 @dataclass(frozen=True)
 class GaussSeidel(Solver):
-    """Sweeps over the layers, each update using the newest neighbours.
+    """Sweeps over the layers, in which each update uses the newest values of its neighbours.
 
     Over-relaxed sweeps go ω times as far as a plain one. With r the contraction of a plain sweep the best
     ω is 2/(1 + √(1 − r)), and a sweep then contracts by ω − 1 (Young 1954).

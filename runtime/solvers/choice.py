@@ -1,4 +1,4 @@
-"""Which solver a block gets where none is given, and why."""
+"""Choose the solver of a block if none is given, and say why."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Choice", "choose"]
 
 @dataclass(frozen=True)
 class Choice:
-    """A solver and the reason for it."""
+    """A solver, and the reason for it."""
 
     solver: Solver
     reason: str
-    """A phrase, for the summary."""
+    """A phrase for the summary."""
 
     def __str__(self) -> str:
         """Name and reason."""
@@ -28,13 +28,14 @@ class Choice:
 def choose(program: BlockProgram, contraction: float | None, given: Solver | None) -> Choice:
     """The solver of a block: the one given, or the one that is fastest at its loop gain.
 
-    Measured by `benchmarks/solvers.py`: plain sweeps where they are certified to contract, which they do far
-    better than certified, and Anderson acceleration where nothing is certified (`feedback="symmetric"`).
+    This follows the measurements of `benchmarks/solvers.py`. Blocks that are certified to contract get plain sweeps,
+    which contract far better than certified. Blocks without a certificate (`feedback="symmetric"`) get Anderson
+    acceleration.
 
     Args:
         program: the block.
-        contraction: κ where it is certified below one.
-        given: what the user asked for.
+        contraction: κ if it is certified below one, else None.
+        given: the solver that the user asked for.
     """
     if given is not None:
         curved = [layer.activation.name for layer in program.layers if not layer.activation.monotone]

@@ -5,10 +5,10 @@ v = D (B v + δ) for e = c v (the error current −u). With v = D^½ w it is sym
 
     (1 − D^½ B D^½) w = D^½ δ ,
 
-and positive definite where the equilibrium is a strict minimum; its spectrum lies in 1 ± ρ.
+It is positive definite if the equilibrium is a strict minimum, and its spectrum lies in 1 ± ρ.
 (Hestenes & Stiefel 1952.)
 
-Newton's step for x = f(x) is the same system: (1 − D B) Δ = r has Δ = r + v with v = D (B v + B r).
+Newton's step for x = f(x) is the same system, since (1 − D B) Δ = r has Δ = r + v with v = D (B v + B r).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 __all__ = ["LinearResponse", "newton_step", "solve_adjoint"]
 
 _NEWTON_STEPS = 200
-"""Conjugate-gradient steps within one step of Newton's method."""
+"""The largest number of conjugate-gradient steps within one step of Newton's method."""
 
 
 class LinearResponse(Protocol):
-    """The linear response of a block at a state: an `AdjointPhase` without a drive of its own."""
+    """The linear response of a block at a state, such as an `AdjointPhase` without a drive."""
 
     scales: tuple[float, ...]
     slopes: list[Tensor]
@@ -42,13 +42,13 @@ class LinearResponse(Protocol):
 def solve_adjoint(
     phase: LinearResponse, errors: Sequence[Tensor | None], rtol: float, max_steps: int
 ) -> tuple[list[Tensor | None] | None, int]:
-    """(e, steps) for the errors δ; None where the system is not positive definite or does not converge.
+    """(e, steps) for the errors δ; None if the system is not positive definite or does not converge.
 
     Args:
-        phase: the block's linear response at a state, without a drive of its own; its values are overwritten.
-        errors: δ_l, None for zero.
-        rtol: largest norm of the residual relative to that of the right-hand side.
-        max_steps: at most so many.
+        phase: the block's linear response at a state, without a drive. Its values are overwritten.
+        errors: δ_l, with None for zero.
+        rtol: largest norm of the residual, relative to the norm of the right-hand side.
+        max_steps: the largest number of steps.
     """
     outer = [torch.sqrt(slope * scale) for slope, scale in zip(phase.slopes, phase.scales, strict=True)]  # (c σ')^½
     inner = [root / scale for root, scale in zip(outer, phase.scales, strict=True)]  # (σ'/c)^½
@@ -90,9 +90,9 @@ def solve_adjoint(
 def newton_step(
     phase: LinearResponse, residuals: Sequence[Tensor], factors: Sequence[float], rtol: float
 ) -> list[Tensor] | None:
-    """Δ with (1 − ∂f) Δ = r for a phase whose values times `factors` are error currents u (1), or states (c).
+    """Δ with (1 − ∂f) Δ = r for a phase whose values times `factors` are error currents (1), or states (c).
 
-    None where the system is not positive definite or conjugate gradients do not converge.
+    None if the system is not positive definite or conjugate gradients do not converge.
     """
     for index, (residual, factor) in enumerate(zip(residuals, factors, strict=True)):
         phase.store(index, residual if factor == 1 else residual * factor)

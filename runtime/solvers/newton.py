@@ -17,16 +17,16 @@ __all__ = ["NewtonCG"]
 class NewtonCG(Solver):
     """Semismooth Newton's method on top of Gauss–Seidel sweeps (Qi & Sun, 1993).
 
-    Where a sweep leaves more than `slow` of the residual, the next step first solves (1 − D B) Δ = f(s) − s
-    for a correction Δ of the states, D = σ'(h) and B the coupling, by conjugate gradients (the system is
-    symmetric positive definite at a minimum), and ends with a sweep. With clamp-like activations D is 0 or 1
-    and an equilibrium is found in finitely many steps, once the units that are clamped are known. A step that
-    does not make the residual smaller is taken back. It pays where sweeps contract slowly; a block with an
-    activation that is not monotone has no such system and is swept.
+    If a sweep leaves more than `slow` of the residual, the next step first solves (1 − D B) Δ = f(s) − s
+    for a correction Δ of the states, with D = σ'(h) and the coupling B, and ends with a sweep. At a minimum the system
+    is symmetric positive definite, and conjugate gradients solve it. With clamp-like activations D is 0 or 1. An
+    equilibrium is then found in finitely many steps, once the clamped units are known. A step that
+    does not make the residual smaller is undone. The method is faster if sweeps contract slowly. A block with an
+    activation that is not monotone has no such system, and only sweeps.
     """
 
     slow: float = 0.6
-    """A correction is due where a sweep leaves more than this of the residual."""
+    """A correction follows if a sweep leaves more than this share of the residual."""
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -35,13 +35,13 @@ class NewtonCG(Solver):
             raise InputError(f"slow is {self.slow!r}; expected a number from 0 (always correct) to below 1")
 
     def init(self, problem: FixedPoint) -> object:
-        """Nothing known yet."""
+        """An empty memory."""
         return _Progress()
 
     def step(
         self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False
     ) -> Tensor | None:
-        """A correction, where one is due, and a sweep."""
+        """Do a correction, if one is due, and a sweep."""
         assert isinstance(memory, _Progress)
         memory.sweeps += 1
         before = list(problem.values)
@@ -52,7 +52,7 @@ class NewtonCG(Solver):
         if corrected and not size < memory.change:
             for index, value in enumerate(before):
                 problem.store(index, value)
-            memory.pause = 2 * memory.sweeps  # ever rarer
+            memory.pause = 2 * memory.sweeps  # a failed correction makes the next one rarer
             change = sweep_layers(problem, problem.order(), True, per_sample)
             assert change is not None
             size = float(change.max())
@@ -61,7 +61,7 @@ class NewtonCG(Solver):
         return change
 
     def _correct(self, problem: FixedPoint, memory: _Progress) -> bool:
-        """Add Newton's step to the values; whether there is one."""
+        """Add Newton's step to the values; False if there is none."""
         correction = problem.correction(min(0.1, memory.change))
         if correction is None:
             memory.pause = 2 * memory.sweeps
@@ -73,11 +73,11 @@ class NewtonCG(Solver):
 
 @dataclass
 class _Progress:
-    """What a relaxation by Newton's method remembers."""
+    """The memory of a relaxation by Newton's method."""
 
     sweeps: int = 0
     change: float = math.inf
     rate: float = 0.0
-    """What the last sweep left of the change."""
+    """The share of the change that the last sweep left."""
     pause: int = 0
     """No correction up to this sweep."""

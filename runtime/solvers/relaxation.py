@@ -1,12 +1,12 @@
 """The loop in which every solver brings every problem to its fixed point.
 
-Where a sweep is certified to contract by κ, the error that is left after it is at most κ/(1 − κ)
-times its change; that (else the change itself) is what is compared with `rtol`. Where two sweeps have been
-measured and contracted better than certified, κ is what was seen (Hairer & Wanner 1996, section IV.8, stop
-Newton's method so).
+If a sweep is certified to contract by κ, the error after it is at most κ/(1 − κ)
+times its change, and this bound is compared with `rtol`. Otherwise the change itself is compared. If two sweeps have
+been measured and contracted better than certified, the measured contraction takes the place of κ (Hairer & Wanner 1996,
+section IV.8, stop Newton's method in this way).
 
-Samples of a batch are independent, so that one that does not settle is no reason to stop the
-others: it is set apart, and the status names it.
+Samples of a batch are independent, so that one that does not settle does not stop the
+others. It is set apart, and the status names it.
 """
 
 from __future__ import annotations
@@ -25,38 +25,41 @@ from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver, typical_cont
 __all__ = ["Settled", "concluded", "relax", "run", "stopping_rule"]
 
 _STALL = 100
-"""Sweeps without a residual a tenth smaller after which a relaxation is given up; more where `max_sweeps` is large."""
+"""A relaxation ends if its residual falls by less than a tenth in so many sweeps (more for large `max_sweeps`)."""
 
 _SAFETY = 4 / 3
-"""By how much the contraction seen between two measured sweeps is taken for worse than it was."""
+"""Factor on the contraction between two measured sweeps, so that it is not taken for too good."""
 
 _COARSE = 4e-3
-"""Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, and as much again."""
+"""Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, times two."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """How a relaxation ended."""
+    """The result of a relaxation."""
 
     sweeps: int
     residual: float
-    """Largest relative error of a layer: the change of the last sweep, times κ/(1 − κ) where the
-    block is certified to contract by κ, which bounds the distance to the equilibrium."""
+    """Largest relative error of a layer.
+
+    It is the change of the last sweep, times κ/(1 − κ) if the block is certified to contract by κ. It then bounds the
+    distance to the equilibrium.
+    """
     converged: bool
     reason: str
-    """A sentence with a remedy where it did not converge."""
+    """A sentence with a remedy if it did not converge."""
     unsettled: tuple[int, ...] = ()
-    """The samples of the batch that did not settle, where samples are independent."""
+    """Indices of the samples that did not settle, if samples are independent."""
     lost: tuple[int, ...] = ()
-    """Those of them that diverged: their states are those of the start, and they give no gradient."""
+    """Indices of those that diverged. Their states are those of the start, and they give no gradient."""
 
 
 def stopping_rule(rtol: float, contraction: float | None, training: bool = False) -> tuple[int, float]:
     """(first sweep whose change is measured, factor from the change to the error that is left).
 
-    Where a sweep contracts by κ the error left is at most κ/(1 − κ) times its change. The certificate is
-    a worst case: blocks settle in about 0.6 of the sweeps that it predicts. Measuring the change before
-    that is wasted (and a device synchronisation), so that up to two sweeps go by without. In training an
+    If a sweep contracts by κ, the error after it is at most κ/(1 − κ) times its change. The certificate is
+    a worst case, and blocks settle in about 0.6 of the sweeps that it predicts. A measurement before
+    that is wasted and waits for the device, so that up to two sweeps are not measured. In training an
     estimate is enough: κ is then what sweeps are expected to contract by.
     """
     if training and contraction is not None:
@@ -81,23 +84,23 @@ def relax(
     """Run a solver on a problem until it is finished.
 
     Args:
-        problem: holds its values, which are changed in place.
+        problem: the problem with its values, which are changed in place.
         solver: the method and its limits.
         rtol: largest relative error of a layer at which to stop.
-        subject: what settles, for messages, e.g. "free phase of block_1".
-        hint: says what to change where it does not.
-        contraction: factor κ < 1 by which a sweep contracts, where certified.
-        check_operands: asked where states are not finite; raises where what came in was not.
+        subject: the name of what settles, for messages, e.g. "free phase of block_1".
+        hint: gives advice if it does not settle.
+        contraction: factor κ < 1 by which a sweep is certified to contract, or None.
+        check_operands: called if states are not finite. It raises an error if the operands were not finite either.
 
     Raises:
-        ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
+        ConvergenceError: as `solver.on_failure` says, and if no value is finite any more.
     """
     settled = run(problem, solver, rtol, contraction)
     return concluded(settled, problem, solver, rtol, subject, hint, check_operands)
 
 
 def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None = None) -> Settled:
-    """Run a solver on a problem, without a word about how it ended; `concluded` says it."""
+    """Run a solver on a problem, without warnings or errors about the result. `concluded` issues them."""
     return _Relaxation(problem, solver, rtol, contraction).run()
 
 
@@ -110,17 +113,17 @@ def concluded(
     hint: Callable[[], str],
     check_operands: Callable[[], None] | None = None,
 ) -> Settled:
-    """Warn of samples that did not settle, or raise, as the solver says; the arguments are those of `relax`.
+    """Warn or raise an error if samples did not settle, as the solver says. The arguments are those of `relax`.
 
     Raises:
-        ConvergenceError: as `solver.on_failure` says, and where no value is finite any more.
+        ConvergenceError: as `solver.on_failure` says, and if no value is finite any more.
     """
     if settled.converged:
         return settled
     if settled.lost and check_operands is not None:
         check_operands()
     samples = problem.samples or 1
-    reason = f"{_sentence(settled, samples, subject, rtol)}; {hint()}"
+    reason = f"{_failure_text(settled, samples, subject, rtol)}; {hint()}"
     hopeless = len(settled.lost) == samples
     if (
         hopeless
@@ -132,7 +135,7 @@ def concluded(
     return replace(settled, reason=reason)
 
 
-def _sentence(settled: Settled, samples: int, subject: str, rtol: float) -> str:
+def _failure_text(settled: Settled, samples: int, subject: str, rtol: float) -> str:
     if len(settled.lost) == samples:
         why = settled.reason or f"its states are not finite after {settled.sweeps} sweeps"
         return f"{subject} diverged: {why}"
@@ -143,21 +146,21 @@ def _sentence(settled: Settled, samples: int, subject: str, rtol: float) -> str:
     parts = []
     bounded = [row for row in settled.unsettled if row not in settled.lost]
     if bounded:
-        parts.append(f"{_rows(bounded)} of the {samples} of the batch {how} {measured}")
+        parts.append(f"{_listed(bounded)} of the {samples} of the batch {how} {measured}")
     if settled.lost:
         parts.append(
-            f"{_rows(settled.lost)} of the {samples} of the batch diverged (states as at the start, and no gradient)"
+            f"{_listed(settled.lost)} of the {samples} of the batch diverged (states as at the start, and no gradient)"
         )
     return f"{subject}: {' and '.join(parts)}, while the others settled"
 
 
-def _rows(rows: list[int] | tuple[int, ...]) -> str:
+def _listed(rows: list[int] | tuple[int, ...]) -> str:
     shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
     return f"sample {shown}" if len(rows) == 1 else f"samples {shown}"
 
 
 class _Relaxation:
-    """One relaxation: the problem, the samples of it that are still running, and how the others ended."""
+    """One relaxation: the problem, the samples that are still running, and the results of the others."""
 
     def __init__(self, problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None) -> None:
         self.problem = problem
@@ -167,17 +170,17 @@ class _Relaxation:
         self.earliest, self.left = stopping_rule(rtol, contraction, problem.training)
         problem.contraction = contraction
         self.coarse = _coarse_goal(solver, rtol, contraction)
-        """The error down to which products are in bfloat16; None: not (any more)."""
+        """The error down to which products are in bfloat16; None if they are in full precision."""
         self.per_sample = solver.termination == "sample" and problem.samples is not None
         self.running = problem
-        """The problem itself, or once some of its samples have ended, the rest of it on values of its own."""
+        """The problem itself. Once some samples have ended, a narrowed copy with the others."""
         self.rows: Tensor | None = None
-        """Which samples those are; None: all."""
+        """Indices of the samples that are still running; None if all are."""
         self.memory = solver.init(problem)
         self.sweep = 0
         self.next = self.earliest if self.coarse is None and solver.start == "feedforward" else 1
         self.measured, self.previous, self.rate = 0, math.inf, 0.0
-        """The last measured sweep, its change, and the contraction of a sweep between the last two; 0: unknown."""
+        """The last measured sweep, its change, and the contraction per sweep between the last two (0 if unknown)."""
         self.worst = math.inf
         self.patience = max(_STALL, solver.max_sweeps // 20)
         self.best, self.since = math.inf, 0
@@ -191,12 +194,12 @@ class _Relaxation:
         """Sweep until every sample has ended."""
         while self.sweep < self.solver.max_sweeps:
             changes = self._step()
-            if changes is not None and self._ended(changes):
+            if changes is not None and self._has_ended(changes):
                 break
-        return self._status()
+        return self._result()
 
     def _step(self) -> Tensor | None:
-        """One sweep; its changes, of the batch or by sample, where they are measured."""
+        """Do one sweep. Return its changes, for the batch or each sample, if they are measured."""
         self.sweep += 1
         last = self.sweep == self.solver.max_sweeps
         by_sample = self.per_sample or (last and self.problem.samples is not None)
@@ -205,14 +208,14 @@ class _Relaxation:
         return change if change is None or not by_sample else self._by_sample(change)
 
     def _by_sample(self, values: Tensor) -> Tensor:
-        """The largest of what belongs to a sample: a problem may hold several rows of each, one after another."""
+        """The largest value of each sample, since a problem may hold several rows of each."""
         assert self.running.samples is not None
         return values.reshape(-1, self.running.samples).amax(0)
 
     def _error_left(self, change: float) -> float:
-        """Factor from a change to the error that is left: κ/(1 − κ), with the contraction seen where it is better.
+        """Factor from a change to the remaining error: κ/(1 − κ), with the measured contraction if it is better.
 
-        Sweeps contract at a rate that rises slowly to its limit, so that the rate seen is taken by a third more.
+        The contraction rises slowly to its limit, so that the measured one is increased by a third.
         """
         self.rate = 0.0
         if self.measured and 0 < change < self.previous:
@@ -222,8 +225,8 @@ class _Relaxation:
                 return seen / (1 - seen)
         return self.left
 
-    def _ended(self, changes: Tensor) -> bool:
-        """Decide after a measured sweep: whether nothing is left to run."""
+    def _has_ended(self, changes: Tensor) -> bool:
+        """Evaluate a measured sweep. Returns whether nothing is left to run."""
         change = float(changes.max())
         errors = changes * self._error_left(change)
         worst = self.worst = float(errors.max())
@@ -233,7 +236,7 @@ class _Relaxation:
                 return True
             self.coarse = None
             self.running.refine()
-            self._restart()
+            self._restart_solver()
             return False
         if not errors.dim() and not math.isfinite(worst):
             if self.problem.samples is None:
@@ -242,11 +245,11 @@ class _Relaxation:
             errors = self._errors_of_diverged()
         if errors.dim() and self._retire(errors):
             return self.rows is not None and not len(self.rows)
-        if self._stalled(worst):
+        if self._has_stalled(worst):
             if self.problem.samples is None or self.per_sample:
                 self._give_up(worst)
                 return True
-            self.per_sample = True  # one sample may be to blame
+            self.per_sample = True  # a single sample may be the cause
             self.best, self.since = math.inf, self.sweep
         if self.running.relaxation != 1 and change > self.previous:
             self.running.relaxation = 1.0  # not what this block needs
@@ -254,24 +257,24 @@ class _Relaxation:
         self.measured, self.previous = self.sweep, change
         return False
 
-    def _restart(self) -> None:
+    def _restart_solver(self) -> None:
         self.memory = self.solver.init(self.running)
         self.next = self.sweep + 1
         self.measured, self.previous, self.rate = 0, math.inf, 0.0
 
     def _norms(self) -> Tensor:
-        """The largest norm of a layer, by sample where samples are independent."""
+        """The largest norm of a layer, for each sample if samples are independent."""
         values = [value.detach() for value in self.running.values if value is not None]
         if self.problem.samples is None:
             return torch.stack([torch.linalg.vector_norm(value) for value in values]).amax()
         return self._by_sample(torch.stack([torch.linalg.vector_norm(v.flatten(1), dim=1) for v in values]).amax(0))
 
     def _errors_of_diverged(self) -> Tensor:
-        """Errors by sample where the batch's is not finite: infinite for the samples that diverged."""
+        """The error of each sample if the batch's is not finite. It is infinite for diverged samples."""
         return torch.where(torch.isfinite(self._norms()), self.rtol + 1, math.inf)
 
     def _retire(self, errors: Tensor) -> bool:
-        """Set apart the samples that have settled or diverged; whether there were any."""
+        """Set the samples apart that have settled or diverged. Returns whether there were any."""
         gone = ~torch.isfinite(errors)
         done = errors <= self.rtol if self.coarse is None else torch.zeros_like(gone)
         if not bool((gone | done).any()):
@@ -288,11 +291,11 @@ class _Relaxation:
             self.running = self.running.narrowed(staying)
             self.running.contraction = self.contraction
             self.halfway = None
-            self._restart()
+            self._restart_solver()
             self.worst = float(errors[staying].max())
         return True
 
-    def _stalled(self, residual: float) -> bool:
+    def _has_stalled(self, residual: float) -> bool:
         if residual < 0.9 * self.best:
             self.best, self.since, self.halfway = residual, self.sweep, None
             return False
@@ -301,7 +304,7 @@ class _Relaxation:
         return self.sweep - self.since >= self.patience
 
     def _give_up(self, residual: float) -> None:
-        """End what is left: samples that have grown all the while diverge, the others oscillate."""
+        """End the remaining samples. Those that have always grown count as diverged, the others as oscillating."""
         assert self.halfway is not None
         growing = self._norms() > 1.5 * self.halfway
         if growing.dim():
@@ -316,13 +319,13 @@ class _Relaxation:
             self.reason = f"oscillates: its residual falls no further after {self.sweep} sweeps"
 
     def _stride(self, residual: float) -> int:
-        """Sweeps until the next one that is worth measuring, from the contraction seen since the last one."""
+        """Number of sweeps until the next measurement, estimated from the contraction since the last one."""
         if not 0 < self.rate < 1 or not 0 < residual < math.inf:
             return 1
         goal = self.rtol if self.coarse is None else self.coarse
         return max(1, min(math.floor(0.7 * math.log(goal / residual) / math.log(self.rate)), 10))
 
-    def _status(self) -> Settled:
+    def _result(self) -> Settled:
         count = self.problem.samples or 1
         running = [] if self.settled else list(range(count)) if self.rows is None else self.rows.tolist()
         running = [row for row in running if row not in self.lost]

@@ -30,7 +30,7 @@ __all__ = [
 def output_blocks(hybrid: HybridParts) -> frozenset[str]:
     """The energy blocks whose outputs reach the network's output through no other energy block."""
     blocks = hybrid.energy_blocks
-    behind: dict[object, bool] = {}  # node -> whether what it computes reaches an energy block
+    behind: dict[object, bool] = {}  # node -> whether its value reaches an energy block
     found = set()
     for node in reversed(hybrid.lowered.graph.nodes):
         is_block = node.op == "call_module" and str(node.target) in blocks

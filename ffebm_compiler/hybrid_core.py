@@ -86,15 +86,15 @@ class HybridCore(HybridParts):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def block_state(self) -> bytes:
-        """The state of the blocks beside the tensors: feedback, estimator and solver, and what training keeps of them.
+        """The state of the blocks beside the tensors: feedback, estimator, solver and loop-gain measurement.
 
-        `state_dict()` has it as metadata, and `save` writes it. It is here by itself, as one value, for checkpoints
-        that keep tensors and values alone, such as those of `torch.distributed.checkpoint`.
+        `state_dict()` has it as metadata, and `save` writes it. This method returns it as one value, for checkpoints
+        that keep only tensors and values, such as those of `torch.distributed.checkpoint`.
         """
         return packed_state(self)
 
     def load_block_state(self, state: bytes) -> None:
-        """Take over what `block_state` returned, after the tensors that it belongs to are loaded.
+        """Restore the result of `block_state`. The tensors that it belongs to must be loaded first.
 
         Raises:
             InputError: for a state that is malformed or of another plan.
@@ -295,8 +295,8 @@ class HybridCore(HybridParts):
         """Set feedback, estimator, solver and, if given, the energy of every block, without measuring anything.
 
         Raises:
-            UnsupportedError: where a block with feedback holds what the energy does not admit, or the estimator is
-                defined in none.
+            UnsupportedError: a block with feedback holds a layer that the energy does not admit, or the estimator is
+                defined in no block.
         """
         if energy is not None:
             self.energy_function = energy
@@ -368,21 +368,21 @@ class HybridCore(HybridParts):
         blocks: Sequence[str] | None = None,
         feedforward: str | ZerothOrder | None = None,
     ) -> None:
-        """Choose the gradient estimator of every block, or of some; `docs/training.md` compares them.
+        """Choose the gradient estimator of every block, or of some blocks. `docs/training.md` compares them.
 
         Args:
             gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"truncated"`, `"recurrent"`,
                 or an estimator object. Contrastive and coupled learning are defined only in blocks whose outputs reach
-                the loss through no other block: the others then use equilibrium propagation, and `summary()` says so.
-            blocks: names of the blocks to set; None for all.
+                the loss through no other block. The others then use equilibrium propagation, and `summary()` says so.
+            blocks: names of the blocks to set. None sets all.
             feedforward: how the digital parts between the blocks are differentiated: `"backprop"`, `"zeroth-order"` or
-                a `ZerothOrder`, which perturbs their inputs and parameters. None is backpropagation, or with `blocks`
-                as it is.
+                a `ZerothOrder`, which perturbs their inputs and parameters. None means backpropagation, but leaves the
+                digital parts as they are if `blocks` is given.
 
         Raises:
-            InputError: for another name or object, or a name that is no block's.
-            UnsupportedError: where the estimator is not defined in a block given by name, or in none with feedback, or
-                a digital part writes state and so has no zeroth-order gradient.
+            InputError: an estimator's name or object is unknown, or a name is no block's.
+            UnsupportedError: the estimator is not defined in a block given by name, or in any block with feedback, or a
+                digital part writes state and so has no zeroth-order gradient.
         """
         estimator = estimator_of(gradient)
         perturbed = None if feedforward is None else zeroth_order_of(feedforward)

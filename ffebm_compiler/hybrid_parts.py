@@ -99,16 +99,17 @@ class HybridParts(nn.Module):
         self.conversion: Conversion | None = None
         """The arguments of `convert`, which `save` stores."""
         self.recertify_every: int | None = 100
-        """After at most so many changes of the weights, loop gains are measured to convergence; None: only after jumps.
+        """After at most so many changes of the weights, loop gains are measured to convergence.
 
-        Every change of the weights is followed by an estimate. If it jumps, the measurement converges at once.
+        Every change of the weights is followed by an estimate. If it jumps, the measurement converges at once. With
+        None it converges only then.
         """
         self.project_to: float | None = None
         """Limit of the loop gain to which symmetric blocks are projected after each change (see `project`), or None."""
         self.feedback_weights = feedback_weights
-        """How feedback weights of their own are trained; None where the feedback is tied."""
+        """How feedback weights of their own are trained; None if the feedback is tied."""
         self.feedback_names: Mapping[str, FeedbackPlace] = {place.name: place for place in lowered.feedback}
-        """Names of the parameters that are feedback weights; empty where the feedback is tied."""
+        """Names of the parameters that are feedback weights; empty if the feedback is tied."""
         self._sources = self._sources_of_blocks()
         """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
         self.training = source.training
@@ -231,7 +232,7 @@ class HybridParts(nn.Module):
         whole = gathered(self, units, _names_behind(call.all_input_nodes, self._fetched()))
         with whole, generators_unchanged(), tensors_unchanged(self.written_state()):
             values = tuple(static_value(run, node, known) for node in call.args)
-            if units or hasattr(self, "unshard"):  # what is gathered is freed at once
+            if units or hasattr(self, "unshard"):  # gathered tensors are freed when the context ends
                 values = tuple(value if value is None else value.clone() for value in values)
         return values[:count], values[count:]
 

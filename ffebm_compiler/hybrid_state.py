@@ -74,7 +74,7 @@ def state_of(hybrid: HybridParts) -> dict[str, Any]:
 
 
 def _digital_state(hybrid: HybridParts) -> dict[str, Any] | None:
-    """How digital parts are differentiated, and how often each was called for it; None: by backpropagation."""
+    """How digital parts are differentiated, and how often each was called for it; None for backpropagation."""
     perturbed = digital_gradient(hybrid)
     if perturbed is None:
         return None
@@ -100,10 +100,10 @@ def packed_state(hybrid: HybridParts) -> bytes:
 
 
 def unpacked_state(packed: object) -> Mapping[str, Any]:
-    """What `packed_state` made a value of.
+    """The inverse of `packed_state`.
 
     Raises:
-        InputError: for another value.
+        InputError: the value does not come from `packed_state`.
     """
     if not isinstance(packed, bytes):
         raise InputError(f"the state of the blocks is a {type(packed).__name__}; expected what block_state() returned")
@@ -222,10 +222,10 @@ def _is_equal(present: Tensor, arriving: object) -> bool:
 
 
 def fill_arriving(hybrid: HybridParts, state_dict: dict[str, Any], prefix: str) -> None:
-    """Complete a source's state dict, which has no feedback weights, by the present ones; check those of a hybrid's.
+    """Add the present feedback weights to a source's state dict, which has none, or check those of a hybrid's.
 
     Raises:
-        InputError: for feedback weights of another shape than the weights that they belong to.
+        InputError: feedback weights have another shape than the weights that they belong to.
     """
     names = list(hybrid.feedback_names)
     if not any(prefix + name in state_dict for name in names):

@@ -131,7 +131,7 @@ class Operation:
     values: Count
     """Values per sample that it produces."""
     shape: tuple[Count | None, ...] = ()
-    """Shape of what it produces; None is the batch."""
+    """Shape of its value, with None for the batch."""
     reason: str = ""
     kind: str = ""
     weights: tuple[str, ...] = ()

@@ -88,7 +88,7 @@ def _in_both_modes(
     source.eval()
     evaluation = set_up(source, args, kwargs)
     kept = [evaluation.note]
-    source.train()  # a model may forget then what it keeps between calls in eval mode
+    source.train()  # a model may drop values that it keeps between calls in eval mode
     source.eval()
     with training_reads() as reads:
         exported = export_graph(source, args, kwargs, dynamic_shapes)
@@ -120,7 +120,7 @@ def _in_both_modes(
         except UnsupportedError as error:
             source.train()
             if not same_in_evaluation(source, args, kwargs, evaluation):
-                raise  # what the calls in train mode left cannot be undone
+                raise  # the calls in train mode have left something that cannot be undone
             refused = str(error)
     program = _wrapped(exported, source)
     program.training, program.refused_in_training = training, refused

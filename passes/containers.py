@@ -196,7 +196,7 @@ def _mapping(kind: Any, names: tuple[Any, ...], parts: list[Any]) -> Any:
     for construct in reversed(constructors) if dataclasses.is_dataclass(kind) else constructors:
         try:
             made = construct(items)
-        except Exception:  # constructors of subclasses take what they like
+        except Exception:  # the constructor of a subclass may take other arguments
             continue
         if list(made) == list(items):
             return made

@@ -56,7 +56,7 @@ class DataChecks:
         return answer
 
     def notes(self) -> Iterator[str]:
-        """What the person should know: one sentence for each check that is left out."""
+        """Notes for the plan: one sentence for each check that is left out."""
         for place in self._left_out:
             yield f"the forward raises an error for some values of its data ({place}): the hybrid does not check them"
 

@@ -50,7 +50,7 @@ __all__ = [
 aten = torch.ops.aten
 
 WIRING_KINDS = ("add", "reshape", "concat", "scale", "avg_pool", "max_pool")
-"""What `block_ops` may name. `dropout` and copies always join: they are the identity on the chip."""
+"""The kinds that `block_ops` may name. `dropout` and copies always join, since they are the identity on the chip."""
 
 
 @dataclass(frozen=True)

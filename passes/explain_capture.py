@@ -33,8 +33,8 @@ def explained(
     if rejection is not None and has_no_memory(source):
         return CaptureError(
             f"the forward cannot be traced{_where(source, rejection)}: {type(rejection).__name__}: {rejection}; the "
-            "model is on the meta device, where tensors have shapes and no values: load it, or give what it asks the "
-            "value of as a constant"
+            "model is on the meta device, where tensors have shapes and no values: load it, or make the tensor whose "
+            "value it reads a constant"
         )
     if rejection is not None:
         shapes = [

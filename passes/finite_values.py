@@ -52,6 +52,6 @@ class FiniteValues:
             self._truth_if_finite[id(result)] = result, known[1] != (name in _NEGATE)
 
     def notes(self) -> Iterator[str]:
-        """What the person should know: one sentence for each branch."""
+        """Notes for the plan: one sentence for each branch."""
         for line in self._lines:
             yield f"the forward branches on whether values are finite{line}: it is captured for finite ones"

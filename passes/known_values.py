@@ -165,7 +165,7 @@ class KnownValues:
                 )
 
     def notes(self) -> Iterator[str]:
-        """What the person should know: one sentence for each buffer that decided something."""
+        """Notes for the plan: one sentence for each buffer that decided a branch."""
         for name, line in self.reads.items():
             yield (
                 f"the forward branches on buffer {name!r}{line}: the hybrid keeps the branch for its value at "

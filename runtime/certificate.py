@@ -13,7 +13,7 @@ class Certificate:
     """What a measurement says about a block's well-posedness."""
 
     norms: tuple[tuple[int, int, float], ...]
-    """(l, m, ‖J_{ml}‖₂) of every edge, where the energy is measured by them; (m, l, norm) of feedback of its own."""
+    """(l, m, ‖J_{ml}‖₂) of every edge, and (m, l, norm) for feedback weights; empty if the energy does not use them."""
     scales: tuple[float, ...]
     """c_l, with 1 for the deepest layer."""
     radius: float

@@ -484,7 +484,7 @@ BAD = [
     (_set("hardware", "tile_rows", value=-1), "the plan is malformed .*tile_rows"),
     (_set("graph", "operations", 0, "inputs", value=["y"]), "the plan is malformed .*reads 'y'"),
     (_set("graph", "operations", 0, "values", value=7), "the graph was changed"),
-    (_set("fingerprint", value="0"), "the plan's fingerprint is '0' and its graph has"),
+    (_set("fingerprint", value="0"), r"the graph was changed, since its fingerprint is '\w+' and the plan has '0'"),
     (_set("blocks", 0, "tiles", value=1), r"block_1 says tiles=1, but its operations make it 3"),
     (_set("blocks", 1, "dac", value=0), r"block_2 says dac=0, but its operations make it 16"),
     (_set("blocks", 0, "operations", 0, value="ghost"), "block_1 holds 'ghost', which is no operation"),

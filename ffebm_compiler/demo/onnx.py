@@ -47,7 +47,7 @@ def onnx_deviations(hybrid: HybridModel, folder: Path, x: Tensor) -> Deviations:
 
     Raises:
         UnsupportedError: where onnx, onnxscript or onnxruntime is not installed.
-        ExportError: where a file does not take what the hybrid feeds the part.
+        ExportError: a file does not accept the values that the hybrid feeds the part.
     """
     require_onnx()
     folder = hybrid.export_onnx(folder, parts="digital")

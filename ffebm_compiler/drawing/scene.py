@@ -125,7 +125,7 @@ def set_of(items: list[str]) -> list[str]:
 
 
 def scene_of(plan: PlanData, hybrid: HybridCore | None = None) -> Scene:
-    """The scene of a plan; `hybrid` adds which blocks have feedback weights of their own.
+    """The scene of a plan. `hybrid` adds which blocks have feedback weights of their own.
 
     Raises:
         PlanError: where the plan has no operation, or its blocks and parts form a cycle.

@@ -97,14 +97,14 @@ class Agreement:
 class GradientReport:
     """Per parameter, each estimator's gradient against the float64 unrolled one.
 
-    Where the feedback has weights of its own, implicit and unrolled gradients are those of the equilibrium, and
-    equilibrium propagation is a local rule at an angle to them (`Agreement.angle`).
+    If the feedback has weights of its own, implicit and unrolled gradients are those of the equilibrium.
+    Equilibrium propagation is then a local rule at an angle to them (`Agreement.angle`).
     """
 
     agreements: Mapping[str, Mapping[str, Agreement]]
     """Parameter name -> estimator name -> agreement."""
     own: str = "ep"
-    """The hybrid's own estimator, as it is set."""
+    """Name of the hybrid's own estimator."""
 
     @property
     def estimators(self) -> tuple[str, ...]:

@@ -33,11 +33,11 @@ class BlockDiagnosis:
     residuals: tuple[float, ...]
     """Largest relative change of a layer, per sweep."""
     energies: tuple[float, ...]
-    """E summed over the batch: of the feedforward values, then after each sweep; empty where there is no energy."""
+    """E summed over the batch, first at the feedforward values, then after each sweep; empty if there is no energy."""
     monotone: bool
     """Whether all activations are monotone. The equilibrium is then a minimum, else a stationary point."""
     symmetric: bool = True
-    """False where the feedback has weights of its own: a vector field, which has no energy."""
+    """Whether the feedback is tied. If it has weights of its own, the block is a vector field without energy."""
 
     @property
     def rate(self) -> float:

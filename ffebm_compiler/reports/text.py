@@ -89,7 +89,7 @@ def _groups_of_split_layers(blocks: Sequence[BlockPlan]) -> list[list[BlockPlan]
 
 
 def _block_row(plan: PlanData, group: Sequence[BlockPlan], drives: bool) -> tuple[str, ...]:
-    """A row of the plan's table, with states driven by digital values; the numbers of several blocks are summed."""
+    """A row of the plan's table, with states driven by digital values. The numbers of several blocks are summed."""
     name = group[0].name
     if len(group) > 1:
         name = f"{name}..{group[-1].name} ({len(group)} blocks)"

@@ -33,7 +33,7 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
     _refuse(plan, path, where, layers, too_big)
     kinds = {*plan.options.block_ops, *ALWAYS_JOIN}
     digital = {name for name, reason in too_big.items() if reason}
-    if plan.options.digital_drive:  # what may become a driven state beside what is moved
+    if plan.options.digital_drive:  # activations beside the moved layers may become driven states
         digital |= {op.name for op in graph.operations if matches(op.path, plan.options.force_digital)}
     state = State(graph, hardware, kinds, digital, draws=False, digital_drive=plan.options.digital_drive)
     number = {op.name: index for index, op in enumerate(graph.operations)}

@@ -127,7 +127,7 @@ class Activation(ABC):
         return in_double(lambda x: x * self.value(x) - self.primitive(x), h)
 
     def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        """(inf σ, sup σ), to be broadcast over pre-activations h; ±∞ where σ is unbounded."""
+        """(inf σ, sup σ), in shapes that broadcast over pre-activations h; ±∞ if σ is unbounded."""
         return _bounds_of(self)
 
     def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
@@ -177,7 +177,7 @@ class Activation(ABC):
 
 @lru_cache
 def _bounds_of(activation: Activation) -> tuple[float, float]:
-    """From the values far out and, where σ is not monotone, from a grid that is refined about its least value."""
+    """(inf σ, sup σ) from values far out. If σ is not monotone, a grid is refined about its least value, too."""
     values = activation.value(torch.tensor([-1e30, 1e30], dtype=torch.float64)).tolist()
     if not activation.monotone:
         centre, width = 0.0, 40.0

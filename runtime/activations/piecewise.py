@@ -156,8 +156,8 @@ class Clamp(_Clamp):
 class SlopedClamp(Activation):
     """σ(h) = min(max(a h, lo), hi) with a > 0, Λ(h) = h s − s²/2a with s = σ(h), G(s) = s²/2a on [lo, hi].
 
-    The hard sigmoid of deep convolutional Hopfield networks, clamp(a h, 0, 1) (Laborieux et al. 2021; Nest & Ernoult
-    2024). It is another state than a clamp behind a product with a: here a multiplies the feedback too.
+    With lo = 0 and hi = 1 this is the hard sigmoid of deep convolutional Hopfield networks (Laborieux et al. 2021,
+    Nest & Ernoult 2024). It differs from a clamp after a product with a, since here a multiplies the feedback too.
     """
 
     slope: float = 1.0
@@ -199,13 +199,13 @@ class SlopedClamp(Activation):
         return self.stepper(h, t)(k)
 
     def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
-        """That of a clamp, of a h and a k."""
+        """The step quotient of a clamp, for a h and a k."""
         step = clamp_stepper(h * self.slope, t, self.lo, self.hi)
         return lambda k: step(k * self.slope)
 
 
 def sloped_clamp(h: Tensor, slope: float, lo: float, hi: float) -> Tensor:
-    """`SlopedClamp` as a function: the target of a recognised `clamp(slope * h, lo, hi)`."""
+    """`SlopedClamp` as a function. A recognised `clamp(slope * h, lo, hi)` becomes a call of it."""
     return SlopedClamp(slope, lo, hi).value(h)
 
 

@@ -119,19 +119,19 @@ class Energy(ABC):
         gradients: list[Tensor | None],
         needed: Sequence[bool],
     ) -> None:
-        """Add to `gradients` what the loss has through the amplifiers, which follow the weights.
+        """Add to `gradients` the gradient of the loss through the amplifiers, which follow the weights.
 
-        It is dL/da da/dθ for everything a that an amplifier of this block is set to by a measurement.
+        It is dL/da da/dθ for every setting a of an amplifier that comes from a measurement.
 
         Args:
             frame: the block at its equilibrium.
-            setting: what its amplifiers are set to.
-            feedback: what they hold.
-            measured: the block as it was measured: one sample, without random masks.
+            setting: the settings of its amplifiers.
+            feedback: the feedback that they hold.
+            measured: the block as it was measured, for one sample and without random masks.
             currents: e_l, the derivative of the loss by h_l.
-            middle: s_l, or the midpoint of the states that are compared.
-            gradients: by weight, None where there is none yet.
-            needed: which weights are asked for.
+            middle: s_l, or the midpoint of the compared states.
+            gradients: the gradient of each weight; None if there is none yet.
+            needed: for each weight, whether its gradient is needed.
         """
 
     def circuit(self, frame: Frame, setting: Setting) -> Circuit:
@@ -163,7 +163,7 @@ class Energy(ABC):
 
     @abstractmethod
     def describe(self, feedback: float | str, symmetric: bool = True) -> str:
-        """The energy and its feedback, as a phrase for a report; `symmetric` as of the block's program."""
+        """The energy and its feedback, as a phrase for a report. `symmetric` is that of the block's program."""
 
     @abstractmethod
     def remedy(self, feedback: float | str, loop_gain: float) -> str:

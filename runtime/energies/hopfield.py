@@ -6,8 +6,8 @@ G_l is the potential of the layer's activation (∂G_l = σ_l⁻¹), so that σ_
 not monotone, G_l is written in the pre-activation, as h σ(h) − Λ(h). An equilibrium is then a stationary point of E,
 but no minimum. A loop gain below one certifies a unique equilibrium (`runtime/energies/loop_gain.py`).
 
-Where the feedback has weights of its own, no energy has the fields as its derivative, and `value` refuses; the states,
-the certificate and the local gradients are those of the vector field (Scellier et al. 2018, arXiv 1808.04873).
+If the feedback has weights of its own, no energy has the fields as its derivative, and `value` raises an error. States,
+certificate and local gradients are then those of the vector field (Scellier et al. 2018, arXiv 1808.04873).
 
 Sources: Hopfield 1984; Scellier & Bengio 2017 (arXiv 1602.05179); Nest & Ernoult 2024.
 """
@@ -60,7 +60,7 @@ class Hopfield(Energy):
         return float(feedback)
 
     def check_program(self, program: BlockProgram) -> None:
-        """Every program has this energy, or is a vector field where its feedback has weights of its own."""
+        """Nothing is refused: a program has this energy, or is a vector field if its feedback has its own weights."""
 
     def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
         """The layers' own activations."""
@@ -115,7 +115,7 @@ class Hopfield(Energy):
         gradients: list[Tensor | None],
         needed: Sequence[bool],
     ) -> None:
-        """Through γ where κ is held; at symmetric feedback γ is 1 whatever the weights are."""
+        """Add the gradient through γ if κ is held. At symmetric feedback γ is always 1."""
         if not isinstance(feedback, str):
             add_gain_terms(frame, setting.scales, measured, currents, middle, gradients, needed)
 

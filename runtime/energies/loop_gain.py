@@ -9,9 +9,9 @@ is one entry of a symmetric matrix A with zero diagonal. ρ(A) < 1 certifies a u
 and linear convergence (in the norm weighted by c/Lip the update is a contraction with factor ρ).
 κ = ρ² is the *loop gain*. `feedback=κ` picks c_l = g^{depth(l)} with the one g for which ρ² = κ.
 
-Where the feedback has weights of its own, the entry a_{ml}, from the state of l into the field of m, has the norm of
-the forward weights, and a_{lm} that of the feedback weights. A is then not symmetric; ρ(A) < 1 certifies the same, in
-the norm weighted by its Perron vector.
+If the feedback has weights of its own, the entry a_{ml}, from the state of l into the field of m, has the norm of
+the forward weights, and a_{lm} has the norm of the feedback weights. A is then not symmetric. ρ(A) < 1 still certifies
+the same, in the norm weighted by the Perron vector of A.
 
 Norms are measured on the actual operator (the convolution with its padding and stride) by
 Golub–Kahan–Lanczos bidiagonalisation. It approaches the largest singular value from below, and
@@ -80,7 +80,7 @@ def directions(frame: Frame) -> list[tuple[int, int, Frame]]:
 
 
 def edge_gain(frame: Frame, start: int, end: int) -> float:
-    """Factor on the norm of an edge: what random masks may add to it, and learned slopes above 1.
+    """Factor on the norm of an edge for random masks and for learned slopes above 1.
 
     A learned slope changes with the weights, and the program's own activations do not know it. So the present
     √(Lip σ_l Lip σ_m), divided by theirs, is a factor here, and the certificate follows the slopes.
@@ -180,9 +180,9 @@ def scales_for(program: BlockProgram, gain: float) -> tuple[float, ...]:
 def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loop_gain: float) -> float:
     """The g for which ρ(A)² = κ, or 1 if there is no feedback.
 
-    ln ρ² is convex in ln g (Kingman 1961), with the slope yᵀ(S ∘ A)x / ρ yᵀx for the Perron vectors x and y, right and
-    left, and the depths S that the edges span: Newton's method finds it in a few steps, in one where every edge spans
-    one layer.
+    ln ρ² is convex in ln g (Kingman 1961). Its slope is yᵀ(S ∘ A)x / ρ yᵀx for the right and left Perron vectors x and
+    y, and the depths S that the edges span. So Newton's method finds g in a few steps, or in one step if every edge
+    spans one layer.
     """
     if not any(norm > 0 for _, _, norm in norms) or not all(math.isfinite(norm) for _, _, norm in norms):
         return 1.0
@@ -213,7 +213,7 @@ def certificate_at(
 
 
 def _sweep_radius(matrix: np.ndarray, largest: float) -> float:
-    """ρ((1 − L)⁻¹U) or, of sweeps backward, ρ((1 − U)⁻¹L): ρ² unless edges close cycles of odd length."""
+    """ρ((1 − L)⁻¹U), or ρ((1 − U)⁻¹L) for backward sweeps. It is ρ² unless edges close cycles of odd length."""
     if len(matrix) <= 2 or not math.isfinite(largest) or largest >= 1:
         return largest**2
     lower, upper = np.tril(matrix, -1), np.triu(matrix, 1)

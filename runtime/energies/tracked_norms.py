@@ -78,7 +78,9 @@ class TrackedNorms:
         self._probes: dict[tuple[int, int], Tensor] = {}
 
     def measure(self, frame: Frame) -> list[tuple[int, int, float]]:
-        """(l, m, ‖J_{ml}‖₂) of every edge at the weights of a frame, from below; (m, l, norm) of feedback of its own.
+        """(l, m, ‖J_{ml}‖₂) of every edge at the weights of a frame, and (m, l, norm) for feedback weights.
+
+        The norms are approached from below.
 
         Args:
             frame: the block without its random masks, evaluated once for one sample so that all shapes are known.

@@ -30,7 +30,7 @@ class FeedforwardBlock(BlockGraph):
     """
 
     zeroth_order: ZerothOrder | None = None
-    """How its gradient is estimated; None: by backpropagation."""
+    """How its gradient is estimated; None for backpropagation."""
     place: int = 0
     """Which part of its network it is: parts have directions of their own."""
     calls: int = 0

@@ -279,7 +279,7 @@ def test_a_move_against_an_option_is_refused() -> None:
         PlanError, match=r"'head.1' cannot move to analog, since force_digital=\('head',\) holds 'head.1'"
     ):
         forced.move("head.1", "analog")
-    with pytest.raises(PlanError, match=r"'stem' cannot move to digital: force_analog=\('stem',\) holds 'stem'"):
+    with pytest.raises(PlanError, match=r"'stem' cannot move to digital, since force_analog=\('stem',\) holds 'stem'"):
         forced.move("stem", "digital")
 
 

@@ -6,11 +6,11 @@ sample), then the fewest blocks. Random numbers are drawn in the source's order.
 draw form a chain, and its links count as edges in the proof that the quotient is acyclic. There are three
 parts, each in a file of its own:
 
-1. `waves`: two starts, both acyclic by construction: waves of Kahn's algorithm with the
-   best cuts of each wave by dynamic programming, and filling one block after the other.
-2. `search` and `rebuild`: merge blocks, move operations, take small neighbourhoods apart and build
-   them again, while the objective falls. The better of the two results is taken.
-3. `state`: the cost and the proof of acyclicity that the search keeps up to date.
+1. `waves` constructs two starts, both acyclic by construction. One uses waves of Kahn's algorithm, with the
+   best cuts of each wave by dynamic programming. The other fills one block after the other.
+2. `search` merges blocks and moves operations, and `rebuild` takes small neighbourhoods apart and builds them
+   again, while the objective falls. The better of the two results is taken.
+3. `state` holds the cost and the proof of acyclicity, which the search keeps up to date.
 
 Then blocks are assigned to cores. If there are too few cores, the least valuable blocks (MACs per
 tile) turn digital. The result is deterministic: the same graph gives the same partition. `benchmarks/partition.py`
@@ -48,7 +48,7 @@ __all__ = [
 _EFFORT, _EFFORT_EACH = 80_000, 8
 """The budget of operations that the improvement of one start may visit: a base, and a number per operation."""
 _SMALL = 150
-"""Operations up to which both starts are taken apart and built again. Above it the better one is, for half the effort.
+"""Up to so many operations both starts are taken apart and built again. Beyond, only the better one is.
 
 On 40 public networks of 51 to 724 operations, for two fabrics, this changes no conversion.
 """

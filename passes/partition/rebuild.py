@@ -1,6 +1,6 @@
-"""The second improvement: take small neighbourhoods of blocks apart and build them again.
+"""Rebuild: take small neighbourhoods of blocks apart and build them again.
 
-What comes out better is kept, all else is taken back. The clock is that of `search`.
+A result is kept only if it is better. The budget is counted as in `search`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from ffebm_compiler.passes.partition.state import DIGITAL, State
 __all__ = ["rebuild"]
 
 _WAYS = 16
-"""Times that each block is taken apart and built again."""
+"""How many times each block is taken apart and built again."""
 
 
 def rebuild(state: State, budget: int) -> None:
-    """Take neighbourhoods apart and build them again until the clock says stop, and settle what costs the same."""
+    """Take neighbourhoods apart and build them again until the budget is used up, then decide ties."""
     _rebuild_all(state, WINDOW, state.work + budget)
-    _tidy(state)
+    _decide_ties(state)
 
 
 def _rebuild_all(state: State, window: int, end: int) -> None:
-    """Take a block and its neighbours apart and build them again, in several ways; keep what is better."""
+    """Take each block and its neighbours apart, build them again in several ways, and keep the best."""
     for seed in range(_WAYS):
         draw = random.Random(seed)
         for block in sorted(state.load, key=lambda b: state.span[b]):
@@ -56,8 +56,8 @@ def _rebuild(state: State, block: int, draw: random.Random, window: int, end: in
         state.rollback(mark)
 
 
-def _tidy(state: State) -> None:
-    """Settle what costs the same either way: activations are analog, reshapes at the rim digital."""
+def _decide_ties(state: State) -> None:
+    """Decide what costs the same either way: activations become analog, reshapes at the edge of a block digital."""
     for v in range(state.size):
         if state.activation[v] and state.home[v] == DIGITAL and state.joins[v]:
             group = joining(state, v, state.operands)

@@ -1,4 +1,4 @@
-"""The improvement: merge blocks and move operations.
+"""Search: improve a partition by merging blocks and moving operations.
 
 `State.attempt` accepts a step only if the result is sound and has fewer
 conversions, or equally many in fewer blocks. The search stops when nothing improves or when its
@@ -21,11 +21,11 @@ FAN = 12
 _NEAR = 16
 """How many following blocks are tried for a merge that saves no conversion."""
 WINDOW = 2000
-"""Operations that a change may have to sort again."""
+"""The largest number of operations that a change may have to sort again."""
 
 
 def improve(state: State, budget: int) -> None:
-    """Merge blocks and move operations until nothing helps or the clock says stop."""
+    """Merge blocks and move operations until nothing helps or the budget is used up."""
     end = state.work + budget
     merge_all(state, WINDOW, end)
     move_all(state, range(state.size), WINDOW, end)

@@ -1,8 +1,8 @@
-"""Default tolerances of the phases: they follow the purpose.
+"""Default tolerances of the phases. They depend on the mode.
 
 In evaluation the states are the result. In train mode only the gradient is, and a
-looser tolerance makes the same gradient. `rtol` of the block's solver, e.g. `GaussSeidel(rtol=1e-6)`, takes the
-place of all of them, in both modes and both phases.
+looser tolerance gives the same gradient. If the block's solver has an `rtol`, e.g. `GaussSeidel(rtol=1e-6)`, it
+replaces all of them, in both modes and both phases.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ __all__ = ["error_rtol", "free_rtol"]
 
 _TRAINING_FREE = 5e-4
 _TRAINING_ERROR = 3e-3
-"""Estimated relative errors of states and of error currents in training: about the loosest at which the cosine with
-the exact gradient stays above 0.9999 for every parameter of every network of `tests/networks.py`, fourteen
-activations and κ from 0.03 to 0.9 (`benchmarks/training_tolerance.py`). Kinks make the one of the states smaller: a
-state on the wrong side of a ReLU's has a wrong slope, however close it is."""
+"""Estimated relative errors of states and of error currents in training.
+
+These are about the loosest values for which the cosine with the exact gradient stays above 0.9999 for every parameter
+of every network of `tests/networks.py`, fourteen activations and κ from 0.03 to 0.9
+(`benchmarks/training_tolerance.py`).
+The value for states is smaller because of kinks. A state on the wrong side of a ReLU's kink has a wrong slope, however
+close it is.
+"""
 
 
 def free_rtol(dtype: torch.dtype, certified: bool, training: bool = False) -> float:
     """Relative error of a layer at which a free phase stops.
 
-    With a certificate the error that is left is bounded by the last change (in training it is estimated from it);
-    without one there is only the change to look at, and the iteration goes on to what the dtype resolves.
+    With a certificate, the last change bounds the remaining error. In training the error is estimated from it. Without
+    a certificate only the change itself is known, and the iteration goes on to the resolution of the dtype.
     """
     if dtype == torch.float64:
         return 1e-12

@@ -99,9 +99,12 @@ class Solver(ABC):
     """Whether its steps contract at a steady rate, so that the measured rate tells how much error is left."""
 
     rtol: float | None = None
-    """Largest relative error of a layer at which it stops, in both phases, training and evaluation alike. None: by
-    dtype, certificate and purpose. In float32 a certified block settles its states to 1e-4 in evaluation; in train mode
-    to 5e-4 and its error currents to 3e-3, which keeps gradients within a cosine of 0.9999."""
+    """Largest relative error of a layer at which it stops, in both phases and both modes.
+
+    None chooses it by dtype, certificate and mode. In float32 a certified block settles its states to 1e-4 in
+    evaluation. In train mode it settles states to 5e-4 and error currents to 3e-3, which keeps gradients within a
+    cosine of 0.9999.
+    """
     max_sweeps: int = 2000
     on_failure: Literal["isolate", "error", "warn"] = "isolate"
     """What happens if samples do not settle.
@@ -206,11 +209,11 @@ def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_s
 class GaussSeidel(Solver):
     """Sweeps over the layers, in which each update uses the newest values of its neighbours.
 
-    Over-relaxed sweeps go ω times as far as a plain one. With r the contraction of a plain sweep the best
+    Over-relaxed sweeps go ω times as far as a plain one. If a plain sweep contracts by r, the best
     ω is 2/(1 + √(1 − r)), and a sweep then contracts by ω − 1 (Young 1954).
 
-    `order="auto"` is the problem's own: forward in a free phase, backward in a nudged one (a
-    forward sweep would need L sweeps to carry the nudge to the first layer). `"even_odd"` is
+    `order="auto"` is the problem's own order: forward in a free phase, backward in a nudged one. (Forward
+    sweeps would need L sweeps to carry the nudge to the first layer.) `"even_odd"` is
     the asynchronous schedule of Nest & Ernoult (2024, arXiv 2409.03306).
     """
 

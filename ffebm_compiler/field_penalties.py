@@ -69,7 +69,7 @@ def jacobian_homeostasis(hybrid: HybridParts, samples: int = 1, generator: torch
             curved = next(layer for layer in block.program.layers if not layer.activation.monotone)
             raise UnsupportedError(
                 f"{name}: the activation {curved.activation.name} of layer {curved.name} is not monotone, so that its "
-                "slopes have no real root and the Jacobian no symmetric form: use a monotone one, or "
+                "slopes have no real root and the Jacobian no symmetric form. Use a monotone one, or "
                 "ffebm.alignment_penalty"
             )
         response = block.response(hybrid.operands_of(name)[1])

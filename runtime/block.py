@@ -365,7 +365,7 @@ class EnergyBlock(nn.Module):
         if forward is not None and backward is not None and forward.shape != backward.shape:
             raise InputError(
                 f"{self.name}: feedback weights of shape {tuple(backward.shape)} go with forward weights of shape "
-                f"{tuple(forward.shape)}: both have the same shape, the feedback is the transpose of such a weight"
+                f"{tuple(forward.shape)}. Give both one shape, since the feedback is the transpose of such a weight"
             )
 
     def _forward(self, inputs: list[Tensor], weights: list[Tensor | None]) -> tuple[Tensor, ...]:

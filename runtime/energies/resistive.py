@@ -93,7 +93,7 @@ class Resistive(Energy):
         return float(feedback)  # type: ignore[arg-type]
 
     def check_program(self, program: BlockProgram) -> None:
-        """Tied feedback, no max pooling, and activations of straight lines whose slopes are from 0 to 1."""
+        """Admit tied feedback, and piecewise linear activations with slopes from 0 to 1, but no max pooling."""
         if not program.symmetric:
             raise UnsupportedError(
                 f"{program.name}: a resistive energy is a circuit whose conductances carry both directions, so that "
@@ -103,8 +103,8 @@ class Resistive(Energy):
             _check_activation(program, layer)
             if any(instruction.operator.selects for instruction in layer.instructions):
                 raise UnsupportedError(
-                    f"{program.name}: layer {layer.name!r} holds max pooling, which no conductances make: they add "
-                    "what they connect. The nearest that exists is average pooling (nn.AvgPool2d). Or keep the pooling "
+                    f"{program.name}: layer {layer.name!r} holds max pooling, which conductances cannot do, since they "
+                    "add currents. Use average pooling (nn.AvgPool2d), which is the nearest to it, keep the pooling "
                     "digital (leave 'max_pool' out of block_ops), or use energy='hopfield'"
                 )
 

@@ -116,8 +116,8 @@ class ContrastiveLearning(Estimator):
         number = isinstance(self.scale, float | int) and not isinstance(self.scale, bool)
         if not number or not 0 < self.scale < math.inf:
             raise InputError(
-                f"scale is {self.scale!r}; expected a positive number: 1 for a loss summed over the batch, the batch "
-                "size for a mean"
+                f"scale is {self.scale!r}; expected a positive number, which is 1 for a loss summed over the batch and "
+                "the batch size for a mean"
             )
         check_through_feedback(self.through_feedback)
 
@@ -159,7 +159,7 @@ def _contrast(
         if move is not None and layer.parameters:
             raise UnsupportedError(
                 f"{at.name}: layer {layer.name} has an activation with learned parameters, whose energy is not a "
-                "function of the state, so that the state cannot be held: use 'ep', or keep the activation digital"
+                "function of the state, so that the state cannot be held. Use 'ep', or keep the activation digital"
             )
 
     def phase_of(group: Sequence[complex]) -> ClampedPhase:

@@ -41,11 +41,11 @@ class FixedPoint(ABC):
     """Number of independent samples along the leading dimension of every value; None if they are not independent."""
 
     training: bool = False
-    """Whether only a gradient is made of the result, so that an estimate of the error that is left is enough."""
+    """Whether the result only serves a gradient, so that an estimate of the remaining error is enough."""
     contraction: float | None = None
-    """κ, a factor by which a plain sweep is certified to contract; None: nothing is certified."""
+    """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
     relaxation: float = 1.0
-    """ω of over-relaxed sweeps: how much of its change a layer takes."""
+    """ω of over-relaxed sweeps, the factor on the change of a layer."""
 
     parts: int = 1
     """Number of rows of a value for each of those samples. The rows come in parts, each with all samples."""

@@ -190,3 +190,20 @@ def settles_as_predicted(model: Graph, x: Tensor, gamma: float) -> None:
 @given(graphs())
 def test_random_graphs_settle_at_every_gamma_as_fast_as_predicted(case: tuple[Graph, Tensor, float]) -> None:
     settles_as_predicted(*case)
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("gamma", [1e-4, 0.1, 3.0])
+def test_weights_of_zero_mean_settle_within_thirty_sweeps(width: int, gamma: float) -> None:
+    model = nn.Sequential(*[module for _ in range(4) for module in (nn.Linear(width, width), nn.ReLU())]).double()
+    with torch.no_grad():
+        for place in range(0, 8, 2):
+            layer = model[place]
+            assert isinstance(layer, nn.Linear)
+            layer.bias.zero_()
+            layer.weight.copy_(noise(width, width, seed=place) * (2 / width) ** 0.5)
+    x = noise(8, width).double()
+    solver = ffebm.GaussSeidel(rtol=1e-6)
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=gamma, solver=solver)
+    assert [len(block.layers) for block in hybrid.blocks] == [4]
+    assert 1 <= hybrid.blocks[0].settle(x).sweeps <= 30

@@ -240,6 +240,8 @@ class HybridCore(HybridParts):
         if type(source).train is not nn.Module.train:
             source.train(mode)
             self.training = source.training
+            for block in self._energy.values():
+                block.training = self.training
         return self
 
     @contextmanager

@@ -122,6 +122,7 @@ class HybridParts(nn.Module):
             weights = {name: self.weight_at(place) for name, place in self.feedback_names.items()}
             register_feedback_weights(self, weights, feedback_weights)
         for energy_block in lowered.energy.values():
+            energy_block.training = self.training
             energy_block.aligned = feedback_weights is not None and feedback_weights.update == "aligned"
             block_program = energy_block.program
             drives = [instruction for layer in block_program.layers for instruction in layer.instructions]

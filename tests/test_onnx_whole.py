@@ -289,7 +289,7 @@ def test_a_flattened_sequence_is_unfolded_for_any_batch(tmp_path: Path) -> None:
             h = torch.tanh(self.a(x.reshape(-1, 4)))
             return self.b(h.reshape(x.shape[0], 5, 6))
 
-    hybrid = ffebm.convert(networks.seeded(Flat), networks.noise(3, 5, 4))
+    hybrid = ffebm.convert(networks.seeded(Flat), networks.noise(3, 5, 4)).eval()
     assert hybrid.blocks[0].layers == ("a", "b")
     hybrid.export_onnx(tmp_path / "hybrid.onnx")
     for size in (1, 7):

@@ -58,6 +58,13 @@ def test_training_takes_fewer_sweeps_than_evaluation(kappa: float) -> None:
     assert (outputs[1] - exact).norm() <= 1e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_are_in_the_mode_of_the_model_that_was_converted(training: bool) -> None:
+    model, x = CASES["mlp"].make(nn.Tanh)
+    hybrid = ffebm.convert(model.train(training), x)
+    assert [block.module.training for block in hybrid.blocks] == [training]
+
+
 def test_rtol_holds_for_both_purposes() -> None:
     hybrid, x = converted("mlp", nn.Tanh)
     hybrid = copy.deepcopy(hybrid)

@@ -190,7 +190,7 @@ class EnergyBlock(nn.Module):
 
     def free_rtol(self, dtype: torch.dtype, training: bool = False) -> float:
         """Relative error at which the free phase stops."""
-        return self.active_solver.rtol or free_rtol(dtype, self.contraction is not None, training)
+        return self.active_solver.rtol or free_rtol(dtype, self.contraction is not None, training, self.program.smooth)
 
     def error_rtol(self, dtype: torch.dtype, training: bool = False) -> float:
         """Relative error at which nudged phases and adjoint systems stop."""

@@ -160,6 +160,11 @@ class BlockProgram:
         return all(layer.activation.monotone for layer in self.layers)
 
     @cached_property
+    def smooth(self) -> bool:
+        """Whether all activations are: an error of a state then makes an error of its slope no larger than itself."""
+        return all(layer.activation.smooth for layer in self.layers) and not self.selects
+
+    @cached_property
     def absolute(self) -> BlockProgram:
         """The same block with operators of absolute values, which has |J_{ml}| at weights |θ|."""
         layers = tuple(

@@ -102,8 +102,8 @@ class Solver(ABC):
     """Largest relative error of a layer at which it stops, in both phases and both modes.
 
     None chooses it by dtype, certificate and mode. In float32 a certified block settles its states to 1e-4 in
-    evaluation. In train mode it settles states to 5e-4 and error currents to 3e-3, which keeps gradients within a
-    cosine of 0.9999.
+    evaluation. In train mode it settles states to an estimated 5e-4, or 5e-5 if an activation has a kink, and error
+    currents to 3e-3. This keeps gradients within a cosine of 0.9999.
     """
     max_sweeps: int = 2000
     on_failure: Literal["isolate", "error", "warn"] = "isolate"

@@ -21,6 +21,7 @@ import torch
 from zoo_models import load_torchvision
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.files.whole_files import write_whole
 
 NETWORKS: dict[str, tuple[str, dict[str, int]]] = {
     "Llama-like, 8 B": ("Llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -81,7 +82,7 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     if options.table:
-        options.table.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        write_whole(options.table, "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ import time
 from pathlib import Path
 
 import torch
-from zoo_models import load_torchvision
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.files.whole_files import write_whole
+
+sys.path.insert(0, str(Path(__file__).parent))
+from zoo_models import load_torchvision
 
 NETWORKS: dict[str, tuple[str, dict[str, int]]] = {
     "Llama-like, 8 B": ("Llama", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -73,7 +75,7 @@ def main() -> None:
             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for name in options.only:
         command = [sys.executable, "-P", __file__, "--one", name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found = json.loads(done.stdout.splitlines()[-1])
         rows.append(

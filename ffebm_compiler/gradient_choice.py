@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ffebm_compiler.errors import InputError, UnsupportedError
@@ -125,9 +125,9 @@ def assign_digital(hybrid: HybridParts, settings: ZerothOrder | None) -> None:
         part.zeroth_order, part.place, part.calls = settings, place, 0
 
 
-def _parts(hybrid: HybridParts) -> list[tuple[str, FeedforwardBlock]]:
+def _parts(hybrid: HybridParts) -> Iterator[tuple[str, FeedforwardBlock]]:
     """The digital parts by name."""
-    return [(name, part) for name, part in hybrid.feedforward_blocks.items() if isinstance(part, FeedforwardBlock)]
+    return ((name, part) for name, part in hybrid.feedforward_blocks.items() if isinstance(part, FeedforwardBlock))
 
 
 def own_gradient(hybrid: HybridParts) -> str:

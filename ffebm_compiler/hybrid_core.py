@@ -115,7 +115,8 @@ class HybridCore(HybridParts):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the attributes, and which blocks are measured at the present weights."""
-        return {**without_bound_forward(self.__dict__), "_current": self._measured()}
+        kept = {name: value for name, value in without_bound_forward(self.__dict__).items() if name != "_sharded"}
+        return {**kept, "_current": self._measured()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The inverse of `__getstate__`."""
@@ -185,8 +186,15 @@ class HybridCore(HybridParts):
     def _run_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         leaves = self._checked(args, kwargs)
         units = self._later_hooks.units
-        outputs = ShardedRun(self.lowered, units)(leaves) if units else self.lowered(*leaves)
+        outputs = self._sharded_run(units)(leaves) if units else self.lowered(*leaves)
         return self._call_form.result(outputs, self.training)
+
+    def _sharded_run(self, units: Mapping[str, nn.Module]) -> ShardedRun:
+        """The graph with its weights gathered part by part, made once for these units."""
+        made: ShardedRun | None = self.__dict__.get("_sharded")
+        if made is None or made.units is not units:
+            made = self.__dict__["_sharded"] = ShardedRun(self.lowered, units)
+        return made
 
     # The checks read values, and stamps change with every step, so that `torch.compile` would compile again for each.
     @torch.compiler.disable(reason="inputs are checked eagerly")  # type: ignore[untyped-decorator]

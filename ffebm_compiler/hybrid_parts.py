@@ -230,10 +230,11 @@ class HybridParts(nn.Module):
         count = self._energy[name].program.inputs
         self._later_hooks.look()
         units = self._later_hooks.units
-        whole = gathered(self, units, _names_behind(call.all_input_nodes, self._fetched()))
-        with whole, generators_unchanged(), tensors_unchanged(self.written_state()):
+        sharded = bool(units) or hasattr(self, "unshard")
+        names = _names_behind(call.all_input_nodes, self._fetched()) if sharded else ()
+        with gathered(self, units, names), generators_unchanged(), tensors_unchanged(self.written_state()):
             values = tuple(static_value(run, node, known) for node in call.args)
-            if units or hasattr(self, "unshard"):  # gathered tensors are freed when the context ends
+            if sharded:  # gathered tensors are freed when the context ends
                 values = tuple(value if value is None else value.clone() for value in values)
         return values[:count], values[count:]
 

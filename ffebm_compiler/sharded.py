@@ -12,6 +12,7 @@ calls its hooks.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,7 @@ class ShardedRun:
         for node in self.nodes:
             for operand in self._values_read(node):
                 last[operand] = node
+        self.units_of = {node: self._units_of(node) for node in self.nodes if node not in self.fixed}
         self.freed: dict[fx.Node, list[fx.Node]] = {}
         """The values that nothing reads after a node."""
         for operand, node in last.items():
@@ -138,35 +140,26 @@ class ShardedRun:
         raise AssertionError("a graph without an output")
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        units = self._units_of(node)
+        units = self.units_of[node]
         read = self._values_read(node)
         given = _enter(units, tuple(values[operand] for operand in read))
-        known = dict(zip(read, given, strict=True))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: self._value(operand, known))
-        if node.op == "output":
-            result = args[0]
-        elif node.op == "call_module":
-            result = self.run.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        return _leave(units, given, result)
+        return _leave(units, given, self._value(node, dict(zip(read, given, strict=True))))
 
     def _value(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-        """The value of a node. A fixed one is computed now, while its units are gathered."""
+        """The value of a node. The fixed ones that it reads are computed now, while their units are gathered."""
         if node in known:
             return known[node]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: self._value(operand, known))
         if node.op == "get_attr":
-            value: Any = self.run
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
+            known[node] = operator.attrgetter(str(node.target))(self.run)
+        elif node.op == "output":
+            known[node] = args[0]
+        elif node.op == "call_method":
+            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: self._value(operand, known))
             called: Any = self.run.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-            value = called(*args, **kwargs)
-        known[node] = value
-        return value
+            known[node] = called(*args, **kwargs)
+        return known[node]
 
 
 def _enter(units: Sequence[nn.Module], inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.gradient_choice import gradient_lines
 from ffebm_compiler.passes.partition.chips import floor_plan_of
+from ffebm_compiler.passes.partition.placement import placement_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
@@ -110,13 +111,13 @@ def _fabric_line(plan: PlanData) -> str:
     """The tiles and cores of the blocks, and how full they are."""
     hardware = plan.hardware
     try:
-        floor = floor_plan_of(plan)
+        placed = placement_of(plan)
     except PlanError as error:  # the plan was edited by hand, and the table should still be shown
         return f"no placement: {error}"
     of = "" if hardware.cores is None else f" of {hardware.cores}"
-    placed = floor.tiles
     text = f"{_counted(placed.tiles, 'tile')} on {_counted(placed.cores, 'core')}{of}"
     if hardware.cores_per_chip is not None:
+        floor = floor_plan_of(plan)
         text += f" of {_counted(len(floor.chips), 'chip')}, {count(floor.crossing)} values per sample between chips"
     if hardware.tile_rows is None and hardware.tile_cols is None:
         return text

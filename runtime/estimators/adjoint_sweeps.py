@@ -58,7 +58,7 @@ class TruncatedBackprop(Estimator):
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """K backward sweeps of the linearised block, and the contraction at the settled state."""
         if not any(error is not None for error in errors):
-            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+            return Gradients.none(at.frame.program)
         errors, size = of_unit_size(errors)
         phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
         forces: list[Tensor | None] = [None] * len(errors)
@@ -98,7 +98,7 @@ class RecurrentBackprop(Estimator):
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Sweep to the adjoint fixed point, and contract at the settled state."""
         if not any(error is not None for error in errors):
-            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+            return Gradients.none(at.frame.program)
         errors, size = of_unit_size(errors)
         phase = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
         kept = at.solver

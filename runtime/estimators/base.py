@@ -49,6 +49,11 @@ class Gradients:
     weights: list[Tensor | None]
     sweeps: int = 0
 
+    @classmethod
+    def none(cls, program: BlockProgram) -> Gradients:
+        """Those of a block that no error reaches."""
+        return cls([None] * program.inputs, [None] * program.weights)
+
 
 class Estimator(ABC):
     """A method to obtain the gradient of the loss at a block."""

@@ -78,7 +78,7 @@ class CoupledLearning(Estimator):
         """
         amplitude = amplitudes(at, errors)
         if amplitude is None:
-            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+            return Gradients.none(at.frame.program)
         signs = {"positive": [(1, 1.0)], "negative": [(-1, 1.0)], "centered": [(1, 0.5), (-1, 0.5)]}[self.variant]
         return _contrast(
             at, errors, amplitude, [(sign * self.beta, share) for sign, share in signs], self.through_feedback
@@ -134,7 +134,7 @@ class ContrastiveLearning(Estimator):
         """
         present = next((error for error in errors if error is not None), None)
         if present is None:
-            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+            return Gradients.none(at.frame.program)
         scale = present.new_full((), self.scale, dtype=torch.promote_types(present.dtype, torch.float32))
         return _contrast(at, errors, scale, [(1.0, 1.0)], self.through_feedback)
 

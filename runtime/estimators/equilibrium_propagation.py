@@ -97,7 +97,7 @@ class EquilibriumPropagation(Estimator):
         """
         amplitude = amplitudes(at, errors)
         if amplitude is None:
-            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+            return Gradients.none(at.frame.program)
         betas = self._betas()
         if self.variant == "holomorphic":
             _check_holomorphic(at)

@@ -62,7 +62,7 @@ class ImplicitDifferentiation(Estimator):
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Solve the adjoint system and contract at the free state."""
         if not any(error is not None for error in errors):
-            return Gradients([None] * at.frame.program.inputs, [None] * at.frame.program.weights)
+            return Gradients.none(at.frame.program)
         errors, size = of_unit_size(errors)
         return times(self._solved(at, errors), size)
 
@@ -141,7 +141,7 @@ class Unrolled(Estimator):
         outputs = [(s, e) for s, e in zip(phase.values, errors, strict=True) if e is not None and s is not None]
         leaves = [t for t, n in zip((*inputs, *weights), needed, strict=True) if n and t is not None]
         if not outputs or not leaves:
-            return Gradients([None] * len(inputs), [None] * len(weights))
+            return Gradients.none(at.frame.program)
         (*grads,) = torch.autograd.grad(
             [s for s, _ in outputs], [*leaves, *offsets], [e for _, e in outputs], allow_unused=True
         )

@@ -23,7 +23,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,40 +195,26 @@ def training_table(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def depth_table(options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracies of the deep network by loop gain and rate."""
+def rate_table(
+    options: argparse.Namespace,
+    build: Callable[[], nn.Module],
+    gains: Sequence[float],
+    epochs: int,
+    drive: bool = False,
+) -> dict[str, Any]:
+    """Accuracies of a deep network by loop gain and rate."""
     x, _, _, _ = data()
+
+    def start(seed: int, feedback: float | None) -> nn.Module:
+        torch.manual_seed(seed)
+        model = build()
+        return model if feedback is None else ffebm.convert(model, x[:2], feedback=feedback, digital_drive=drive)
+
     found = {}
     for rate in (2e-3, 5e-4):
-        for feedback in ("backprop", 0.1, 0.9):
-
-            def build(seed: int, feedback: Any = feedback) -> nn.Module:
-                torch.manual_seed(seed)
-                model = deep()
-                return model if feedback == "backprop" else ffebm.convert(model, x[:2], feedback=feedback)
-
-            label = f"κ = {feedback}, rate {rate:g}" if feedback != "backprop" else f"backprop, rate {rate:g}"
-            found[label] = runs(build, options, options.depth_epochs, rate)
-            print(shown(label, found[label]), flush=True)
-    return found
-
-
-def cnn_table(options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracies of the deep convolutional network by loop gain and rate."""
-    x, _, _, _ = data()
-    found = {}
-    for rate in (2e-3, 5e-4):
-        for feedback in ("backprop", 0.1, 0.5, 0.9):
-
-            def build(seed: int, feedback: Any = feedback) -> nn.Module:
-                torch.manual_seed(seed)
-                model = deep_cnn()
-                if feedback == "backprop":
-                    return model
-                return ffebm.convert(model, x[:2], feedback=feedback, digital_drive=True)
-
-            label = f"κ = {feedback}, rate {rate:g}" if feedback != "backprop" else f"backprop, rate {rate:g}"
-            found[label] = runs(build, options, options.cnn_epochs, rate)
+        for feedback in (None, *gains):
+            label = f"{'backprop' if feedback is None else f'κ = {feedback}'}, rate {rate:g}"
+            found[label] = runs(partial(start, feedback=feedback), options, epochs, rate)
             print(shown(label, found[label]), flush=True)
     return found
 
@@ -259,10 +246,10 @@ def main() -> None:
         found["training"] = training_table(options)
     if "depth" in options.tables:
         print("16 layers in 8 blocks: test accuracy %, by seed, mean, CPU seconds of a run")
-        found["depth"] = depth_table(options)
+        found["depth"] = rate_table(options, deep, (0.1, 0.9), options.depth_epochs)
     if "cnn" in options.tables:
         print("17 layers, convolutional, in 8 blocks: test accuracy %, by seed, mean, CPU seconds of a run")
-        found["cnn"] = cnn_table(options)
+        found["cnn"] = rate_table(options, deep_cnn, (0.1, 0.5, 0.9), options.cnn_epochs, drive=True)
     if options.out is not None:
         write_whole(options.out, json.dumps(found, indent=1) + "\n")
 

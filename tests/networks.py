@@ -20,6 +20,7 @@ __all__ = [
     "CASES",
     "DCHN",
     "MLP",
+    "Between",
     "Branches",
     "Case",
     "ConvBlock",
@@ -66,6 +67,18 @@ def warmed(model: M, *inputs: Tensor) -> M:
         model.train()
         model(*inputs)
     return model.eval()
+
+
+class Between(nn.Module):
+    """linear, a function, linear."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
 
 
 class ConvBlock(nn.Module):

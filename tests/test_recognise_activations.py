@@ -7,22 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Between
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-
-
-class Between(nn.Module):
-    """linear, a function, linear."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.function(self.first(x)))
-
 
 SPELLINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "silu": ("silu", lambda x: x * torch.sigmoid(x)),

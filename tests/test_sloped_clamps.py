@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from networks import Between
+from torch import Tensor
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.runtime.activations.table import Clamp, SlopedClamp
@@ -20,21 +21,9 @@ SPELLINGS: dict[str, tuple[SlopedClamp, Callable[[Tensor], Tensor]]] = {
 }
 
 
-class Two(nn.Module):
-    """linear, a function, linear."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.function(self.first(x)))
-
-
 def activations_of(function: Callable[[Tensor], Tensor], digital_drive: bool = True) -> list[object]:
     torch.manual_seed(0)
-    model, x = Two(function), torch.randn(5, 6)
+    model, x = Between(function), torch.randn(5, 6)
     hybrid = ffebm.convert(model, x, digital_drive=digital_drive, block_ops=("scale",))
     with hybrid.feedforward_mode():
         torch.testing.assert_close(hybrid(x), model(x), rtol=1e-6, atol=1e-6)

@@ -12,6 +12,7 @@ training and 450 test images, one is 0.22 points), in these tables:
     training    test accuracy by seed (Adam, batches of 64, loop gain 0.5)
     depth       16 layers of width 32 in 8 blocks of two, batch norm before each: test accuracy by loop gain and rate
     cnn         17 layers, 16 convolutions, driven states in 8 blocks (`digital_drive`): the same
+    norm        that network at 5e-4: with batch norm, without, and with the last batch of three images kept
 
 One thread.
 """
@@ -120,18 +121,19 @@ def deep() -> nn.Sequential:
     return nn.Sequential(*layers, nn.BatchNorm1d(32), nn.Linear(32, 10))
 
 
-def deep_cnn(width: int = 16) -> nn.Sequential:
+def deep_cnn(width: int = 16, norm: bool = True) -> nn.Sequential:
     """Eight blocks [convolution, batch norm, ReLU, convolution, ReLU] and a head, for `digital_drive`."""
     layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
     for index in range(8):
         first = nn.Conv2d(width if index else 1, width, 3, padding=1)
-        layers += [first, nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        between = [nn.BatchNorm2d(width)] if norm else []
+        layers += [first, *between, nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
         if index in (3, 5):
             layers.append(nn.AvgPool2d(2))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width, 10))
 
 
-def train(model: nn.Module, seed: int, epochs: int, rate: float) -> float:
+def train(model: nn.Module, seed: int, epochs: int, rate: float, drop_last: bool = True) -> float:
     """Test accuracy in %; -1 where a block did not settle."""
     x, y, held_x, held_y = data()
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +141,7 @@ def train(model: nn.Module, seed: int, epochs: int, rate: float) -> float:
     model.train()
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=generator)
-        for batch in order[: len(x) // BATCH * BATCH].split(BATCH):  # the last incomplete one is dropped
+        for batch in order[: len(x) // BATCH * BATCH if drop_last else len(x)].split(BATCH):
             optimizer.zero_grad()
             try:
                 F.cross_entropy(model(x[batch]), y[batch]).backward()
@@ -151,10 +153,12 @@ def train(model: nn.Module, seed: int, epochs: int, rate: float) -> float:
         return 100 * float((model(held_x).argmax(1) == held_y).float().mean())
 
 
-def runs(build: Callable[[int], nn.Module], options: argparse.Namespace, epochs: int, rate: float) -> dict[str, Any]:
+def runs(
+    build: Callable[[int], nn.Module], options: argparse.Namespace, epochs: int, rate: float, drop_last: bool = True
+) -> dict[str, Any]:
     """Accuracies by seed, their mean and the seconds of a run."""
     started = time.process_time()
-    found = [train(build(seed), seed, epochs, rate) for seed in range(options.seeds)]
+    found = [train(build(seed), seed, epochs, rate, drop_last) for seed in range(options.seeds)]
     seconds = (time.process_time() - started) / options.seeds
     return {"accuracy": found, "mean": statistics.mean(found), "seconds": seconds}
 
@@ -219,6 +223,25 @@ def rate_table(
     return found
 
 
+def norm_table(options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracies of the deep convolutional network by loop gain, with batch norm and without."""
+    x, _, _, _ = data()
+    variants = {"batch norm": (True, True), "no norm": (False, True), "batch norm, last batch kept": (True, False)}
+    found = {}
+    for name, (norm, drop_last) in variants.items():
+        for feedback in (None, 0.1, 0.9):
+
+            def start(seed: int, norm: bool = norm, feedback: float | None = feedback) -> nn.Module:
+                torch.manual_seed(seed)
+                model = deep_cnn(norm=norm)
+                return model if feedback is None else ffebm.convert(model, x[:2], feedback=feedback, digital_drive=norm)
+
+            label = f"{name}, {'backprop' if feedback is None else f'κ = {feedback}'}"
+            found[label] = runs(start, options, options.cnn_epochs, 5e-4, drop_last)
+            print(shown(label, found[label]), flush=True)
+    return found
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,7 +250,7 @@ def main() -> None:
     parser.add_argument("--depth-epochs", type=int, default=8)
     parser.add_argument("--cnn-epochs", type=int, default=12)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--tables", nargs="+", default=["gradients", "digital", "training", "depth", "cnn"])
+    parser.add_argument("--tables", nargs="+", default=["gradients", "digital", "training", "depth", "cnn", "norm"])
     parser.add_argument("--out", type=Path, help="also write the results as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -250,6 +273,9 @@ def main() -> None:
     if "cnn" in options.tables:
         print("17 layers, convolutional, in 8 blocks: test accuracy %, by seed, mean, CPU seconds of a run")
         found["cnn"] = rate_table(options, deep_cnn, (0.1, 0.5, 0.9), options.cnn_epochs, drive=True)
+    if "norm" in options.tables:
+        print("the same at 5e-4, with batch norm and without")
+        found["norm"] = norm_table(options)
     if options.out is not None:
         write_whole(options.out, json.dumps(found, indent=1) + "\n")
 

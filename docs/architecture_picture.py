@@ -30,10 +30,10 @@ FLOORS: dict[str, str] = {
     "passes": "passes",
     "calls": "pipeline static_values plan_file signature call_arguments source_view written_state stored_containers "
     "example_inputs conversion",
-    "hybrid": "feedback_weights sharded later_hooks hybrid_parts bound_block hybrid_state gradient_choice recast "
-    "hybrid_core",
+    "hybrid": "feedback_weights sharded later_hooks hybrid_parts bound_block hybrid_state gradient_choice "
+    "kept_gradients recast hybrid_core",
     "reports": "reports field_penalties saved_settings storage",
-    "pictures and ONNX": "drawing onnx spice",
+    "pictures and ONNX": "drawing onnx circuit_elements spice ngspice",
     "what people hold": "plan hybrid",
     "what people call": "convert init loading",
     "the package": "ffebm_compiler",

@@ -13,6 +13,7 @@ from ffebm_compiler.errors import (
     ConvergenceError,
     ConvergenceWarning,
     ExportError,
+    FabricError,
     FFEBMError,
     FFEBMWarning,
     GradientError,
@@ -27,6 +28,7 @@ from ffebm_compiler.field_penalties import alignment_penalty, jacobian_homeostas
 from ffebm_compiler.hardware.fabric import Hardware, hardware_presets
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.loading import load
+from ffebm_compiler.ngspice import Ngspice
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.reports.checks import Comparison, GradientReport, check_gradients
 from ffebm_compiler.runtime.estimators.choice import (
@@ -42,6 +44,7 @@ from ffebm_compiler.runtime.estimators.choice import (
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
+from ffebm_compiler.runtime.solvers.measured import Measured
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
 __version__ = "0.1.0"
@@ -58,6 +61,7 @@ __all__ = [
     "ExportError",
     "FFEBMError",
     "FFEBMWarning",
+    "FabricError",
     "FeedbackWeights",
     "GaussSeidel",
     "GradientError",
@@ -68,7 +72,9 @@ __all__ = [
     "Implicit",
     "ImplicitDifferentiation",
     "InputError",
+    "Measured",
     "NewtonCG",
+    "Ngspice",
     "NotYetError",
     "Plan",
     "PlanError",

@@ -13,6 +13,7 @@ __all__ = [
     "ExportError",
     "FFEBMError",
     "FFEBMWarning",
+    "FabricError",
     "GradientError",
     "HardwareError",
     "InputError",
@@ -56,6 +57,10 @@ class GradientError(FFEBMError, ArithmeticError):
 
 class ExportError(FFEBMError):
     """An export could not be written or did not verify."""
+
+
+class FabricError(FFEBMError, RuntimeError):
+    """A fabric that measures equilibria failed, or its answer is no set of states."""
 
 
 class NotYetError(FFEBMError, NotImplementedError):

@@ -11,14 +11,18 @@ from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
 from ffebm_compiler.runtime.feedforward.state import WriteState
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
+from ffebm_compiler.runtime.solvers.measured import Measured
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
+    from ffebm_compiler.runtime.block import EnergyBlock
+    from ffebm_compiler.runtime.solvers.base import Solver
 
 __all__ = [
     "assign",
     "assign_digital",
     "check_digital",
+    "check_measured",
     "digital_gradient",
     "gradient_lines",
     "output_blocks",
@@ -48,7 +52,8 @@ def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | Non
 
     Raises:
         InputError: a name is no block's.
-        UnsupportedError: it is not defined in a block given by name, or in any block with feedback.
+        UnsupportedError: it is not defined in a block given by name, or in any block with feedback, or it needs more
+            than the equilibria that are measured.
     """
     blocks = hybrid.energy_blocks
     if names is not None:
@@ -57,6 +62,8 @@ def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | Non
             known = ", ".join(blocks) or "which there are none"
             raise InputError(f"blocks is {names!r}; expected a list of names of energy blocks, of {known}")
     chosen = list(blocks if names is None else names)
+    for name in chosen:
+        check_measured(blocks[name], estimator, blocks[name].solver)
     if not estimator.output_blocks_only:
         for name in chosen:
             blocks[name].estimator = estimator
@@ -79,6 +86,22 @@ def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | Non
         )
     for name in chosen:
         blocks[name].estimator = estimator if name in ends else estimator.within()
+
+
+def check_measured(block: EnergyBlock, estimator: Estimator, solver: Solver | None) -> None:
+    """Refuse an estimator that needs more than equilibria, in a block whose equilibria a fabric measures.
+
+    Raises:
+        UnsupportedError: it is such a one; names the block and the estimator.
+    """
+    if not isinstance(solver, Measured) or not block.program.coupled or estimator.compares_states:
+        return
+    name = f"{getattr(estimator, 'variant', '')} {estimator.name}".strip()
+    raise UnsupportedError(
+        f"the equilibria of {block.name} are measured by {solver.fabric_name}, where {name} gradients do not exist, "
+        "since a fabric only settles. Use 'ep', 'contrastive' or 'coupled', which compare equilibria, or compute them "
+        "with another solver: hybrid.set_solver(None)"
+    )
 
 
 def zeroth_order_of(feedforward: object) -> ZerothOrder | None:

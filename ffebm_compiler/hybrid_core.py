@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights
-from ffebm_compiler.gradient_choice import assign, assign_digital, check_digital, digital_gradient, zeroth_order_of
+from ffebm_compiler.gradient_choice import (
+    assign,
+    assign_digital,
+    check_digital,
+    check_measured,
+    digital_gradient,
+    zeroth_order_of,
+)
 from ffebm_compiler.hybrid_parts import HybridParts
 from ffebm_compiler.hybrid_state import (
     METADATA,
@@ -26,6 +33,7 @@ from ffebm_compiler.hybrid_state import (
     state_of,
     unpacked_state,
 )
+from ffebm_compiler.kept_gradients import keeping_gradients, measured_blocks
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
@@ -175,18 +183,23 @@ class HybridCore(HybridParts):
             InputError: the inputs do not have the captured structure, rank, fixed sizes or kind of dtype, or hold
                 NaN.
             ConvergenceError: a block does not settle.
+            FabricError: a fabric that measures a block fails; names the block.
         """
-        return self._run_eager(args, kwargs) if digital_gradient(self) else self._run_once(args, kwargs)
+        eager = digital_gradient(self) or measured_blocks(self)
+        return self._run_eager(args, kwargs) if eager else self._run_once(args, kwargs)
 
     # `torch.compile` would look through a digital part to its operations.
-    @torch.compiler.disable(reason="perturbed digital parts run eagerly")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="perturbed digital parts and measured blocks run eagerly")  # type: ignore[untyped-decorator]
     def _run_eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._run_once(args, kwargs)
 
     def _run_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         leaves = self._checked(args, kwargs)
         units = self._later_hooks.units
-        outputs = self._sharded_run(units)(leaves) if units else self.lowered(*leaves)
+        with keeping_gradients(self) as kept:
+            outputs = self._sharded_run(units)(leaves) if units else self.lowered(*leaves)
+        if kept is not None:
+            kept.watch(outputs)
         return self._call_form.result(outputs, self.training)
 
     def _sharded_run(self, units: Mapping[str, nn.Module]) -> ShardedRun:
@@ -407,9 +420,12 @@ class HybridCore(HybridParts):
 
         Raises:
             InputError: `solver` is no solver.
+            UnsupportedError: it is `Measured`, and a block's gradient estimator needs more than equilibria.
         """
         if solver is not None and not isinstance(solver, Solver):
             raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
+        for block in self._energy.values():
+            check_measured(block, block.estimator, solver)
         for block in self._energy.values():
             block.solver = solver
 

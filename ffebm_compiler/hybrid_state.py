@@ -25,6 +25,7 @@ from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver
+from ffebm_compiler.runtime.solvers.measured import Measured, Unplugged
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ METADATA = "ffebm"
 """Key of the state in a module's entry of a state dict's metadata."""
 
 ESTIMATORS: dict[str, type[Estimator]] = {kind.__name__: kind for kind in ESTIMATOR_KINDS}
-SOLVERS: dict[str, type[Solver]] = {kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)}
+SOLVERS: dict[str, type[Solver] | type[Unplugged]] = {
+    **{kind.__name__: kind for kind in (GaussSeidel, Anderson, NewtonCG)},
+    Measured.__name__: Unplugged,
+}
+"""The solvers that a file can name. Of a measured one it holds the name of the fabric's class, and no fabric."""
 
 
 def state_of(hybrid: HybridParts) -> dict[str, Any]:
@@ -125,17 +130,22 @@ def named(value: Estimator | Solver | None) -> dict[str, Any] | None:
     if value is None:
         return None
     kind = type(value).__name__
+    if isinstance(value, Measured):
+        return {"kind": kind, "fabric": value.fabric_name}
     known = type(value) in (*ESTIMATORS.values(), *SOLVERS.values())
     return {"kind": kind, **asdict(value)} if known else {"kind": None}  # type: ignore[arg-type]
 
 
 def _made_from(stored: Mapping[str, Any] | None, kinds: Mapping[str, Any], present: Any) -> Any:
-    """The object that `named` described; the present one if its class was unknown."""
+    """The object that `named` described; the present one if its class was unknown, or where equilibria are measured."""
     if stored is None:
         return None
     fields = dict(stored)
     kind = fields.pop("kind")
-    return present if kind is None else kinds[kind](**fields)
+    if kind is None or (kind == Measured.__name__ and isinstance(present, Measured)):
+        return present
+    made = kinds[kind](**fields)
+    return Measured(made) if isinstance(made, Unplugged) else made
 
 
 def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.runtime.activations.table import Activation
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.chaining import Settle
+from ffebm_compiler.runtime.chaining import Restoring, Settle
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
-from ffebm_compiler.runtime.held_gain import HeldGain, check_weights
+from ffebm_compiler.runtime.held_gain import HeldGain, check_inputs, check_weights
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
@@ -68,6 +68,8 @@ class EnergyBlock(nn.Module):
         """Whether feedback weights, and the forward weights that they belong to, get the sum of both gradients."""
         self.enabled = True
         """If False, the block runs feedforward (γ = 0) like the source."""
+        self.kept_gradients: Restoring | None = None
+        """What a failed backward of the present forward restores; None unless equilibria are measured."""
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._warned_of_held_winners = False
@@ -116,14 +118,17 @@ class EnergyBlock(nn.Module):
         return tuple(sigma.value(field) for sigma, field in zip(self._activations, self._preactivations, strict=True))
 
     def remember(self, phase: FreePhase) -> None:
-        """Keep the pre-activations of this forward, from which `states` follow. The gradient needs them in any case."""
+        """Keep the pre-activations of this forward, from which `states` follow, or the measured states."""
+        if phase.literal:
+            self._states, self._preactivations = tuple(state.detach() for state in phase.settled()[0]), ()
+            return
         self._preactivations = tuple(field.detach() for field in phase.settled()[1])
         self._activations = tuple(activation.kept() for activation in phase.activations)
         self._shapes = dict(phase.frame.shapes)
         self._drawn = {} if self.program.symmetric else dict(phase.frame.drawn)
 
     def response(self, weights: Sequence[Tensor | None]) -> AdjointPhase | None:
-        """The linear response at the states of the last forward, for these weights; None before the first."""
+        """The linear response at the computed states of the last forward, for these weights; None before the first."""
         if not self._preactivations:
             return None
         frame = Frame(self.program, (), weights, self._drawn, dict(self._shapes), frozen=True)
@@ -272,12 +277,7 @@ class EnergyBlock(nn.Module):
 
     def _check_operands(self, frame: Frame) -> None:
         """Raise an error if the block diverged because its inputs or weights are not finite."""
-        for index, value in enumerate(frame.inputs):
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise InputError(
-                    f"input {index} of {self.name}, of shape {tuple(value.shape)}, holds NaN or infinite values: "
-                    "check the data and the digital part before it"
-                )
+        check_inputs(self.name, frame.inputs)
         check_weights(self.name, frame.weights)
 
     def laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,13 @@ from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.relaxation import Settled
 
-__all__ = ["Settle"]
+__all__ = ["Restoring", "Settle"]
+
+
+class Restoring(Protocol):
+    """Puts gradients back that a failed backward has added."""
+
+    def restore(self) -> None: ...
 
 
 class Settling(Protocol):
@@ -33,6 +39,7 @@ class Settling(Protocol):
     last: Settled | None
     estimator: Estimator
     aligned: bool
+    kept_gradients: Restoring | None
 
     @property
     def active_solver(self) -> Solver: ...
@@ -50,7 +57,8 @@ class Settle(torch.autograd.Function):
     """(inputs, weights) -> settled states of the visible layers. Backward calls the block's estimator.
 
     Pre-activations are saved. A state is saved only if σ costs more than a pass over memory, or if it is an output and
-    so in memory in any case. For example, a hidden state of a clamp is computed again from its pre-activation.
+    so in memory in any case. For example, a hidden state of a clamp is computed again from its pre-activation. Measured
+    states are all saved, since they are not exactly σ of anything.
     """
 
     @staticmethod
@@ -69,18 +77,29 @@ class Settle(torch.autograd.Function):
         ctx.block, ctx.last, ctx.training = block, block.last, frame.training
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
         ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
-        ctx.estimator, ctx.aligned = block.estimator, block.aligned
+        ctx.estimator, ctx.aligned, ctx.kept_gradients = block.estimator, block.aligned, block.kept_gradients
         ctx.set_materialize_grads(False)
+        wide = phase.literal if phase.literal and phase.literal[0] is not states[0] else ()
+        ctx.measured = bool(phase.literal)
         kept = [
-            state if index in program.visible or layer.activation.smooth else None
+            state if ctx.measured or index in program.visible or layer.activation.smooth else None
             for index, (layer, state) in enumerate(zip(program.layers, states, strict=True))
         ]
-        ctx.save_for_backward(*tensors, *kept, *preactivations)
+        ctx.save_for_backward(*tensors, *kept, *preactivations, *wide)
         return tuple(states[index] for index in program.visible)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
+        try:
+            return Settle._gradients(ctx, *visible)
+        except BaseException:
+            if ctx.kept_gradients is not None:
+                ctx.kept_gradients.restore()
+            raise
+
+    @staticmethod
+    def _gradients(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
         block: Settling = ctx.block
         program = block.program
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
@@ -91,13 +110,14 @@ class Settle(torch.autograd.Function):
         inputs = [value for value in saved[: program.inputs] if value is not None]
         frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
         frame.training = ctx.training
-        preactivations = tuple(value for value in saved[count + layers :] if value is not None)
+        preactivations = tuple(value for value in saved[count + layers : count + 2 * layers] if value is not None)
         states = tuple(
             sigma.value(field) if state is None else state
             for sigma, state, field in zip(
                 ctx.setting.activations(frame), saved[count : count + layers], preactivations, strict=True
             )
         )
+        wide = tuple(value for value in saved[count + 2 * layers :] if value is not None)
         errors: list[Tensor | None] = [None] * layers
         for index, error in zip(program.visible, block.laid_out(visible), strict=True):
             errors[index] = error
@@ -106,6 +126,7 @@ class Settle(torch.autograd.Function):
             frame=frame,
             setting=ctx.setting,
             states=states,
+            literal=(wide or states) if ctx.measured else (),
             preactivations=preactivations,
             solver=block.active_solver,
             rtol=block.error_rtol(states[0].dtype, frame.training),

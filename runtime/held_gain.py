@@ -25,7 +25,7 @@ from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
 
-__all__ = ["HeldGain"]
+__all__ = ["HeldGain", "check_inputs", "check_weights"]
 
 
 class HeldGain:
@@ -313,6 +313,16 @@ class HeldGain:
                 tuple(norms), scales, _number(state["radius"]), _number(state["contraction"]), amplifiers
             )
         self.gauge.restore(state["tracks"])
+
+
+def check_inputs(name: str, inputs: Sequence[Tensor]) -> None:
+    """Refuse inputs with NaN or infinite values."""
+    for index, value in enumerate(inputs):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"input {index} of {name}, of shape {tuple(value.shape)}, holds NaN or infinite values: "
+                "check the data and the digital part before it"
+            )
 
 
 def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import ffebm_compiler as ffebm
-from ffebm_compiler import spice
+from ffebm_compiler import circuit_elements, spice
 from ffebm_compiler.cli.main import main
 from ffebm_compiler.runtime.energies.circuit import Circuit
 
@@ -188,7 +188,7 @@ def test_what_has_no_netlist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ffebm.UnsupportedError, match=r"layer 'layers.1' .* a pad would be negative.*recertify"):
         hybrid.export_spice(path, block="block_1", inputs=x)
     hybrid.recertify()
-    monkeypatch.setattr(spice, "LARGEST", 100)
+    monkeypatch.setattr(circuit_elements, "LARGEST", 100)
     with pytest.raises(ffebm.InputError, match="pairs of resistors; a netlist is written for at most 100"):
         hybrid.export_spice(path, block="block_1", inputs=x)
 

@@ -17,6 +17,7 @@ from ffebm_compiler.gradient_choice import assign_digital, own_gradient
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.reports.text import table_text
 from ffebm_compiler.runtime.estimators.choice import estimator_of
+from ffebm_compiler.runtime.solvers.measured import Measured
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
@@ -144,6 +145,7 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
     """Compare gradients with autograd through the relaxation in float64: of EP, implicit, unrolled, the hybrid's own.
 
     Where the hybrid's own goes through γ (`through_feedback`), all do: the reference is then the total gradient.
+    Where equilibria are measured, EP's are, and those of the reference are computed.
     Contrastive and coupled learning do not estimate the gradient of the loss: their cosine says how far off they are.
 
     Args:
@@ -188,6 +190,9 @@ def _gradients(
                 block.estimator = estimator_of(estimator)
                 if through:  # like is compared with like
                     block.estimator = replace(block.estimator, through_feedback=True)  # type: ignore[type-var]
+    for block in model.energy_blocks.values():
+        if isinstance(block.solver, Measured) and not block.estimator.compares_states:
+            block.solver = None  # what is measured is compared with what is computed
     cast = pytree.tree_map(
         lambda leaf: leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
         inputs,

@@ -64,6 +64,11 @@ class Estimator(ABC):
     output_blocks_only: ClassVar[bool] = False
     """Whether the method is defined only in blocks whose outputs reach the loss through no other block."""
 
+    @property
+    def compares_states(self) -> bool:
+        """Whether it needs nothing but equilibria, which a fabric can measure (`Measured`)."""
+        return False
+
     def within(self) -> Estimator:
         """The estimator for blocks whose outputs reach the loss through another block."""
         return self

@@ -65,6 +65,11 @@ class CoupledLearning(Estimator):
             raise InputError(f"variant is {self.variant!r}; expected 'positive', 'negative' or 'centered'")
         check_through_feedback(self.through_feedback)
 
+    @property
+    def compares_states(self) -> bool:
+        """It does."""
+        return True
+
     def within(self) -> EquilibriumPropagation:
         """Equilibrium propagation with the same β and variant."""
         return EquilibriumPropagation(self.beta, self.variant, through_feedback=self.through_feedback)
@@ -120,6 +125,11 @@ class ContrastiveLearning(Estimator):
                 "the batch size for a mean"
             )
         check_through_feedback(self.through_feedback)
+
+    @property
+    def compares_states(self) -> bool:
+        """It does."""
+        return True
 
     def within(self) -> EquilibriumPropagation:
         """Equilibrium propagation."""

@@ -72,6 +72,11 @@ class EquilibriumPropagation(Estimator):
             raise InputError(f"together is {self.together!r}; expected True, False or None")
         check_through_feedback(self.through_feedback)
 
+    @property
+    def compares_states(self) -> bool:
+        """It does, except in the holomorphic variant."""
+        return self.variant != "holomorphic"
+
     def _betas(self) -> list[tuple[complex, float]]:
         """The nudging strengths and their shares. Real ones are floats. Of a conjugate pair only one is settled."""
         if self.variant == "positive":

@@ -27,6 +27,7 @@ def settled_currents(
     sweeps = 0
     for group in groups:
         phase = phase_of(group)
+        phase.rest = at.literal
         subject = f"nudged phase (β = {', '.join(f'{beta:+.4g}' for beta in group)}) of {at.name}"
         sweeps += relax(phase, at.solver, at.rtol, subject, at.hint, at.contraction).sweeps * len(group)
         found += phase.currents()

@@ -22,6 +22,8 @@ class Situation:
     frame: Frame
     setting: Setting
     states: tuple[Tensor, ...]
+    literal: tuple[Tensor, ...]
+    """The states as a fabric measured them, in float64; empty where they are computed."""
     preactivations: tuple[Tensor, ...]
     solver: Solver
     rtol: float

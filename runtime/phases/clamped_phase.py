@@ -10,6 +10,7 @@ from torch import Tensor
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase, NudgedPhase
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
+from ffebm_compiler.runtime.solvers.fabric import Question
 
 __all__ = ["ClampedPhase"]
 
@@ -39,6 +40,14 @@ class ClampedPhase(NudgedPhase):
         """The held current of a layer, or u_l from the finite difference of σ_l."""
         fixed = self._fixed[index]
         return super().update(index) if fixed is None else fixed
+
+    def _question(self, place: int, beta: complex) -> Question:
+        """The equilibrium with some layers held at s* + (β/c_l) u_l."""
+        held = tuple(
+            None if parts is None else free + parts[place].double() * (beta.real / scale)
+            for parts, free, scale in zip(self._held, self.rest, self.scales, strict=True)
+        )
+        return Question(self._single, self.setting, held=held)
 
     def narrowed(self, rows: Tensor) -> ClampedPhase:
         """The phase of some of the samples, at their present error currents."""

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.phases.base import Phase, narrow
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.base import FixedPoint
 from ffebm_compiler.runtime.solvers.conjugate import newton_step
+from ffebm_compiler.runtime.solvers.fabric import Question
 
 __all__ = ["AdjointPhase", "NudgedPhase"]
 
@@ -158,6 +160,8 @@ class NudgedPhase(_ErrorPhase):
         self._activations = setting.activations(frame)
         super().__init__(frame.repeated(self.parts), setting, preactivations, self._drives_by_place(drives))
         self.samples = frame.samples
+        self.rest: tuple[Tensor, ...] = ()
+        """The free states as they were measured, in float64; empty where they are computed."""
         self._steppers = [
             [_stepper(sigma, h, beta / scale) for beta in betas]
             for sigma, h, scale in zip(self._activations, preactivations, self.scales, strict=True)
@@ -193,6 +197,31 @@ class NudgedPhase(_ErrorPhase):
             else:
                 found.append(stepper(next(places)))
         return torch.cat(found)
+
+    def questions(self) -> list[Question]:
+        """The equilibrium under the currents of each β.
+
+        Raises:
+            UnsupportedError: for a complex β.
+        """
+        return [self._question(place, beta) for place, beta in enumerate(self.betas)]
+
+    def _question(self, place: int, beta: complex) -> Question:
+        """What adds (β/c_l) times its drive to the field of each layer."""
+        strength = _measurable(beta, self.frame.program.name)
+        nudge = tuple(
+            None if drive is None else drive.double() * (strength / scale)
+            for drive, scale in zip(self._given, self.scales, strict=True)
+        )
+        return Question(self._single, self.setting, nudge)
+
+    def answered(self, answers: Sequence[Sequence[Tensor]]) -> None:
+        """u_l = c_l (s^β − s*)/β, from literal states in float64."""
+        for index, (free, scale) in enumerate(zip(self.rest, self.scales, strict=True)):
+            moved = [
+                (states[index] - free) * (scale / beta.real) for states, beta in zip(answers, self.betas, strict=True)
+            ]
+            self.store(index, torch.cat(moved).to(self.preactivations[index]))
 
     def currents(self) -> list[list[Tensor | None]]:
         """For each β, the error currents u_l. They are complex for a complex β."""
@@ -241,6 +270,20 @@ def _stepper(activation: Activation, h: Tensor, t: complex) -> Callable[[Tensor]
     if isinstance(t, complex):
         return lambda k: activation.complex_quotient(h, k, t)
     return activation.stepper(h, t)
+
+
+def _measurable(beta: complex, name: str) -> float:
+    """β as a number that a fabric can be nudged by.
+
+    Raises:
+        UnsupportedError: it is complex.
+    """
+    if isinstance(beta, complex):
+        raise UnsupportedError(
+            f"{name}: holomorphic equilibrium propagation nudges by complex currents, which no fabric injects. Use "
+            "variant='centered'"
+        )
+    return beta
 
 
 def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:

@@ -15,6 +15,7 @@ from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.base import FixedPoint
 from ffebm_compiler.runtime.solvers.conjugate import newton_step
+from ffebm_compiler.runtime.solvers.fabric import Question
 
 __all__ = ["HOLD", "FreePhase"]
 
@@ -31,6 +32,8 @@ class FreePhase(Phase):
         self.preactivations: list[Tensor | None] = [None] * count
         self._drives: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._updates = 0
+        self.literal: tuple[Tensor, ...] = ()
+        """The states as a fabric measured them, in float64; empty where they are computed."""
         if start is None:
             for index, activation in enumerate(frame.activations):
                 drive = self._drive(index)
@@ -55,7 +58,7 @@ class FreePhase(Phase):
         return [index for index, above in enumerate(self.frame.program.upstream) if above]
 
     def settled(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """(states, pre-activations), s_l = σ_l(h_l)."""
+        """(states, pre-activations), s_l = σ_l(h_l) where they are computed."""
         return _complete(self.values), _complete(self.preactivations)
 
     def _drive(self, index: int) -> Tensor:
@@ -88,6 +91,18 @@ class FreePhase(Phase):
         for later, part in self.pulled(index):
             field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])
         return field
+
+    def questions(self) -> list[Question]:
+        """The free equilibrium."""
+        return [Question(self.frame, self.setting)]
+
+    def answered(self, answers: Sequence[Sequence[Tensor]]) -> None:
+        """Take over measured states. Pre-activations are the fields h_l at them, and s_l is not exactly σ_l(h_l)."""
+        self.literal = tuple(answers[0])
+        for index, state in enumerate(self.literal):
+            self.store(index, state.to(self.values[index]))
+        for index in range(len(self.literal)):
+            self.preactivations[index] = self._field(index)
 
     def refine(self) -> None:
         """Discard values that were computed in bfloat16."""

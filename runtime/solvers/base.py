@@ -20,7 +20,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ffebm_compiler.errors import InputError
+from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.runtime.solvers.fabric import Question
 
 __all__ = ["FixedPoint", "GaussSeidel", "Solver", "sweep_layers", "typical_contraction"]
 
@@ -86,6 +87,21 @@ class FixedPoint(ABC):
         """Compute products in full precision from here on."""
         return
 
+    def questions(self) -> list[Question]:
+        """The equilibria that answer this problem, for a solver that has them measured.
+
+        Raises:
+            UnsupportedError: no equilibrium of the block does.
+        """
+        raise UnsupportedError(
+            "what is solved here is no equilibrium of the block, so that it cannot be measured: use 'ep', or "
+            "hybrid.set_solver(None) to compute equilibria"
+        )
+
+    def answered(self, answers: Sequence[Sequence[Tensor]]) -> None:
+        """Take over measured states: for each question, one tensor in float64 for each layer."""
+        raise NotImplementedError
+
     def correction(self, rtol: float) -> list[Tensor] | None:
         """Newton's step Δ, (1 − ∂f) Δ = f(x) − x, with an inner residual of `rtol`; None if there is none."""
         return None
@@ -97,6 +113,8 @@ class Solver(ABC):
 
     steady: ClassVar[bool] = False
     """Whether its steps contract at a steady rate, so that the measured rate tells how much error is left."""
+    at_once: ClassVar[bool] = False
+    """Whether one step is the whole solution, as where a circuit settles by itself."""
 
     rtol: float | None = None
     """Largest relative error of a layer at which it stops, in both phases and both modes.

@@ -178,7 +178,8 @@ class _Relaxation:
         """Indices of the samples that are still running; None if all are."""
         self.memory = solver.init(problem)
         self.sweep = 0
-        self.next = self.earliest if self.coarse is None and solver.start == "feedforward" else 1
+        late = self.coarse is None and solver.start == "feedforward" and not solver.at_once
+        self.next = self.earliest if late else 1
         self.measured, self.previous, self.rate = 0, math.inf, 0.0
         """The last measured sweep, its change, and the contraction per sweep between the last two (0 if unknown)."""
         self.worst = math.inf

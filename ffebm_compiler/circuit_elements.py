@@ -1,0 +1,184 @@
+"""The elements of a netlist: sources, resistors, diodes and amplifiers of a `Circuit`, as lines for SPICE.
+
+A unit of layer m is a node `v_NAME_i` of voltage V₀ s/A_m, an amplifier of gain A_m that makes `s_NAME_i` of it, and
+the lines ±s to the layers that read it. Diodes on the node make the activation. `runtime/energies/circuit.py` has the
+equations. Voltages are in units of V₀, conductances in units of g₀.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, count, pairwise
+
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.runtime.energies.circuit import Circuit, Stage
+
+__all__ = ["LARGEST", "Writer", "check_positive", "check_size", "elements", "models", "names_of"]
+
+LARGEST = 2_000_000
+"""The most resistors that a netlist is written for."""
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A diode with a resistor in series: the current slope · (s − knot) above the knot, or below it."""
+
+    knot: float
+    slope: float
+    above: bool
+
+
+def _branches(stage: Stage) -> tuple[float, float, list[_Branch]]:
+    """(slope, offset, branches) of ∂G(s) − s: its line where σ is steepest, and what diodes add on both sides."""
+    lines = stage.activation.lines
+    assert lines is not None  # a resistive energy admits no other
+    values = [lines.start]
+    for index in range(1, len(lines.knots)):
+        values.append(values[-1] + lines.slopes[index] * (lines.knots[index] - lines.knots[index - 1]))
+    extra = [1 / slope - 1 if slope else math.inf for slope in lines.slopes]
+    base = min(range(len(extra)), key=lambda index: extra[index])
+    right, left = extra[base:], extra[: base + 1][::-1]
+    if any(b < a for side in (left, right) for a, b in pairwise(side)) or math.inf in extra[1:-1]:
+        raise UnsupportedError(
+            f"the activation {stage.activation.name} of layer {stage.name!r} has steeper lines outside than "
+            "inside, for which the netlist has no diodes. Use ReLU, leaky ReLU, clamp, hard tanh or hard sigmoid"
+        )
+    knots = lines.knots or (0.0,)
+    place = min(max(base - 1, 0), len(knots) - 1)
+    offset = knots[place] - values[place] / lines.slopes[base]
+    found = [_Branch(values[k], extra[k + 1] - extra[k], True) for k in range(base, len(lines.knots))]
+    found += [_Branch(values[k], extra[k] - extra[k + 1], False) for k in range(base)]
+    return extra[base], offset, found
+
+
+class Writer:
+    """The lines of a netlist."""
+
+    def __init__(self, siemens: float, volts: float) -> None:
+        self.lines: list[str] = []
+        self.siemens, self.volts = siemens, volts
+        self._numbers = count(1)
+
+    def resistor(self, first: str, second: str, conductance: float) -> None:
+        """Of a dimensionless conductance; nothing where it is 0."""
+        if conductance > 0:
+            self._add("R", first, second, f"{1 / (conductance * self.siemens):.15g}")
+
+    def current(self, node: str, value: float, name: str = "") -> None:
+        """A current into a node. One without a name is left out where it is 0."""
+        if value or name:
+            self._add("I", "0", node, f"{value * self.siemens * self.volts:.15g}", name=name)
+
+    def source(self, node: str, value: float, name: str = "") -> None:
+        """A voltage source."""
+        self._add("V", node, "0", f"{value * self.volts:.15g}", name=name)
+
+    def diode(self, anode: str, cathode: str) -> None:
+        """One of the netlist's model."""
+        self._add("D", anode, cathode, "diode")
+
+    def _add(self, kind: str, *parts: str, name: str = "") -> None:
+        self.lines.append(f"{kind}{name or next(self._numbers)} {' '.join(parts)}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Refuse anything but finite positive numbers.
+
+    Raises:
+        InputError: one is not; names it.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InputError(f"{name} is {value!r}; expected a positive number")
+
+
+def check_size(circuit: Circuit, title: str) -> None:
+    """Refuse a circuit of too many resistors.
+
+    Raises:
+        InputError: it has more than `LARGEST` pairs.
+    """
+    resistors = sum(part.plus.numel() for stage in circuit.stages for part in stage.couplings)
+    if resistors > LARGEST:
+        raise InputError(f"{title} has {resistors} pairs of resistors; a netlist is written for at most {LARGEST}")
+
+
+def models(emission: float, saturation: float, abstol: float) -> tuple[str, str]:
+    """The diodes, and the tolerances of the simulator."""
+    return (
+        f".model diode d(is={saturation:.6g} n={emission:.6g} rs=0)",
+        f".options reltol=1e-9 abstol={abstol:.6g} vntol=1e-12 gmin=1e-16 itl1=2000",
+    )
+
+
+def elements(writer: Writer, circuit: Circuit, names: list[str], nudges: Mapping[str, Tensor]) -> None:
+    """The sources of the inputs, and every layer."""
+    for index, values in enumerate(circuit.inputs):
+        writer.lines.append(f"* input {index}")
+        for unit, value in enumerate(values.tolist()):
+            for node, signed in ((f"x{index}_{unit}", value), (f"x{index}_{unit}n", -value)):
+                writer.source(node, signed, node)
+    for index, stage in enumerate(circuit.stages):
+        writer.lines.append(f"* layer {stage.name}: {stage.activation.name}, amplifiers of gain {stage.gain:.6g}")
+        _stage(writer, circuit, index, names, nudges.get(stage.name))
+
+
+def names_of(circuit: Circuit) -> list[str]:
+    """A name for each layer, from its module path: SPICE knows no capitals, and few signs."""
+    found: list[str] = []
+    for stage in circuit.stages:
+        plain = re.sub(r"[^a-z0-9]+", "_", stage.name.lower()).strip("_") or "state"
+        others = (f"{plain}_again{k}" for k in count(2))
+        name = next(other for other in chain([plain], others) if other not in found)
+        found.append(name)
+    return found
+
+
+def _stage(writer: Writer, circuit: Circuit, index: int, names: list[str], nudge: Tensor | None) -> None:
+    stage, name = circuit.stages[index], names[index]
+    slope, offset, branches = _branches(stage)
+    bias = stage.bias - offset if nudge is None else stage.bias - offset + nudge
+    later = [(m, part) for m, s in enumerate(circuit.stages) for part in s.couplings if part.source == index]
+    for branch, side in enumerate(branches):
+        if side.knot:
+            writer.source(f"k_{name}_{branch}", side.knot / stage.gain)
+    for unit in range(stage.bias.numel()):
+        node, out = f"v_{name}_{unit}", f"s_{name}_{unit}"
+        writer.resistor(node, "0", float(stage.pads[unit]) + slope * stage.gain)
+        writer.current(node, float(bias[unit]))
+        for branch, side in enumerate(branches):
+            reference, inner = f"k_{name}_{branch}" if side.knot else "0", node
+            if side.slope < math.inf:
+                inner = f"d_{name}_{unit}_{branch}"
+                writer.resistor(node, inner, side.slope * stage.gain)
+            writer.diode(*((inner, reference) if side.above else (reference, inner)))
+        writer.lines.append(f"E_{out} {out} 0 {node} 0 {stage.gain:.15g}")
+        for m, part in later:
+            for sign, matrix in (("p", part.plus), ("n", part.minus)):
+                if not bool((matrix[:, unit] > 0).any()):
+                    continue
+                line, start = f"{sign}_{name}_{unit}_{names[m]}", out
+                if sign == "n":
+                    start = f"m_{name}_{unit}_{names[m]}"
+                    writer.lines.append(f"E_{start} {start} 0 {node} 0 {-stage.gain:.15g}")
+                gain = part.reflection if sign == "p" else -part.reflection
+                writer.lines.append(f"V_{line} {start} {line} 0")
+                writer.lines.append(f"F_{line} {node} 0 V_{line} {gain:.15g}")
+        for part in stage.couplings:
+            for sign, matrix in (("p", part.plus), ("n", part.minus)):
+                for source, conductance in _above_zero(matrix[unit]):
+                    if part.source >= 0:
+                        line = f"{sign}_{names[part.source]}_{source}_{name}"
+                    else:
+                        line = f"x{-1 - part.source}_{source}{'n' if sign == 'n' else ''}"
+                    writer.resistor(line, node, conductance)
+
+
+def _above_zero(row: Tensor) -> Iterator[tuple[int, float]]:
+    for place in row.nonzero().flatten().tolist():
+        yield place, float(row[place])

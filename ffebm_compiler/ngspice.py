@@ -1,0 +1,331 @@
+"""`Ngspice`: a fabric that settles resistive blocks in the circuit simulator ngspice.
+
+One netlist a block, whose sources are altered sample by sample within one run of ngspice: `alter`, `op`, `wrdata`. A
+copy of the circuit for each sample would be an order of magnitude slower.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffebm_compiler.circuit_elements import Writer, check_positive, check_size, elements, models, names_of
+from ffebm_compiler.errors import FabricError, FFEBMError, InputError
+from ffebm_compiler.runtime.energies.circuit import Circuit
+from ffebm_compiler.runtime.solvers.fabric import FabricBlock
+
+__all__ = ["Ngspice"]
+
+_log = logging.getLogger(__name__)
+
+_VECTORS = 128
+"""The most node voltages in one command of a netlist."""
+
+
+class Ngspice:
+    """The equilibria of resistive blocks as operating points of their circuits, found by ngspice.
+
+    The circuit is that of `HybridModel.export_spice`, at any inputs and any currents into its nodes. Diodes follow
+    I = I_s (exp(V/(n V_T)) − 1) with V_T = 25.9 mV. So the voltages matter: the smaller a unit of a state is in volts,
+    the less the diodes are switches. Tolerances are reltol 1e-9, abstol 1e-16 A, vntol 1e-12 V and gmin 1e-16 S.
+
+    As a fabric: `hybrid.set_solver(ffebm.Measured(ffebm.Ngspice()))`.
+
+    Args:
+        emission: the emission coefficient n of the diodes. 1 is silicon, small is ideal.
+        saturation: their saturation current I_s, in amperes.
+        executor: an executor of `concurrent.futures`, such as a process pool, whose workers simulate parts of a batch.
+            The results are those without one. A part whose worker is lost is simulated here, which is logged.
+        volts: of a unit of a state.
+        siemens: of a unit of a weight.
+        parts: into how many parts a batch is split for the executor; None is one for each processor.
+        timeout: seconds after which a run of ngspice is ended as failed.
+        command: the program.
+
+    Raises:
+        InputError: a number is not positive, or the executor is none.
+        FabricError: ngspice is not installed; later, where a circuit has no operating point or a run takes too long.
+        UnsupportedError: later, for a block whose energy is that of no circuit.
+    """
+
+    def __init__(
+        self,
+        emission: float = 1.0,
+        saturation: float = 1e-12,
+        executor: Executor | None = None,
+        *,
+        volts: float = 1.0,
+        siemens: float = 1e-3,
+        parts: int | None = None,
+        timeout: float = 600.0,
+        command: str = "ngspice",
+    ) -> None:
+        check_positive(emission=emission, saturation=saturation, volts=volts, siemens=siemens, timeout=timeout)
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise InputError(
+                f"executor is a {type(executor).__name__}; expected an executor of concurrent.futures, such as a "
+                "ProcessPoolExecutor, or None"
+            )
+        if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int) or parts < 1):
+            raise InputError(f"parts is {parts!r}; expected a positive integer, or None")
+        if shutil.which(command) is None:
+            raise _missing(command)
+        self.emission, self.saturation, self.volts, self.siemens = emission, saturation, volts, siemens
+        self.executor, self.timeout, self.command = executor, timeout, command
+        self.parts = parts or os.cpu_count() or 1
+        self._last: _Programmed | None = None
+
+    def __repr__(self) -> str:
+        """The diodes."""
+        return f"Ngspice(emission={self.emission:g}, saturation={self.saturation:g})"
+
+    def __getstate__(self) -> dict[str, object]:
+        """For pickles: everything but the executor, which stays in its process."""
+        return {**self.__dict__, "executor": None, "_last": None}
+
+    def program(self, block: FabricBlock, weights: Sequence[Tensor | None]) -> _Programmed:
+        """Write the netlist of a block. The result settles it, and holds its states."""
+        self._last = _Programmed(self, block)
+        return self._last
+
+    def settle(self, inputs: Sequence[Tensor], nudge: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """The states of the block that was programmed last.
+
+        Raises:
+            FabricError: no block was programmed yet.
+        """
+        if self._last is None:
+            raise FabricError("no block was programmed: call program(block, weights) first")
+        return self._last.settle(inputs, nudge)
+
+
+class _Programmed:
+    """The circuit of one block."""
+
+    def __init__(self, fabric: Ngspice, block: FabricBlock) -> None:
+        self._fabric, self._block = fabric, block
+        self._netlists: dict[tuple[int, ...], _Driven] = {}
+
+    def settle(self, inputs: Sequence[Tensor], nudge: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """The states for a batch of inputs, with the currents of a nudge into the nodes."""
+        netlist = self._netlist(())
+        columns = self._input_columns(netlist, inputs)
+        for names, current in zip(netlist.currents, nudge or [None] * len(netlist.currents), strict=True):
+            if current is not None:
+                columns += [(names, self._rows(current) * netlist.amperes)]
+        return self._simulated(netlist, columns)
+
+    def hold(self, inputs: Sequence[Tensor], held: Sequence[Tensor | None]) -> list[Tensor]:
+        """The states for a batch of inputs, some of them held by voltage sources."""
+        netlist = self._netlist(tuple(index for index, state in enumerate(held) if state is not None))
+        columns = self._input_columns(netlist, inputs)
+        for names, state, stage in zip(netlist.held, held, self._block.circuit.stages, strict=True):
+            if state is not None:
+                columns += [(names, self._rows(state) * netlist.volts / stage.gain)]
+        return self._simulated(netlist, columns)
+
+    def _netlist(self, held: tuple[int, ...]) -> _Driven:
+        if held not in self._netlists:
+            self._netlists[held] = _driven(self._block.circuit, self._block.name, self._fabric, held)
+        return self._netlists[held]
+
+    def _rows(self, value: Tensor) -> np.ndarray:
+        """A row for each sample; one row where samples are not independent."""
+        flat = value.reshape(len(value), -1) if self._block.program.resizable else value.reshape(1, -1)
+        return np.asarray(flat.numpy(), dtype=np.float64)
+
+    def _input_columns(self, netlist: _Driven, inputs: Sequence[Tensor]) -> list[tuple[tuple[str, ...], np.ndarray]]:
+        """(sources, a value of each for every sample)."""
+        columns = []
+        for pairs, value in zip(netlist.inputs, inputs, strict=True):
+            volts = self._rows(value) * netlist.volts
+            columns += [(tuple(plus for plus, _ in pairs), volts), (tuple(minus for _, minus in pairs), -volts)]
+        return columns
+
+    def _simulated(self, netlist: _Driven, columns: list[tuple[tuple[str, ...], np.ndarray]]) -> list[Tensor]:
+        names = [name for group, _ in columns for name in group]
+        values = np.concatenate([rows for _, rows in columns], axis=1)
+        nodes = [node for layer in netlist.nodes for node in layer]
+        fabric = self._fabric
+        job = _Job(netlist.text, tuple(names), tuple(nodes), fabric.timeout, fabric.command, self._block.name)
+        found = job(values) if fabric.executor is None else _in_parts(fabric.executor, job, values, fabric.parts)
+        pieces = np.split(found / netlist.volts, np.cumsum([len(layer) for layer in netlist.nodes])[:-1], axis=1)
+        lead = (len(values),) if self._block.program.resizable else ()
+        return [
+            torch.from_numpy(piece.copy()).reshape(*lead, *shape)
+            for piece, shape in zip(pieces, self._block.shapes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Driven:
+    """The netlist of a circuit whose sources are altered, and the names in it."""
+
+    text: str
+    """The title, the elements and the options, without a control section."""
+    inputs: tuple[tuple[tuple[str, str], ...], ...]
+    """For each input of the block and each of its units, the sources of +x and −x, in volts."""
+    currents: tuple[tuple[str, ...], ...]
+    """For each layer and unit, the source of the current into its node, in amperes."""
+    held: tuple[tuple[str, ...], ...]
+    """For each layer and unit, the source that holds its node; empty for a free layer."""
+    nodes: tuple[tuple[str, ...], ...]
+    """For each layer and unit, the node whose voltage is its state."""
+    volts: float
+    """Of a unit of a state."""
+    amperes: float
+    """Of a unit of a field."""
+
+
+def _driven(circuit: Circuit, title: str, fabric: Ngspice, held: Sequence[int]) -> _Driven:
+    """The netlist of a circuit for any inputs, any currents into its nodes, and any voltages of the layers `held`."""
+    check_size(circuit, title)
+    names = names_of(circuit)
+    writer = Writer(fabric.siemens, fabric.volts)
+    elements(writer, circuit, names, {})
+    units = [(name, range(stage.bias.numel())) for name, stage in zip(names, circuit.stages, strict=True)]
+    for index, (name, own) in enumerate(units):
+        for unit in own:
+            writer.current(f"v_{name}_{unit}", 0.0, f"nudge_{name}_{unit}")
+            if index in held:
+                writer.source(f"v_{name}_{unit}", 0.0, f"hold_{name}_{unit}")
+    return _Driven(
+        text="\n".join([title, *writer.lines, *models(fabric.emission, fabric.saturation, 1e-16)]),
+        inputs=tuple(
+            tuple((f"Vx{index}_{unit}", f"Vx{index}_{unit}n") for unit in range(values.numel()))
+            for index, values in enumerate(circuit.inputs)
+        ),
+        currents=tuple(tuple(f"Inudge_{name}_{unit}" for unit in own) for name, own in units),
+        held=tuple(
+            tuple(f"Vhold_{name}_{unit}" for unit in own) if index in held else ()
+            for index, (name, own) in enumerate(units)
+        ),
+        nodes=tuple(tuple(f"s_{name}_{unit}" for unit in own) for name, own in units),
+        volts=fabric.volts,
+        amperes=fabric.siemens * fabric.volts,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of ngspice. It can be sent to another process."""
+
+    text: str
+    sources: tuple[str, ...]
+    nodes: tuple[str, ...]
+    timeout: float
+    command: str
+    title: str
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """The voltages of the nodes for every row of values of the sources.
+
+        Raises:
+            FabricError: ngspice is missing, takes too long, or finds no operating point.
+        """
+        groups = [self.nodes[start : start + _VECTORS] for start in range(0, len(self.nodes), _VECTORS)]
+        with tempfile.TemporaryDirectory(prefix="ffebm-ngspice-") as folder:
+            Path(folder, "block.cir").write_text(self._netlist(values, groups), encoding="utf-8")
+            try:
+                done = subprocess.run(
+                    [self.command, "-n", "-b", "block.cir"],
+                    cwd=folder,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=self.timeout,
+                    check=False,
+                )
+            except FileNotFoundError as error:
+                raise _missing(self.command) from error
+            except subprocess.TimeoutExpired as error:
+                raise FabricError(
+                    f"{self.title}: ngspice took longer than {self.timeout:g} s for {len(values)} samples of a "
+                    f"circuit of {len(self.nodes)} states. Give Ngspice a larger timeout, or an executor"
+                ) from error
+            found = [self._read(Path(folder, f"voltages{index}"), len(group)) for index, group in enumerate(groups)]
+        if any(rows is None or len(rows) != len(values) for rows in found):
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-3:]
+            raise FabricError(
+                f"{self.title}: ngspice found no operating point for one of {len(values)} samples "
+                f"({' / '.join(said) or 'it said nothing'}). Scale the inputs or the weights down, or take diodes that "
+                "are less ideal (a larger emission)"
+            )
+        return np.concatenate([rows for rows in found if rows is not None], axis=1)
+
+    def _netlist(self, values: np.ndarray, groups: Sequence[Sequence[str]]) -> str:
+        """The circuit, and for each sample the sources that change, an operating point and its voltages."""
+        lines = [self.text, ".control", "set numdgt=15", "set wr_singlescale", "set appendwrite"]
+        write = [f"wrdata voltages{index} {' '.join(f'v({n})' for n in group)}" for index, group in enumerate(groups)]
+        rows = [[None] * len(self.sources), *values.tolist()]
+        for before, row in pairwise(rows):
+            lines += [
+                f"alter {name} dc = {new:.17g}"
+                for name, old, new in zip(self.sources, before, row, strict=True)
+                if new != old
+            ]
+            lines += ["op", *write, "destroy all"]
+        return "\n".join([*lines, "quit", ".endc", ".end", ""])
+
+    @staticmethod
+    def _read(path: Path, count: int) -> np.ndarray | None:
+        """A row of voltages for each operating point. Before them stands a scale, which means nothing here."""
+        if not path.exists():
+            return None
+        text = path.read_text(encoding="utf-8").split()
+        try:
+            rows = np.array(text, dtype=np.float64).reshape(-1, count + 1)
+        except ValueError:
+            return None
+        return rows[:, 1:] if bool(np.isfinite(rows).all()) else None
+
+
+def _in_parts(executor: Executor, job: _Job, values: np.ndarray, parts: int) -> np.ndarray:
+    """What the job finds, its rows split over the workers of an executor."""
+    pieces = [piece for piece in np.array_split(values, parts) if len(piece)]
+    futures: list[Future[np.ndarray] | None] = []
+    for piece in pieces:
+        try:
+            futures.append(executor.submit(job, piece))
+        except RuntimeError as error:  # it is broken, or was shut down
+            _log.warning("%s: the executor takes no work (%s); ngspice runs here", job.title, error)
+            futures.append(None)
+    return np.concatenate([_result(job, piece, future) for piece, future in zip(pieces, futures, strict=True)])
+
+
+def _result(job: _Job, piece: np.ndarray, future: Future[np.ndarray] | None) -> np.ndarray:
+    """What a worker has found, or this process where the worker is lost."""
+    if future is None:
+        return job(piece)
+    try:
+        return np.asarray(future.result())
+    except FFEBMError:
+        raise
+    except Exception as error:
+        _log.warning(
+            "%s: a worker of the executor is lost (%s: %s); its %d samples are simulated here",
+            job.title,
+            type(error).__name__,
+            error,
+            len(piece),
+        )
+        return job(piece)
+
+
+def _missing(command: str) -> FabricError:
+    return FabricError(
+        f"the program {command!r} is not installed: apt-get install ngspice (Debian, Ubuntu), dnf install ngspice "
+        "(Fedora) or brew install ngspice (macOS), or pass its path as Ngspice(command=...)"
+    )

@@ -33,7 +33,7 @@ FLOORS: dict[str, str] = {
     "hybrid": "feedback_weights sharded later_hooks hybrid_parts bound_block hybrid_state gradient_choice "
     "kept_gradients recast hybrid_core",
     "reports": "reports field_penalties saved_settings storage",
-    "pictures and ONNX": "drawing onnx circuit_elements spice ngspice",
+    "pictures and ONNX": "drawing onnx circuit_elements spice ngspice_runs ngspice",
     "what people hold": "plan hybrid",
     "what people call": "convert init loading",
     "the package": "ffebm_compiler",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver
+from ffebm_compiler.runtime.solvers.measured import Measured
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
 __all__ = ["Choice", "choose"]
@@ -38,6 +39,8 @@ def choose(program: BlockProgram, contraction: float | None, given: Solver | Non
         given: the solver that the user asked for.
     """
     if given is not None:
+        if isinstance(given, Measured):
+            return Choice(given, f"by {given.fabric_name}, outside")
         curved = [layer.activation.name for layer in program.layers if not layer.activation.monotone]
         if isinstance(given, NewtonCG) and not program.symmetric:
             return Choice(given, "as given; sweeps only, the feedback has weights of its own")

@@ -72,18 +72,22 @@ class Question:
     held: tuple[Tensor | None, ...] | None = None
     """The states that are held, None for a free one; None if all are free."""
 
-    def block(self, weights: Sequence[Tensor | None]) -> FabricBlock:
-        """The block for a fabric.
+    def check_masks(self) -> None:
+        """Refuse random masks.
 
         Raises:
-            UnsupportedError: it draws random masks, which would be another circuit for every sample.
+            UnsupportedError: the block has drawn some, which make another circuit for every sample.
         """
-        frame, program = self.frame, self.frame.program
-        if any(frame.drawn.get(register) is not None for register in program.masks):
+        program = self.frame.program
+        if any(self.frame.drawn.get(register) is not None for register in program.masks):
             raise UnsupportedError(
                 f"{program.name} draws random masks (dropout inside the block), so that every sample would be another "
                 "circuit, and a fabric holds one. Keep the dropout digital (force_digital), or call eval()"
             )
+
+    def block(self, weights: Sequence[Tensor | None]) -> FabricBlock:
+        """The block for a fabric."""
+        frame, program = self.frame, self.frame.program
         one = frame.narrowed(torch.zeros(1, dtype=torch.long)) if program.resizable else frame
         return FabricBlock(
             name=program.name,

@@ -130,6 +130,7 @@ class Measured(Solver):
 
     def _answer(self, question: Question) -> list[Tensor]:
         name = question.frame.program.name
+        question.check_masks()
         circuit = self._programmed(question).circuit
         inputs = tuple(outside(value) for value in question.frame.inputs)
         check_inputs(name, inputs)

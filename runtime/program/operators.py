@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffebm_compiler.runtime.program.pointwise import faulty, thinned
+from ffebm_compiler.runtime.program.pooling import disjoint_windows, spread
 
 __all__ = [
     "ByValue",
@@ -361,7 +362,10 @@ class Wiring(Operator):
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        """fᵀ(p), by the vector-Jacobian product."""
+        """fᵀ(p): over the windows of an average pooling, else by the vector-Jacobian product."""
+        windows = disjoint_windows(self.function, self.arguments, dict(self.keywords), shapes[0])
+        if windows is not None:
+            return [spread(cotangent, *windows)]
         differentiable = torch.is_grad_enabled() and cotangent.requires_grad
         with torch.enable_grad():
             value = cotangent.new_zeros(shapes[0]).requires_grad_()

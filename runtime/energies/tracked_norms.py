@@ -87,16 +87,20 @@ class TrackedNorms:
         """
         found = []
         with torch.no_grad():
+            places = []
+            begun = []
             for start, end, view in directions(frame):
                 place, edge = (start, end), _Edge(view, min(start, end), max(start, end))
                 probe = self._probes.get(place)
                 if probe is None or probe.shape[1] != edge.inner.numel():
                     probe = edge.probe(seed=0)
                 probe = self._probes[place] = edge.here(probe)
-                track = followed(edge, probe, self.tracks.get(place))
+                places.append(place)
+                begun.append(_Following(edge, probe, self.tracks.get(place)))
+            for place, track in zip(places, _tracks_of(begun), strict=True):
                 if track is not None:
                     self.tracks[place] = track
-                found.append((start, end, 0.0 if track is None else track.norm))
+                found.append((*place, 0.0 if track is None else track.norm))
         return found
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -200,16 +204,44 @@ def drawn_probe(size: int, seed: int) -> Tensor:
 
 def followed(edge: LinearMap, probe: Tensor, track: Track | None) -> Track | None:
     """The track of a map, such as an edge, after a change of the weights; None if the map is zero."""
-    image = edge.forward(probe)
-    if image is None:
-        return None
-    if track is None or track.image.shape != image.shape or not math.isfinite(track.norm):
-        norm, vectors = _converge(edge, *_rayleigh_ritz(edge, image))
-        return Track(norm, vectors, image)
-    norm, vectors = _rayleigh_ritz(edge, torch.cat([edge.here(track.vectors), image - edge.here(track.image)]))
-    if abs(norm - track.norm) > _JUMPS_ABOVE * track.norm:
-        norm, vectors = _converge(edge, norm, vectors)
-    return Track(norm, vectors, image)
+    return _tracks_of([_Following(edge, probe, track)])[0]
+
+
+class _Following:
+    """One pass over one map. Its products are launched at once, and its small numbers are read later."""
+
+    def __init__(self, edge: LinearMap, probe: Tensor, track: Track | None) -> None:
+        self.edge = edge
+        self.track = track
+        self.image = edge.forward(probe)
+        """J p; None if the map is zero."""
+        self.ritz: _Ritz | None = None
+        if self.image is not None:
+            self.known = track is not None and track.image.shape == self.image.shape and math.isfinite(track.norm)
+            rows = self.image
+            if track is not None and self.known:
+                rows = torch.cat([edge.here(track.vectors), self.image - edge.here(track.image)])
+            self.ritz = _Ritz(edge, rows)
+
+    def result(self, products: np.ndarray) -> Track:
+        """The track, from the inner products of the pass. Passes follow until the norm rests if it has jumped."""
+        assert self.ritz is not None
+        assert self.image is not None
+        norm, vectors = self.ritz.result(products)
+        if self.track is None or not self.known or abs(norm - self.track.norm) > _JUMPS_ABOVE * self.track.norm:
+            norm, vectors = _converge(self.edge, norm, vectors)
+        return Track(norm, vectors, self.image)
+
+
+def _tracks_of(begun: list[_Following]) -> list[Track | None]:
+    """The tracks of all maps. Their inner products come from the device in one transfer, for which the host waits."""
+    passes = [one.ritz for one in begun if one.ritz is not None]
+    if not passes:
+        return [None] * len(begun)
+    flat = torch.cat([one.products.flatten() for one in passes]).cpu().numpy()
+    ends = np.cumsum([one.products.numel() for one in passes])[:-1]
+    read = iter(np.split(flat, ends))
+    return [None if one.ritz is None else one.result(next(read).reshape(one.ritz.products.shape)) for one in begun]
 
 
 def _converge(edge: LinearMap, norm: float, vectors: Tensor) -> tuple[float, Tensor]:
@@ -230,25 +262,38 @@ def _converge(edge: LinearMap, norm: float, vectors: Tensor) -> tuple[float, Ten
 
 def _rayleigh_ritz(edge: LinearMap, left: Tensor) -> tuple[float, Tensor]:
     """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y. The rows need no norm."""
-    basis = edge.transpose(left)
-    images = edge.forward(basis)
-    assert images is not None
-    overlap, energy = _gram(basis), _gram(images)
-    if not (np.isfinite(overlap).all() and np.isfinite(energy).all()):
-        return math.inf, images[:_KEPT_VECTORS]
-    lengths = np.sqrt(np.diag(overlap))
-    factors = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-    # Rows may be nearly parallel, so directions of the basis that are lost in round-off are left out.
-    sizes, axes = np.linalg.eigh(overlap * np.outer(factors, factors))
-    certain = sizes > 1e-5 * max(sizes[-1], 1e-30)
-    if not certain.any():  # J is zero
-        return 0.0, images[:_KEPT_VECTORS]
-    white = factors[:, None] * axes[:, certain] / np.sqrt(sizes[certain])
-    values, turned = np.linalg.eigh(white.T @ energy @ white)
-    chosen = (white @ turned)[:, ::-1][:, :_KEPT_VECTORS].T
-    return math.sqrt(max(float(values[-1]), 0.0)), torch.from_numpy(chosen.copy()).to(images) @ images
+    ritz = _Ritz(edge, left)
+    return ritz.result(ritz.products.cpu().numpy())
 
 
-def _gram(rows: Tensor) -> np.ndarray:
-    """Inner products of all pairs of rows, in float64."""
-    return (rows @ rows.T).double().cpu().numpy()
+class _Ritz:
+    """Rayleigh–Ritz of J in the span of Jᵀ y for the rows y."""
+
+    def __init__(self, edge: LinearMap, left: Tensor) -> None:
+        basis = edge.transpose(left)
+        images = edge.forward(basis)
+        assert images is not None
+        self.images = images
+        self.products = torch.stack([basis @ basis.T, images @ images.T]).double()
+        """Inner products of all pairs of rows, of the basis and of its images, in float64."""
+
+    def result(self, products: np.ndarray) -> tuple[float, Tensor]:
+        """(largest singular value, leading left vectors), from the inner products."""
+        overlap, energy = products
+        images = self.images
+        if not np.isfinite(products).all():
+            return math.inf, images[:_KEPT_VECTORS]
+        lengths = np.sqrt(np.diag(overlap))
+        factors = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+        # Rows may be nearly parallel, so directions of the basis that are lost in round-off are left out.
+        sizes, axes = np.linalg.eigh(overlap * np.outer(factors, factors))
+        certain = sizes > 1e-5 * max(sizes[-1], 1e-30)
+        if not certain.any():  # J is zero
+            return 0.0, images[:_KEPT_VECTORS]
+        white = factors[:, None] * axes[:, certain] / np.sqrt(sizes[certain])
+        values, turned = np.linalg.eigh(white.T @ energy @ white)
+        chosen = (white @ turned)[:, ::-1][:, :_KEPT_VECTORS].T
+        turn = torch.from_numpy(chosen.copy()).to(images.dtype)
+        if images.device.type == "cuda":  # only a copy from pinned memory does not wait
+            turn = turn.pin_memory()
+        return math.sqrt(max(float(values[-1]), 0.0)), turn.to(images.device, non_blocking=True) @ images

@@ -25,6 +25,7 @@ from ffebm_compiler.errors import (
 )
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.field_penalties import alignment_penalty, jacobian_homeostasis
+from ffebm_compiler.graphed_step import GraphedStep
 from ffebm_compiler.hardware.fabric import Hardware, hardware_presets
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.loading import load
@@ -66,6 +67,7 @@ __all__ = [
     "GaussSeidel",
     "GradientError",
     "GradientReport",
+    "GraphedStep",
     "Hardware",
     "HardwareError",
     "HybridModel",

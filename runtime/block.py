@@ -25,6 +25,7 @@ from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.choice import Choice, choose
+from ffebm_compiler.runtime.solvers.pace import Paces
 from ffebm_compiler.runtime.solvers.relaxation import Settled, concluded, run
 
 __all__ = ["EnergyBlock", "Equilibrium"]
@@ -70,6 +71,8 @@ class EnergyBlock(nn.Module):
         """If False, the block runs feedforward (γ = 0) like the source."""
         self.kept_gradients: Restoring | None = None
         """What a failed backward of the present forward restores; None unless equilibria are measured."""
+        self.paces = Paces()
+        """The number of sweeps of each phase, where a training step does not wait for its results."""
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._warned_of_held_winners = False
@@ -168,6 +171,11 @@ class EnergyBlock(nn.Module):
         """The solver that was given, or the one chosen for this block."""
         return self.chosen.solver
 
+    def paces_on(self, device: torch.device) -> Paces | None:
+        """Where a training step on this device keeps its numbers of sweeps; None: it waits for every result."""
+        late = self.active_solver.late
+        return self.paces if late or (late is None and device.type == "cuda") else None
+
     def projection(self, limit: float) -> dict[int, float]:
         """Weight index -> factor that caps the coupling for a loop gain of at most `limit`; empty if it is less.
 
@@ -243,7 +251,7 @@ class EnergyBlock(nn.Module):
         before, self.gain.certificate = self.gain.certificate, needed
         try:
             anew = Frame(self.program, frame.inputs, frame.weights, frame.drawn)
-            anew.training = frame.training
+            anew.training, anew.autocast = frame.training, frame.autocast
             return self._settled(anew)
         finally:
             if not self.training:
@@ -258,7 +266,8 @@ class EnergyBlock(nn.Module):
 
     def _rtol(self, phase: FreePhase) -> float:
         first = phase.values[0]
-        return self.free_rtol(phase.frame.inputs[0].dtype if first is None else first.dtype, phase.training)
+        dtype = phase.frame.inputs[0].dtype if first is None else first.dtype
+        return self.free_rtol(torch.bfloat16 if phase.frame.autocast else dtype, phase.training)
 
     def _warn_of_held_winners(self, frame: Frame, states: Sequence[Tensor]) -> None:
         """Log once if the states are no equilibrium when the held winners of max pooling are chosen anew."""
@@ -357,8 +366,9 @@ class EnergyBlock(nn.Module):
                 torch.float32, next((w.dtype for w in weights if w is not None), torch.float32)
             )
             cast = [value.to(widest) if value.is_floating_point() else value for value in present]
+            rounded = torch.get_autocast_dtype(kind) == torch.bfloat16
             with torch.autocast(kind, enabled=False):
-                return self._forward(cast, [None if w is None else w.to(widest) for w in weights])
+                return self._forward(cast, [None if w is None else w.to(widest) for w in weights], rounded)
         return self._forward(present, list(weights))
 
     def _check_feedback(self, forward: Tensor | None, backward: Tensor | None) -> None:
@@ -368,14 +378,17 @@ class EnergyBlock(nn.Module):
                 f"{tuple(forward.shape)}. Give both one shape, since the feedback is the transpose of such a weight"
             )
 
-    def _forward(self, inputs: list[Tensor], weights: list[Tensor | None]) -> tuple[Tensor, ...]:
+    def _forward(
+        self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool = False
+    ) -> tuple[Tensor, ...]:
         program = self.program
         frame = Frame(program, inputs, weights)
+        frame.autocast = autocast
         if not program.coupled or not self.enabled:
             # Without feedback the block computes the source's own layers, so that autograd is exact.
             phase, self.last = FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
             states, _ = phase.settled()
             self._states, self._preactivations = tuple(state.detach() for state in states), ()
             return frame.read({index: states[index] for index in program.visible})
-        visible = Settle.apply(self, frame.drawn, *inputs, *weights)  # type: ignore[no-untyped-call]
+        visible = Settle.apply(self, frame.drawn, autocast, *inputs, *weights)  # type: ignore[no-untyped-call]
         return frame.read(dict(zip(program.visible, visible, strict=True)))

@@ -19,6 +19,7 @@ from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.pace import Paces
 from ffebm_compiler.runtime.solvers.relaxation import Settled
 
 __all__ = ["Restoring", "Settle"]
@@ -45,6 +46,7 @@ class Settling(Protocol):
     def active_solver(self) -> Solver: ...
     @property
     def contraction(self) -> float | None: ...
+    def paces_on(self, device: torch.device) -> Paces | None: ...
     def laid_out(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]: ...
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]: ...
     def remember(self, phase: FreePhase) -> None: ...
@@ -62,13 +64,16 @@ class Settle(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, block: Settling, drawn: dict[int, Any], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, block: Settling, drawn: dict[int, Any], autocast: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         program = block.program
         tensors = block.laid_out(tensors)
         inputs = [value for value in tensors[: program.inputs] if value is not None]
         frame = Frame(program, inputs, tensors[program.inputs :], drawn)
-        frame.training = block.training
+        frame.training, frame.autocast = block.training, autocast
         if block.training:
+            frame.paces = block.paces_on(inputs[0].device)
             block.gain.hold(frame.weights)
         phase, block.last = block.relax(frame)
         frame = phase.frame
@@ -77,6 +82,7 @@ class Settle(torch.autograd.Function):
         ctx.block, ctx.last, ctx.training = block, block.last, frame.training
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
         ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
+        ctx.paces, ctx.autocast = frame.paces, autocast
         ctx.estimator, ctx.aligned, ctx.kept_gradients = block.estimator, block.aligned, block.kept_gradients
         ctx.set_materialize_grads(False)
         wide = phase.literal if phase.literal and phase.literal[0] is not states[0] else ()
@@ -105,11 +111,11 @@ class Settle(torch.autograd.Function):
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
         count = program.inputs + program.weights
         if all(error is None for error in visible):
-            return (None,) * (count + 2)
+            return (None,) * (count + 3)
         layers = len(program.layers)
         inputs = [value for value in saved[: program.inputs] if value is not None]
         frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
-        frame.training = ctx.training
+        frame.training, frame.paces, frame.autocast = ctx.training, ctx.paces, ctx.autocast
         preactivations = tuple(value for value in saved[count + layers : count + 2 * layers] if value is not None)
         states = tuple(
             sigma.value(field) if state is None else state
@@ -121,7 +127,8 @@ class Settle(torch.autograd.Function):
         errors: list[Tensor | None] = [None] * layers
         for index, error in zip(program.visible, block.laid_out(visible), strict=True):
             errors[index] = error
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
+        dtype = torch.bfloat16 if ctx.autocast else states[0].dtype
         situation = Situation(
             frame=frame,
             setting=ctx.setting,
@@ -129,11 +136,11 @@ class Settle(torch.autograd.Function):
             literal=(wide or states) if ctx.measured else (),
             preactivations=preactivations,
             solver=block.active_solver,
-            rtol=block.error_rtol(states[0].dtype, frame.training),
+            rtol=block.error_rtol(dtype, frame.training),
             contraction=block.contraction,
             hint=block.hint,
             free_sweeps=ctx.last.sweeps,
-            free_rtol=block.free_rtol(states[0].dtype, frame.training),
+            free_rtol=block.free_rtol(dtype, frame.training),
             feedback=ctx.feedback,
             measured=lambda: block.gain.measured(frame.weights),
             inputs_needed=tuple(needed[: program.inputs]),
@@ -146,4 +153,4 @@ class Settle(torch.autograd.Function):
             gradients = ctx.estimator.gradients(situation, errors)
             found = gradients.inputs
         weights = aligned(program, gradients.weights, needed[program.inputs :]) if ctx.aligned else gradients.weights
-        return (None, None, *found, *weights)
+        return (None, None, None, *found, *weights)

@@ -41,6 +41,8 @@ class HeldGain:
         self.gauge = energy.gauge(program)
         self.locked = False
         """Whether the amplifiers stay as they are even if the weights change."""
+        self.slack: float | None = None
+        """Relative distance from the feedback at which amplifiers are set again; None: the energy's own."""
         self.changes = 0
         """Number of changes of the weights that training forwards have seen."""
         self.stamp: WeightStamp | None = None
@@ -184,6 +186,11 @@ class HeldGain:
                 self._changed_stamp = present
         return self._changed_stamp is not None
 
+    @property
+    def changed(self) -> bool:
+        """Whether `look` found weights that have not been measured since."""
+        return self._changed_stamp is not None
+
     def hold(self, weights: Sequence[Tensor | None]) -> None:
         """Measure weights that `look` found changed, and set the amplifiers if the feedback needs it.
 
@@ -228,7 +235,12 @@ class HeldGain:
         assert self.certificate is not None
         with self._without_gradients():
             found = self.gauge.follow(
-                self._frame(weights), lambda: self._evaluated(weights), self.certificate, self.feedback, converge
+                self._frame(weights),
+                lambda: self._evaluated(weights),
+                self.certificate,
+                self.feedback,
+                converge,
+                self.slack,
             )
         if not math.isfinite(found.radius):
             check_weights(self.program.name, weights)

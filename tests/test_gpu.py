@@ -171,3 +171,116 @@ def test_there_and_back() -> None:
     assert all(p.grad is not None and p.grad.is_cuda for p in hybrid.parameters())
     hybrid.cpu()
     assert torch.equal(hybrid(x).detach(), before)
+
+
+# -- no waiting, graphs --------------------------------------------------------------------------
+
+
+def _batches(count: int, dtype: torch.dtype = torch.float32, rows: int = 16) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (
+            torch.randn(rows, 3, 8, 8, generator=generator, dtype=dtype).cuda(),
+            torch.randint(0, 10, (rows,), generator=generator).cuda(),
+        )
+        for _ in range(count)
+    ]
+
+
+def _gradients(hybrid: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["ep", "ep centered", "implicit"])
+def test_the_host_never_waits_in_a_step(name: str, autocast: bool) -> None:
+    hybrid = ffebm.convert(_smooth().cuda(), _batches(1)[0][0], gradient=ESTIMATORS[name]).train()
+    with hybrid.held_feedback():  # a measurement of the loop gain is read once a block
+        for index, (x, labels) in enumerate(_batches(6)):
+            hybrid.zero_grad()
+            torch.cuda.set_sync_debug_mode("error" if index > 2 else "default")
+            try:
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    loss = F.cross_entropy(hybrid(x), labels)
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["ep", "ep centered", "implicit"])
+def test_a_graphed_step_is_the_step(name: str) -> None:
+    batches = _batches(12, torch.float64)
+    plain = ffebm.convert(_smooth().double().cuda(), batches[0][0], feedback=0.3, gradient=ESTIMATORS[name]).train()
+    graphed = copy.deepcopy(plain)
+    step = ffebm.GraphedStep(graphed, F.cross_entropy)
+    for index, (x, labels) in enumerate(batches):
+        plain.zero_grad()
+        expected = F.cross_entropy(plain(x), labels)
+        expected.backward()
+        loss = step(x, labels)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
+        for key, gradient in _gradients(plain).items():
+            assert float((_gradients(graphed)[key] - gradient).norm() / gradient.norm()) < 1e-7, (index, key)
+    assert step.captures == 1
+    for key, value in plain.state_dict().items():  # the statistics of batch norm
+        torch.testing.assert_close(graphed.state_dict()[key], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_graphed_training_holds_the_gain(autocast: bool) -> None:
+    batches = _batches(4)
+    hybrid = ffebm.convert(_network().cuda(), batches[0][0], feedback=0.3).train()
+    optimizer = torch.optim.Adam(hybrid.parameters(), 5e-3)
+    step = ffebm.GraphedStep(hybrid, F.cross_entropy)
+    losses = []
+    for index in range(60):
+        x, labels = batches[index % 4]
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            losses.append(float(step(x, labels)))
+        for block in hybrid.energy_blocks.values():
+            if block.program.coupled:
+                assert block.loop_gain == pytest.approx(0.3, rel=0.101)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.3 * losses[0]
+    assert 1 <= step.captures < 40
+    told = {block.name: block.module.loop_gain for block in hybrid.blocks if block.module.program.coupled}
+    step(*batches[0])
+    with hybrid.held_feedback():
+        for name in told:
+            module = hybrid.energy_blocks[name]
+            assert module.loop_gain == pytest.approx(hybrid.certificate_of(name).loop_gain, rel=0.05)
+
+
+def test_another_batch_runs_without_a_graph() -> None:
+    hybrid = ffebm.convert(_smooth().cuda(), _batches(1)[0][0]).train()
+    step = ffebm.GraphedStep(hybrid, F.cross_entropy)
+    for x, labels in _batches(4):
+        step(x, labels)
+    assert step.captures == 1
+    plain = copy.deepcopy(hybrid)
+    (x, labels), *_ = _batches(1, rows=5)
+    loss = step(x, labels)
+    assert step.captures == 1
+    torch.testing.assert_close(loss, F.cross_entropy(plain(x), labels).detach(), rtol=1e-4, atol=0)
+
+
+def test_a_loss_that_waits_is_refused() -> None:
+    hybrid = ffebm.convert(_smooth().cuda(), _batches(1)[0][0]).train()
+
+    def waiting(output: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(output, labels)
+        return loss * (1.0 if loss.item() > 0 else 2.0)
+
+    step = ffebm.GraphedStep(hybrid, waiting)
+    (x, labels), *_ = _batches(1)
+    step(x, labels)
+    step(x, labels)
+    with pytest.raises(ffebm.UnsupportedError, match="could not be captured as a CUDA graph"):
+        step(x, labels)
+
+
+def test_symmetric_feedback_is_refused_by_a_graph() -> None:
+    hybrid = ffebm.convert(_smooth().cuda(), _batches(1)[0][0], feedback="symmetric").train()
+    with pytest.raises(ffebm.UnsupportedError, match="waits for its residual in every step, because nothing certifies"):
+        ffebm.GraphedStep(hybrid, F.cross_entropy)

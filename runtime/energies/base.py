@@ -205,7 +205,13 @@ class Gauge(ABC):
 
     @abstractmethod
     def follow(
-        self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
+        self,
+        frame: Frame,
+        evaluated: Evaluated,
+        present: Certificate,
+        feedback: float | str,
+        converge: bool,
+        slack: float | None = None,
     ) -> Certificate:
         """Measure after a change of the weights in training, and set the amplifiers again if the feedback needs it.
 
@@ -215,6 +221,7 @@ class Gauge(ABC):
             present: the certificate before the change.
             feedback: the feedback to hold.
             converge: whether to measure to convergence even if the estimate has not jumped.
+            slack: relative distance from the feedback at which the amplifiers are set again; None: the energy's own.
         """
 
     @abstractmethod

@@ -182,7 +182,13 @@ class _EdgeNorms(Gauge):
         return certify(self.program, found.norms, feedback)
 
     def follow(
-        self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
+        self,
+        frame: Frame,
+        evaluated: Evaluated,
+        present: Certificate,
+        feedback: float | str,
+        converge: bool,
+        slack: float | None = None,
     ) -> Certificate:
         """Norms followed from step to step. γ is set again if the loop gain has left κ."""
         norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
@@ -190,7 +196,7 @@ class _EdgeNorms(Gauge):
             lanczos = edge_norms(*evaluated())
             norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
         found = certificate_at(self.program, norms, present.scales)
-        if not isinstance(feedback, str) and abs(found.loop_gain - feedback) > _SLACK * feedback:
+        if not isinstance(feedback, str) and abs(found.loop_gain - feedback) > (slack or _SLACK) * feedback:
             found = certify(self.program, norms, feedback)
             _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, feedback)
         return found

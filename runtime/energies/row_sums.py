@@ -63,7 +63,13 @@ class RowSums(Gauge):
         return self.certify(frame, states, feedback)
 
     def follow(
-        self, frame: Frame, evaluated: Evaluated, present: Certificate, feedback: float | str, converge: bool
+        self,
+        frame: Frame,
+        evaluated: Evaluated,
+        present: Certificate,
+        feedback: float | str,
+        converge: bool,
+        slack: float | None = None,
     ) -> Certificate:
         """The certificate with A from the row sums, which is exact, and ρ followed from step to step."""
         if converge:

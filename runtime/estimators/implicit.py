@@ -125,7 +125,7 @@ class Unrolled(Estimator):
                 for t, n in zip(at.frame.weights, at.weights_needed, strict=True)
             ]
             frame = Frame(at.frame.program, inputs, weights, dict(at.frame.drawn))
-            frame.training = at.frame.training
+            frame.training, frame.autocast = at.frame.training, at.frame.autocast
             # Zeros that are added to the fields. The derivative by them is e_l, summed over the sweeps.
             offsets = [torch.zeros_like(s).requires_grad_() for s in at.states] if self.through_feedback else []
             phase = _OffsetPhase(frame, at.setting, offsets) if offsets else FreePhase(frame, at.setting)

@@ -80,11 +80,16 @@ def amplitudes(at: Situation, errors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _square(value: Tensor, batched: bool) -> Tensor:
-    """‖value‖², per sample or in total. It is in float64 if the device has it, since δ may be as small as 1e-20."""
+    """‖value‖², per sample or in total. It is in float64 if the device has it, since δ may be as small as 1e-20.
+
+    On a CPU the sums are faster in the value's own dtype. On a GPU, to look whether that is enough would wait for it.
+    """
     wide = value.dtype if value.device.type == "mps" else torch.float64
     dims = tuple(range(1, value.dim())) if batched else tuple(range(value.dim()))
     if not dims:
         return value.to(wide).square()
+    if value.device.type == "cuda":
+        return torch.linalg.vector_norm(value, dim=dims, dtype=wide).square()
     norm = torch.linalg.vector_norm(value, dim=dims)
     if value.dtype != wide and bool((norm < 1e-12).any()):  # the squares may have underflowed
         norm = torch.linalg.vector_norm(value, dim=dims, dtype=wide)

@@ -104,6 +104,7 @@ class AdjointPhase(_ErrorPhase):
         transposed: bool = True,
     ) -> None:
         super().__init__(frame, setting, preactivations, drives)
+        self.pace = frame.pace("adjoint")
         self.transposed = transposed and not frame.program.symmetric
         self.slopes = (
             [sigma.derivative(h) for sigma, h in zip(setting.activations(frame), preactivations, strict=True)]
@@ -162,6 +163,7 @@ class NudgedPhase(_ErrorPhase):
         self.samples = frame.samples
         self.rest: tuple[Tensor, ...] = ()
         """The free states as they were measured, in float64; empty where they are computed."""
+        self.pace = frame.pace(f"nudged {self.betas}")
         self._steppers = [
             [_stepper(sigma, h, beta / scale) for beta in betas]
             for sigma, h, scale in zip(self._activations, preactivations, self.scales, strict=True)

@@ -34,6 +34,7 @@ class FreePhase(Phase):
         self._updates = 0
         self.literal: tuple[Tensor, ...] = ()
         """The states as a fabric measured them, in float64; empty where they are computed."""
+        self.pace = frame.pace("free")
         if start is None:
             for index, activation in enumerate(frame.activations):
                 drive = self._drive(index)

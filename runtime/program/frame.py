@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.activations.table import Activation
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction, Layer
+from ffebm_compiler.runtime.solvers.pace import Pace, Paces
 
 __all__ = ["Frame", "take_rows"]
 
@@ -42,8 +43,12 @@ class Frame:
         """Values that the energy has computed from these weights, kept for the next phase."""
         self.training = False
         """Whether the block is evaluated for a gradient alone: with the tolerances of training."""
+        self.paces: Paces | None = None
+        """Where the block keeps the number of sweeps of its phases; None: it keeps none."""
         self.coarse = False
         """Whether products of values that depend on states are computed in bfloat16."""
+        self.autocast = False
+        """Whether all products are, also those of weight gradients, as the source's are under autocast."""
         self._in_bfloat16: dict[int, Tensor] = {}
         self._back: Frame | None = None
         self.activations = tuple(self._bound(layer) for layer in program.layers)
@@ -57,7 +62,7 @@ class Frame:
         if self._back is None:
             self._back = Frame(self.program.back, (), self.weights, self.drawn, self.shapes, frozen=True)
             self._back._in_bfloat16 = self._in_bfloat16
-        self._back.coarse = self.coarse
+        self._back.coarse, self._back.autocast = self.coarse, self.autocast
         return self._back
 
     def _bound(self, layer: Layer) -> Activation:
@@ -77,6 +82,10 @@ class Frame:
             for layer in self.program.layers
         )
 
+    def pace(self, phase: str) -> Pace | None:
+        """The pace of a phase, by a name that is the same in every step."""
+        return None if self.paces is None else self.paces.of(phase)
+
     def narrowed(self, rows: Tensor) -> Frame:
         """The same block for some of the samples."""
         samples = self.samples
@@ -85,7 +94,7 @@ class Frame:
         shapes = {register: torch.Size((len(rows), *shape[1:])) for register, shape in self.shapes.items()}
         assert samples is not None
         frame = Frame(self.program, inputs, self.weights, drawn, shapes, self.frozen)
-        frame.coarse, frame.training = self.coarse, self.training
+        frame.coarse, frame.autocast, frame.training = self.coarse, self.autocast, self.training
         return frame
 
     def repeated(self, copies: int) -> Frame:
@@ -98,7 +107,8 @@ class Frame:
         }
         shapes = {register: torch.Size((copies * shape[0], *shape[1:])) for register, shape in self.shapes.items()}
         frame = Frame(self.program, (), self.weights, drawn, shapes, frozen=True)
-        frame.coarse, frame._in_bfloat16, frame.training = self.coarse, self._in_bfloat16, self.training
+        frame.coarse, frame.autocast, frame.training = self.coarse, self.autocast, self.training
+        frame._in_bfloat16 = self._in_bfloat16
         return frame
 
     def _weights(self, instruction: Instruction) -> list[Tensor | None]:
@@ -113,8 +123,8 @@ class Frame:
             self._draw_before(instruction.kept, registers)
         if (operator.draws and not known) or (operator.selects and not (known and self.frozen)):
             self.drawn[instruction.kept] = instruction.operator.draw(values)
-        coarse = self.coarse and operator.product and self.program.from_states[instruction.output]
-        if coarse:
+        coarse = self.autocast or (self.coarse and self.program.from_states[instruction.output])
+        if coarse and operator.product:
             result = operator.apply(_in_bfloat16(values), self._rounded_weights(instruction)).to(values[0].dtype)
         else:
             result = operator.apply(values, self._weights(instruction))
@@ -208,7 +218,7 @@ class Frame:
                 continue
             shapes = [self.shapes[r] for r in instruction.operands]
             operator = instruction.operator
-            if self.coarse and operator.product:
+            if (self.coarse or self.autocast) and operator.product:
                 dtype = next(value.dtype for value in values if value is not None)
                 rounded = operator.tangent(_in_bfloat16(values), self._rounded_weights(instruction), shapes)
                 registers[instruction.output] = rounded.to(dtype)
@@ -260,7 +270,7 @@ class Frame:
             if not any(wanted):
                 continue
             shapes = [self.shapes[r] for r in instruction.operands]
-            if self.coarse and instruction.operator.product and gradients is None:
+            if instruction.operator.product and (self.autocast or (self.coarse and gradients is None)):
                 rounded = self._rounded_weights(instruction)
                 found = instruction.operator.adjoint(arriving.to(torch.bfloat16), rounded, shapes, wanted)
                 parts = [None if part is None else part.to(arriving.dtype) for part in found]
@@ -290,7 +300,14 @@ class Frame:
             return
         values = [registers[r] for r in instruction.operands]
         mask = [index is not None and needed[index] for index in instruction.weights]
-        found = instruction.operator.weight_gradients(values, cotangent, weights, mask, bias)
+        dtype = cotangent.dtype
+        if self.autocast and instruction.operator.product:
+            values, weights = _in_bfloat16(values), self._rounded_weights(instruction)
+            cotangent = cotangent.to(torch.bfloat16)
+        found = [
+            None if gradient is None else gradient.to(dtype)
+            for gradient in instruction.operator.weight_gradients(values, cotangent, weights, mask, bias)
+        ]
         for index, gradient in zip(instruction.weights, found, strict=True):
             if index is not None and gradient is not None:
                 present = gradients[index]

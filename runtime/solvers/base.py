@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.solvers.fabric import Question
+from ffebm_compiler.runtime.solvers.pace import Pace
 
 __all__ = ["FixedPoint", "GaussSeidel", "Solver", "sweep_layers", "typical_contraction"]
 
@@ -47,6 +48,8 @@ class FixedPoint(ABC):
     """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
     relaxation: float = 1.0
     """ω of over-relaxed sweeps, the factor on the change of a layer."""
+    pace: Pace | None = None
+    """Where the block keeps the number of sweeps of this phase from step to step; None: it keeps none."""
 
     parts: int = 1
     """Number of rows of a value for each of those samples. The rows come in parts, each with all samples."""
@@ -147,11 +150,20 @@ class Solver(ABC):
 
     States and sums stay in full precision, and a free phase ends with sweeps in full precision.
     """
+    late: bool | None = None
+    """Whether a training step reads one step later whether it settled (`runtime/solvers/pace.py`).
+
+    The number of sweeps is then known in advance, and the host never waits for a GPU. None does so on a GPU. Only
+    certified blocks do it, with a solver whose steps contract at a steady rate, and with `on_failure="isolate"` or
+    `"warn"` and `termination="batch"`.
+    """
 
     def __post_init__(self) -> None:
         """Check the settings."""
         if self.rtol is not None and not (isinstance(self.rtol, float | int) and 0 < self.rtol < 1):
             raise InputError(f"rtol is {self.rtol!r}; expected a number between 0 and 1, or None for the default")
+        if self.late not in (None, True, False):
+            raise InputError(f"late is {self.late!r}; expected True, False or None")
         if not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:
             raise InputError(f"max_sweeps is {self.max_sweeps!r}; expected a positive integer")
         for name, allowed in (

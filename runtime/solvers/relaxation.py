@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
 from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver, typical_contraction
+from ffebm_compiler.runtime.solvers.pace import Pace
 
-__all__ = ["Settled", "concluded", "relax", "run", "stopping_rule"]
+__all__ = ["LOST", "Settled", "concluded", "may_be_late", "relax", "run", "stopping_rule"]
 
 _STALL = 100
 """A relaxation ends if its residual falls by less than a tenth in so many sweeps (more for large `max_sweeps`)."""
@@ -30,6 +31,10 @@ _STALL = 100
 _SAFETY = 4 / 3
 """Factor on the contraction between two measured sweeps, so that it is not taken for too good."""
 
+LOST = (
+    "a state of the step before is not finite, so that its gradient has no meaning. This step waits for its result, "
+    "and names the block if it happens again"
+)
 _COARSE = 4e-3
 """Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, times two."""
 
@@ -101,7 +106,44 @@ def relax(
 
 def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None = None) -> Settled:
     """Run a solver on a problem, without warnings or errors about the result. `concluded` issues them."""
-    return _Relaxation(problem, solver, rtol, contraction).run()
+    pace = problem.pace
+    if pace is None or contraction is None or not _may_be_late(problem, solver):
+        return _Relaxation(problem, solver, rtol, contraction).run()
+    if not pace.capturing and not pace.read():
+        warnings.warn(LOST, ConvergenceWarning, stacklevel=2)
+    if pace.sweeps is None:
+        settled = _Relaxation(problem, solver, rtol, contraction).run()
+        if settled.converged:
+            pace.found(settled.sweeps, settled.residual)
+        return settled
+    return _paced(problem, solver, rtol, contraction, pace, pace.sweeps)
+
+
+def _may_be_late(problem: FixedPoint, solver: Solver) -> bool:
+    return problem.training and may_be_late(solver)
+
+
+def may_be_late(solver: Solver) -> bool:
+    """Whether a phase with this solver can do a known number of sweeps without waiting for the result."""
+    return (
+        solver.steady
+        and solver.late is not False
+        and solver.on_failure != "error"
+        and solver.termination == "batch"
+        and solver.precision == "full"
+    )
+
+
+def _paced(problem: FixedPoint, solver: Solver, rtol: float, contraction: float, pace: Pace, sweeps: int) -> Settled:
+    """Do a known number of sweeps. The next step reads how they ended."""
+    problem.contraction = contraction
+    memory = solver.init(problem)
+    sweeps = min(sweeps, solver.max_sweeps)
+    for sweep in range(1, sweeps + 1):
+        change = solver.step(problem, memory, measure=sweep == sweeps)
+    assert change is not None
+    pace.post(change, rtol, typical_contraction(contraction), stopping_rule(rtol, contraction, True)[1])
+    return Settled(sweeps, pace.residual, True, "")
 
 
 def concluded(

@@ -1,0 +1,86 @@
+"""Blocks under autocast: products in bfloat16 as the source's, states and sums in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import relative
+from networks import digits_cnn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ffebm_compiler as ffebm
+
+PRODUCTS = ("mm", "addmm", "convolution", "convolution_backward", "bmm")
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtype of every product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in PRODUCTS:
+            self.dtypes.append((name, next(a.dtype for a in args if isinstance(a, Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(hybrid: nn.Module, x: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    hybrid.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = F.cross_entropy(hybrid(x), torch.arange(len(x)) % 10)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in hybrid.named_parameters()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("estimator", ["ep", "implicit", "unrolled"])
+def test_every_product_is_in_bfloat16(estimator: str, training: bool) -> None:
+    model, x = digits_cnn()
+    hybrid = ffebm.convert(model, x, fold_batchnorm=True, gradient=estimator).train(training)
+    assert any(block.program.coupled for block in hybrid.energy_blocks.values())
+    with hybrid.held_feedback(), Products() as seen:
+        rounded = gradients(hybrid, x, torch.bfloat16)
+    assert {dtype for _, dtype in seen.dtypes} == {torch.bfloat16}
+    with hybrid.held_feedback():
+        exact = gradients(hybrid, x, None)
+    for name, gradient in rounded.items():
+        assert gradient.dtype == torch.float32
+        assert F.cosine_similarity(gradient.flatten(), exact[name].flatten(), 0) > 0.995, name
+
+
+def test_single_layer_blocks_are_the_source_under_autocast() -> None:
+    model, x = digits_cnn()
+    hybrid = ffebm.convert(model, x, hardware=ffebm.Hardware(layers_per_block=1)).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = model.eval()(x), hybrid(x)
+    assert relative(found.float(), expected.float()) < 1e-2
+    with torch.no_grad():
+        assert relative(hybrid(x), expected.float()) > 1e-4  # so that there is something to see
+
+
+def test_gains_are_measured_in_full_precision() -> None:
+    model, x = digits_cnn()
+    hybrid = ffebm.convert(model, x, fold_batchnorm=True).train()
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            parameter.mul_(1.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        hybrid(x)
+    for block in hybrid.blocks:
+        if block.module.program.coupled:
+            assert block.loop_gain == pytest.approx(0.1, rel=0.02)
+
+
+def test_float16_stays_in_full_precision() -> None:
+    model, x = digits_cnn()
+    hybrid = ffebm.convert(model, x, fold_batchnorm=True).eval()
+    with torch.autocast("cpu", torch.float16), Products() as seen:
+        hybrid(x)
+    assert {dtype for _, dtype in seen.dtypes} == {torch.float32}

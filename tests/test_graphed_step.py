@@ -1,0 +1,38 @@
+"""What `GraphedStep` refuses. What it does needs a CUDA device: `tests/test_gpu.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import mlp
+
+import ffebm_compiler as ffebm
+
+
+def hybrid_of(**settings: Any) -> ffebm.HybridModel:
+    model, x = mlp()
+    return ffebm.convert(model, x, **settings).train()
+
+
+def test_it_needs_a_cuda_device() -> None:
+    with pytest.raises(ffebm.InputError, match=r"needs a CUDA device, and the hybrid is on cpu: call \.cuda\(\) on it"):
+        ffebm.GraphedStep(hybrid_of(), F.cross_entropy)
+
+
+def test_it_needs_train_mode() -> None:
+    with pytest.raises(ffebm.InputError, match=r"the hybrid is in evaluation mode: call train\(\) on it"):
+        ffebm.GraphedStep(hybrid_of().eval(), F.cross_entropy)
+
+
+def test_it_takes_a_hybrid() -> None:
+    with pytest.raises(ffebm.InputError, match="takes a hybrid, got a Linear: pass what `convert` returned"):
+        ffebm.GraphedStep(torch.nn.Linear(2, 2), F.cross_entropy)
+
+
+@pytest.mark.parametrize("slack", [0, 1.0, -0.1, True, "much"])
+def test_slack_is_a_share(slack: Any) -> None:
+    with pytest.raises(ffebm.InputError, match=r"slack is .*; expected a relative distance between 0 and 1"):
+        ffebm.GraphedStep(hybrid_of(), F.cross_entropy, slack=slack)

@@ -9,8 +9,9 @@ data are random and of the right size, and Adam changes the weights in every ste
 and held in every step. Rows take turns in one process; a figure is the median over the steps.
 
 Rows "graphed" replay a CUDA graph: of the source by `torch.cuda.make_graphed_callables`, of a hybrid by
-`ffebm.GraphedStep`. Precisions: "float32" with TF32 off, "tf32", and "bf16" (autocast). `host waits` is how often a step makes the host
-wait for the GPU, `kernels` how many it launches, and `busy` the share of the step in which a kernel runs.
+`ffebm.GraphedStep`. Precisions: "float32" with TF32 off, "tf32", and "bf16" (autocast). `host waits` is how often a
+step makes the host wait for the GPU, `kernels` how many it launches, and `busy` the share of the step in which a kernel
+runs.
 """
 
 from __future__ import annotations

@@ -1,24 +1,25 @@
 """The elements of a netlist: sources, resistors, diodes and amplifiers of a `Circuit`, as lines for SPICE.
 
 A unit of layer m is a node `v_NAME_i` of voltage V₀ s/A_m, an amplifier of gain A_m that makes `s_NAME_i` of it, and
-the lines ±s to the layers that read it. Diodes on the node make the activation. `runtime/energies/circuit.py` has the
-equations. Voltages are in units of V₀, conductances in units of g₀.
+the lines ±s to the layers that read it. A layer that needs no amplifiers has nodes alone. Diodes on the node make the
+activation. `runtime/energies/circuit.py` has the equations. Voltages are in units of V₀, conductances in units of g₀.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, pairwise
 
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.runtime.energies.circuit import Circuit, Stage
+from ffebm_compiler.runtime.activations.base import Lines
+from ffebm_compiler.runtime.energies.circuit import Circuit, Coupling, Stage
 
-__all__ = ["LARGEST", "Writer", "check_positive", "check_size", "elements", "models", "names_of"]
+__all__ = ["LARGEST", "Writer", "check_positive", "check_size", "elements", "models", "names_of", "output_node"]
 
 LARGEST = 2_000_000
 """The most resistors that a netlist is written for."""
@@ -33,10 +34,8 @@ class _Branch:
     above: bool
 
 
-def _branches(stage: Stage) -> tuple[float, float, list[_Branch]]:
+def _branches(stage: Stage, lines: Lines) -> tuple[float, float, list[_Branch]]:
     """(slope, offset, branches) of ∂G(s) − s: its line where σ is steepest, and what diodes add on both sides."""
-    lines = stage.activation.lines
-    assert lines is not None  # a resistive energy admits no other
     values = [lines.start]
     for index in range(1, len(lines.knots)):
         values.append(values[-1] + lines.slopes[index] * (lines.knots[index] - lines.knots[index - 1]))
@@ -121,10 +120,12 @@ def elements(writer: Writer, circuit: Circuit, names: list[str], nudges: Mapping
     for index, values in enumerate(circuit.inputs):
         writer.lines.append(f"* input {index}")
         for unit, value in enumerate(values.tolist()):
-            for node, signed in ((f"x{index}_{unit}", value), (f"x{index}_{unit}n", -value)):
-                writer.source(node, signed, node)
+            writer.source(f"x{index}_{unit}", value, f"x{index}_{unit}")
+            if circuit.inverts(index):
+                writer.source(f"x{index}_{unit}n", -value, f"x{index}_{unit}n")
     for index, stage in enumerate(circuit.stages):
-        writer.lines.append(f"* layer {stage.name}: {stage.activation.name}, amplifiers of gain {stage.gain:.6g}")
+        kind = "no amplifiers" if circuit.direct(index) else f"amplifiers of gain {stage.gain:.6g}"
+        writer.lines.append(f"* layer {stage.name}: {stage.activation.name}, {kind}")
         _stage(writer, circuit, index, names, nudges.get(stage.name))
 
 
@@ -139,44 +140,60 @@ def names_of(circuit: Circuit) -> list[str]:
     return found
 
 
+def output_node(circuit: Circuit, names: list[str], index: int, unit: int) -> str:
+    """The node whose voltage is the state of a unit."""
+    return f"{'v' if circuit.direct(index) else 's'}_{names[index]}_{unit}"
+
+
 def _stage(writer: Writer, circuit: Circuit, index: int, names: list[str], nudge: Tensor | None) -> None:
     stage, name = circuit.stages[index], names[index]
-    slope, offset, branches = _branches(stage)
-    bias = stage.bias - offset if nudge is None else stage.bias - offset + nudge
-    later = [(m, part) for m, s in enumerate(circuit.stages) for part in s.couplings if part.source == index]
-    for branch, side in enumerate(branches):
-        if side.knot:
-            writer.source(f"k_{name}_{branch}", side.knot / stage.gain)
-    for unit in range(stage.bias.numel()):
+    bias = stage.bias if nudge is None else stage.bias + nudge
+    later, direct = circuit.readers(index), circuit.direct(index)
+    made: dict[Lines, tuple[float, float, list[_Branch]]] = {}
+    references: dict[float, str] = {}
+    for unit, of_unit in enumerate(stage.activation.unit_lines(stage.shape)):
+        if of_unit not in made:
+            made[of_unit] = _branches(stage, of_unit)
+        slope, offset, branches = made[of_unit]
         node, out = f"v_{name}_{unit}", f"s_{name}_{unit}"
         writer.resistor(node, "0", float(stage.pads[unit]) + slope * stage.gain)
-        writer.current(node, float(bias[unit]))
+        writer.current(node, float(bias[unit]) - offset)
         for branch, side in enumerate(branches):
-            reference, inner = f"k_{name}_{branch}" if side.knot else "0", node
+            if side.knot and side.knot not in references:
+                references[side.knot] = f"k_{name}_{len(references)}"
+                writer.source(references[side.knot], side.knot / stage.gain)
+            reference, inner = references[side.knot] if side.knot else "0", node
             if side.slope < math.inf:
                 inner = f"d_{name}_{unit}_{branch}"
                 writer.resistor(node, inner, side.slope * stage.gain)
             writer.diode(*((inner, reference) if side.above else (reference, inner)))
-        writer.lines.append(f"E_{out} {out} 0 {node} 0 {stage.gain:.15g}")
-        for m, part in later:
-            for sign, matrix in (("p", part.plus), ("n", part.minus)):
-                if not bool((matrix[:, unit] > 0).any()):
-                    continue
-                line, start = f"{sign}_{name}_{unit}_{names[m]}", out
-                if sign == "n":
-                    start = f"m_{name}_{unit}_{names[m]}"
-                    writer.lines.append(f"E_{start} {start} 0 {node} 0 {-stage.gain:.15g}")
-                gain = part.reflection if sign == "p" else -part.reflection
-                writer.lines.append(f"V_{line} {start} {line} 0")
-                writer.lines.append(f"F_{line} {node} 0 V_{line} {gain:.15g}")
+        if not direct:
+            _amplify(writer, node, out, stage.gain, [(f"{name}_{unit}_{names[m]}", p, unit) for m, p in later])
         for part in stage.couplings:
             for sign, matrix in (("p", part.plus), ("n", part.minus)):
                 for source, conductance in _above_zero(matrix[unit]):
-                    if part.source >= 0:
-                        line = f"{sign}_{names[part.source]}_{source}_{name}"
-                    else:
+                    if part.source < 0:
                         line = f"x{-1 - part.source}_{source}{'n' if sign == 'n' else ''}"
+                    elif circuit.direct(part.source):
+                        line = f"v_{names[part.source]}_{source}"
+                    else:
+                        line = f"{sign}_{names[part.source]}_{source}_{name}"
                     writer.resistor(line, node, conductance)
+
+
+def _amplify(writer: Writer, node: str, out: str, gain: float, readers: Sequence[tuple[str, Coupling, int]]) -> None:
+    """The amplifiers of a unit: they drive its lines, and draw a part of the lines' currents from its node."""
+    writer.lines.append(f"E_{out} {out} 0 {node} 0 {gain:.15g}")
+    for label, part, unit in readers:
+        for sign, matrix in (("p", part.plus), ("n", part.minus)):
+            if not bool((matrix[:, unit] > 0).any()):
+                continue
+            line, start, reflection = f"{sign}_{label}", out, part.reflection
+            if sign == "n":
+                start, reflection = f"m_{label}", -reflection
+                writer.lines.append(f"E_{start} {start} 0 {node} 0 {-gain:.15g}")
+            writer.lines.append(f"V_{line} {start} {line} 0")
+            writer.lines.append(f"F_{line} {node} 0 V_{line} {reflection:.15g}")
 
 
 def _above_zero(row: Tensor) -> Iterator[tuple[int, float]]:

@@ -164,8 +164,10 @@ def convert(
         kwargs: the forward's keyword arguments.
         hardware: a preset's name (`hardware_presets()`) or a `Hardware`.
         feedback: a number or `"symmetric"` (γ = 1). For a Hopfield energy the number is the loop gain κ of every block,
-            in (0, 1), by default 0.1. For a resistive energy it is the amplifiers' gain γ > 0, by default 0.01.
-        energy: the energy that the blocks minimise: `"hopfield"`, `"resistive"`, or an energy object.
+            in (0, 1), by default 0.1. For a resistive energy it is the feedback gain γ > 0, by default 0.01. A deep
+            resistive network (`energy="drn"`) has `"symmetric"` alone.
+        energy: the energy that the blocks minimise: `"hopfield"`, `"resistive"`, `"unamplified"`, `"drn"`, or an
+            energy object. `docs/resistive.md` compares the last three.
         gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"truncated"`, `"recurrent"`, or
             an estimator object; see `HybridModel.set_gradient`.
         solver: a solver object. None chooses one for each block.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffebm_compiler.bound_block import BoundBlock
+from ffebm_compiler.conductances import KEPT, check_conductances, clamp_after_steps, clamp_conductances
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.gradient_choice import (
@@ -123,7 +124,8 @@ class HybridCore(HybridParts):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the attributes, and which blocks are measured at the present weights."""
-        kept = {name: value for name, value in without_bound_forward(self.__dict__).items() if name != "_sharded"}
+        own = {"_sharded", *KEPT}
+        kept = {name: value for name, value in without_bound_forward(self.__dict__).items() if name not in own}
         return {**kept, "_current": self._measured()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -223,6 +225,8 @@ class HybridCore(HybridParts):
     def _look_at_weights(self) -> None:
         """In training, find the blocks whose weights have changed. They measure their loop gain before they settle."""
         self._later_hooks.look()
+        check_conductances(self)
+        clamp_after_steps(self)
         if not self.training:
             return
         changed = False
@@ -350,6 +354,10 @@ class HybridCore(HybridParts):
             block.gain.calibrate(operands[: block.program.inputs], operands[block.program.inputs :])
             block.gain.fitted(self._made_of(name))
 
+    def _recertify(self, name: str) -> None:
+        check_conductances(self)
+        super()._recertify(name)
+
     def project(self, limit: float = 0.9) -> dict[str, float]:
         """Scale weights down so that every block is certified to settle. Use this projection after `step()`.
 
@@ -382,6 +390,16 @@ class HybridCore(HybridParts):
             if name in changed:
                 self._recertify(name)
         return changed
+
+    def clamp_conductances(self) -> tuple[str, ...]:
+        """Set negative weights of a deep resistive network (`energy="drn"`) to 0, since they are conductances.
+
+        Steps of torch's optimizers are followed by it, so that it is needed only where weights are changed otherwise.
+
+        Returns:
+            Names of the tensors that held negative values. Other energies have no such tensors.
+        """
+        return clamp_conductances(self)
 
     def _parameter_behind(self, name: str, index: int) -> Tensor:
         """The parameter behind a block's weight, which may be a view or a multiple of it (by a folded batch norm)."""

@@ -13,7 +13,7 @@ from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hybrid_core import HybridCore
 
-__all__ = ["goe_", "scale_to_loop_gain"]
+__all__ = ["conductances_", "goe_", "scale_to_loop_gain"]
 
 _CLOSE = 1e-3
 """Allowed relative distance from the loop gain that is asked for, which is the precision of its measurement."""
@@ -67,6 +67,37 @@ def goe_(weight: Tensor, variance: float, generator: torch.Generator | None = No
         drawn.normal_(0.0, math.sqrt(variance / (2 * size)) if size else 0.0, generator=generator)
         # (N + Nᵀ)_ij has twice the variance of N_ij, and four times on the diagonal.
         return weight.copy_((drawn + drawn.mT)[..., :rows, :cols])
+
+
+def conductances_(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill a weight with the conductances that a deep resistive network starts from, g = max(U, 0).
+
+    U is uniform between −1/√n and 1/√n with n the inputs of a unit (in/groups times the size of a kernel), so that
+    about half of the conductances are 0.
+
+    Args:
+        weight: of two or more dimensions, of shape (out, in, ...); filled in place.
+        generator: the random generator; torch's default one if it is left out.
+
+    Returns:
+        The weight.
+
+    Raises:
+        InputError: the weight has another number of dimensions, or integers.
+
+    Source: the initialisation of Scellier 2024 (arXiv 2402.11674).
+    """
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or not weight.is_floating_point():
+        given = (
+            f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        )
+        raise InputError(
+            f"weight is {given}; expected the floating-point weight of a linear layer, of shape (out, in), or of a "
+            "convolution, of shape (out, in, ...)"
+        )
+    bound = 1 / math.sqrt(max(weight[0].numel() if len(weight) else 1, 1))
+    with torch.no_grad():
+        return weight.uniform_(-bound, bound, generator=generator).clamp_(min=0)
 
 
 def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Mapping[str, float]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.circuit_elements import Writer, check_positive, check_size, elements, models, names_of
+from ffebm_compiler.circuit_elements import Writer, check_positive, check_size, elements, models, names_of, output_node
 from ffebm_compiler.errors import FabricError, InputError
 from ffebm_compiler.ngspice_runs import Job, in_parts, missing
 from ffebm_compiler.runtime.energies.circuit import Circuit
@@ -140,9 +140,9 @@ class _Programmed:
     def _input_columns(self, netlist: _Driven, inputs: Sequence[Tensor]) -> list[tuple[tuple[str, ...], np.ndarray]]:
         """(sources, a value of each for every sample)."""
         columns = []
-        for pairs, value in zip(netlist.inputs, inputs, strict=True):
+        for (sources, inverted), value in zip(netlist.inputs, inputs, strict=True):
             volts = self._rows(value) * netlist.volts
-            columns += [(tuple(plus for plus, _ in pairs), volts), (tuple(minus for _, minus in pairs), -volts)]
+            columns += [(sources, volts), (inverted, -volts)] if inverted else [(sources, volts)]
         return columns
 
     def _simulated(self, netlist: _Driven, columns: list[tuple[tuple[str, ...], np.ndarray]]) -> list[Tensor]:
@@ -166,8 +166,8 @@ class _Driven:
 
     text: str
     """The title, the elements and the options, without a control section."""
-    inputs: tuple[tuple[tuple[str, str], ...], ...]
-    """For each input of the block and each of its units, the sources of +x and −x, in volts."""
+    inputs: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+    """For each input of the block, the sources of +x and those of −x, in volts; none where no layer reads −x."""
     currents: tuple[tuple[str, ...], ...]
     """For each layer and unit, the source of the current into its node, in amperes."""
     held: tuple[tuple[str, ...], ...]
@@ -195,7 +195,10 @@ def _driven(circuit: Circuit, title: str, fabric: Ngspice, held: Sequence[int]) 
     return _Driven(
         text="\n".join([title, *writer.lines, *models(fabric.emission, fabric.saturation, 1e-16)]),
         inputs=tuple(
-            tuple((f"Vx{index}_{unit}", f"Vx{index}_{unit}n") for unit in range(values.numel()))
+            (
+                tuple(f"Vx{index}_{unit}" for unit in range(values.numel())),
+                tuple(f"Vx{index}_{unit}n" for unit in range(values.numel()) if circuit.inverts(index)),
+            )
             for index, values in enumerate(circuit.inputs)
         ),
         currents=tuple(tuple(f"Inudge_{name}_{unit}" for unit in own) for name, own in units),
@@ -203,7 +206,9 @@ def _driven(circuit: Circuit, title: str, fabric: Ngspice, held: Sequence[int]) 
             tuple(f"Vhold_{name}_{unit}" for unit in own) if index in held else ()
             for index, (name, own) in enumerate(units)
         ),
-        nodes=tuple(tuple(f"s_{name}_{unit}" for unit in own) for name, own in units),
+        nodes=tuple(
+            tuple(output_node(circuit, names, index, unit) for unit in own) for index, (_, own) in enumerate(units)
+        ),
         volts=fabric.volts,
         amperes=fabric.siemens * fabric.volts,
     )

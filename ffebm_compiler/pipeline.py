@@ -32,6 +32,7 @@ from ffebm_compiler.passes.recognise_activations import recognise_activations
 from ffebm_compiler.passes.recurrent import recurrent
 from ffebm_compiler.passes.sloped_clamps import sloped_clamps
 from ffebm_compiler.passes.split_large import split_large
+from ffebm_compiler.passes.split_relus import split_relus
 from ffebm_compiler.plan_data import PlanOptions
 
 __all__ = ["annotated_program", "passes_for"]
@@ -80,6 +81,7 @@ def passes_for(options: PlanOptions, hardware: Hardware) -> list[Pass]:
         dead_code,
         contractions,
         recognise_activations,
+        split_relus,
         *([sloped_clamps] if options.digital_drive else []),
         *([fold_batchnorm] if options.fold_batchnorm else []),
         annotated(options, hardware),

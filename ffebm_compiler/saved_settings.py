@@ -82,7 +82,7 @@ class Settings:
     training: bool
     other_mode: tuple[str, ...]
     frozen: tuple[str, ...]
-    energy: Literal["hopfield", "resistive"]
+    energy: Literal["hopfield", "resistive", "unamplified", "drn"]
     conversion: _Conversion
     state: _State
     feedback_weights: FeedbackWeights | None = None

@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ffebm_compiler.circuit_elements import Writer, check_positive, check_size, elements, models, names_of
+from ffebm_compiler.circuit_elements import Writer, check_positive, check_size, elements, models, names_of, output_node
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.runtime.energies.circuit import Circuit
-from ffebm_compiler.runtime.energies.loaded import Loaded
+from ffebm_compiler.runtime.energies.operating_point import settled
 from ffebm_compiler.runtime.program.frame import Frame
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["circuit_of_block", "export_spice", "netlist", "settled"]
-
-_SWEEPS = 100_000
 
 
 def circuit_of_block(hybrid: HybridCore, block: str, inputs: tuple[Tensor, ...]) -> Circuit:
@@ -53,35 +51,6 @@ def circuit_of_block(hybrid: HybridCore, block: str, inputs: tuple[Tensor, ...])
         return module.energy_function.circuit(frame, module.setting)
 
 
-def settled(circuit: Circuit, currents: Mapping[str, Tensor]) -> list[Tensor]:
-    """The states of a circuit by block coordinate descent on its dense matrices, to the last digit of float64."""
-    stages = circuit.stages
-    states = [torch.zeros_like(stage.bias) for stage in stages]
-    below: list[list[tuple[int, Tensor, float]]] = [[] for _ in stages]
-    loads = [torch.zeros_like(stage.bias) for stage in stages]
-    for index, stage in enumerate(stages):
-        for part in stage.couplings:
-            if part.source >= 0:
-                below[part.source].append((index, (part.plus - part.minus).T, part.reflection / stage.gain))
-                loads[part.source] += part.reflection * (part.plus + part.minus).sum(0)
-    sigmas = [Loaded(stage.activation, load) for stage, load in zip(stages, loads, strict=True)]
-    for _ in range(_SWEEPS):
-        change = 0.0
-        for index, stage in enumerate(stages):
-            field = stage.bias + currents.get(stage.name, torch.zeros_like(stage.bias))
-            for part in stage.couplings:
-                source = states[part.source] if part.source >= 0 else circuit.inputs[-1 - part.source]
-                field = field + (part.plus - part.minus) @ source
-            for later, transposed, gamma in below[index]:
-                field = field + gamma * (transposed @ states[later])
-            new = sigmas[index].value(field)
-            change = max(change, float((new - states[index]).norm() / new.norm().clamp_min(1e-300)))
-            states[index] = new
-        if change <= 1e-14:
-            break
-    return states
-
-
 def netlist(
     circuit: Circuit,
     title: str,
@@ -103,9 +72,12 @@ def netlist(
     elements(writer, circuit, names, nudges)
     expected = [
         (node, value * writer.volts)
-        for name, stage, state in zip(names, circuit.stages, states, strict=True)
+        for index, (name, state) in enumerate(zip(names, states, strict=True))
         for unit, value in enumerate(state.tolist())
-        for node, value in ((f"v_{name}_{unit}", value / stage.gain), (f"s_{name}_{unit}", value))
+        for node, value in {
+            f"v_{name}_{unit}": value / circuit.stages[index].gain,
+            output_node(circuit, names, index, unit): value,
+        }.items()
     ]
     head = [
         f"{title}: a resistive block as a circuit, written by ffebm-compiler",

@@ -31,8 +31,10 @@ from ffebm_compiler.runtime.activations.table import (
     QuickGELU,
     SlopedClamp,
     Softsign,
+    SplitReLU,
     quick_gelu,
     sloped_clamp,
+    split_relu,
 )
 from ffebm_compiler.runtime.program.contraction import contraction, letters_of
 from ffebm_compiler.runtime.program.operators import Scale, slice_of
@@ -264,6 +266,8 @@ def activation_of(node: fx.Node) -> Activation | None:
         return _RECOGNISED[node.target]
     if node.target is sloped_clamp:
         return SlopedClamp(*node.args[1:])  # type: ignore[arg-type]
+    if node.target is split_relu:
+        return SplitReLU(*node.args[1:])  # type: ignore[arg-type]
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     rest = node.args[1:]

@@ -19,11 +19,11 @@ from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.runtime.activations.table import quick_gelu
 
-__all__ = ["recognise_activations"]
+__all__ = ["ELEMENTWISE", "recognise_activations"]
 
 aten = torch.ops.aten
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     aten.add.Tensor,
     aten.sub.Tensor,
     aten.rsub.Scalar,
@@ -49,6 +49,7 @@ _ELEMENTWISE = {
     aten.minimum.default,
     aten.maximum.default,
 }
+"""Operations that act on every value alone."""
 
 _KNOWN: tuple[tuple[Callable[..., object], dict[str, str], Callable[[Tensor], Tensor]], ...] = (
     (aten.silu.default, {}, F.silu),
@@ -70,7 +71,7 @@ def recognise_activations(program: Program) -> Program:
     """Replace every cone that computes a known activation, largest cones first."""
     graph = program.graph
     for node in reversed(list(graph.nodes)):
-        if node.target not in _ELEMENTWISE or not node.users:
+        if node.target not in ELEMENTWISE or not node.users:
             continue
         matches = [(source, cone, found) for source, cone in _cones(node) if (found := _match(source, cone))]
         if not matches:
@@ -98,7 +99,7 @@ def _cones(result: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
         outside = list(dict.fromkeys(o for member in cone for o in member.all_input_nodes if o not in inside))
         if len(cone) > 1 and len(outside) == 1 and _same_shape(outside[0], value):
             yield outside[0], list(cone)
-        grown = next((o for o in outside if o.target in _ELEMENTWISE and all(user in inside for user in o.users)), None)
+        grown = next((o for o in outside if o.target in ELEMENTWISE and all(user in inside for user in o.users)), None)
         if grown is None:
             return
         cone.append(grown)

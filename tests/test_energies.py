@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import torch
 from networks import Branches, noise, seeded
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ ESTIMATORS = (
     ffebm.ImplicitDifferentiation(),
     ffebm.ImplicitDifferentiation("cg"),
     ffebm.Unrolled(),
-    ffebm.TruncatedBackprop(60),
+    ffebm.TruncatedBackprop(200),
     ffebm.RecurrentBackprop(),
 )
 
@@ -33,11 +34,20 @@ def gradients(hybrid: ffebm.HybridModel, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("energy", ENERGIES)
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardsigmoid, nn.LeakyReLU])
+PAIRS = [(energy, kind) for energy in ("hopfield", "resistive") for kind in (nn.ReLU, nn.Hardsigmoid, nn.LeakyReLU)]
+PAIRS += [(energy, kind) for energy in ("unamplified", "drn") for kind in (nn.ReLU, nn.Hardtanh)]
+
+
+@pytest.mark.parametrize(("energy", "activation"), PAIRS)
 def test_any_energy_with_any_solver_and_any_estimator(energy: str, activation: type[nn.Module]) -> None:
     model, x = seeded(lambda: Branches(activation)).double(), noise(5, 6).double()
-    hybrid = ffebm.convert(model, x, energy=energy, feedback=0.3, hardware=ffebm.Hardware(layers_per_block=8))
+    feedback = 0.3 if isinstance(energy_of(energy).default_feedback, float) else "symmetric"
+    if energy_of(energy).nonnegative:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.abs_()
+    hybrid = ffebm.convert(model, x, energy=energy, feedback=feedback, hardware=ffebm.Hardware(layers_per_block=8))
     hybrid.set_gradient("unrolled")
     expected = gradients(hybrid, x)
     for solver, estimator in itertools.product(SOLVERS, ESTIMATORS):
@@ -51,7 +61,8 @@ def test_any_energy_with_any_solver_and_any_estimator(energy: str, activation: t
 def test_an_energy_has_one_name(energy: str) -> None:
     assert name_of(energy_of(energy)) == energy_of(energy).name == energy
     assert energy_of(energy) == energy_of(energy)  # a value: it has no state
-    assert isinstance(energy_of(energy).check_feedback(energy_of(energy).default_feedback), float)
+    assert energy_of(energy).check_feedback(energy_of(energy).default_feedback) in (0.1, 0.01, "symmetric")
+    assert energy in {pair[0] for pair in PAIRS}
 
 
 def identifiers(tree: ast.AST) -> set[str]:

@@ -29,8 +29,9 @@ from ffebm_compiler.runtime.activations.table import (
     Softshrink,
 )
 from ffebm_compiler.runtime.energies.base import Energy
+from ffebm_compiler.runtime.energies.conductive import _NEAREST
 from ffebm_compiler.runtime.energies.loaded import Loaded
-from ffebm_compiler.runtime.energies.resistive import _NEAREST, Resistive
+from ffebm_compiler.runtime.energies.resistive import Resistive
 from ffebm_compiler.runtime.program.frame import Frame
 
 ADMITTED = (
@@ -63,7 +64,7 @@ class Sloped(nn.Module):
 @pytest.mark.parametrize("load", [0.0, 0.4, 7.0])
 def test_a_loaded_state_solves_its_equation(activation: Any, load: float) -> None:
     h = torch.linspace(-6, 6, 41, dtype=torch.float64)
-    found = Loaded(activation, torch.tensor(load, dtype=torch.float64)).value(h)
+    found = Loaded(activation, torch.tensor(1 + load, dtype=torch.float64)).value(h)
     for field, state in zip(h.tolist(), found.tolist(), strict=True):
 
         def excess(inner: float, field: float = field) -> float:  # ∂G(s) = inner at s = σ(inner)
@@ -77,13 +78,13 @@ def test_a_loaded_state_solves_its_equation(activation: Any, load: float) -> Non
 @pytest.mark.parametrize("t", [1.7, -1.7, 1e-2, -1e-2])
 def test_the_quotient_of_a_loaded_state(activation: Any, t: float) -> None:
     load = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64)
-    sigma = Loaded(activation, load)
+    sigma = Loaded(activation, 1 + load)
     h, k = 3 * noise(200, 3, seed=1).double(), 2 * noise(200, 3, seed=2).double()
     expected = (sigma.value(h + t * k) - sigma.value(h)) / t
     torch.testing.assert_close(sigma.quotient(h, k, t), expected, rtol=1e-9, atol=1e-11)
     # In float32 nothing may cancel at a tiny step: the same points in float64 are the reference.
     small = torch.tensor(1e-6 if t > 0 else -1e-6)
-    single = Loaded(activation, load.float()).quotient(h.float(), k.float(), float(small))
+    single = Loaded(activation, 1 + load.float()).quotient(h.float(), k.float(), float(small))
     double = sigma.quotient(h.float().double(), k.float().double(), float(small))
     away = (double - sigma.derivative(h.float().double()) * k.float().double()).abs() <= 1e-9  # no kink is crossed
     assert away.double().mean() > 0.99
@@ -93,7 +94,7 @@ def test_the_quotient_of_a_loaded_state(activation: Any, t: float) -> None:
 @pytest.mark.parametrize("activation", ADMITTED, ids=repr)
 def test_slope_and_potential_of_a_loaded_state(activation: Any) -> None:
     load = torch.tensor([0.2, 1.5], dtype=torch.float64)
-    sigma = Loaded(activation, load)
+    sigma = Loaded(activation, 1 + load)
     h = (4 * noise(50, 2, seed=3)).double().requires_grad_()
     value = sigma.value(h)
     (slope,) = torch.autograd.grad(value.sum(), h)
@@ -775,8 +776,6 @@ def test_energies_by_name_and_as_objects() -> None:
     model, x = CASES["mlp"].make(nn.ReLU)
     by_name, by_object = (ffebm.convert(model, x, energy=energy) for energy in ("resistive", Resistive()))
     assert by_name.blocks[0].module.setting == by_object.blocks[0].module.setting
-    with pytest.raises(ffebm.NotYetError, match="energy='drn'"):
-        ffebm.convert(model, x, energy="drn")
     for wrong in ("boltzmann", None, Resistive):
         with pytest.raises(ffebm.InputError, match="expected 'hopfield' or 'resistive'"):
             ffebm.convert(model, x, energy=wrong)

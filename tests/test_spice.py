@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import drn_networks
 import pytest
 import torch
 from networks import CASES, MLP, noise, seeded
@@ -53,16 +54,20 @@ def nodes_of(hybrid: ffebm.HybridModel, states: tuple[Tensor, ...], unit: float)
     (block,) = hybrid.blocks
     found = {}
     names = [name.lower().replace(".", "_") for name in block.state_names]
-    for name, gain, state in zip(names, block.module.setting.amplifiers, states, strict=True):
+    gains = block.module.setting.amplifiers
+    for name, gain, state in zip(names, gains or [1.0] * len(names), states, strict=True):
         for i, value in enumerate(state[0].flatten().tolist()):
-            found[f"v_{name}_{i}"], found[f"s_{name}_{i}"] = unit * value / gain, unit * value
+            found[f"v_{name}_{i}"] = unit * value / gain
+            if gains:
+                found[f"s_{name}_{i}"] = unit * value
     return found
 
 
 def worst(found: dict[str, float], expected: dict[str, float]) -> float:
     """The largest deviation in the range of the voltages of its kind."""
     assert found.keys() == expected.keys()
-    sizes = {kind: max(abs(v) for key, v in expected.items() if key[0] == kind) for kind in "vs"}
+    kinds = {key[0] for key in expected}
+    sizes = {kind: max(abs(v) for key, v in expected.items() if key[0] == kind) for kind in kinds}
     return max(abs(found[key] - value) / sizes[key[0]] for key, value in expected.items())
 
 
@@ -93,6 +98,48 @@ def test_ngspice_finds_our_states(tmp_path: Path, case: str, kind: str, gamma: f
     assert errors[2] <= 1e-3
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.3)  # linear in the emission coefficient
     assert errors[2] == pytest.approx(errors[1] / 10, rel=0.1)
+
+
+@needs_ngspice
+@pytest.mark.parametrize("kind", ["one hidden", "two hidden", "convolutional", "residual"])
+def test_ngspice_finds_the_states_of_a_deep_resistive_network(tmp_path: Path, kind: str) -> None:
+    """Free and nudged: resistors, diodes and sources alone, whose nodes are our states."""
+    model, x, options = drn_networks.made(kind)
+    hybrid = ffebm.convert(model, x, energy="drn", solver=ffebm.GaussSeidel(rtol=1e-13), **options)
+    hybrid(x[:1])
+    (block,) = hybrid.blocks
+    states = block.states
+    delta = float(states[-1].abs().max()) * noise(*states[-1].shape, seed=5).double()
+    for nudge in ({}, {block.state_names[-1]: 0.3 * delta}):
+        errors = []
+        for emission in (0.1, 0.01, 0.001):
+            path = hybrid.export_spice(tmp_path / "b.cir", block="block_1", inputs=x, emission=emission, currents=nudge)
+            text = path.read_text()
+            assert not re.search(r"^[EF]", text, re.MULTILINE)  # no amplifiers
+            assert "no amplifiers" in text
+            expected = {m[1]: float(m[2]) for m in re.finditer(r"expected v\((\w+)\) = (\S+)", text)}
+            if not nudge:
+                ours = nodes_of(hybrid, states, unit_of(path))
+                assert expected == pytest.approx(ours, rel=1e-8, abs=1e-10)
+            errors.append(worst(simulated(path), expected))
+        assert errors[2] <= 1e-3
+        assert errors[1] == pytest.approx(errors[0] / 10, rel=0.3)  # linear in the emission coefficient
+        assert errors[2] == pytest.approx(errors[1] / 10, rel=0.1)
+
+
+@needs_ngspice
+@pytest.mark.parametrize("gamma", [0.05, "symmetric"])
+def test_ngspice_finds_the_states_of_an_unamplified_block(tmp_path: Path, gamma: Any) -> None:
+    model, x = CASES["branches"].make(nn.ReLU)
+    hybrid = ffebm.convert(
+        model.double(), x.double(), energy="unamplified", feedback=gamma, **CASES["branches"].options
+    )
+    hybrid(x[:1].double())
+    states = hybrid.blocks[0].states
+    path = hybrid.export_spice(tmp_path / "b.cir", block="block_1", inputs=x.double())
+    found = simulated(path)
+    ours = nodes_of(hybrid, states, unit_of(path))
+    assert worst({key: found[key] for key in ours}, ours) <= 1e-3  # beside the outputs of inverting amplifiers
 
 
 @needs_ngspice

@@ -92,6 +92,22 @@ def vmap(made: Program, relu: fx.Node) -> None:
     call(made, relu, torch._C._functorch._remove_batch_dim, 1, 2, 0)
 
 
+def split_relu(made: Program, relu: fx.Node) -> None:
+    last, halves = relu, []
+    for start, end, target, args in ((0, 2, aten.relu.default, ()), (2, 4, aten.clamp.default, (None, 0))):
+        with made.graph.inserting_after(last):
+            part = made.graph.call_function(aten.slice.Tensor, (relu, 1, start, end))
+        with made.graph.inserting_after(part):
+            last = made.graph.call_function(target, (part, *args))
+        for node in (part, last):
+            node.meta = {**relu.meta, "val": relu.meta["val"][:, start:end]}
+        halves.append(last)
+    with made.graph.inserting_after(last):
+        joined = made.graph.call_function(aten.cat.default, (halves, 1))
+    joined.meta = dict(relu.meta)
+    relu.replace_all_uses_with(joined, lambda user: user not in (*halves, *(half.args[0] for half in halves)))
+
+
 def unread(made: Program, relu: fx.Node) -> None:
     made.graph.call_function(aten.tanh.default, (relu,)).meta.update(relu.meta)
 
@@ -105,6 +121,7 @@ BROKEN: dict[str, tuple[Callable[[Program, fx.Node], None], str]] = {
     "dropout": (dropout, r"follows a training flag of the source and is not bound to it"),
     "submodule": (submodule, r"node 'body' \(body\) calls a captured submodule"),
     "vmap": (vmap, r"belongs to a level of vmap"),
+    "split ReLU": (split_relu, r"is a concatenation that computes a split ReLU, which is one activation"),
     "dead code": (unread, r"node 'tanh_default' .* is read by nothing and does nothing"),
 }
 

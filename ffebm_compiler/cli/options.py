@@ -61,16 +61,16 @@ class Settings:
     hardware: Annotated[
         str, typer.Option("--hardware", "-w", help="ideal, crossbar-64, crossbar-256, or a .toml or .json file.")
     ] = "crossbar-256"
-    energy: Annotated[str, typer.Option("--energy", help="What the blocks minimise: hopfield or resistive.")] = (
-        "hopfield"
-    )
+    energy: Annotated[
+        str, typer.Option("--energy", help="What the blocks minimise: hopfield, resistive, unamplified, drn.")
+    ] = "hopfield"
     feedback: Annotated[
         str | None,
         typer.Option(
             "--feedback",
             "-f",
-            help="Loop gain between 0 and 1 (of a resistive energy its gain, above 0), or symmetric; 0.1 (0.01) where "
-            "it is left out.",
+            help="Loop gain between 0 and 1 (of a resistive energy its gain, above 0), or symmetric; 0.1 (0.01; drn: "
+            "symmetric alone) where it is left out.",
         ),
     ] = None
     gradient: Annotated[

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.emit import Writer
 from ffebm_compiler.runtime.activations.table import (
@@ -31,6 +33,7 @@ from ffebm_compiler.runtime.activations.table import (
     Softplus,
     Softshrink,
     Softsign,
+    SplitReLU,
     Tanh,
 )
 
@@ -102,6 +105,13 @@ def _celu(writer: Writer, activation: Any, h: str) -> str:
     return writer.op("Where", writer.op("Greater", h, writer.number(0.0)), h, below)
 
 
+def _split_relu(writer: Writer, activation: Any, h: str) -> str:
+    signs = np.ones((activation.above + activation.below, *[1] * (-1 - activation.dim)), dtype=writer.dtype)
+    signs[activation.above :] = -1
+    name = writer.constant(signs)
+    return writer.op("Mul", writer.op("Relu", writer.op("Mul", h, name)), name)
+
+
 def _mish(writer: Writer, activation: Any, h: str) -> str:
     return writer.op("Mul", h, writer.op("Tanh", _softplus_of(writer, h)))
 
@@ -122,6 +132,7 @@ _TABLE: Mapping[type[Activation], Callable[[Writer, Any, str], str]] = {
     Sigmoid: lambda writer, _, h: writer.op("Sigmoid", h),
     Tanh: lambda writer, _, h: writer.op("Tanh", h),
     Softsign: lambda writer, _, h: writer.op("Softsign", h),
+    SplitReLU: _split_relu,
     Softplus: _softplus,
     LogSigmoid: lambda writer, _, h: writer.op("Neg", _softplus_of(writer, writer.op("Neg", h))),
     SiLU: lambda writer, _, h: writer.op("Mul", h, writer.op("Sigmoid", h)),

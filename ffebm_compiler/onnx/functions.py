@@ -8,9 +8,9 @@ at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. Value
 are computed before the loop. An ONNX function cannot raise an error, so the outputs of a block that did
 not settle are NaN.
 
-If the energy has amplifiers, the loads on the states are computed from the weights before the loop, and a state is
-σ under its load (`load_nodes.py`). Blocks of one structure share one function. γ, the amplifiers' gains and the limits
-are attributes of the call.
+If the energy is one of conductances, the loads on the states are computed from the weights before the loop, and a state
+is σ under its load (`load_nodes.py`). Blocks of one structure share one function. γ, the amplifiers' gains and the
+limits are attributes of the call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from ffebm_compiler.onnx.shapes import register_shapes
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import name_of
+from ffebm_compiler.runtime.energies.conductive import Conductive
 from ffebm_compiler.runtime.energies.loads import multiplying_weights
+from ffebm_compiler.runtime.energies.passive import GROUNDED
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction
 
 __all__ = ["DOMAIN", "BlockFunction", "block_function"]
@@ -101,7 +103,9 @@ class _Builder:
         self.amplifiers = {
             index: f"amplifier_{index}" for index, _ in enumerate(self.block.setting.amplifiers) if self.coupled
         }
-        """Whether the energy has amplifiers, so that its states are loaded."""
+        """Names of the gains of the amplifiers, by layer."""
+        energy = self.block.energy_function
+        self.energy = energy if isinstance(energy, Conductive) and self.coupled else None
 
     def build(self) -> BlockFunction:
         onnx = package("onnx")
@@ -162,7 +166,7 @@ class _Builder:
             self.coupled,
             self.settling["schedule"],
             self.settling["on_failure"],
-            *([self.block.energy_function.name] if self.amplifiers else []),
+            *([] if self.energy is None else [self.energy.name]),
         ]
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -188,13 +192,20 @@ class _Builder:
                 registers[instruction.output] = self._apply(writer, instruction, registers, layer.name)
         return registers[layer.drive]
 
-    def _apply(self, writer: Writer, instruction: Instruction, registers: Mapping[int, str], owner: str) -> str:
+    def _apply(
+        self,
+        writer: Writer,
+        instruction: Instruction,
+        registers: Mapping[int, str],
+        owner: str,
+        weights: Sequence[str | None] | None = None,
+    ) -> str:
         try:
             return apply_nodes(
                 writer,
                 instruction.operator,
                 [registers[register] for register in instruction.operands],
-                self._weights(instruction),
+                self._weights(instruction) if weights is None else weights,
                 [self.shapes[register] for register in instruction.operands],
                 self.shapes[instruction.output],
             )
@@ -222,7 +233,7 @@ class _Builder:
         least, most = self.main.setting("min_sweeps", "int"), self.main.setting("max_sweeps", "int")
         before_least = self.main.op("Sub", least, self.main.constant(np.array(1, dtype=np.int64)))
         sweep = names.fresh("sweep")
-        loaded = self._loaded(states, gammas)
+        loaded = {} if self.energy is None else self._loaded(states, gammas, amplified=self.energy.amplified)
         carried = [names.fresh("s") for _ in states]
         present = list(carried)
         pulled: dict[str, dict[int, str]] = {}
@@ -271,24 +282,58 @@ class _Builder:
         )
         return results, self.main.op("LessOrEqual", last, limit)
 
-    def _loaded(self, states: Sequence[str], gammas: Mapping[tuple[int, int], str]) -> dict[int, LoadedActivation]:
-        """The activations of the layers that later layers load, with D^l − 1 = Σ_m γ_{l,m} A_m |J_{ml}|ᵀ 1."""
+    def _loaded(
+        self, states: Sequence[str], gammas: Mapping[tuple[int, int], str], amplified: bool
+    ) -> dict[int, LoadedActivation]:
+        """The activations of the layers that have a load, with D^l = 1 + Σ_m γ_{l,m} A_m |J_{ml}|ᵀ 1.
+
+        Without amplifiers |J_l| 1 is in the place of 1, and A_m is 1.
+        """
         parts: dict[int, list[str]] = {}
         magnitudes: list[str | None] = list(self.weights)
-        for place in multiplying_weights(self.program) if self.amplifiers else ():
+        for place in multiplying_weights(self.program):
             magnitudes[place] = name = self.main.op("Abs", self.weights[place])
             self.main.weight_shapes[name] = self.main.weight_shapes[self.weights[place]]
-        for later, name in self.amplifiers.items():
-            shape = self.main.op("Shape", states[later])
-            ones = self.main.op("Expand", self.main.setting(name, "float"), shape)
+        one = self.main.number(1.0)
+        for later, state in enumerate(states):
+            gain = self.main.setting(self.amplifiers[later], "float") if amplified else one
+            ones = self._filled(state, gain)
             found = self._pullback(self.main, later, ones, self.program.absolute, magnitudes)
             for index in self.program.upstream[later]:
                 part = found[self.program.layers[index].state]
                 parts.setdefault(index, []).append(self.main.op("Mul", part, gammas[index, later]))
-        return {
-            index: LoadedActivation(self.main, self.program.layers[index].activation, self.main.added(terms))
-            for index, terms in parts.items()
+        if not amplified:
+            self._add_row_sums(states, magnitudes, parts)
+        loaded = {}
+        for index, terms in parts.items():
+            diagonal = self.main.added([*terms, one] if amplified else terms)
+            if not amplified:
+                reached = self.main.op("Greater", diagonal, self.main.number(0.0))
+                diagonal = self.main.op("Where", reached, diagonal, self.main.number(GROUNDED))
+            loaded[index] = LoadedActivation(self.main, self.program.layers[index].activation, diagonal)
+        return loaded
+
+    def _add_row_sums(
+        self, states: Sequence[str], magnitudes: Sequence[str | None], parts: dict[int, list[str]]
+    ) -> None:
+        """|J_l| 1 of every layer: the drives at inputs and states of ones, at |θ| and without biases."""
+        one = self.main.number(1.0)
+        ones = {register: self._filled(f"x{register}", one) for register in range(self.program.inputs)}
+        ones |= {
+            layer.state: self._filled(state, one) for layer, state in zip(self.program.layers, states, strict=True)
         }
+        multiplying = multiplying_weights(self.program)
+        for index, layer in enumerate(self.program.absolute.layers):
+            registers = dict(ones)
+            for item in layer.instructions:
+                if item.output not in registers:
+                    weights = [None if w not in multiplying else magnitudes[w] for w in item.weights]
+                    registers[item.output] = self._apply(self.main, item, registers, layer.name, weights)
+            parts.setdefault(index, []).append(registers[layer.drive])
+
+    def _filled(self, like: str, value: str) -> str:
+        """A number in the shape of a value."""
+        return self.main.op("Expand", value, self.main.op("Shape", like))
 
     def _update_order(self) -> list[int]:
         count = len(self.program.layers)

@@ -1,10 +1,11 @@
-"""Activations under a load as ONNX nodes: the piecewise linear solve of `runtime.energies.loaded.Loaded`."""
+"""Activations under a load as ONNX nodes: the exact solve of `runtime.energies.loaded.Loaded`."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.onnx.activation_nodes import activation_nodes
 from ffebm_compiler.onnx.emit import Writer
 from ffebm_compiler.runtime.activations.table import Activation
 
@@ -12,18 +13,22 @@ __all__ = ["LoadedActivation"]
 
 
 class LoadedActivation:
-    """The s that solves ∂G(s) + e s ∋ h. Nodes that depend only on the load e are written once, outside of loops.
+    """The s that solves ∂G(s) + (D − 1) s ∋ h. Nodes that depend only on D are written once, outside of loops.
 
     Args:
         outside: the writer outside of loops.
-        activation: σ, made of straight lines.
-        load: name of e.
+        activation: σ, made of straight lines or a projection to a cone.
+        diagonal: name of D.
 
     Raises:
         ExportError: the activation is not made of straight lines.
     """
 
-    def __init__(self, outside: Writer, activation: Activation, load: str) -> None:
+    def __init__(self, outside: Writer, activation: Activation, diagonal: str) -> None:
+        self.activation = activation
+        if activation.cone:
+            self.whole = outside.op("Reciprocal", diagonal)
+            return
         lines = activation.lines
         if lines is None:
             raise ExportError(f"activation {activation!r} under a load has no ONNX form: force its layer digital")
@@ -33,13 +38,11 @@ class LoadedActivation:
             values.append(values[-1] + slope * (after - before))
         self.values = values if lines.knots else []
         self.knots = [
-            outside.op("Add", outside.scaled(load, value), outside.number(knot)) if value else outside.number(knot)
+            _added(outside, outside.scaled(diagonal, value), knot - value) if value else outside.number(knot)
             for knot, value in zip(lines.knots, self.values, strict=True)
         ]
         self.slopes = [
-            outside.op(
-                "Div", outside.number(slope), outside.op("Add", outside.scaled(load, slope), outside.number(1.0))
-            )
+            outside.op("Div", outside.number(slope), _added(outside, outside.scaled(diagonal, slope), 1 - slope))
             if slope
             else ""
             for slope in lines.slopes
@@ -47,6 +50,8 @@ class LoadedActivation:
 
     def value(self, writer: Writer, h: str) -> str:
         """Write s and return its name."""
+        if self.activation.cone:
+            return writer.op("Mul", activation_nodes(writer, self.activation, h), self.whole)
         steep = [index for index, slope in enumerate(self.lines.slopes) if slope]
         return self._clamped(writer, h, steep[0]) if len(steep) == 1 else self._summed(writer, h, steep)
 
@@ -69,3 +74,7 @@ class LoadedActivation:
             way = writer.op("Sub", reached, self.knots[max(index - 1, 0)])
             terms.append(writer.op("Mul", way, self.slopes[index]))
         return writer.added(terms)
+
+
+def _added(writer: Writer, value: str, number: float) -> str:
+    return writer.op("Add", value, writer.number(number)) if number else value

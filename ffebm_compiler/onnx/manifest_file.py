@@ -62,7 +62,7 @@ class _Energy:
     scales: tuple[_Positive, ...]
     settling: _Settling
     program: Mapping[str, Any]
-    energy: Literal["hopfield", "resistive"] = "hopfield"
+    energy: Literal["hopfield", "resistive", "unamplified", "drn"] = "hopfield"
     amplifiers: tuple[Annotated[float, AtLeast(0, most=1e100)], ...] = ()
 
 

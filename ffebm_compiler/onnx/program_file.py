@@ -13,13 +13,13 @@ from ffebm_compiler.errors import ExportError, FFEBMError
 from ffebm_compiler.files.checked_json import AtLeast, Malformed, short, typed, typed_fields
 from ffebm_compiler.onnx.operators import operator_from_json
 from ffebm_compiler.runtime.activations import table as activations
-from ffebm_compiler.runtime.activations.table import Activation, PReLU
+from ffebm_compiler.runtime.activations.table import Activation, PReLU, SplitReLU
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction, Layer
 
 __all__ = ["program_from_json"]
 
 _ACTIVATIONS: Mapping[str, type[Activation]] = {
-    kind.__name__: kind for kind in {type(a) for a in (*activations.ALL, PReLU())}
+    kind.__name__: kind for kind in {type(a) for a in (*activations.ALL, PReLU(), SplitReLU(1, 1))}
 }
 _Register = Annotated[int, AtLeast(0, most=10**6)]
 

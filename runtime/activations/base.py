@@ -97,8 +97,22 @@ class Activation(ABC):
 
     @property
     def lines(self) -> Lines | None:
-        """σ as straight lines; None if it is not piecewise linear."""
+        """σ as straight lines; None if it is not piecewise linear, or not the same for every unit."""
         return None
+
+    def unit_lines(self, shape: torch.Size) -> list[Lines]:
+        """σ as straight lines for each unit of a state of this shape, flat; empty if it is not piecewise linear."""
+        return [] if self.lines is None else [self.lines] * shape.numel()
+
+    @property
+    def projects(self) -> bool:
+        """Whether σ projects h to a convex set, as ReLU and clamps do. Then G(s) = ½s² on it, and slopes are 0 or 1."""
+        return False
+
+    @property
+    def cone(self) -> bool:
+        """Whether σ projects h to a cone, as ReLU does. Then σ(a h) = a σ(h) for a > 0."""
+        return False
 
     @abstractmethod
     def value(self, h: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class Identity(Activation):
     smooth = True
     holomorphic = True
     lines = Lines((), (1.0,))
+    projects = True
+    cone = True
 
     def value(self, h: Tensor) -> Tensor:
         return h
@@ -75,6 +77,7 @@ class _Clamp(Activation):
     lipschitz = 1.0
     monotone = True
     smooth = False
+    projects = True
     lo: float
     hi: float
 
@@ -105,6 +108,7 @@ class ReLU(_Clamp):
     name = "relu"
     lo = 0.0
     hi = inf
+    cone = True
 
     def value(self, h: Tensor) -> Tensor:
         return torch.relu(h)

@@ -41,6 +41,7 @@ from ffebm_compiler.runtime.activations.smooth import (
     Tanh,
     quick_gelu,
 )
+from ffebm_compiler.runtime.activations.split import SplitReLU, split_relu
 
 __all__ = [
     "ALL",
@@ -66,10 +67,12 @@ __all__ = [
     "Softplus",
     "Softshrink",
     "Softsign",
+    "SplitReLU",
     "Tanh",
     "from_aten",
     "quick_gelu",
     "sloped_clamp",
+    "split_relu",
 ]
 
 ALL: tuple[Activation, ...] = (

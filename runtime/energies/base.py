@@ -41,8 +41,10 @@ class Energy(ABC):
     """The energy's name in `convert` and in files."""
     amplified: ClassVar[bool]
     """Whether every layer is followed by an amplifier with a gain of its own."""
-    default_feedback: ClassVar[float]
+    default_feedback: ClassVar[float | str]
     """The feedback of a block if none is given."""
+    nonnegative: ClassVar[bool] = False
+    """Whether weights are conductances themselves, so that none is negative."""
 
     @abstractmethod
     def check_feedback(self, feedback: object) -> float | str:

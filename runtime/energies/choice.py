@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ffebm_compiler.errors import InputError, NotYetError
+from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.hopfield import Hopfield
+from ffebm_compiler.runtime.energies.passive import DRN, Unamplified
 from ffebm_compiler.runtime.energies.resistive import Resistive
 
 __all__ = ["DEFAULT_ENERGY", "ENERGIES", "energy_of", "name_of"]
@@ -12,7 +13,7 @@ __all__ = ["DEFAULT_ENERGY", "ENERGIES", "energy_of", "name_of"]
 DEFAULT_ENERGY: Energy = Hopfield()
 """The energy of blocks if none is chosen."""
 
-ENERGIES: dict[str, type[Energy]] = {kind.name: kind for kind in (Hopfield, Resistive)}
+ENERGIES: dict[str, type[Energy]] = {kind.name: kind for kind in (Hopfield, Resistive, Unamplified, DRN)}
 
 
 def name_of(energy: Energy) -> str | None:
@@ -28,8 +29,6 @@ def energy_of(energy: object) -> Energy:
     """
     if isinstance(energy, Energy):
         return energy
-    if energy == "drn":
-        raise NotYetError("energy='drn' is announced but not built yet: use 'hopfield' or 'resistive'")
     if not isinstance(energy, str) or energy not in ENERGIES:
         raise InputError(f"energy is {energy!r}; expected {' or '.join(map(repr, ENERGIES))}")
     return ENERGIES[energy]()

@@ -29,7 +29,7 @@ def circuit_of(frame: Frame, setting: Setting) -> Circuit:
     layer_of = {layer.state: index for index, layer in enumerate(program.layers)}
     stages = []
     for index, layer in enumerate(program.layers):
-        gain = setting.amplifiers[index]
+        gain = setting.amplifiers[index] if setting.amplifiers else 1.0
         signed, sizes = _rows(frame, index), _rows(magnitudes, index)
         couplings = []
         for register, size in sizes.items():
@@ -38,7 +38,7 @@ def circuit_of(frame: Frame, setting: Setting) -> Circuit:
             value = signed.get(register, torch.zeros_like(size))
             couplings.append(Coupling(source, (size + value) / 2, (size - value) / 2, reflection))
         rows = torch.stack([size.sum(1) for size in sizes.values()]).sum(0)
-        pads = gain - rows
+        pads = gain - rows if setting.amplifiers else torch.zeros_like(rows)
         if not gain > 0 or float(pads.min()) < -1e-5 * gain:
             raise UnsupportedError(
                 f"{program.name}: the amplifier of layer {layer.name!r} has a gain of {gain:.4g} and a row sum of "
@@ -46,7 +46,10 @@ def circuit_of(frame: Frame, setting: Setting) -> Circuit:
                 "have changed since the gains were measured. A layer whose weights are all 0 has no circuit"
             )
         bias = still.drive(index, rest).flatten()
-        stages.append(Stage(layer.name, frame.activations[index], gain, bias, tuple(couplings), pads.clamp_min(0)))
+        shape = frame.shapes[layer.drive]
+        stages.append(
+            Stage(layer.name, frame.activations[index], shape, gain, bias, tuple(couplings), pads.clamp_min(0))
+        )
     return Circuit(tuple(value.flatten() for value in frame.inputs), tuple(stages))
 
 

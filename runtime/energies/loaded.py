@@ -21,16 +21,17 @@ Bound = float | Tensor
 
 @dataclass(frozen=True)
 class Loaded(Activation):
-    """The s that solves ∂G(s) + e s ∋ h, for the potential G of a piecewise linear σ and a load e ≥ 0.
+    """The s that solves ∂G(s) + (D − 1) s ∋ h, for the potential G of a piecewise linear σ.
 
-    A line of σ with slope a through (h_i, s_i) becomes a line of slope a/(1 + a e) through (h_i + e s_i, s_i). For ReLU
-    and clamps of slope 1 this is σ(h/(1 + e)). For a leak or another slope it is not σ of a scaled field.
+    A line of σ with slope a through (h_i, s_i) becomes a line of slope a/(1 − a + a D) through (h_i − s_i + D s_i,
+    s_i). For ReLU and clamps of slope 1 this is σ(h/D), for any D > 0. For a leak or another slope it is not σ of a
+    scaled field, and D is at least 1.
     """
 
     activation: Activation
     """σ, which is monotone and made of straight lines."""
-    load: Tensor = field(compare=False, repr=False)
-    """e = D − 1, in a shape that broadcasts over h."""
+    diagonal: Tensor = field(compare=False, repr=False)
+    """D, in a shape that broadcasts over h. 1 is no load."""
 
     @property
     def name(self) -> str:
@@ -51,17 +52,20 @@ class Loaded(Activation):
 
     @property
     def holomorphic(self) -> bool:
-        return len(self._lines.slopes) == 1
+        return self.activation.holomorphic
 
     @property
     def steepest(self) -> Tensor:
         """The largest slope of each unit."""
-        slope = max(self._lines.slopes)
-        return slope / (1 + slope * self.load)
+        return self._under_load(1.0 if self.activation.cone else max(self._lines.slopes))
 
     def kept(self) -> Loaded:
         """The same activation with the present load, without its gradient history."""
-        return replace(self, load=self.load.detach())
+        return replace(self, diagonal=self.diagonal.detach())
+
+    def _under_load(self, slope: float) -> Tensor:
+        """The slope of a line of σ at this load."""
+        return slope / (self.diagonal if slope == 1 else 1 - slope + slope * self.diagonal)
 
     @cached_property
     def _lines(self) -> Lines:
@@ -74,13 +78,15 @@ class Loaded(Activation):
 
     @cached_property
     def _knots(self) -> tuple[tuple[Bound, float], ...]:
-        """(h_i + e s_i, s_i) of every knot."""
+        """(h_i − s_i + D s_i, s_i) of every knot."""
         lines, value = self._lines, self._lines.start
         found: list[tuple[Bound, float]] = []
         for index, knot in enumerate(lines.knots):
             if index:
                 value += lines.slopes[index] * (knot - lines.knots[index - 1])
-            found.append((knot + value * self.load if value else knot, value))
+            inside = knot - value
+            moved = value * self.diagonal
+            found.append(((moved + inside if inside else moved) if value else knot, value))
         return tuple(found)
 
     @cached_property
@@ -88,12 +94,14 @@ class Loaded(Activation):
         """(slope, lower end, upper end) of every line that is not flat."""
         ends: list[Bound] = [-inf, *(place for place, _ in self._knots), inf]
         return tuple(
-            (slope / (1 + slope * self.load), lo, hi)
+            (self._under_load(slope), lo, hi)
             for slope, (lo, hi) in zip(self._lines.slopes, pairwise(ends), strict=True)
             if slope
         )
 
     def value(self, h: Tensor) -> Tensor:
+        if self.activation.cone:
+            return self.activation.value(h) * self.steepest
         lines = self._lines
         steep = [index for index, slope in enumerate(lines.slopes) if slope]
         if len(steep) == 1:  # a single line, clamped to its end values, which makes those exact
@@ -115,14 +123,19 @@ class Loaded(Activation):
         return self.activation.bounds(h)
 
     def derivative(self, h: Tensor) -> Tensor:
+        if self.activation.cone:
+            return self.activation.derivative(h) * self.steepest
         total = torch.zeros_like(h)
         for slope, lo, hi in self._pieces:
             total = total + slope * ((h > lo) & (h <= hi)).to(h.dtype)
         return total
 
     def potential(self, s: Tensor) -> Tensor:
-        """G(s) + ½ e s²."""
-        return self.activation.potential(s) + 0.5 * self.load * s * s
+        """G(s) + ½ (D − 1) s²."""
+        inside = self.activation.potential(s)
+        if self.activation.projects:
+            return torch.where(inside.isinf(), inside, 0.5 * self.diagonal * s * s)  # nothing cancels for a small D
+        return inside + 0.5 * (self.diagonal - 1) * s * s
 
     def primitive(self, h: Tensor) -> Tensor:
         s = self.value(h)
@@ -133,6 +146,9 @@ class Loaded(Activation):
 
     def stepper(self, h: Tensor, t: float) -> Callable[[Tensor], Tensor]:
         """k ↦ Σ slope · (step quotient of a clamp to the line's ends), over the lines that are not flat."""
+        if self.activation.cone:
+            slope, step = self.steepest, self.activation.stepper(h, t)
+            return lambda k: slope * step(k)
         steps = [(slope, _stepper(h, t, lo, hi)) for slope, lo, hi in self._pieces]
         if len(steps) == 1:
             slope, step = steps[0]
@@ -147,7 +163,7 @@ class Loaded(Activation):
         return combined
 
     def complex_quotient(self, h: Tensor, k: Tensor, t: complex) -> Tensor:
-        return super().complex_quotient(h, k, t) if not self.holomorphic else self._pieces[0][0] * k
+        return super().complex_quotient(h, k, t) if not self.holomorphic else self.steepest * k
 
 
 def _clip(h: Tensor, lo: Bound, hi: Bound) -> Tensor:

@@ -11,7 +11,16 @@ from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 
-__all__ = ["add_row_sum_gradients", "loads_of", "magnitudes_of", "multiplying_weights", "over_samples", "row_sums_of"]
+__all__ = [
+    "add_load_gradients",
+    "add_row_sum_gradients",
+    "at_ones",
+    "loads_of",
+    "magnitudes_of",
+    "multiplying_weights",
+    "over_samples",
+    "row_sums_of",
+]
 
 
 def multiplying_weights(program: BlockProgram) -> frozenset[int]:
@@ -21,10 +30,16 @@ def multiplying_weights(program: BlockProgram) -> frozenset[int]:
     )
 
 
-def magnitudes_of(frame: Frame) -> Frame:
-    """The block at |θ| without biases, with operators of absolute values. One sample is enough without random masks."""
+def magnitudes_of(frame: Frame, nonnegative: bool = False) -> Frame:
+    """The block at |θ| without biases, with operators of absolute values. One sample is enough without random masks.
+
+    Weights that are `nonnegative` are taken as they are, so that their derivative at 0 is that from above.
+    """
     multiplying = multiplying_weights(frame.program)
-    weights = [w.abs() if w is not None and place in multiplying else None for place, w in enumerate(frame.weights)]
+    weights = [
+        (w if nonnegative else w.abs()) if w is not None and place in multiplying else None
+        for place, w in enumerate(frame.weights)
+    ]
     shapes = dict(frame.shapes)
     if frame.program.resizable and all(mask is None for mask in frame.drawn.values()):
         shapes = {register: torch.Size((1, *shape[1:])) for register, shape in shapes.items()}
@@ -37,16 +52,20 @@ def over_samples(value: Tensor, magnitudes: Frame) -> Tensor:
     return value.sum(0, keepdim=True) if one else value
 
 
-def loads_of(frame: Frame, setting: Setting) -> list[Tensor | None]:
-    """D^l − 1 of every layer, in a shape that broadcasts over its state; None if it feeds no other layer."""
-    program, magnitudes = frame.program, magnitudes_of(frame)
+def loads_of(magnitudes: Frame, setting: Setting) -> list[Tensor | None]:
+    """Σ_{m>l} γ_{l,m} A_m |J_{ml}|ᵀ 1 of every layer, in a shape that broadcasts over its state.
+
+    A_m is 1 if there are no amplifiers. A layer that feeds no other one has None.
+    """
+    program = magnitudes.program
     found: list[Tensor | None] = [None] * len(program.layers)
     like = next(weight for weight in magnitudes.weights if weight is not None)
     for later, above in enumerate(program.upstream):
         if not above:
             continue
         layer = program.layers[later]
-        ones = like.new_full(magnitudes.shapes[layer.drive], setting.amplifiers[later])
+        gain = setting.amplifiers[later] if setting.amplifiers else 1.0
+        ones = like.new_full(magnitudes.shapes[layer.drive], gain)
         parts = magnitudes.pullback(later, ones, states=True)
         for earlier in above:
             part = parts[program.layers[earlier].state] * (setting.scales[later] / setting.scales[earlier])
@@ -55,9 +74,35 @@ def loads_of(frame: Frame, setting: Setting) -> list[Tensor | None]:
     return found
 
 
+def add_load_gradients(
+    magnitudes: Frame,
+    setting: Setting,
+    products: Sequence[Tensor | None],
+    gradients: list[Tensor | None],
+    needed: Sequence[bool],
+) -> None:
+    """Add the derivatives by |θ| of Σ_l ⟨products_l, D^l⟩ for the loads of `loads_of`."""
+    program = magnitudes.program
+    for index, layer in enumerate(program.layers):
+        ratio, deviations = magnitudes.deviations(index, products, setting.scales)
+        like = next((value for value in deviations if value is not None), None)
+        if like is None:
+            continue
+        gain = setting.amplifiers[index] if setting.amplifiers else 1.0
+        magnitudes.pullback(
+            index,
+            like.new_full(magnitudes.shapes[layer.drive], gain),
+            registers=magnitudes.tangent_registers(index, deviations, program.operand_instructions[index]),
+            gradients=gradients,
+            needed=needed,
+            bias=False,
+            factor=ratio,
+        )
+
+
 def row_sums_of(frame: Frame) -> tuple[float, ...]:
     """max_i (|J_m| 1)_i of every layer, for the largest factors that random masks may have."""
-    ones, states = _at_ones(magnitudes_of(frame))
+    ones, states = at_ones(magnitudes_of(frame))
     return tuple(_random_gain(frame, index) * float(ones.drive(index, states).max()) for index in range(len(states)))
 
 
@@ -65,7 +110,7 @@ def add_row_sum_gradients(
     frame: Frame, index: int, factor: float, gradients: list[Tensor | None], needed: Sequence[bool]
 ) -> None:
     """Add `factor` times the derivative of a layer's largest row sum by the magnitudes |θ|, of the first such row."""
-    ones, states = _at_ones(magnitudes_of(frame))
+    ones, states = at_ones(magnitudes_of(frame))
     sums = ones.drive(index, states)
     row = torch.zeros_like(sums).reshape(-1)
     row[sums.reshape(-1).argmax()] = 1
@@ -80,7 +125,7 @@ def add_row_sum_gradients(
     )
 
 
-def _at_ones(magnitudes: Frame) -> tuple[Frame, list[Tensor]]:
+def at_ones(magnitudes: Frame) -> tuple[Frame, list[Tensor]]:
     """A block of magnitudes at inputs and states that are 1 everywhere, and these states."""
     program = magnitudes.program
     like = next(weight for weight in magnitudes.weights if weight is not None)

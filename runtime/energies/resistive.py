@@ -24,22 +24,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.runtime.activations.base import Activation
-from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.energies.base import Energy, Gauge, Setting
-from ffebm_compiler.runtime.energies.circuit import Circuit
-from ffebm_compiler.runtime.energies.conductances import circuit_of
-from ffebm_compiler.runtime.energies.loaded import Loaded
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.energies.base import Gauge, Setting
+from ffebm_compiler.runtime.energies.conductive import Conductive, add_by_sign, refuse_activation
 from ffebm_compiler.runtime.energies.loads import (
+    add_load_gradients,
     add_row_sum_gradients,
     loads_of,
     magnitudes_of,
     multiplying_weights,
     over_samples,
+    row_sums_of,
 )
 from ffebm_compiler.runtime.energies.row_sums import RowSums
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
@@ -47,29 +44,9 @@ from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["Resistive"]
 
-_NEAREST = {
-    "gelu": "ReLU",
-    "quick_gelu": "ReLU",
-    "silu": "ReLU",
-    "mish": "ReLU",
-    "hardswish": "ReLU",
-    "softplus": "ReLU",
-    "elu": "leaky ReLU",
-    "selu": "leaky ReLU",
-    "celu": "leaky ReLU",
-    "prelu": "leaky ReLU with a slope from 0 to 1",
-    "leaky_relu": "leaky ReLU with a slope from 0 to 1",
-    "tanh": "hard tanh",
-    "softsign": "hard tanh",
-    "sigmoid": "hard sigmoid",
-    "log_sigmoid": "clamp with an upper bound of 0",
-    "sloped_clamp": "clamp with a slope from 0 to 1",
-}
-"""The activation of straight lines that is nearest to one that no diode makes, by name."""
-
 
 @dataclass(frozen=True)
-class Resistive(Energy):
+class Resistive(Conductive):
     """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]. `feedback` is γ itself, a positive number.
 
     `"symmetric"` is γ = 1. Blocks with feedback hold every operator except max pooling, and
@@ -92,49 +69,25 @@ class Resistive(Energy):
             )
         return float(feedback)  # type: ignore[arg-type]
 
-    def check_program(self, program: BlockProgram) -> None:
-        """Admit tied feedback, and piecewise linear activations with slopes from 0 to 1, but no max pooling."""
-        if not program.symmetric:
-            raise UnsupportedError(
-                f"{program.name}: a resistive energy is a circuit whose conductances carry both directions, so that "
-                "its feedback has no weights of its own: use feedback_weights='tied', or energy='hopfield'"
-            )
-        for layer in program.layers:
-            _check_activation(program, layer)
-            if any(instruction.operator.selects for instruction in layer.instructions):
-                raise UnsupportedError(
-                    f"{program.name}: layer {layer.name!r} holds max pooling, which conductances cannot do, since they "
-                    "add currents. Use average pooling (nn.AvgPool2d), which is the nearest to it, keep the pooling "
-                    "digital (leave 'max_pool' out of block_ops), or use energy='hopfield'"
-                )
+    def check_activation(self, program: BlockProgram, layer: Layer) -> None:
+        """Admit piecewise linear activations with slopes from 0 to 1."""
+        activation = layer.activation
+        if not activation.monotone or (activation.lines is None and not activation.cone):
+            why = "is not made of rising straight lines"
+        elif activation.lipschitz > 1:
+            why = f"has a slope of {activation.lipschitz:.3g} and not one from 0 to 1"
+        else:
+            return
+        others = "ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or softshrink"
+        refuse_activation(program, layer, f"{why}, as diodes and resistors make them", others)
 
-    def activations(self, frame: Frame, setting: Setting) -> tuple[Activation, ...]:
-        """σ_l at the load D^l − 1. A layer that feeds no other has its own activation."""
-        found = frame.memory.get(setting)
-        if found is None:
-            loads = loads_of(frame, setting)
-            found = frame.memory[setting] = tuple(
-                activation if load is None else Loaded(activation, load)
-                for activation, load in zip(frame.activations, loads, strict=True)
-            )
-        return found
+    def diagonals(self, frame: Frame, setting: Setting) -> list[Tensor | None]:
+        """1 + Σ_{m>l} γ_{l,m} A_m |J_{ml}|ᵀ 1."""
+        return [None if load is None else 1 + load for load in loads_of(magnitudes_of(frame), setting)]
 
-    def value(
-        self,
-        frame: Frame,
-        setting: Setting,
-        states: Sequence[Tensor],
-        preactivations: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]."""
-        drives = [frame.drive(index, states) for index in range(len(states))]
-        terms = [
-            scale * (activation.potential(state).sum() - (state * drive).sum())
-            for scale, activation, state, drive in zip(
-                setting.scales, self.activations(frame, setting), states, drives, strict=True
-            )
-        ]
-        return torch.stack(terms).sum()
+    def gains(self, frame: Frame) -> tuple[float, ...]:
+        """The largest row sum of every layer."""
+        return row_sums_of(frame)
 
     def add_weight_terms(
         self,
@@ -156,24 +109,8 @@ class Resistive(Energy):
             None if e is None else over_samples(e * m, magnitudes) for e, m in zip(currents, middle, strict=True)
         ]
         found: list[Tensor | None] = [None] * program.weights
-        for index, gain in enumerate(setting.amplifiers):
-            ratio, deviations = magnitudes.deviations(index, products, setting.scales)
-            if all(value is None for value in deviations):
-                continue
-            layer = program.layers[index]
-            like = next(value for value in deviations if value is not None)
-            magnitudes.pullback(
-                index,
-                like.new_full(magnitudes.shapes[layer.drive], gain),
-                registers=magnitudes.tangent_registers(
-                    index, deviations, magnitudes.program.operand_instructions[index]
-                ),
-                gradients=found,
-                needed=wanted,
-                bias=False,
-                factor=ratio,
-            )
-        _add_by_sign(frame, found, gradients, -factor)
+        add_load_gradients(magnitudes, setting, products, found, wanted)
+        add_by_sign(frame, found, gradients, -factor)
 
     def add_amplifier_terms(
         self,
@@ -198,23 +135,11 @@ class Resistive(Energy):
             image = magnitudes.tangent(index, deviations)
             if image is not None:
                 add_row_sum_gradients(measured, index, -ratio * float(image.sum()), found, wanted)
-        _add_by_sign(frame, found, gradients, 1.0)
-
-    def circuit(self, frame: Frame, setting: Setting) -> Circuit:
-        """Resistors, diodes and amplifiers; see `circuit.py` and `conductances.py`."""
-        return circuit_of(frame, setting)
+        add_by_sign(frame, found, gradients, 1.0)
 
     def gauge(self, program: BlockProgram) -> Gauge:
         """A gauge that measures row sums and the spectral radius of the whole block."""
         return RowSums(self, program)
-
-    def contraction(self, program: BlockProgram, certificate: Certificate, feedback: float | str) -> float | None:
-        """ρ² on a chain, and more with odd cycles. It is known at symmetric feedback, too."""
-        return certificate.contraction if certificate.certified else None
-
-    def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
-        """Empty, since the block settles at every γ."""
-        return {}
 
     def describe(self, feedback: float | str, symmetric: bool = True) -> str:
         """A phrase with γ."""
@@ -228,31 +153,3 @@ class Resistive(Energy):
             "hybrid.recertify() if the weights have changed since (evaluation leaves the amplifiers as they are), or "
             "allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
         )
-
-
-def _add_by_sign(frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float) -> None:
-    """Add `factor` sign(θ) ∘ found, with `found` derivatives by |θ|."""
-    for place, part in enumerate(found):
-        weight, present = frame.weights[place], gradients[place]
-        if part is not None and weight is not None:
-            term = weight.sign() * part
-            gradients[place] = (
-                term * factor if present is None else torch.add(present, term.to(present.dtype), alpha=factor)
-            )
-
-
-def _check_activation(program: BlockProgram, layer: Layer) -> None:
-    activation = layer.activation
-    if activation.lines is None or not activation.monotone:
-        why = "is not made of rising straight lines"
-    elif activation.lipschitz > 1:
-        why = f"has a slope of {activation.lipschitz:.3g} and not one from 0 to 1"
-    else:
-        return
-    nearest = _NEAREST.get(activation.name, "ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or softshrink")
-    raise UnsupportedError(
-        f"{program.name}: the activation {activation.name} of layer {layer.name!r} {why}, as diodes and resistors make "
-        f"them. The nearest that a resistive energy has is {nearest}. Or keep the layer digital "
-        f"(force_digital={layer.name!r}), give each layer a block of its own "
-        "(hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
-    )

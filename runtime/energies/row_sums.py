@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
+from ffebm_compiler.runtime.energies.base import Evaluated, Gauge, Setting
+from ffebm_compiler.runtime.energies.conductive import Conductive
 from ffebm_compiler.runtime.energies.loaded import Loaded
-from ffebm_compiler.runtime.energies.loads import row_sums_of
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, scales_for
 from ffebm_compiler.runtime.energies.tracked_norms import Track, drawn_probe, followed
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
@@ -38,9 +38,9 @@ _SWEEPS = 30
 
 
 class RowSums(Gauge):
-    """Measures A_m exactly, and follows ρ of the whole block from step to step as in `tracked_norms.py`."""
+    """Measures A_m exactly, if there are any, and follows ρ of the whole block as in `tracked_norms.py`."""
 
-    def __init__(self, energy: Energy, program: BlockProgram) -> None:
+    def __init__(self, energy: Conductive, program: BlockProgram) -> None:
         self.energy = energy
         self.program = program
         self._track: Track | None = None
@@ -48,16 +48,16 @@ class RowSums(Gauge):
 
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
         """The certificate with A from the row sums and c from γ."""
-        return self._certificate(frame, states, scales_for(self.program, _gamma(feedback)), row_sums_of(frame))
+        return self._certificate(frame, states, scales_for(self.program, _gamma(feedback)), self.energy.gains(frame))
 
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
         """The certificate with ρ of these weights at the present γ and A."""
         return self._certificate(frame, states, present.scales, present.amplifiers)
 
     def needed(self, evaluated: Evaluated, present: Certificate, feedback: float | str) -> Certificate | None:
-        """A new certificate if an amplifier's gain differs from the row sum of its layer; else None."""
+        """A new certificate if an amplifier's gain differs from the one that is needed; else None."""
         frame, states = evaluated()
-        sums = row_sums_of(frame)
+        sums = self.energy.gains(frame)
         if all(abs(gain - held) <= _SLACK * held for gain, held in zip(sums, present.amplifiers, strict=True)):
             return None
         return self.certify(frame, states, feedback)
@@ -74,7 +74,7 @@ class RowSums(Gauge):
         """The certificate with A from the row sums, which is exact, and ρ followed from step to step."""
         if converge:
             return self.certify(*evaluated(), feedback)
-        amplifiers = row_sums_of(frame)
+        amplifiers = self.energy.gains(frame)
         if not all(math.isfinite(gain) for gain in amplifiers):
             return replace(present, radius=math.inf, sweep_radius=None, amplifiers=amplifiers)
         block = _ScaledCoupling(frame, Setting(self.energy, present.scales, amplifiers))

@@ -1,0 +1,444 @@
+"""Deep resistive networks (`energy="drn"`) against the sum over their conductances, scipy and finite differences."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+from drn_networks import Dense, made, split
+from networks import noise
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.onnx import verify
+from ffebm_compiler.onnx.execute import run
+from ffebm_compiler.runtime.energies.choice import energy_of
+
+EXACT = ffebm.GaussSeidel(rtol=1e-14, max_sweeps=5000, on_failure="warn")
+KINDS = ("one hidden", "two hidden", "convolutional", "residual")
+
+
+def strict(kind: str, **settings: Any) -> tuple[ffebm.HybridModel, nn.Module, Tensor]:
+    model, x, options = made(kind)
+    hybrid = ffebm.convert(model, x, energy="drn", **{"solver": EXACT, **options, **settings})
+    assert len(hybrid.blocks) == 1
+    return hybrid, model, x
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean()
+
+
+def energy_by_hand(model: Dense, x: Tensor, states: list[Tensor]) -> Tensor:
+    """½ Σ g (s_i − s_j)² − ⟨b, s⟩, written down resistor by resistor."""
+    values = [model.gain * torch.cat((x, -x), -1), *states]
+    total = torch.zeros((), dtype=x.dtype)
+    for layer, before, after in zip(model.layers, values, values[1:], strict=False):
+        total = total + 0.5 * (layer.weight * (before[:, None, :] - after[:, :, None]).square()).sum()
+        total = total - (layer.bias * after).sum()
+    return total
+
+
+def bounds_of(states: tuple[Tensor, ...]) -> list[tuple[float | None, float | None]]:
+    """Halves at or above 0 and at or below 0; the outputs are free."""
+    found: list[tuple[float | None, float | None]] = []
+    for index, state in enumerate(states):
+        half = state.shape[-1] // 2
+        row = [(0.0, None)] * half + [(None, 0.0)] * half if index < len(states) - 1 else [(None, None)] * 4
+        found += row * len(state)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["one hidden", "two hidden"])
+def test_states_are_the_minimum_that_scipy_finds(kind: str) -> None:
+    hybrid, model, x = strict(kind)
+    assert isinstance(model, Dense)
+    (block,) = hybrid.blocks
+    hybrid(x)
+    states = block.states
+    shapes = [state.shape for state in states]
+
+    def value(flat: Any) -> tuple[float, Any]:
+        parts = torch.as_tensor(flat).split([math.prod(shape) for shape in shapes])
+        free = [part.reshape(shape).requires_grad_() for part, shape in zip(parts, shapes, strict=True)]
+        energy = energy_by_hand(model, x, free)
+        slopes = torch.autograd.grad(energy, free)
+        return float(energy.detach()), torch.cat([slope.flatten() for slope in slopes]).numpy()
+
+    start = np.zeros(sum(math.prod(shape) for shape in shapes))
+    best = scipy.optimize.minimize(
+        value, start, jac=True, bounds=bounds_of(states), method="L-BFGS-B",
+        options={"maxiter": 5000, "maxfun": 50000, "ftol": 0, "gtol": 1e-11},
+    )  # fmt: skip
+    flat = torch.cat([state.flatten() for state in states])
+    torch.testing.assert_close(flat, torch.as_tensor(best.x), rtol=1e-5, atol=1e-6)
+    inputs = model.gain * torch.cat((x, -x), -1)
+    mine = float(block.energy(inputs, states=states).detach())
+    assert mine == pytest.approx(float(energy_by_hand(model, x, list(states)).detach()), rel=1e-12)
+    assert mine <= best.fun + 1e-9 * abs(best.fun)
+    assert block.residual(inputs, states=states) <= 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_finite_differences(kind: str) -> None:
+    hybrid, _, x = strict(kind)
+    tensors: dict[str, Tensor] = {}
+    gradients: dict[str, dict[str, Tensor]] = {}
+    for estimator in (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled", "recurrent"):
+        hybrid.set_gradient(estimator)
+        hybrid.zero_grad()
+        given = x.clone().requires_grad_()
+        loss_of(hybrid(given)).backward()
+        tensors = {**dict(hybrid.named_parameters()), "x": given}
+        gradients[str(estimator)] = {name: t.grad.clone() for name, t in tensors.items() if t.grad is not None}
+        assert set(gradients[str(estimator)]) == set(tensors)
+    for index, (name, tensor) in enumerate(tensors.items()):
+        direction = noise(*tensor.shape, seed=100 + index).double()
+        if name.endswith("weight"):  # a conductance of 0 may only grow: it is left where it is, for central differences
+            direction = torch.where(tensor.detach() > 1e-3, direction, 0)
+        direction /= direction.norm()
+
+        def shifted(step: float, name: str = name, direction: Tensor = direction) -> float:
+            point, moved = x, step * direction
+            with torch.no_grad():
+                if name == "x":
+                    point = x + moved
+                else:
+                    tensors[name].add_(moved)
+                result = float(loss_of(hybrid(point)))
+                if name != "x":
+                    tensors[name].sub_(moved)
+            return result
+
+        size = max(float(found[name].norm()) for found in gradients.values())
+        best = (math.inf, 0.0)
+        for step in (1e-4, 1e-5, 1e-6):  # the largest in which no unit crosses a kink: both differences agree
+            ends = [shifted(factor * step) for factor in (1, -1, 2, -2)]
+            near, far = (ends[0] - ends[1]) / (2 * step), (ends[2] - ends[3]) / (4 * step)
+            best = min(best, (abs(near - far), (4 * near - far) / 3))
+            if best[0] <= 1e-7 * size:
+                break
+        for found in gradients.values():
+            expected = pytest.approx(best[1], rel=1e-7, abs=1e-7 * size)
+            assert float((found[name] * direction).sum()) == expected, name
+            torch.testing.assert_close(found[name], gradients["unrolled"][name], rtol=1e-7, atol=1e-9 * size)
+
+
+def test_the_derivative_by_a_conductance_of_0_is_that_from_above() -> None:
+    hybrid, _, x = strict("two hidden")
+    weight = hybrid.get_parameter("layers.1.weight")
+    hybrid.set_gradient(ffebm.EquilibriumPropagation(1e-6, "centered"))
+    loss_of(hybrid(x)).backward()
+    place = tuple((weight == 0).nonzero()[0].tolist())
+    before, step = float(loss_of(hybrid(x)).detach()), 1e-5
+    ends = []
+    for factor in (1, 2):
+        with torch.no_grad():
+            weight[place] = factor * step
+        ends.append(float(loss_of(hybrid(x)).detach()))
+    slope = (4 * ends[0] - 3 * before - ends[1]) / (2 * step)
+    assert weight.grad is not None
+    assert abs(slope) > 1e-5
+    assert float(weight.grad[place]) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1e-2])
+def test_the_gradient_is_the_contrast_of_two_equilibria(beta: float) -> None:
+    """∂E/∂g = ½(s_i − s_j)² at nudges of any size, with the nudged states found by another program."""
+    hybrid, model, x = strict("two hidden")
+    assert isinstance(model, Dense)
+    hybrid.set_gradient(ffebm.EquilibriumPropagation(beta, "centered"))
+    output = hybrid(x)
+    output.retain_grad()
+    (0.5 * output.square()).sum().backward()
+    delta = output.grad
+    assert delta is not None
+    amplitude = output.detach().square().mean(-1).sqrt() / delta.square().mean(-1).sqrt()
+    inputs = model.gain * torch.cat((x, -x), -1)
+    found = []
+    for sign in (1, -1):
+        states = [torch.zeros(len(x), layer.out_features, dtype=x.dtype) for layer in model.layers]
+        with torch.no_grad():
+            for _ in range(600):
+                for index, layer in enumerate(model.layers):
+                    before = inputs if index == 0 else states[index - 1]
+                    current, total = before @ layer.weight.T + layer.bias, layer.weight.sum(1)
+                    if index < 2:
+                        later = model.layers[index + 1].weight
+                        current, total = current + states[index + 1] @ later, total + later.sum(0)
+                    else:
+                        current = current - sign * beta * amplitude[:, None] * delta
+                    states[index] = split(current / total) if index < 2 else current / total
+        found.append([inputs, *states])
+    for index in range(3):
+        parts = [
+            0.5 * (states[index][:, None, :] - states[index + 1][:, :, None]).square() / amplitude[:, None, None]
+            for states in found
+        ]
+        contrast = (parts[0] - parts[1]).sum(0) / (2 * beta)
+        torch.testing.assert_close(hybrid.get_parameter(f"layers.{index}.weight").grad, contrast, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("variant", ["positive", "negative", "centered"])
+def test_coupled_learning_is_the_contrast_with_held_outputs(variant: Any) -> None:
+    hybrid, model, x = strict("two hidden")
+    assert isinstance(model, Dense)
+    beta = 0.1
+    hybrid.set_gradient(ffebm.CoupledLearning(beta, variant))
+    output = hybrid(x)
+    output.retain_grad()
+    output.square().sum().backward()
+    delta = output.grad
+    assert delta is not None
+    amplitude = output.detach().square().mean(-1, keepdim=True).sqrt() / delta.square().mean(-1, keepdim=True).sqrt()
+    inputs = model.gain * torch.cat((x, -x), -1)
+
+    def energies(sign: int) -> list[Tensor]:
+        held = output.detach() - sign * beta * amplitude * delta
+        states = [torch.zeros(len(x), layer.out_features, dtype=x.dtype) for layer in model.layers[:-1]]
+        with torch.no_grad():
+            for _ in range(600):
+                for index, layer in enumerate(model.layers[:-1]):
+                    before = inputs if index == 0 else states[index - 1]
+                    after = held if index == 1 else states[index + 1]
+                    later = model.layers[index + 1].weight
+                    current = before @ layer.weight.T + layer.bias + after @ later
+                    states[index] = split(current / (layer.weight.sum(1) + later.sum(0)))
+        values = [inputs, *states, held]
+        return [
+            0.5 * (values[i][:, None, :] - values[i + 1][:, :, None]).square() / amplitude[:, None] for i in range(3)
+        ]
+
+    first, last = {"positive": (1, 0), "negative": (0, -1), "centered": (1, -1)}[variant]
+    width = (first - last) * beta
+    for index, (a, b) in enumerate(zip(energies(first), energies(last), strict=True)):
+        gradient = hybrid.get_parameter(f"layers.{index}.weight").grad
+        torch.testing.assert_close(gradient, ((a - b) / width).sum(0), rtol=1e-6, atol=1e-8)
+
+
+def test_contrastive_learning_works() -> None:
+    hybrid, _, x = strict("two hidden", gradient="contrastive")
+    loss_of(hybrid(x)).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in hybrid.parameters())
+
+
+def test_in_float32_with_default_settings() -> None:
+    model, x, options = made("two hidden")
+    hybrid = ffebm.convert(model.float(), x.float(), energy="drn", **options)
+    report = ffebm.check_gradients(hybrid, x.float(), loss_of)
+    assert report.worst("ep")[1].cosine > 0.9999
+    assert report.worst("implicit")[1].cosine > 0.9999
+    assert hybrid.blocks[0].certificate is not None
+    assert hybrid.blocks[0].certificate.certified
+
+
+def test_small_conductances_lose_no_digits() -> None:
+    """D is a sum of conductances and not 1 + something: in siemens a network is the same as in units of 1."""
+    model, x, options = made("two hidden")
+    hybrid = ffebm.convert(model.float(), x.float(), energy="drn", solver=ffebm.GaussSeidel(rtol=1e-7), **options)
+    expected = hybrid(x.float())
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            parameter.mul_(1e-6)
+    torch.testing.assert_close(hybrid(x.float()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_unit_that_nothing_reaches_is_held_at_0() -> None:
+    hybrid, _, x = strict("two hidden")
+    with torch.no_grad():
+        hybrid.get_parameter("layers.1.weight")[2] = 0
+        hybrid.get_parameter("layers.2.weight")[:, 2] = 0
+    loss_of(hybrid(x)).backward()
+    assert float(hybrid.blocks[0].states[1][:, 2].abs().max()) <= 1e-20
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in hybrid.parameters())
+
+
+# -- conductances are never negative -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["two hidden", "convolutional", "residual"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_step_leaves_no_conductance_below_0(kind: str, optimizer: Any) -> None:
+    hybrid, _, x = strict(kind, solver=None)
+    hybrid.train()
+    steps = optimizer(hybrid.parameters(), 0.3)
+    losses = []
+    for _ in range(4):
+        steps.zero_grad()
+        loss = loss_of(hybrid(x))
+        loss.backward()
+        before = {name: p.detach() - 0.3 * p.grad for name, p in hybrid.named_parameters() if p.grad is not None}
+        steps.step()
+        losses.append(float(loss.detach()))
+        for name, parameter in hybrid.named_parameters():
+            if optimizer is torch.optim.SGD:
+                limit = 0.0 if name.endswith("weight") else -math.inf
+                torch.testing.assert_close(parameter.detach(), before[name].clamp(min=limit))
+            if name.endswith("weight"):
+                assert float(parameter.detach().min()) >= 0
+    hybrid.eval()(x)
+
+
+def test_biases_and_what_others_move_stay() -> None:
+    hybrid, _, x = strict("one hidden", solver=None)
+    loss_of(hybrid(x)).backward()
+    bystander = nn.Parameter(torch.tensor([-1.0]))
+    bystander.grad = torch.ones(1)
+    torch.optim.SGD([bystander], 1.0).step()
+    assert bystander.tolist() == [-2.0]
+    weight = hybrid.get_parameter("layers.0.weight")
+    with torch.no_grad():
+        weight[0, 0] = -1
+    torch.optim.SGD([bystander], 1.0).step()  # of another model: nothing of this one is touched
+    assert weight[0, 0].tolist() == -1
+
+
+def test_negative_conductances_are_refused_by_name() -> None:
+    model, x, options = made("two hidden")
+    with torch.no_grad():
+        model.get_parameter("layers.1.weight")[0, 0] = -0.25
+    message = r"'layers.1.weight' holds negative values \(the least is -0.25\).*ffebm.init.conductances_"
+    with pytest.raises(ffebm.InputError, match=message):
+        ffebm.convert(model, x, energy="drn", **options)
+    assert float(model.get_parameter("layers.1.weight").detach().min()) == -0.25  # the source is not touched
+    hybrid, _, _ = strict("two hidden")
+    weight = hybrid.get_parameter("layers.1.weight")
+    with torch.no_grad():
+        weight.fill_(-0.25)
+    for mode in (True, False):
+        with pytest.raises(ffebm.InputError, match=message):
+            hybrid.train(mode)(x)
+    assert float(weight.detach().max()) == -0.25  # evaluation changes nothing
+    with pytest.raises(ffebm.InputError, match=message):
+        hybrid.recertify()
+    assert hybrid.clamp_conductances() == ("layers.1.weight",)
+    assert hybrid.clamp_conductances() == ()
+    hybrid(x)
+    with pytest.raises(ffebm.InputError, match=message):
+        hybrid.load_state_dict(model.state_dict())
+
+
+def test_copies_clamp_their_own_conductances() -> None:
+    hybrid, _, x = strict("one hidden", solver=None)
+    hybrid(x)
+    twin = copy.deepcopy(hybrid)
+    loss_of(twin(x)).backward()
+    torch.optim.SGD(twin.parameters(), 100.0).step()
+    assert min(float(p.detach().min()) for name, p in twin.named_parameters() if name.endswith("weight")) == 0
+    # The clamp goes with its hybrid.
+    parameter = twin.get_parameter("layers.0.weight")
+    del twin
+    gc.collect()
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD([parameter], 100.0).step()
+    assert float(parameter.detach().min()) < 0
+
+
+def test_a_block_of_one_layer_is_its_layer() -> None:
+    """Nothing settles there, so that its weights may have any sign."""
+    model, x = nn.Linear(4, 3), noise(5, 4)
+    torch.testing.assert_close(ffebm.convert(model, x, energy="drn")(x), model(x))
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback", [0.2, 1.0, 0.01, "weak", None, True])
+def test_another_feedback_is_refused(feedback: Any) -> None:
+    model, x, options = made("one hidden")
+    with pytest.raises(ffebm.InputError, match=r"a deep resistive network \(energy='drn'\) has no amplifiers"):
+        ffebm.convert(model, x, energy="drn", feedback=feedback, **options)
+    hybrid = ffebm.convert(model, x, energy="drn", feedback="symmetric", **options)
+    with pytest.raises(ffebm.InputError, match="leave `feedback` out, or use 'symmetric'"):
+        hybrid.set_feedback(feedback)
+
+
+@pytest.mark.parametrize("energy", ["drn", "unamplified"])
+@pytest.mark.parametrize(
+    ("activation", "nearest"), [(nn.LeakyReLU, "leaky ReLU with"), (nn.Hardsigmoid, "ReLU, split"), (nn.Tanh, "hard t")]
+)
+def test_activations_that_ideal_diodes_do_not_make(energy: str, activation: Any, nearest: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 3)), noise(5, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    with pytest.raises(ffebm.UnsupportedError, match=rf"of layer '0' is not made by ideal diodes.* is {nearest}"):
+        ffebm.convert(model, x, energy=energy)
+
+
+def test_negative_coefficients_are_refused() -> None:
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one = F.relu(self.a(x))
+            return self.b(one) - one
+
+    model, x = Difference(), noise(5, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    with pytest.raises(ffebm.UnsupportedError, match=r"layer 'b' subtracts a value .* no negative conductance"):
+        ffebm.convert(model, x, energy="drn")
+    ffebm.convert(model, x, energy="unamplified")(x)  # has differential lines
+
+
+# -- files, exports, reports ---------------------------------------------------------------------
+
+
+def test_files_copies_and_state_dicts_keep_it(tmp_path: Path) -> None:
+    hybrid, model, x = strict("two hidden")
+    hybrid.train()
+    loss_of(hybrid(x)).backward()
+    torch.optim.SGD(hybrid.parameters(), 0.1).step()
+    hybrid.eval()
+    expected = hybrid(x)
+    hybrid.save(tmp_path / "saved")
+    other = ffebm.convert(model, x, energy="drn", solver=EXACT)
+    other.load_state_dict(hybrid.state_dict())
+    for again in (ffebm.load(tmp_path / "saved", model).eval(), copy.deepcopy(hybrid), other.eval()):
+        assert again.energy_function == energy_of("drn")
+        assert again.blocks[0].module.feedback == "symmetric"
+        assert torch.equal(again(x), expected)
+    digital = hybrid.to_digital()
+    for name, parameter in digital.named_parameters():
+        assert torch.equal(parameter, hybrid.get_parameter(name))
+    # The source's function divides nothing by the conductances of a node: another one, and `compare` says so.
+    assert hybrid.compare(x).output > 0.1
+
+
+def test_reports_know_it() -> None:
+    hybrid, _, x = strict("two hidden")
+    assert "deep resistive network of conductances and diodes, γ = 1" in hybrid.summary()
+    diagnosis = hybrid.diagnose(x)["block_1"]
+    energies = np.array(diagnosis.energies)
+    assert diagnosis.monotone
+    assert (np.diff(energies) <= 1e-9 * abs(energies).max()).all()  # exact block coordinate descent
+    certificate = hybrid.blocks[0].certificate
+    assert certificate is not None
+    assert certificate.amplifiers == ()
+    assert "block_1" in str(hybrid.cost_report())
+    assert "split_relu" in hybrid._repr_html_()
+    assert "more sweeps" in hybrid.blocks[0].module.hint()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onnx_files_settle_to_the_same_states(tmp_path: Path, kind: str) -> None:
+    model, x, options = made(kind)
+    model, x = model.float(), x.float()
+    hybrid = ffebm.convert(model, x, energy="drn", solver=ffebm.GaussSeidel(rtol=1e-6), **options)
+    hybrid.export_onnx(tmp_path / "whole.onnx")
+    assert max(verify(hybrid, tmp_path / "whole.onnx", (x,)).values()) <= 1e-5
+    hybrid.export_onnx(tmp_path / "parts", parts="digital")
+    (found,) = run(tmp_path / "parts", [x])
+    torch.testing.assert_close(found, hybrid(x), rtol=1e-4, atol=1e-5)

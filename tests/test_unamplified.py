@@ -1,0 +1,147 @@
+"""The resistive energy without amplifiers, against the sum over its resistors and finite differences."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import CASES, MLP, noise, seeded
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.onnx import verify
+
+EXACT = ffebm.GaussSeidel(rtol=1e-14, max_sweeps=5000, on_failure="warn")
+
+
+def made(case: str, kind: Any = nn.ReLU, gamma: float = 0.4) -> tuple[ffebm.HybridModel, Any, Tensor]:
+    model, x = CASES[case].make(kind)
+    model, x = model.double(), x.double()
+    options = {"block_ops": ("add", "reshape", "scale"), **CASES[case].options}
+    return ffebm.convert(model, x, energy="unamplified", feedback=gamma, solver=EXACT, **options), model, x
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean()
+
+
+def by_hand(model: MLP, x: Tensor, states: list[Tensor], gamma: float) -> Tensor:
+    """Σ_m γ^depth [½ Σ |w| (± source − s)² − ⟨b, s⟩] of a chain."""
+    total, values = torch.zeros((), dtype=x.dtype), [x, *states]
+    for depth, layer in enumerate(model.layers):
+        before, after = values[depth], values[depth + 1]
+        drops = layer.weight.sign() * before[:, None, :] - after[:, :, None]
+        scale = gamma ** (depth - len(model.layers) + 1)
+        total = total + scale * (0.5 * (layer.weight.abs() * drops.square()).sum() - (layer.bias * after).sum())
+    return total
+
+
+@pytest.mark.parametrize("gamma", [1e-3, 0.4, 3.0])
+@pytest.mark.parametrize("kind", [nn.ReLU, lambda: nn.Hardtanh(-0.05, 0.08)], ids=["relu", "clamp"])
+def test_states_minimise_the_sum_over_the_resistors(gamma: float, kind: Any) -> None:
+    hybrid, model, x = made("mlp", kind, gamma)
+    (block,) = hybrid.blocks
+    states = [state.requires_grad_() for state in block.settle(x).states]
+    energy = by_hand(model, x, states, gamma)
+    assert float(block.energy(x, states=states).detach()) == pytest.approx(float(energy.detach()), rel=1e-11)
+    low, high = (0.0, math.inf) if isinstance(kind(), nn.ReLU) else (-0.05, 0.08)
+    clamped = 0
+    for index, (state, slope) in enumerate(zip(states, torch.autograd.grad(energy, states), strict=True)):
+        slope = slope / block.module.scales[index]
+        if index == len(states) - 1:
+            low, high = -math.inf, math.inf
+        assert slope[(state > low) & (state < high)].abs().max() <= 1e-9
+        assert (slope[state == low] >= -1e-9).all()  # the energy must not fall inwards
+        assert (slope[state == high] <= 1e-9).all()
+        clamped += int(((state == low) | (state == high)).sum())
+    assert clamped > 0
+
+
+@pytest.mark.parametrize("case", ["mlp", "branches", "projections", "tied", "gains", "convolutions", "residual"])
+def test_gradients_are_finite_differences(case: str) -> None:
+    hybrid, _, x = made(case)
+    assert any(block.module.program.coupled for block in hybrid.blocks)
+    tensors: dict[str, Tensor] = {}
+    gradients: dict[str, dict[str, Tensor]] = {}
+    for estimator in (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled"):
+        hybrid.set_gradient(estimator)
+        hybrid.zero_grad()
+        given = x.clone().requires_grad_()
+        loss_of(hybrid(given)).backward()
+        tensors = {**dict(hybrid.named_parameters()), "x": given}
+        gradients[str(estimator)] = {name: t.grad.clone() for name, t in tensors.items() if t.grad is not None}
+        assert set(gradients[str(estimator)]) == set(tensors)
+    for index, (name, tensor) in enumerate(tensors.items()):
+        direction = noise(*tensor.shape, seed=100 + index).double()
+        direction /= direction.norm()
+
+        def shifted(step: float, name: str = name, direction: Tensor = direction) -> float:
+            point = x + step * direction if name == "x" else x
+            with torch.no_grad():
+                if name != "x":
+                    tensors[name].add_(step * direction)
+                result = float(loss_of(hybrid(point)))
+                if name != "x":
+                    tensors[name].sub_(step * direction)
+            return result
+
+        size = max(float(found[name].norm()) for found in gradients.values())
+        best = (math.inf, 0.0)
+        for step in (1e-4, 1e-5, 1e-6):  # the largest in which no unit crosses a kink: both differences agree
+            ends = [shifted(factor * step) for factor in (1, -1, 2, -2)]
+            near, far = (ends[0] - ends[1]) / (2 * step), (ends[2] - ends[3]) / (4 * step)
+            best = min(best, (abs(near - far), (4 * near - far) / 3))
+            if best[0] <= 1e-7 * size:
+                break
+        for found in gradients.values():
+            assert float((found[name] * direction).sum()) == pytest.approx(best[1], rel=1e-7, abs=1e-7 * size), name
+
+
+def test_nothing_is_set_so_that_weights_may_move_without_measuring() -> None:
+    hybrid, model, x = made("mlp")
+    (block,) = hybrid.blocks
+    with torch.no_grad():
+        for name, parameter in hybrid.named_parameters():
+            parameter.mul_(3)
+            model.get_parameter(name).mul_(3)
+    again = ffebm.convert(model, x, energy="unamplified", feedback=0.4, solver=EXACT, **CASES["mlp"].options)
+    torch.testing.assert_close(hybrid.eval()(x), again(x))
+    assert block.module.setting.amplifiers == ()
+    assert "without amplifiers, γ = 0.4" in hybrid.summary()
+    assert "lower `feedback`" in block.module.hint()
+
+
+@pytest.mark.parametrize("feedback", [0, -1.0, math.inf, math.nan, "weak", None, True])
+def test_feedback_outside_its_range(feedback: Any) -> None:
+    with pytest.raises(ffebm.InputError, match=r"expected the feedback gain γ of an unamplified resistive energy"):
+        ffebm.convert(nn.Linear(3, 2), noise(2, 3), energy="unamplified", feedback=feedback)
+
+
+@pytest.mark.parametrize("case", ["mlp", "branches", "convolutions"])
+def test_files(tmp_path: Path, case: str) -> None:
+    model, x = CASES[case].make(nn.ReLU)
+    hybrid = ffebm.convert(
+        model, x, energy="unamplified", feedback=0.7, solver=ffebm.GaussSeidel(rtol=1e-6), **CASES[case].options
+    )
+    hybrid.export_onnx(tmp_path / "whole.onnx")
+    assert max(verify(hybrid, tmp_path / "whole.onnx", (x,)).values()) <= 1e-5
+    hybrid.save(tmp_path / "saved")
+    model, _ = CASES[case].make(nn.ReLU)
+    assert torch.equal(ffebm.load(tmp_path / "saved", model)(x), hybrid(x))
+
+
+def test_softshrink_and_other_seeds() -> None:
+    """Any γ settles, whatever the weights are."""
+    for seed in range(4):
+        model = seeded(lambda: MLP((6, 9, 8, 4)), seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(10.0 ** (seed - 1))
+        for gamma in (1e-3, 1.0, 30.0):
+            hybrid = ffebm.convert(model, noise(3, 6), energy="unamplified", feedback=gamma)
+            assert hybrid.blocks[0].settle(noise(3, 6)).converged
+    with pytest.raises(ffebm.UnsupportedError, match=r"activation softshrink of layer 'layers.0' is not made by ideal"):
+        ffebm.convert(MLP(activation=lambda: nn.Softshrink(0.1)), noise(3, 8), energy="unamplified")

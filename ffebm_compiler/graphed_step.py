@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import ConvergenceWarning, FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.gradient_choice import digital_gradient
+from ffebm_compiler.graphed_gains import GraphedGains
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.runtime.solvers.relaxation import LOST, may_be_late
 
@@ -72,6 +73,7 @@ class GraphedStep:
         self._ran: torch.cuda.Event | None = None
         self._check()
         self._stream = torch.cuda.Stream()
+        self._gains = GraphedGains(hybrid, self._stream)
 
     def __call__(self, inputs: Any, *targets: Tensor) -> Tensor:
         """The loss of a batch, detached. `inputs` is the hybrid's input, or a tuple of its inputs."""
@@ -140,7 +142,7 @@ class GraphedStep:
         for block in blocks.values():
             block.gain.slack = self.slack
         try:
-            self.hybrid.hold_gains()
+            self._gains.hold()
         finally:
             for block in blocks.values():
                 block.gain.slack = None

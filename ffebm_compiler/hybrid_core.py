@@ -235,16 +235,10 @@ class HybridCore(HybridParts):
         if changed and self.project_to is not None:
             self.project(self.project_to)
 
-    def hold_gains(self) -> None:
-        """Measure the loop gain of every block whose weights have changed, and set its amplifiers as training does.
-
-        A training forward does this by itself. This method does it without a forward.
-        """
+    def changed_gains(self) -> list[str]:
+        """Names of the blocks whose weights have changed since their loop gain was last measured (in train mode)."""
         self._look_at_weights()
-        for name in self._sources:
-            gain = self._energy[name].gain
-            if gain.changed:
-                gain.hold(self.operands_of(name)[1])
+        return [name for name in self._sources if self._energy[name].gain.changed]
 
     def _refuse_train_mode(self) -> None:
         """Refuse train mode if the source could not be captured in it and a module in train mode reads its flag."""

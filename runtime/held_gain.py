@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import FFEBMWarning, InputError
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Setting
+from ffebm_compiler.runtime.energies.followed_norm import Launched
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
@@ -191,8 +193,19 @@ class HeldGain:
         """Whether `look` found weights that have not been measured since."""
         return self._changed_stamp is not None
 
-    def hold(self, weights: Sequence[Tensor | None]) -> None:
+    def launch(self, weights: Sequence[Tensor | None]) -> Launched | None:
+        """Launch the kernels of the next `hold` while a CUDA graph is captured; None if that cannot be done apart."""
+        if self.certificate is None or not self._shapes or self.program.selects:
+            return None
+        with self._without_gradients():
+            return self.gauge.launch(self._frame(weights))
+
+    def hold(self, weights: Sequence[Tensor | None], read: tuple[Launched, np.ndarray] | None = None) -> None:
         """Measure weights that `look` found changed, and set the amplifiers if the feedback needs it.
+
+        Args:
+            weights: the block's weights.
+            read: what `launch` returned, and its inner products as they were read; None: everything is measured here.
 
         Raises:
             InputError: a weight holds NaN or infinite values.
@@ -201,7 +214,8 @@ class HeldGain:
             return
         before = self.loop_gain
         self.changes += 1
-        self._measure(weights, converge=self._converge_every is not None and self.changes % self._converge_every == 0)
+        converge = self._converge_every is not None and self.changes % self._converge_every == 0
+        self._measure(weights, converge, read)
         self.stamp, self._changed_stamp = self._changed_stamp, None
         if isinstance(self.feedback, str) and before <= 1 < self.loop_gain and not self._warned:
             self._warned = True
@@ -231,7 +245,9 @@ class HeldGain:
         with self._without_gradients():
             return self.gauge.needed(evaluated, self.certificate, self.feedback)
 
-    def _measure(self, weights: Sequence[Tensor | None], converge: bool) -> None:
+    def _measure(
+        self, weights: Sequence[Tensor | None], converge: bool, read: tuple[Launched, np.ndarray] | None
+    ) -> None:
         assert self.certificate is not None
         with self._without_gradients():
             found = self.gauge.follow(
@@ -241,6 +257,7 @@ class HeldGain:
                 self.feedback,
                 converge,
                 self.slack,
+                read,
             )
         if not math.isfinite(found.radius):
             check_weights(self.program.name, weights)

@@ -19,12 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.circuit import Circuit
+from ffebm_compiler.runtime.energies.followed_norm import Launched
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 
@@ -214,6 +216,7 @@ class Gauge(ABC):
         feedback: float | str,
         converge: bool,
         slack: float | None = None,
+        read: tuple[Launched, np.ndarray] | None = None,
     ) -> Certificate:
         """Measure after a change of the weights in training, and set the amplifiers again if the feedback needs it.
 
@@ -223,8 +226,17 @@ class Gauge(ABC):
             present: the certificate before the change.
             feedback: the feedback to hold.
             converge: whether to measure to convergence even if the estimate has not jumped.
+            read: what `launch` returned, and its inner products as they were read; None: measure all here.
             slack: relative distance from the feedback at which the amplifiers are set again; None: the energy's own.
         """
+
+    def launch(self, frame: Frame) -> Launched | None:
+        """Launch the kernels of the next `follow` while a CUDA graph is captured; None if that cannot be done apart."""
+        return None
+
+    def relaunch(self, launched: Launched) -> bool:
+        """Prepare what `launch` returned for a replay of its kernels. Returns False if they cannot be used again."""
+        return False
 
     @abstractmethod
     def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:

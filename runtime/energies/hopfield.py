@@ -19,12 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
+from ffebm_compiler.runtime.energies.followed_norm import Launched
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certificate_at, certify, edge_gain, edge_norms
 from ffebm_compiler.runtime.energies.projection import projection
 from ffebm_compiler.runtime.energies.through_gain import add_gain_terms
@@ -189,9 +191,11 @@ class _EdgeNorms(Gauge):
         feedback: float | str,
         converge: bool,
         slack: float | None = None,
+        read: tuple[Launched, np.ndarray] | None = None,
     ) -> Certificate:
         """Norms followed from step to step. γ is set again if the loop gain has left κ."""
-        norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in self.tracked.measure(frame)]
+        measured = self.tracked.measure(frame) if read is None else self.tracked.finish(*read)
+        norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in measured]
         if converge:  # both methods approach the norm from below, so that the larger value is better
             lanczos = edge_norms(*evaluated())
             norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
@@ -200,6 +204,16 @@ class _EdgeNorms(Gauge):
             found = certify(self.program, norms, feedback)
             _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, feedback)
         return found
+
+    def launch(self, frame: Frame) -> Launched | None:
+        """The pass over all edges; None if one of them was never measured."""
+        self.tracked.own_tracks()
+        launched = self.tracked.launch(frame)
+        return launched if launched.repeatable else None
+
+    def relaunch(self, launched: Launched) -> bool:
+        """Start the next pass from the present vectors."""
+        return launched.repeat_from(self.tracked.tracks)
 
     def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:
         """The measurement stays valid, since the norms do not depend on γ."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Evaluated, Gauge, Setting
 from ffebm_compiler.runtime.energies.conductive import Conductive
+from ffebm_compiler.runtime.energies.followed_norm import Launched, Track, drawn_probe, followed
 from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, scales_for
-from ffebm_compiler.runtime.energies.tracked_norms import Track, drawn_probe, followed
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
@@ -70,6 +70,7 @@ class RowSums(Gauge):
         feedback: float | str,
         converge: bool,
         slack: float | None = None,
+        read: tuple[Launched, np.ndarray] | None = None,
     ) -> Certificate:
         """The certificate with A from the row sums, which is exact, and ρ followed from step to step."""
         if converge:

@@ -19,55 +19,19 @@ If the estimate jumps, passes with fresh probes are repeated until it rests. (Go
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ffebm_compiler.runtime.energies.followed_norm import Following, Launched, Track, drawn_probe
 from ffebm_compiler.runtime.energies.loop_gain import directions
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.operators import Linear, Scale, Sum
 
-__all__ = ["LinearMap", "Track", "TrackedNorms", "drawn_probe", "followed"]
-
-_KEPT_VECTORS = 3
-_JUMPS_ABOVE = 0.01
-"""If a norm changes by more than this between two measurements (relative), it is measured to convergence."""
-_RESTS_BELOW = 1e-3
-"""If a norm changes by less than this in two passes (relative), it has converged."""
-_MOST_PASSES = 30
-
-
-@dataclass(frozen=True)
-class Track:
-    """The values that are kept of an edge between two measurements."""
-
-    norm: float
-    """Largest singular value at the last measurement."""
-    vectors: Tensor
-    """U, with one vector in each row and its entries in the order of memory."""
-    image: Tensor
-    """J p at the last measurement, as one row."""
-
-
-class LinearMap(Protocol):
-    """A linear map on the rows of a matrix."""
-
-    def forward(self, rows: Tensor) -> Tensor | None:
-        """J x for every row x; None where J is zero."""
-
-    def transpose(self, rows: Tensor) -> Tensor:
-        """Jᵀ y for every row y."""
-
-    def probe(self, seed: int) -> Tensor:
-        """A random row whose mean squared length is one."""
-
-    def here(self, rows: Tensor) -> Tensor:
-        """Kept rows, moved to the present device and dtype."""
+__all__ = ["TrackedNorms"]
 
 
 class TrackedNorms:
@@ -85,23 +49,34 @@ class TrackedNorms:
         Args:
             frame: the block without its random masks, evaluated once for one sample so that all shapes are known.
         """
-        found = []
+        return self.finish(self.launch(frame))
+
+    def launch(self, frame: Frame) -> Launched:
+        """The products of one measurement, on the device. `finish` reads their inner products."""
+        begun = {}
         with torch.no_grad():
-            places = []
-            begun = []
             for start, end, view in directions(frame):
                 place, edge = (start, end), _Edge(view, min(start, end), max(start, end))
                 probe = self._probes.get(place)
                 if probe is None or probe.shape[1] != edge.inner.numel():
                     probe = edge.probe(seed=0)
                 probe = self._probes[place] = edge.here(probe)
-                places.append(place)
-                begun.append(_Following(edge, probe, self.tracks.get(place)))
-            for place, track in zip(places, _tracks_of(begun), strict=True):
+                begun[place] = Following(edge, probe, self.tracks.get(place))
+        return Launched(begun)
+
+    def finish(self, launched: Launched, read: np.ndarray | None = None) -> list[tuple[int, int, float]]:
+        """The norms of a measurement. `read` has its `inner_products`; None: they are read here."""
+        found = []
+        with torch.no_grad():
+            for place, track in launched.tracks(read).items():
                 if track is not None:
                     self.tracks[place] = track
                 found.append((*place, 0.0 if track is None else track.norm))
         return found
+
+    def own_tracks(self) -> None:
+        """Give every track memory of its own, which captured kernels may read in every later step."""
+        self.tracks = {p: Track(t.norm, t.vectors.clone(), t.image.clone()) for p, t in self.tracks.items()}
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The kept numbers and tensors. Those of the edge from layer l to layer m have the key "l-m"."""
@@ -194,106 +169,3 @@ def _without_tokens(frame: Frame, earlier: int, later: int) -> Frame:
         r: torch.Size((s[0], *[1] * (len(s) - 2), s[-1])) if len(s) == dims else s for r, s in frame.shapes.items()
     }
     return Frame(frame.program, (), frame.weights, frame.drawn, shapes, frozen=True)
-
-
-def drawn_probe(size: int, seed: int) -> Tensor:
-    """A random row whose mean squared length is one. It depends on the seed, but not on the device or rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((1, size), generator=generator, dtype=torch.float32).div_(math.sqrt(max(1, size)))
-
-
-def followed(edge: LinearMap, probe: Tensor, track: Track | None) -> Track | None:
-    """The track of a map, such as an edge, after a change of the weights; None if the map is zero."""
-    return _tracks_of([_Following(edge, probe, track)])[0]
-
-
-class _Following:
-    """One pass over one map. Its products are launched at once, and its small numbers are read later."""
-
-    def __init__(self, edge: LinearMap, probe: Tensor, track: Track | None) -> None:
-        self.edge = edge
-        self.track = track
-        self.image = edge.forward(probe)
-        """J p; None if the map is zero."""
-        self.ritz: _Ritz | None = None
-        if self.image is not None:
-            self.known = track is not None and track.image.shape == self.image.shape and math.isfinite(track.norm)
-            rows = self.image
-            if track is not None and self.known:
-                rows = torch.cat([edge.here(track.vectors), self.image - edge.here(track.image)])
-            self.ritz = _Ritz(edge, rows)
-
-    def result(self, products: np.ndarray) -> Track:
-        """The track, from the inner products of the pass. Passes follow until the norm rests if it has jumped."""
-        assert self.ritz is not None
-        assert self.image is not None
-        norm, vectors = self.ritz.result(products)
-        if self.track is None or not self.known or abs(norm - self.track.norm) > _JUMPS_ABOVE * self.track.norm:
-            norm, vectors = _converge(self.edge, norm, vectors)
-        return Track(norm, vectors, self.image)
-
-
-def _tracks_of(begun: list[_Following]) -> list[Track | None]:
-    """The tracks of all maps. Their inner products come from the device in one transfer, for which the host waits."""
-    passes = [one.ritz for one in begun if one.ritz is not None]
-    if not passes:
-        return [None] * len(begun)
-    flat = torch.cat([one.products.flatten() for one in passes]).cpu().numpy()
-    ends = np.cumsum([one.products.numel() for one in passes])[:-1]
-    read = iter(np.split(flat, ends))
-    return [None if one.ritz is None else one.result(next(read).reshape(one.ritz.products.shape)) for one in begun]
-
-
-def _converge(edge: LinearMap, norm: float, vectors: Tensor) -> tuple[float, Tensor]:
-    """Repeat passes with fresh probes until the norm rests in two of them."""
-    resting = 0
-    for index in range(_MOST_PASSES):
-        if not math.isfinite(norm):
-            break
-        fresh = edge.forward(edge.probe(seed=1 + index))
-        assert fresh is not None
-        before = norm
-        norm, vectors = _rayleigh_ritz(edge, torch.cat([vectors, fresh]))
-        resting = resting + 1 if abs(norm - before) <= _RESTS_BELOW * norm else 0
-        if resting == 2:
-            break
-    return norm, vectors
-
-
-def _rayleigh_ritz(edge: LinearMap, left: Tensor) -> tuple[float, Tensor]:
-    """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y. The rows need no norm."""
-    ritz = _Ritz(edge, left)
-    return ritz.result(ritz.products.cpu().numpy())
-
-
-class _Ritz:
-    """Rayleigh–Ritz of J in the span of Jᵀ y for the rows y."""
-
-    def __init__(self, edge: LinearMap, left: Tensor) -> None:
-        basis = edge.transpose(left)
-        images = edge.forward(basis)
-        assert images is not None
-        self.images = images
-        self.products = torch.stack([basis @ basis.T, images @ images.T]).double()
-        """Inner products of all pairs of rows, of the basis and of its images, in float64."""
-
-    def result(self, products: np.ndarray) -> tuple[float, Tensor]:
-        """(largest singular value, leading left vectors), from the inner products."""
-        overlap, energy = products
-        images = self.images
-        if not np.isfinite(products).all():
-            return math.inf, images[:_KEPT_VECTORS]
-        lengths = np.sqrt(np.diag(overlap))
-        factors = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
-        # Rows may be nearly parallel, so directions of the basis that are lost in round-off are left out.
-        sizes, axes = np.linalg.eigh(overlap * np.outer(factors, factors))
-        certain = sizes > 1e-5 * max(sizes[-1], 1e-30)
-        if not certain.any():  # J is zero
-            return 0.0, images[:_KEPT_VECTORS]
-        white = factors[:, None] * axes[:, certain] / np.sqrt(sizes[certain])
-        values, turned = np.linalg.eigh(white.T @ energy @ white)
-        chosen = (white @ turned)[:, ::-1][:, :_KEPT_VECTORS].T
-        turn = torch.from_numpy(chosen.copy()).to(images.dtype)
-        if images.device.type == "cuda":  # only a copy from pinned memory does not wait
-            turn = turn.pin_memory()
-        return math.sqrt(max(float(values[-1]), 0.0)), turn.to(images.device, non_blocking=True) @ images

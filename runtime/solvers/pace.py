@@ -39,7 +39,9 @@ class Pace:
         """Relative error that was left in the last step whose result is known."""
         self.capturing = False
         """Whether a CUDA graph is being captured. Whoever replays it knows when its changes can be read."""
-        self._rule = 0.0, 0.0, 0.0
+        self.left = 1.0
+        """Factor from the change of the last sweep to the error that is left, as it was when last waited for."""
+        self._rule = 0.0, 0.0
         self._changes: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
@@ -47,24 +49,29 @@ class Pace:
         """Everything without the change that nobody has read. A copy waits for its first result."""
         return {**self.__dict__, "sweeps": None, "_changes": None, "_arrived": None}
 
-    def found(self, sweeps: int, residual: float) -> None:
-        """Note the result of a phase that was waited for."""
-        self.sweeps, self.residual, self.steps = sweeps, residual, 0
+    def found(self, sweeps: int, residual: float, left: float) -> None:
+        """Note the result of a phase that was waited for.
+
+        Args:
+            sweeps: how many it took.
+            residual: relative error that was left.
+            left: factor from the change of its last sweep to that error.
+        """
+        self.sweeps, self.residual, self.left, self.steps = sweeps, residual, left, 0
 
     def forget(self) -> None:
         """Wait for the result of the next step."""
         self.sweeps, self._changes = None, None
 
-    def post(self, change: Tensor, rtol: float, contraction: float, left: float) -> None:
+    def post(self, change: Tensor, rtol: float, contraction: float) -> None:
         """Note the change of the last sweep of a phase that was not waited for.
 
         Args:
             change: the largest relative change of a layer, a scalar.
             rtol: largest relative error at which the phase may stop.
             contraction: factor by which a sweep is expected to contract.
-            left: factor from a change to the error that is left.
         """
-        self._rule = rtol, contraction, left
+        self._rule = rtol, contraction
         self.steps += 1
         if change.device.type == "cpu":
             self._changes, self._arrived = change, None
@@ -84,8 +91,8 @@ class Pace:
             return True
         if self._arrived is not None:
             self._arrived.synchronize()
-        rtol, contraction, left = self._rule
-        self.residual = float(self._changes) * left
+        rtol, contraction = self._rule
+        self.residual = float(self._changes) * self.left
         if not math.isfinite(self.residual):
             self.forget()
             return False

@@ -112,9 +112,10 @@ def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | N
     if not pace.capturing and not pace.read():
         warnings.warn(LOST, ConvergenceWarning, stacklevel=2)
     if pace.sweeps is None:
-        settled = _Relaxation(problem, solver, rtol, contraction).run()
+        relaxation = _Relaxation(problem, solver, rtol, contraction)
+        settled = relaxation.run()
         if settled.converged:
-            pace.found(settled.sweeps, settled.residual)
+            pace.found(settled.sweeps, settled.residual, relaxation.factor)
         return settled
     return _paced(problem, solver, rtol, contraction, pace, pace.sweeps)
 
@@ -142,7 +143,7 @@ def _paced(problem: FixedPoint, solver: Solver, rtol: float, contraction: float,
     for sweep in range(1, sweeps + 1):
         change = solver.step(problem, memory, measure=sweep == sweeps)
     assert change is not None
-    pace.post(change, rtol, typical_contraction(contraction), stopping_rule(rtol, contraction, True)[1])
+    pace.post(change, rtol, typical_contraction(contraction))
     return Settled(sweeps, pace.residual, True, "")
 
 
@@ -225,6 +226,8 @@ class _Relaxation:
         self.measured, self.previous, self.rate = 0, math.inf, 0.0
         """The last measured sweep, its change, and the contraction per sweep between the last two (0 if unknown)."""
         self.worst = math.inf
+        self.factor = 1.0
+        """From the last measured change to the error that is left."""
         self.patience = max(_STALL, solver.max_sweeps // 20)
         self.best, self.since = math.inf, 0
         self.halfway: Tensor | None = None
@@ -271,7 +274,8 @@ class _Relaxation:
     def _has_ended(self, changes: Tensor) -> bool:
         """Evaluate a measured sweep. Returns whether nothing is left to run."""
         change = float(changes.max())
-        errors = changes * self._error_left(change)
+        self.factor = self._error_left(change)
+        errors = changes * self.factor
         worst = self.worst = float(errors.max())
         if self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
             if self.coarse is None or self.coarse <= self.rtol:

@@ -32,6 +32,8 @@ from ffebm_compiler.loading import load
 from ffebm_compiler.ngspice import Ngspice
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.reports.checks import Comparison, GradientReport, check_gradients
+from ffebm_compiler.runtime.devices.devices import Devices, device_presets
+from ffebm_compiler.runtime.devices.laws import Drift, FlickerNoise, LogLaw, Relaxation
 from ffebm_compiler.runtime.estimators.choice import (
     ContrastiveLearning,
     CoupledLearning,
@@ -58,12 +60,15 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "CoupledLearning",
+    "Devices",
+    "Drift",
     "EquilibriumPropagation",
     "ExportError",
     "FFEBMError",
     "FFEBMWarning",
     "FabricError",
     "FeedbackWeights",
+    "FlickerNoise",
     "GaussSeidel",
     "GradientError",
     "GradientReport",
@@ -74,6 +79,7 @@ __all__ = [
     "Implicit",
     "ImplicitDifferentiation",
     "InputError",
+    "LogLaw",
     "Measured",
     "NewtonCG",
     "Ngspice",
@@ -81,6 +87,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "RecurrentBackprop",
+    "Relaxation",
     "TruncatedBackprop",
     "Unrolled",
     "UnsupportedError",
@@ -88,6 +95,7 @@ __all__ = [
     "alignment_penalty",
     "check_gradients",
     "convert",
+    "device_presets",
     "hardware_presets",
     "init",
     "jacobian_homeostasis",

@@ -26,6 +26,7 @@ from ffebm_compiler.pipeline import annotated_program
 from ffebm_compiler.plan import Plan, PlanOptions, fingerprint
 from ffebm_compiler.recast import Casts
 from ffebm_compiler.reports.verification import verify_feedforward
+from ffebm_compiler.runtime.devices.devices import Devices, devices_of
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
@@ -150,6 +151,7 @@ def convert(
     block_ops: Sequence[str] = ("add", "reshape"),
     feedback_weights: str | FeedbackWeights = "tied",
     digital_drive: bool = False,
+    devices: str | Devices | None = None,
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
     on_unsupported: str = "digital",
@@ -181,6 +183,8 @@ def convert(
         digital_drive: whether an activation of a digital value, such as batch norm's result, may be a block's state.
             Its drive is that value, through DACs, and it gets feedback from the layers of the block that read it. It
             changes what is computed: conv, batch norm and ReLU are then the networks of Nest & Ernoult (2024).
+        devices: the devices that hold the weights of the blocks: a preset's name (`device_presets()`) or a `Devices`.
+            None computes exactly. See `HybridModel.set_devices`.
         force_digital, force_analog: glob patterns on module paths.
         on_unsupported: `"digital"` leaves a layer that cannot be analog digital, `"error"` raises.
         dynamic_shapes: `"batch"` frees the batch size, and None fixes all sizes. Other values are handed to
@@ -199,6 +203,7 @@ def convert(
         raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
     estimator = estimator_of(gradient)
     own_feedback = feedback_weights_of(feedback_weights)
+    chosen_devices = devices_of(devices)
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, from ffebm.plan() or Plan.from_json()")
     options = PlanOptions(
@@ -227,4 +232,6 @@ def convert(
     hybrid.configure(feedback=feedback, estimator=estimator, solver=solver, energy=kind)
     hybrid.calibrate(*front.args, **front.kwargs)
     verify_feedforward(hybrid, front.args, front.kwargs)
+    if chosen_devices is not None:
+        hybrid.set_devices(chosen_devices)
     return hybrid

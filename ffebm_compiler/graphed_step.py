@@ -50,7 +50,7 @@ class GraphedStep:
         InputError: the hybrid is in evaluation mode or not on a CUDA device, `slack` is not between 0 and 1, or the
             loss is no scalar.
         UnsupportedError: a block waits for its residual in every step, as it must without a certificate; or digital
-            gradients are estimated by perturbation.
+            gradients are estimated by perturbation; or the weights are on devices.
     """
 
     def __init__(self, hybrid: HybridModel, loss: Callable[..., Tensor], *, slack: float = 0.1) -> None:
@@ -97,6 +97,11 @@ class GraphedStep:
         device = next((p.device for p in hybrid.parameters()), torch.device("cpu"))
         if device.type != "cuda":
             raise InputError(f"a CUDA graph needs a CUDA device, and the hybrid is on {device}: call .cuda() on it")
+        if hybrid.devices is not None:
+            raise UnsupportedError(
+                "what devices hold is computed by the host when weights or age have changed, which a graph would not "
+                "notice: call hybrid.set_devices(None), or train without GraphedStep"
+            )
         if digital_gradient(hybrid) is not None:
             raise UnsupportedError(
                 "gradients of digital parts that are estimated by perturbation cannot be captured in a graph: call "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.errors import ExportError, InputError, UnsupportedError
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.plan import Plan
@@ -151,11 +151,17 @@ class HybridModel(HybridCore):
             fuse_batchnorm: let the exporter fuse batch norm into digital convolutions.
 
         Raises:
-            ExportError: where onnx is not installed, an operation has no ONNX form or the path cannot be written.
+            ExportError: where onnx is not installed, an operation has no ONNX form, the path cannot be written, or
+                the weights are on devices.
             InputError: for another value of `parts`.
         """
         from ffebm_compiler.onnx import export_digital, export_whole
 
+        if self.devices is not None:
+            raise ExportError(
+                f"the weights of this hybrid are on devices ({self.devices.name}), whose errors and noise an ONNX file "
+                "does not hold: call set_devices(None) first, and set_devices() again after the export"
+            )
         if parts not in (None, "digital"):
             raise InputError(f"parts is {parts!r}; expected 'digital', or nothing for the whole hybrid")
         export = export_whole if parts is None else export_digital

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.conductances import KEPT, check_conductances, clamp_after_steps, clamp_conductances
+from ffebm_compiler.device_state import age_of, aged, observed_ranges, program_devices, put_on_devices
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.gradient_choice import (
@@ -39,6 +40,7 @@ from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchan
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.devices.devices import Devices, devices_of
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
@@ -253,7 +255,7 @@ class HybridCore(HybridParts):
 
     @contextmanager
     def feedforward_mode(self) -> Iterator[None]:
-        """Run every block without feedback, which is the source's own function."""
+        """Run every block without feedback and without devices, which is the source's own function."""
         before = {name: block.enabled for name, block in self._energy.items()}
         try:
             for block in self._energy.values():
@@ -345,7 +347,8 @@ class HybridCore(HybridParts):
             self(*args, **kwargs)
         for name, (operands, _) in record.items():
             block = self._energy[name]
-            block.gain.calibrate(operands[: block.program.inputs], operands[block.program.inputs :])
+            inputs = block.program.inputs
+            block.gain.calibrate(operands[:inputs], block.held(operands[inputs:]))
             block.gain.fitted(self._made_of(name))
 
     def _recertify(self, name: str) -> None:
@@ -377,7 +380,12 @@ class HybridCore(HybridParts):
                 continue
             self._recertify(name)
             before = block.loop_gain
+            origins = {} if block.arrays is None else block.arrays.origins
+            factors: dict[int, float] = {}
             for index, factor in block.projection(limit).items():
+                origin = origins.get(index, index)
+                factors[origin] = min(factor, factors.get(origin, 1.0))
+            for index, factor in factors.items():
                 with torch.no_grad():
                     self._parameter_behind(name, index).mul_(factor)
                 changed[name] = before
@@ -451,6 +459,60 @@ class HybridCore(HybridParts):
             check_measured(block, block.estimator, solver)
         for block in self._energy.values():
             block.solver = solver
+
+    @property
+    def device_age(self) -> float:
+        """Seconds since the devices were programmed; 0 without devices."""
+        return age_of(self)
+
+    def set_devices(self, devices: str | Devices | None) -> None:
+        """Program the weights of all blocks into devices. None goes back to exact arithmetic.
+
+        The source's weights stay as they are, and gradients and optimizers work on them. What the devices hold follows
+        from the present weights, the devices' seed and their age, and the feedback is set for it. See `docs/analog.md`.
+
+        Args:
+            devices: a preset's name (`ffebm.device_presets()`), a `Devices`, or None.
+
+        Raises:
+            InputError: the name is unknown, or the plan has no analog block.
+            UnsupportedError: a layer's mapping or the energy does not admit these devices.
+        """
+        put_on_devices(self, devices_of(devices))
+
+    def program_devices(self, seed: int | None = None) -> None:
+        """Program the devices again: their static errors are drawn anew, and their age is zero.
+
+        Args:
+            seed: seed of the errors. None takes the next integer.
+
+        Raises:
+            InputError: there are no devices, or the seed is no integer of at least 0.
+        """
+        program_devices(self, seed)
+
+    def age(self, seconds: float) -> None:
+        """Set the time since the devices were programmed, so that they have drifted. Amplifiers stay as they are.
+
+        Args:
+            seconds: the whole time since programming, not what is added to it.
+
+        Raises:
+            InputError: there are no devices, or the time is negative.
+        """
+        aged(self, seconds)
+
+    def calibrate_converters(self, *args: Any, **kwargs: Any) -> None:
+        """Set the range of every DAC and ADC to the largest values that these inputs bring, in eval mode.
+
+        Without this call the first forward sets the ranges of a block's inputs and outputs, and the first gradient
+        those of the states that it reads.
+
+        Raises:
+            InputError: there are no devices.
+        """
+        with observed_ranges(self), self.in_mode(False):
+            self(*args, **kwargs)
 
     def set_feedback(self, feedback: float | str) -> None:
         """Set the feedback of every block.

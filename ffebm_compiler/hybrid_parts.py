@@ -22,6 +22,7 @@ from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchan
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
+from ffebm_compiler.runtime.devices.devices import Devices
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
@@ -59,6 +60,7 @@ _OWN = frozenset(
         "_sources",
         "_source",
         "conversion",
+        "devices",
         "energy_function",
         "feedback_names",
         "feedback_weights",
@@ -96,6 +98,8 @@ class HybridParts(nn.Module):
         self._folded = frozenset(program.folded)
         self.energy_function: Energy = DEFAULT_ENERGY
         """The energy that `convert` was asked for, which the blocks minimise."""
+        self.devices: Devices | None = None
+        """The devices that hold the blocks' weights; None for exact arithmetic. `set_devices` changes them."""
         self.conversion: Conversion | None = None
         """The arguments of `convert`, which `save` stores."""
         self.recertify_every: int | None = 100
@@ -223,7 +227,7 @@ class HybridParts(nn.Module):
         return [self._tensor(source) for source in self._sources.get(name, ())]
 
     def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-        """(inputs, weights) of an energy block. An input that depends on the network's inputs is None."""
+        """(inputs, weights as devices hold them) of a block. An input that depends on the network's inputs is None."""
         run = self.lowered
         call = self._call_of(name)
         known: dict[fx.Node, Tensor | None] = {}
@@ -236,7 +240,7 @@ class HybridParts(nn.Module):
             values = tuple(static_value(run, node, known) for node in call.args)
             if sharded:  # gathered tensors are freed when the context ends
                 values = tuple(value if value is None else value.clone() for value in values)
-        return values[:count], values[count:]
+        return values[:count], tuple(self._energy[name].held(values[count:]))
 
     def weight_at(self, place: FeedbackPlace) -> Tensor:
         """The forward weight that feedback weights belong to, computed from the present parameters."""

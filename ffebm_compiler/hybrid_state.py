@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler.device_state import restore_devices, stored_devices
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.gradient_choice import assign_digital, digital_gradient
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
@@ -75,6 +76,7 @@ def state_of(hybrid: HybridParts) -> dict[str, Any]:
         "blocks": blocks,
         "energy": name_of(hybrid.energy_function),
         "digital": _digital_state(hybrid),
+        "devices": stored_devices(hybrid),
     }
 
 
@@ -162,6 +164,7 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
                 f"the stored state is of the blocks {', '.join(stored) or 'none'}, and this hybrid has "
                 f"{', '.join(blocks) or 'none'}: convert with the plan of the hybrid that was saved"
             )
+        restore_devices(hybrid, state.get("devices"))
         for name, module in blocks.items():
             estimator = _made_from(stored[name]["gradient"], ESTIMATORS, module.estimator)
             solver = _made_from(stored[name]["solver"], SOLVERS, module.solver)
@@ -215,14 +218,20 @@ def _of_same_blocks(hybrid: HybridParts, state: Any) -> bool:
     except (KeyError, TypeError, AttributeError):
         return False
     present = hybrid.energy_blocks
+    stored = state.get("devices")
+    mismatch = isinstance(stored, Mapping) and bool(stored.get("settings", {}).get("mismatch"))
     return layers == {name: [layer.name for layer in block.program.layers] for name, block in present.items()} and all(
-        count == _norms(present[name]) for name, count in norms.items()
+        count == _norms(present[name], mismatch) for name, count in norms.items()
     )
 
 
-def _norms(block: EnergyBlock) -> int:
-    """How many norms its certificate holds: feedback weights of their own have more."""
-    return 0 if block.certificate is None else len(block.certificate.norms)
+def _norms(block: EnergyBlock, mismatch: bool) -> int:
+    """How many norms its certificate holds: feedback through other weights has more."""
+    program = block.program if block.arrays is None else block.arrays.source
+    if block.certificate is None:
+        return 0
+    edges = sum(map(len, program.upstream))
+    return edges if program.symmetric and not mismatch else 2 * edges
 
 
 def _is_equal(present: Tensor, arriving: object) -> bool:

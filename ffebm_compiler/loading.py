@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffebm_compiler.convert import convert
+from ffebm_compiler.device_state import restore_devices
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.example_inputs import example_inputs
 from ffebm_compiler.files.checked_json import Malformed
@@ -71,6 +72,8 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         )
     except FFEBMError as error:
         raise type(error)(f"{folder} does not fit the model: {error}") from error
+    if values["state"].get("devices") is not None:
+        restore_devices(hybrid, values["state"]["devices"])
     present = hybrid.plain_state_dict(keep_vars=True)
     check_weights(folder / "weights.safetensors", tensors, present)
     check_state(path, settings, hybrid)

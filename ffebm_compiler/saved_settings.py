@@ -14,6 +14,7 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.files.checked_json import AtLeast, Malformed, Number, read_json, short, typed
 from ffebm_compiler.hybrid_state import ESTIMATORS, SOLVERS
+from ffebm_compiler.runtime.devices.devices import Devices
 from ffebm_compiler.runtime.energies.choice import energy_of
 
 if TYPE_CHECKING:
@@ -66,11 +67,19 @@ class _Digital:
 
 
 @dataclass(frozen=True)
+class _Devices:
+    settings: Mapping[str, Any]
+    age: _Magnitude
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]]
+
+
+@dataclass(frozen=True)
 class _State:
     recertify_every: _Count | None
     project_to: _Positive | None
     blocks: Mapping[str, _BlockState]
     digital: _Digital | None = None
+    devices: _Devices | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +119,26 @@ def read_settings(path: Path, schema: int) -> tuple[Settings, dict[str, Any]]:
                 raise Malformed(f"{place}.amplifiers: expected {len(block.layers)} numbers, one a layer")
             if len(block.scales) != len(block.layers):
                 raise Malformed(f"{place}.scales: expected {len(block.layers)} numbers, one a layer")
+        _check_devices(settings.state)
     except Malformed as error:
         raise InputError(f"{path} is malformed ({error}): {REMEDY}") from error
     return settings, found
+
+
+def _check_devices(state: _State) -> None:
+    """Check the settings of devices, and that their converters are those of blocks."""
+    if state.devices is None:
+        return
+    try:
+        Devices.from_dict(state.devices.settings)
+    except InputError as error:
+        raise Malformed(f"state.devices.settings: {error}") from error
+    for name, ranges in state.devices.ranges.items():
+        if name not in state.blocks:
+            raise Malformed(f"state.devices.ranges: {short(name)} is no block")
+        for place, (low, high) in ranges.items():
+            if not (low == 0 or low == -high) or high < 0:
+                raise Malformed(f"state.devices.ranges.{name}.{short(place)}: expected [0, m] or [-m, m]")
 
 
 def _check_feedback(energy: str, feedback: float | str, place: str) -> None:

@@ -198,7 +198,8 @@ class _Builder:
         )
         kept, _ = self.drawn.setdefault(node, (local[node], instructions)) if operator.draws else (local[node], None)
         first = None if kept == local[node] else kept
-        instructions.append(Instruction(operator, operands, indices, local[node], first))
+        operation = node.name if operator.product else ""
+        instructions.append(Instruction(operator, operands, indices, local[node], first, operation))
         return local[node]
 
     def _operator(self, node: fx.Node) -> tuple[Operator, tuple[fx.Node | None, ...]]:

@@ -9,22 +9,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import FFEBMError, InputError
+from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.runtime.activations.table import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.chaining import Restoring, Settle
+from ffebm_compiler.runtime.devices.analog import Analog
+from ffebm_compiler.runtime.devices.arrays import Arrays
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
+from ffebm_compiler.runtime.estimators.equilibrium_propagation import HARDWARE
 from ffebm_compiler.runtime.held_gain import HeldGain, check_inputs, check_weights
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
+from ffebm_compiler.runtime.phases.read_phase import ReadPhase
 from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
+from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.choice import Choice, choose
+from ffebm_compiler.runtime.solvers.measured import Measured
 from ffebm_compiler.runtime.solvers.pace import Paces
 from ffebm_compiler.runtime.solvers.relaxation import Settled, concluded, run
 
@@ -59,6 +65,11 @@ class EnergyBlock(nn.Module):
     def __init__(self, program: BlockProgram, estimator: Estimator | None = None) -> None:
         super().__init__()
         self.program = program
+        """What the block runs. With devices whose feedback differs it has weights for that (`Arrays.program`)."""
+        self.arrays: Arrays | None = None
+        """The devices that hold the weights; None for exact arithmetic. `set_arrays` changes them."""
+        self.quiet = False
+        """Whether reads are exact and converters are out, so that only the static errors of devices are left."""
         self.estimator: Estimator = estimator or EquilibriumPropagation()
         self.solver: Solver | None = None
         self.energy_function: Energy = DEFAULT_ENERGY
@@ -82,6 +93,43 @@ class EnergyBlock(nn.Module):
         self._activations: tuple[Activation, ...] = ()
         self._shapes: dict[int, torch.Size] = {}
         self._drawn: dict[int, Tensor | None] = {}
+
+    @property
+    def active_estimator(self) -> Estimator:
+        """The estimator that was given. Where states are read inexactly, the default is EP with a large nudge."""
+        default = self._reads_states and self.estimator == EquilibriumPropagation()
+        return HARDWARE if default else self.estimator
+
+    @property
+    def _reads_states(self) -> bool:
+        """Whether states are read with noise or through ADCs."""
+        arrays = None if self.quiet else self.arrays
+        return arrays is not None and (arrays.devices.noisy or arrays.devices.adc_bits is not None)
+
+    def analog(self, reads: Reads | None, sweeps: int) -> Analog | None:
+        """How the states of a gradient are read, after a free phase of so many sweeps."""
+        if not self._reads_states:
+            return None
+        assert self.arrays is not None
+        return Analog(reads, self.arrays.converters, sweeps)
+
+    def set_arrays(self, arrays: Arrays | None) -> None:
+        """Put the weights on devices, or back. The feedback must be measured and set afterwards.
+
+        Raises:
+            UnsupportedError: the energy does not admit feedback that differs from the forward weights.
+        """
+        before = self.program if self.arrays is None else self.arrays.source
+        program = before if arrays is None else arrays.program
+        if program is not self.program:
+            if program.coupled:
+                self.energy_function.check_program(program)
+            self.program, self.gain = program, self.gain.moved(program)
+        self.arrays = arrays
+
+    def held(self, weights: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The weights that the block's program multiplies by, for these weights of the source."""
+        return weights if self.arrays is None else self.arrays.held(weights)
 
     @property
     def name(self) -> str:
@@ -237,9 +285,31 @@ class EnergyBlock(nn.Module):
 
     def _settled(self, frame: Frame) -> tuple[FreePhase, Settled]:
         solver, contraction = self.active_solver, self.contraction
+        if frame.reads is not None:
+            return self._read(frame)
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
         phase = FreePhase(frame, self.setting, self._warm_start(frame))
         return phase, run(phase, solver, self._rtol(phase), contraction)
+
+    def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:
+        """Run the predicted sweeps of a free phase that is read with noise.
+
+        Without a certificate, it runs as many as settle in exact arithmetic.
+        """
+        if isinstance(self.active_solver, Measured):
+            raise UnsupportedError(
+                f"{self.name}: its equilibria are measured by a fabric, which has its own noise, and its devices are read "
+                "with a modelled one. Leave read_noise out of the devices, or call set_solver(None)"
+            )
+        certificate, rtol = self.certificate, self.free_rtol(frame.inputs[0].dtype, frame.training)
+        sweeps = None if certificate is None or self.contraction is None else certificate.sweeps(rtol)
+        if sweeps is None:
+            exact = Frame(self.program, frame.inputs, frame.weights, dict(frame.drawn))
+            exact.training = frame.training
+            sweeps = self._settled(exact)[1].sweeps
+        phase = ReadPhase(frame, self.setting)
+        phase.run(sweeps, self.active_solver)
+        return phase, Settled(sweeps, 0.0, True, "")
 
     def _settled_anew(self, frame: Frame, needed: Certificate) -> tuple[FreePhase, Settled]:
         """Settle once more with the γ that the present weights need, since their loop gain has changed.
@@ -353,9 +423,13 @@ class EnergyBlock(nn.Module):
         return self._run(*operands)
 
     def _run(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
-        program = self.program
-        inputs, weights = operands[: program.inputs], operands[program.inputs :]
+        program = self.program if self.enabled or self.arrays is None else self.arrays.source
+        inputs = operands[: program.inputs]
+        weights: Sequence[Tensor | None] = operands[program.inputs :]
         present = [value for value in inputs if value is not None]
+        reads: Reads | None = None
+        if self.arrays is not None and self.enabled:
+            present, weights, reads = self._on_devices(present, weights)
         if len(present) != program.inputs or len(weights) != program.weights:
             raise FFEBMError(f"{self.name} takes {program.inputs} inputs and {program.weights} weights")
         for forward, backward in program.feedback_weights:
@@ -368,8 +442,24 @@ class EnergyBlock(nn.Module):
             cast = [value.to(widest) if value.is_floating_point() else value for value in present]
             rounded = torch.get_autocast_dtype(kind) == torch.bfloat16
             with torch.autocast(kind, enabled=False):
-                return self._forward(cast, [None if w is None else w.to(widest) for w in weights], rounded)
-        return self._forward(present, list(weights))
+                return self._forward(cast, [None if w is None else w.to(widest) for w in weights], rounded, reads)
+        return self._forward(present, list(weights), False, reads)
+
+    def _on_devices(
+        self, inputs: list[Tensor], weights: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], Sequence[Tensor | None], Reads | None]:
+        """Inputs after the DACs, weights as the devices hold them, and the noise of their reads."""
+        assert self.arrays is not None
+        if self.quiet:
+            return inputs, self.arrays.held(weights), None
+        held, reads = self.arrays.enter(weights)
+        return [self.arrays.converters.enter(index, value) for index, value in enumerate(inputs)], held, reads
+
+    def _leave(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs after the ADCs."""
+        if self.arrays is None or not self.enabled or self.quiet:
+            return outputs
+        return tuple(self.arrays.converters.leave(index, value) for index, value in enumerate(outputs))
 
     def _check_feedback(self, forward: Tensor | None, backward: Tensor | None) -> None:
         if forward is not None and backward is not None and forward.shape != backward.shape:
@@ -379,16 +469,18 @@ class EnergyBlock(nn.Module):
             )
 
     def _forward(
-        self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool = False
+        self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool, reads: Reads | None
     ) -> tuple[Tensor, ...]:
-        program = self.program
+        program = self.program if self.enabled or self.arrays is None else self.arrays.source
+        autocast = autocast and reads is None  # arrays are read in full precision, and with their noise
         frame = Frame(program, inputs, weights)
         frame.autocast = autocast
         if not program.coupled or not self.enabled:
             # Without feedback the block computes the source's own layers, so that autograd is exact.
+            frame.reads = reads
             phase, self.last = FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
             states, _ = phase.settled()
             self._states, self._preactivations = tuple(state.detach() for state in states), ()
-            return frame.read({index: states[index] for index in program.visible})
-        visible = Settle.apply(self, frame.drawn, autocast, *inputs, *weights)  # type: ignore[no-untyped-call]
-        return frame.read(dict(zip(program.visible, visible, strict=True)))
+            return self._leave(frame.read({index: states[index] for index in program.visible}))
+        visible = Settle.apply(self, frame.drawn, autocast, reads, *inputs, *weights)  # type: ignore[no-untyped-call]
+        return self._leave(frame.read(dict(zip(program.visible, visible, strict=True))))

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ffebm_compiler.runtime.devices.analog import Analog
 from ffebm_compiler.runtime.estimators.base import Estimator, aligned
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.pace import Paces
 from ffebm_compiler.runtime.solvers.relaxation import Settled
@@ -38,10 +40,11 @@ class Settling(Protocol):
     training: bool
     gain: HeldGain
     last: Settled | None
-    estimator: Estimator
     aligned: bool
     kept_gradients: Restoring | None
 
+    @property
+    def active_estimator(self) -> Estimator: ...
     @property
     def active_solver(self) -> Solver: ...
     @property
@@ -53,6 +56,7 @@ class Settling(Protocol):
     def error_rtol(self, dtype: torch.dtype, training: bool = False) -> float: ...
     def free_rtol(self, dtype: torch.dtype, training: bool = False) -> float: ...
     def hint(self) -> str: ...
+    def analog(self, reads: Reads | None, sweeps: int) -> Analog | None: ...
 
 
 class Settle(torch.autograd.Function):
@@ -65,13 +69,18 @@ class Settle(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, block: Settling, drawn: dict[int, Any], autocast: bool, *tensors: Tensor | None
+        ctx: Any,
+        block: Settling,
+        drawn: dict[int, Any],
+        autocast: bool,
+        reads: Reads | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         program = block.program
         tensors = block.laid_out(tensors)
         inputs = [value for value in tensors[: program.inputs] if value is not None]
         frame = Frame(program, inputs, tensors[program.inputs :], drawn)
-        frame.training, frame.autocast = block.training, autocast
+        frame.training, frame.autocast, frame.reads = block.training, autocast, reads
         if block.training:
             frame.paces = block.paces_on(inputs[0].device)
             block.gain.hold(frame.weights)
@@ -82,8 +91,8 @@ class Settle(torch.autograd.Function):
         ctx.block, ctx.last, ctx.training = block, block.last, frame.training
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
         ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
-        ctx.paces, ctx.autocast = frame.paces, autocast
-        ctx.estimator, ctx.aligned, ctx.kept_gradients = block.estimator, block.aligned, block.kept_gradients
+        ctx.paces, ctx.autocast, ctx.reads = frame.paces, autocast, reads
+        ctx.estimator, ctx.aligned, ctx.kept_gradients = block.active_estimator, block.aligned, block.kept_gradients
         ctx.set_materialize_grads(False)
         wide = phase.literal if phase.literal and phase.literal[0] is not states[0] else ()
         ctx.measured = bool(phase.literal)
@@ -111,7 +120,7 @@ class Settle(torch.autograd.Function):
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
         count = program.inputs + program.weights
         if all(error is None for error in visible):
-            return (None,) * (count + 3)
+            return (None,) * (count + 4)
         layers = len(program.layers)
         inputs = [value for value in saved[: program.inputs] if value is not None]
         frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
@@ -127,7 +136,7 @@ class Settle(torch.autograd.Function):
         errors: list[Tensor | None] = [None] * layers
         for index, error in zip(program.visible, block.laid_out(visible), strict=True):
             errors[index] = error
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         dtype = torch.bfloat16 if ctx.autocast else states[0].dtype
         situation = Situation(
             frame=frame,
@@ -145,6 +154,7 @@ class Settle(torch.autograd.Function):
             measured=lambda: block.gain.measured(frame.weights),
             inputs_needed=tuple(needed[: program.inputs]),
             weights_needed=tuple(needed[program.inputs :]),
+            analog=block.analog(ctx.reads, ctx.last.sweeps),
         )
         if ctx.last.lost:
             gradients = ctx.estimator.gradients(*situation.without(ctx.last.lost, errors))
@@ -153,4 +163,4 @@ class Settle(torch.autograd.Function):
             gradients = ctx.estimator.gradients(situation, errors)
             found = gradients.inputs
         weights = aligned(program, gradients.weights, needed[program.inputs :]) if ctx.aligned else gradients.weights
-        return (None, None, None, *found, *weights)
+        return (None, None, None, None, *found, *weights)

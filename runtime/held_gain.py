@@ -58,6 +58,17 @@ class HeldGain:
         self._examples: list[Tensor] = []
         self._shapes: dict[int, torch.Size] = {}
 
+    def moved(self, program: BlockProgram) -> HeldGain:
+        """The same feedback for another program of the block, to be measured."""
+        fresh = HeldGain(program, self.energy)
+        fresh.feedback, fresh.locked, fresh.changes = self.feedback, self.locked, self.changes
+        fresh._examples = self._examples
+        return fresh
+
+    def forget(self) -> None:
+        """Note that the weights have changed by themselves, as devices age."""
+        self.stamp = self._changed_stamp = self._measured_stamp = None
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything without the stamps, which identify tensor objects. The hybrid stamps its copy's weights."""
         return {**self.__dict__, "stamp": None, "_changed_stamp": None, "_measured_stamp": None}

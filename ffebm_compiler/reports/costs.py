@@ -222,7 +222,7 @@ def cost_report_of(hybrid: HybridCore) -> CostReport:
         if block.certificate is not None:
             dtype = next((weight.dtype for weight in block.weights if weight is not None), torch.float32)
             sweeps[block.name] = block.certificate.sweeps(block.module.free_rtol(dtype))
-        if getattr(block.module.estimator, "variant", "") == "centered":
+        if getattr(block.module.active_estimator, "variant", "") == "centered":
             phases = 2
     return cost_report(hybrid.plan, nudged_phases=phases, sweeps=sweeps)
 

@@ -141,7 +141,7 @@ def summary_text(hybrid: HybridCore) -> str:
                 "unknown" if predicted is None else str(predicted),
                 "not run" if module.last is None else str(module.last.sweeps),
                 type(module.active_solver).__name__ if certificate is not None else "none",
-                module.estimator.name if certificate is not None else "exact",
+                module.active_estimator.name if certificate is not None else "exact",
                 ", ".join(
                     dict.fromkeys(
                         layer.activation.name for layer in module.program.layers if not layer.activation.monotone
@@ -162,8 +162,30 @@ def summary_text(hybrid: HybridCore) -> str:
     )
     table = table_text("equilibria (sweeps predicted and in the last forward)", columns, rows)
     return "\n".join(
-        [plan_text(hybrid.plan), table, *_energy_lines(hybrid), *gradient_lines(hybrid), *_solver_lines(hybrid)]
+        [
+            plan_text(hybrid.plan),
+            table,
+            *_energy_lines(hybrid),
+            *_device_lines(hybrid),
+            *gradient_lines(hybrid),
+            *_solver_lines(hybrid),
+        ]
     )
+
+
+def _device_lines(hybrid: HybridCore) -> list[str]:
+    """The devices that hold the weights, and how gradients are read from them."""
+    devices = hybrid.devices
+    if devices is None:
+        return []
+    age = "new" if not hybrid.device_age else f"{hybrid.device_age:.4g} s old"
+    lines = [f"devices (modelled): {devices.name}, seed {devices.seed}, {age}"]
+    if devices.source:
+        lines.append(f"  source: {devices.source}")
+    if devices.noisy or devices.adc_bits is not None:
+        used = dict.fromkeys(str(block.module.active_estimator) for block in hybrid.blocks if block.loop_gain)
+        lines += [f"  states are read in literal form: {each}" for each in used]
+    return lines
 
 
 def _energy_lines(hybrid: HybridCore) -> list[str]:

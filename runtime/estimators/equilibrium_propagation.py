@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
+from ffebm_compiler.runtime.estimators.literal import contrast_of_read_states, read_nudged_states
 from ffebm_compiler.runtime.estimators.nudge import (
     amplitudes,
     imaginary,
@@ -29,7 +30,7 @@ from ffebm_compiler.runtime.estimators.nudge import (
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
 
-__all__ = ["EquilibriumPropagation"]
+__all__ = ["HARDWARE", "EquilibriumPropagation"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class EquilibriumPropagation(Estimator):
     """Whether several nudged phases settle at once, as one larger batch. None does so if that is faster."""
     through_feedback: bool = False
     """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
+    reads: int = 1
+    """Reads of a nudged state whose mean is taken, where devices are read with noise (`docs/analog.md`)."""
     name = "ep"
 
     def __post_init__(self) -> None:
@@ -71,6 +74,8 @@ class EquilibriumPropagation(Estimator):
         if self.together not in (None, True, False):
             raise InputError(f"together is {self.together!r}; expected True, False or None")
         check_through_feedback(self.through_feedback)
+        if isinstance(self.reads, bool) or not isinstance(self.reads, int) or self.reads < 1:
+            raise InputError(f"reads is {self.reads!r}; expected a number of reads of at least 1")
 
     @property
     def compares_states(self) -> bool:
@@ -106,6 +111,8 @@ class EquilibriumPropagation(Estimator):
         betas = self._betas()
         if self.variant == "holomorphic":
             _check_holomorphic(at)
+        if at.analog is not None:
+            return self._of_read_states(at, errors, amplitude)
         drives = scaled(errors, -amplitude)
         found, sweeps = settled_currents(
             at, betas, self.together, lambda group: NudgedPhase(at.frame, at.setting, at.preactivations, drives, group)
@@ -123,6 +130,61 @@ class EquilibriumPropagation(Estimator):
                 _second_order(at, gradients, moved, scaled(moved, restored), beta * share)
         gradients.sweeps = sweeps
         return gradients
+
+    def _of_read_states(self, at: Situation, errors: Sequence[Tensor | None], amplitude: Tensor) -> Gradients:
+        """The contrast of states that are read from devices, with their noise and converters (`literal.py`)."""
+        assert at.analog is not None
+        if self.variant == "holomorphic":
+            raise UnsupportedError(
+                f"{at.name}: devices hold real states, which cannot be nudged in the complex plane: use "
+                "variant='centered'"
+            )
+        betas = {"positive": (self.beta, 0.0), "negative": (0.0, -self.beta), "centered": (self.beta, -self.beta)}
+        found: list[Sequence[Tensor]] = []
+        sweeps = 0
+        for beta in betas[self.variant]:
+            states: Sequence[Tensor] = at.states
+            if beta and at.analog.reads is not None:
+                states, count = read_nudged_states(at, errors, amplitude, beta, self.reads)
+                sweeps += count
+            elif beta:
+                states, count = self._settled(at, errors, amplitude, beta)
+                sweeps += count
+            found.append([at.analog.converters.read(index, state) for index, state in enumerate(states)])
+        gradients = contrast_of_read_states(
+            at,
+            errors,
+            amplitude,
+            (found[0], found[1]),
+            betas[self.variant][0] - betas[self.variant][1],
+            self.reads,
+            self.through_feedback,
+        )
+        gradients.sweeps = sweeps
+        return gradients
+
+    def _settled(
+        self, at: Situation, errors: Sequence[Tensor | None], amplitude: Tensor, beta: float
+    ) -> tuple[list[Tensor], int]:
+        """(states s^β, sweeps) of a nudged phase that settles."""
+        assert at.analog is not None
+        nudge = at.analog.converters.nudge
+        drives = [None if error is None else nudge(error) for error in scaled(errors, -amplitude)]
+        (currents,), sweeps = settled_currents(
+            at,
+            [(beta, 1.0)],
+            False,
+            lambda group: NudgedPhase(at.frame, at.setting, at.preactivations, drives, group),
+        )
+        states = [
+            state if current is None else torch.add(state, current, alpha=beta / scale)
+            for state, current, scale in zip(at.states, currents, at.scales, strict=True)
+        ]
+        return states, sweeps
+
+
+HARDWARE = EquilibriumPropagation(beta=1.0, variant="centered", reads=16)
+"""The form in which states that are read with noise or through ADCs still tell a gradient."""
 
 
 def _second_order(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ffebm_compiler.runtime.devices.analog import Analog
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.base import Solver
@@ -40,6 +41,8 @@ class Situation:
     """The block as it is measured, for one sample and without random masks; None if the amplifiers are constant."""
     inputs_needed: tuple[bool, ...]
     weights_needed: tuple[bool, ...]
+    analog: Analog | None = None
+    """How devices read the states; None if states are known exactly."""
 
     @property
     def scales(self) -> tuple[float, ...]:

@@ -31,6 +31,8 @@ class Instruction:
     output: int
     first: int | None = None
     """Register of an earlier instruction that draws the same mask, since several drives may read one dropped value."""
+    operation: str = ""
+    """Name of the plan's operation that multiplies by a weight; empty for the others."""
 
     @property
     def kept(self) -> int:

@@ -75,6 +75,22 @@ class Contraction(Operator):
         of = letters_of(self.equation)
         return f"{of.result},{of.weight}->{of.value}"
 
+    def matrices(self, weight: Tensor) -> Tensor:
+        """The matrix of every group."""
+        rows, cols, groups = letters_of(self.equation).matrix(weight.shape)
+        return weight.permute(self._order).reshape(groups, rows, cols)
+
+    def weight_of(self, matrices: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrices`."""
+        inverse = sorted(range(len(shape)), key=lambda index: self._order[index])
+        return matrices.reshape([shape[index] for index in self._order]).permute(inverse)
+
+    @property
+    def _order(self) -> list[int]:
+        """The dimensions of the weight in the order of its matrices: groups, inputs, outputs."""
+        of = letters_of(self.equation)
+        return [of.weight.index(letter) for letter in of.groups + of.inputs + of.outputs]
+
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """A x."""
         return self.tangent(values, weights, ())

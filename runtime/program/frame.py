@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.activations.table import Activation
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction, Layer
+from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.pace import Pace, Paces
 
 __all__ = ["Frame", "take_rows"]
@@ -49,6 +50,8 @@ class Frame:
         """Whether products of values that depend on states are computed in bfloat16."""
         self.autocast = False
         """Whether all products are, also those of weight gradients, as the source's are under autocast."""
+        self.reads: Reads | None = None
+        """The noise of reading the weights, drawn anew at every product; None if a read is exact."""
         self._in_bfloat16: dict[int, Tensor] = {}
         self._back: Frame | None = None
         self.activations = tuple(self._bound(layer) for layer in program.layers)
@@ -62,7 +65,7 @@ class Frame:
         if self._back is None:
             self._back = Frame(self.program.back, (), self.weights, self.drawn, self.shapes, frozen=True)
             self._back._in_bfloat16 = self._in_bfloat16
-        self._back.coarse, self._back.autocast = self.coarse, self.autocast
+        self._back.coarse, self._back.autocast, self._back.reads = self.coarse, self.autocast, self.reads
         return self._back
 
     def _bound(self, layer: Layer) -> Activation:
@@ -126,6 +129,8 @@ class Frame:
         coarse = self.autocast or (self.coarse and self.program.from_states[instruction.output])
         if coarse and operator.product:
             result = operator.apply(_in_bfloat16(values), self._rounded_weights(instruction)).to(values[0].dtype)
+        elif self.reads is not None and operator.product:
+            result = self.reads.product(instruction, values, self._weights(instruction))
         else:
             result = operator.apply(values, self._weights(instruction))
         self.shapes[instruction.output] = result.shape
@@ -166,7 +171,7 @@ class Frame:
                 continue
             value = self._run(instruction, registers)
             registers[instruction.output] = value
-            if not self.program.from_states[instruction.output]:
+            if self.reads is None and not self.program.from_states[instruction.output]:
                 self._fixed[instruction.output] = value
         return registers
 
@@ -276,6 +281,8 @@ class Frame:
                 parts = [None if part is None else part.to(arriving.dtype) for part in found]
             else:
                 parts = instruction.operator.adjoint(arriving, weights, shapes, wanted)
+                if self.reads is not None and instruction.operator.product:
+                    parts = self.reads.backward(instruction, arriving, shapes, parts)
             for register, part, want in zip(instruction.operands, parts, wanted, strict=True):
                 if want and part is not None:
                     pending[register] = pending[register] + part if register in pending else part

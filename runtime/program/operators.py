@@ -78,6 +78,14 @@ class Operator(ABC):
         """∂⟨p, A(θ) x + b(θ)⟩/∂θ for each weight that is needed, without the bias term if `bias` is false."""
         return [None] * len(weights)
 
+    def matrices(self, weight: Tensor) -> Tensor:
+        """The weight of a product as the matrices that crossbars hold, (groups, inputs, outputs)."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies by no weight")
+
+    def weight_of(self, matrices: Tensor, shape: torch.Size) -> Tensor:
+        """The weight of this shape that has these matrices: the inverse of `matrices`."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies by no weight")
+
     def absolute(self) -> Operator:
         """The operator of the absolute values |A| for weights |θ|. Coefficients lose their sign, and constants go."""
         return self
@@ -108,6 +116,14 @@ class Linear(Operator):
     def _out_in(self, weights: Weights) -> Tensor:
         weight = _given(weights[0])
         return weight.t() if self.transposed else weight
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """One matrix, Wᵀ, or W if it is transposed."""
+        return (weight if self.transposed else weight.t()).unsqueeze(0)
+
+    def weight_of(self, matrices: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrices`."""
+        return matrices[0] if self.transposed else matrices[0].t()
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """A x + b."""
@@ -158,6 +174,19 @@ class Convolution(Operator):
     output_padding: tuple[int, ...] = (0,)
     groups: int = 1
     product = True
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """For each group, the kernel of every input channel against the output channels (im2col).
+
+        A transposed convolution has the input channels against the kernel of every output channel.
+        """
+        if self.transposed:
+            return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1).transpose(1, 2)
+
+    def weight_of(self, matrices: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrices`."""
+        return (matrices if self.transposed else matrices.transpose(1, 2)).reshape(shape)
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """W ∗ x + b."""

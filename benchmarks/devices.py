@@ -1,0 +1,169 @@
+"""What devices do to gradients: static errors, mismatch, read noise and converters, on the network of docs/analog.md.
+
+    python benchmarks/devices.py [static] [mismatch] [noise] [converters] [step]
+
+The network is 64-128-96-10 with tanh, one energy block, trained on scikit-learn's digits by backpropagation (float64).
+Each figure is the cosine between a gradient by equilibrium propagation and an exact one, for the first, second and
+third weight matrix, over 128 samples. All figures are modelled: the devices are `ffebm.Devices`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler import Devices, EquilibriumPropagation
+
+Gradients = dict[str, Tensor]
+
+
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    """The network and 128 samples."""
+    torch.manual_seed(0)
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x / 16.0), torch.tensor(y)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 10)).double()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(15):
+        for rows in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return model, x[:128], y[:128]
+
+
+def gradients(hybrid: ffebm.HybridModel, x: Tensor, y: Tensor, seed: int = 0) -> Gradients:
+    """Gradients of the weight matrices."""
+    torch.manual_seed(seed)
+    hybrid.zero_grad(set_to_none=True)
+    F.cross_entropy(hybrid(x), y).backward()
+    return {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None and p.dim() > 1}
+
+
+def exact(hybrid: ffebm.HybridModel, x: Tensor, y: Tensor) -> Gradients:
+    """The exact gradient of the devices, read without noise and converters."""
+    twin = copy.deepcopy(hybrid)
+    for block in twin.energy_blocks.values():
+        block.quiet = True
+    twin.set_gradient("implicit")
+    return gradients(twin, x, y)
+
+
+def cosines(found: Gradients, expected: Gradients) -> list[float]:
+    """One for each weight matrix."""
+    return [float((found[n] * e).sum() / (found[n].norm() * e.norm())) for n, e in expected.items()]
+
+
+def row(*cells: Any) -> None:
+    """A row of a table."""
+    print(
+        "| " + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
+    )
+
+
+class Tables:
+    """The tables, by name."""
+
+    def __init__(self, kappa: float) -> None:
+        self.model, self.x, self.y = trained()
+        self.kappa = kappa
+        ideal = ffebm.convert(self.model, self.x, feedback=kappa, gradient="implicit")
+        self.ideal = gradients(ideal, self.x, self.y)
+
+    def on(self, devices: Devices | None, kappa: float | None = None) -> ffebm.HybridModel:
+        """The network on devices."""
+        return ffebm.convert(self.model, self.x, feedback=kappa or self.kappa, devices=devices)
+
+    def means(self, hybrid: ffebm.HybridModel, expected: Gradients, seeds: int = 5) -> list[float]:
+        """Cosines, mean over draws of the noise."""
+        each = [cosines(gradients(hybrid, self.x, self.y, seed), expected) for seed in range(seeds)]
+        return [statistics.mean(column) for column in zip(*each, strict=True)]
+
+    def static(self) -> None:
+        """Programming errors, the same devices read both ways."""
+        row("programming error", "own gradient", "", "", "without devices", "", "")
+        for sigma in (0.01, 0.05, 0.1, 0.2):
+            hybrid = self.on(Devices(programming=sigma))
+            found = gradients(hybrid, self.x, self.y)
+            row(sigma, *cosines(found, exact(hybrid, self.x, self.y)), *cosines(found, self.ideal))
+
+    def mismatch(self) -> None:
+        """Forward and feedback read through other errors."""
+        row("mismatch", "own gradient", "", "")
+        for sigma in (0.01, 0.05, 0.1, 0.2):
+            each = []
+            for seed in range(5):
+                hybrid = self.on(Devices(mismatch=sigma, seed=seed))
+                each.append(cosines(gradients(hybrid, self.x, self.y), exact(hybrid, self.x, self.y)))
+            row(sigma, *(statistics.mean(column) for column in zip(*each, strict=True)))
+
+    def noise(self) -> None:
+        """Read noise of the devices, by nudge, reads and loop gain."""
+        row("read noise", "loop gain", "beta", "reads", "own gradient", "", "")
+        for kappa in (0.1, 0.3, 0.5, 0.9):
+            for sigma in (1e-4, 1e-3, 1e-2):
+                hybrid = self.on(Devices(read_noise=sigma), kappa)
+                expected = exact(hybrid, self.x, self.y)
+                for beta, reads in ((0.01, 1), (0.1, 1), (0.5, 1), (1.0, 1), (1.0, 16)):
+                    hybrid.set_gradient(EquilibriumPropagation(beta=beta, variant="centered", reads=reads))
+                    row(f"{sigma:g}", kappa, beta, reads, *self.means(hybrid, expected))
+
+    def converters(self) -> None:
+        """Bits of the ADCs and DACs at β = 1, by loop gain."""
+        row("bits", "loop gain", "own gradient", "", "")
+        for kappa in (0.1, 0.3, 0.9):
+            for bits in (6, 8, 10, 12, 14):
+                hybrid = self.on(Devices(adc_bits=bits, dac_bits=bits), kappa)
+                row(bits, kappa, *cosines(gradients(hybrid, self.x, self.y), exact(hybrid, self.x, self.y)))
+
+    def step(self) -> None:
+        """CPU time of a training step, in steps without devices, turn by turn."""
+        kinds = {
+            "none": None,
+            "programming": Devices(programming=0.05),
+            "pcm": ffebm.device_presets()["pcm"],
+            "converters": Devices(adc_bits=8, dac_bits=8),
+        }
+        hybrids = {name: self.on(devices).train() for name, devices in kinds.items()}
+        times: dict[str, list[float]] = {name: [] for name in kinds}
+        for turn in range(60):
+            for name, hybrid in hybrids.items():
+                with torch.no_grad():
+                    next(hybrid.parameters()).mul_(1.0)
+                start = time.process_time()
+                gradients(hybrid, self.x, self.y)
+                if turn >= 10:
+                    times[name].append(time.process_time() - start)
+        row("devices", "ms", "steps without")
+        for name, found in times.items():
+            ratio = statistics.median(a / b for a, b in zip(found, times["none"], strict=True))
+            row(name, f"{1e3 * statistics.median(found):.1f}", f"{ratio:.2f}")
+
+
+def main() -> None:
+    """Print the tables."""
+    kinds = ("static", "mismatch", "noise", "converters", "step")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(kinds)}; all if left out")
+    parser.add_argument("--feedback", type=float, default=0.3)
+    options = parser.parse_args()
+    if unknown := set(options.tables) - set(kinds):
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(kinds)}")
+    torch.set_num_threads(1)
+    tables = Tables(options.feedback)
+    for name in options.tables or kinds:
+        getattr(tables, name)()
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""`Array`: the devices that hold the weights of one layer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.runtime.devices.devices import Devices
+from ffebm_compiler.runtime.devices.laws import Drift, FlickerNoise, Relaxation, polynomial
+from ffebm_compiler.runtime.devices.tiling import Tiling
+
+__all__ = ["Array", "Held"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an array holds, in the form of its matrices (groups, rows, cols)."""
+
+    forward: Tensor
+    """The weights of a forward read."""
+    backward: Tensor
+    """The weights of a backward read: the same tensor if the same devices are read both ways."""
+    variance: Tensor | None
+    """Variance of a weight from one read to the next; None without read noise."""
+
+
+class Array:
+    """The devices of one layer: their errors are drawn once, and what they hold follows from weights and age.
+
+    Draws are float32 numbers of a CPU generator, so that a seed gives the same devices anywhere.
+
+    Raises:
+        UnsupportedError: a weight has an odd number of devices above one.
+    """
+
+    def __init__(self, name: str, tiling: Tiling, devices: Devices) -> None:
+        self.name, self.tiling, self.devices = name, tiling, devices
+        if tiling.devices > 1 and tiling.devices % 2:
+            raise UnsupportedError(
+                f"{name}: devices_per_weight is {tiling.devices}, and a weight is the difference of two devices, or of "
+                "two equal groups of devices: use 1 or an even number"
+            )
+        self._drawn: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the draws, which the seed gives again."""
+        return {**self.__dict__, "_drawn": {}}
+
+    def _draw(self, kind: str, like: Tensor, *leading: int, uniform: bool = False) -> Tensor:
+        """Numbers of one kind, one for each device or weight, in the type and place of `like`."""
+        found = self._drawn.get(kind)
+        if found is None:
+            digest = hashlib.sha256(f"{self.devices.seed}/{self.name}/{kind}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            draw = torch.rand if uniform else torch.randn
+            found = draw((*leading, *self.tiling.shape), generator=generator, dtype=torch.float32)
+        if found.device != like.device:
+            found = found.to(like.device)
+        self._drawn[kind] = found
+        return found.to(like.dtype)
+
+    @property
+    def _signs(self) -> tuple[float, ...]:
+        """dw/dg of each device of a weight, in units of w_max."""
+        count, range_ = self.tiling.devices, 1 - self.devices.smallest
+        if count == 1:
+            return (2 / range_,)
+        return (2 / count / range_, -2 / count / range_) * (count // 2)
+
+    def targets(self, matrices: Tensor, largest: Tensor) -> Tensor:
+        """The conductances to program, (devices, groups, rows, cols)."""
+        scale = self.tiling.spread(largest)
+        share = torch.where(scale > 0, matrices / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+        if self.devices.weight_bits is not None:
+            steps = 2 ** (self.devices.weight_bits - 1) - 1
+            share = (share * steps).round() / steps
+        low = self.devices.smallest
+        if self.tiling.devices == 1:
+            return (low + (1 - low) * (share + 1) / 2).unsqueeze(0)
+        pair = torch.stack([share.clamp_min(0), (-share).clamp_min(0)])
+        return (low + (1 - low) * pair).repeat(self.tiling.devices // 2, 1, 1, 1)
+
+    def conductances(self, targets: Tensor, age: float) -> Tensor:
+        """The conductances that the devices have at an age, for these targets."""
+        settings, count = self.devices, self.tiling.devices
+        g, drift = targets, settings.drift
+        relaxing = isinstance(drift, Relaxation)
+        if settings.programming != 0 or relaxing:
+            sigma = (
+                drift.sigma(settings.programming, g, age)
+                if isinstance(drift, Relaxation)
+                else polynomial(settings.programming, g)
+            )
+            g = (g + sigma * self._draw("programming", g, count)).clamp_min(0)
+        if isinstance(drift, Drift) and age > drift.start:
+            factor = drift.factor(g, self._draw("drift", g, count), age)
+            fresh, g = g, g * factor
+            if drift.compensated:
+                g = g * self._compensation(fresh, g)
+        if settings.stuck_off or settings.stuck_on:
+            chance = self._draw("stuck", g, count, uniform=True)
+            g = torch.where(chance < settings.stuck_off, torch.full_like(g, settings.smallest), g)
+            g = torch.where(chance > 1 - settings.stuck_on, torch.ones_like(g), g)
+        return g
+
+    def _compensation(self, fresh: Tensor, aged: Tensor) -> Tensor:
+        """Σ g(t₀)/Σ g(t) of every tile."""
+        before, now = (self.tiling.total(g.sum(0)) for g in (fresh, aged))
+        return self.tiling.spread(torch.where(now > 0, before / now.clamp_min(torch.finfo(now.dtype).tiny), 1.0))
+
+    def weights(self, conductances: Tensor, largest: Tensor) -> Tensor:
+        """w_max Σ ± g, the weights that these conductances are."""
+        signs = self._signs
+        if self.tiling.devices == 1:
+            low = self.devices.smallest
+            share = 2 * (conductances[0] - low) / (1 - low) - 1
+        else:
+            share = torch.stack([sign * g for sign, g in zip(signs, conductances, strict=True)]).sum(0)
+        return share * self.tiling.spread(largest)
+
+    def variance(self, conductances: Tensor | None, largest: Tensor, age: float) -> Tensor | None:
+        """w_max² Σ (dw/dg)² σ(g, t)²: variance of a weight from read to read. Constant noise needs no conductances."""
+        law = self.devices.read_noise
+        if law == 0:
+            return None
+        scale = self.tiling.spread(largest).square()
+        if isinstance(law, FlickerNoise):
+            assert conductances is not None
+            parts = [sign**2 * law.sigma(g, age).square() for sign, g in zip(self._signs, conductances, strict=True)]
+            return scale * torch.stack(parts).sum(0)
+        return scale * (sum(sign**2 for sign in self._signs) * float(law) ** 2)
+
+    def held(self, matrices: Tensor, age: float) -> Held:
+        """What the array holds where it was programmed with these matrices `age` seconds ago."""
+        settings = self.devices
+        wide = matrices.double() if matrices.dtype == torch.float64 else matrices.float()
+        largest = self.tiling.largest(wide)
+        aged = isinstance(settings.drift, Relaxation) or (settings.drift is not None and age > settings.drift.start)
+        exact = settings.exact and not aged
+        g = None
+        if not exact or isinstance(settings.read_noise, FlickerNoise):
+            g = self.conductances(self.targets(wide, largest), age)
+        forward = wide if exact or g is None else self.weights(g, largest)
+        variance = self.variance(g, largest, age)
+        backward = forward
+        if settings.mismatch:
+            size = settings.mismatch * self.tiling.spread(largest)
+            backward = forward + size * self._draw("backward", forward)
+            forward = forward + size * self._draw("forward", forward)
+        return Held(*(None if part is None else part.to(matrices.dtype) for part in (forward, backward, variance)))  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "age_of",
     "aged",
+    "count_of_norms",
     "observed_ranges",
     "program_devices",
     "put_on_devices",
@@ -177,6 +178,17 @@ def stored_devices(hybrid: HybridParts) -> dict[str, Any] | None:
             for name, each in arrays.items()
         },
     }
+
+
+def count_of_norms(block: EnergyBlock, state: Mapping[str, Any]) -> int:
+    """How many norms a block's certificate holds in a stored state: more if its feedback goes through other weights."""
+    if block.certificate is None:
+        return 0
+    stored = state.get("devices")
+    mismatch = isinstance(stored, Mapping) and bool(stored.get("settings", {}).get("mismatch"))
+    program = block.program if block.arrays is None else block.arrays.source
+    edges = sum(map(len, program.upstream))
+    return edges if program.symmetric and not mismatch else 2 * edges
 
 
 def restore_devices(hybrid: HybridParts, stored: Mapping[str, Any] | None) -> None:

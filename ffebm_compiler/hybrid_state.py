@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ffebm_compiler.device_state import restore_devices, stored_devices
+from ffebm_compiler.device_state import count_of_norms, restore_devices, stored_devices
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.gradient_choice import assign_digital, digital_gradient
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
@@ -31,7 +31,6 @@ from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
-    from ffebm_compiler.runtime.block import EnergyBlock
 
 __all__ = [
     "ESTIMATORS",
@@ -218,20 +217,9 @@ def _of_same_blocks(hybrid: HybridParts, state: Any) -> bool:
     except (KeyError, TypeError, AttributeError):
         return False
     present = hybrid.energy_blocks
-    stored = state.get("devices")
-    mismatch = isinstance(stored, Mapping) and bool(stored.get("settings", {}).get("mismatch"))
     return layers == {name: [layer.name for layer in block.program.layers] for name, block in present.items()} and all(
-        count == _norms(present[name], mismatch) for name, count in norms.items()
+        count == count_of_norms(present[name], state) for name, count in norms.items()
     )
-
-
-def _norms(block: EnergyBlock, mismatch: bool) -> int:
-    """How many norms its certificate holds: feedback through other weights has more."""
-    program = block.program if block.arrays is None else block.arrays.source
-    if block.certificate is None:
-        return 0
-    edges = sum(map(len, program.upstream))
-    return edges if program.symmetric and not mismatch else 2 * edges
 
 
 def _is_equal(present: Tensor, arriving: object) -> bool:

@@ -298,8 +298,8 @@ class EnergyBlock(nn.Module):
         """
         if isinstance(self.active_solver, Measured):
             raise UnsupportedError(
-                f"{self.name}: a fabric measures its equilibria, and has noise of its own beside the modelled one of the "
-                "devices. Leave read_noise out of the devices, or call set_solver(None)"
+                f"{self.name}: a fabric measures its equilibria, and has noise of its own. Leave "
+                "read_noise out of the devices, or call set_solver(None)"
             )
         certificate, rtol = self.certificate, self.free_rtol(frame.inputs[0].dtype, frame.training)
         sweeps = None if certificate is None or self.contraction is None else certificate.sweeps(rtol)

@@ -18,6 +18,7 @@ from ffebm_compiler.runtime.devices.arrays import Arrays
 from ffebm_compiler.runtime.devices.devices import Devices
 from ffebm_compiler.runtime.devices.laws import checked_number
 from ffebm_compiler.runtime.devices.tiling import Tiling
+from ffebm_compiler.runtime.energies.loads import multiplying_weights
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
@@ -97,7 +98,8 @@ def _arrays(plan: PlanData, name: str, block: EnergyBlock, devices: Devices, age
         if on_row:
             bias_rows.add(operation.name)
     program = block.program if block.arrays is None else block.arrays.source
-    return Arrays(program, tilings, frozenset(bias_rows), devices, age)
+    strict = block.energy_function.nonnegative and program.coupled
+    return Arrays(program, tilings, frozenset(bias_rows), devices, age, multiplying_weights(program) if strict else ())
 
 
 def present_devices(hybrid: HybridParts, what: str) -> Devices:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from drn_networks import made
 from networks import CASES, noise, seeded
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -125,6 +126,25 @@ def test_every_case_has_the_exact_gradient_of_its_devices(case: str, energy: str
     hybrid.set_gradient("unrolled")
     expected = _gradients(hybrid, x.double())
     assert min(_cosines(found, expected).values()) > 0.9999
+
+
+@pytest.mark.parametrize("kind", ["one hidden", "convolutional", "residual"])
+def test_weights_that_are_conductances_stay_so(kind: str) -> None:
+    """A deep resistive network has one conductance a weight, which no error makes negative."""
+    model, x, options = made(kind)
+    devices = replace(STATIC, programming=0.2, on_off=None)
+    exact = ffebm.GaussSeidel(rtol=1e-14, max_sweeps=5000, on_failure="warn")
+    hybrid = ffebm.convert(model, x, energy="drn", **options, devices=devices, solver=exact)
+    held = [value for value in _held(hybrid) if value is not None and value.dim() > 1]
+    assert min(float(value.min()) for value in held) == 0
+    assert not any(torch.equal(a, b) for a in held for b in model.parameters() if a.shape == b.shape)
+    hybrid.set_gradient(EquilibriumPropagation(1e-4, variant="centered"))
+    found = _gradients(hybrid, x)
+    hybrid.set_gradient("implicit")
+    assert min(_cosines(found, _gradients(hybrid, x)).values()) > 0.9999
+    hybrid.set_devices(Devices(read_noise=1e-3, adc_bits=10))
+    hybrid.set_gradient("ep")
+    assert all(bool(torch.isfinite(value).all()) for value in _gradients(hybrid, x).values())
 
 
 def test_static_errors_read_both_ways_leave_the_gradient_exact() -> None:

@@ -34,13 +34,16 @@ class Array:
 
     Draws are float32 numbers of a CPU generator, so that a seed gives the same devices anywhere.
 
+    If the weights are `conductances` themselves, which the energy says, they are never negative: w = w_max g, with g
+    the mean of a weight's devices, all of which have the same target. A weight below g_min is held at g_min.
+
     Raises:
-        UnsupportedError: a weight has an odd number of devices above one.
+        UnsupportedError: a weight with a sign has an odd number of devices above one.
     """
 
-    def __init__(self, name: str, tiling: Tiling, devices: Devices) -> None:
-        self.name, self.tiling, self.devices = name, tiling, devices
-        if tiling.devices > 1 and tiling.devices % 2:
+    def __init__(self, name: str, tiling: Tiling, devices: Devices, conductances: bool = False) -> None:
+        self.name, self.tiling, self.devices, self.conductive = name, tiling, devices, conductances
+        if tiling.devices > 1 and tiling.devices % 2 and not conductances:
             raise UnsupportedError(
                 f"{name}: devices_per_weight is {tiling.devices}, and a weight is the difference of two devices, or of "
                 "two equal groups of devices: use 1 or an even number"
@@ -68,6 +71,8 @@ class Array:
     def _signs(self) -> tuple[float, ...]:
         """dw/dg of each device of a weight, in units of w_max."""
         count, range_ = self.tiling.devices, 1 - self.devices.smallest
+        if self.conductive:
+            return (1 / count,) * count
         if count == 1:
             return (2 / range_,)
         return (2 / count / range_, -2 / count / range_) * (count // 2)
@@ -80,6 +85,8 @@ class Array:
             steps = 2 ** (self.devices.weight_bits - 1) - 1
             share = (share * steps).round() / steps
         low = self.devices.smallest
+        if self.conductive:
+            return share.clamp_min(low).expand(self.tiling.devices, *share.shape)
         if self.tiling.devices == 1:
             return (low + (1 - low) * (share + 1) / 2).unsqueeze(0)
         pair = torch.stack([share.clamp_min(0), (-share).clamp_min(0)])
@@ -116,7 +123,7 @@ class Array:
     def weights(self, conductances: Tensor, largest: Tensor) -> Tensor:
         """w_max Σ ± g, the weights that these conductances are."""
         signs = self._signs
-        if self.tiling.devices == 1:
+        if self.tiling.devices == 1 and not self.conductive:
             low = self.devices.smallest
             share = 2 * (conductances[0] - low) / (1 - low) - 1
         else:

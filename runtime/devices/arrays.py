@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ class Arrays:
         bias_rows: names of the operations whose bias is a row of the crossbar.
         devices: the devices.
         age: seconds since they were programmed.
+        conductances: indices of the weights that are conductances themselves, and so never negative.
     """
 
     def __init__(
@@ -61,19 +62,22 @@ class Arrays:
         bias_rows: frozenset[str],
         devices: Devices,
         age: float = 0.0,
+        conductances: Collection[int] = (),
     ) -> None:
         self.devices, self.age = devices, age
         self.source = program
         self.converters = Converters(devices.dac_bits, devices.adc_bits)
         self._places: list[_Place] = []
         self._kept: dict[int, tuple[WeightStamp, float, list[Tensor | None], list[Tensor | None]]] = {}
-        self.program = self._expanded(tilings, bias_rows)
+        self.program = self._expanded(tilings, bias_rows, frozenset(conductances))
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what was computed from weights."""
         return {**self.__dict__, "_kept": {}}
 
-    def _expanded(self, tilings: Mapping[str, Tiling], bias_rows: frozenset[str]) -> BlockProgram:
+    def _expanded(
+        self, tilings: Mapping[str, Tiling], bias_rows: frozenset[str], conductances: frozenset[int]
+    ) -> BlockProgram:
         program, mismatch = self.source, bool(self.devices.mismatch)
         count = program.weights
         claimed: set[int] = set()
@@ -114,7 +118,7 @@ class Arrays:
                 feedback.append((forward, backward))
             self._places.append(
                 _Place(
-                    Array(f"{program.name}/{item.operation}", tiling, self.devices),
+                    Array(f"{program.name}/{item.operation}", tiling, self.devices, weight in conductances),
                     item.operator,
                     weight,
                     bias if on_row else None,

@@ -9,7 +9,7 @@ of ngspice for one operating point, reading the file included. ngspice is a Debi
 
 `--settle` settles a batch of 32 in float64: with our solver to a relative error of 1e-9, and in ngspice with a relative
 tolerance of 1e-9, as the training loop does (`ffebm.Ngspice`: one circuit, sources altered sample by sample), diodes of
-n = 0.01, γ = 1. Times are CPU times of one thread: for ours the median of 30, for ngspice of one run. Networks grow until
+n = 0.01. Times are CPU times of one thread: for ours the median of 30, for ngspice of one run. Networks grow until
 ngspice takes longer than `--longest` seconds.
 """
 

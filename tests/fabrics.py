@@ -17,7 +17,7 @@ Rows = np.ndarray
 
 
 class Bench:
-    """Settles resistive blocks of ReLUs and linear outputs by coordinate descent on their conductances, in numpy.
+    """Settles circuits of projecting activations by coordinate descent on their conductances, in numpy.
 
     It holds one block. `calls` has the methods that were called, `fault` changes what they return.
     """
@@ -32,7 +32,7 @@ class Bench:
         self.coupled = [
             [(part.source, (part.plus - part.minus).numpy()) for part in stage.couplings] for stage in self.stages
         ]
-        self.loads = [np.ones(stage.bias.numel()) for stage in self.stages]
+        self.loads = [stage.own.numpy().copy() for stage in self.stages]
         self.later: list[list[tuple[int, Rows]]] = [[] for _ in self.stages]
         for index, stage in enumerate(self.stages):
             for part in stage.couplings:
@@ -74,8 +74,9 @@ class Bench:
                     field = field + (states[source] if source >= 0 else flat[-1 - source]) @ matrix.T
                 for later, matrix in self.later[index]:
                     field = field + states[later] @ matrix
-                state = field / self.loads[index]
-                states[index] = np.maximum(state, 0) if stage.activation.name == "relu" else state
+                low, high = (np.asarray(bound) for bound in stage.activation.bounds(stage.bias.reshape(stage.shape)))
+                shaped = (field / self.loads[index]).reshape(-1, *stage.shape)
+                states[index] = np.clip(shaped, low, high).reshape(field.shape)
             if all(np.abs(new - old).max() <= 1e-15 for new, old in zip(states, before, strict=True)):
                 break
         shapes = self.block.shapes

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from drn_networks import made
 from networks import CASES, noise
 from torch import nn
 
@@ -92,27 +93,46 @@ def test_the_page_trains_through_a_bench(folder: Path, port: int, start: Callabl
     assert float(found[1]) >= 75
 
 
-@pytest.mark.parametrize("case", ["mlp", "branches", "convolutions"])
-def test_the_bench_is_the_circuit(case: str, folder: Path, port: int, start: Callable[[], Any]) -> None:
-    start()
+def network(case: str) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+    if case not in CASES:
+        return made(case)
     model, x = CASES[case].make(nn.ReLU)
-    solver = ffebm.GaussSeidel(rtol=1e-13)
-    options = {"energy": "resistive", "feedback": 0.3, "solver": solver, **CASES[case].options}
-    hybrid = ffebm.convert(model.double(), x.double(), gradient=ffebm.EquilibriumPropagation(1e-2), **options)
-    target = noise(*hybrid(x.double()).shape).double()
+    return model.double(), x.double(), CASES[case].options
+
+
+@pytest.mark.parametrize(
+    ("case", "energy"),
+    [
+        ("mlp", "resistive"),
+        ("branches", "resistive"),
+        ("convolutions", "resistive"),
+        ("two hidden", "drn"),
+        ("convolutional", "drn"),
+        ("residual", "unamplified"),
+    ],
+)
+def test_the_bench_is_the_circuit(case: str, energy: str, folder: Path, port: int, start: Callable[[], Any]) -> None:
+    start()
+    model, x, options = network(case)
+    if energy == "resistive":
+        options = {**options, "feedback": 0.3}
+    gradient, solver = ffebm.EquilibriumPropagation(0.1), ffebm.GaussSeidel(rtol=1e-13)
+    hybrid = ffebm.convert(model, x, energy=energy, gradient=gradient, solver=solver, **options)
+    target = noise(*hybrid(x).shape).double()
 
     def gradients() -> list[torch.Tensor]:
         hybrid.zero_grad()
-        (hybrid(x.double()) - target).square().mean().backward()
+        (hybrid(x) - target).square().mean().backward()
         return [p.grad.clone() for p in hybrid.parameters() if p.grad is not None]
 
     expected = gradients()
     fabric = fabric_of(folder, port)
     hybrid.set_solver(ffebm.Measured(fabric))
-    for ours, theirs in zip(gradients(), expected, strict=True):
-        assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
+    found = gradients()
     fabric.answers.close()
     fabric.link.close()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
 
 
 def test_a_bench_that_is_switched_off_and_on(folder: Path, port: int, start: Callable[[], Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import drn_networks
 import numpy as np
 import pytest
 import torch
@@ -63,6 +64,18 @@ def test_the_contrast_of_measured_states_is_the_gradient(case: str, variant: Any
     hybrid.eval()
     with torch.no_grad():
         torch.testing.assert_close(hybrid(x), output, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("energy", ["drn", "unamplified"])
+@pytest.mark.parametrize("kind", ["one hidden", "two hidden", "convolutional", "residual"])
+def test_circuits_without_amplifiers(kind: str, energy: str) -> None:
+    model, x, options = drn_networks.made(kind)
+    solver = ffebm.GaussSeidel(rtol=1e-13)
+    hybrid = ffebm.convert(model, x, energy=energy, gradient=CENTERED, solver=solver, **options)
+    output, expected = hybrid(x).detach(), gradients(hybrid, x)
+    hybrid.set_solver(ffebm.Measured(Bench()))
+    assert error(gradients(hybrid, x), expected) <= 1e-6
+    torch.testing.assert_close(hybrid(x).detach(), output, rtol=1e-9, atol=1e-10)
 
 
 def test_the_contrast_loses_no_digits_in_a_float32_network() -> None:

@@ -65,10 +65,15 @@ class GraphedGains:
         self._graph, self._launched, self._places, self._flat = None, {}, {}, None
         own = {tensor.data_ptr() for tensor in (*self.hybrid.parameters(), *self.hybrid.buffers())}
         plain = {n: w for n, w in weights.items() if all(t is None or t.data_ptr() in own for t in w)}
+        blocks = self.hybrid.energy_blocks
+        for name in list(plain):  # once without a graph, so that every kernel is loaded and every algorithm chosen
+            blocks[name].gain.gauge.own()
+            if blocks[name].gain.launch(plain[name]) is None:
+                del plain[name]
         graph, rows = torch.cuda.CUDAGraph(), []
         with torch.cuda.graph(graph, stream=self._stream):
             for name, tensors in plain.items():
-                launched = self.hybrid.energy_blocks[name].gain.launch(tensors)
+                launched = blocks[name].gain.launch(tensors)
                 if launched is not None:
                     self._launched[name] = launched
                     rows.append(launched.inner_products)

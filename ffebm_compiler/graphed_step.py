@@ -66,12 +66,14 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._key: Any = None
         self._seen = 0
+        self._sweeps: list[int | None] = []
         self._captured: Any = None
         self._tensors: list[Tensor] = []
         self._result: Tensor | None = None
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
         self._ran: torch.cuda.Event | None = None
         self._check()
+        self._check_blocks()
         self._stream = torch.cuda.Stream()
         self._gains = GraphedGains(hybrid, self._stream)
 
@@ -83,9 +85,13 @@ class GraphedStep:
         self._see(given)
         self._read_paces()
         self._hold()
-        if self._seen <= _EAGER or any(pace.sweeps is None for pace in self._paces()):
+        self._check_blocks()
+        sweeps = [pace.sweeps for pace in self._paces()]
+        known = sweeps == self._sweeps and None not in sweeps
+        self._sweeps = sweeps
+        if self._seen <= _EAGER or not known:  # kernels of another sweep are loaded before they are captured
             return self._eager(given, count)
-        state = self._state()
+        state = self._state(), sweeps
         if self._graph is None or self._captured != state:
             self._capture(given, count, state)
         return self._replay(given)
@@ -107,7 +113,9 @@ class GraphedStep:
                 "gradients of digital parts that are estimated by perturbation cannot be captured in a graph: call "
                 "hybrid.set_gradient(feedforward='backprop')"
             )
-        for block in hybrid.energy_blocks.values():
+
+    def _check_blocks(self) -> None:
+        for block in self.hybrid.energy_blocks.values():
             if block.program.coupled and (block.contraction is None or not may_be_late(block.active_solver)):
                 why = "nothing certifies that it settles" if block.contraction is None else "of its solver's settings"
                 raise UnsupportedError(
@@ -153,10 +161,9 @@ class GraphedStep:
                 block.gain.slack = None
 
     def _state(self) -> Any:
-        """What a graph has built in: the settings of the amplifiers, the estimators, and the numbers of sweeps."""
+        """What a graph has built in beside the numbers of sweeps: the settings of the amplifiers, and the methods."""
         blocks = self.hybrid.energy_blocks.values()
-        settings = [(block.setting, block.estimator, block.active_solver, block.aligned) for block in blocks]
-        return settings, [pace.sweeps for pace in self._paces()]
+        return [(block.setting, block.estimator, block.active_solver, block.aligned) for block in blocks]
 
     def _forward_and_backward(self, given: tuple[Any, ...], count: int) -> Tensor:
         for parameter in self.hybrid.parameters():

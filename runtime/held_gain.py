@@ -205,7 +205,7 @@ class HeldGain:
         return self._changed_stamp is not None
 
     def launch(self, weights: Sequence[Tensor | None]) -> Launched | None:
-        """Launch the kernels of the next `hold` while a CUDA graph is captured; None if that cannot be done apart."""
+        """Launch the kernels of the next `hold`, which a CUDA graph may capture; None if that cannot be done apart."""
         if self.certificate is None or not self._shapes or self.program.selects:
             return None
         with self._without_gradients():

@@ -17,7 +17,8 @@ import ffebm_compiler as ffebm
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # torch's own, at the first product in a thread of autograd's.
+    # torch's own; the second at the first product in a thread of autograd's.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature"),
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
 ]
 

@@ -231,8 +231,15 @@ class Gauge(ABC):
         """
 
     def launch(self, frame: Frame) -> Launched | None:
-        """Launch the kernels of the next `follow` while a CUDA graph is captured; None if that cannot be done apart."""
+        """Launch the kernels of the next `follow`, which a CUDA graph may capture; None if that cannot be done apart.
+
+        The kept vectors must have memory of their own then (`own`).
+        """
         return None
+
+    def own(self) -> None:
+        """Give the kept vectors memory of their own, which captured kernels may read in every later step."""
+        return
 
     def relaunch(self, launched: Launched) -> bool:
         """Prepare what `launch` returned for a replay of its kernels. Returns False if they cannot be used again."""

@@ -207,9 +207,12 @@ class _EdgeNorms(Gauge):
 
     def launch(self, frame: Frame) -> Launched | None:
         """The pass over all edges; None if one of them was never measured."""
-        self.tracked.own_tracks()
         launched = self.tracked.launch(frame)
         return launched if launched.repeatable else None
+
+    def own(self) -> None:
+        """Copy the vectors of every edge."""
+        self.tracked.own_tracks()
 
     def relaunch(self, launched: Launched) -> bool:
         """Start the next pass from the present vectors."""

@@ -34,6 +34,8 @@ from ffebm_compiler.plan import Plan
 from ffebm_compiler.reports.checks import Comparison, GradientReport, check_gradients
 from ffebm_compiler.runtime.devices.devices import Devices, device_presets
 from ffebm_compiler.runtime.devices.laws import Drift, FlickerNoise, LogLaw, Relaxation
+from ffebm_compiler.runtime.devices.pulsed_update import PulsedUpdate, TikiTaka
+from ffebm_compiler.runtime.devices.pulses import PulseResponse
 from ffebm_compiler.runtime.estimators.choice import (
     ContrastiveLearning,
     CoupledLearning,
@@ -86,8 +88,11 @@ __all__ = [
     "NotYetError",
     "Plan",
     "PlanError",
+    "PulseResponse",
+    "PulsedUpdate",
     "RecurrentBackprop",
     "Relaxation",
+    "TikiTaka",
     "TruncatedBackprop",
     "Unrolled",
     "UnsupportedError",

@@ -31,13 +31,14 @@ from ffebm_compiler.runtime.devices.laws import (
     checked_number,
     checked_polynomial,
 )
+from ffebm_compiler.runtime.devices.pulses import PulseResponse
 
 __all__ = ["Devices", "device_presets", "devices_of"]
 
 _BITS = {"weight_bits": 2, "dac_bits": 2, "adc_bits": 2}
 _MOST_BITS = 24
 """As many bits as a float32 has."""
-_LAWS: dict[str, type] = {kind.__name__: kind for kind in (Drift, Relaxation, FlickerNoise, LogLaw)}
+_LAWS: dict[str, type] = {kind.__name__: kind for kind in (Drift, Relaxation, FlickerNoise, LogLaw, PulseResponse)}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Devices:
         dac_bits: bits of the values that enter a block. None: not quantised.
         adc_bits: bits of the values that leave a block, and of the states that a gradient is made of. None: not
             quantised.
-        update: how a device answers pulses, for `PulsedUpdate`; None: any step is exact.
+        update: how a device answers pulses, a `PulseResponse` for `PulsedUpdate`. None: none is known.
         seed: seed of the static errors.
         stuck_off: share of the devices that are stuck at their smallest conductance.
         stuck_on: share of the devices that are stuck at g_max.
@@ -75,7 +76,7 @@ class Devices:
     drift: Drift | Relaxation | None = None
     dac_bits: int | None = None
     adc_bits: int | None = None
-    update: Any = None
+    update: PulseResponse | None = None
     seed: int = 0
     stuck_off: float = 0.0
     stuck_on: float = 0.0
@@ -101,6 +102,8 @@ class Devices:
             self._set("drift", Drift(float(self.drift)))
         if self.drift is not None and not isinstance(self.drift, Drift | Relaxation):
             raise InputError(f"drift is {self.drift!r}; expected an exponent, a Drift, a Relaxation, or None")
+        if self.update is not None and not isinstance(self.update, PulseResponse):
+            raise InputError(f"update is {self.update!r}; expected a PulseResponse or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed!r}; expected an integer of at least 0")
         for field in ("stuck_off", "stuck_on"):
@@ -206,11 +209,20 @@ def device_presets() -> dict[str, Devices]:
                     _relative(40.0, 0.782, 20.274, -43.507, 37.062, -11.934),
                 ),
             ),
+            update=PulseResponse(
+                step=0.00135,
+                asymmetry=0.259,
+                cycle=5.0,
+                step_spread=0.2,
+                asymmetry_spread=0.05,
+                bound_spread=0.3,
+            ),
             name="reram",
             source=(
                 "HfO2 ReRAM of Wan et al., Nature 608, 504 (2022), g_max = 40 µS: the polynomials at 1 s, 1 day and "
                 "2 days that aihwkit fits to the published figures; read noise of 1 % as aihwkit's documentation gives "
-                "it for this device"
+                "it for this device; pulses of Gong et al., Nature Communications 9, 2102 (2018) as in aihwkit's "
+                "ReRamES preset, with soft bounds in the place of its exponential step"
             ),
         ),
     )

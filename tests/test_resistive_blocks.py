@@ -143,30 +143,33 @@ class Graph(nn.Module):
 
 
 @st.composite
-def graphs(draw: st.DrawFn) -> tuple[Graph, Tensor, float]:
+def graphs(draw: st.DrawFn, energy: str = "resistive") -> tuple[Graph, Tensor, float, str]:
+    strict, kinds = energy == "drn", sorted(KINDS) if energy == "resistive" else ["hardtanh", "relu"]
+    wires = ["linear", "linear", "plus", "plus" if strict else "minus"]
     width, count = draw(st.integers(1, 8)), draw(st.integers(2, 5))
     edges: list[list[tuple[int, str]]] = []
     for m in range(count):
         others = draw(st.lists(st.integers(0, m), unique=True, max_size=3))
-        above = [(k, draw(st.sampled_from(["linear", "linear", "plus", "minus"]))) for k in others if k != m]
+        above = [(k, draw(st.sampled_from(wires))) for k in others if k != m]
         edges.append([(m, "linear"), *above])
-    model = seeded(lambda: Graph(width, edges, draw(st.sampled_from(sorted(KINDS)))), draw(st.integers(0, 10**6)))
+    model = seeded(lambda: Graph(width, edges, draw(st.sampled_from(kinds))), draw(st.integers(0, 10**6)))
     scale, positive = 10 ** draw(st.floats(-1, 1)), draw(st.booleans())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
-            if positive:
+            if positive or (strict and parameter.dim() > 1):
                 parameter.abs_()  # nothing cancels: the slowest
-    return model.double(), noise(4, width, seed=draw(st.integers(0, 99))).double(), 10 ** draw(st.floats(-4, 0.477))
+    gamma = 10 ** draw(st.floats(-4, 0.477))
+    return model.double(), noise(4, width, seed=draw(st.integers(0, 99))).double(), gamma, energy
 
 
-def settles_as_predicted(model: Graph, x: Tensor, gamma: float) -> None:
+def settles_as_predicted(model: Graph, x: Tensor, gamma: float, energy: str) -> None:
     """A fixed point within twice the sweeps that the certificate predicts from the start's distance."""
     hybrid = ffebm.convert(
         model,
         x,
-        energy="resistive",
-        feedback=gamma,
+        energy=energy,
+        feedback="symmetric" if energy == "drn" else gamma,
         solver=ffebm.GaussSeidel(rtol=1e-6, max_sweeps=20_000),
         hardware=ffebm.Hardware(layers_per_block=16),
     )
@@ -188,7 +191,13 @@ def settles_as_predicted(model: Graph, x: Tensor, gamma: float) -> None:
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(graphs())
-def test_random_graphs_settle_at_every_gamma_as_fast_as_predicted(case: tuple[Graph, Tensor, float]) -> None:
+def test_random_graphs_settle_at_every_gamma_as_fast_as_predicted(case: tuple[Graph, Tensor, float, str]) -> None:
+    settles_as_predicted(*case)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(st.sampled_from(["unamplified", "drn"]).flatmap(graphs))
+def test_random_graphs_without_amplifiers_settle_as_fast_as_predicted(case: tuple[Graph, Tensor, float, str]) -> None:
     settles_as_predicted(*case)
 
 

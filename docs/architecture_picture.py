@@ -33,7 +33,7 @@ FLOORS: dict[str, str] = {
     "hybrid": "feedback_weights sharded later_hooks conductances hybrid_parts bound_block device_state hybrid_state "
     "gradient_choice kept_gradients recast hybrid_core",
     "reports": "reports field_penalties saved_settings storage",
-    "pictures and ONNX": "drawing onnx circuit_elements spice ngspice_runs ngspice",
+    "pictures and ONNX": "drawing onnx circuit_elements circuit_power spice ngspice_runs ngspice",
     "what people hold": "plan hybrid",
     "what people call": "convert graphed_gains graphed_step init loading",
     "the package": "ffebm_compiler",

@@ -19,14 +19,25 @@ from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.activations.base import Lines
 from ffebm_compiler.runtime.energies.circuit import Circuit, Coupling, Stage
 
-__all__ = ["LARGEST", "Writer", "check_positive", "check_size", "elements", "models", "names_of", "output_node"]
+__all__ = [
+    "LARGEST",
+    "Characteristic",
+    "Writer",
+    "characteristic",
+    "check_positive",
+    "check_size",
+    "elements",
+    "models",
+    "names_of",
+    "output_node",
+]
 
 LARGEST = 2_000_000
 """The most resistors that a netlist is written for."""
 
 
 @dataclass(frozen=True)
-class _Branch:
+class Branch:
     """A diode with a resistor in series: the current slope · (s − knot) above the knot, or below it."""
 
     knot: float
@@ -34,25 +45,67 @@ class _Branch:
     above: bool
 
 
-def _branches(stage: Stage, lines: Lines) -> tuple[float, float, list[_Branch]]:
-    """(slope, offset, branches) of ∂G(s) − s: its line where σ is steepest, and what diodes add on both sides."""
-    values = [lines.start]
-    for index in range(1, len(lines.knots)):
-        values.append(values[-1] + lines.slopes[index] * (lines.knots[index] - lines.knots[index - 1]))
+@dataclass(frozen=True)
+class Characteristic:
+    """∂G(s) − s of an activation as elements at a node: what of the current of a field they take."""
+
+    slope: float
+    """Of the line where σ is steepest: a resistor to ground."""
+    offset: float
+    """A current."""
+    branches: tuple[Branch, ...]
+    """Diodes with resistors in series, on both sides of that line."""
+    steps: tuple[tuple[float, float], ...] = ()
+    """(knot, width) of currents ½ width · sign(s − knot), which a bridge of four diodes around a source limits."""
+
+
+def characteristic(stage: Stage, lines: Lines) -> Characteristic:
+    """The elements that make an activation.
+
+    Raises:
+        UnsupportedError: its lines are steeper outside than inside.
+    """
+    lines, steps = _without_steps(lines)
+    values = _values(lines)
     extra = [1 / slope - 1 if slope else math.inf for slope in lines.slopes]
     base = min(range(len(extra)), key=lambda index: extra[index])
     right, left = extra[base:], extra[: base + 1][::-1]
-    if any(b < a for side in (left, right) for a, b in pairwise(side)) or math.inf in extra[1:-1]:
+    if any(b < a for side in (left, right) for a, b in pairwise(side)):
         raise UnsupportedError(
             f"the activation {stage.activation.name} of layer {stage.name!r} has steeper lines outside than "
-            "inside, for which the netlist has no diodes. Use ReLU, leaky ReLU, clamp, hard tanh or hard sigmoid"
+            "inside, for which the netlist has no diodes. Use ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or "
+            "softshrink"
         )
     knots = lines.knots or (0.0,)
     place = min(max(base - 1, 0), len(knots) - 1)
-    offset = knots[place] - values[place] / lines.slopes[base]
-    found = [_Branch(values[k], extra[k + 1] - extra[k], True) for k in range(base, len(lines.knots))]
-    found += [_Branch(values[k], extra[k] - extra[k + 1], False) for k in range(base)]
-    return extra[base], offset, found
+    offset = knots[place] - values[place] / lines.slopes[base] + sum(width for _, width in steps) / 2
+    found = [Branch(values[k], extra[k + 1] - extra[k], True) for k in range(base, len(lines.knots))]
+    found += [Branch(values[k], extra[k] - extra[k + 1], False) for k in range(base)]
+    return Characteristic(extra[base], offset, tuple(found), steps)
+
+
+def _values(lines: Lines) -> list[float]:
+    """σ at every knot; at 0 if there are none."""
+    values = [lines.start]
+    for index in range(1, len(lines.knots)):
+        values.append(values[-1] + lines.slopes[index] * (lines.knots[index] - lines.knots[index - 1]))
+    return values
+
+
+def _without_steps(lines: Lines) -> tuple[Lines, tuple[tuple[float, float], ...]]:
+    """Lines without flat ones between others, where ∂G jumps, and (value, width) of these jumps."""
+    values, steps = _values(lines), []
+    knots, slopes, moved = [], [lines.slopes[0]], 0.0
+    for index, knot in enumerate(lines.knots):
+        inner = index + 1 < len(lines.knots) and lines.slopes[index + 1] == 0
+        if inner:
+            width = lines.knots[index + 1] - knot
+            steps.append((values[index], width))
+        else:
+            knots.append(knot - moved)
+            slopes.append(lines.slopes[index + 1])
+        moved += width if inner else 0.0
+    return Lines(tuple(knots), tuple(slopes), lines.start), tuple(steps)
 
 
 class Writer:
@@ -80,6 +133,13 @@ class Writer:
     def diode(self, anode: str, cathode: str) -> None:
         """One of the netlist's model."""
         self._add("D", anode, cathode, "diode")
+
+    def limiter(self, label: str, node: str, reference: str, current: float) -> None:
+        """A bridge around a current source: it passes any current from −`current` to `current`, and no more."""
+        top, bottom = f"t_{label}", f"b_{label}"
+        for anode, cathode in ((node, top), (bottom, node), (reference, top), (bottom, reference)):
+            self.diode(anode, cathode)
+        self._add("I", top, bottom, f"{current * self.siemens * self.volts:.15g}")
 
     def _add(self, kind: str, *parts: str, name: str = "") -> None:
         self.lines.append(f"{kind}{name or next(self._numbers)} {' '.join(parts)}")
@@ -149,24 +209,27 @@ def _stage(writer: Writer, circuit: Circuit, index: int, names: list[str], nudge
     stage, name = circuit.stages[index], names[index]
     bias = stage.bias if nudge is None else stage.bias + nudge
     later, direct = circuit.readers(index), circuit.direct(index)
-    made: dict[Lines, tuple[float, float, list[_Branch]]] = {}
-    references: dict[float, str] = {}
+    made: dict[Lines, Characteristic] = {}
+    references: dict[float, str] = {0.0: "0"}
     for unit, of_unit in enumerate(stage.activation.unit_lines(stage.shape)):
         if of_unit not in made:
-            made[of_unit] = _branches(stage, of_unit)
-        slope, offset, branches = made[of_unit]
+            made[of_unit] = characteristic(stage, of_unit)
+        elements_of = made[of_unit]
+        for knot in (*(side.knot for side in elements_of.branches), *(knot for knot, _ in elements_of.steps)):
+            if knot not in references:
+                references[knot] = f"k_{name}_{len(references)}"
+                writer.source(references[knot], knot / stage.gain)
         node, out = f"v_{name}_{unit}", f"s_{name}_{unit}"
-        writer.resistor(node, "0", float(stage.pads[unit]) + slope * stage.gain)
-        writer.current(node, float(bias[unit]) - offset)
-        for branch, side in enumerate(branches):
-            if side.knot and side.knot not in references:
-                references[side.knot] = f"k_{name}_{len(references)}"
-                writer.source(references[side.knot], side.knot / stage.gain)
-            reference, inner = references[side.knot] if side.knot else "0", node
+        writer.resistor(node, "0", float(stage.pads[unit]) + elements_of.slope * stage.gain)
+        writer.current(node, float(bias[unit]) - elements_of.offset)
+        for branch, side in enumerate(elements_of.branches):
+            reference, inner = references[side.knot], node
             if side.slope < math.inf:
                 inner = f"d_{name}_{unit}_{branch}"
                 writer.resistor(node, inner, side.slope * stage.gain)
             writer.diode(*((inner, reference) if side.above else (reference, inner)))
+        for step, (knot, width) in enumerate(elements_of.steps):
+            writer.limiter(f"{name}_{unit}_{step}", node, references[knot], width / 2)
         if not direct:
             _amplify(writer, node, out, stage.gain, [(f"{name}_{unit}_{names[m]}", p, unit) for m, p in later])
         for part in stage.couplings:

@@ -19,6 +19,7 @@ from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.plan import Plan
 
 if TYPE_CHECKING:
+    from ffebm_compiler.circuit_power import PowerReport
     from ffebm_compiler.reports.checks import Comparison, GradientReport
     from ffebm_compiler.reports.costs import CostReport
     from ffebm_compiler.reports.diagnosis import Diagnosis
@@ -205,6 +206,27 @@ class HybridModel(HybridCore):
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         numbers = {"emission": emission, "volts": volts, "siemens": siemens}
         return export_spice(self, path, block, given, currents=currents, **numbers)
+
+    def power_report(self, inputs: Tensor | Sequence[Tensor], volts: float = 5.0, siemens: float = 1e-3) -> PowerReport:
+        """What the circuits of resistive blocks dissipate at equilibrium, P = V₀² g₀ Σ g (Δs)²; `print` it.
+
+        The circuits are those of `export_spice`, with ideal diodes, in eval mode. The report says what resistors, pads
+        and leaks dissipate, and what inputs, biases and amplifiers deliver for that, in watts as the mean over samples.
+        What amplifiers need beyond what they deliver is not in it.
+
+        Args:
+            inputs: inputs of the network, batch first: a tensor, or one for each.
+            volts: the largest voltage of a node over all samples, in V. It sets V₀ of each block.
+            siemens: the conductance of the largest weight of each block, in S.
+
+        Raises:
+            InputError: there are no inputs, a number is not positive, or no block has feedback.
+            UnsupportedError: the energy is not that of a circuit.
+        """
+        from ffebm_compiler.circuit_power import power_report
+
+        given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        return power_report(self, given, volts, siemens)
 
     def save(self, path: str | Path) -> None:
         """Save plan, settings and weights into a folder (JSON and safetensors); `ffebm.load` reads it.

@@ -41,7 +41,7 @@ def circuit_of_block(hybrid: HybridCore, block: str, inputs: tuple[Tensor, ...])
     program = module.program
     if not program.coupled:
         raise InputError(f"{block} has one layer and no feedback, so that there is no circuit that settles")
-    with torch.no_grad(), hybrid.in_mode(False), hybrid.feedforward_mode(), hybrid.recording() as record:
+    with torch.no_grad(), hybrid.in_mode(False), hybrid.recording() as record:
         hybrid(*inputs)
     operands = [None if value is None else value.detach().double().cpu() for value in record[block][0]]
     given = [value for value in operands[: program.inputs] if value is not None]

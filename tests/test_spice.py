@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import ffebm_compiler as ffebm
 from ffebm_compiler import circuit_elements, spice
 from ffebm_compiler.cli.main import main
+from ffebm_compiler.runtime.activations.base import Lines
 from ffebm_compiler.runtime.energies.circuit import Circuit
 
 needs_ngspice = pytest.mark.skipif(shutil.which("ngspice") is None, reason="ngspice is not installed")
@@ -26,6 +27,7 @@ ACTIVATIONS = {
     "leaky": lambda: nn.LeakyReLU(0.3),
     "hardtanh": lambda: nn.Hardtanh(-0.2, 0.3),
     "hardsigmoid": nn.Hardsigmoid,
+    "softshrink": lambda: nn.Softshrink(0.1),
 }
 
 
@@ -79,6 +81,8 @@ def worst(found: dict[str, float], expected: dict[str, float]) -> float:
         ("mlp", "leaky", 2.0),
         ("mlp", "relu", 1e-3),
         ("branches", "hardtanh", 0.4),
+        ("branches", "softshrink", 0.4),
+        ("mlp", "softshrink", 0.05),
         ("projections", "leaky", 0.4),
         ("convolutions", "relu", 0.4),
         ("cnn", "relu", 0.4),
@@ -226,9 +230,6 @@ def test_what_has_no_netlist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     single = ffebm.convert(model, x, energy="resistive", hardware=ffebm.Hardware(layers_per_block=1))
     with pytest.raises(ffebm.InputError, match="block_1 has one layer and no feedback"):
         single.export_spice(path, block="block_1", inputs=x)
-    soft = ffebm.convert(MLP(activation=lambda: nn.Softshrink(0.1)), x, energy="resistive")
-    with pytest.raises(ffebm.UnsupportedError, match=r"softshrink of layer 'layers.0' .* no diodes"):
-        soft.export_spice(path, block="block_1", inputs=x)
     hybrid, x = made()
     with torch.no_grad():
         hybrid.get_parameter("layers.1.weight").mul_(3)
@@ -250,3 +251,11 @@ def test_the_command(tmp_path: Path) -> None:
     expected = {m[1]: float(m[2]) for m in re.finditer(r"expected v\((\w+)\) = (\S+)", out.read_text())}
     assert worst(found, expected) <= 1e-3
     assert CliRunner().invoke(main, [*args, "--out", str(out)]).exit_code == 2  # it is there already
+
+
+def test_lines_that_no_elements_make() -> None:
+    model, x, options = drn_networks.made("one hidden")
+    hybrid = ffebm.convert(model, x, energy="drn", **options)
+    (stage, *_) = spice.circuit_of_block(hybrid, "block_1", (x,)).stages
+    with pytest.raises(ffebm.UnsupportedError, match=r"of layer 'layers.0' has steeper lines outside than inside"):
+        circuit_elements.characteristic(stage, Lines((-1.0, 1.0), (1.0, 0.5, 1.0), -1.0))

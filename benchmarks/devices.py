@@ -1,6 +1,6 @@
 """What devices do to gradients: static errors, mismatch, read noise and converters, on the network of docs/analog.md.
 
-    python benchmarks/devices.py [static] [mismatch] [noise] [converters] [step]
+    python benchmarks/devices.py [static] [mismatch] [noise] [converters] [wires] [step]
 
 The network is 64-128-96-10 with tanh, one energy block, trained on scikit-learn's digits by backpropagation (float64).
 Each figure is the cosine between a gradient by equilibrium propagation and an exact one, for the first, second and
@@ -13,6 +13,7 @@ import argparse
 import copy
 import statistics
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import Devices, EquilibriumPropagation
+from ffebm_compiler.runtime.devices.wires import exact_weights, fast_weights
 
 Gradients = dict[str, Tensor]
 
@@ -125,6 +127,28 @@ class Tables:
                 hybrid = self.on(Devices(adc_bits=bits, dac_bits=bits), kappa)
                 row(bits, kappa, *cosines(gradients(hybrid, self.x, self.y), exact(hybrid, self.x, self.y)))
 
+    def wires(self) -> None:
+        """What wires take of a tile's weights, and the error and time of the fast solution."""
+        row("tile", "r g_max", "taken by wires", "error of fast", "s exact", "s fast")
+        for side in (64, 128, 256):
+            weights = torch.randn(side, side // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            weights /= weights.abs().max()
+            g = torch.stack([weights.clamp_min(0), (-weights).clamp_min(0)], -1).reshape(side, side)
+            for resistance in (1e-6, 1e-5, 1e-4, 1e-3) if side < 256 else (1e-6, 1e-5, 1e-4):
+                times = [time.process_time()]
+                exact_ = exact_weights(g, resistance)
+                times.append(time.process_time())
+                fast = fast_weights(g, resistance)
+                times.append(time.process_time())
+                taken, error = (float(a.norm() / exact_.norm()) for a in (g - exact_, fast - exact_))
+                row(
+                    side,
+                    f"{resistance:g}",
+                    f"{taken:.1e}",
+                    f"{error:.1e}",
+                    *(f"{b - a:.3f}" for a, b in pairwise(times)),
+                )
+
     def step(self) -> None:
         """CPU time of a training step, in steps without devices, turn by turn."""
         kinds = {
@@ -151,7 +175,7 @@ class Tables:
 
 def main() -> None:
     """Print the tables."""
-    kinds = ("static", "mismatch", "noise", "converters", "step")
+    kinds = ("static", "mismatch", "noise", "converters", "wires", "step")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(kinds)}; all if left out")
     parser.add_argument("--feedback", type=float, default=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.runtime.devices.devices import Devices
 from ffebm_compiler.runtime.devices.laws import Drift, FlickerNoise, Relaxation, polynomial
 from ffebm_compiler.runtime.devices.tiling import Tiling
+from ffebm_compiler.runtime.devices.wires import exact_weights, fast_weights
 
 __all__ = ["Array", "Held"]
 
@@ -120,6 +122,42 @@ class Array:
         before, now = (self.tiling.total(g.sum(0)) for g in (fresh, aged))
         return self.tiling.spread(torch.where(now > 0, before / now.clamp_min(torch.finfo(now.dtype).tiny), 1.0))
 
+    def _through_wires(self, conductances: Tensor) -> Tensor:
+        """What the wires of every tile leave of the conductances between its terminals.
+
+        The devices of a weight are neighbouring columns. Rows are driven next to the first column, and columns are
+        sensed next to the last row.
+        """
+        solve = exact_weights if self.devices.wires == "exact" else fast_weights
+        result = torch.empty_like(conductances)
+        first = [0, 0, 0]
+        for held in self.tiling.groups:
+            first[1] = 0
+            for rows in self.tiling.rows:
+                first[2] = 0
+                for cols in self.tiling.cols:
+                    place = tuple(slice(f, f + n) for f, n in zip(first, (held, rows, cols), strict=True))
+                    part = conductances[(slice(None), *place)]
+                    result[(slice(None), *place)] = self._of_tile(part, solve)
+                    first[2] += cols
+                first[1] += rows
+            first[0] += held
+        return result
+
+    def _of_tile(self, part: Tensor, solve: Callable[[Tensor, float], Tensor]) -> Tensor:
+        """The effective conductances of one tile, whose groups (devices, groups, rows, cols) are along its diagonal."""
+        count, held, rows, cols = part.shape
+        lines = part.permute(1, 2, 3, 0).reshape(held, rows, cols * count)
+        whole = part.new_full((held * rows, held * cols * count), self.devices.smallest)
+        places = [
+            (slice(k * rows, (k + 1) * rows), slice(k * cols * count, (k + 1) * cols * count)) for k in range(held)
+        ]
+        for place, each in zip(places, lines, strict=True):
+            whole[place] = each
+        found = solve(whole, self.devices.wire_resistance)
+        kept = torch.stack([found[place] for place in places])
+        return kept.reshape(held, rows, cols, count).permute(3, 0, 1, 2)
+
     def weights(self, conductances: Tensor, largest: Tensor) -> Tensor:
         """w_max Σ ± g, the weights that these conductances are."""
         signs = self._signs
@@ -152,7 +190,9 @@ class Array:
         g = None
         if not exact or isinstance(settings.read_noise, FlickerNoise):
             g = self.conductances(self.targets(wide, largest), age)
-        forward = wide if exact or g is None else self.weights(g, largest)
+        forward = wide
+        if not exact and g is not None:
+            forward = self.weights(self._through_wires(g) if settings.wire_resistance else g, largest)
         variance = self.variance(g, largest, age)
         backward = forward
         if settings.mismatch:

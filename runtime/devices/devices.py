@@ -7,6 +7,7 @@ w_max the largest |w| of its tile. In this order,
     g     ← max(0, g + σ_p(g) ξ)                                   (`programming`)
     g     ← g_min or 1 for devices that are stuck                  (`stuck_off`, `stuck_on`)
     g(t)   the drift law at the devices' age                      (`drift`)
+    g     ← what the tile's wires leave of it                      (`wire_resistance`)
     w̃      = w_max (g⁺ − g⁻)/(1 − g_min)
     F, B   = w̃ + σ_m w_max ξ', forward and feedback each with a ξ' of its own   (`mismatch`)
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.devices.laws import (
@@ -62,6 +63,10 @@ class Devices:
         stuck_off: share of the devices that are stuck at their smallest conductance.
         stuck_on: share of the devices that are stuck at g_max.
         on_off: g_max/g_min. None: the smallest conductance is 0.
+        wire_resistance: r g_max, resistance of a wire between neighbouring cells of a tile times the largest
+            conductance of a device (1 Ω and 25 µS: 2.5e-5).
+        wires: `"fast"` computes the tiles' wires with each line as a ladder of its own, `"exact"` solves all nodes
+            (`docs/analog.md` has the error and the time of both).
         name: what reports call these devices.
         source: where the numbers come from.
 
@@ -81,6 +86,8 @@ class Devices:
     stuck_off: float = 0.0
     stuck_on: float = 0.0
     on_off: float | None = None
+    wire_resistance: float = 0.0
+    wires: Literal["fast", "exact"] = "fast"
     name: str = "custom"
     source: str = ""
 
@@ -115,6 +122,10 @@ class Devices:
             )
         if self.on_off is not None:
             self._set("on_off", checked_number("on_off", self.on_off, least=1, above=True, remedy="g_max/g_min"))
+        wanted = "r g_max, such as 1 Ω times 25e-6 S"
+        self._set("wire_resistance", checked_number("wire_resistance", self.wire_resistance, most=1, remedy=wanted))
+        if self.wires not in ("fast", "exact"):
+            raise InputError(f"wires is {self.wires!r}; expected 'fast' or 'exact'")
         for field in ("name", "source"):
             if not isinstance(getattr(self, field), str):
                 raise InputError(f"{field} is {getattr(self, field)!r}; expected a text")
@@ -138,6 +149,7 @@ class Devices:
             or self.stuck_off
             or self.stuck_on
             or self.on_off is not None
+            or self.wire_resistance
         )
 
     def to_dict(self) -> dict[str, Any]:

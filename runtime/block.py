@@ -289,6 +289,7 @@ class EnergyBlock(nn.Module):
             return self._read(frame)
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
         phase = FreePhase(frame, self.setting, self._warm_start(frame))
+        phase.shares = self.gain.error_shares
         return phase, run(phase, solver, self._rtol(phase), contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:

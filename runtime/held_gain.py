@@ -54,7 +54,9 @@ class HeldGain:
         self._converge_every: int | None = None
         self._measured_stamp: tuple[WeightStamp, Certificate] | None = None
         self._warned = False
-        self._cached_setting: tuple[Certificate | None, float | str, tuple[Setting, float | None]] | None = None
+        self._cached_setting: (
+            tuple[Certificate | None, float | str, tuple[Setting, float | None, Tensor | None]] | None
+        ) = None
         self._examples: list[Tensor] = []
         self._shapes: dict[int, torch.Size] = {}
 
@@ -81,7 +83,7 @@ class HeldGain:
     @property
     def setting(self) -> Setting:
         """The energy and the settings of its amplifiers."""
-        return self._setting_and_contraction()[0]
+        return self._derived()[0]
 
     @property
     def loop_gain(self) -> float:
@@ -91,10 +93,15 @@ class HeldGain:
     @property
     def contraction(self) -> float | None:
         """Factor by which a sweep contracts; None without a certificate."""
-        return self._setting_and_contraction()[1]
+        return self._derived()[1]
 
-    def _setting_and_contraction(self) -> tuple[Setting, float | None]:
-        """(setting, contraction), computed once for each certificate and feedback."""
+    @property
+    def error_shares(self) -> Tensor | None:
+        """W of `Energy.error_shares`; None without a certificate."""
+        return self._derived()[2]
+
+    def _derived(self) -> tuple[Setting, float | None, Tensor | None]:
+        """(setting, contraction, error shares), computed once for each certificate and feedback."""
         certificate, kept = self.certificate, self._cached_setting
         if kept is None or kept[0] is not certificate or kept[1] != self.feedback:
             amplifiers: tuple[float, ...] = ()
@@ -102,7 +109,11 @@ class HeldGain:
             if certificate is not None:
                 amplifiers = certificate.amplifiers
                 contraction = self.energy.contraction(self.program, certificate, self.feedback)
-            kept = certificate, self.feedback, (Setting(self.energy, self.scales, amplifiers), contraction)
+            shares = None
+            if certificate is not None and contraction is not None:
+                found = self.energy.error_shares(self.program, certificate)
+                shares = None if found is None else torch.from_numpy(found)
+            kept = certificate, self.feedback, (Setting(self.energy, self.scales, amplifiers), contraction, shares)
             self._cached_setting = kept
         return kept[2]
 

@@ -94,13 +94,13 @@ class Writer:
         return self.constant(np.array(values, dtype=np.int64))
 
     def setting(self, name: str, kind: str) -> str:
-        """The value of an attribute of the enclosing function: `kind` is `"float"` or `"int"`."""
+        """The value of an attribute of the enclosing function: `kind` is `"float"`, `"floats"` or `"int"`."""
         onnx = package("onnx")
         node = onnx.helper.make_node("Constant", [], [self.names.fresh(name)])
         attribute = node.attribute.add(name=f"value_{kind}", ref_attr_name=name)
-        attribute.type = onnx.AttributeProto.FLOAT if kind == "float" else onnx.AttributeProto.INT
+        attribute.type = getattr(onnx.AttributeProto, kind.upper())
         self.nodes.append(node)
-        if kind == "float" and self.dtype != "float32":
+        if kind != "int" and self.dtype != "float32":
             return self.op("Cast", node.output[0], to=self.elem_type)
         return str(node.output[0])
 

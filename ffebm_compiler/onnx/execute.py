@@ -122,12 +122,16 @@ class Exported:
         block.gain.feedback = step["feedback"]
         radius = step["spectral_radius"]
         radius = math.inf if radius is None else float(radius)
-        block.gain.certificate = Certificate((), scales, radius, settling["contraction"], amplifiers)
+        norms = tuple((edge["start"], edge["end"], float(edge["norm"])) for edge in settling.get("norms", ()))
+        if any(index >= len(program.layers) for edge in norms for index in edge[:2]):
+            raise ValueError(f"{step['name']} has the norm of an edge between layers that it does not have")
+        block.gain.certificate = Certificate(norms, scales, radius, settling["contraction"], amplifiers)
         block.solver = GaussSeidel(
             rtol=settling["rtol"],
             max_sweeps=settling["max_sweeps"],
             on_failure=settling["on_failure"],
             schedule=settling["schedule"],
+            relaxation=settling.get("relaxation", 1.0),
         )
         return block
 

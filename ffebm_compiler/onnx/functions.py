@@ -3,8 +3,8 @@
     s_l = σ_l(h_l),   h_l = d_l + Σ_{m>l} γ_{l,m} (∂d_m/∂s_l)ᵀ s_m ,   γ_{l,m} = c_m/c_l
 
 The states start at their feedforward values. One pass of the body is one Gauss–Seidel sweep of
-`runtime.phases.free_phase.FreePhase`. The loop ends when the largest relative change of a layer, ‖Δs_l‖/‖s_l‖, is
-at most `largest_change` (not before `min_sweeps`), or after `max_sweeps`. Values that depend only on the inputs
+`runtime.phases.free_phase.FreePhase`, over-relaxed by `relaxation`. The loop ends by the runtime's own rule
+(`stopping_nodes.py`), or after `max_sweeps`. Values that depend only on the inputs
 are computed before the loop. An ONNX function cannot raise an error, so the outputs of a block that did
 not settle are NaN.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.shapes import register_shapes
 from ffebm_compiler.onnx.steps import Step
+from ffebm_compiler.onnx.stopping_nodes import Progress, Stopping
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import name_of
 from ffebm_compiler.runtime.energies.conductive import Conductive
@@ -54,7 +55,7 @@ class BlockFunction:
 
     name: str
     proto: Any
-    attributes: Mapping[str, float | int]
+    attributes: Mapping[str, float | int | list[float]]
 
 
 def block_function(step: Step) -> BlockFunction:
@@ -93,6 +94,9 @@ class _Builder:
                 raise ExportError(f"a weight of {self.step.name} depends on the network's input: force it digital")
             self.main.weight_shapes[name] = tuple(tensor.shape)
         self.settling = settling_of(self.block, self.dtype)
+        shares = self.block.gain.error_shares if self.settling["schedule"] == "forward" else None
+        self.stopping = Stopping(self.main, self.settling["contraction"], None if shares is None else shares.numpy())
+        self.relaxed = self.settling["relaxation"] != 1
         self.coupled = self.program.coupled and self.block.enabled
         self.gammas = {
             (index, later): f"gamma_{index}_{later}"
@@ -112,10 +116,10 @@ class _Builder:
         inputs = [f"x{index}" for index in range(self.program.inputs)]
         outputs = [f"y{index}" for index in range(len(self.program.outputs))]
         fixed = dict(enumerate(inputs))
-        states = self._feedforward(fixed)
+        states, fields = self._feedforward(fixed)
         settled = ""
         if self.coupled:
-            states, settled = self._loop(fixed, states)
+            states, settled = self._loop(fixed, states, fields if self.relaxed else [])
         registers = fixed | {layer.state: state for layer, state in zip(self.program.layers, states, strict=True)}
         for instruction in self.program.readout:
             registers[instruction.output] = self._apply(self.main, instruction, registers, self.program.name)
@@ -138,14 +142,16 @@ class _Builder:
         )
         return BlockFunction(name, proto, attributes)
 
-    def _attributes(self) -> dict[str, float | int]:
+    def _attributes(self) -> dict[str, float | int | list[float]]:
         if not self.coupled:
             return {}
         scales = self.block.scales
-        attributes: dict[str, float | int] = {
+        attributes: dict[str, float | int | list[float]] = {
             "largest_change": float(self.settling["largest_change"]),
             "min_sweeps": int(self.settling["min_sweeps"]),
             "max_sweeps": int(self.settling["max_sweeps"]),
+            "relaxation": float(self.settling["relaxation"]),
+            **self.stopping.attributes(),
         }
         for (index, later), name in self.gammas.items():
             attributes[name] = scales[later] / scales[index]
@@ -166,13 +172,15 @@ class _Builder:
             self.coupled,
             self.settling["schedule"],
             self.settling["on_failure"],
+            [self.relaxed, bool(self.stopping.contraction), self.stopping.shares is not None],
             *([] if self.energy is None else [self.energy.name]),
         ]
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
-    def _feedforward(self, fixed: dict[int, str]) -> list[str]:
-        """The states without feedback. Adds the registers that depend only on the inputs to `fixed`."""
+    def _feedforward(self, fixed: dict[int, str]) -> tuple[list[str], list[str]]:
+        """(states, drives) without feedback. Adds the registers that depend only on the inputs to `fixed`."""
         states: list[str] = []
+        drives: list[str] = []
         for index, layer in enumerate(self.program.layers):
             registers = dict(fixed) | self._by_register(states)
             drive = self._drive(self.main, index, registers)
@@ -180,7 +188,8 @@ class _Builder:
                 if not self.program.from_states[instruction.output]:
                     fixed[instruction.output] = registers[instruction.output]
             states.append(self._activate(self.main, index, drive))
-        return states
+            drives.append(drive)
+        return states, drives
 
     def _by_register(self, states: Sequence[str]) -> dict[int, str]:
         return {layer.state: state for layer, state in zip(self.program.layers, states, strict=False)}
@@ -223,21 +232,21 @@ class _Builder:
         except ExportError as error:
             raise ExportError(f"{self.step.name}, layer {layer.name}: {error}") from error
 
-    def _loop(self, fixed: Mapping[int, str], states: Sequence[str]) -> tuple[list[str], str]:
-        """The settled states, and whether they settled."""
+    def _loop(self, fixed: Mapping[int, str], states: Sequence[str], fields: Sequence[str]) -> tuple[list[str], str]:
+        """The settled states, and whether they settled. `fields` are those of over-relaxed layers."""
         onnx = package("onnx")
         names = self.main.names
         body = Writer(names, self.dtype, outside=self.main)
         gammas = {key: self.main.setting(name, "float") for key, name in self.gammas.items()}
-        limit = self.main.setting("largest_change", "float")
-        least, most = self.main.setting("min_sweeps", "int"), self.main.setting("max_sweeps", "int")
-        before_least = self.main.op("Sub", least, self.main.constant(np.array(1, dtype=np.int64)))
+        limit, most = self.main.setting("largest_change", "float"), self.main.setting("max_sweeps", "int")
+        start = self.stopping.start(self.main.setting("relaxation", "float"))
         sweep = names.fresh("sweep")
         loaded = {} if self.energy is None else self._loaded(states, gammas, amplified=self.energy.amplified)
-        carried = [names.fresh("s") for _ in states]
-        present = list(carried)
+        carried, relaxed = ([names.fresh(stem) for _ in kept] for stem, kept in (("s", states), ("h", fields)))
+        now = Progress(*(names.fresh(name) for name in ("omega", "previous", "measured", "next", "residual")))
+        present, potentials = list(carried), list(relaxed)
         pulled: dict[str, dict[int, str]] = {}
-        changes = []
+        changes: dict[int, tuple[str, str]] = {}
         for index in self._update_order():
             before = present[index]
             registers = dict(fixed) | self._by_register(present)
@@ -248,39 +257,43 @@ class _Builder:
                 part = pulled[present[later]].get(self.program.layers[index].state)
                 if part is not None:
                     terms.append(body.op("Mul", part, gammas[index, later]))
-            present[index] = (
-                loaded[index].value(body, body.added(terms))
-                if index in loaded
-                else self._activate(body, index, body.added(terms))
-            )
-            changes.append(self._relative_change(body, before, present[index]))
-        residual = body.op("Max", *changes) if len(changes) > 1 else changes[0]
-        more = body.op("Or", body.op("Greater", residual, limit), body.op("Less", sweep, before_least))
-        finals = [state if state not in carried else body.op("Identity", state, stem="kept") for state in present]
+            field = body.added(terms)
+            if relaxed:
+                moved = body.op("Mul", body.op("Sub", field, potentials[index]), now.omega)
+                potentials[index] = field = body.op("Add", potentials[index], moved)
+            present[index] = loaded[index].value(body, field) if index in loaded else self._activate(body, index, field)
+            changes[index] = self._norms(body, before, present[index])
+        more, after = self.stopping.after(body, now, sweep, most, limit, [changes[index] for index in sorted(changes)])
+        unchanged = {*carried, *relaxed}
+        finals = [
+            body.op("Identity", value, stem="kept") if value in unchanged else value
+            for value in (*present, *potentials)
+        ]
         kind, info = self.main.elem_type, onnx.helper.make_tensor_value_info
+        kinds = [kind, kind, onnx.TensorProto.INT64, onnx.TensorProto.INT64, kind]
+        progress = [astuple(part) for part in (now, after, start)]
         graph = onnx.helper.make_graph(
             body.nodes,
             "sweep",
             [
                 info(sweep, onnx.TensorProto.INT64, []),
                 info(names.fresh("go_on"), onnx.TensorProto.BOOL, []),
-                *(info(name, kind, None) for name in carried),
-                info(names.fresh("before"), kind, []),
+                *(info(name, kind, None) for name in (*carried, *relaxed)),
+                *(info(name, each, []) for name, each in zip(progress[0], kinds, strict=True)),
             ],
             [
                 info(more, onnx.TensorProto.BOOL, []),
                 *(info(name, kind, None) for name in finals),
-                info(residual, kind, []),
+                *(info(name, each, []) for name, each in zip(progress[1], kinds, strict=True)),
             ],
         )
-        results = [names.fresh("settled") for _ in states]
-        last = names.fresh("residual")
+        results = [names.fresh("settled") for _ in (*carried, *relaxed)]
+        ends = [names.fresh("end") for _ in kinds]
         go_on = self.main.constant(np.array(True))
-        start = self.main.number(float("inf"))
         self.main.nodes.append(
-            onnx.helper.make_node("Loop", [most, go_on, *states, start], [*results, last], body=graph)
+            onnx.helper.make_node("Loop", [most, go_on, *states, *fields, *progress[2]], [*results, *ends], body=graph)
         )
-        return results, self.main.op("LessOrEqual", last, limit)
+        return results[: len(states)], self.main.op("LessOrEqual", ends[-1], limit)
 
     def _loaded(
         self, states: Sequence[str], gammas: Mapping[tuple[int, int], str], amplified: bool
@@ -343,11 +356,10 @@ class _Builder:
             return [*range(0, count, 2), *range(1, count, 2)]
         return list(range(count))
 
-    def _relative_change(self, writer: Writer, before: str, after: str) -> str:
-        norm = writer.op("ReduceL2", after, keepdims=0)
+    def _norms(self, writer: Writer, before: str, after: str) -> tuple[str, str]:
+        """(‖after − before‖, ‖after‖)."""
         moved = writer.op("ReduceL2", writer.op("Sub", after, before), keepdims=0)
-        tiny = writer.number(float(np.finfo(self.dtype).tiny))
-        return writer.op("Div", moved, writer.op("Add", norm, tiny))
+        return moved, writer.op("ReduceL2", after, keepdims=0)
 
     def _pullback(
         self,

@@ -35,14 +35,16 @@ def seal(manifest: Mapping[str, Any]) -> str:
 
 
 def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
-    """The stopping rule of a block's free phase, the same as in `runtime.solvers.relaxation.relax`.
+    """How a block's free phase is swept and stops, the same as in `runtime.solvers.relaxation.relax`.
 
-    It stops after a sweep in which no layer changed by more than `largest_change` (relative), but not before the
-    sweep `min_sweeps`. `largest_change` is `rtol` over the factor of `runtime.solvers.relaxation.stopping_rule`.
+    It stops at the latest after a sweep in which no layer changed by more than `largest_change` (relative), but not
+    before the sweep `min_sweeps`. `largest_change` is `rtol` over the factor of
+    `runtime.solvers.relaxation.stopping_rule`. The changes seen so far and the norms of the edges may end it earlier.
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
     earliest, factor = stopping_rule(rtol, contraction)
+    certificate = block.certificate
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
     return {
         "rtol": rtol,
@@ -52,7 +54,13 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
         "max_sweeps": solver.max_sweeps,
         "schedule": "forward" if schedule == "auto" else schedule,
         "on_failure": solver.on_failure,
+        "relaxation": solver.omega(contraction) if isinstance(solver, GaussSeidel) else 1.0,
+        "norms": [] if certificate is None or contraction is None else [_edge(*edge) for edge in certificate.norms],
     }
+
+
+def _edge(start: int, end: int, norm: float) -> dict[str, float]:
+    return {"start": start, "end": end, "norm": norm}
 
 
 def manifest_of(

@@ -31,6 +31,13 @@ class _Value:
 
 
 @dataclass(frozen=True)
+class _Edge:
+    start: _Count
+    end: _Count
+    norm: Annotated[float, AtLeast(0)]
+
+
+@dataclass(frozen=True)
 class _Settling:
     rtol: Annotated[float, AtLeast(0, above=True, most=1)]
     contraction: Annotated[float, AtLeast(0)] | None
@@ -39,6 +46,8 @@ class _Settling:
     max_sweeps: Annotated[int, AtLeast(1)]
     schedule: Literal["auto", "forward", "backward", "even_odd"]
     on_failure: Literal["isolate", "error", "warn"]
+    relaxation: Annotated[float, AtLeast(1, most=2)] = 1.0
+    norms: tuple[_Edge, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,10 @@ class Energy(ABC):
     def contraction(self, program: BlockProgram, certificate: Certificate, feedback: float | str) -> float | None:
         """Factor by which a Gauss–Seidel sweep is certified to contract; None without a certificate."""
 
+    def error_shares(self, program: BlockProgram, certificate: Certificate) -> np.ndarray | None:
+        """W with ‖e_l‖ ≤ κ/(1 − κ) Σ_k W_lk ‖Δs_k‖ for the errors e that a forward sweep leaves; None if unknown."""
+        return None
+
     @abstractmethod
     def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
         """Weight index -> factor in (0, 1). Together they bring the loop gain down to `limit`. Empty if it is lower.

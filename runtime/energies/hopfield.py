@@ -27,7 +27,14 @@ from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
 from ffebm_compiler.runtime.energies.followed_norm import Launched
-from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certificate_at, certify, edge_gain, edge_norms
+from ffebm_compiler.runtime.energies.loop_gain import (
+    MARGIN,
+    certificate_at,
+    certify,
+    edge_gain,
+    edge_norms,
+    error_shares,
+)
 from ffebm_compiler.runtime.energies.projection import projection
 from ffebm_compiler.runtime.energies.through_gain import add_gain_terms
 from ffebm_compiler.runtime.energies.tracked_norms import TrackedNorms
@@ -132,6 +139,10 @@ class Hopfield(Energy):
         if program.selects:  # the certificate holds for one choice of winners only
             return None
         return certificate.contraction
+
+    def error_shares(self, program: BlockProgram, certificate: Certificate) -> np.ndarray | None:
+        """From the norms of the edges, as the loop gain itself."""
+        return error_shares(program, certificate)
 
     def projection(self, program: BlockProgram, certificate: Certificate, limit: float) -> dict[int, float]:
         """Factors that cap the norms of the edges if the loop gain exceeds the limit."""

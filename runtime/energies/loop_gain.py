@@ -40,6 +40,7 @@ __all__ = [
     "certify",
     "edge_gain",
     "edge_norms",
+    "error_shares",
     "gain_for",
     "matrix_of",
     "perron_of",
@@ -222,6 +223,26 @@ def _sweep_radius(matrix: np.ndarray, largest: float) -> float:
         float(np.abs(np.linalg.eigvals(np.linalg.solve(np.eye(len(matrix)) - new, old))).max()) for new, old in pairs
     )
     return max(largest**2, found) if found > largest**2 * (1 + 1e-9) else largest**2
+
+
+def error_shares(program: BlockProgram, certificate: Certificate) -> np.ndarray | None:
+    """W with ‖e_l‖ ≤ κ/(1 − κ) Σ_k W_lk ‖Δs_k‖, the errors that a forward sweep leaves by the changes that it made.
+
+    With A = L + U and M = (1 − L)⁻¹U in the norms n_l = √(c_l/Lip σ_l) ‖·‖, the changes of the next sweep are at most
+    M times those of this one, and all that follow sum up to M (1 − M)⁻¹. κ is the contraction ρ(M). None if ρ(M) ≥ 1,
+    or if an activation has a learned slope, since Lip σ_l is then not the program's.
+    """
+    matrix = matrix_of(program, certificate.norms, certificate.scales)
+    rate = certificate.contraction
+    learned = any(layer.parameters for layer in program.layers)
+    if learned or not len(matrix) or not 0 < rate < 1 or not np.isfinite(matrix).all():
+        return None
+    one = np.eye(len(matrix))
+    sweep = np.linalg.solve(one - np.tril(matrix, -1), np.triu(matrix, 1))
+    pairs = zip(certificate.scales, program.layers, strict=True)
+    weights = [math.sqrt(scale / layer.activation.lipschitz) for scale, layer in pairs]
+    bound = sweep @ np.linalg.inv(one - sweep) * np.outer(1 / np.array(weights), weights)
+    return bound * (1 - rate) / rate if np.isfinite(bound).all() and (bound >= 0).all() else None
 
 
 def certify(program: BlockProgram, norms: Sequence[tuple[int, int, float]], feedback: float | str) -> Certificate:

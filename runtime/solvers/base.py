@@ -28,8 +28,6 @@ __all__ = ["FixedPoint", "GaussSeidel", "Solver", "sweep_layers", "typical_contr
 
 _TYPICAL = 0.6
 """What a sweep of a block is seen to contract by, in units of what it is certified to: slopes vanish."""
-_SLOW = 0.1
-"""Contraction of a sweep from which on over-relaxation saves any."""
 
 
 class FixedPoint(ABC):
@@ -46,6 +44,8 @@ class FixedPoint(ABC):
     """Whether the result only serves a gradient, so that an estimate of the remaining error is enough."""
     contraction: float | None = None
     """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
+    shares: Tensor | None = None
+    """W, where κ/(1 − κ) Σ_k W_lk ‖Δx_k‖ bounds the error that a plain forward sweep leaves in layer l; or None."""
     relaxation: float = 1.0
     """ω of over-relaxed sweeps, the factor on the change of a layer."""
     pace: Pace | None = None
@@ -202,36 +202,58 @@ def typical_contraction(certified: float) -> float:
     return _TYPICAL * certified
 
 
-def _change(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> Tensor:
-    """‖new − old‖/‖new‖. It is 1 for a value that was not reached before."""
+def _norms(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """(‖new − old‖, ‖new‖). A value that was not reached before has changed as a whole."""
+    dims = tuple(range(1, new.dim())) if per_sample else None
+    size = torch.linalg.vector_norm(new, dim=dims)
     if old is None:
-        return new.new_ones(new.shape[:1] if per_sample else (), dtype=torch.float32)
+        return size, size
     key = (new.shape, new.stride())
     if key not in problem.scratch:
         problem.scratch[key] = torch.empty_like(new)
     difference = torch.sub(new, old, out=problem.scratch[key])
-    tiny = torch.finfo(new.dtype).tiny
-    if not per_sample:
-        return torch.linalg.vector_norm(difference) / (torch.linalg.vector_norm(new) + tiny)
-    dims = tuple(range(1, new.dim()))
-    return torch.linalg.vector_norm(difference, dim=dims) / (torch.linalg.vector_norm(new, dim=dims) + tiny)
+    return torch.linalg.vector_norm(difference, dim=dims), size
+
+
+def _largest_change(problem: FixedPoint, forward: bool, changes: list[Tensor], sizes: list[Tensor]) -> Tensor:
+    """The largest relative change of a layer, or what it amounts to by the bounds of the layers (`shares`)."""
+    moved = torch.stack(changes)
+    size = torch.stack(sizes) + torch.finfo(moved.dtype).tiny
+    largest = (moved / size).amax(0)
+    too_far = 0.0
+    if problem.relaxation != 1 and problem.contraction and not problem.training:
+        rate = typical_contraction(problem.contraction)
+        too_far = (problem.relaxation - 1) * (1 - rate) / rate
+    known = problem.shares is not None and forward and len(changes) == len(problem.shares)
+    if known and (moved.device.type == "cpu" or not problem.training):  # a captured graph can't copy from the host
+        assert problem.shares is not None
+        shared = torch.tensordot(problem.shares.to(moved), moved, 1)
+        # A layer that is almost zero has a large relative bound, but may not change at all.
+        return torch.minimum((1 + too_far) * largest, ((shared + too_far * moved) / size).amax(0))
+    return (1 + too_far) * largest
 
 
 def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_sample: bool = False) -> Tensor | None:
-    """Do one Gauss–Seidel sweep in this order. If `measure`, return the largest relative change of a layer."""
-    changes = []
+    """Do one Gauss–Seidel sweep in this order. If `measure`, return the largest relative change of a layer.
+
+    An over-relaxed layer goes (ω − 1) times its change too far. Where the error has to be bounded, that is added as
+    the change that a bound of κ/(1 − κ) would give it, with κ no larger than blocks are expected to contract by.
+    """
+    changes, sizes = [], []
     for index in order:
         new = problem.advance(index)
         if new is None:
             continue
         if measure:
             old = problem.values[index]
-            changes.append(_change(problem, None if old is None else old.detach(), new.detach(), per_sample))
+            change, size = _norms(problem, None if old is None else old.detach(), new.detach(), per_sample)
+            changes.append(change)
+            sizes.append(size)
         problem.store(index, new)
     if not measure:
         return None
     if changes:
-        return torch.stack(changes).amax(0)
+        return _largest_change(problem, list(order) == sorted(order), changes, sizes)
     return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
 
 
@@ -249,8 +271,8 @@ class GaussSeidel(Solver):
 
     schedule: Literal["auto", "forward", "backward", "even_odd"] = "auto"
     relaxation: float | None = None
-    """ω, from 1 to below 2. None: 1 in evaluation, and in training the best ω for what a certified block is seen to
-    contract by (`typical_contraction`)."""
+    """ω, from 1 to below 2. None: the best ω for what a certified block is seen to contract by
+    (`typical_contraction`), and 1 without a certificate."""
     steady = True
 
     def __post_init__(self) -> None:
@@ -270,15 +292,14 @@ class GaussSeidel(Solver):
         }
         if self.schedule not in orders:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
-        problem.relaxation = self._relaxation(problem)
+        problem.relaxation = self.omega(problem.contraction)
         return orders[self.schedule]
 
-    def _relaxation(self, problem: FixedPoint) -> float:
+    def omega(self, contraction: float | None) -> float:
+        """ω at the start of a relaxation whose plain sweeps are certified to contract by κ (None: not certified)."""
         if self.relaxation is not None:
             return self.relaxation
-        rate = 0.0 if problem.contraction is None else typical_contraction(problem.contraction)
-        if not problem.training or rate < _SLOW:
-            return 1.0
+        rate = 0.0 if contraction is None else typical_contraction(contraction)
         return 2 / (1 + math.sqrt(1 - rate))
 
     def step(

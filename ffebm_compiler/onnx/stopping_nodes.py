@@ -1,0 +1,142 @@
+"""When the loop of an energy block ends, as ONNX nodes: the rule of `runtime/solvers/relaxation.py` for evaluation.
+
+A measured sweep gives the largest relative change c of a layer, or what it amounts to by the bounds of the layers. The
+error that is left is at most κ/(1 − κ) c if a sweep is certified to contract by κ. It is taken to be r/(1 − r) c if
+the changes since the sweep measured before show a better r, increased by a third, and for over-relaxed sweeps no less
+than what blocks are expected to contract by. The next measurement is as late as r allows. A relaxation whose changes
+grow goes on with ω = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ffebm_compiler.onnx.emit import Writer
+from ffebm_compiler.runtime.solvers.base import typical_contraction
+from ffebm_compiler.runtime.solvers.relaxation import SAFETY
+
+__all__ = ["Progress", "Stopping"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Names of what a loop knows of its progress. They are carried from sweep to sweep, in this order."""
+
+    omega: str
+    """ω."""
+    previous: str
+    """The change of the last measured sweep."""
+    measured: str
+    """That sweep, counted from 1; 0 before the first."""
+    following: str
+    """The sweep that is measured next."""
+    residual: str
+    """The error that is left after the last measured sweep, in units of κ/(1 − κ)."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """The rule of one block. Its settings are attributes of the function that encloses the loop."""
+
+    main: Writer
+    contraction: float | None
+    """κ if a sweep is certified to contract."""
+    shares: np.ndarray | None
+    """W of `Energy.error_shares`."""
+
+    def attributes(self) -> dict[str, float | list[float]]:
+        """Attributes of the function besides its limits."""
+        found: dict[str, float | list[float]] = {}
+        if self.contraction is not None:
+            found["contraction"] = float(self.contraction)
+        if self.shares is not None:
+            found["error_shares"] = [float(share) for share in self.shares.ravel()]
+        return found
+
+    def start(self, omega: str) -> Progress:
+        """Progress before the first sweep."""
+        infinite, none = self.main.number(float("inf")), self.main.constant(np.array(0, dtype=np.int64))
+        return Progress(omega, infinite, none, self.main.setting("min_sweeps", "int"), infinite)
+
+    def after(
+        self, body: Writer, now: Progress, sweep: str, last: str, limit: str, changes: Sequence[tuple[str, str]]
+    ) -> tuple[str, Progress]:
+        """(whether to go on, progress) after a sweep.
+
+        Args:
+            body: the writer of the loop's body.
+            now: the progress before it.
+            sweep: the number of sweeps before it.
+            last: the number of sweeps after which the loop ends in any case.
+            limit: the largest residual that ends it.
+            changes: (‖Δs_l‖, ‖s_l‖) of every layer.
+        """
+        one, whole = body.number(1.0), body.constant(np.array(1, dtype=np.int64))
+        count = body.op("Add", sweep, whole)
+        measured = body.op("Or", body.op("GreaterOrEqual", count, now.following), body.op("Equal", count, last))
+        relaxed = body.op("Greater", now.omega, one)
+        change = self._change(body, now, relaxed, changes)
+        known = body.op("Greater", now.measured, body.constant(np.array(0, dtype=np.int64)))
+        falling = body.op("And", known, body.op("Less", change, now.previous))
+        steps = body.op("Cast", body.op("Sub", count, now.measured), to=body.elem_type)
+        quotient = body.op("Where", falling, body.op("Div", change, now.previous), body.number(0.5))
+        rate = body.op("Pow", quotient, body.op("Div", one, steps))
+        residual = self._residual(body, now, relaxed, change, falling, rate)
+        finished = body.op("LessOrEqual", residual, limit)
+        stride = self._stride(body, residual, limit, falling, rate)
+        growing = body.op("And", relaxed, body.op("Greater", change, now.previous))
+        new = Progress(
+            body.op("Where", body.op("And", measured, growing), one, now.omega, stem="omega"),
+            body.op("Where", measured, change, now.previous, stem="previous"),
+            body.op("Where", measured, count, now.measured, stem="measured"),
+            body.op("Where", measured, body.op("Add", count, stride), now.following, stem="next"),
+            body.op("Where", measured, residual, now.residual, stem="residual"),
+        )
+        unfinished = body.op("And", body.op("Not", finished), body.op("Not", body.op("IsNaN", residual)))
+        return body.op("Or", body.op("Not", measured), unfinished), new
+
+    def _change(self, body: Writer, now: Progress, relaxed: str, changes: Sequence[tuple[str, str]]) -> str:
+        place = body.ints([1])
+        moved, size = (
+            body.op("Concat", *(body.op("Reshape", pair[side], place) for pair in changes), axis=0) for side in (0, 1)
+        )
+        size = body.op("Add", size, body.number(float(np.finfo(body.dtype).tiny)))
+        factor = body.number(1.0)
+        if self.contraction:
+            rate = typical_contraction(self.contraction)
+            beyond = body.scaled(body.op("Sub", now.omega, factor), (1 - rate) / rate)
+            factor = body.op("Add", factor, beyond)
+        largest = body.op("ReduceMax", body.op("Mul", body.op("Div", moved, size), factor), keepdims=0)
+        if self.shares is None:
+            return largest
+        shape = self.main.ints(list(self.shares.shape))
+        shares = self.main.op("Reshape", self.main.setting("error_shares", "floats"), shape)
+        total = body.op("MatMul", shares, moved)
+        if self.contraction:
+            total = body.op("Add", total, body.op("Mul", moved, beyond))
+        return body.op("Min", largest, body.op("ReduceMax", body.op("Div", total, size), keepdims=0))
+
+    def _residual(self, body: Writer, now: Progress, relaxed: str, change: str, falling: str, rate: str) -> str:
+        if not self.contraction:
+            return change
+        one, certified = body.number(1.0), self.main.setting("contraction", "float")
+        seen = body.scaled(rate, SAFETY)
+        expected = self.main.scaled(certified, typical_contraction(1.0))
+        seen = body.op("Where", relaxed, body.op("Max", seen, expected), seen)
+        better = body.op("And", falling, body.op("Less", seen, certified))
+        rate = body.op("Where", better, seen, certified)
+        inverse = self.main.op("Div", self.main.op("Sub", one, certified), certified)
+        left = body.op("Mul", body.op("Div", rate, body.op("Sub", one, rate)), inverse)
+        return body.op("Mul", change, body.op("Div", left, now.omega))
+
+    def _stride(self, body: Writer, residual: str, limit: str, falling: str, rate: str) -> str:
+        """max(1, min(⌊0.7 log(limit/residual)/log(rate)⌋, 10)) where the rate is known, else 1."""
+        one = body.number(1.0)
+        left = body.op("Log", body.op("Div", limit, residual))
+        steps = body.op("Floor", body.op("Div", body.scaled(left, 0.7), body.op("Log", rate)))
+        sound = body.op("Not", body.op("Or", body.op("IsNaN", steps), body.op("IsInf", steps)))
+        steps = body.op("Where", body.op("And", falling, sound), steps, one)
+        return body.op("Cast", body.op("Max", one, body.op("Min", steps, body.number(10.0))), to=7)

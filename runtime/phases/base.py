@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
-from ffebm_compiler.runtime.solvers.base import FixedPoint
+from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
 __all__ = ["Phase", "merged", "narrow"]
 

@@ -13,9 +13,9 @@ from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.phases.base import Phase, narrow
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
-from ffebm_compiler.runtime.solvers.base import FixedPoint
 from ffebm_compiler.runtime.solvers.conjugate import newton_step
 from ffebm_compiler.runtime.solvers.fabric import Question
+from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
 __all__ = ["AdjointPhase", "NudgedPhase"]
 

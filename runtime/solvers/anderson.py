@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver, sweep_layers
+from ffebm_compiler.runtime.solvers.base import Solver, sweep_layers
+from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
 __all__ = ["Anderson"]
 

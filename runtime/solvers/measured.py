@@ -14,8 +14,9 @@ from ffebm_compiler.errors import FabricError, FFEBMError, InputError, Unsupport
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.held_gain import check_inputs, check_weights
 from ffebm_compiler.runtime.program.block_program import BlockProgram
-from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver
+from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.fabric import Question, checked_states, outside
+from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
 __all__ = ["Measured", "Unplugged"]
 

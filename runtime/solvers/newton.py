@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver, sweep_layers
+from ffebm_compiler.runtime.solvers.base import Solver, sweep_layers
+from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
 __all__ = ["NewtonCG"]
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
-from ffebm_compiler.runtime.solvers.base import FixedPoint, Solver, typical_contraction
+from ffebm_compiler.runtime.solvers.base import Solver, typical_contraction
+from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 from ffebm_compiler.runtime.solvers.pace import Pace
 
 __all__ = ["LOST", "SAFETY", "Settled", "concluded", "may_be_late", "relax", "run", "stopping_rule"]

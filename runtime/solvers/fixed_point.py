@@ -1,0 +1,94 @@
+"""`FixedPoint`: the problem x_l = f_l(x) over the layers of a block, which solvers solve."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.runtime.solvers.fabric import Question
+from ffebm_compiler.runtime.solvers.pace import Pace
+
+__all__ = ["FixedPoint"]
+
+
+class FixedPoint(ABC):
+    """A fixed-point problem over the layers of a block."""
+
+    values: list[Tensor | None]
+    """Present value of each layer. None stands for zero, before a value is reached."""
+    scratch: dict[object, Tensor]
+    """Buffers for differences, kept over the sweeps."""
+    samples: int | None = None
+    """Number of independent samples along the leading dimension of every value; None if they are not independent."""
+
+    training: bool = False
+    """Whether the result only serves a gradient, so that an estimate of the remaining error is enough."""
+    contraction: float | None = None
+    """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
+    shares: Tensor | None = None
+    """W, where κ/(1 − κ) Σ_k W_lk ‖Δx_k‖ bounds the error that a plain forward sweep leaves in layer l; or None."""
+    relaxation: float = 1.0
+    """ω of over-relaxed sweeps, the factor on the change of a layer."""
+    pace: Pace | None = None
+    """Where the block keeps the number of sweeps of this phase from step to step; None: it keeps none."""
+
+    parts: int = 1
+    """Number of rows of a value for each of those samples. The rows come in parts, each with all samples."""
+
+    @abstractmethod
+    def update(self, index: int) -> Tensor | None:
+        """f_l at the present values, without storing it."""
+
+    def advance(self, index: int) -> Tensor | None:
+        """The next value of a layer in a sweep: f_l, over-relaxed by ω."""
+        return self.update(index)
+
+    def store(self, index: int, value: Tensor | None) -> None:
+        """Make `value` the present one of a layer."""
+        self.values[index] = value
+
+    def order(self) -> list[int]:
+        """The order in which a sweep carries information fastest."""
+        return list(range(len(self.values)))
+
+    def carried(self) -> list[int]:
+        """The layers whose values a sweep in that order reads before it updates them. The others follow from these."""
+        return list(range(len(self.values)))
+
+    @abstractmethod
+    def narrowed(self, rows: Tensor) -> FixedPoint:
+        """The same problem at its present values for some of the samples (a tensor of indices)."""
+
+    @abstractmethod
+    def adopt(self, other: FixedPoint, rows: Tensor) -> None:
+        """Copy the values of another problem that has these samples alone."""
+
+    @abstractmethod
+    def give_up(self, rows: Tensor) -> None:
+        """Reset these samples to the start of the relaxation, since their states have no meaning."""
+
+    def refine(self) -> None:
+        """Compute products in full precision from here on."""
+        return
+
+    def questions(self) -> list[Question]:
+        """The equilibria that answer this problem, for a solver that has them measured.
+
+        Raises:
+            UnsupportedError: no equilibrium of the block does.
+        """
+        raise UnsupportedError(
+            "what is solved here is no equilibrium of the block, so that it cannot be measured: use 'ep', or "
+            "hybrid.set_solver(None) to compute equilibria"
+        )
+
+    def answered(self, answers: Sequence[Sequence[Tensor]]) -> None:
+        """Take over measured states: for each question, one tensor in float64 for each layer."""
+        raise NotImplementedError
+
+    def correction(self, rtol: float) -> list[Tensor] | None:
+        """Newton's step Δ, (1 − ∂f) Δ = f(x) − x, with an inner residual of `rtol`; None if there is none."""
+        return None

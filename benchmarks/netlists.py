@@ -3,7 +3,8 @@
     python benchmarks/netlists.py [--emissions 1 0.1 0.01 0.001] [--samples 3]
     python benchmarks/netlists.py --settle [--longest 60]
 
-Networks with random weights at γ = 0.1, in float64. An error is the largest deviation of a voltage of a kind (nodes,
+Networks with random weights in float64: with amplifiers at γ = 0.1, and deep resistive networks (drn), free and with
+outputs nudged by currents of a third of their range. An error is the largest deviation of a voltage of a kind (nodes,
 outputs of amplifiers) in the largest voltage of that kind, the worst of the samples. `simulate` is the median wall time
 of ngspice for one operating point, reading the file included. ngspice is a Debian package.
 
@@ -33,6 +34,24 @@ from torch import Tensor, nn
 import ffebm_compiler as ffebm
 
 
+class Strict(nn.Module):
+    """A deep resistive network."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((2 * sizes[0], *sizes[1:])))
+        for layer in self.layers:
+            ffebm.init.conductances_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The currents that meet at the nodes."""
+        s = 4 * torch.cat((x, -x), -1)
+        for layer in self.layers[:-1]:
+            above, below = layer(s).chunk(2, -1)
+            s = torch.cat((above.relu(), below.clamp(max=0)), -1)
+        return self.layers[-1](s)
+
+
 def networks() -> dict[str, tuple[nn.Module, Tensor]]:
     """Networks and a few inputs."""
     found: dict[str, tuple[nn.Module, Tensor]] = {}
@@ -41,6 +60,8 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
         found["-".join(map(str, sizes))] = (nn.Sequential(*layers), torch.randn(32, sizes[0]))
     images = [nn.Conv2d(1, 4, 3), nn.LeakyReLU(0.1), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 2, 3)]
     found["convolutions, 8×8"] = (nn.Sequential(*images), torch.randn(32, 1, 8, 8))
+    for sizes in ((16, 24, 10), (64, 64, 32, 10)):
+        found[f"drn {'-'.join(map(str, sizes))}"] = (Strict(sizes), torch.randn(32, sizes[0]))
     return found
 
 
@@ -57,7 +78,8 @@ def error(path: Path) -> tuple[float, float]:
     found, expected = voltages(done.stdout, ""), voltages(path.read_text(), "expected ")
     if found.keys() != expected.keys():
         raise RuntimeError(f"ngspice has found no operating point: {done.stderr[-300:]}")
-    sizes = {kind: max(abs(v) for key, v in expected.items() if key[0] == kind) for kind in "vs"}
+    kinds = {key[0] for key in expected}
+    sizes = {kind: max(abs(v) for key, v in expected.items() if key[0] == kind) for kind in kinds}
     return max(abs(found[key] - value) / sizes[key[0]] for key, value in expected.items()), seconds
 
 
@@ -121,23 +143,31 @@ def main() -> None:
     if options.settle:
         settle(options.longest)
         return
-    print(f"{'network':>18} {'resistors':>9} {'simulate':>9}   error at n = {options.emissions}")
+    print(f"{'network':>24} {'resistors':>9} {'simulate':>9}   error at n = {options.emissions}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "block.cir"
-        for name, (model, x) in networks().items():
+        for name, (model, x), nudged in ((n, m, k) for n, m in networks().items() for k in (False, True)):
+            if nudged and not isinstance(model, Strict):
+                continue
             model, x = model.double(), x.double()
-            hybrid = ffebm.convert(model, x[:2], energy="resistive", feedback=0.1)
+            settings = {"energy": "drn"} if isinstance(model, Strict) else {"energy": "resistive", "feedback": 0.1}
+            hybrid = ffebm.convert(model, x[:2], **settings)
+            (block,) = hybrid.blocks
+            output = hybrid(x[:1]).detach()
+            nudge = output.abs().max() / 3 * torch.randn(output.shape[1:]).sign()
+            currents = {block.state_names[-1]: nudge} if nudged else None
             errors, seconds = [], []
             for emission in options.emissions:
                 runs = []
                 for sample in range(options.samples):
-                    hybrid.export_spice(path, block="block_1", inputs=x[sample : sample + 1], emission=emission)
+                    given = x[sample : sample + 1]
+                    hybrid.export_spice(path, block="block_1", inputs=given, emission=emission, currents=currents)
                     runs.append(error(path))
                 errors.append(max(run[0] for run in runs))
                 seconds += [run[1] for run in runs]
             resistors = len(re.findall(r"^R", path.read_text(), re.MULTILINE))
             shown = " ".join(f"{value:.1e}" for value in errors)
-            print(f"{name:>18} {resistors:9} {statistics.median(seconds):8.2f}s   {shown}")
+            print(f"{name + ', nudged' * nudged:>24} {resistors:9} {statistics.median(seconds):8.2f}s   {shown}")
 
 
 if __name__ == "__main__":

@@ -159,6 +159,8 @@ def test_resistive(tmp_path: Path) -> None:
         "1",
         "--tune",
         "1",
+        "--longer",
+        "1",
     )
     done = run("resistive.py", *small, "--out", str(path))
     assert done.returncode == 0, done.stderr
@@ -166,6 +168,7 @@ def test_resistive(tmp_path: Path) -> None:
     (source, converted), (backprop, scratch) = found["trained"], found["scratch"]
     assert abs(converted["accuracy"][0] - source["accuracy"][0]) < 2
     assert abs(converted["tuned"][0] - source["accuracy"][0]) < 3
+    assert abs(converted["longer"][0] - source["accuracy"][0]) < 3
     assert abs(scratch["accuracy"][0] - backprop["accuracy"][0]) < 3
     assert 0 < converted["loop_gain"] < 1
     assert found["step"][0]["resistive"] > 0

@@ -13,13 +13,17 @@ from xml.etree import ElementTree
 
 import networkx
 import pytest
+import torch
 from drawing_cases import chain_plan
 from networks import digits_cnn, mlp, transformer
+from torch import nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
 from ffebm_compiler.drawing.layout import layered
+from ffebm_compiler.drawing.record import record_of
 from ffebm_compiler.drawing.scene import scene_of, shape_words
+from ffebm_compiler.drawing.svg import svg_text
 from ffebm_compiler.ir import OperationGraph
 from ffebm_compiler.plan import Plan, PlanOptions
 
@@ -131,6 +135,33 @@ def test_names_are_inert_in_svg() -> None:
     root = ElementTree.fromstring(svg)
     assert {element.tag.split("}")[1] for element in root.iter()} <= {"svg", "title", "rect", "g", "path", "text"}
     assert "\u202e" not in svg
+
+
+@pytest.mark.parametrize(
+    ("energy", "words"),
+    [
+        ("hopfield", ""),
+        ("resistive", "resistors on lines ±s, diodes, amplifiers"),
+        ("unamplified", "resistors on lines ±s, diodes"),
+        ("drn", "resistors and diodes alone"),
+    ],
+)
+def test_resistive_blocks_are_drawn_as_circuits(energy: str, words: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    hybrid = ffebm.convert(model, x, energy=energy)
+    (node,) = [node for node in scene_of(hybrid.plan, hybrid).nodes if node.domain == "analog"]
+    assert node.circuit == bool(words)
+    assert (f"circuit: {words}" in [line.text for line in node.lines]) == bool(words)
+    picture = svg_text(hybrid.plan, hybrid)
+    assert ("settles as a circuit: its nodes are states" in picture) == bool(words)
+    (home,) = [home for home in record_of(hybrid.plan, hybrid)["homes"] if home["domain"] == "analog"]
+    assert (("circuit", words) in home["facts"]) == bool(words)
+    assert home["sentence"] == f"Energy block: its layers settle together{' as a circuit' if words else ''}."
+    single = ffebm.convert(model, x, energy=energy, hardware=ffebm.Hardware(layers_per_block=1))
+    assert not any(node.circuit for node in scene_of(single.plan, single).nodes)
 
 
 def test_a_thousand_blocks_are_drawn_in_seconds() -> None:

@@ -146,9 +146,11 @@ def _block(
         ("reads", ", ".join(block.inputs)),
         ("gives", ", ".join(block.outputs)),
     ]
+    if bound is not None and node.circuit:
+        facts.append(("circuit", bound.module.energy_function.elements))
     return {
         **_place_of(node, block.operations, index),
-        "sentence": f"Energy block: {settles}.",
+        "sentence": f"Energy block: {settles}{' as a circuit' if node.circuit else ''}.",
         "facts": facts,
         "layers": [
             (op.path or op.name, op.target, f"{op.rows}×{op.cols}", count(_tiles(plan, op)), count(op.macs))

@@ -58,6 +58,8 @@ class Node:
     lines: tuple[Line, ...]
     tooltip: str
     """Everything about the node, including what its lines leave out."""
+    circuit: bool = False
+    """Whether it is an energy block that settles as a circuit of resistors."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,10 @@ def scene_of(plan: PlanData, hybrid: HybridCore | None = None) -> Scene:
         cycle = " -> ".join(source for source, _ in networkx.find_cycle(quotient))
         raise PlanError(f"the plan is cyclic ({cycle}): make it again with ffebm.plan()")
     made = {name: _input_node(name, values) for name, values in plan.graph.inputs.items()}
-    made.update((block.name, _block_node(plan, block, own_feedback(hybrid, block.name))) for block in plan.blocks)
+    made.update(
+        (block.name, _block_node(plan, block, own_feedback(hybrid, block.name), circuit_words(hybrid, block.name)))
+        for block in plan.blocks
+    )
     made.update((part.name, _part_node(plan, part)) for part in plan.digital_parts)
     nodes = [made[name] for name in networkx.lexicographical_topological_sort(quotient, key=list(made).index)]
     domains = {node.key: node.domain for node in nodes}
@@ -201,7 +206,14 @@ def own_feedback(hybrid: HybridCore | None, block: str) -> dict[str, str | None]
     return {name: place.parameter for name, place in hybrid.feedback_names.items() if place.block == block}
 
 
-def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str]) -> Node:
+def circuit_words(hybrid: HybridCore | None, block: str) -> str:
+    """What the circuit of a block is made of; empty if it is no circuit, or has one layer and settles nothing."""
+    if hybrid is None or not hybrid.energy_blocks[block].program.coupled:
+        return ""
+    return hybrid.energy_function.elements
+
+
+def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str], circuit: str) -> Node:
     operations = [plan.graph[name] for name in block.operations]
     layers = [op for op in operations if op.role is Role.WEIGHT]
     driven = [op for op in operations if op.name in block.driven]
@@ -211,6 +223,8 @@ def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str]) -> Node:
     lines = _first_lines(lines, "layers")
     if others:
         lines.append(Line(f"with {operation_words(others)}", "quiet"))
+    if circuit:
+        lines.append(Line(f"circuit: {circuit}", "quiet"))
     names = list(own)
     if names:
         lines.append(Line(f"feedback through {_plural(len(names), 'weight')} of its own", "quiet"))
@@ -218,10 +232,11 @@ def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str]) -> Node:
     tooltip = [f"{block.name}: energy block, settles on analog hardware"]
     tooltip += [f"layer {op.path or op.name}: {op.target} {_matrix(op)}, {count(op.macs)} MACs" for op in layers]
     tooltip += [f"state {op.path or op.name}: {plan._explain_operation(op)}" for op in driven]
+    tooltip += [f"settles as a circuit of {circuit}"] if circuit else []
     tooltip += [f"feedback weights of its own: {', '.join(names)}"] if names else []
     tooltip += [f"{_plural(block.tiles, 'tile')}, {block.neurons} neurons, {block.macs} MACs per sample"]
     tooltip += [f"{block.dac} DAC and {block.adc} ADC values per sample"]
-    return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip))
+    return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip), bool(circuit))
 
 
 def _part_node(plan: PlanData, part: DigitalPart) -> Node:

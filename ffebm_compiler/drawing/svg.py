@@ -100,7 +100,7 @@ def _text(
 
 def _node_size(node: Node) -> tuple[float, float]:
     widths = [text_width(shorten(line.text), _SMALL) for line in node.lines]
-    widths.append(text_width(shorten(_headline(node)), _SIZE) * 1.08)
+    widths.append(text_width(shorten(_headline(node)), _SIZE) * 1.08 + (92.0 if node.circuit else 0.0))
     return max(widths) + 28.0, 14.0 + _ROW * (1 + len(node.lines))
 
 
@@ -125,9 +125,18 @@ def _node(node: Node, layout: Layout, size: tuple[float, float]) -> str:
         _outline(node.domain, left, top, width, height),
     ]
     parts.append(_text(x, top + 19.0, shorten(_headline(node)), _SIZE, COLOURS[node.domain][1], bold=True))
+    if node.circuit:
+        parts += [_resistor(end, top + 15.0, COLOURS[node.domain][1]) for end in (left + 14.0, left + width - 48.0)]
     for index, line in enumerate(node.lines):
         parts.append(_line(line, x, top + 19.0 + _ROW * (index + 1)))
     return "".join(parts) + "</g>"
+
+
+def _resistor(x: float, y: float, colour: str) -> str:
+    """The symbol of a resistor, 34 pixels long, from its left end."""
+    zigzag = "".join(f"L{x + 8 + 3 * k:.1f},{y + (-4 if k % 2 else 4):.1f}" for k in range(1, 6))
+    path = f"M{x:.1f},{y:.1f}L{x + 8:.1f},{y:.1f}{zigzag}L{x + 26:.1f},{y:.1f}L{x + 34:.1f},{y:.1f}"
+    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.4"/>'
 
 
 def _line(line: Line, x: float, y: float) -> str:
@@ -197,11 +206,16 @@ def _footer(scene: Scene) -> tuple[str, float, float]:
         f'<path d="M0,81h34" fill="none" stroke="{_EDGE}" stroke-width="1.4" stroke-dasharray="5 3"/>',
         _text(42.0, 85.0, "stays digital", _SMALL, anchor="start"),
     ]
+    y = 108.0
+    if any(node.circuit for node in scene.nodes):
+        words = "settles as a circuit: its nodes are states, and its conductances weights"
+        parts += [_resistor(0.0, 101.0, COLOURS["analog"][1]), _text(42.0, 105.0, words, _SMALL, anchor="start")]
+        y += 20.0
     rows = [(f"stayed digital: {path}: {reason}", _WARN) for path, reason in scene.rejected[:10]]
     if len(scene.rejected) > 10:
         rows.append((f"and {len(scene.rejected) - 10} more layers stayed digital", _WARN))
     rows += [(f"note: {note}", _QUIET) for note in scene.notes]
-    y, width = 108.0, 360.0
+    width = 360.0
     for row, fill in rows:
         for piece in _wrapped(row):
             parts.append(_text(0.0, y, piece, _SMALL, fill, "start"))

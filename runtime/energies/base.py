@@ -45,6 +45,8 @@ class Energy(ABC):
     """Whether every layer is followed by an amplifier with a gain of its own."""
     default_feedback: ClassVar[float | str]
     """The feedback of a block if none is given."""
+    elements: ClassVar[str] = ""
+    """What a circuit with this energy is made of, as a phrase; empty if it is that of no circuit."""
     nonnegative: ClassVar[bool] = False
     """Whether weights are conductances themselves, so that none is negative."""
 

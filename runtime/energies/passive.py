@@ -150,6 +150,7 @@ class Unamplified(_Passive):
     """
 
     name = "unamplified"
+    elements = "resistors on lines ±s, diodes"
     default_feedback = 0.01
 
     def check_feedback(self, feedback: object) -> float | str:
@@ -194,6 +195,7 @@ class DRN(_Passive):
     """
 
     name = "drn"
+    elements = "resistors and diodes alone"
     default_feedback = "symmetric"
     nonnegative = True
 

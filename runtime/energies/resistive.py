@@ -55,6 +55,7 @@ class Resistive(Conductive):
 
     name = "resistive"
     amplified = True
+    elements = "resistors on lines ±s, diodes, amplifiers"
     default_feedback = 0.01
 
     def check_feedback(self, feedback: object) -> float | str:

@@ -83,7 +83,7 @@ class RowSums(Gauge):
             self._probe = block.probe(seed=0)
         self._probe = block.here(self._probe)
         self._track = followed(block, self._probe, self._track)
-        radius = 0.0 if self._track is None else _below_one(self._track.norm)
+        radius = 0.0 if self._track is None else self._below_one(self._track.norm)
         # On odd cycles the factor of a sweep is larger than ρ². The ratio was measured to convergence.
         longer = present.contraction / present.loop_gain if present.loop_gain else 1.0
         sweep = max(radius**2, min(longer * radius**2, radius))
@@ -113,14 +113,23 @@ class RowSums(Gauge):
     def _first_edge(self) -> str:
         return next(f"{above[0]}-{later}" for later, above in enumerate(self.program.upstream) if above)
 
+    def _below_one(self, measured: float) -> float:
+        """A measured radius with a margin for the measurement. A radius below one stays below one.
+
+        Without amplifiers it is never above one. Round-off alone says so where units hardly reach an input.
+        """
+        if measured < 1:
+            return min(measured * MARGIN, (1 + measured) / 2)
+        return measured * MARGIN if self.energy.amplified or not math.isfinite(measured) else 1.0
+
     def _certificate(
         self, frame: Frame, states: Sequence[Tensor], scales: tuple[float, ...], amplifiers: tuple[float, ...]
     ) -> Certificate:
         if not all(math.isfinite(gain) for gain in amplifiers):
             return Certificate((), scales, math.inf, None, amplifiers)
         block = _ScaledCoupling(frame, Setting(self.energy, scales, amplifiers))
-        radius = _below_one(_spectral_radius(block))
-        sweep = max(radius**2, _below_one(self._sweep_radius(block.phase(1))))
+        radius = self._below_one(_spectral_radius(block))
+        sweep = max(radius**2, self._below_one(self._sweep_radius(block.phase(1))))
         return Certificate((), scales, radius, sweep, amplifiers)
 
     def _sweep_radius(self, phase: AdjointPhase) -> float:
@@ -146,11 +155,6 @@ class RowSums(Gauge):
 
 def _gamma(feedback: float | str) -> float:
     return 1.0 if isinstance(feedback, str) else feedback
-
-
-def _below_one(measured: float) -> float:
-    """A measured radius with a margin for the measurement. A radius below one stays below one."""
-    return min(measured * MARGIN, (1 + measured) / 2) if measured < 1 else measured * MARGIN
 
 
 def _random_states(phase: AdjointPhase) -> list[Tensor]:

@@ -184,7 +184,7 @@ def stored_devices(hybrid: HybridParts) -> dict[str, Any] | None:
 
 def count_of_norms(block: EnergyBlock, state: Mapping[str, Any]) -> int:
     """How many norms a block's certificate holds in a stored state: more if its feedback goes through other weights."""
-    if block.certificate is None:
+    if block.certificate is None or not block.certificate.norms:  # there is no feedback, or its gain follows from sums
         return 0
     stored = state.get("devices")
     mismatch = isinstance(stored, Mapping) and bool(stored.get("settings", {}).get("mismatch"))

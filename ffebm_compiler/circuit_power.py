@@ -20,7 +20,7 @@ from ffebm_compiler.circuit_elements import characteristic, check_positive
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.reports.text import table_text
 from ffebm_compiler.runtime.energies.circuit import Circuit, Stage
-from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.spice import recorded_circuit
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
@@ -100,15 +100,10 @@ def power_report(hybrid: HybridCore, inputs: tuple[Tensor, ...], volts: float, s
         hybrid(*inputs)
     found = []
     for block in coupled:
-        program = block.module.program
-        operands = [None if value is None else value.detach().double().cpu() for value in record[block.name][0]]
-        given = [value for value in operands[: program.inputs] if value is not None]
-        frame = Frame(program, given, operands[program.inputs :])
-        with torch.no_grad():
-            frame.feedforward()
-            circuit = block.module.energy_function.circuit(frame, block.module.setting)
-        states = [_rows(state.double().cpu(), program.resizable) for state in block.module.states]
-        found.append(_power(block.name, circuit, [_rows(x, program.resizable) for x in given], states, volts, siemens))
+        circuit, given = recorded_circuit(block.module, record[block.name][0])
+        independent = block.module.program.resizable
+        states = [_rows(state.double().cpu(), independent) for state in block.module.states]
+        found.append(_power(block.name, circuit, [_rows(x, independent) for x in given], states, volts, siemens))
     return PowerReport(hybrid.plan.model, volts, siemens, len(inputs[0]), tuple(found))
 
 

@@ -67,10 +67,11 @@ def _names(hybrid: HybridParts) -> tuple[str, ...]:
     fetched = hybrid._fetched()
     found: dict[str, None] = {}
     for name, block in hybrid.energy_blocks.items():
-        if not block.program.coupled:
+        program = block.program if block.arrays is None else block.arrays.source
+        if not program.coupled:
             continue
-        operands = hybrid._call_of(name).args[block.program.inputs :]
-        for place in sorted(multiplying_weights(block.program)):
+        operands = hybrid._call_of(name).args[program.inputs :]
+        for place in sorted(multiplying_weights(program)):
             node = operands[place]
             while isinstance(node, fx.Node) and node not in fetched and node.target in _VIEWS:
                 node = node.args[0]

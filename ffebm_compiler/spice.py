@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,9 @@ from ffebm_compiler.runtime.program.frame import Frame
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
+    from ffebm_compiler.runtime.block import EnergyBlock
 
-__all__ = ["circuit_of_block", "export_spice", "netlist", "settled"]
+__all__ = ["circuit_of_block", "export_spice", "netlist", "recorded_circuit", "settled"]
 
 
 def circuit_of_block(hybrid: HybridCore, block: str, inputs: tuple[Tensor, ...]) -> Circuit:
@@ -38,17 +39,28 @@ def circuit_of_block(hybrid: HybridCore, block: str, inputs: tuple[Tensor, ...])
     if block not in names:
         raise InputError(f"there is no block {block!r}; expected one of {', '.join(map(repr, names)) or 'no block'}")
     module = hybrid.blocks[names.index(block)].module
-    program = module.program
-    if not program.coupled:
+    if not module.program.coupled:
         raise InputError(f"{block} has one layer and no feedback, so that there is no circuit that settles")
     with torch.no_grad(), hybrid.in_mode(False), hybrid.recording() as record:
         hybrid(*inputs)
-    operands = [None if value is None else value.detach().double().cpu() for value in record[block][0]]
-    given = [value for value in operands[: program.inputs] if value is not None]
-    frame = Frame(program, given, operands[program.inputs :])
+    return recorded_circuit(module, record[block][0])[0]
+
+
+def recorded_circuit(module: EnergyBlock, operands: Sequence[Tensor | None]) -> tuple[Circuit, list[Tensor]]:
+    """(the circuit for the first sample, the inputs of all samples) of a block that was called with these operands.
+
+    With devices, the conductances are those that they hold.
+
+    Raises:
+        UnsupportedError: its energy is that of no circuit.
+    """
+    count, wide = module.program.inputs, torch.float64
+    given = [value.detach().to("cpu", wide) for value in operands[:count] if value is not None]
     with torch.no_grad():
+        weights = [None if w is None else w.detach().to("cpu", wide) for w in module.held(operands[count:])]
+        frame = Frame(module.program, given, weights)
         frame.feedforward()
-        return module.energy_function.circuit(frame, module.setting)
+        return module.energy_function.circuit(frame, module.setting), given
 
 
 def netlist(

@@ -329,6 +329,17 @@ def test_a_gradient_by_name() -> None:
     assert "gradient is 'backprop'; expected 'ep', 'implicit'" in refused("convert", *MLP, "--gradient", "backprop")
 
 
+def test_a_deep_resistive_network_by_name() -> None:
+    args = ["ffebm_compiler.demo.models:DigitsDRN", "--input", "1x1x8x8", "--energy", "drn"]
+    assert "deep resistive network of conductances and diodes, γ = 1" in done("convert", *args)
+    found = CliRunner().invoke(main, ["convert", *args, "--feedback", "0.2"])
+    assert found.exit_code == 2
+    assert "has no amplifiers" in found.output
+    found = CliRunner().invoke(main, ["convert", *MLP, "--energy", "drn"])
+    assert found.exit_code == 2
+    assert "holds negative values" in found.output
+
+
 def test_a_resistive_energy_by_name(tmp_path: Path) -> None:
     options = ("--energy", "resistive", "--feedback", "2")
     assert "resistive energy with amplifiers, γ = 2" in done("convert", *MLP, *options)

@@ -11,7 +11,7 @@ from networks import Skip, noise, seeded
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.init import goe_, scale_to_loop_gain
+from ffebm_compiler.init import conductances_, goe_, scale_to_loop_gain
 
 
 def _chain(*sizes: int) -> nn.Sequential:
@@ -164,3 +164,23 @@ def test_a_resistive_block_at_its_fixed_gain() -> None:
     goal = 0.8 * hybrid.blocks[0].loop_gain
     scale_to_loop_gain(hybrid, goal)
     assert hybrid.blocks[0].loop_gain == pytest.approx(goal, rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(200, 100), (40, 10, 3, 3)])
+def test_conductances_are_the_positive_half_of_a_uniform_distribution(shape: tuple[int, ...]) -> None:
+    weight = torch.empty(shape, dtype=torch.float64)
+    assert conductances_(weight, torch.Generator().manual_seed(0)) is weight
+    bound = weight[0].numel() ** -0.5
+    assert float(weight.min()) == 0
+    assert 0.99 * bound < float(weight.max()) <= bound
+    assert float((weight == 0).double().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(weight[weight > 0].mean()) == pytest.approx(bound / 2, rel=0.03)
+    assert torch.equal(conductances_(torch.empty_like(weight), torch.Generator().manual_seed(0)), weight)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.empty(3), torch.empty(3, 3, dtype=torch.int64), None], ids=["a bias", "integers", "nothing"]
+)
+def test_conductances_refuse(weight: object) -> None:
+    with pytest.raises(ffebm.InputError, match="expected the floating-point weight of a linear layer, of shape"):
+        conductances_(weight)  # type: ignore[arg-type]

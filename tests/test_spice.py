@@ -242,9 +242,10 @@ def test_what_has_no_netlist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_ngspice
-def test_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "energy"), [("digits_mlp", "resistive"), ("DigitsDRN", "drn")])
+def test_the_command(tmp_path: Path, model: str, energy: str) -> None:
     out = tmp_path / "block.cir"
-    args = ["spice", "ffebm_compiler.demo.models:digits_mlp", "--input", "1x1x8x8", "--energy", "resistive"]
+    args = ["spice", f"ffebm_compiler.demo.models:{model}", "--input", "1x1x8x8", "--energy", energy]
     done = CliRunner().invoke(main, [*args, "--out", str(out)])
     assert done.exit_code == 0, done.output
     found = simulated(out)
@@ -259,3 +260,34 @@ def test_lines_that_no_elements_make() -> None:
     (stage, *_) = spice.circuit_of_block(hybrid, "block_1", (x,)).stages
     with pytest.raises(ffebm.UnsupportedError, match=r"of layer 'layers.0' has steeper lines outside than inside"):
         circuit_elements.characteristic(stage, Lines((-1.0, 1.0), (1.0, 0.5, 1.0), -1.0))
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, on tiles of its own each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        for layer in (self.a, self.b, self.c):
+            ffebm.init.conductances_(layer.weight, torch.Generator().manual_seed(layer.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = torch.relu(self.a(torch.cat((x, -x), -1)))
+        return self.c(torch.relu(self.b(torch.relu(self.b(value)))))
+
+
+def test_the_circuit_of_devices_has_what_they_hold() -> None:
+    x = noise(3, 4).double()
+    solver = ffebm.GaussSeidel(rtol=1e-13)
+    devices = ffebm.Devices(programming=0.05)
+    hybrid = ffebm.convert(seeded(Twice).double(), x, energy="drn", devices=devices, solver=solver)
+    hybrid(x).square().sum().backward()
+    torch.optim.SGD(hybrid.parameters(), 0.1).step()
+    hybrid(x[:1])
+    circuit = spice.circuit_of_block(hybrid, "block_1", (x,))
+    for ours, state in zip(hybrid.blocks[0].states, spice.settled(circuit, {}), strict=True):
+        torch.testing.assert_close(state, ours[0].flatten(), rtol=1e-8, atol=1e-9)
+    first, second = (stage.couplings[0].plus for stage in circuit.stages[1:3])
+    assert not torch.allclose(first, second)  # devices of their own
+    power = hybrid.power_report(x).blocks[0]
+    assert power.inputs + power.biases == pytest.approx(power.total)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler import init
 from ffebm_compiler.errors import UnsupportedError
 
-__all__ = ["Digits", "DigitsCNN", "digits_mlp", "load_digits"]
+__all__ = ["Digits", "DigitsCNN", "DigitsDRN", "digits_mlp", "load_digits"]
 
 
 class _ResidualBlock(nn.Module):
@@ -66,6 +67,29 @@ def digits_mlp(hidden: int = 64, classes: int = 10) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(hidden, classes),
     )
+
+
+class DigitsDRN(nn.Module):
+    """A deep resistive network for the same digits, (N, 1, 8, 8) -> (N, classes); convert it with `energy="drn"`.
+
+    Its weights are conductances. It reads ±gain·x, and half of its hidden nodes are held at or above 0, the others at
+    or below 0 (Scellier 2024, arXiv 2402.11674).
+    """
+
+    def __init__(self, hidden: int = 64, classes: int = 10, gain: float = 20.0) -> None:
+        super().__init__()
+        self.gain = gain
+        self.first, self.last = nn.Linear(128, hidden), nn.Linear(hidden, classes)
+        for layer in (self.first, self.last):
+            init.conductances_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The currents that meet at the nodes. The scores are what they settle to."""
+        x = x.flatten(1)
+        above, below = self.first(self.gain * torch.cat((x, -x), -1)).chunk(2, -1)
+        scores: Tensor = self.last(torch.cat((above.relu(), below.clamp(max=0)), -1))
+        return scores
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,6 @@ class GraphedStep:
         hybrid = self.hybrid
         if not hybrid.training:
             raise InputError("GraphedStep is a training step, and the hybrid is in evaluation mode: call train() on it")
-        device = next((p.device for p in hybrid.parameters()), torch.device("cpu"))
-        if device.type != "cuda":
-            raise InputError(f"a CUDA graph needs a CUDA device, and the hybrid is on {device}: call .cuda() on it")
         if hybrid.devices is not None:
             raise UnsupportedError(
                 "what devices hold is computed by the host when weights or age have changed, which a graph would not "
@@ -111,8 +108,11 @@ class GraphedStep:
         if digital_gradient(hybrid) is not None:
             raise UnsupportedError(
                 "gradients of digital parts that are estimated by perturbation cannot be captured in a graph: call "
-                "hybrid.set_gradient(feedforward='backprop')"
+                "hybrid.set_gradient('ep', feedforward='backprop')"
             )
+        device = next((p.device for p in hybrid.parameters()), torch.device("cpu"))
+        if device.type != "cuda":
+            raise InputError(f"a CUDA graph needs a CUDA device, and the hybrid is on {device}: call .cuda() on it")
 
     def _check_blocks(self) -> None:
         for block in self.hybrid.energy_blocks.values():

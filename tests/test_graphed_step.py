@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import mlp
+from networks import digits_cnn, mlp
 
 import ffebm_compiler as ffebm
 
@@ -30,6 +30,21 @@ def test_it_needs_train_mode() -> None:
 def test_it_takes_a_hybrid() -> None:
     with pytest.raises(ffebm.InputError, match="takes a hybrid, got a Linear: pass what `convert` returned"):
         ffebm.GraphedStep(torch.nn.Linear(2, 2), F.cross_entropy)
+
+
+def test_devices_are_refused() -> None:
+    with pytest.raises(
+        ffebm.UnsupportedError, match=r"what devices hold is computed by the host .*set_devices\(None\)"
+    ):
+        ffebm.GraphedStep(hybrid_of(devices="pcm"), F.cross_entropy)
+
+
+def test_perturbed_digital_parts_are_refused() -> None:
+    model, x = digits_cnn()
+    hybrid = ffebm.convert(model, x).train()
+    hybrid.set_gradient("ep", feedforward=ffebm.ZerothOrder())
+    with pytest.raises(ffebm.UnsupportedError, match=r"call hybrid.set_gradient\(.*feedforward='backprop'\)"):
+        ffebm.GraphedStep(hybrid, F.cross_entropy)
 
 
 @pytest.mark.parametrize("slack", [0, 1.0, -0.1, True, "much"])

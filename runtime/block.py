@@ -265,7 +265,7 @@ class EnergyBlock(nn.Module):
             InputError: an input or a weight of the block is NaN.
         """
         if not self.program.coupled or not self.enabled:
-            return FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
+            return FreePhase(frame, self.setting, source=True), Settled(0, 0.0, True, "")
         phase, settled = self._settled(frame)
         needed = None if settled.converged else self.gain.needed(frame.weights)
         if needed is not None:
@@ -479,7 +479,7 @@ class EnergyBlock(nn.Module):
         if not program.coupled or not self.enabled:
             # Without feedback the block computes the source's own layers, so that autograd is exact.
             frame.reads = reads
-            phase, self.last = FreePhase(frame, self.setting), Settled(0, 0.0, True, "")
+            phase, self.last = FreePhase(frame, self.setting, source=True), Settled(0, 0.0, True, "")
             states, _ = phase.settled()
             self._states, self._preactivations = tuple(state.detach() for state in states), ()
             return self._leave(frame.read({index: states[index] for index in program.visible}))

@@ -330,7 +330,7 @@ def test_a_gradient_by_name() -> None:
 
 
 def test_a_deep_resistive_network_by_name() -> None:
-    args = ["ffebm_compiler.demo.models:DigitsDRN", "--input", "1x1x8x8", "--energy", "drn"]
+    args = ["ffebm_compiler.demo.models:DigitsCircuit", "--input", "1x1x8x8", "--energy", "drn"]
     assert "deep resistive network of conductances and diodes, γ = 1" in done("convert", *args)
     found = CliRunner().invoke(main, ["convert", *args, "--feedback", "0.2"])
     assert found.exit_code == 2

@@ -21,6 +21,8 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.onnx import verify
 from ffebm_compiler.onnx.execute import run
 from ffebm_compiler.runtime.energies.choice import energy_of
+from ffebm_compiler.runtime.phases.free_phase import FreePhase
+from ffebm_compiler.runtime.program.frame import Frame
 
 EXACT = ffebm.GaussSeidel(rtol=1e-14, max_sweeps=5000, on_failure="warn")
 KINDS = ("one hidden", "two hidden", "convolutional", "residual")
@@ -442,3 +444,18 @@ def test_onnx_files_settle_to_the_same_states(tmp_path: Path, kind: str) -> None
     hybrid.export_onnx(tmp_path / "parts", parts="digital")
     (found,) = run(tmp_path / "parts", [x])
     torch.testing.assert_close(found, hybrid(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_free_phase_starts_at_states_that_are_divided_by_their_loads() -> None:
+    """The source's own states are larger by D: from there, three hidden layers took 13 sweeps and not 5."""
+    hybrid, model, x = strict("two hidden")
+    assert isinstance(model, Dense)
+    inputs = model.gain * torch.cat((x, -x), -1)
+    (block,) = hybrid.blocks
+    phase = FreePhase(Frame(block.module.program, (inputs,), block.weights), block.module.setting)
+    below = [layer.weight.detach().sum(1) for layer in model.layers]
+    above = [layer.weight.detach().sum(0) for layer in model.layers[1:]]
+    expected = split(model.layers[0](inputs) / (below[0] + above[0]))
+    torch.testing.assert_close(phase.values[0], expected)
+    with hybrid.feedforward_mode():
+        torch.testing.assert_close(hybrid(x), model(x))

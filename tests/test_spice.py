@@ -242,7 +242,7 @@ def test_what_has_no_netlist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_ngspice
-@pytest.mark.parametrize(("model", "energy"), [("digits_mlp", "resistive"), ("DigitsDRN", "drn")])
+@pytest.mark.parametrize(("model", "energy"), [("digits_mlp", "resistive"), ("DigitsCircuit", "drn")])
 def test_the_command(tmp_path: Path, model: str, energy: str) -> None:
     out = tmp_path / "block.cir"
     args = ["spice", f"ffebm_compiler.demo.models:{model}", "--input", "1x1x8x8", "--energy", energy]

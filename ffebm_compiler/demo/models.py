@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ffebm_compiler import init
 from ffebm_compiler.errors import UnsupportedError
 
-__all__ = ["Digits", "DigitsCNN", "DigitsDRN", "digits_mlp", "load_digits"]
+__all__ = ["Digits", "DigitsCNN", "DigitsCircuit", "digits_mlp", "load_digits"]
 
 
 class _ResidualBlock(nn.Module):
@@ -69,7 +69,7 @@ def digits_mlp(hidden: int = 64, classes: int = 10) -> nn.Sequential:
     )
 
 
-class DigitsDRN(nn.Module):
+class DigitsCircuit(nn.Module):
     """A deep resistive network for the same digits, (N, 1, 8, 8) -> (N, classes); convert it with `energy="drn"`.
 
     Its weights are conductances. It reads ±gain·x, and half of its hidden nodes are held at or above 0, the others at

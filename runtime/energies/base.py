@@ -45,6 +45,8 @@ class Energy(ABC):
     """Whether every layer is followed by an amplifier with a gain of its own."""
     default_feedback: ClassVar[float | str]
     """The feedback of a block if none is given."""
+    starts_loaded: ClassVar[bool] = False
+    """Whether a free phase starts at the energy's own σ_l of the drives, since the source's states are far away."""
     elements: ClassVar[str] = ""
     """What a circuit with this energy is made of, as a phrase; empty if it is that of no circuit."""
     nonnegative: ClassVar[bool] = False

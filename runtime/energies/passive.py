@@ -45,6 +45,7 @@ class _Passive(Conductive):
     """What both energies share."""
 
     amplified = False
+    starts_loaded = True
 
     @abstractmethod
     def _add(self, frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float) -> None:

@@ -24,9 +24,15 @@ HOLD = 30
 
 
 class FreePhase(Phase):
-    """Equation (1), started from the feedforward values or from given states."""
+    """Equation (1), started from the values without feedback or from given states.
 
-    def __init__(self, frame: Frame, setting: Setting, start: Sequence[Tensor] | None = None) -> None:
+    The values without feedback are the source's states σ_l(d_l), or those of the energy's own σ_l (`starts_loaded`).
+    With `source` they are the source's in any case.
+    """
+
+    def __init__(
+        self, frame: Frame, setting: Setting, start: Sequence[Tensor] | None = None, source: bool = False
+    ) -> None:
         count = len(frame.program.layers)
         super().__init__(frame, setting, [None] * count if start is None else list(start))
         self.preactivations: list[Tensor | None] = [None] * count
@@ -36,13 +42,18 @@ class FreePhase(Phase):
         """The states as a fabric measured them, in float64; empty where they are computed."""
         self.pace = frame.pace("free")
         if start is None:
-            for index, activation in enumerate(frame.activations):
-                drive = self._drive(index)
-                self.preactivations[index] = drive
-                self.store(index, activation.value(drive))
+            self._run_forward(frame.activations)
+            if setting.energy.starts_loaded and not source:
+                self._run_forward(self.activations)  # their loads need the shapes that the first run finds
         elif not frame.evaluated:
             for index in range(count):  # this evaluates the shapes, and the winners of max pooling at these states
                 self._drive(index)
+
+    def _run_forward(self, activations: Sequence[Activation]) -> None:
+        for index, activation in enumerate(activations):
+            drive = self._drive(index)
+            self.preactivations[index] = drive
+            self.store(index, activation.value(drive))
 
     @cached_property
     def activations(self) -> tuple[Activation, ...]:

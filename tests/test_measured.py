@@ -491,6 +491,27 @@ def test_reports() -> None:
     assert len(hybrid.compare(x).blocks) == 1
 
 
+def test_the_mean_of_several_reads() -> None:
+    """On a bench with noise, EP's error falls as one over the root of the reads."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy(method: str, found: Any) -> Any:
+        if method == "program":
+            return None
+        return [state + 1e-3 * torch.randn(state.shape, generator=generator).double() for state in found]
+
+    hybrid, x = made(solver=ffebm.Measured(Bench()))
+    expected, bench = gradients(hybrid, x), Bench(noisy)
+    hybrid.set_solver(ffebm.Measured(bench))
+    errors = []
+    for reads in (1, 64):
+        hybrid.set_gradient(ffebm.EquilibriumPropagation(0.5, "centered", reads=reads))
+        bench.calls.clear()
+        errors.append(error(gradients(hybrid, x), expected))
+        assert bench.calls == ["program"] * (reads == 1) + ["settle"] + ["nudge"] * 2 * reads
+    assert errors[1] < 0.3 * errors[0]
+
+
 def test_it_trains() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)))
     x, y = noise(40, 6), noise(40, 6).abs()[:, :3].argmax(1)

@@ -58,7 +58,8 @@ class EquilibriumPropagation(Estimator):
     through_feedback: bool = False
     """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     reads: int = 1
-    """Reads of a nudged state whose mean is taken, where devices are read with noise (`docs/analog.md`)."""
+    """Reads of a nudged state whose mean is taken, where devices are read with noise (`docs/analog.md`), or where a
+    fabric measures it."""
     name = "ep"
 
     def __post_init__(self) -> None:
@@ -115,7 +116,11 @@ class EquilibriumPropagation(Estimator):
             return self._of_read_states(at, errors, amplitude)
         drives = scaled(errors, -amplitude)
         found, sweeps = settled_currents(
-            at, betas, self.together, lambda group: NudgedPhase(at.frame, at.setting, at.preactivations, drives, group)
+            at,
+            betas,
+            self.together,
+            lambda group: NudgedPhase(at.frame, at.setting, at.preactivations, drives, group),
+            self.reads,
         )
         restored = torch.where(amplitude > 0, -1 / amplitude, amplitude)
         mean = [weighted(parts, betas) for parts in zip(*found, strict=True)]

@@ -19,15 +19,19 @@ def settled_currents(
     betas: Sequence[tuple[complex, float]],
     together: bool | None,
     phase_of: Callable[[Sequence[complex]], NudgedPhase],
+    reads: int = 1,
 ) -> tuple[list[list[Tensor | None]], int]:
-    """Error currents of every β, and the sweeps of all phases. `together` settles them as one larger batch."""
+    """Error currents of every β, and the sweeps of all phases. `together` settles them as one larger batch.
+
+    Where equilibria are measured, each is the mean of so many `reads`.
+    """
     joined = len(betas) > 1 and (_pays(at) if together is None else together)
     groups = [[beta for beta, _ in betas]] if joined and at.frame.samples else [[beta] for beta, _ in betas]
     found: list[list[Tensor | None]] = []
     sweeps = 0
     for group in groups:
         phase = phase_of(group)
-        phase.rest = at.literal
+        phase.rest, phase.reads = at.literal, reads
         subject = f"nudged phase (β = {', '.join(f'{beta:+.4g}' for beta in group)}) of {at.name}"
         sweeps += relax(phase, at.solver, at.rtol, subject, at.hint, at.contraction).sweeps * len(group)
         found += phase.currents()

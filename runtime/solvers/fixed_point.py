@@ -74,6 +74,9 @@ class FixedPoint(ABC):
         """Compute products in full precision from here on."""
         return
 
+    reads: int = 1
+    """How often a measurement is repeated. The states are the means."""
+
     def questions(self) -> list[Question]:
         """The equilibria that answer this problem, for a solver that has them measured.
 

@@ -125,9 +125,15 @@ class Measured(Solver):
         self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False
     ) -> Tensor | None:
         """Measure. Nothing is left to change then."""
-        questions = problem.questions()
-        problem.answered([self._answer(question) for question in questions])
+        problem.answered([self._mean(question, problem.reads) for question in problem.questions()])
         return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
+
+    def _mean(self, question: Question, reads: int) -> list[Tensor]:
+        """The mean of several measurements."""
+        total = self._answer(question)
+        for _ in range(reads - 1):
+            total = [old + new for old, new in zip(total, self._answer(question), strict=True)]
+        return [value / reads for value in total] if reads > 1 else total
 
     def _answer(self, question: Question) -> list[Tensor]:
         name = question.frame.program.name

@@ -8,10 +8,11 @@ outputs nudged by currents of a third of their range. An error is the largest de
 outputs of amplifiers) in the largest voltage of that kind, the worst of the samples. `simulate` is the median wall time
 of ngspice for one operating point, reading the file included. ngspice is a Debian package.
 
-`--settle` settles a batch of 32 in float64: with our solver to a relative error of 1e-9, and in ngspice with a relative
-tolerance of 1e-9, as the training loop does (`ffebm.Ngspice`: one circuit, sources altered sample by sample), diodes of
-n = 0.01. Times are CPU times of one thread: for ours the median of 30, for ngspice of one run. Networks grow until
-ngspice takes longer than `--longest` seconds.
+`--settle` settles a batch of 32 in float64: by our solver to a relative error of 1e-7, and in ngspice as the training
+loop does (`ffebm.Ngspice`: one circuit, sources altered sample by sample), with diodes of n = 0.01. ngspice has a
+relative tolerance of 1e-9; with 1e-7 it takes as long. Strict networks have conductances from 0 to 1/n. Networks with
+amplifiers have γ = 1. Both have as many sources as the first number says. Times are CPU times of one thread, for ours
+the median of 100, for ngspice those of one run. Networks grow until ngspice takes longer than `--longest` seconds.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def error(path: Path) -> tuple[float, float]:
     return max(abs(found[key] - value) / sizes[key[0]] for key, value in expected.items()), seconds
 
 
-SETTLED = ((32, 24, 10), (64, 32, 10), (128, 64, 10), (100, 128, 10), (200, 256, 10), (256, 384, 10), (400, 400, 10))
-"""Layers of the networks that are settled, by their number of resistors."""
+SETTLED = ((32, 24, 10), (64, 32, 10), (128, 64, 10), (100, 128, 10), (200, 256, 10), (256, 384, 10), (400, 512, 10))
+"""Layers of the networks that are settled: sources, nodes with diodes, outputs."""
 
 
 def children() -> float:
@@ -93,39 +94,60 @@ def children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def settle(longest: float) -> None:
-    """Print how long our solver and ngspice take for the same batch."""
-    print(f"{'network':>16} {'resistors':>9} {'ours':>9} {'sweeps':>6} {'ngspice':>9} {'ratio':>7} {'deviation':>9}")
-    for sizes in SETTLED:
+def settled_network(sizes: tuple[int, ...], strict: bool) -> tuple[ffebm.HybridModel, Tensor]:
+    """A network of these layers in one block, and 32 inputs."""
+    solver = ffebm.GaussSeidel(rtol=1e-7)
+    if not strict:
         layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())][:-1]
         model, x = nn.Sequential(*layers).double(), torch.randn(32, sizes[0]).double()
         options = {"energy": "resistive", "feedback": 1.0, "hardware": "ideal"}
-        hybrid = ffebm.convert(model, x[:2], solver=ffebm.GaussSeidel(rtol=1e-9), **options).eval()
-        with torch.no_grad():
-            hybrid(x)
-            times = []
-            for _ in range(30):
-                started = time.process_time()
-                hybrid(x)
-                times.append(time.process_time() - started)
-            sweeps, states = hybrid.blocks[0].module.last.sweeps, hybrid.blocks[0].states
-            fabric = ffebm.Ngspice(emission=0.01, volts=20.0)
-            hybrid.set_solver(ffebm.Measured(fabric))
-            hybrid(x[:1])  # which writes the netlist
-            started = children()
-            hybrid(x)
-            theirs = children() - started
-        pairs = list(zip(hybrid.blocks[0].states, states, strict=True))
-        deviation = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-        ours = statistics.median(times)
-        count = sum(a * b for a, b in pairwise(sizes))
-        print(
-            f"{'-'.join(map(str, sizes)):>16} {count:9} {1e3 * ours:6.2f} ms {sweeps:6} {theirs:7.2f} s "
-            f"{theirs / ours:7.0f} {deviation:9.1e}",
-            flush=True,
-        )
-        if theirs > longest:
-            break
+        return ffebm.convert(model, x[:2], solver=solver, **options).eval(), x
+    circuit = Strict((sizes[0] // 2, *sizes[1:])).double()
+    with torch.no_grad():
+        for layer in circuit.layers:
+            layer.weight.copy_(torch.rand(layer.weight.shape) / layer.in_features)
+            layer.bias.zero_()
+    x = torch.randn(32, sizes[0] // 2).double()
+    return ffebm.convert(circuit, x[:2], energy="drn", hardware="ideal", solver=solver).eval(), x
+
+
+def settle(longest: float) -> None:
+    """Print how long our solver and ngspice take for the same batch."""
+    print(f"{'network':>24} {'resistors':>9} {'ours':>9} {'sweeps':>6} {'ngspice':>9} {'ratio':>7} {'deviation':>9}")
+    for strict in (True, False):
+        for sizes in SETTLED:
+            if settle_one(sizes, strict) > longest:
+                break
+
+
+def settle_one(sizes: tuple[int, ...], strict: bool) -> float:
+    """Print the line of one network. Returns the CPU seconds that ngspice took."""
+    hybrid, x = settled_network(sizes, strict)
+    block = hybrid.blocks[0].module
+    with torch.no_grad(), hybrid.recording() as record:
+        hybrid(x)
+    operands = record["block_1"][0]
+    inputs, weights = operands[: block.program.inputs], operands[block.program.inputs :]
+    times = []
+    for _ in range(100):
+        started = time.process_time()
+        states = block.settle(inputs, weights).states
+        times.append(time.process_time() - started)
+    sweeps = block.last.sweeps
+    fabric = ffebm.Ngspice(emission=0.01, volts=1.0 if strict else 20.0, timeout=3600)
+    hybrid.set_solver(ffebm.Measured(fabric))
+    block.settle([value[:1] for value in inputs], weights)  # which writes the netlist
+    started = children()
+    found = block.settle(inputs, weights).states
+    theirs, ours = children() - started, statistics.median(times)
+    deviation = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, states, strict=True))
+    name = f"{'drn ' * strict}{'-'.join(map(str, sizes))}"
+    print(
+        f"{name:>24} {sum(a * b for a, b in pairwise(sizes)):9} {1e3 * ours:6.2f} ms {sweeps:6} {theirs:7.2f} s "
+        f"{theirs / ours:7.0f} {deviation:9.1e}",
+        flush=True,
+    )
+    return theirs
 
 
 def main() -> None:

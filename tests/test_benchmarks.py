@@ -138,8 +138,18 @@ def test_loop_gain(tmp_path: Path) -> None:
 def test_netlists() -> None:
     done = run("netlists.py", "--emissions", "0.01", "--samples", "1")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 5
+    assert len(done.stdout.splitlines()) == 9
     assert all(float(line.split()[-1]) < 1e-2 for line in done.stdout.splitlines()[1:])
+
+
+@pytest.mark.skipif(shutil.which("ngspice") is None, reason="ngspice is not installed")
+def test_settling_against_ngspice() -> None:
+    done = run("netlists.py", "--settle", "--longest", "0")
+    assert done.returncode == 0, done.stderr
+    _, strict, amplified = done.stdout.splitlines()
+    for line, name in ((strict, "drn 32-24-10"), (amplified, "32-24-10")):
+        assert line.strip().startswith(name)
+        assert float(line.split()[-1]) < 0.1  # what the diodes' voltage makes
 
 
 def test_resistive(tmp_path: Path) -> None:

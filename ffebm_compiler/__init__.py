@@ -26,7 +26,8 @@ from ffebm_compiler.errors import (
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.field_penalties import alignment_penalty, jacobian_homeostasis
 from ffebm_compiler.graphed_step import GraphedStep
-from ffebm_compiler.hardware.fabric import Hardware, hardware_presets
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.hardware.presets import hardware_presets
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.loading import load
 from ffebm_compiler.ngspice import Ngspice

@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, PlanError
 from ffebm_compiler.feedback_weights import FeedbackWeights, feedback_weights_of
-from ffebm_compiler.hardware.fabric import Hardware, resolve_hardware
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.hardware.presets import resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.ir import OperationGraph, Program
 from ffebm_compiler.passes.containers import leaves_of

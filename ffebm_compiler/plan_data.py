@@ -54,6 +54,9 @@ class BlockPlan:
     """Multiply-accumulates per sample of one pass through its layers."""
     driven: tuple[str, ...] = ()
     """Its states that a digital value drives, which are activations without a layer (`digital_drive`)."""
+    partial_sums: int = 0
+    """Conversions that digital row sums add to one pass through it (`Hardware.row_sums`). Those of outputs that are
+    digital already are taken off."""
 
     @property
     def conversions(self) -> int:
@@ -148,6 +151,11 @@ class PlanData:
     def conversions(self) -> int:
         """DAC and ADC values per sample, over all blocks."""
         return sum(block.conversions for block in self.blocks)
+
+    @property
+    def partial_sums(self) -> int:
+        """Conversions per sample that digital row sums add to one pass, over all blocks."""
+        return sum(block.partial_sums for block in self.blocks)
 
     @property
     def analog_macs(self) -> int:

@@ -14,6 +14,7 @@ from ffebm_compiler.hardware.layers import matches, unmatched
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WIRING_KINDS
 from ffebm_compiler.passes.partition.decide import Partition, conversions, partition, tiles_of, too_large
+from ffebm_compiler.passes.partition.partial_sums import partial_sums
 from ffebm_compiler.passes.partition.rules import driven_states
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
@@ -215,6 +216,7 @@ def describe_block(
         neurons=sum(layer.values for layer in layers) + sum(graph[state].values for state in driven),
         macs=sum(layer.macs for layer in layers),
         driven=tuple(driven),
+        partial_sums=partial_sums(graph, hardware, users, members).one_pass,
     )
 
 

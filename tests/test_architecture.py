@@ -26,7 +26,6 @@ HIDDEN: dict[str, tuple[str, ...]] = {"passes": ("runtime.solvers", "runtime.est
 LONG: dict[str, str] = {
     "ffebm_compiler/hybrid_core.py": "one class: forward, state and settings use the same tensors and blocks",
     "ffebm_compiler/ir.py": "the data that every pass reads, and its grammar, in one place",
-    "ffebm_compiler/hardware/fabric.py": "one dataclass with its checks and presets",
     "ffebm_compiler/onnx/functions.py": "one ONNX function: its phases share a writer",
     "passes/annotate.py": "one decision for each kind of node",
     "passes/merge_modes.py": "one pass: pairs, pieces and switches share the alignment",

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffebm_compiler.errors import FFEBMError, HardwareError
-from ffebm_compiler.hardware.fabric import Hardware, hardware_presets, resolve_hardware
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.hardware.presets import hardware_presets, resolve_hardware
 
 CAPACITIES = (
     "tile_rows",
@@ -58,6 +59,7 @@ hardwares = st.builds(
     overrides=st.none() | st.dictionaries(st.text(min_size=1, max_size=5), own_fields, max_size=3),
     name=st.text(min_size=1, max_size=8).filter(str.strip),
     source=st.text(max_size=8),
+    row_sums=st.sampled_from(["analog", "digital"]),
 )
 
 
@@ -183,7 +185,14 @@ def test_defaults_are_the_published_interface() -> None:
         "name": "custom",
         "source": "",
         "cores_per_chip": None,
+        "row_sums": "analog",
     }
+
+
+@given(hardwares)
+def test_a_dict_from_before_row_sums_is_analog(hardware: Hardware) -> None:
+    old = {field: value for field, value in hardware.to_dict().items() if field != "row_sums"}
+    assert Hardware.from_dict(old) == replace(hardware, row_sums="analog")
 
 
 @given(hardwares)
@@ -256,6 +265,8 @@ def test_bits_must_be_from_1_to_32_or_none(field: str, value: Any) -> None:
 def test_conv_mapping_must_be_known(value: Any) -> None:
     with pytest.raises(HardwareError, match=r"conv_mapping must be 'im2col' or 'unrolled', got "):
         Hardware(conv_mapping=value)
+    with pytest.raises(HardwareError, match=r"row_sums must be 'analog' or 'digital', got "):
+        Hardware(row_sums=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, 10**400, "0.1", True, 1j])
@@ -444,7 +455,9 @@ def test_bad_overrides_of_a_file_name_it(tmp_path: Path, text: str) -> None:
 
 def test_presets_have_sources_and_their_own_names() -> None:
     presets = hardware_presets()
-    assert list(presets) == ["ideal", "crossbar-64", "crossbar-256"]
+    assert list(presets) == [
+        *("ideal", "crossbar-64", "crossbar-256", "pcm-64", "pcm-64-one-phase", "neurram", "isaac")
+    ]
     for name, preset in presets.items():
         assert preset.name == name
         assert preset.source
@@ -472,7 +485,7 @@ def test_resolve_takes_names_and_objects() -> None:
 
 
 def test_resolve_lists_the_presets_for_an_unknown_name() -> None:
-    message = r"unknown hardware 'crossbar-65': use one of 'ideal', 'crossbar-64', 'crossbar-256', a Hardware"
+    message = r"unknown hardware 'crossbar-65': use one of 'ideal', 'crossbar-64', 'crossbar-256', 'pcm-64'"
     with pytest.raises(HardwareError, match=message):
         resolve_hardware("crossbar-65")
 

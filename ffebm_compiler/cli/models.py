@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ffebm_compiler.convert import DEFAULT_FEEDBACK
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.hardware.fabric import Hardware, resolve_hardware
+from ffebm_compiler.hardware.fabric import Hardware
+from ffebm_compiler.hardware.presets import resolve_hardware
 
 __all__ = ["NamedModel", "feedback_of", "hardware_of", "load_model", "load_weights", "random_inputs"]
 

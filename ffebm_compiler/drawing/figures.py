@@ -74,6 +74,7 @@ def block_costs(cost: BlockCost) -> list[tuple[str, str]]:
         ("one inference", str(cost.inference)),
         ("same layers digital, 45 nm", str(cost.digital)),
         ("one training step", str(cost.training)),
+        *([("one inference, chip level", str(cost.chip_inference))] if cost.chip_inference.known else []),
         ("latency", str(cost.latency)),
     ]
 
@@ -84,13 +85,21 @@ def total_costs(report: CostReport) -> dict[str, Any]:
     def row(name: str, hybrid: Quantity, digital: Quantity | None) -> tuple[str, str, str]:
         return name, str(hybrid), "" if digital is None else str(digital)
 
+    chip = []
+    if report.chip_inference.known:
+        chip = [
+            row("one inference, chip level", report.chip_inference, report.digital_inference),
+            row("one training step, chip level", report.chip_training, report.digital_training),
+        ]
     missing = ", ".join(f"{name} ×{times}" if times > 1 else name for name, times in report.uncounted.items())
     return {
         "short": str(report.inference),
         "rows": [
             row("one inference", report.inference, report.digital_inference),
             row("one training step", report.training, report.digital_training),
+            *chip,
             row("latency", report.latency, None),
+            row("latency of the blocks", report.block_latency, None),
         ],
         "uncounted": missing,
         "constants": [

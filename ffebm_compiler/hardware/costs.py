@@ -138,17 +138,41 @@ def _defaults(hardware: Hardware) -> list[Constant]:
             "Horowitz, 45 nm: int8 0.2 + 0.03 pJ, fp32 3.7 + 0.9 pJ; memory access is not in it",
         ),
         Constant(
+            "element_pj",
+            "one elementary operation (an addition, a multiplication or a comparison)",
+            Quantity(0.03, 3.7, "pJ"),
+            "Horowitz, 45 nm: an int8 addition to an fp32 multiplication",
+        ),
+        Constant(
+            "traffic_pj",
+            "one value read from or written to on-chip memory",
+            Quantity(0.64, 5.0, "pJ"),
+            "low: 8 bits of ISAAC's eDRAM, 20.45 pJ for 256 bits at 32 nm (hwcomponents-library, from the paper's "
+            "power); high: 32 bits of an 8 KB SRAM, 10 pJ for 64 bits at 45 nm (Horowitz)",
+        ),
+        Constant(
+            "chip_op_pj",
+            "one operation (half a multiply-accumulate) of a full tile, with all that the chip does for it",
+            unknown("pJ"),
+            "no chip: the presets of chips give it",
+        ),
+        Constant(
             "gpu_mac_pj",
             "one multiply-accumulate on a V100 at peak, fp32",
             Quantity(38.0, 38.0, "pJ"),
             "300 W / 15.7 TFLOP/s = 19 pJ per FLOP, a bound on its efficiency from above",
         ),
         Constant(
-            "update_pj", "one weight programmed in an update", unknown("pJ"), "no source that this project trusts"
+            "update_pj",
+            "one weight programmed in an update",
+            Quantity(0.0177 * hardware.devices_per_weight, 1.38 * hardware.devices_per_weight, "pJ"),
+            "PUMA-sim with PANTHER's constants for a 128² array, derived, for each device of a weight: low: an outer "
+            "product written in parallel (290 pJ); high: a write cell by cell (22.6 nJ); other devices may need more",
         ),
         Constant("read_ns", "one read of a tile", unknown("ns"), "depends on the chip: give it in costs"),
         Constant("adc_ns", "one conversion of one converter", unknown("ns"), "depends on the chip: give it in costs"),
         Constant("dac_ns", "one conversion of one converter", unknown("ns"), "depends on the chip: give it in costs"),
+        Constant("digital_ns", "one digital operation", unknown("ns"), "depends on the chip: give it in costs"),
         Constant(
             "converters", "converters of a core that work at once", unknown(""), "depends on the chip: give it in costs"
         ),

@@ -20,9 +20,10 @@ from ffebm_compiler.files.checked_json import clipped
 from ffebm_compiler.hardware.file import read_table
 from ffebm_compiler.hardware.layers import Frozen, checked_overrides, fields_for
 
-__all__ = ["ConvMapping", "Hardware", "hardware_presets", "resolve_hardware"]
+__all__ = ["ConvMapping", "Hardware", "RowSums"]
 
 ConvMapping = Literal["im2col", "unrolled"]
+RowSums = Literal["analog", "digital"]
 
 _CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "cores_per_chip", "layers_per_block",
                "neurons_per_block")  # fmt: skip
@@ -66,6 +67,8 @@ class Hardware:
         name: what reports call this fabric.
         source: where these numbers come from.
         cores_per_chip: cores of one chip; a network that needs more takes several chips. None: all on one chip.
+        row_sums: how the results of the tiles are added on which one layer's rows lie. "analog" adds their currents,
+            and one converter reads the sum. "digital" converts the partial sum of every tile.
 
     Raises:
         HardwareError: a field has a wrong type or is out of range.
@@ -90,6 +93,7 @@ class Hardware:
     name: str = "custom"
     source: str = ""
     cores_per_chip: int | None = None
+    row_sums: RowSums = "analog"
 
     def __post_init__(self) -> None:
         for field in _CAPACITIES:
@@ -97,9 +101,10 @@ class Hardware:
         self._set_whole("devices_per_weight", remedy="such as 2 for a differential pair, 1 for a single device")
         for field in _BITS:
             self._set_whole(field, optional=True, most=_MAX_BITS, remedy="or None for no quantisation")
-        if self.conv_mapping not in get_args(ConvMapping):
-            choices = " or ".join(repr(choice) for choice in get_args(ConvMapping))
-            raise HardwareError(f"conv_mapping must be {choices}, got {self.conv_mapping!r}")
+        for field, allowed in (("conv_mapping", ConvMapping), ("row_sums", RowSums)):
+            if getattr(self, field) not in get_args(allowed):
+                choices = " or ".join(repr(choice) for choice in get_args(allowed))
+                raise HardwareError(f"{field} must be {choices}, got {getattr(self, field)!r}")
         if self.noise is not None:
             wanted = "noise must be a finite number of at least 0 (relative standard deviation) or None"
             self._set("noise", _non_negative(self.noise, wanted))
@@ -141,10 +146,17 @@ class Hardware:
         for name, value in (("rows", rows), ("cols", cols), ("groups", groups), ("positions", positions)):
             if not _is_whole(value) or value < 1:
                 raise HardwareError(f"tiles needs a whole number of at least 1 as {name}, got {value!r}")
-        down = _ceil_div(rows + int(bias), self.tile_rows)
-        across = _ceil_div(cols * self.devices_per_weight, self.tile_cols)
+        down, across = self.row_tiles(rows, bias), self.col_tiles(cols)
         copies = positions if self.conv_mapping == "unrolled" else 1
         return -(-groups // self.groups_per_tile(rows, cols, groups, bias)) * down * across * copies
+
+    def row_tiles(self, rows: int, bias: bool = False) -> int:
+        """Tiles on which the rows of one matrix lie: the partial sums of each of its outputs."""
+        return _ceil_div(rows + int(bias), self.tile_rows)
+
+    def col_tiles(self, cols: int) -> int:
+        """Tiles on which the columns of one matrix lie: the partial sums of each value of a backward read."""
+        return _ceil_div(cols * self.devices_per_weight, self.tile_cols)
 
     def groups_per_tile(self, rows: int, cols: int, groups: int = 1, bias: bool = False) -> int:
         """Groups of one layer on one tile (1 without `groups_share_tiles`). The arguments are those of `tiles`."""
@@ -226,58 +238,6 @@ class Hardware:
             got = f"one of {int(value).bit_length()} bits, more than 63" if large else repr(value)
             raise HardwareError(f"{field} must be a whole number {allowed}, {remedy}; got {got}")
         self._set(field, int(value))
-
-
-def hardware_presets() -> dict[str, Hardware]:
-    """The fabrics that can be named, each with the source of its numbers."""
-    presets = (
-        Hardware(
-            tile_rows=None,
-            tile_cols=None,
-            tiles_per_core=None,
-            layers_per_block=None,
-            devices_per_weight=1,
-            adc_bits=None,
-            dac_bits=None,
-            name="ideal",
-            source="no hardware: no limit on a tile, a core or a block, and no quantisation",
-        ),
-        Hardware(
-            tile_rows=64,
-            tile_cols=64,
-            name="crossbar-64",
-            source=(
-                "the size of small academic resistive and phase-change macros, 64×64 devices; "
-                "round numbers, not one published chip"
-            ),
-        ),
-        Hardware(
-            name="crossbar-256",
-            source=(
-                "256×256 crossbars, 64 of them, with 8-bit inputs and outputs: the phase-change chip of "
-                "Le Gallo et al., Nature Electronics 2023, whose 64 cores are the 64 tiles of one core here; "
-                "two columns per weight and four layers per block are choices of this project"
-            ),
-        ),
-    )
-    return {preset.name: preset for preset in presets}
-
-
-def resolve_hardware(value: str | Hardware) -> Hardware:
-    """The preset of that name, or the `Hardware` itself.
-
-    Raises:
-        HardwareError: an unknown name, or neither a name nor a `Hardware`.
-    """
-    if isinstance(value, Hardware):
-        return value
-    presets = hardware_presets()
-    choices = f"one of {', '.join(map(repr, presets))}, a Hardware(...) or Hardware.from_file(path)"
-    if not isinstance(value, str):
-        raise HardwareError(f"hardware must be {choices}; got {type(value).__name__}")
-    if value not in presets:
-        raise HardwareError(f"unknown hardware {value!r}: use {choices}")
-    return presets[value]
 
 
 def _is_whole(value: object) -> bool:

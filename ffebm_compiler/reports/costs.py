@@ -7,14 +7,19 @@ the block. A phase (free or nudged) that takes n sweeps reads
 
 weights. Outer layers are read once, since their drive does not change while the block settles. An inner layer is
 read forward and backward in every sweep. A block without inner layers has n = 1 and settles at
-once. With R = devices_per_weight:
+once. With R = devices_per_weight, *bottom-up*:
 
-    E_inference = M R E_cell + DAC E_dac + ADC E_adc
-    E_step      = E_inference + P (M R E_cell + ADC E_dac + DAC E_adc) + updates
+    E_inference = M R E_cell + (DAC + S_d) E_dac + (ADC + S_a) E_adc + (DAC + ADC) E_traffic
+    E_step      = E_inference + updates
+                  + P (M R E_cell + (ADC + S_d) E_dac + (DAC + S_a) E_adc + (DAC + ADC) E_traffic)
 
 for P nudged phases. In each of them the errors enter at the outputs through DACs and leave at
-the inputs through ADCs. Figures that no source gives (programming a device, times) are unknown unless
-`Hardware.costs` gives them. Every figure is modelled, none is measured.
+the inputs through ADCs. S_a and S_d are what digital row sums convert (`passes/partition/partial_sums.py`), 0 with
+analog ones. *At chip level* the reads of a phase cost 2 M E_op, with E_op the published energy of an operation on a
+full tile, up to what whole tiles cost. Backward reads are taken to cost what forward ones cost.
+
+Digital work (`hardware/work.py`) costs E_mac, E_element and E_traffic, three times that in a training step. Figures
+that no source gives are unknown unless `Hardware.costs` gives them. Every figure is modelled, none is measured.
 """
 
 from __future__ import annotations
@@ -27,41 +32,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.hardware.costs import Constant, Quantity, constants_of, unknown
+from ffebm_compiler.hardware.costs import Constant, Quantity, constants_of
+from ffebm_compiler.hardware.work import Work
 from ffebm_compiler.ir import Role
-from ffebm_compiler.plan_data import BlockPlan, PlanData
+from ffebm_compiler.plan_data import PlanData
+from ffebm_compiler.reports.block_costs import BlockCost, block_cost, digital_energy, total_work
 from ffebm_compiler.reports.text import count, table_text
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["BlockCost", "CostReport", "cost_report", "cost_report_of", "predicted_sweeps"]
-
-
-@dataclass(frozen=True)
-class BlockCost:
-    """The modelled costs of one block, per sample."""
-
-    block: str
-    macs: int
-    """Multiply-accumulates of one pass through its layers."""
-    sweeps: int | None
-    """Sweeps of a phase; None if no certificate predicts them."""
-    reads: int | None
-    """Weights read in one phase: M above."""
-    dac: int
-    adc: int
-    analog: Quantity
-    """Energy of the crossbars in one inference."""
-    converters: Quantity
-    """Energy of DACs and ADCs in one inference."""
-    inference: Quantity
-    training: Quantity
-    """Energy of one training step without the weight update."""
-    latency: Quantity
-    """Time of one inference."""
-    digital: Quantity
-    """Energy of the same layers in digital arithmetic, one inference."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +55,29 @@ class CostReport:
     nudged_phases: int
     digital_macs: int
     """Multiply-accumulates of layers that stayed digital."""
+    digital_work: Work
+    """All that is computed digitally: `digital_macs`, products of two values, elementary operations, memory."""
     uncounted: Mapping[str, int]
-    """Digital operations whose energy is unknown. It is the same in the baseline."""
+    """Digital operations without a figure. They are the same in the baseline."""
+    digital_parts: Quantity
+    """Energy of the digital work of the hybrid, one inference."""
     inference: Quantity
-    """Energy of crossbars, converters and the layers that stayed digital."""
+    """Energy of crossbars, converters, memory and digital work, bottom-up."""
     training: Quantity
+    chip_inference: Quantity
+    """The same with the blocks at chip level."""
+    chip_training: Quantity
     update: Quantity
     """Energy of programming every analog weight once."""
+    block_latency: Quantity
+    """Time of the blocks, one after the other."""
     latency: Quantity
+    """Time of the blocks and the digital work, one after the other."""
     digital_inference: Quantity
-    """Energy of the baseline, with all layers in digital arithmetic."""
+    """Energy of the baseline, with everything in digital arithmetic."""
     digital_training: Quantity
     gpu_inference: Quantity
+    gpu_training: Quantity
     constants: Mapping[str, Constant]
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,12 +88,14 @@ class CostReport:
 
     def __str__(self) -> str:
         """Tables of blocks and totals, and the source of every constant."""
+        summing = any(cost.summed for cost in self.blocks)
         rows = [
             (
                 cost.block,
                 count(cost.macs),
                 "unknown" if cost.sweeps is None else str(cost.sweeps),
                 count(cost.dac + cost.adc),
+                *(["unknown" if cost.summed is None else count(cost.summed)] if summing else []),
                 str(cost.analog),
                 str(cost.converters),
                 str(cost.training),
@@ -109,26 +103,35 @@ class CostReport:
             )
             for cost in self.blocks
         ]
-        columns = ("block", "MACs", "sweeps", "conversions", "crossbars", "converters", "step", "digital")
+        columns = ("block", "MACs", "sweeps", "conversions", *(["of partial sums"] if summing else []),
+                   "crossbars", "converters", "step", "digital")  # fmt: skip
+        pairs = (
+            ("one inference", self.inference, self.chip_inference, self.digital_inference),
+            ("one training step", self.training, self.chip_training, self.digital_training),
+        )
         totals = [
-            (
-                "one inference",
-                str(self.inference),
-                str(self.digital_inference),
-                _times(self.inference, self.digital_inference),
-            ),
-            (
-                "one training step",
-                str(self.training),
-                str(self.digital_training),
-                _times(self.training, self.digital_training),
-            ),
+            (name, str(low), _times(low, digital), str(chip), _times(chip, digital), str(digital))
+            for name, low, chip, digital in pairs
         ]
+        heads = (
+            "total",
+            "hybrid, bottom-up",
+            "digital / it",
+            "hybrid, chip level",
+            "digital / it",
+            "all digital, 45 nm",
+        )
         lines = [
             f"modelled costs per sample of {self.model} on {self.hardware} (nothing here is measured)",
             table_text("", columns, rows) if rows else "no energy blocks",
-            table_text("", ("total", "hybrid", "all digital, 45 nm", "digital / hybrid"), totals),
-            f"latency of one inference: {self.latency}; one inference on a V100 at peak: {self.gpu_inference}",
+            table_text("", heads, totals),
+            "bottom-up adds the figures of parts, and chip level takes the published energy of a whole chip's operation"
+            + ("" if self.chip_inference.known else " (this hardware has none)"),
+            f"digital work of the hybrid, in both: {self.digital_parts} for {count(self.digital_work.macs)} "
+            f"multiply-accumulates, {count(self.digital_work.elements)} elementary operations and "
+            f"{count(self.digital_work.traffic)} values through memory",
+            f"latency of one inference: {self.latency}; of its blocks, one after the other: {self.block_latency}",
+            f"on a V100 at peak: one inference {self.gpu_inference}, one training step {self.gpu_training}",
             f"a training step has one free and {self.nudged_phases} nudged phases; its weight update: {self.update}",
         ]
         if self.uncounted:
@@ -182,34 +185,40 @@ def cost_report(
         raise InputError(f"nudged_phases is {nudged_phases!r}; expected a whole number of at least 1")
     constants = constants_of(plan.hardware)
     known = dict(sweeps or {})
+    users = plan.graph.users()
     blocks = tuple(
-        _block_cost(plan, block, known.get(block.name, expected), nudged_phases, constants) for block in plan.blocks
+        block_cost(plan, block, users, known.get(block.name, expected), nudged_phases, constants)
+        for block in plan.blocks
     )
     analog = {name for block in plan.blocks for name in block.operations}
     staying = [op for op in plan.graph.operations if op.name not in analog]
-    digital_macs = sum(op.macs for op in staying if op.role is Role.WEIGHT)
-    uncounted: dict[str, int] = {}
-    for op in staying:
-        if op.role is not Role.WEIGHT:
-            uncounted[op.target] = uncounted.get(op.target, 0) + 1
-    mac = constants["digital_mac_pj"].value
+    work, uncounted = total_work(plan, staying)
+    everything, _ = total_work(plan, plan.graph.operations)
+    parts, baseline = digital_energy(work, constants), digital_energy(everything, constants)
     zero = Quantity(0.0, 0.0, "pJ")
     weights = sum(op.rows * op.cols * op.groups for op in plan.graph.operations if op.name in analog)
-    latency = Quantity(0.0, 0.0, "ns") if not staying else unknown("ns")
+    block_latency = sum((cost.latency for cost in blocks), Quantity(0.0, 0.0, "ns"))
+    gpu = constants["gpu_mac_pj"].value
     return CostReport(
         model=plan.model,
         hardware=plan.hardware.name,
         blocks=blocks,
         nudged_phases=nudged_phases,
-        digital_macs=digital_macs,
+        digital_macs=sum(op.macs for op in staying if op.role is Role.WEIGHT),
+        digital_work=work,
         uncounted=uncounted,
-        inference=sum((cost.inference for cost in blocks), mac * digital_macs),
-        training=sum((cost.training for cost in blocks), mac * (3 * digital_macs)),
+        digital_parts=parts,
+        inference=sum((cost.inference for cost in blocks), parts),
+        training=sum((cost.training for cost in blocks), parts * 3),
+        chip_inference=sum((cost.chip_inference for cost in blocks), parts),
+        chip_training=sum((cost.chip_training for cost in blocks), parts * 3),
         update=constants["update_pj"].value * weights,
-        latency=sum((cost.latency for cost in blocks), latency),
-        digital_inference=zero + mac * plan.total_macs,
-        digital_training=zero + mac * (3 * plan.total_macs),
-        gpu_inference=constants["gpu_mac_pj"].value * plan.total_macs,
+        block_latency=block_latency,
+        latency=block_latency + constants["digital_ns"].value * (work.macs + work.elements),
+        digital_inference=zero + baseline,
+        digital_training=zero + baseline * 3,
+        gpu_inference=gpu * everything.macs,
+        gpu_training=gpu * (3 * everything.macs),
         constants=constants,
     )
 
@@ -225,75 +234,3 @@ def cost_report_of(hybrid: HybridCore) -> CostReport:
         if getattr(block.module.active_estimator, "variant", "") == "centered":
             phases = 2
     return cost_report(hybrid.plan, nudged_phases=phases, sweeps=sweeps)
-
-
-def _block_cost(
-    plan: PlanData, block: BlockPlan, sweeps: int | None, phases: int, constants: Mapping[str, Constant]
-) -> BlockCost:
-    outer, inner = _outer_and_inner(plan, block)
-    if not inner:
-        sweeps = 1
-    dac, adc = constants["dac_pj"].value, constants["adc_pj"].value
-    reads = None if sweeps is None else sum(outer.values()) + 2 * sweeps * sum(inner.values())
-    cell = constants["cell_pj"].value
-    analog = unknown("pJ") if sweeps is None else cell * (_cells(plan, outer) + 2 * sweeps * _cells(plan, inner))
-    converters = dac * block.dac + adc * block.adc
-    back = dac * block.adc + adc * block.dac
-    return BlockCost(
-        block=block.name,
-        macs=block.macs,
-        sweeps=sweeps,
-        reads=reads,
-        dac=block.dac,
-        adc=block.adc,
-        analog=analog,
-        converters=converters,
-        inference=analog + converters,
-        training=analog + converters + (analog + back) * phases,
-        latency=_latency(plan, block, outer, inner, sweeps, constants),
-        digital=constants["digital_mac_pj"].value * block.macs,
-    )
-
-
-def _outer_and_inner(plan: PlanData, block: BlockPlan) -> tuple[dict[str, int], dict[str, int]]:
-    """MACs of the outer layers, which read only the block's inputs, and of the inner ones, which read its states."""
-    members = set(block.operations)
-    outer: dict[str, int] = {}
-    inner: dict[str, int] = {}
-    for name in block.operations:
-        op = plan.graph[name]
-        if op.role is Role.WEIGHT:
-            (inner if any(source in members for source in op.inputs) else outer)[name] = op.macs
-    return outer, inner
-
-
-def _cells(plan: PlanData, macs: Mapping[str, int]) -> int:
-    """Number of devices read for these multiply-accumulates of each layer."""
-    return sum(
-        count * plan.hardware.for_layer(plan.graph[name].path).devices_per_weight for name, count in macs.items()
-    )
-
-
-def _latency(
-    plan: PlanData,
-    block: BlockPlan,
-    outer: Mapping[str, int],
-    inner: Mapping[str, int],
-    sweeps: int | None,
-    constants: Mapping[str, Constant],
-) -> Quantity:
-    """Time of all reads and conversions of a phase, one after the other (with im2col one read per position)."""
-    parallel = constants["converters"].value
-    if sweeps is None or not parallel.low:
-        return unknown("ns")
-    turns = {
-        name: op.positions if plan.hardware.for_layer(op.path).conv_mapping == "im2col" else 1
-        for name in (*outer, *inner)
-        if (op := plan.graph[name])
-    }
-    reads = sum(turns[name] for name in outer) + 2 * sweeps * sum(turns[name] for name in inner)
-    return (
-        constants["read_ns"].value * reads
-        + constants["dac_ns"].value * math.ceil(block.dac / parallel.low)
-        + constants["adc_ns"].value * math.ceil(block.adc / parallel.low)
-    )

@@ -67,6 +67,8 @@ def plan_text(plan: PlanData) -> str:
         table_text("", columns, rows) if rows else "no energy blocks",
         f"conversions per sample: {plan.conversions}; analog MACs: {share:.1f} % of {count(plan.total_macs)}",
     ]
+    if hardware.row_sums == "digital":
+        lines.append(f"conversions that digital row sums add to one pass: {plan.partial_sums}")
     if plan.blocks:
         lines.append(_fabric_line(plan))
     for part in plan.digital_parts:

@@ -491,6 +491,15 @@ def test_reports() -> None:
     assert len(hybrid.compare(x).blocks) == 1
 
 
+def test_an_empty_batch_asks_nothing() -> None:
+    bench = Bench()
+    hybrid, x = made(solver=ffebm.Measured(bench))
+    output = hybrid(x[:0])
+    output.sum().backward()
+    assert output.shape == (0, hybrid(x).shape[1])
+    assert bench.calls == ["program", "settle"]  # of the second forward
+
+
 def test_the_mean_of_several_reads() -> None:
     """On a bench with noise, EP's error falls as one over the root of the reads."""
     generator = torch.Generator().manual_seed(0)

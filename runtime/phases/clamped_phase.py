@@ -44,7 +44,7 @@ class ClampedPhase(NudgedPhase):
     def _question(self, place: int, beta: complex) -> Question:
         """The equilibrium with some layers held at s* + (β/c_l) u_l."""
         held = tuple(
-            None if parts is None else free + parts[place].double() * (beta.real / scale)
+            None if parts is None else free + parts[place].to(free) * (beta.real / scale)
             for parts, free, scale in zip(self._held, self.rest, self.scales, strict=True)
         )
         return Question(self._single, self.setting, held=held)

@@ -1,0 +1,149 @@
+"""The experiments of `examples/`: stopped and started again, failing runs, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+from experiment import Diverged, Experiment, Recipe, Row, accuracy, training  # noqa: E402
+from experiment_data import Data, load  # noqa: E402
+
+
+def hybrid(data: Data, seed: int = 0, **settings: Any) -> ffebm.HybridModel:
+    torch.manual_seed(seed)
+    width = data.training[0][0].numel()
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(width, 16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
+    )
+    return ffebm.convert(model, data.training[0][:2], **settings)
+
+
+def curve(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: cell for name, cell in row.items() if name != "seconds"} for row in rows]
+
+
+class Stopped(Exception):
+    """Ends a script in the middle of a run."""
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_stopped_run_goes_on_with_the_same_numbers(stop_after: int, tmp_path: Path) -> None:
+    data = load("digits")
+    recipe = Recipe(epochs=4, rate=5e-3)
+    keys = [{"seed": seed} for seed in (0, 1)]
+
+    def one(stop: tuple[int, int] | None) -> Any:
+        def run(key: Row, checkpoint: Path) -> Iterator[Row]:
+            model = hybrid(data, key["seed"], feedback=0.5)
+            for row in training(model, data, recipe, key["seed"], checkpoint):
+                yield {**row, "test": accuracy(model, data, data.test)}
+                if stop == (key["seed"], row["epoch"]):
+                    raise Stopped
+
+        return run
+
+    whole = Experiment(tmp_path / "whole", "test")
+    whole.run(keys, one(None))
+    parts = Experiment(tmp_path / "parts", "test")
+    with pytest.raises(Stopped):
+        parts.run(keys, one((1, stop_after)))
+    Experiment(tmp_path / "parts", "test").run(keys, one(None))
+    assert curve(tmp_path / "parts" / "curves.csv") == curve(tmp_path / "whole" / "curves.csv")
+    assert curve(tmp_path / "parts" / "runs.csv") == curve(tmp_path / "whole" / "runs.csv")
+    assert not list((tmp_path / "parts").glob("*.pt"))
+    assert float(curve(tmp_path / "whole" / "runs.csv")[0]["test"]) > 70
+
+
+@pytest.mark.slow
+def test_a_killed_script_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(EXAMPLES / "experiment.py"), "--seeds", "1", "--epochs", "12", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    started = subprocess.Popen([*command, str(tmp_path / "parts")], stdout=subprocess.DEVNULL)
+    curves = tmp_path / "parts" / "curves.csv"
+    for _ in range(1200):
+        if curves.exists() and len(curve(curves)) >= 14:  # in the second run
+            break
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    subprocess.run([*command, str(tmp_path / "parts")], check=True, capture_output=True)
+    assert curve(curves) == curve(tmp_path / "whole" / "curves.csv")
+
+
+def test_a_diverging_run_is_stopped_and_named(tmp_path: Path) -> None:
+    data = load("digits")
+
+    def one(key: Row, checkpoint: Path) -> Iterator[Row]:
+        model = hybrid(data, feedback="symmetric" if key["weights"] == "huge" else 0.1)
+        if key["weights"] == "huge":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(40)
+        yield from training(model, data, Recipe(epochs=1, rate=1e-3), 0, checkpoint)
+
+    experiment = Experiment(tmp_path, "test")
+    experiment.run([{"weights": "huge"}, {"weights": "usual"}], one)
+    first, second = experiment.rows("runs")
+    assert first["failed"].startswith("stopped in epoch 1: free phase of block_1")
+    assert second["failed"] == ""
+    assert "1 stopped" in experiment.table("weights", "weights", "loss")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    data = load("digits")
+    recipe = Recipe(epochs=1, rate=1e-3, loss=lambda scores, labels: F.cross_entropy(scores, labels) * torch.inf)
+    with pytest.raises(Diverged, match="stopped in epoch 1: the loss is inf"):
+        list(training(hybrid(data), data, recipe, 0, tmp_path / "run.pt"))
+
+
+def test_a_loss_must_be_a_scalar(tmp_path: Path) -> None:
+    data = load("digits")
+
+    def unreduced(scores: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(scores, labels, reduction="none")
+
+    with pytest.raises(ffebm.InputError, match=r"the loss is no scalar tensor \(got \(32,\)\): reduce it by mean\(\)"):
+        list(training(hybrid(data), data, Recipe(1, 1e-3, loss=unreduced), 0, tmp_path / "run.pt"))
+
+
+def test_other_settings_need_another_folder(tmp_path: Path) -> None:
+    Experiment(tmp_path, "test", {"width": 8})
+    Experiment(tmp_path, "test", {"width": 8})
+    with pytest.raises(ffebm.InputError, match=r"holds runs with other settings .*: give another folder with --out"):
+        Experiment(tmp_path, "test", {"width": 16})
+
+
+def test_a_script_tells_its_users_errors_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(EXAMPLES / "loop_gain.py"), "--data", "mnist1d", "--quick", "--out"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == ("loop_gain.py: mnist1d has inputs of shape (1, 40); expected square images, side 4n\n")
+
+
+def test_a_table_of_means_and_ranges(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, "test")
+    values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.0}
+
+    def one(key: Row, _: Path) -> Iterator[Row]:
+        yield {"epoch": 1, "test": values[key["method"], key["seed"]]}
+
+    experiment.run([{"data": "x", "method": m, "seed": s} for m, s in values], one)
+    assert "2.00 (1.00 to 3.00)" in experiment.table("method", "data", "test")
+    assert len(experiment.rows("curves")) == 3

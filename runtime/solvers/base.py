@@ -146,7 +146,8 @@ def _largest_change(problem: FixedPoint, forward: bool, changes: list[Tensor], s
     known = problem.shares is not None and forward and len(changes) == len(problem.shares)
     if known and (moved.device.type == "cpu" or not problem.training):  # a captured graph can't copy from the host
         assert problem.shares is not None
-        shared = torch.tensordot(problem.shares.to(moved), moved, 1)
+        shares = problem.shares.to(moved)
+        shared = (shares.reshape(*shares.shape, *[1] * (moved.dim() - 1)) * moved).sum(1)
         # A layer that is almost zero has a large relative bound, but may not change at all.
         return torch.minimum((1 + too_far) * largest, ((shared + too_far * moved) / size).amax(0))
     return (1 + too_far) * largest

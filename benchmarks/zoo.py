@@ -141,7 +141,7 @@ def measure(name: str) -> dict[str, Any]:
         "placed": sum(plan.weights[n].block is not None for n in matrices if n in plan.weights),
         "refused": sum(plan.weights[n].block is None for n in matrices if n in plan.weights),
         "unaccounted": [n for n in matrices if n not in plan.weights or not plan.weights[n].reason],
-        "macs": plan.total_macs,
+        "macs": plan.weight_macs,
         "macs_placed": plan.analog_macs,
         "blocks": len(plan.blocks),
         "multi_layer_blocks": sum(len(block.layers) > 1 for block in plan.blocks),

@@ -146,11 +146,22 @@ class Operation:
     bias: bool = False
     computed: tuple[str, ...] = ()
     """Those of `weights` that it reads through a computation, not as they are."""
+    product_macs: Count = 0
+    """Multiply-accumulates per sample of a matrix product that is no layer, such as attention."""
+    sizes: tuple[str, ...] = ()
+    """Those of `inputs` of which it reads the sizes alone, not the values."""
+    call: Count = 0
+    """Which call of its module made it: 0 for the first."""
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates per sample: rows · cols · groups · positions."""
+        """Multiply-accumulates per sample of a layer: rows · cols · groups · positions."""
         return self.rows * self.cols * self.groups * self.positions
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Those of `inputs` whose values it reads."""
+        return tuple(name for name in self.inputs if name not in self.sizes)
 
 
 @dataclass(frozen=True)

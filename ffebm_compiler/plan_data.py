@@ -93,8 +93,15 @@ class PlanOptions:
 
 
 def fingerprint(graph: OperationGraph) -> str:
-    """A digest of the operations and their sizes, which ties a plan to its model."""
-    text = json.dumps(graph.to_dict(), sort_keys=True)
+    """A digest of the operations and their sizes, which ties a plan to its model.
+
+    What only describes an operation is left out, so that a plan of an earlier version stays the model's.
+    """
+    data = graph.to_dict()
+    for operation in data["operations"]:
+        for described in ("product_macs", "sizes", "call"):
+            del operation[described]
+    text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -163,9 +170,37 @@ class PlanData:
         return sum(block.macs for block in self.blocks)
 
     @property
-    def total_macs(self) -> int:
+    def weight_macs(self) -> int:
         """Multiply-accumulates per sample in weight-stationary layers."""
         return sum(operation.macs for operation in self.graph.operations if operation.role is Role.WEIGHT)
+
+    @property
+    def total_macs(self) -> int:
+        """Multiply-accumulates per sample of the network: in layers, and in products of activations (attention)."""
+        return self.weight_macs + sum(operation.product_macs for operation in self.graph.operations)
+
+    @property
+    def analog_share(self) -> float:
+        """Share of all multiply-accumulates that energy blocks do, 0 to 1; 0 if there are none."""
+        return self.analog_macs / self.total_macs if self.total_macs else 0.0
+
+    def settles(self, block: BlockPlan) -> bool:
+        """Whether any state of a block feeds another, so that it has feedback. If not, it equals its source layers."""
+        products: set[str] = set()
+        """Sums of products, which become a state's drive."""
+        states = set(block.driven)
+        """States, and what wiring makes of them."""
+        for name in block.operations:
+            operation = self.graph[name]
+            product, state = (any(source in found for source in operation.inputs) for found in (products, states))
+            weight = operation.role is Role.WEIGHT
+            if (weight and (product or state)) or (product and state):
+                return True
+            if weight or (product and operation.role is not Role.ACTIVATION):
+                products.add(name)
+            elif product or state:
+                states.add(name)
+        return False
 
     def explain(self, path: str) -> str:
         """One sentence on a module path or a parameter name.
@@ -246,7 +281,10 @@ class PlanData:
         return f"{domain}: {len(below)} operation{'s' if len(below) > 1 else ''} in {shown}"
 
     def to_networkx(self) -> networkx.DiGraph[str]:
-        """The quotient DAG, with a node for each block and digital part, and values per sample on the edges."""
+        """The quotient DAG, with a node for each block and digital part, and values per sample on the edges.
+
+        An edge without tensors stands for a value of which only the sizes are read.
+        """
         import networkx
 
         quotient: networkx.DiGraph[str] = networkx.DiGraph()
@@ -265,7 +303,7 @@ class PlanData:
                 if not quotient.has_edge(origin, home):
                     quotient.add_edge(origin, home, tensors={}, values=0)
                 edge = quotient.edges[origin, home]
-                if source not in edge["tensors"]:
+                if source not in edge["tensors"] and source not in operation.sizes:
                     edge["tensors"][source] = list(self.graph[source].shape) if source in self.graph else []
                     edge["values"] += self.graph.values(source)
         return quotient

@@ -55,7 +55,7 @@ def plan_from(data: Any) -> PlanData:
             digital_parts=file.digital_parts,
             weights=file.weights,
             rejected=file.rejected,
-            notes=file.notes,
+            notes=_notes(file.notes, data),
             modules=file.modules,
             graph=file.graph,
             fingerprint=file.fingerprint,
@@ -64,6 +64,17 @@ def plan_from(data: Any) -> PlanData:
         raise PlanError(f"the plan is malformed (hardware, {error}): make it again") from error
     except Malformed as error:
         raise PlanError(f"the plan is malformed ({error}): make it again") from error
+
+
+_UNCOUNTED = (
+    "the plan is of an earlier version, which did not count multiply-accumulates between activations: make it again to "
+    "see them"
+)
+
+
+def _notes(notes: tuple[str, ...], data: Mapping[str, Any]) -> tuple[str, ...]:
+    counted = all("product_macs" in operation for operation in data["graph"]["operations"])
+    return notes if counted or _UNCOUNTED in notes else (*notes, _UNCOUNTED)
 
 
 def _blocks(items: tuple[Any, ...], graph: OperationGraph, hardware: Hardware) -> tuple[BlockPlan, ...]:

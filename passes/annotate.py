@@ -7,6 +7,7 @@ dynamic node once, in topological order, with the weights it reads.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.dead_code import for_effects_alone
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target_name
 from ffebm_compiler.passes.order_of_draws import draws
+from ffebm_compiler.passes.product_macs import product_macs
 from ffebm_compiler.passes.reasons import TWO_ACTIVATIONS, digital_reason
 from ffebm_compiler.passes.static import drawn_nodes, static_nodes
 from ffebm_compiler.runtime.feedforward.blocks import (
@@ -42,7 +44,8 @@ def annotate(program: Program) -> OperationGraph:
             record = NodeInfo(Role.DIGITAL, record.path, _FOR_EFFECTS_ALONE, kind)
         set_info(node, record)
     nodes = {node.name: node for node in program.graph.nodes if info(node).role in _DYNAMIC}
-    operations = [_operation(program, node) for node in nodes.values()]
+    calls = _calls(nodes.values())
+    operations = [_operation(program, node, calls[node.name]) for node in nodes.values()]
     inputs = {
         node.name: _values(program, node)
         for node in program.graph.nodes
@@ -226,12 +229,23 @@ def _values(program: Program, node: fx.Node) -> int:
     """Values per sample of a node: its elements divided by the batch size."""
     total = 0
     for tensor in _tensors(node):
-        elements = math.prod(_example_size(size) for size in tensor.shape)
-        batched = program.batch_symbol is None or any(
-            isinstance(size, torch.SymInt) and program.batch_symbol in str(size.node.expr) for size in tensor.shape
-        )
-        total += elements // program.batch_hint if batched and elements % program.batch_hint == 0 else elements
+        total += _per_sample(program, tensor, math.prod(_example_size(size) for size in tensor.shape))
     return total
+
+
+def _per_sample(program: Program, tensor: torch.Tensor, total: int) -> int:
+    """The part of one sample of a number that counts something of a tensor; all of it if no size is the batch's."""
+    batched = program.batch_symbol is None or any(
+        isinstance(size, torch.SymInt) and program.batch_symbol in str(size.node.expr) for size in tensor.shape
+    )
+    return total // program.batch_hint if batched and total % program.batch_hint == 0 else total
+
+
+def _product_macs(program: Program, node: fx.Node) -> int:
+    """Multiply-accumulates per sample of a node that is no layer."""
+    module = program.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    total = product_macs(node, module, _example_size)
+    return _per_sample(program, node.meta["val"], total) if total else 0
 
 
 def _shape(program: Program, node: fx.Node) -> tuple[int | None, ...]:
@@ -266,7 +280,27 @@ def _dynamic_inputs(node: fx.Node) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _operation(program: Program, node: fx.Node) -> Operation:
+def _read_for_sizes(node: fx.Node) -> tuple[str, ...]:
+    """Names of those of `_dynamic_inputs` of which a node reads the sizes alone, not the values."""
+    read = {operand.name for operand in node.all_input_nodes if info(operand).role is not Role.SHAPE}
+    return tuple(name for name in _dynamic_inputs(node) if name not in read)
+
+
+def _calls(nodes: Iterable[fx.Node]) -> dict[str, int]:
+    """For each node, which call of its module made it: 0 for the first. `torch.export` marks the others `path@1`."""
+    seen: dict[str, list[str]] = {}
+    found = {}
+    for node in nodes:
+        stack = [key for key in node.meta.get("nn_module_stack") or {} if key.startswith("L__self__")]
+        calls = seen.setdefault(module_path(node), [])
+        call = stack[-1] if stack else ""
+        if call not in calls:
+            calls.append(call)
+        found[node.name] = calls.index(call)
+    return found
+
+
+def _operation(program: Program, node: fx.Node, call: int) -> Operation:
     record = info(node)
     weights: dict[str, None] = {}
     computed: dict[str, None] = {}
@@ -281,6 +315,7 @@ def _operation(program: Program, node: fx.Node) -> Operation:
     rows = cols = 0
     groups = positions = 1
     bias = False
+    macs = _product_macs(program, node) if record.role is not Role.WEIGHT else 0
     if record.role is Role.WEIGHT:
         layer = WEIGHTS[node.target]
         value, _, bias_node = layer.operands(node)
@@ -305,4 +340,7 @@ def _operation(program: Program, node: fx.Node) -> Operation:
         groups=groups,
         positions=positions,
         bias=bias,
+        product_macs=macs,
+        sizes=_read_for_sizes(node),
+        call=call,
     )

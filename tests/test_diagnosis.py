@@ -30,6 +30,21 @@ def test_relaxation_of_a_monotone_block(feedback: float) -> None:
     assert "block_1" in str(hybrid.diagnose(x))
 
 
+def test_the_energy_of_a_float32_block_never_rises_not_even_in_its_last_digits() -> None:
+    """E is summed in float64: the last sweeps change it by less than a float32 sum resolves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10))
+    x = torch.randn(64, 30)
+    block = ffebm.convert(model, x, feedback=0.3).diagnose(x, sweeps=30)["block_1"]
+    lowest = min(block.energies)
+    span = block.energies[0] - lowest
+    assert span > 0
+    assert all(
+        later <= earlier + 1e-9 * span for earlier, later in zip(block.energies, block.energies[1:], strict=False)
+    )
+    assert block.energies[-1] - lowest <= 1e-9 * span
+
+
 def test_a_block_of_one_layer_has_nothing_to_settle() -> None:
     hybrid = ffebm.convert(nn.Linear(3, 2), torch.randn(2, 3))
     block = hybrid.diagnose(torch.randn(4, 3))["block_1"]

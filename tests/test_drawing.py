@@ -165,7 +165,7 @@ def test_resistive_blocks_are_drawn_as_circuits(energy: str, words: str) -> None
 
 
 def test_a_thousand_blocks_are_drawn_in_seconds() -> None:
-    assert drawing.svg_text(chain_plan(1000)).count("· analog</text>") == 1000
+    assert drawing.svg_text(chain_plan(1000)).count("· analog, no feedback</text>") == 1000
 
 
 # -- HTML --------------------------------------------------------------------------------------

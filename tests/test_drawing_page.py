@@ -159,15 +159,14 @@ def test_a_click_opens_a_block_in_place_and_a_second_one_closes_it(
     browser.click("block_3 · analog")
     opened = browser.titles()
     assert any("from digital_3" in title for title in opened)
-    assert "▸ layers.0" in opened
-    assert "gelu" not in opened
+    # The model's own operations before and after a layer are two nodes, so that no arrow runs back.
+    assert {"gelu", "add"} <= set(opened)
     # Its title is on the screen, also where the block is wider than the window.
     assert browser.js(
         "const title = document.querySelector('[aria-expanded=true] > .title').getBoundingClientRect();"
         "return title.left >= 0 && title.right <= window.innerWidth"
     )
-    browser.click("▸ layers.0")
-    assert {"gelu", "add"} <= set(browser.titles())
+    browser.click("gelu")
     assert "layers.0" in browser.panel()
     assert "block_3" in browser.panel()
     assert (
@@ -417,7 +416,7 @@ def test_three_thousand_operations_open_closed_and_a_block_still_opens(browser: 
     assert len(browser.titles()) == 1502
     for block in ("block_7", "block_9", "block_200"):
         browser.click(f"{block} · analog")
-        assert f"▾ ∿ {block} · analog" in browser.titles()
+        assert f"▾ {block} · analog, no feedback" in browser.titles()
     assert browser.js(OVERLAPS) == []
     # Every edge begins at the bottom of a node and ends at the top of one.
     loose = browser.js(

@@ -42,8 +42,9 @@ def _style(node: Node) -> str:
     fill, line = COLOURS[node.domain]
     shape = {"analog": "box", "digital": "box"}.get(node.domain, "oval")
     style = "rounded,filled" if node.domain == "analog" else "filled"
-    double = ", peripheries=2" if node.domain == "analog" else ""
-    title = f"{node.title} · {node.domain}" if node.domain in ("analog", "digital") else node.title
+    double = ", peripheries=2" if node.settles else ""
+    plain = ", no feedback" if node.domain == "analog" and not node.settles else ""
+    title = f"{node.title} · {node.domain}{plain}" if node.domain in ("analog", "digital") else node.title
     label = "\n".join([title, *(entry.text for entry in node.lines)])
     return f'label={_quoted(label)}, shape={shape}, style="{style}", fillcolor="{fill}", color="{line}"{double}'
 

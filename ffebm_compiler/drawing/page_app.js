@@ -83,7 +83,7 @@ class View {
 
   legend() {
     const swatch = (name) => el('span', { class: `swatch ${name}`, 'aria-hidden': 'true' });
-    const rows = [['analog', 'energy block: analog, settles to an equilibrium'], ['digital', 'digital part: runs forward'],
+    const rows = [['analog', 'energy block: analog, settles to an equilibrium'], ['plain', 'energy block without feedback: analog, exactly the source’s layers'], ['digital', 'digital part: runs forward'],
       ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital'],
       ...(this.data.ops.some((op) => op.feedback.length) ? [['back', 'feedback through weights of its own']] : [])];
     const box = this.guide = el('details', { class: 'legend' }, el('summary', {}, 'legend'),
@@ -213,7 +213,7 @@ class View {
   }
 
   fit() {
-    this.scale = Math.min(1, Math.max(0.45, (this.stage.clientWidth - 24) / this.picture.size.width));
+    this.scale = Math.min(1, Math.max(LIMITS[0], Math.min((this.stage.clientWidth - 24) / this.picture.size.width, (this.stage.clientHeight - 24) / this.picture.size.height)));
     this.resize();
     this.stage.scrollTo((this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
   }

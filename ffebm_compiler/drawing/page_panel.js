@@ -130,6 +130,7 @@ class Panel {
         ['values per sample', count(op.values)], ['MACs per sample', op.macs ? count(op.macs) : ''],
         ['weights', op.weights.join(', ')],
       ]),
+      ...(op.sizes.length ? [el('p', { class: 'quiet' }, `It reads the sizes alone of ${op.sizes.map((source) => (source < 0 ? this.tree.inputs[-1 - source].title : this.tree.data.ops[source].name)).join(', ')}.`)] : []),
       el('p', {}, 'in ', this.link(home, home.title)),
       section('Reads', list(op.in.map((source) => {
         const from = source < 0 ? this.tree.inputs[-1 - source] : this.tree.byId.get(`op:${source}`);

@@ -29,8 +29,8 @@ class Picture {
   }
 
   title(item) {
-    const word = item.depth === 1 && item.kind !== 'port' ? { analog: ' · analog', digital: ' · digital' }[item.domain] ?? '' : '';
-    return shorten(`${word === ' · analog' ? '∿ ' : ''}${item.title}${word}`);
+    const word = item.depth === 1 && item.kind !== 'port' ? { analog: item.settles ? ' · analog' : ' · analog, no feedback', digital: ' · digital' }[item.domain] ?? '' : '';
+    return shorten(`${item.settles && word ? '∿ ' : ''}${item.title}${word}`);
   }
 
   measured(item) {
@@ -196,7 +196,7 @@ class Picture {
       const middle = ((a.y + end) / 2).toFixed(1);
       path += `C${a.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${end.toFixed(1)}`;
     }
-    const crossing = link.edge.adc || link.edge.dac;
+    const crossing = link.edge.adc || link.edge.dac || link.edge.shared;
     const group = this.make('g', { class: crossing ? 'edge crossing' : within ? 'edge within' : 'edge' });
     group.appendChild(this.make('path', { d: path, class: 'wire' }));
     group.appendChild(this.make('path', { d: `M${last.x.toFixed(1)},${last.y.toFixed(1)}l-4,-7h8z`, class: 'tip' }));
@@ -216,7 +216,7 @@ class Picture {
   drawItem(item, node, parent) {
     const laid = this.lay(item);
     const { width, height } = laid;
-    const classes = ['node', item.domain, item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : ''];
+    const classes = ['node', item.domain, item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : '', item.domain === 'analog' && !item.kind && !item.settles ? 'plain' : ''];
     const group = this.make('g', {
       class: classes.filter(Boolean).join(' '), transform: `translate(${(node.x - width / 2).toFixed(1)},${(node.y - height / 2).toFixed(1)})`,
       tabindex: '-1', role: 'treeitem', 'aria-label': this.spoken(item), 'data-id': item.id,
@@ -226,7 +226,7 @@ class Picture {
     }
     const round = item.kind === 'port' || ['input', 'output'].includes(item.domain) ? 11 : item.domain === 'analog' ? (item.kind ? 7 : 14) : 0;
     group.appendChild(this.make('rect', { width, height, rx: round, class: 'box' }));
-    if (item.domain === 'analog' && !item.kind) {
+    if (item.settles) {
       group.appendChild(this.make('rect', { x: 3.5, y: 3.5, width: width - 7, height: height - 7, rx: round - 3.5, class: 'inner' }));
     }
     const centre = item.open ? 14 : width / 2;
@@ -259,7 +259,7 @@ class Picture {
   }
 
   spoken(item) {
-    const kind = item.domain === 'analog' && !item.kind ? 'analog energy block' : item.domain;
+    const kind = item.domain === 'analog' && !item.kind ? (item.settles ? 'analog energy block, settles' : 'analog energy block without feedback') : item.domain;
     return [item.title, kind, ...item.lines.map((line) => line.text)].join(', ');
   }
 

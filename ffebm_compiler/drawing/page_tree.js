@@ -43,20 +43,29 @@ class Tree {
 
   addHome(home, index) {
     const item = this.add(this.root, {
-      id: `home:${index}`, domain: home.domain, title: home.title, lines: home.lines, ops: home.ops, record: home,
+      id: `home:${index}`, domain: home.domain, settles: home.settles, title: home.title, lines: home.lines, ops: home.ops, record: home,
       stayed: home.ops.some((op) => this.data.ops[op].stayed),
     });
+    // A group is one call of a module: two calls of one are two nodes.
     const groups = new Map();
+    const parts = new Map();
     for (const op of home.ops) {
-      const path = this.data.ops[op].path;
-      groups.set(path, [...(groups.get(path) ?? []), op]);
+      const { path, group } = this.data.ops[op];
+      if (!groups.has(group)) {
+        groups.set(group, []);
+        parts.set(path, [...(parts.get(path) ?? []), group]);
+      }
+      groups.get(group).push(op);
     }
-    for (const [path, ops] of groups) {
+    for (const [group, ops] of groups) {
+      const { path, call } = this.data.ops[ops[0]];
+      const part = parts.get(path).length > 1 && call === 0 ? ` (${parts.get(path).indexOf(group) + 1} of ${parts.get(path).length})` : '';
+      const which = call ? ` · call ${call + 1}` : part;
       const chain = [item];
       let up = item;
       if (ops.length > 1 && groups.size > 1) {
         up = this.add(item, {
-          id: `group:${index}:${path}`, domain: home.domain, title: path || 'the model itself', ops, kind: 'group',
+          id: `group:${index}:${group}`, domain: home.domain, title: `${path || 'the model itself'}${which}`, ops, kind: 'group',
           lines: [{ text: this.words(ops), style: 'quiet' }], path, stayed: ops.some((op) => this.data.ops[op].stayed),
         });
         chain.push(up);
@@ -65,7 +74,7 @@ class Tree {
         const record = this.data.ops[op];
         const leaf = this.add(up, {
           id: `op:${op}`, domain: home.domain, title: record.target, ops: [op], op: record, kind: 'op',
-          lines: [...(up === item && record.path ? [record.path] : []), ...(record.driven ? ['driven state, no weights'] : [])].map((text) => ({ text, style: 'quiet' })),
+          lines: [...(up === item && record.path ? [`${record.path}${which}`] : []), ...(record.driven ? ['driven state, no weights'] : [])].map((text) => ({ text, style: 'quiet' })),
           stayed: record.stayed, driven: record.driven,
         });
         this.chains[op] = [...chain, leaf];
@@ -91,6 +100,7 @@ class Tree {
     const ports = new Map();
     const edges = new Map();
     const inside = new Set(container.ops);
+    const converted = new Set();
     const port = (kind, home) => {
       const id = `${kind}:${container.id}:${home.id}`;
       if (!ports.has(id)) {
@@ -102,11 +112,15 @@ class Tree {
     };
     const connect = (from, to, source, crossing, own = []) => {
       const key = `${from.id}\n${to.id}`;
-      const edge = edges.get(key) ?? { from, to, sources: new Set(), dac: 0, adc: 0, own: new Set() };
+      const edge = edges.get(key) ?? { from, to, sources: new Set(), dac: 0, adc: 0, shared: false, own: new Set() };
       own.forEach((name) => edge.own.add(name));
       if (!edge.sources.has(source)) {
         edge.sources.add(source);
-        edge.adc += crossing && this.homeOf(source).domain === 'analog' ? this.values(source) : 0;
+        // A value is converted once, wherever it is read: the first edge that carries it counts it.
+        const leaves = crossing && this.homeOf(source).domain === 'analog';
+        edge.adc += leaves && !converted.has(source) ? this.values(source) : 0;
+        edge.shared ||= leaves && converted.has(source);
+        leaves && converted.add(source);
         edge.dac += crossing && crossing.domain === 'analog' ? this.values(source) : 0;
       }
       edges.set(key, edge);
@@ -154,7 +168,7 @@ class Tree {
     const shapes = [...new Set(sources.map((source) => this.shape(source)))];
     const total = sources.reduce((sum, source) => sum + this.values(source), 0);
     const many = shapes.length === 1 ? `${sources.length} × ${shapes[0]}` : `${sources.length} tensors, ${plural(count(total), 'value')}`;
-    const crossing = [edge.adc ? `ADC ${count(edge.adc)}` : '', edge.dac ? `DAC ${count(edge.dac)}` : ''];
+    const crossing = [edge.adc ? `ADC ${count(edge.adc)}` : '', edge.shared ? 'ADC of another edge' : '', edge.dac ? `DAC ${count(edge.dac)}` : ''];
     const own = edge.own.size ? shorten(`feedback: ${[...edge.own].join(', ')}`) : '';
     return [sources.length === 1 ? shapes[0] : many, crossing.filter(Boolean).join(', '), own].filter(Boolean);
   }

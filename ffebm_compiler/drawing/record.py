@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ffebm_compiler.drawing.calls import calls_of
 from ffebm_compiler.drawing.figures import block_costs, costs_of, curves_of, total_costs
 from ffebm_compiler.drawing.overlay import Overlay
 from ffebm_compiler.drawing.scene import Node, own_feedback, scene_of, set_of, shape_words
@@ -42,6 +43,7 @@ def record_of(
     index.update((name, -1 - position) for position, name in enumerate(plan.graph.inputs))
     bound = {block.name: block for block in hybrid.blocks} if hybrid is not None else {}
     blocks = {block.name: block for block in plan.blocks}
+    groups = _groups(plan)
     placed = [node for node in scene.nodes if node.domain in ("analog", "digital")]
     homes = [
         _block(plan, blocks[node.key], node, index, bound.get(node.key))
@@ -55,15 +57,16 @@ def record_of(
     for node, home in zip(placed, homes, strict=True):
         home["costs"] = modelled.get(node.key, [])
         home["curves"] = curves.get(node.key)
+        if home["curves"]:  # they tell the same, of the forward that they were recorded after
+            home["measured"] = [row for row in home["measured"] if row[0] not in _BESIDE_CURVES]
     tiles = sum(block.tiles for block in plan.blocks)
-    share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     totals = [
         _count_row(len(plan.blocks), "energy block"),
         _count_row(len(plan.digital_parts), "digital part"),
         _count_row(tiles, "tile"),
         (count(sum(block.dac for block in plan.blocks)), "DAC values"),
         (count(sum(block.adc for block in plan.blocks)), "ADC values per sample"),
-        (f"{share:.1f} %", f"of {count(plan.total_macs)} MACs analog"),
+        (f"{100 * plan.analog_share:.1f} %", f"of {count(plan.total_macs)} MACs analog"),
     ]
     return {
         "title": scene.title,
@@ -75,11 +78,26 @@ def record_of(
         "outputs": [index[name] for name in set_of(list(plan.graph.outputs))],
         "homes": homes,
         "ops": [
-            {**_operation(plan, op, index, own.get(plan.home(op.name), {})), "driven": op.name in driven}
+            {
+                **_operation(plan, op, index, own.get(plan.home(op.name), {})),
+                "driven": op.name in driven,
+                "group": groups[op.name],
+            }
             for op in plan.graph.operations
         ],
         "overlays": [overlay.to_dict() for overlay in overlays],
     }
+
+
+_BESIDE_CURVES = ("spectral radius ρ", "sweeps predicted", "sweeps in the last forward", "residual")
+
+
+def _groups(plan: PlanData) -> dict[str, int]:
+    """Operation -> number of its group within its block or part."""
+    found: dict[str, int] = {}
+    for home in (*plan.blocks, *plan.digital_parts):
+        found.update(zip(home.operations, calls_of([plan.graph[name] for name in home.operations]), strict=True))
+    return found
 
 
 def _count_row(number: int, noun: str) -> tuple[str, str]:
@@ -91,10 +109,12 @@ def _operation(plan: PlanData, op: Operation, index: dict[str, int], own: Mappin
         "name": op.name,
         "target": op.target,
         "path": op.path,
-        "in": [index[name] for name in op.inputs],
+        "in": [index[name] for name in op.data],
+        "sizes": [index[name] for name in op.sizes],
+        "call": op.call,
         "shape": shape_words(op.shape, op.values),
         "values": op.values,
-        "macs": op.macs,
+        "macs": op.macs + op.product_macs,
         "weights": list(op.weights),
         "feedback": [name for name, parameter in own.items() if parameter in op.weights],
         "reason": plan._explain_operation(op),
@@ -132,8 +152,11 @@ def _block(
     plan: PlanData, block: BlockPlan, node: Node, index: dict[str, int], bound: BoundBlock | None
 ) -> dict[str, Any]:
     layers = [plan.graph[name] for name in block.operations if plan.graph[name].role is Role.WEIGHT]
-    settles = "its layers settle together" if len(layers) > 1 else "one layer, without feedback: exactly the source's"
-    if block.driven:
+    settles = "its layers settle together"
+    if not node.settles:
+        company = "one layer" if len(layers) == 1 else f"{len(layers)} layers side by side"
+        settles = f"{company}, without feedback: exactly the source's"
+    elif block.driven:
         states = "a state" if len(block.driven) == 1 else f"{len(block.driven)} states"
         settles = f"its layer{'s settle' if len(layers) > 1 else ' settles'} with {states} driven by a digital value"
     facts = [
@@ -150,6 +173,7 @@ def _block(
         facts.append(("circuit", bound.module.energy_function.elements))
     return {
         **_place_of(node, block.operations, index),
+        "settles": node.settles,
         "sentence": f"Energy block: {settles}{' as a circuit' if node.circuit else ''}.",
         "facts": facts,
         "layers": [

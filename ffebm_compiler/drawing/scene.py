@@ -60,6 +60,8 @@ class Node:
     """Everything about the node, including what its lines leave out."""
     circuit: bool = False
     """Whether it is an energy block that settles as a circuit of resistors."""
+    settles: bool = False
+    """Whether it is an energy block with feedback between its states."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,13 @@ def shape_words(shape: tuple[int | None, ...] | list[int | None], values: int) -
 def totals_words(plan: PlanData) -> str:
     """The plan in one line: blocks, parts, tiles, conversions and the analog share of the work."""
     tiles = sum(block.tiles for block in plan.blocks)
-    share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     return " · ".join(
         (
             _plural(len(plan.blocks), "energy block"),
             _plural(len(plan.digital_parts), "digital part"),
             _plural(tiles, "tile"),
             f"{count(plan.conversions)} conversions per sample",
-            f"{share:.1f} % of {count(plan.total_macs)} MACs analog",
+            f"{100 * plan.analog_share:.1f} % of {count(plan.total_macs)} MACs analog",
         )
     )
 
@@ -154,6 +155,7 @@ def scene_of(plan: PlanData, hybrid: HybridCore | None = None) -> Scene:
     edges = [
         _edge(plan, domains, source, target, list(data["tensors"]))
         for source, target, data in quotient.edges(data=True)
+        if data["tensors"]  # an operation may also need the sizes of a value alone
     ]
     for index, name in enumerate(set_of(list(plan.graph.outputs))):
         key = f"output {index + 1}" if len(set(plan.graph.outputs)) > 1 else "output"
@@ -229,14 +231,15 @@ def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str], circuit: s
     if names:
         lines.append(Line(f"feedback through {_plural(len(names), 'weight')} of its own", "quiet"))
     lines.append(Line(f"{_plural(block.tiles, 'tile')} · DAC {count(block.dac)} · ADC {count(block.adc)}", "quiet"))
-    tooltip = [f"{block.name}: energy block, settles on analog hardware"]
+    settles = plan.settles(block)
+    tooltip = [f"{block.name}: energy block, {'settles on analog hardware' if settles else 'without feedback'}"]
     tooltip += [f"layer {op.path or op.name}: {op.target} {_matrix(op)}, {count(op.macs)} MACs" for op in layers]
     tooltip += [f"state {op.path or op.name}: {plan._explain_operation(op)}" for op in driven]
     tooltip += [f"settles as a circuit of {circuit}"] if circuit else []
     tooltip += [f"feedback weights of its own: {', '.join(names)}"] if names else []
     tooltip += [f"{_plural(block.tiles, 'tile')}, {block.neurons} neurons, {block.macs} MACs per sample"]
     tooltip += [f"{block.dac} DAC and {block.adc} ADC values per sample"]
-    return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip), bool(circuit))
+    return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip), bool(circuit), settles)
 
 
 def _part_node(plan: PlanData, part: DigitalPart) -> Node:

@@ -105,6 +105,8 @@ def _node_size(node: Node) -> tuple[float, float]:
 
 
 def _headline(node: Node) -> str:
+    if node.domain == "analog" and not node.settles:
+        return f"{node.title} · analog, no feedback"
     return {"analog": f"∿ {node.title} · analog", "digital": f"{node.title} · digital"}.get(node.domain, node.title)
 
 
@@ -122,7 +124,7 @@ def _node(node: Node, layout: Layout, size: tuple[float, float]) -> str:
     left, top = x - width / 2, y - height / 2
     parts = [
         f'<g class="{node.domain}"><title>{plain(node.tooltip)}</title>',
-        _outline(node.domain, left, top, width, height),
+        _outline(node.domain, left, top, width, height, node.settles),
     ]
     parts.append(_text(x, top + 19.0, shorten(_headline(node)), _SIZE, COLOURS[node.domain][1], bold=True))
     if node.circuit:
@@ -144,7 +146,7 @@ def _line(line: Line, x: float, y: float) -> str:
     return _text(x, y, shorten(line.text), _SMALL, fill, bold=line.style == "warn")
 
 
-def _outline(domain: str, left: float, top: float, width: float, height: float) -> str:
+def _outline(domain: str, left: float, top: float, width: float, height: float, settles: bool = False) -> str:
     fill, stroke = COLOURS[domain]
     radius = {"analog": min(16.0, height / 2.5), "digital": 0.0}.get(domain, height / 2)
 
@@ -155,7 +157,7 @@ def _outline(domain: str, left: float, top: float, width: float, height: float) 
             f'stroke-width="{line:g}"/>'
         )
 
-    return box(0.0, fill, 2.0) + box(3.5, "none", 0.8) if domain == "analog" else box(0.0, fill, 1.4)
+    return box(0.0, fill, 2.0) + box(3.5, "none", 0.8) if settles else box(0.0, fill, 1.4)
 
 
 def _edge_path(route: Route, edge: Edge) -> str:
@@ -197,19 +199,21 @@ def _header(scene: Scene) -> tuple[str, float, float]:
 def _footer(scene: Scene) -> tuple[str, float, float]:
     """The legend, the layers that stayed digital, and the notes."""
     parts = [
-        _outline("analog", 0.0, 0.0, 34.0, 18.0),
+        _outline("analog", 0.0, 0.0, 34.0, 18.0, settles=True),
         _text(42.0, 13.0, "energy block: analog, settles to an equilibrium", _SMALL, anchor="start"),
-        _outline("digital", 0.0, 26.0, 34.0, 18.0),
-        _text(42.0, 39.0, "digital part: runs forward", _SMALL, anchor="start"),
-        f'<path d="M0,61h34" fill="none" stroke="{_EDGE}" stroke-width="1.4"/>',
-        _text(42.0, 65.0, "crosses a converter: DAC and ADC values per sample", _SMALL, anchor="start"),
-        f'<path d="M0,81h34" fill="none" stroke="{_EDGE}" stroke-width="1.4" stroke-dasharray="5 3"/>',
-        _text(42.0, 85.0, "stays digital", _SMALL, anchor="start"),
+        _outline("analog", 0.0, 26.0, 34.0, 18.0),
+        _text(42.0, 39.0, "energy block without feedback: analog, exactly the source's", _SMALL, anchor="start"),
+        _outline("digital", 0.0, 52.0, 34.0, 18.0),
+        _text(42.0, 65.0, "digital part: runs forward", _SMALL, anchor="start"),
+        f'<path d="M0,87h34" fill="none" stroke="{_EDGE}" stroke-width="1.4"/>',
+        _text(42.0, 91.0, "crosses a converter: DAC and ADC values per sample", _SMALL, anchor="start"),
+        f'<path d="M0,107h34" fill="none" stroke="{_EDGE}" stroke-width="1.4" stroke-dasharray="5 3"/>',
+        _text(42.0, 111.0, "stays digital", _SMALL, anchor="start"),
     ]
-    y = 108.0
+    y = 134.0
     if any(node.circuit for node in scene.nodes):
         words = "settles as a circuit: its nodes are states, and its conductances weights"
-        parts += [_resistor(0.0, 101.0, COLOURS["analog"][1]), _text(42.0, 105.0, words, _SMALL, anchor="start")]
+        parts += [_resistor(0.0, 127.0, COLOURS["analog"][1]), _text(42.0, 131.0, words, _SMALL, anchor="start")]
         y += 20.0
     rows = [(f"stayed digital: {path}: {reason}", _WARN) for path, reason in scene.rejected[:10]]
     if len(scene.rejected) > 10:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ffebm_compiler.reports.text import table_text
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
@@ -33,7 +34,7 @@ class BlockDiagnosis:
     residuals: tuple[float, ...]
     """Largest relative change of a layer, per sweep."""
     energies: tuple[float, ...]
-    """E summed over the batch, first at the feedforward values, then after each sweep; empty if there is no energy."""
+    """E summed over the batch in float64: at the feedforward values, then after each sweep. Empty if there is none."""
     monotone: bool
     """Whether all activations are monotone. The equilibrium is then a minimum, else a stationary point."""
     symmetric: bool = True
@@ -123,9 +124,20 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
 
 
 def _energy(frame: Frame, phase: FreePhase) -> list[float]:
-    """E, where there is one."""
+    """E in float64, where there is one. A float32 sum over a batch has fewer digits than the last sweeps change."""
     if not frame.program.symmetric:
         return []
-    states = [value for value in phase.values if value is not None]
-    preactivations = [value for value in phase.preactivations if value is not None]
-    return [float(phase.setting.energy.value(frame, phase.setting, states, preactivations))]
+    exact = Frame(
+        frame.program,
+        [_exact(value) for value in frame.inputs],
+        [None if weight is None else _exact(weight) for weight in frame.weights],
+        frame.drawn,
+        frozen=True,
+    )
+    states = [_exact(value) for value in phase.values if value is not None]
+    preactivations = [_exact(value) for value in phase.preactivations if value is not None]
+    return [float(phase.setting.energy.value(exact, phase.setting, states, preactivations))]
+
+
+def _exact(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value

@@ -60,12 +60,12 @@ def plan_text(plan: PlanData) -> str:
     drives = any(block.driven for block in plan.blocks)
     rows = [_block_row(plan, group, drives) for group in _groups_of_split_layers(plan.blocks)]
     columns = ("block", *(["driven"] if drives else []), "layers", "tiles", "DAC", "ADC", "MACs")
-    share = 100 * plan.analog_macs / plan.total_macs if plan.total_macs else 0.0
     lines = [
         f"{plan.model} on {hardware.name} ({core} tiles per core): {_counted(len(plan.blocks), 'energy block')}, "
         f"{_counted(len(plan.digital_parts), 'digital part')}",
         table_text("", columns, rows) if rows else "no energy blocks",
-        f"conversions per sample: {plan.conversions}; analog MACs: {share:.1f} % of {count(plan.total_macs)}",
+        f"conversions per sample: {plan.conversions}; "
+        f"analog MACs: {100 * plan.analog_share:.1f} % of {count(plan.total_macs)}",
     ]
     if hardware.row_sums == "digital":
         lines.append(f"conversions that digital row sums add to one pass: {plan.partial_sums}")

@@ -233,7 +233,7 @@ class SweepRow:
     utilisation: float
     """Devices that hold a weight, of all devices of the tiles that are used; 1 is full."""
     analog_macs: float
-    """Share of the weight-stationary multiply-accumulates that is analog."""
+    """Share of all multiply-accumulates that is analog; those of attention are not."""
 
 
 def sweep(
@@ -281,7 +281,7 @@ def _sweep_row(
     settings: Mapping[str, Any], graph: OperationGraph, fabric: Hardware, blocks: Sequence[Sequence[str]]
 ) -> SweepRow:
     placed = place_layers([[op for n in block if (op := graph[n]).role is Role.WEIGHT] for block in blocks], fabric)
-    macs = sum(op.macs for op in graph.operations if op.role is Role.WEIGHT)
+    macs = sum(op.macs + op.product_macs for op in graph.operations)
     return SweepRow(
         settings,
         len(blocks),

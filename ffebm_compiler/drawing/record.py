@@ -95,8 +95,9 @@ _BESIDE_CURVES = ("spectral radius ρ", "sweeps predicted", "sweeps in the last 
 def _groups(plan: PlanData) -> dict[str, int]:
     """Operation -> number of its group within its block or part."""
     found: dict[str, int] = {}
-    for home in (*plan.blocks, *plan.digital_parts):
-        found.update(zip(home.operations, calls_of([plan.graph[name] for name in home.operations]), strict=True))
+    homes = [block.operations for block in plan.blocks] + [part.operations for part in plan.digital_parts]
+    for operations in homes:
+        found.update(zip(operations, calls_of([plan.graph[name] for name in operations]), strict=True))
     return found
 
 

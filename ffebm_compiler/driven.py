@@ -1,12 +1,12 @@
-"""Describe states driven by a digital value: the value that drives them, and the layers that feed back into them."""
+"""Describe states: whether a block has feedback, which digital value drives a state, which layers feed back into it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from ffebm_compiler.ir import Operation, OperationGraph, Role
 
-__all__ = ["UNDRIVEN", "driven_places", "driven_sentence", "layers_that_read"]
+__all__ = ["UNDRIVEN", "driven_places", "driven_sentence", "layers_that_read", "settles"]
 
 UNDRIVEN = "as a state driven by a digital value it would cost conversions, or in no block do only layers read it"
 """Why an activation is digital although `digital_drive` is on, as a clause."""
@@ -52,3 +52,22 @@ def driven_places(
             where = f"{block}, driven, with feedback from {', '.join(layers)}"
             found[f"{path}: {name}" if path else name] = (where, frozenset(layers))
     return found
+
+
+def settles(graph: OperationGraph, operations: Sequence[str], driven: Collection[str]) -> bool:
+    """Whether any state of a block feeds another, so that it has feedback. If not, it equals its source layers."""
+    products: set[str] = set()
+    """Sums of products, which become a state's drive."""
+    states = set(driven)
+    """States, and what wiring makes of them."""
+    for name in operations:
+        operation = graph[name]
+        product, state = (any(source in found for source in operation.inputs) for found in (products, states))
+        weight = operation.role is Role.WEIGHT
+        if (weight and (product or state)) or (product and state):
+            return True
+        if weight or (product and operation.role is not Role.ACTIVATION):
+            products.add(name)
+        elif product or state:
+            states.add(name)
+    return False

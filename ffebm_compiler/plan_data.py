@@ -93,14 +93,10 @@ class PlanOptions:
 
 
 def fingerprint(graph: OperationGraph) -> str:
-    """A digest of the operations and their sizes, which ties a plan to its model.
-
-    What only describes an operation is left out, so that a plan of an earlier version stays the model's.
-    """
+    """A digest of the operations, which ties a plan to its model. Fields of later versions are left out."""
     data = graph.to_dict()
-    for operation in data["operations"]:
-        for described in ("product_macs", "sizes", "call"):
-            del operation[described]
+    later = ("product_macs", "sizes", "call")
+    data["operations"] = [{key: op[key] for key in op if key not in later} for op in data["operations"]]
     text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -184,24 +180,6 @@ class PlanData:
         """Share of all multiply-accumulates that energy blocks do, 0 to 1; 0 if there are none."""
         return self.analog_macs / self.total_macs if self.total_macs else 0.0
 
-    def settles(self, block: BlockPlan) -> bool:
-        """Whether any state of a block feeds another, so that it has feedback. If not, it equals its source layers."""
-        products: set[str] = set()
-        """Sums of products, which become a state's drive."""
-        states = set(block.driven)
-        """States, and what wiring makes of them."""
-        for name in block.operations:
-            operation = self.graph[name]
-            product, state = (any(source in found for source in operation.inputs) for found in (products, states))
-            weight = operation.role is Role.WEIGHT
-            if (weight and (product or state)) or (product and state):
-                return True
-            if weight or (product and operation.role is not Role.ACTIVATION):
-                products.add(name)
-            elif product or state:
-                states.add(name)
-        return False
-
     def explain(self, path: str) -> str:
         """One sentence on a module path or a parameter name.
 
@@ -281,10 +259,7 @@ class PlanData:
         return f"{domain}: {len(below)} operation{'s' if len(below) > 1 else ''} in {shown}"
 
     def to_networkx(self) -> networkx.DiGraph[str]:
-        """The quotient DAG, with a node for each block and digital part, and values per sample on the edges.
-
-        An edge without tensors stands for a value of which only the sizes are read.
-        """
+        """The quotient DAG, with values per sample on its edges. One without tensors is read for its sizes alone."""
         import networkx
 
         quotient: networkx.DiGraph[str] = networkx.DiGraph()

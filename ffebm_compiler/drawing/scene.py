@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ffebm_compiler.driven import settles
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.reports.text import count
@@ -231,15 +232,15 @@ def _block_node(plan: PlanData, block: BlockPlan, own: Iterable[str], circuit: s
     if names:
         lines.append(Line(f"feedback through {_plural(len(names), 'weight')} of its own", "quiet"))
     lines.append(Line(f"{_plural(block.tiles, 'tile')} · DAC {count(block.dac)} · ADC {count(block.adc)}", "quiet"))
-    settles = plan.settles(block)
-    tooltip = [f"{block.name}: energy block, {'settles on analog hardware' if settles else 'without feedback'}"]
+    feedback = settles(plan.graph, block.operations, block.driven)
+    tooltip = [f"{block.name}: energy block, {'settles on analog hardware' if feedback else 'without feedback'}"]
     tooltip += [f"layer {op.path or op.name}: {op.target} {_matrix(op)}, {count(op.macs)} MACs" for op in layers]
     tooltip += [f"state {op.path or op.name}: {plan._explain_operation(op)}" for op in driven]
     tooltip += [f"settles as a circuit of {circuit}"] if circuit else []
     tooltip += [f"feedback weights of its own: {', '.join(names)}"] if names else []
     tooltip += [f"{_plural(block.tiles, 'tile')}, {block.neurons} neurons, {block.macs} MACs per sample"]
     tooltip += [f"{block.dac} DAC and {block.adc} ADC values per sample"]
-    return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip), bool(circuit), settles)
+    return Node(block.name, "analog", block.name, tuple(lines), "\n".join(tooltip), bool(circuit), feedback)
 
 
 def _part_node(plan: PlanData, part: DigitalPart) -> Node:

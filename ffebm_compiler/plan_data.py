@@ -97,8 +97,7 @@ def fingerprint(graph: OperationGraph) -> str:
     data = graph.to_dict()
     later = ("product_macs", "sizes", "call")
     data["operations"] = [{key: op[key] for key in op if key not in later} for op in data["operations"]]
-    text = json.dumps(data, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

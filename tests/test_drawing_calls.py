@@ -10,10 +10,10 @@ from random_networks import RandomNetwork
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.driven import settles
 from ffebm_compiler.drawing.calls import calls_of
 from ffebm_compiler.drawing.record import record_of
 from ffebm_compiler.drawing.scene import scene_of
+from ffebm_compiler.driven import settles
 from ffebm_compiler.plan import Plan
 
 

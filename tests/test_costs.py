@@ -44,6 +44,9 @@ def test_the_arithmetic_by_hand() -> None:
     assert pair.inference == Quantity(analog + 14 + traffic, analog + 14 + traffic, "pJ")
     step = 2 * analog + 14 + 13 + 2 * traffic
     assert pair.training == Quantity(step, step, "pJ")
+    # Outer products of two phases, whose 11 states are read; inputs, states and gradients pass through memory.
+    gradients = 3.0 * 2 * 54 + 2.0 * 2 * 11 + 0.25 * (22 + 4 + 22 + 54)
+    assert pair.gradients == Quantity(gradients, gradients, "pJ")
     # Two layers and a tanh of 10 elementary operations; values in, out and the weights pass through memory.
     digital = 3.0 * 54 + 0.5 * 10 * 6 + 0.25 * ((4 + 6 + 24) + (6 + 6) + (6 + 5 + 30))
     assert pair.digital == Quantity(digital, digital, "pJ")
@@ -51,6 +54,9 @@ def test_the_arithmetic_by_hand() -> None:
     assert report.digital_parts == Quantity(softmax, softmax, "pJ")
     last = 3.0 * 10 + 0.25 * (5 + 2 + 10)
     assert (single.sweeps, single.reads) == (1, 10)
+    alone = 3.0 * 10 + 0.25 * (5 + 2 + 10)  # of a layer that does not settle: error and input are digital
+    assert single.gradients == Quantity(alone, alone, "pJ")
+    assert report.gradients == pair.gradients + single.gradients
     assert report.inference.low == pytest.approx(pair.inference.low + single.inference.low + softmax)
     assert report.digital_inference.low == pytest.approx(digital + softmax + last)
     assert report.digital_training.low == pytest.approx(3 * (digital + softmax + last))

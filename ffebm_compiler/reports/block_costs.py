@@ -38,7 +38,9 @@ class BlockCost:
     """Energy of memory for the values that enter and leave in one inference."""
     inference: Quantity
     training: Quantity
-    """Energy of one training step without the weight update."""
+    """Energy of the phases of one training step, without weight gradients and update."""
+    gradients: Quantity
+    """Energy of computing the weight gradients digitally from the states of two phases."""
     chip_inference: Quantity
     """Energy of one inference at chip level: low if a read costs what is used of its tiles, high if it costs all."""
     chip_training: Quantity
@@ -126,6 +128,7 @@ def block_cost(
         traffic=traffic,
         inference=analog + converters + traffic,
         training=analog + converters + traffic + (analog + back + traffic) * phases,
+        gradients=_gradients(plan, block, [*outer, *inner], bool(inner), constants),
         chip_inference=chip + traffic,
         chip_training=(chip + traffic) * (1 + phases),
         latency=_latency(plan, block, outer, inner, sweeps, added, constants),
@@ -170,6 +173,21 @@ def _chip(plan: PlanData, layers: Iterable[Operation], constants: Mapping[str, C
             return unknown("pJ")
         total += Quantity(each.low * used, each.high * full, "pJ")
     return total
+
+
+def _gradients(
+    plan: PlanData, block: BlockPlan, layers: Sequence[Operation], settles: bool, constants: Mapping[str, Constant]
+) -> Quantity:
+    """Outer products in digital arithmetic: of the states of two phases, or of error and input if nothing settles.
+
+    Both are digital already for a block that does not settle. The states of one that does are read through ADCs.
+    """
+    phases = 2 if settles else 1
+    states = phases * block.neurons if settles else 0
+    weights = sum(op.rows * op.cols * op.groups for op in layers)
+    operands = sum(plan.graph.values(name) for name in block.inputs) + phases * block.neurons
+    work = Work(macs=phases * block.macs, traffic=states + operands + weights)
+    return constants["adc_pj"].value * states + digital_energy(work, constants)
 
 
 def _latency(

@@ -18,8 +18,10 @@ the inputs through ADCs. S_a and S_d are what digital row sums convert (`passes/
 analog ones. *At chip level* the reads of a phase cost 2 M E_op, with E_op the published energy of an operation on a
 full tile, up to what whole tiles cost. Backward reads are taken to cost what forward ones cost.
 
-Digital work (`hardware/work.py`) costs E_mac, E_element and E_traffic, three times that in a training step. Figures
-that no source gives are unknown unless `Hardware.costs` gives them. Every figure is modelled, none is measured.
+The weight gradients of a block are two digital outer products (one if it does not settle), of states that ADCs read.
+A step that updates in place has none. Digital work (`hardware/work.py`) costs E_mac, E_element and E_traffic, three
+times that in a training step. Figures that no source gives are unknown unless `Hardware.costs` gives them. Every figure
+is modelled, none is measured.
 """
 
 from __future__ import annotations
@@ -64,6 +66,9 @@ class CostReport:
     inference: Quantity
     """Energy of crossbars, converters, memory and digital work, bottom-up."""
     training: Quantity
+    """The phases of a training step, and three times the digital work."""
+    gradients: Quantity
+    """Energy of computing the weight gradients of the blocks digitally."""
     chip_inference: Quantity
     """The same with the blocks at chip level."""
     chip_training: Quantity
@@ -108,6 +113,12 @@ class CostReport:
         pairs = (
             ("one inference", self.inference, self.chip_inference, self.digital_inference),
             ("one training step", self.training, self.chip_training, self.digital_training),
+            (
+                "with weight gradients",
+                self.training + self.gradients,
+                self.chip_training + self.gradients,
+                self.digital_training,
+            ),
         )
         totals = [
             (name, str(low), _times(low, digital), str(chip), _times(chip, digital), str(digital))
@@ -133,6 +144,8 @@ class CostReport:
             f"latency of one inference: {self.latency}; of its blocks, one after the other: {self.block_latency}",
             f"on a V100 at peak: one inference {self.gpu_inference}, one training step {self.gpu_training}",
             f"a training step has one free and {self.nudged_phases} nudged phases; its weight update: {self.update}",
+            "weight gradients of the blocks are computed digitally, from states that ADCs read; devices that update in "
+            "place need none",
         ]
         if self.uncounted:
             listed = ", ".join(f"{name} x{times}" if times > 1 else name for name, times in self.uncounted.items())
@@ -210,6 +223,7 @@ def cost_report(
         digital_parts=parts,
         inference=sum((cost.inference for cost in blocks), parts),
         training=sum((cost.training for cost in blocks), parts * 3),
+        gradients=sum((cost.gradients for cost in blocks), zero),
         chip_inference=sum((cost.chip_inference for cost in blocks), parts),
         chip_training=sum((cost.chip_training for cost in blocks), parts * 3),
         update=constants["update_pj"].value * weights,

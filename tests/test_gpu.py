@@ -288,3 +288,25 @@ def test_symmetric_feedback_is_refused_by_a_graph() -> None:
     hybrid = ffebm.convert(_smooth().cuda(), _batches(1)[0][0], feedback="symmetric").train()
     with pytest.raises(ffebm.UnsupportedError, match="waits for its residual in every step, because nothing certifies"):
         ffebm.GraphedStep(hybrid, F.cross_entropy)
+
+
+def test_devices_are_the_same_on_a_gpu() -> None:
+    """The draws come from a CPU generator, so that a seed gives the same devices on both."""
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    x = torch.randn(8, 20)
+    devices = replace(ffebm.device_presets()["pcm"], weight_bits=5, mismatch=0.02, wire_resistance=1e-4, seed=3)
+    held = []
+    for device in ("cpu", "cuda"):
+        hybrid = ffebm.convert(copy.deepcopy(model).to(device), x.to(device), devices=devices, feedback=0.3)
+        hybrid.age(86400)
+        held.append([value.detach().cpu() for value in hybrid.blocks[0].weights if value is not None])
+        F.cross_entropy(hybrid(x.to(device)), torch.zeros(8, dtype=torch.long, device=device)).backward()
+        assert all(bool(torch.isfinite(p.grad).all()) for p in hybrid.parameters() if p.grad is not None)
+    for first, second in zip(*held, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    graphed = ffebm.convert(copy.deepcopy(model).cuda(), x.cuda(), devices=devices, feedback=0.3).train()
+    with pytest.raises(ffebm.UnsupportedError, match="what devices hold is computed by the host"):
+        ffebm.GraphedStep(graphed, F.cross_entropy)

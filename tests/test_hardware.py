@@ -52,7 +52,6 @@ hardwares = st.builds(
     **dict.fromkeys(BITS, bits),
     devices_per_weight=st.integers(1, 8),
     conv_mapping=st.sampled_from(["im2col", "unrolled"]),
-    noise=st.none() | amount,
     costs=st.none() | st.dictionaries(st.text(max_size=5), amount, max_size=3),
     bias_row=st.booleans(),
     groups_share_tiles=st.booleans(),
@@ -177,7 +176,6 @@ def test_defaults_are_the_published_interface() -> None:
         "weight_bits": None,
         "adc_bits": 8,
         "dac_bits": 8,
-        "noise": None,
         "costs": None,
         "bias_row": False,
         "groups_share_tiles": False,
@@ -233,9 +231,10 @@ def test_costs_take_part_in_equality() -> None:
 
 
 def test_numpy_numbers_become_plain_ones() -> None:
-    hardware = Hardware(tile_rows=np.int64(64), noise=np.float32(0.5))  # type: ignore[arg-type]
+    hardware = Hardware(tile_rows=np.int64(64), costs={"adc_pj": np.float32(0.5)})  # type: ignore[arg-type]
     assert type(hardware.tile_rows) is int
-    assert type(hardware.noise) is float
+    assert hardware.costs is not None
+    assert type(hardware.costs["adc_pj"]) is float
     json.dumps(hardware.to_dict())
 
 
@@ -269,14 +268,11 @@ def test_conv_mapping_must_be_known(value: Any) -> None:
         Hardware(row_sums=value)
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, 10**400, "0.1", True, 1j])
-def test_noise_must_be_a_finite_non_negative_number(value: Any) -> None:
-    with pytest.raises(HardwareError, match=r"noise must be a finite number of at least 0 .* or None, got "):
-        Hardware(noise=value)
-
-
-def test_noise_may_be_zero() -> None:
-    assert Hardware(noise=0).noise == 0.0
+def test_noise_gives_way_to_devices() -> None:
+    """Files of earlier versions have the field, mostly without a value."""
+    assert Hardware.from_dict({"noise": None}) == Hardware()
+    with pytest.raises(HardwareError, match=r"noise is no field .* any more: .* devices=ffebm.Devices"):
+        Hardware.from_dict({"noise": 0.02})
 
 
 @pytest.mark.parametrize("value", [[("adc", 1.0)], 3, "adc"])
@@ -328,10 +324,8 @@ def test_from_dict_needs_a_mapping() -> None:
 
 def test_from_toml(tmp_path: Path) -> None:
     file = tmp_path / "mychip.toml"
-    file.write_text(
-        'tile_rows = 128\ncores = "none"\nadc_bits = "none"\nnoise = 0.02\nsource = "none"\n[costs]\nadc_pj = 0.9\n'
-    )
-    expected = Hardware(tile_rows=128, adc_bits=None, noise=0.02, costs={"adc_pj": 0.9}, name="mychip", source="none")
+    file.write_text('tile_rows = 128\ncores = "none"\nadc_bits = "none"\nsource = "none"\n[costs]\nadc_pj = 0.9\n')
+    expected = Hardware(tile_rows=128, adc_bits=None, costs={"adc_pj": 0.9}, name="mychip", source="none")
     assert Hardware.from_file(file) == expected
     assert Hardware.from_file(str(file)) == expected
 
@@ -358,7 +352,7 @@ def test_from_json(tmp_path: Path) -> None:
         ("a.toml", "tile_rows = 64.0", r"a\.toml: tile_rows must be a whole number .* got 64\.0"),
         ("a.toml", 'devices_per_weight = "none"', r"a\.toml: devices_per_weight must be a whole number"),
         ("a.json", '{"cores": "none"}', r"a\.json: cores must be a whole number .* got 'none'"),
-        ("a.json", '{"noise": NaN}', r"a\.json: noise must be a finite number"),
+        ("a.json", '{"costs": {"adc_pj": NaN}}', r"a\.json: costs\['adc_pj'\] must be a finite number"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, text: str | None, message: str) -> None:

@@ -28,7 +28,7 @@ RowSums = Literal["analog", "digital"]
 _CAPACITIES = ("tile_rows", "tile_cols", "tiles_per_core", "cores", "cores_per_chip", "layers_per_block",
                "neurons_per_block")  # fmt: skip
 _BITS = ("weight_bits", "adc_bits", "dac_bits")
-_OPTIONAL = (*_CAPACITIES, *_BITS, "noise", "costs", "overrides")
+_OPTIONAL = (*_CAPACITIES, *_BITS, "costs", "overrides")
 _MAX_BITS = 32
 _LARGEST = 2**63 - 1
 
@@ -54,7 +54,6 @@ class Hardware:
         weight_bits: bits of a programmed weight. None: not quantised.
         adc_bits: bits of an analog-to-digital conversion, at a block's outputs. None: not quantised.
         dac_bits: bits of a digital-to-analog conversion, at a block's inputs. None: not quantised.
-        noise: standard deviation of the programmed weights, relative to the largest one. None: no noise.
         costs: constants that replace the cost model's own, by name. None: none is replaced.
         bias_row: whether the bias of a layer takes one more row of its matrix, driven by a constant input.
             Otherwise it is added digitally, after the converters.
@@ -85,7 +84,6 @@ class Hardware:
     weight_bits: int | None = None
     adc_bits: int | None = 8
     dac_bits: int | None = 8
-    noise: float | None = None
     costs: Mapping[str, float] | None = None
     bias_row: bool = False
     groups_share_tiles: bool = False
@@ -105,9 +103,6 @@ class Hardware:
             if getattr(self, field) not in get_args(allowed):
                 choices = " or ".join(repr(choice) for choice in get_args(allowed))
                 raise HardwareError(f"{field} must be {choices}, got {getattr(self, field)!r}")
-        if self.noise is not None:
-            wanted = "noise must be a finite number of at least 0 (relative standard deviation) or None"
-            self._set("noise", _non_negative(self.noise, wanted))
         if self.costs is not None:
             self._set("costs", _frozen_costs(self.costs))
         for field in ("bias_row", "groups_share_tiles"):
@@ -192,6 +187,12 @@ class Hardware:
         if not isinstance(values, Mapping):
             raise HardwareError(f"expected a mapping of hardware fields, got {type(values).__name__}")
         known = [field.name for field in fields(cls)]
+        values = dict(values)
+        if values.pop("noise", None) is not None:  # fabrics were once described with a noise that nothing applied
+            raise HardwareError(
+                "noise is no field of the hardware any more: errors of programmed weights are those of the devices, "
+                "convert(..., devices=ffebm.Devices(programming=...))"
+            )
         for key in values:
             if key not in known:
                 close = get_close_matches(str(key), known, n=1)

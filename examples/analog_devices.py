@@ -5,7 +5,7 @@
 
 The second line takes some 20 minutes. Each experiment prints a table of test accuracies (%, mean over the seeds), as in
 docs/analog.md. The network is 64-64-32-10 with tanh, one energy block, on scikit-learn's digits (1 400 samples to
-train, 397 to test), with Adam at 3e-3 and a cosine schedule, batches of 64 (updates: plain gradient descent, batches of 16).
+train, 397 to test), with Adam at 3e-3 and a cosine schedule, batches of 64 (updates: gradient descent, batches of 16).
 All of it is modelled: the devices are `ffebm.Devices`.
 """
 

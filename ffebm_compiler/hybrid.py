@@ -116,12 +116,13 @@ class HybridModel(HybridCore):
         comparison: Comparison | None = None,
         gradients: GradientReport | None = None,
         diagnosis: Diagnosis | None = None,
+        what_if: bool = False,
     ) -> None:
         """Draw the partition as one self-contained, interactive HTML page; an existing file is replaced.
 
         The page can show loop gains on the blocks. `comparison` (from `compare(x)`) adds each block's
         deviation, `gradients` (from `check_gradients`) the agreement of its gradients, and `diagnosis`
-        (from `diagnose(x)`) its residual and energy at every sweep.
+        (from `diagnose(x)`) its residual and energy at every sweep. `what_if` adds the plan under other options.
 
         Raises:
             InputError: where a measurement is of another hybrid.
@@ -132,7 +133,7 @@ class HybridModel(HybridCore):
         overlays = [] if comparison is None else [deviation_overlay(self._plan, comparison)]
         if gradients is not None:
             overlays.append(gradient_overlay(self._plan, gradients))
-        save_html(self._plan, path, self, overlays, diagnosis)
+        save_html(self._plan, path, self, overlays, diagnosis, what_if)
 
     def _repr_html_(self) -> str:
         from ffebm_compiler.drawing import notebook_html

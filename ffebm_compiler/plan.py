@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ffebm_compiler.passes.partition.compare import PlanDiff
     from ffebm_compiler.passes.partition.placement import TilePlacement
     from ffebm_compiler.reports.costs import CostReport
+    from ffebm_compiler.reports.what_if import WhatIf
 
 __all__ = ["BlockPlan", "DigitalPart", "Placement", "Plan", "PlanOptions", "fingerprint"]
 
@@ -80,6 +81,15 @@ class Plan(PlanData):
 
         return advise(self)
 
+    def what_if(self) -> WhatIf:
+        """The plan under every option that would change it, each computed from the plan's graph, to be printed.
+
+        The options are `fold_batchnorm`, `digital_drive`, pooling inside blocks and a core of twice the size.
+        """
+        from ffebm_compiler.reports.what_if import what_if
+
+        return what_if(self)
+
     def placement(self) -> TilePlacement:
         """The core, tile, rows and columns of every weight, and how full the tiles are."""
         from ffebm_compiler.passes.partition.placement import placement_of
@@ -108,8 +118,10 @@ class Plan(PlanData):
 
         return cost_report(self, feedback=feedback, rtol=rtol, nudged_phases=nudged_phases)
 
-    def save_html(self, path: str | Path) -> None:
+    def save_html(self, path: str | Path, what_if: bool = False) -> None:
         """Draw the plan as one self-contained, interactive HTML page; an existing file is replaced.
+
+        `what_if` adds the plan under other options, which takes a partition for each.
 
         Raises:
             PlanError: where the plan has no operation or is cyclic.
@@ -117,7 +129,7 @@ class Plan(PlanData):
         """
         from ffebm_compiler.drawing import save_html
 
-        save_html(self, path)
+        save_html(self, path, what_if=what_if)
 
     def save_svg(self, path: str | Path) -> None:
         """Draw the plan as an SVG picture; an existing file is replaced.

@@ -137,6 +137,7 @@ def draw(
         "partition.html"
     ),
     force: Force = False,
+    what_if: Annotated[bool, typer.Option("--what-if", help="A page shows the plan under other options too.")] = False,
 ) -> None:
     """Draw what is analog, what is digital and what crosses between them, as a page or a picture.
 
@@ -147,11 +148,11 @@ def draw(
     check_format(out)
     check_free(out, force)
     if settings.model.lower().endswith(".json"):
-        check_alone(context, ("model", "out", "force"))
-        save_picture(ffebm.Plan.from_json(settings.model), out)
+        check_alone(context, ("model", "out", "force", "what_if"))
+        save_picture(ffebm.Plan.from_json(settings.model), out, what_if=what_if)
     else:
         hybrid, _, _ = settings.converted()
-        save_picture(hybrid.plan, out, hybrid)
+        save_picture(hybrid.plan, out, hybrid, what_if)
     typer.echo(f"wrote {out}")
 
 

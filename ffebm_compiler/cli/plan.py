@@ -41,11 +41,17 @@ def plan(
             help="Print a table of plans for other hardware instead, e.g. tile_rows=64,128,256; repeat it for a grid.",
         ),
     ] = None,
+    what_if: Annotated[
+        bool,
+        typer.Option("--what-if", help="Add the plan under other options: blocks, conversions, modelled energy."),
+    ] = False,
 ) -> None:
     """Print how a model is split into energy blocks and digital parts; nothing is built.
 
     Example: ffebm plan timm:resnet18 --input 1x3x64x64 --fold-batchnorm --explain layer4.0.conv1
     """
+    if what_if and (sweep or explain or as_json):
+        raise InputError("--what-if adds a table to the printed plan: leave out --sweep, --explain and --json")
     if sweep and (out is not None or explain):
         raise InputError("--sweep prints a table of many plans: leave out --out and --explain")
     check_free(out, force)
@@ -62,6 +68,8 @@ def plan(
             typer.echo(f"{path}: {made.explain(path)}")
     else:
         typer.echo(json.dumps(made.to_dict(), indent=1) if as_json else str(made))
+        if what_if:
+            typer.echo(str(made.what_if()))
 
 
 def sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:

@@ -37,10 +37,12 @@ def html_text(
     hybrid: HybridCore | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
+    what_if: bool = False,
 ) -> str:
     """The interactive page of a plan.
 
-    `hybrid` adds loop gains and sweeps, `diagnosis` (of `hybrid.diagnose(x)`) how each block settles.
+    `hybrid` adds loop gains and sweeps, `diagnosis` (of `hybrid.diagnose(x)`) how each block settles,
+    `what_if` the plan under other options.
 
     Raises:
         InputError: where the diagnosis is of another plan.
@@ -50,7 +52,7 @@ def html_text(
     shown = [loop_gain_overlay(hybrid)] if hybrid is not None and plan.blocks else []
     if diagnosis is not None and plan.blocks:
         shown.append(relaxation_overlay(plan, diagnosis))
-    record = record_of(plan, hybrid, [*shown, *overlays], diagnosis)
+    record = record_of(plan, hybrid, [*shown, *overlays], diagnosis, what_if)
     return page_text([record], f"{plan.model} on {plan.hardware.name}")
 
 
@@ -60,6 +62,7 @@ def save_html(
     hybrid: HybridCore | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
+    what_if: bool = False,
 ) -> None:
     """Write the interactive page, one self-contained file; an existing file is replaced.
 
@@ -68,7 +71,7 @@ def save_html(
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the path cannot be written or the layout library is missing.
     """
-    write_picture(html_text(plan, hybrid, overlays, diagnosis), path)
+    write_picture(html_text(plan, hybrid, overlays, diagnosis, what_if), path)
 
 
 def save_side_by_side(

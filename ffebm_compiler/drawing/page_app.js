@@ -60,6 +60,7 @@ class View {
     this.filter = el('button', { type: 'button', name: 'stayed', 'aria-pressed': 'false', onclick: () => this.toggleStayed() }, `stayed digital (${stayed})`);
     const tools = [
       this.query, this.filter,
+      ...(this.data.whatIf ? [button('what-if', 'what if', 'the plan under other options', () => this.panel.whatIf())] : []),
       button('expand', 'open all', 'open every block', () => this.all(true)),
       button('collapse', 'close all', 'close every block', () => this.all(false)),
       button('out', '−', 'zoom out (-)', () => this.zoom(this.scale / 1.25)),

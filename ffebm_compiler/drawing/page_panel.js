@@ -110,6 +110,16 @@ class Panel {
     return el('button', { type: 'button', class: 'link', onclick: () => this.costs() }, text);
   }
 
+  whatIf() {
+    const { rows, unchanged } = this.tree.data.whatIf;
+    this.show(
+      el('header', {}, el('h2', {}, 'What if'), el('p', {}, 'The same network planned again under each option. Energies are modelled.')),
+      table(['option', 'blocks', 'layers that settle together', 'conversions', 'one inference'], rows.map((row) => row.slice(0, 5))),
+      list(rows.slice(1).map((row) => `${row[0]}: ${row[5]}`)),
+      ...(unchanged.length ? [el('p', { class: 'quiet' }, `Without effect here: ${unchanged.join('; ')}.`)] : []),
+    );
+  }
+
   costs() {
     const { rows, constants, uncounted } = this.tree.data.costs;
     this.show(

@@ -14,6 +14,7 @@ from ffebm_compiler.drawing.overlay import Overlay
 from ffebm_compiler.drawing.scene import Node, own_feedback, scene_of, set_of, shape_words
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.reports.text import count
+from ffebm_compiler.reports.what_if import what_if as options
 
 if TYPE_CHECKING:
     from ffebm_compiler.bound_block import BoundBlock
@@ -29,6 +30,7 @@ def record_of(
     hybrid: HybridCore | None = None,
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
+    what_if: bool = False,
 ) -> dict[str, Any]:
     """Everything that the page shows for a plan, as JSON values.
 
@@ -73,6 +75,7 @@ def record_of(
         "totals": totals,
         "notes": [*plan.notes, *([note] if note else [])],
         "costs": None if costs is None else total_costs(costs),
+        "whatIf": _what_if(plan) if what_if else None,
         "rejected": list(plan.rejected.items()),
         "inputs": [{"name": name, "values": values} for name, values in plan.graph.inputs.items()],
         "outputs": [index[name] for name in set_of(list(plan.graph.outputs))],
@@ -87,6 +90,16 @@ def record_of(
         ],
         "overlays": [overlay.to_dict() for overlay in overlays],
     }
+
+
+def _what_if(plan: PlanData) -> dict[str, Any]:
+    """The plan under other options, as JSON values."""
+    found = options(plan)
+    rows = [
+        (row.option, count(row.blocks), count(row.settling), count(row.conversions), row.energy, row.meaning)
+        for row in (found.now, *found.rows)
+    ]
+    return {"rows": rows, "unchanged": list(found.unchanged)}
 
 
 _BESIDE_CURVES = ("spectral radius ρ", "sweeps predicted", "sweeps in the last forward", "residual")

@@ -365,7 +365,13 @@ def test_another_feedback_is_refused(feedback: Any) -> None:
 
 @pytest.mark.parametrize("energy", ["drn", "unamplified"])
 @pytest.mark.parametrize(
-    ("activation", "nearest"), [(nn.LeakyReLU, "leaky ReLU with"), (nn.Hardsigmoid, "ReLU, split"), (nn.Tanh, "hard t")]
+    ("activation", "nearest"),
+    [
+        (nn.LeakyReLU, "ReLU"),
+        (nn.Hardsigmoid, "a clamp from 0"),
+        (nn.Tanh, "hard tanh"),
+        (nn.Softshrink, "none, since"),
+    ],
 )
 def test_activations_that_ideal_diodes_do_not_make(energy: str, activation: Any, nearest: str) -> None:
     model, x = nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 3)), noise(5, 4)

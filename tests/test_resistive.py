@@ -29,9 +29,8 @@ from ffebm_compiler.runtime.activations.table import (
     Softshrink,
 )
 from ffebm_compiler.runtime.energies.base import Energy
-from ffebm_compiler.runtime.energies.conductive import _NEAREST
 from ffebm_compiler.runtime.energies.loaded import Loaded
-from ffebm_compiler.runtime.energies.resistive import Resistive
+from ffebm_compiler.runtime.energies.resistive import _NEAREST, Resistive
 from ffebm_compiler.runtime.program.frame import Frame
 
 ADMITTED = (
@@ -728,7 +727,7 @@ GENTLE = r"leaky ReLU with a slope from 0 to 1\."
     ("activation", "message"),
     [
         (nn.Tanh(), r"activation tanh of layer '0' is not made of rising straight lines.* is hard tanh\."),
-        (nn.GELU(), r"activation gelu of layer '0' is not .* The nearest that a resistive energy has is ReLU\."),
+        (nn.GELU(), r"activation gelu of layer '0' is not .* The nearest that this energy has is ReLU\."),
         (nn.SiLU(), r"activation silu of layer '0' is not .* is ReLU\."),
         (nn.Hardswish(), r"activation hardswish of layer '0' is not .* is ReLU\."),
         (nn.Softplus(), r"activation softplus of layer '0' is not .* is ReLU\."),

@@ -27,26 +27,6 @@ from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["Conductive", "add_by_sign", "refuse_activation"]
 
-_NEAREST = {
-    "gelu": "ReLU",
-    "quick_gelu": "ReLU",
-    "silu": "ReLU",
-    "mish": "ReLU",
-    "hardswish": "ReLU",
-    "softplus": "ReLU",
-    "elu": "leaky ReLU",
-    "selu": "leaky ReLU",
-    "celu": "leaky ReLU",
-    "prelu": "leaky ReLU with a slope from 0 to 1",
-    "leaky_relu": "leaky ReLU with a slope from 0 to 1",
-    "tanh": "hard tanh",
-    "softsign": "hard tanh",
-    "sigmoid": "hard sigmoid",
-    "log_sigmoid": "clamp with an upper bound of 0",
-    "sloped_clamp": "clamp with a slope from 0 to 1",
-}
-"""The activation of straight lines that is nearest to one that no diode makes, by name."""
-
 
 class Conductive(Energy):
     """An energy of conductances. Blocks with feedback hold every operator except max pooling."""
@@ -123,16 +103,14 @@ class Conductive(Energy):
         return {}
 
 
-def refuse_activation(program: BlockProgram, layer: Layer, why: str, others: str) -> None:
-    """Refuse an activation and name the nearest one, or the `others` that there are.
+def refuse_activation(program: BlockProgram, layer: Layer, why: str, nearest: str) -> None:
+    """Refuse an activation and name the nearest one.
 
     Raises:
         UnsupportedError: always.
     """
-    activation = layer.activation
-    nearest = _NEAREST.get(activation.name, others)
     raise UnsupportedError(
-        f"{program.name}: the activation {activation.name} of layer {layer.name!r} {why}. The nearest that a resistive "
+        f"{program.name}: the activation {layer.activation.name} of layer {layer.name!r} {why}. The nearest that this "
         f"energy has is {nearest}. Or keep the layer digital (force_digital={layer.name!r}), give each layer a block "
         "of its own (hardware=Hardware(layers_per_block=1)), or use energy='hopfield'"
     )

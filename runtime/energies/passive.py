@@ -37,6 +37,17 @@ from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["DRN", "GROUNDED", "Unamplified"]
 
+_NEAREST = {
+    "tanh": "hard tanh",
+    "softsign": "hard tanh",
+    "sigmoid": "a clamp from 0 to 1",
+    "hardsigmoid": "a clamp from 0 to 1",
+    "sloped_clamp": "a clamp of slope 1",
+    "softshrink": "none, since a threshold needs a current of its own",
+    "log_sigmoid": "a clamp with an upper bound of 0",
+}
+"""The projection that is nearest to an activation, by name; ReLU for all others."""
+
 GROUNDED = 1e30
 """D of a unit that no conductance reaches. Its state is 0 to every digit, and so is its slope."""
 
@@ -55,7 +66,7 @@ class _Passive(Conductive):
         """Admit projections: ReLU, split ReLU and clamps of slope 1."""
         if not layer.activation.projects:
             why = f"is not made by ideal diodes alone, as energy={self.name!r} needs it"
-            refuse_activation(program, layer, why, "ReLU, split ReLU, clamp or hard tanh")
+            refuse_activation(program, layer, why, _NEAREST.get(layer.activation.name, "ReLU"))
 
     def gains(self, frame: Frame) -> tuple[float, ...]:
         """Empty, since there are no amplifiers."""

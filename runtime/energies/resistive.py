@@ -45,6 +45,27 @@ from ffebm_compiler.runtime.program.frame import Frame
 __all__ = ["Resistive"]
 
 
+_NEAREST = {
+    "gelu": "ReLU",
+    "quick_gelu": "ReLU",
+    "silu": "ReLU",
+    "mish": "ReLU",
+    "hardswish": "ReLU",
+    "softplus": "ReLU",
+    "elu": "leaky ReLU",
+    "selu": "leaky ReLU",
+    "celu": "leaky ReLU",
+    "prelu": "leaky ReLU with a slope from 0 to 1",
+    "leaky_relu": "leaky ReLU with a slope from 0 to 1",
+    "tanh": "hard tanh",
+    "softsign": "hard tanh",
+    "sigmoid": "hard sigmoid",
+    "log_sigmoid": "clamp with an upper bound of 0",
+    "sloped_clamp": "clamp with a slope from 0 to 1",
+}
+"""The activation of straight lines that is nearest to one that no diode makes, by name."""
+
+
 @dataclass(frozen=True)
 class Resistive(Conductive):
     """Σ_l c_l [G_l(s_l) + ½⟨D^l − 1, s_l²⟩ − ⟨s_l, d_l⟩]. `feedback` is γ itself, a positive number.
@@ -79,8 +100,8 @@ class Resistive(Conductive):
             why = f"has a slope of {activation.lipschitz:.3g} and not one from 0 to 1"
         else:
             return
-        others = "ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or softshrink"
-        refuse_activation(program, layer, f"{why}, as diodes and resistors make them", others)
+        nearest = _NEAREST.get(activation.name, "ReLU, leaky ReLU, clamp, hard tanh, hard sigmoid or softshrink")
+        refuse_activation(program, layer, f"{why}, as diodes and resistors make them", nearest)
 
     def diagonals(self, frame: Frame, setting: Setting) -> list[Tensor | None]:
         """1 + Σ_{m>l} γ_{l,m} A_m |J_{ml}|ᵀ 1."""

@@ -129,7 +129,7 @@ def test_the_terminal_adds_the_table_where_it_is_asked_for(tmp_path: Path) -> No
     assert "what if" not in CliRunner().invoke(main, command).output
     for other in (["--json"], ["--sweep", "tile_rows=64"], ["--explain", "conv"]):
         refused = CliRunner().invoke(main, [*command, "--what-if", *other])
-        assert refused.exit_code == 1
+        assert refused.exit_code == 2
         assert "--what-if adds a table to the printed plan" in refused.output
 
 

@@ -415,7 +415,8 @@ class EnergyBlock(nn.Module):
 
     def forward(self, *operands: Tensor | None) -> tuple[Tensor, ...]:
         """Settle and return the outputs. The operands are the block's inputs, then its weights."""
-        return self._run_eagerly(*operands) if self._coupled else self._run(*operands)
+        eager = self._coupled or self.arrays is not None  # what devices hold is kept by the host
+        return self._run_eagerly(*operands) if eager else self._run(*operands)
 
     # The data decide how many sweeps of products and convolutions are needed. `torch.compile` would trace again for
     # every number of sweeps, and find little to fuse. It compiles everything else, also blocks without feedback.

@@ -523,6 +523,29 @@ def test_a_source_computes_without_devices() -> None:
     assert hybrid.compare(x).output > 0.01
 
 
+@pytest.mark.parametrize("mismatch", [0.0, 0.1])
+def test_reports_are_of_the_devices(mismatch: float) -> None:
+    hybrid, x, _ = _on_digits(replace(STATIC, mismatch=mismatch, read_noise=0.01))
+    diagnosis = hybrid.diagnose(x, sweeps=20)
+    assert diagnosis.blocks["block_1"].residuals[-1] < 1e-8  # without noise
+    assert diagnosis.blocks["block_1"].symmetric == (not mismatch)
+    assert "block_1" in str(hybrid.cost_report())
+    states = hybrid.blocks[0].settle(x).states
+    assert hybrid.blocks[0].residual(x, states=states) < 1e-6
+
+
+def test_compiled_hybrids_read_devices_eagerly() -> None:
+    model, x = seeded(lambda: nn.Linear(6, 4)), noise(5, 6)
+    hybrid = ffebm.convert(model, x, devices=replace(STATIC, read_noise=1e-3))
+    compiled = torch.compile(hybrid, backend="eager")
+    for seed in (0, 1):
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            expected = hybrid(x)
+            torch.manual_seed(seed)
+            assert torch.equal(compiled(x), expected)
+
+
 # -- bad input ----------------------------------------------------------------------------------
 
 

@@ -81,7 +81,10 @@ class Diagnosis:
 
 
 def diagnose(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any], sweeps: int) -> Diagnosis:
-    """Run the hybrid in eval mode, then run and record each block's free phase again for a number of sweeps."""
+    """Run the hybrid in eval mode, then run and record each block's free phase again for a number of sweeps.
+
+    With devices it is that of the weights that they hold, read without noise.
+    """
     with hybrid._evaluating():
         with hybrid.recording() as record:
             hybrid(*args, **kwargs)
@@ -96,7 +99,7 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
     residuals: list[float] = []
     energies: list[float] = []
     if program.coupled:
-        frame = Frame(program, operands[:count], operands[count:])
+        frame = Frame(program, operands[:count], module.held(operands[count:]))
         phase = FreePhase(frame, module.setting)
         energies += _energy(frame, phase)
         for _ in range(sweeps):

@@ -28,8 +28,8 @@ import ffebm_compiler as ffebm
 FEEDBACK = ("backprop", "0.1", "0.5", "0.9", "symmetric")
 
 
-def network(data: Data, width: int, feedback: str, variance: float) -> nn.Module:
-    """The network with its gradient.
+def network(data: Data, width: int, feedback: str, variance: float | None) -> nn.Module:
+    """The network with its gradient. Without a variance its initialisation is torch's.
 
     Raises:
         InputError: the data are no square images whose side two poolings can halve.
@@ -40,7 +40,7 @@ def network(data: Data, width: int, feedback: str, variance: float) -> nn.Module
     channels = (x.shape[1], width, width, 2 * width, 2 * width)
     side, pooled = x.shape[-1], (False, True, False, True)
     source = FeedforwardTied(channels, pooled, [2, 2], side=side, classes=data.classes)
-    for block in source.blocks:
+    for block in source.blocks if variance else ():
         for layer in block.inner:  # type: ignore[union-attr]
             ffebm.init.goe_(layer.layer.weight, variance)
     if feedback == "backprop":
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--feedback", nargs="+", choices=FEEDBACK, default=list(FEEDBACK))
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--initialisation", choices=("goe", "torch"), default="goe")
     parser.add_argument(
         "--variance", type=float, help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128"
     )
@@ -64,10 +65,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.quick:
         options.epochs, options.seeds, options.width = 2, 1, 4
-    options.variance = options.variance or 8.4e-5 * 128 / options.width
+    if options.initialisation == "goe":
+        options.variance = options.variance or 8.4e-5 * 128 / options.width
     with told(parser):
         data = load(options.data, options.folder)
-        settings = {name: getattr(options, name) for name in ("data", "epochs", "width", "rate", "variance")}
+        settings = {
+            name: getattr(options, name) for name in ("data", "epochs", "width", "rate", "initialisation", "variance")
+        }
         experiment = Experiment(options.out, "loop gain", settings)
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:

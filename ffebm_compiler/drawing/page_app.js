@@ -5,6 +5,7 @@ const LIMITS = [0.08, 3];
 class View {
   constructor(place, data) {
     this.data = data;
+    place.view = this;
     this.tree = new Tree(data);
     this.svg = document.createElementNS(SVG, 'svg');
     this.svg.setAttribute('role', 'tree');
@@ -13,8 +14,9 @@ class View {
     this.panel = new Panel(this.tree, (item) => this.reveal(item));
     this.status = el('p', { class: 'status', role: 'status', 'aria-live': 'polite' });
     this.picture = new Picture(this.tree, this.svg, (item) => this.pick(item));
+    this.picture.onEdge = (edge) => this.panel.edge(edge);
     place.append(
-      el('header', { class: 'top' }, el('h1', {}, data.title), this.totals(), this.toolbar()),
+      el('header', { class: 'top' }, el('h1', {}, data.title), el('p', { class: 'provenance' }, data.provenance), this.totals(), this.toolbar()),
       el('main', {}, this.stage, this.legend(), this.panel.element),
     );
     this.panel.close.addEventListener('click', () => this.shut());
@@ -33,6 +35,12 @@ class View {
 
   begin() {
     this.fit();
+    // Where the whole would be too small to tell anything, the width alone decides.
+    if (this.scale < 0.2) {
+      this.scale = Math.min(1, Math.max(0.45, (this.stage.clientWidth - 24) / this.picture.size.width));
+      this.resize();
+      this.stage.scrollTo((this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
+    }
     // Open where it covers nothing.
     this.guide.open = (this.stage.clientWidth - this.picture.size.width * this.scale) / 2 > 350 && this.stage.clientHeight > 450;
   }
@@ -58,8 +66,11 @@ class View {
     });
     const stayed = this.data.rejected.length;
     this.filter = el('button', { type: 'button', name: 'stayed', 'aria-pressed': 'false', onclick: () => this.toggleStayed() }, `stayed digital (${stayed})`);
+    const side = this.tree.edges(this.tree.root).edges.filter((edge) => edge.side).length;
     const tools = [
       this.query, this.filter,
+      ...(side ? [el('button', { type: 'button', name: 'side', 'aria-pressed': 'false', title: 'masks, positions and constants that many parts read', onclick: (event) => this.toggleSide(event.currentTarget) }, `side inputs (${side})`)] : []),
+      button('why', 'why digital', 'everything digital, by reason', () => this.panel.reasons()),
       ...(this.data.whatIf ? [button('what-if', 'what if', 'the plan under other options', () => this.panel.whatIf())] : []),
       button('expand', 'open all', 'open every block', () => this.all(true)),
       button('collapse', 'close all', 'close every block', () => this.all(false)),
@@ -85,7 +96,7 @@ class View {
   legend() {
     const swatch = (name) => el('span', { class: `swatch ${name}`, 'aria-hidden': 'true' });
     const rows = [['analog', 'energy block: analog, settles to an equilibrium'], ['plain', 'energy block without feedback: analog, exactly the source’s layers'], ['digital', 'digital part: runs forward'],
-      ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital'],
+      ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital'], ...(this.data.ops.some((op) => op.side.length) ? [['side', 'side input (mask, position, constant): the button shows them']] : []),
       ...(this.data.ops.some((op) => op.feedback.length) ? [['back', 'feedback through weights of its own']] : [])];
     const box = this.guide = el('details', { class: 'legend' }, el('summary', {}, 'legend'),
       el('ul', {}, ...rows.map(([name, text]) => el('li', {}, swatch(name), ` ${text}`))),
@@ -102,6 +113,10 @@ class View {
     this.picture.selected = item.id;
     if (item.items) {
       item.open = !item.open;
+      // What opens far away would be too small to read.
+      if (item.open && this.svg.classList.contains('far')) {
+        this.scale = 1;
+      }
       this.redraw(item);
     }
     this.picture.mark();
@@ -173,6 +188,12 @@ class View {
     }
   }
 
+  toggleSide(button) {
+    this.picture.showSide = !this.picture.showSide;
+    button.setAttribute('aria-pressed', String(this.picture.showSide));
+    this.redraw(null);
+  }
+
   ancestors(item) {
     const all = [];
     for (let one = item; one; one = one.up) {
@@ -222,6 +243,7 @@ class View {
   resize() {
     this.svg.setAttribute('width', String(this.picture.size.width * this.scale));
     this.svg.setAttribute('height', String(this.picture.size.height * this.scale));
+    this.picture.scaled(this.scale);
   }
 
   theme() {

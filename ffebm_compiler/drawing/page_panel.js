@@ -76,6 +76,11 @@ class Panel {
     if (stayed.length) {
       parts.push(section('Stayed digital', list(stayed.map((op) => `${op.path || op.name}: ${op.reason}`))));
     }
+    if (record.ends?.length) {
+      parts.push(section('Why it ends here', list(record.ends.map(([name, why]) => `${name}: ${why}`))));
+    }
+    const touching = this.tree.edges(this.tree.root).edges.filter((edge) => edge.from === item || edge.to === item);
+    parts.push(section('Connections', list(touching.map((edge) => el('button', { type: 'button', class: 'link', onclick: () => this.edge(edge) }, `${edge.from === item ? 'to' : 'from'} ${(edge.from === item ? edge.to : edge.from).title}: ${this.tree.labels(edge).join(', ')}`)))));
     if (record.layers.length) {
       parts.push(section('Layers', table(['layer', 'operation', 'matrix', 'tiles', 'MACs'], record.layers)));
     }
@@ -128,6 +133,36 @@ class Panel {
       el('p', {}, uncounted ? `In no total, unknown and the same on both sides: ${uncounted}.` : ''),
       section('Constants and their sources', el('ul', { class: 'operations' }, ...constants.map(([name, what, value, source]) => el('li', {}, el('b', {}, `${name}: ${value}`), ` ${what}`, el('small', {}, source))))),
     );
+  }
+
+  edge(edge) {
+    const sources = [...edge.sources];
+    const rows = sources.map((source) => {
+      const item = source < 0 ? this.tree.inputs[-1 - source] : this.tree.byId.get(`op:${source}`);
+      const op = source < 0 ? null : this.tree.data.ops[source];
+      return [this.link(item, op ? `${op.path ? `${op.path}: ` : ''}${op.target}` : item.title), this.tree.shape(source), count(this.tree.values(source))];
+    });
+    this.show(
+      el('header', {}, el('h2', {}, `${edge.from.title} → ${edge.to.title}`), el('p', {}, edge.side ? 'A side input: computed without parameters, and read by many parts.' : this.tree.labels(edge).slice(1).join(', '))),
+      table(['value', 'shape', 'per sample'], rows),
+      el('p', {}, 'from ', this.link(edge.from, edge.from.title), ' to ', this.link(edge.to, edge.to.title)),
+    );
+  }
+
+  // Everything digital, by reason, the most frequent first.
+  reasons() {
+    const groups = new Map();
+    this.tree.data.ops.forEach((op, index) => {
+      if (op.reason.startsWith('digital: ')) {
+        const reason = op.reason.slice(9);
+        groups.set(reason, [...(groups.get(reason) ?? []), index]);
+      }
+    });
+    const rows = [...groups].sort((a, b) => b[1].length - a[1].length).map(([reason, ops]) => el('details', {},
+      el('summary', {}, `${plural(ops.length, 'operation')}: ${reason}`),
+      el('ul', {}, ...ops.slice(0, 60).map((index) => el('li', {}, this.link(this.tree.byId.get(`op:${index}`), `${this.tree.data.ops[index].path || 'the model itself'}: ${this.tree.data.ops[index].target}`)))),
+      ...(ops.length > 60 ? [el('p', {}, `and ${ops.length - 60} more`)] : [])));
+    this.show(el('header', {}, el('h2', {}, 'Why digital'), el('p', {}, `${groups.size} reasons, the most frequent first`)), ...rows);
   }
 
   operation(item) {

@@ -1,8 +1,9 @@
 // The picture: each open container is laid out on its own by dagre and drawn as nested SVG groups.
 
 const SVG = 'http://www.w3.org/2000/svg';
-const HEAD = 22;
-const ROW = 15;
+const HEAD = 24;
+const ROW = 17;
+const SIZES = { title: 14, line: 13, label: 12 };
 const PAD = 12;
 const MANY = 500;
 
@@ -19,6 +20,8 @@ class Picture {
     this.bases = new Map();
     this.elements = new Map();
     this.overlay = null;
+    this.showSide = false;
+    this.onEdge = () => {};
     this.selected = null;
     this.context = document.createElement('canvas').getContext('2d');
   }
@@ -46,7 +49,7 @@ class Picture {
   // Size, and for an open item the layout of what is inside.
   lay(item) {
     const state = item.open ? this.state(item) : 'closed';
-    const key = `${state}|${this.overlay?.name ?? ''}`;
+    const key = `${state}|${this.overlay?.name ?? ''}|${this.showSide}`;
     const known = this.cache.get(item.id);
     if (known && known.key === key) {
       return known;
@@ -64,14 +67,15 @@ class Picture {
   layLeaf(item) {
     const lines = this.lines(item);
     const port = item.kind === 'port';
-    const title = this.width(this.title(item), port ? 11 : 12, true) + (item.items ? 16 : 0);
-    const widest = Math.max(title, ...lines.map((line) => this.width(line.text, 11, line.style === 'warn')));
+    const title = this.width(this.title(item), port ? SIZES.line : SIZES.title, true) + (item.items ? 16 : 0);
+    const widest = Math.max(title, ...lines.map((line) => this.width(line.text, SIZES.line, line.style === 'warn' || line.style === 'measured')));
     const bar = lines.some((line) => line.style === 'measured') ? 8 : 0;
     return { width: widest + (port ? 18 : 26), height: (port ? 22 : HEAD + 8) + ROW * lines.length + bar };
   }
 
   layInside(item) {
-    const { ports, edges } = this.tree.edges(item);
+    const { ports, edges: all } = this.tree.edges(item);
+    const edges = all.filter((edge) => this.showSide || !edge.side);
     const items = [...item.items, ...ports];
     const opened = items.filter((inner) => inner.open);
     const { nodes, links } = items.length > MANY ? this.stretched(item, items, edges, opened) : this.arranged(items, edges, (inner) => this.lay(inner));
@@ -90,7 +94,7 @@ class Picture {
       }
     });
     const top = item.up ? HEAD + 14 + (this.measured(item) === undefined ? 0 : ROW) : 0;
-    const least = this.width(this.title(item), 12, true) + 60;
+    const least = this.width(this.title(item), SIZES.title, true) + 60;
     const width = Math.max(box.right - box.left + 2 * PAD, item.up ? least : 0);
     const shift = { x: (width - (box.right - box.left)) / 2 - box.left, y: top + PAD - box.top };
     return { items, nodes, links, shift, width, height: box.bottom - box.top + top + 2 * PAD };
@@ -106,7 +110,7 @@ class Picture {
       const labels = this.tree.labels(edge);
       return {
         v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels,
-        width: Math.max(...labels.map((text) => this.width(text, 10))) + 4 + (edge.own.size ? 10 : 0), height: 13 * labels.length,
+        width: Math.max(...labels.map((text) => this.width(text, SIZES.label))) + 6 + (edge.own.size ? 10 : 0), height: 15 * labels.length,
       };
     });
     const settings = { nodesep: 22, ranksep: 34, edgesep: 16, rankdir: 'TB' };
@@ -121,7 +125,7 @@ class Picture {
 
   // A large picture is laid out once, closed; what opens pushes the rest down and aside, which takes no new layout.
   stretched(item, items, edges, opened) {
-    const key = `${item.id}|${this.overlay?.name ?? ''}`;
+    const key = `${item.id}|${this.overlay?.name ?? ''}|${this.showSide}`;
     if (!this.bases.has(key)) {
       this.bases.set(key, this.arranged(items, edges, (inner) => this.layLeaf(inner)));
     }
@@ -159,6 +163,7 @@ class Picture {
   draw() {
     const laid = this.lay(this.tree.root);
     this.elements.clear();
+    this.shorts = [];
     const root = this.make('g', { class: 'root' });
     this.drawInside(this.tree.root, laid, root);
     this.svg.replaceChildren(root);
@@ -197,7 +202,13 @@ class Picture {
       path += `C${a.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${end.toFixed(1)}`;
     }
     const crossing = link.edge.adc || link.edge.dac || link.edge.shared;
-    const group = this.make('g', { class: crossing ? 'edge crossing' : within ? 'edge within' : 'edge' });
+    const kind = link.edge.side ? 'edge side' : crossing ? 'edge crossing' : within ? 'edge within' : 'edge';
+    const group = this.make('g', { class: kind, role: 'button', 'aria-label': `${link.edge.from.title} to ${link.edge.to.title}: ${link.labels.join(', ')}` });
+    group.addEventListener('click', (event) => {
+      event.stopPropagation();
+      this.onEdge(link.edge);
+    });
+    group.appendChild(this.make('path', { d: path, class: 'grip' }));
     group.appendChild(this.make('path', { d: path, class: 'wire' }));
     group.appendChild(this.make('path', { d: `M${last.x.toFixed(1)},${last.y.toFixed(1)}l-4,-7h8z`, class: 'tip' }));
     if (link.edge.own.size) { // feedback through weights of its own runs beside the wire, upward
@@ -206,7 +217,7 @@ class Picture {
       group.appendChild(this.make('path', { d: tip, class: 'back-tip' }));
     }
     link.labels.forEach((text, index) => {
-      const y = link.y - link.height / 2 + 10 + 13 * index;
+      const y = link.y - link.height / 2 + 12 + 15 * index;
       const x = link.x - link.width / 2 + (link.edge.own.size ? 10 : 0);
       group.appendChild(this.make('text', { x: x.toFixed(1), y: y.toFixed(1), class: 'label' }, text));
     });
@@ -239,6 +250,12 @@ class Picture {
       group.appendChild(this.make('text', { x: centre, y: HEAD - 3 + ROW * (index + 1), class: `line ${line.style}`, 'text-anchor': anchor }, line.text));
     });
     this.drawBar(item, width, height, group);
+    if (!item.open && item.kind !== 'port') {
+      const names = [(item.settles ? '∿ ' : '') + (item.op?.target ?? item.title), item.title.split('_').at(-1)].slice(0, item.kind ? 1 : 2);
+      const short = this.make('text', { x: width / 2, y: height / 2, class: 'short', 'text-anchor': 'middle', 'aria-hidden': 'true' });
+      this.shorts.push({ short, width, height, names: names.map((name) => [name, this.width(name, 1, true)]) });
+      group.appendChild(short);
+    }
     group.addEventListener('click', (event) => {
       event.stopPropagation();
       this.onPick(item, group);
@@ -261,6 +278,22 @@ class Picture {
   spoken(item) {
     const kind = item.domain === 'analog' && !item.kind ? (item.settles ? 'analog energy block, settles' : 'analog energy block without feedback') : item.domain;
     return [item.title, kind, ...item.lines.map((line) => line.text)].join(', ');
+  }
+
+  // Text is drawn where it is at least 12 pixels high on the screen: far away, each box shows its name alone, if it fits.
+  scaled(scale) {
+    const far = scale * SIZES.label < 11.5;
+    this.svg.classList.toggle('far', far);
+    for (const { short, width, height, names } of far ? this.shorts : []) {
+      const fitting = names.find(([, unit]) => (12 / scale) * unit <= width - 4);
+      const [name, unit] = fitting ?? names[0];
+      const size = Math.min(22 / scale, Math.max(12 / scale, Math.min((width - 24) / unit, height / 2)));
+      const fits = fitting && size <= height;
+      short.textContent = name;
+      short.setAttribute('display', fits ? 'inline' : 'none');
+      short.setAttribute('font-size', size.toFixed(2));
+      short.setAttribute('y', (height / 2 + 0.35 * size).toFixed(1));
+    }
   }
 
   // Show selection, search hits and the filter by classes alone.

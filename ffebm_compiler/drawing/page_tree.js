@@ -110,10 +110,11 @@ class Tree {
       }
       return ports.get(id);
     };
-    const connect = (from, to, source, crossing, own = []) => {
+    const connect = (from, to, source, crossing, own = [], side = false) => {
       const key = `${from.id}\n${to.id}`;
-      const edge = edges.get(key) ?? { from, to, sources: new Set(), dac: 0, adc: 0, shared: false, own: new Set() };
+      const edge = edges.get(key) ?? { from, to, sources: new Set(), dac: 0, adc: 0, shared: false, side: true, own: new Set() };
       own.forEach((name) => edge.own.add(name));
+      edge.side &&= side;
       if (!edge.sources.has(source)) {
         edge.sources.add(source);
         // A value is converted once, wherever it is read: the first edge that carries it counts it.
@@ -134,7 +135,7 @@ class Tree {
         if (container === this.root || inside.has(source)) {
           const from = source < 0 ? home : this.chains[source][at];
           if (from !== mine) {
-            connect(from, mine, source, crossing, crossing ? [] : this.data.ops[op].feedback);
+            connect(from, mine, source, crossing, crossing ? [] : this.data.ops[op].feedback, this.data.ops[op].side.includes(source));
           }
         } else {
           connect(port('from', home), mine, source, crossing);

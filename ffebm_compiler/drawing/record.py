@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ffebm_compiler.drawing.boundaries import ends_of, side_inputs
 from ffebm_compiler.drawing.calls import calls_of
 from ffebm_compiler.drawing.figures import block_costs, costs_of, curves_of, total_costs
 from ffebm_compiler.drawing.overlay import Overlay
@@ -46,6 +49,7 @@ def record_of(
     bound = {block.name: block for block in hybrid.blocks} if hybrid is not None else {}
     blocks = {block.name: block for block in plan.blocks}
     groups = _groups(plan)
+    side = side_inputs(plan)
     placed = [node for node in scene.nodes if node.domain in ("analog", "digital")]
     homes = [
         _block(plan, blocks[node.key], node, index, bound.get(node.key))
@@ -72,6 +76,7 @@ def record_of(
     ]
     return {
         "title": scene.title,
+        "provenance": _provenance(plan),
         "totals": totals,
         "notes": [*plan.notes, *([note] if note else [])],
         "costs": None if costs is None else total_costs(costs),
@@ -85,11 +90,25 @@ def record_of(
                 **_operation(plan, op, index, own.get(plan.home(op.name), {})),
                 "driven": op.name in driven,
                 "group": groups[op.name],
+                "side": [index[name] for name in side.get(op.name, ())],
             }
             for op in plan.graph.operations
         ],
         "overlays": [overlay.to_dict() for overlay in overlays],
     }
+
+
+def _provenance(plan: PlanData) -> str:
+    """Version, day and settings of the plan, in one line."""
+    options, hardware = plan.options, plan.hardware
+    core = "unlimited" if hardware.tiles_per_core is None else count(hardware.tiles_per_core)
+    settings = [f"{hardware.name}, {core} tiles per core", f"block_ops {', '.join(options.block_ops) or 'none'}"]
+    settings += ["batch norm folded"] if options.fold_batchnorm else []
+    settings += ["digital drive"] if options.digital_drive else []
+    settings += [f"force_digital {', '.join(options.force_digital)}"] if options.force_digital else []
+    settings += [f"force_analog {', '.join(options.force_analog)}"] if options.force_analog else []
+    made = f"ffebm-compiler {version('ffebm-compiler')}, {date.today().isoformat()}"
+    return " · ".join([made, *settings, f"plan {plan.fingerprint}"] if plan.fingerprint else [made, *settings])
 
 
 def _what_if(plan: PlanData) -> dict[str, Any]:
@@ -188,6 +207,7 @@ def _block(
     return {
         **_place_of(node, block.operations, index),
         "settles": node.settles,
+        "ends": ends_of(plan, block),
         "sentence": f"Energy block: {settles}{' as a circuit' if node.circuit else ''}.",
         "facts": facts,
         "layers": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -465,3 +466,9 @@ def test_a_free_phase_starts_at_states_that_are_divided_by_their_loads() -> None
     torch.testing.assert_close(phase.values[0], expected)
     with hybrid.feedforward_mode():
         torch.testing.assert_close(hybrid(x), model(x))
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "resistive.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "docs/resistive.md", "exec"), {"__name__": "page"})

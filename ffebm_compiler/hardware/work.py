@@ -52,7 +52,6 @@ _PER_VALUE: dict[int, str] = {
 
 _EACH = {name: count for count, names in _PER_VALUE.items() for name in names.split()}
 
-_PRODUCTS = frozenset(["matmul", "bmm", "mm"])
 _ATTENTION = "scaled_dot_product_attention"
 
 
@@ -74,12 +73,17 @@ class Work:
 def work_of(operation: Operation, graph: OperationGraph) -> Work | None:
     """The work of an operation in digital arithmetic; None where the table has no row for it, or sizes are unknown.
 
-    A weight-stationary layer reads its weights once per sample, however often it uses them.
+    A weight-stationary layer reads its weights once per sample, however often it uses them. Products of two values are
+    counted where the network was captured (`Operation.product_macs`), and unknown in plans from before they were.
     """
     name, values = operation.target.rstrip("_"), operation.values
-    read = sum(graph.values(source) for source in operation.inputs)
+    read = sum(graph.values(source) for source in operation.data)
     if operation.role is Role.WEIGHT:
         return Work(operation.macs, 0, read + values + operation.rows * operation.cols * operation.groups)
+    if name == _ATTENTION:
+        return _attention(operation, graph, read)
+    if operation.product_macs:
+        return Work(operation.product_macs, 0, read + values)
     if name in _VIEWS:
         return Work()
     if name in _MOVES:
@@ -88,26 +92,14 @@ def work_of(operation: Operation, graph: OperationGraph) -> Work | None:
         return Work(elements=read, traffic=read + values)
     if name in _EACH:
         return Work(elements=_EACH[name] * values, traffic=read + values)
-    if name in _PRODUCTS:
-        inner = _side(graph, operation.inputs[0], -1)
-        return None if inner is None else Work(values * inner, 0, read + values)
-    if name == _ATTENTION:
-        return _attention(operation, graph, read)
     return None
 
 
 def _attention(operation: Operation, graph: OperationGraph, read: int) -> Work | None:
     """Q Kᵀ, a softmax, and the product with V."""
-    query, key = operation.inputs[0], operation.inputs[min(1, len(operation.inputs) - 1)]
-    width, keys = _side(graph, query, -1), _side(graph, key, -2)
-    if not operation.shape or not operation.shape[-1] or width is None or keys is None:
+    query = operation.inputs[0]
+    sides = [(graph[name].shape if name in graph else ())[-1:] for name in (query, operation.name)]
+    if not operation.product_macs or not all(side and side[0] for side in sides):
         return None
-    scores = operation.values // operation.shape[-1] * keys
-    macs = scores * (width + operation.shape[-1])
-    return Work(macs, (SERIES + 4) * scores, read + operation.values + 2 * scores)
-
-
-def _side(graph: OperationGraph, name: str, dim: int) -> int | None:
-    """A side of an operation's value; None if it is free or not known."""
-    shape = graph[name].shape if name in graph else ()
-    return shape[dim] if len(shape) >= -dim else None
+    scores = operation.product_macs // sum(side[0] or 0 for side in sides)
+    return Work(operation.product_macs, (SERIES + 4) * scores, read + operation.values + 2 * scores)

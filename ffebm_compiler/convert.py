@@ -118,20 +118,31 @@ def plan(
     fold_batchnorm: bool = False,
     block_ops: Sequence[str] = ("add", "reshape"),
     digital_drive: bool = False,
+    objective: str = "conversions",
+    for_: str = "inference",
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
     on_unsupported: str = "digital",
     dynamic_shapes: Any = "batch",
+    feedback: float = 0.1,
 ) -> Plan:
     """The partition that `convert` would build, as data. Nothing is built.
 
     The model may be on the meta device, with shapes and no memory. So a network that fits no machine can be planned
     (`with torch.device("meta"): model = Large()`).
 
-    Arguments and errors are those of `convert`.
+    Arguments and errors are those of `convert`. `feedback` is read with `objective="energy"` alone: the loop gain κ
+    from which sweeps are predicted.
     """
     options = PlanOptions(
-        tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog), digital_drive=digital_drive
+        tuple(block_ops),
+        fold_batchnorm,
+        _patterns(force_digital),
+        _patterns(force_analog),
+        digital_drive=digital_drive,
+        objective=objective,
+        for_=for_,
+        loop_gain=feedback,
     )
     fabric = resolve_hardware(hardware)
     front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
@@ -153,6 +164,8 @@ def convert(
     feedback_weights: str | FeedbackWeights = "tied",
     digital_drive: bool = False,
     devices: str | Devices | None = None,
+    objective: str = "conversions",
+    for_: str = "inference",
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
     on_unsupported: str = "digital",
@@ -186,6 +199,9 @@ def convert(
             changes what is computed: conv, batch norm and ReLU are then the networks of Nest & Ernoult (2024).
         devices: the devices that hold the weights of the blocks: a preset's name (`device_presets()`) or a `Devices`.
             None computes exactly. See `HybridModel.set_devices`.
+        objective: what the partition minimises, `"conversions"` or `"energy"`: the modelled energy (`docs/costs.md`),
+            with the reads of all sweeps, converters, digital work and memory. The plan's notes have both figures.
+        for_: whose energy, that of an `"inference"` or of a `"training"` step.
         force_digital, force_analog: glob patterns on module paths.
         on_unsupported: `"digital"` leaves a layer that cannot be analog digital, `"error"` raises.
         dynamic_shapes: `"batch"` frees the batch size, and None fixes all sizes. Other values are handed to
@@ -208,7 +224,14 @@ def convert(
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, from ffebm.plan() or Plan.from_json()")
     options = PlanOptions(
-        tuple(block_ops), fold_batchnorm, _patterns(force_digital), _patterns(force_analog), digital_drive=digital_drive
+        tuple(block_ops),
+        fold_batchnorm,
+        _patterns(force_digital),
+        _patterns(force_analog),
+        digital_drive=digital_drive,
+        objective=objective,
+        for_=for_,
+        loop_gain=feedback if isinstance(feedback, float) and feedback < 1 else 0.1,
     )
     if plan is not None:
         options = plan.options

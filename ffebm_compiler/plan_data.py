@@ -55,8 +55,7 @@ class BlockPlan:
     driven: tuple[str, ...] = ()
     """Its states that a digital value drives, which are activations without a layer (`digital_drive`)."""
     partial_sums: int = 0
-    """Conversions that digital row sums add to one pass through it (`Hardware.row_sums`). Those of outputs that are
-    digital already are taken off."""
+    """Conversions that digital row sums add to one pass through it (`Hardware.row_sums`)."""
 
     @property
     def conversions(self) -> int:
@@ -90,6 +89,10 @@ class PlanOptions:
     force_digital: tuple[str, ...] = ()
     force_analog: tuple[str, ...] = ()
     digital_drive: bool = False
+    objective: str = "conversions"
+    for_: str = "inference"
+    loop_gain: float = 0.1
+    """κ from which the sweeps of `objective="energy"` are predicted."""
 
 
 def fingerprint(graph: OperationGraph) -> str:
@@ -153,11 +156,6 @@ class PlanData:
     def conversions(self) -> int:
         """DAC and ADC values per sample, over all blocks."""
         return sum(block.conversions for block in self.blocks)
-
-    @property
-    def partial_sums(self) -> int:
-        """Conversions per sample that digital row sums add to one pass, over all blocks."""
-        return sum(block.partial_sums for block in self.blocks)
 
     @property
     def analog_macs(self) -> int:

@@ -7,14 +7,17 @@ is in exactly one block or in `rejected`. Each operation is in exactly one block
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ffebm_compiler.errors import HardwareError, InputError, UnsupportedError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.layers import matches, unmatched
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dialect import WIRING_KINDS
+from ffebm_compiler.passes.partition.block_costs import modelled_energy
 from ffebm_compiler.passes.partition.decide import Partition, conversions, partition, tiles_of, too_large
 from ffebm_compiler.passes.partition.partial_sums import partial_sums
+from ffebm_compiler.passes.partition.prices import middle, prices_for
 from ffebm_compiler.passes.partition.rules import driven_states
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
@@ -71,16 +74,20 @@ def make_plan(
     for op in graph.operations:
         if op.kind == "weight" and matches(op.path, options.force_analog):
             raise UnsupportedError(f"force_analog asks for {op.path!r}, but {op.reason}")
-    result = partition(graph, hardware, options.block_ops, forced, options.digital_drive)
-    plan = describe(
-        graph,
-        hardware,
-        options,
-        result,
-        model=type(program.source).__name__,
-        modules=modules,
-        parameters=[name for name, parameter in program.source.named_parameters() if parameter.dim() >= 2],
-        notes=program.notes,
+    plan = _best(
+        [
+            describe(
+                graph,
+                hardware,
+                options,
+                partition(graph, hardware, options.block_ops, forced, options.digital_drive, prices),
+                model=type(program.source).__name__,
+                modules=modules,
+                parameters=[name for name, parameter in program.source.named_parameters() if parameter.dim() >= 2],
+                notes=program.notes,
+            )
+            for prices in dict.fromkeys((None, prices_for(graph, hardware, options)))
+        ]
     )
     unwanted = {path: why for path, why in plan.rejected.items() if why != FORCED}
     if unwanted and on_unsupported == "error":
@@ -92,7 +99,38 @@ def make_plan(
     return plan
 
 
+def _best(plans: Sequence[PlanData]) -> PlanData:
+    """The only plan, or the one with less modelled energy, with both figures of both in a note.
+
+    The first plan has the fewest conversions, and the second what the search for energy found.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    few, other = plans
+    options = few.options
+    energies = [modelled_energy(plan, options.for_ == "training", options.loop_gain) for plan in plans]
+    index = min((0, 1), key=lambda index: middle(energies[index]))
+    what = "a training step" if options.for_ == "training" else "an inference"
+    figures = [f"{plan.conversions} conversions and {energy}" for plan, energy in zip(plans, energies, strict=True)]
+    same = other if index else few
+    note = (
+        f"objective 'energy': modelled for {what} at a loop gain of {options.loop_gain:g}, this partition has "
+        f"{figures[index]}; the one with the fewest conversions has {figures[0]}"
+    )
+    return replace(same, notes=(*same.notes, note))
+
+
+def _check_objective(options: PlanOptions) -> None:
+    for field, value, choices in (
+        ("objective", options.objective, ("conversions", "energy")),
+        ("for_", options.for_, ("inference", "training")),
+    ):
+        if value not in choices:
+            raise InputError(f"{field} is {value!r}; expected {' or '.join(map(repr, choices))}")
+
+
 def _check_options(options: PlanOptions, modules: Sequence[str], on_unsupported: str) -> None:
+    _check_objective(options)
     if not isinstance(options.digital_drive, bool):
         raise InputError(f"digital_drive is {options.digital_drive!r}; expected True or False")
     if on_unsupported not in ("digital", "error"):

@@ -59,7 +59,12 @@ class Settings:
         Path | None, typer.Option("--weights", help="A state_dict to load first: .safetensors, or from torch.save.")
     ] = None
     hardware: Annotated[
-        str, typer.Option("--hardware", "-w", help="ideal, crossbar-64, crossbar-256, or a .toml or .json file.")
+        str,
+        typer.Option(
+            "--hardware",
+            "-w",
+            help="ideal, crossbar-64, crossbar-256, pcm-64, neurram, isaac, or a file (.toml, .json).",
+        ),
     ] = "crossbar-256"
     energy: Annotated[
         str, typer.Option("--energy", help="What the blocks minimise: hopfield, resistive, unamplified, drn.")
@@ -94,6 +99,12 @@ class Settings:
         bool,
         typer.Option("--digital-drive", help="An activation of a digital value (behind batch norm) may be a state."),
     ] = False
+    objective: Annotated[
+        str, typer.Option("--objective", help="What the partition minimises: conversions, or energy (modelled).")
+    ] = "conversions"
+    for_: Annotated[
+        str, typer.Option("--for", help="With --objective energy: of an inference, or of a training step.")
+    ] = "inference"
     force_digital: Annotated[
         list[str] | None, typer.Option("--force-digital", help="Keep modules of this pattern digital, e.g. 'layer4.*'.")
     ] = None
@@ -124,6 +135,8 @@ class Settings:
             "fold_batchnorm": self.fold_batchnorm,
             "block_ops": tuple(part.strip() for part in self.block_ops.split(",") if part.strip()),
             "digital_drive": self.digital_drive,
+            "objective": self.objective,
+            "for_": self.for_,
             "force_digital": self.force_digital or (),
             "force_analog": self.force_analog or (),
             "on_unsupported": self.on_unsupported,

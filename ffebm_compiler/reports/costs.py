@@ -26,7 +26,6 @@ is modelled, none is measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,14 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.hardware.costs import Constant, Quantity, constants_of
 from ffebm_compiler.hardware.work import Work
 from ffebm_compiler.ir import Role
+from ffebm_compiler.passes.partition.block_costs import (
+    BlockCost,
+    block_cost,
+    digital_energy,
+    predicted_sweeps,
+    total_work,
+)
 from ffebm_compiler.plan_data import PlanData
-from ffebm_compiler.reports.block_costs import BlockCost, block_cost, digital_energy, total_work
 from ffebm_compiler.reports.text import count, table_text
 
 if TYPE_CHECKING:
@@ -158,18 +163,6 @@ class CostReport:
 def _times(hybrid: Quantity, digital: Quantity) -> str:
     ratio = digital.ratio(hybrid)
     return "unknown" if ratio is None else f"{ratio[0]:.2g}–{ratio[1]:.2g}"
-
-
-def predicted_sweeps(feedback: float, rtol: float) -> int:
-    """Sweeps of a block of loop gain κ to a relative change of `rtol`: ⌈log rtol / log κ⌉, at least 1.
-
-    Raises:
-        InputError: where κ or `rtol` is not strictly between 0 and 1.
-    """
-    for name, value in (("feedback", feedback), ("rtol", rtol)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            raise InputError(f"{name} is {value!r}; expected a number strictly between 0 and 1")
-    return max(1, math.ceil(math.log(rtol) / math.log(feedback)))
 
 
 def cost_report(

@@ -68,7 +68,8 @@ def plan_text(plan: PlanData) -> str:
         f"analog MACs: {100 * plan.analog_share:.1f} % of {count(plan.total_macs)}",
     ]
     if hardware.row_sums == "digital":
-        lines.append(f"conversions that digital row sums add to one pass: {plan.partial_sums}")
+        added = sum(block.partial_sums for block in plan.blocks)
+        lines.append(f"conversions that digital row sums add to one pass: {added}")
     if plan.blocks:
         lines.append(_fabric_line(plan))
     for part in plan.digital_parts:

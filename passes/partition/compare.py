@@ -13,6 +13,7 @@ from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
 from ffebm_compiler.passes.partition.decide import Partition, conversions, partition, tiles_of, too_large
 from ffebm_compiler.passes.partition.placement import place_layers
+from ffebm_compiler.passes.partition.prices import prices_for
 from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["PlanDiff", "SweepRow", "advise", "diff_plans", "sweep"]
@@ -96,12 +97,10 @@ def diff_plans(before: PlanData, after: PlanData) -> PlanDiff:
 
 def _partition_again(plan: PlanData, hardware: Hardware, block_ops: Sequence[str] | None = None) -> Partition:
     """The partition of a plan's graph for other settings."""
-    forced = {
-        op.name: _FORCED
-        for op in plan.graph.operations
-        if op.role is Role.WEIGHT and plan.rejected.get(op.path or op.name) == _FORCED
-    }
-    return partition(plan.graph, hardware, block_ops or plan.options.block_ops, forced, plan.options.digital_drive)
+    layers = (op for op in plan.graph.operations if op.role is Role.WEIGHT)
+    forced = {op.name: _FORCED for op in layers if plan.rejected.get(op.path or op.name) == _FORCED}
+    kinds, prices = block_ops or plan.options.block_ops, prices_for(plan.graph, hardware, plan.options)
+    return partition(plan.graph, hardware, kinds, forced, plan.options.digital_drive, prices)
 
 
 def _total(graph: OperationGraph, blocks: Sequence[Sequence[str]]) -> int:

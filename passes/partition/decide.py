@@ -2,9 +2,9 @@
 
 Blocks must form an acyclic quotient graph within the hardware's capacity. The objective is the fewest
 boundary conversions (a DAC value for every input of a block, an ADC value for every output, per
-sample), then the fewest blocks. Random numbers are drawn in the source's order. So the operations that
-draw form a chain, and its links count as edges in the proof that the quotient is acyclic. There are three
-parts, each in a file of its own:
+sample), then the fewest blocks. With `prices` it is the least modelled energy. Random numbers are drawn in the
+source's order. So the operations that draw form a chain, and its links count as edges in the proof that the quotient
+is acyclic. There are three parts, each in a file of its own:
 
 1. `waves` constructs two starts, both acyclic by construction. One uses waves of Kahn's algorithm, with the
    best cuts of each wave by dynamic programming. The other fills one block after the other.
@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
+from ffebm_compiler.passes.partition.prices import Prices
 from ffebm_compiler.passes.partition.rebuild import rebuild
 from ffebm_compiler.passes.partition.search import improve
 from ffebm_compiler.passes.partition.state import State, tiles_of
-from ffebm_compiler.passes.partition.waves import next_fit, waves_and_cuts
+from ffebm_compiler.passes.partition.waves import layer_by_layer, next_fit, waves_and_cuts
 
 __all__ = [
     "Partition",
@@ -70,6 +71,7 @@ def partition(
     block_ops: Collection[str] = ("add", "reshape"),
     digital: Mapping[str, str] | None = None,
     digital_drive: bool = False,
+    prices: Prices | None = None,
 ) -> Partition:
     """Partition a graph of operations.
 
@@ -79,6 +81,7 @@ def partition(
         block_ops: kinds of wiring that may join a block (those of `ir.ALWAYS_JOIN` always may).
         digital: operations that must stay digital, with the reason.
         digital_drive: whether an activation of a digital value may be a state of a block (`rules.driven_states`).
+        prices: energies to minimise in the place of conversions.
     """
     rejected = dict(digital or {})
     for operation in graph.operations:
@@ -88,8 +91,8 @@ def partition(
                 rejected[operation.name] = reason
     kinds = frozenset((*block_ops, *ALWAYS_JOIN))
     states = []
-    for start in (waves_and_cuts, next_fit):
-        state = State(graph, hardware, kinds, frozenset(rejected), digital_drive=digital_drive)
+    for start in (waves_and_cuts, next_fit, *([] if prices is None else [layer_by_layer])):
+        state = State(graph, hardware, kinds, frozenset(rejected), digital_drive=digital_drive, prices=prices)
         for segment in start(state):
             block = state.new_block()
             for v in segment:

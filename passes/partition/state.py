@@ -5,6 +5,7 @@ up to date value by value. A value u costs
 
     values(u) · ( blocks other than its home that read it  +  1 if it leaves its home through ADCs )
 
+With `prices` the cost is an energy: of these conversions, of the reads of layers and of digital work.
 Moving one operation changes this only for the operation and its operands, in time
 proportional to their number. The proof of acyclicity is `order`, a permutation of all operations
 that is topological for the quotient graph and in which every block is contiguous. A change of
@@ -20,6 +21,7 @@ from collections.abc import Collection, Iterable
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
+from ffebm_compiler.passes.partition.prices import Prices
 
 __all__ = ["DIGITAL", "State"]
 
@@ -44,12 +46,15 @@ class State:
         rejected: Collection[str],
         draws: bool = True,
         digital_drive: bool = False,
+        prices: Prices | None = None,
     ) -> None:
         operations = graph.operations
         number = {op.name: index for index, op in enumerate(operations)}
         sources = {**number, **{name: len(number) + index for index, name in enumerate(graph.inputs)}}
         count = len(operations)
         self.size = count
+        self.prices = prices
+        """Energies whose sum is the cost; None counts conversions."""
         self.digital_drive = digital_drive
         """Whether an activation of a value from outside of its block may be a state of it (see `rules`)."""
         self.values = [op.values for op in operations] + list(graph.inputs.values())
@@ -90,7 +95,7 @@ class State:
         self.home = [DIGITAL] * count
         self.count: list[dict[int, int]] = [{DIGITAL: len(r)} if r else {} for r in self.readers]
         self.load: dict[int, tuple[int, int, int]] = {}
-        self.total = 0
+        self.total = 0 if prices is None else sum(prices.digital)
         self.order = list(range(count))
         self.position = list(range(count))
         self.activations: dict[int, set[int]] = {}
@@ -106,14 +111,27 @@ class State:
     # -- reading -----------------------------------------------------------------------------
 
     def price(self, u: int) -> int:
-        """Conversions of one value."""
+        """Conversions of one value, or the energy of them and of the operation."""
         readers = self.count[u]
         home = self.home[u] if u < self.size else DIGITAL
-        crossings = len(readers) - (DIGITAL in readers)
+        entering, leaving = len(readers) - (DIGITAL in readers), 0
         if home != DIGITAL:
             within = readers.get(home, 0)
-            crossings += (self.output[u] or within < len(self.readers[u])) - (within > 0)
-        return crossings * self.values[u]
+            leaving = int(self.output[u] or within < len(self.readers[u]))
+            entering -= within > 0
+        if self.prices is None:
+            return (entering + leaving) * self.values[u]
+        own = self._own_price(u, home, self.prices) if u < self.size else 0
+        return (entering * self.prices.dac + leaving * self.prices.adc) * self.values[u] + own
+
+    def _own_price(self, u: int, home: int, prices: Prices) -> int:
+        """Energy of an operation in its home."""
+        if home == DIGITAL:
+            return prices.digital[u]
+        if not self.layer[u]:
+            return 0
+        reads_states = any(self.home[w] == home for w in self.operands[u])
+        return prices.inner[u] if reads_states else prices.outer[u]
 
     def members(self, block: int) -> list[int]:
         """Operations of a block, in the order."""
@@ -121,7 +139,7 @@ class State:
         return self.order[first : last + 1]
 
     def objective(self) -> tuple[int, int]:
-        """(conversions, blocks)."""
+        """(conversions or energy, blocks)."""
         return self.total, len(self.load)
 
     def fits(self, block: int) -> bool:
@@ -221,7 +239,8 @@ class State:
         old = self.home[v]
         self.work += 1
         reads = self.reads[v]
-        total = self.total - self.price(v)
+        behind = [] if self.prices is None else [w for w in self.readers[v] if self.layer[w]]
+        total = self.total - self.price(v) - sum(map(self.price, behind))
         for u in reads:
             total -= self.price(u)
             readers = self.count[u]
@@ -234,7 +253,7 @@ class State:
         self.home[v] = home
         for u in reads:
             total += self.price(u)
-        self.total = total + self.price(v)
+        self.total = total + self.price(v) + sum(map(self.price, behind))
         if self.digital_drive and self.activation[v]:
             self.activations.get(old, set()).discard(v)
             self.activations.setdefault(home, set()).add(v)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from ffebm_compiler.passes.partition.state import State
 
-__all__ = ["next_fit", "waves_and_cuts"]
+__all__ = ["layer_by_layer", "next_fit", "waves_and_cuts"]
 
 _LOOK_BACK = 48
 """The largest number of units in a searched segment. Longer segments are searched over joined units."""
@@ -34,6 +34,18 @@ def waves_and_cuts(state: State) -> list[list[int]]:
 def next_fit(state: State) -> list[list[int]]:
     """Another start: fill one block after the other in the order of the graph."""
     return _filled(state, range(state.size))
+
+
+def layer_by_layer(state: State) -> list[list[int]]:
+    """A start for energies: every layer alone, with what follows it. Nothing settles."""
+    found = []
+    for block in _filled(state, range(state.size)):
+        for v in block:
+            if state.layer[v]:
+                found.append([v])
+            else:
+                found[-1].append(v)
+    return found
 
 
 def _filled(state: State, operations: Iterable[int]) -> list[list[int]]:

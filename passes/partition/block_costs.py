@@ -1,4 +1,7 @@
-"""The modelled costs of one energy block. `costs.py` has the equations."""
+"""Block costs: the modelled costs of one energy block. `reports/costs.py` has the equations.
+
+They are here and not among the reports because the partition can minimise them.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,28 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ffebm_compiler.hardware.costs import Constant, Quantity, unknown
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.hardware.costs import Constant, Quantity, constants_of, unknown
+from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.work import Work, work_of
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.passes.partition.partial_sums import PartialSums, partial_sums
 from ffebm_compiler.plan_data import BlockPlan, PlanData
 
-__all__ = ["BlockCost", "block_cost", "digital_energy", "total_work"]
+__all__ = [
+    "RTOL",
+    "BlockCost",
+    "block_cost",
+    "chip_energy",
+    "digital_energy",
+    "modelled_energy",
+    "predicted_sweeps",
+    "total_work",
+]
+
+
+RTOL = 1e-4
+"""The relative change at which a phase stops, from which sweeps are predicted."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,9 @@ def block_cost(
         converters = dac * (block.dac + added.dac) + adc * (block.adc + added.adc) + sums
         # In a nudged phase errors enter at the outputs and leave at the inputs; sums inside are those of a free phase.
         back = dac * (block.adc + added.dac) + adc * (block.dac + added.adc + added.errors) + sums
-        chip = _chip(plan, outer, constants) + _chip(plan, inner, constants) * (2 * sweeps)
+        chip = chip_energy(plan.hardware, outer, constants) + chip_energy(plan.hardware, inner, constants) * (
+            2 * sweeps
+        )
     return BlockCost(
         block=block.name,
         macs=block.macs,
@@ -157,12 +177,12 @@ def _cells(plan: PlanData, layers: Iterable[Operation]) -> int:
     return sum(op.macs * plan.hardware.for_layer(op.path).devices_per_weight for op in layers)
 
 
-def _chip(plan: PlanData, layers: Iterable[Operation], constants: Mapping[str, Constant]) -> Quantity:
+def chip_energy(hardware: Hardware, layers: Iterable[Operation], constants: Mapping[str, Constant]) -> Quantity:
     """Energy of one read of the layers at chip level: what they use of their tiles, to all of every tile."""
     each = constants["chip_op_pj"].value
     total = each * 0
     for op in layers:
-        fabric = plan.hardware.for_layer(op.path)
+        fabric = hardware.for_layer(op.path)
         used = full = 2 * op.macs
         if fabric.tile_rows is not None and fabric.tile_cols is not None:
             tiles = fabric.tiles(op.rows, op.cols, op.groups, op.positions, op.bias and fabric.bias_row)
@@ -212,3 +232,38 @@ def _latency(
         + constants["dac_ns"].value * math.ceil((block.dac + added.dac) / parallel.low)
         + constants["adc_ns"].value * math.ceil((block.adc + added.adc) / parallel.low)
     )
+
+
+def predicted_sweeps(feedback: float, rtol: float) -> int:
+    """Sweeps of a block of loop gain κ to a relative change of `rtol`: ⌈log rtol / log κ⌉, at least 1.
+
+    Raises:
+        InputError: where κ or `rtol` is not strictly between 0 and 1.
+    """
+    for name, value in (("feedback", feedback), ("rtol", rtol)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise InputError(f"{name} is {value!r}; expected a number strictly between 0 and 1")
+    return max(1, math.ceil(math.log(rtol) / math.log(feedback)))
+
+
+def modelled_energy(plan: PlanData, training: bool, feedback: float, rtol: float = RTOL) -> Quantity:
+    """Energy per sample that the partition can minimise: at chip level if the hardware is a chip, else bottom-up.
+
+    Args:
+        plan: the partition.
+        training: a step with one nudged phase and digital weight gradients; otherwise an inference.
+        feedback: the loop gain κ that the sweeps are predicted from.
+        rtol: relative change at which a phase stops.
+    """
+    constants, users = constants_of(plan.hardware), plan.graph.users()
+    sweeps = predicted_sweeps(feedback, rtol)
+    inside = {name for block in plan.blocks for name in block.operations}
+    work, _ = total_work(plan, (op for op in plan.graph.operations if op.name not in inside))
+    total = digital_energy(work, constants) * (3 if training else 1)
+    for block in plan.blocks:
+        cost = block_cost(plan, block, users, sweeps, 1, constants)
+        if constants["chip_op_pj"].value.known:
+            total += cost.chip_training + cost.gradients if training else cost.chip_inference
+        else:
+            total += cost.training + cost.gradients if training else cost.inference
+    return total

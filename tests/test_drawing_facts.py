@@ -86,6 +86,8 @@ def test_facts_on_the_page_are_the_plans(browser: Browser, plans: dict[str, tupl
     for fact in (f"{len(plan.blocks)} energy blocks", f"{len(plan.digital_parts)} digital parts", f"{share} of"):
         assert fact in text
     assert plan.fingerprint in text
+    if browser.js("return document.querySelector('[name=repeats]') !== null"):
+        browser.button("repeats")
     for block in plan.blocks:
         titles = [title for title in browser.titles() if f"{block.name} · analog" in title]
         assert len(titles) == 1
@@ -117,6 +119,27 @@ def test_masks_are_side_inputs_that_a_button_shows(browser: Browser, plans: dict
     assert browser.js("return document.querySelectorAll('.edge.side').length") > 0
     assert side_inputs(plans["resnet18"][0]) == {}
     assert side_inputs(plans["vit"][0]) == {}
+
+
+def test_alike_stages_are_one_node_until_it_is_opened(browser: Browser, plans: dict[str, tuple[Plan, Path]]) -> None:
+    plan, path = plans["gpt2"]
+    browser.open(path)
+    (stage,) = [title for title in browser.titles() if "more like" in title]
+    folded = len(browser.titles())
+    assert folded < len(plan.blocks) + len(plan.digital_parts)
+    # The node stands for as many blocks and parts as are missing from the picture.
+    missing = len(plan.blocks) + len(plan.digital_parts) + 2 - (folded - 1)
+    words = browser.js("return document.querySelector('.repeats .line:nth-of-type(3)').textContent")
+    assert sum(int(word) for word in words.split() if word.isdigit()) == missing
+    browser.click(stage)
+    assert len(browser.titles()) == len(plan.blocks) + len(plan.digital_parts) + browser.js(
+        "return document.querySelector('.view').view.tree.inputs.length"
+        "  + document.querySelector('.view').view.tree.outputs.length"
+    )
+    browser.open(path)
+    browser.driver.find_element("name", "search").send_keys("h.2.mlp.c_fc addmm")
+    browser.press("\ue007")  # what is found in a folded stage unfolds it
+    assert browser.js("return document.querySelector('g.node.selected > .title').textContent") == "addmm"
 
 
 def test_a_block_says_why_it_ends(browser: Browser, plans: dict[str, tuple[Plan, Path]]) -> None:

@@ -32,6 +32,7 @@ __all__ = ["page_text"]
 
 _SCRIPTS = (
     "page_tree.js",
+    "page_stages.js",
     "page_picture.js",
     "page_curves.js",
     "page_export.js",

@@ -70,6 +70,7 @@ class View {
     const tools = [
       this.query, this.filter,
       ...(side ? [el('button', { type: 'button', name: 'side', 'aria-pressed': 'false', title: 'masks, positions and constants that many parts read', onclick: (event) => this.toggleSide(event.currentTarget) }, `side inputs (${side})`)] : []),
+      ...(this.picture.stages.all.length ? [el('button', { type: 'button', name: 'repeats', 'aria-pressed': 'true', title: 'stages that are alike as one node', onclick: (event) => this.toggleRepeats(event.currentTarget) }, 'fold repeats')] : []),
       button('why', 'why digital', 'everything digital, by reason', () => this.panel.reasons()),
       ...(this.data.whatIf ? [button('what-if', 'what if', 'the plan under other options', () => this.panel.whatIf())] : []),
       button('expand', 'open all', 'open every block', () => this.all(true)),
@@ -95,7 +96,7 @@ class View {
 
   legend() {
     const swatch = (name) => el('span', { class: `swatch ${name}`, 'aria-hidden': 'true' });
-    const rows = [['analog', 'energy block: analog, settles to an equilibrium'], ['plain', 'energy block without feedback: analog, exactly the source’s layers'], ['digital', 'digital part: runs forward'],
+    const rows = [['analog', 'energy block: analog, settles to an equilibrium'], ...(this.picture.stages.all.length ? [['repeats', 'stages like those above, as one node: a click unfolds them']] : []), ['plain', 'energy block without feedback: analog, exactly the source’s layers'], ['digital', 'digital part: runs forward'],
       ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital'], ...(this.data.ops.some((op) => op.side.length) ? [['side', 'side input (mask, position, constant): the button shows them']] : []),
       ...(this.data.ops.some((op) => op.feedback.length) ? [['back', 'feedback through weights of its own']] : [])];
     const box = this.guide = el('details', { class: 'legend' }, el('summary', {}, 'legend'),
@@ -111,6 +112,13 @@ class View {
 
   pick(item) {
     this.picture.selected = item.id;
+    if (item.kind === 'stage') {
+      this.picture.stages.show(item);
+      this.picture.selected = item.homes[0].id;
+      this.redraw(null);
+      this.reveal(item.homes[0]);
+      return;
+    }
     if (item.items) {
       item.open = !item.open;
       // What opens far away would be too small to read.
@@ -155,6 +163,7 @@ class View {
     for (let up = item.up; up && up.depth > 0; up = up.up) {
       up.open = true;
     }
+    this.picture.stages.show(item);
     this.picture.selected = item.id;
     this.redraw(null);
     this.panel.item(item);
@@ -186,6 +195,13 @@ class View {
     } else {
       this.panel.element.hidden = true;
     }
+  }
+
+  toggleRepeats(button) {
+    const fold = button.getAttribute('aria-pressed') !== 'true';
+    button.setAttribute('aria-pressed', String(fold));
+    this.picture.stages.fold(fold);
+    this.redraw(null);
   }
 
   toggleSide(button) {

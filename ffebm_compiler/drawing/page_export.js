@@ -2,6 +2,7 @@
 
 function standAlone(svg, { width, height }, name) {
   const copy = svg.cloneNode(true);
+  copy.classList.remove('far');
   copy.setAttribute('xmlns', SVG);
   copy.setAttribute('width', String(width));
   copy.setAttribute('height', String(height));

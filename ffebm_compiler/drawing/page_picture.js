@@ -14,6 +14,7 @@ function shorten(text, most = 58) {
 class Picture {
   constructor(tree, svg, onPick) {
     this.tree = tree;
+    this.stages = new Stages(tree);
     this.svg = svg;
     this.onPick = onPick;
     this.cache = new Map();
@@ -49,7 +50,7 @@ class Picture {
   // Size, and for an open item the layout of what is inside.
   lay(item) {
     const state = item.open ? this.state(item) : 'closed';
-    const key = `${state}|${this.overlay?.name ?? ''}|${this.showSide}`;
+    const key = `${state}|${this.overlay?.name ?? ''}|${this.showSide}|${this.stages.key}`;
     const known = this.cache.get(item.id);
     if (known && known.key === key) {
       return known;
@@ -75,8 +76,8 @@ class Picture {
 
   layInside(item) {
     const { ports, edges: all } = this.tree.edges(item);
-    const edges = all.filter((edge) => this.showSide || !edge.side);
-    const items = [...item.items, ...ports];
+    const shown = all.filter((edge) => this.showSide || !edge.side);
+    const { items, edges } = item.up ? { items: [...item.items, ...ports], edges: shown } : this.stages.folded(item.items, shown);
     const opened = items.filter((inner) => inner.open);
     const { nodes, links } = items.length > MANY ? this.stretched(item, items, edges, opened) : this.arranged(items, edges, (inner) => this.lay(inner));
     const box = { left: 0, top: 0, right: 0, bottom: 0 };
@@ -125,7 +126,7 @@ class Picture {
 
   // A large picture is laid out once, closed; what opens pushes the rest down and aside, which takes no new layout.
   stretched(item, items, edges, opened) {
-    const key = `${item.id}|${this.overlay?.name ?? ''}|${this.showSide}`;
+    const key = `${item.id}|${this.overlay?.name ?? ''}|${this.showSide}|${this.stages.key}`;
     if (!this.bases.has(key)) {
       this.bases.set(key, this.arranged(items, edges, (inner) => this.layLeaf(inner)));
     }
@@ -227,7 +228,7 @@ class Picture {
   drawItem(item, node, parent) {
     const laid = this.lay(item);
     const { width, height } = laid;
-    const classes = ['node', item.domain, item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : '', item.domain === 'analog' && !item.kind && !item.settles ? 'plain' : ''];
+    const classes = ['node', item.kind === 'stage' ? '' : item.domain, item.kind === 'stage' ? '' : item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : '', item.kind === 'stage' ? 'repeats' : '', item.domain === 'analog' && !item.kind && !item.settles ? 'plain' : ''];
     const group = this.make('g', {
       class: classes.filter(Boolean).join(' '), transform: `translate(${(node.x - width / 2).toFixed(1)},${(node.y - height / 2).toFixed(1)})`,
       tabindex: '-1', role: 'treeitem', 'aria-label': this.spoken(item), 'data-id': item.id,
@@ -251,7 +252,7 @@ class Picture {
     });
     this.drawBar(item, width, height, group);
     if (!item.open && item.kind !== 'port') {
-      const names = [(item.settles ? '∿ ' : '') + (item.op?.target ?? item.title), item.title.split('_').at(-1)].slice(0, item.kind ? 1 : 2);
+      const names = [(item.settles ? '∿ ' : '') + (item.op?.target ?? item.title), item.title.split(/[_ ]/).at(item.kind === 'stage' ? 0 : -1)].slice(0, item.kind && item.kind !== 'stage' ? 1 : 2);
       const short = this.make('text', { x: width / 2, y: height / 2, class: 'short', 'text-anchor': 'middle', 'aria-hidden': 'true' });
       this.shorts.push({ short, width, height, names: names.map((name) => [name, this.width(name, 1, true)]) });
       group.appendChild(short);
@@ -300,8 +301,9 @@ class Picture {
   mark() {
     for (const [id, element] of this.elements) {
       const item = this.tree.byId.get(id);
-      const hit = item && this.hits ? this.hits.has(item) : false;
-      const kept = item && this.kept ? this.kept(item) : true;
+      const members = item?.homes ?? [item];
+      const hit = item && this.hits ? members.some((one) => this.hits.has(one)) : false;
+      const kept = item && this.kept ? members.some(this.kept) : true;
       element.classList.toggle('selected', id === this.selected);
       element.classList.toggle('hit', hit);
       element.classList.toggle('dimmed', !kept);

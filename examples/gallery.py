@@ -1,0 +1,80 @@
+"""Photograph the pages of real networks, with random weights, into docs/gallery/.
+
+    .venv/bin/python examples/gallery.py [NAME...]
+
+Needs Chromium, its driver, selenium, torchvision, timm and transformers. Without names: all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.cli.models import load_model, random_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+GALLERY = ROOT / "docs" / "gallery"
+SHOTS: dict[str, tuple[str, bool, tuple[int, int], str]] = {
+    "resnet18": ("torchvision:resnet18", True, (1280, 860), "light"),
+    "vit-tiny": ("timm:vit_tiny_patch16_224", False, (1920, 1080), "light"),
+    "gpt2": ("transformers:gpt2", False, (1280, 860), "dark"),
+    "resnet18-phone": ("torchvision:resnet18", True, (390, 844), "light"),
+}
+"""Name -> model, whether batch norm is folded, window, theme."""
+
+
+def page(model: str, fold: bool, path: Path) -> None:
+    """Write the page of a model with random weights, and its plan under other options."""
+    torch.manual_seed(0)
+    named = load_model(model)
+    args, kwargs = random_inputs(named.inputs, 0)
+    ffebm.plan(named.module, args, kwargs, fold_batchnorm=fold).save_html(path, what_if=True)
+
+
+def browser() -> Any:
+    """A headless Chromium."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"):
+        options.add_argument(argument)
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    return webdriver.Chrome(options=options, service=service)
+
+
+def main() -> None:
+    """Write the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*SHOTS, []], metavar="NAME", help=", ".join(SHOTS))
+    names = parser.parse_args().names or list(SHOTS)
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from zoo_models import load_torchvision
+
+    load_torchvision()
+    GALLERY.mkdir(parents=True, exist_ok=True)
+    driver = browser()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                model, fold, (width, height), theme = SHOTS[name]
+                page(model, fold, Path(folder) / "page.html")
+                window = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+                driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
+                features = [{"name": "prefers-color-scheme", "value": theme}]
+                driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+                driver.get((Path(folder) / "page.html").as_uri())
+                driver.save_screenshot(str(GALLERY / f"{name}.png"))
+    finally:
+        driver.quit()
+
+
+if __name__ == "__main__":
+    main()

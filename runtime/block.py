@@ -27,8 +27,9 @@ from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
+from ffebm_compiler.runtime.program.light import full_sweeps
 from ffebm_compiler.runtime.program.reads import Reads
-from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.base import Solver, typical_contraction
 from ffebm_compiler.runtime.solvers.choice import Choice, choose
 from ffebm_compiler.runtime.solvers.measured import Measured
 from ffebm_compiler.runtime.solvers.pace import Paces
@@ -249,6 +250,12 @@ class EnergyBlock(nn.Module):
         """Factor by which a Gauss–Seidel sweep contracts, about κ (Young 1954); None without a certificate."""
         return self.gain.contraction
 
+    @property
+    def may_be_light(self) -> bool:
+        """Whether the solver leaves the precision of products open, and a certificate says what changes add."""
+        solver = self.active_solver
+        return self.contraction is not None and solver.precision == "auto" and solver.steady
+
     def free_rtol(self, dtype: torch.dtype, training: bool = False) -> float:
         """Relative error at which the free phase stops."""
         return self.active_solver.rtol or free_rtol(dtype, self.contraction is not None, training, self.program.smooth)
@@ -290,6 +297,7 @@ class EnergyBlock(nn.Module):
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
         phase = FreePhase(frame, self.setting, self._warm_start(frame))
         phase.shares = self.gain.error_shares
+        phase.full_sweeps = full_sweeps(self._rtol(phase), typical_contraction(contraction or 1.0))
         return phase, run(phase, solver, self._rtol(phase), contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:
@@ -322,7 +330,7 @@ class EnergyBlock(nn.Module):
         before, self.gain.certificate = self.gain.certificate, needed
         try:
             anew = Frame(self.program, frame.inputs, frame.weights, frame.drawn)
-            anew.training, anew.autocast = frame.training, frame.autocast
+            anew.training, anew.autocast, anew.light = frame.training, frame.autocast, frame.light
             return self._settled(anew)
         finally:
             if not self.training:

@@ -19,6 +19,7 @@ from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.light import light_pays
 from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.pace import Paces
@@ -49,6 +50,8 @@ class Settling(Protocol):
     def active_solver(self) -> Solver: ...
     @property
     def contraction(self) -> float | None: ...
+    @property
+    def may_be_light(self) -> bool: ...
     def paces_on(self, device: torch.device) -> Paces | None: ...
     def laid_out(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]: ...
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]: ...
@@ -84,6 +87,7 @@ class Settle(torch.autograd.Function):
         if block.training:
             frame.paces = block.paces_on(inputs[0].device)
             block.gain.hold(frame.weights)
+            frame.light = block.may_be_light and light_pays(frame)
         phase, block.last = block.relax(frame)
         frame = phase.frame
         states, preactivations = phase.settled()
@@ -91,7 +95,7 @@ class Settle(torch.autograd.Function):
         ctx.block, ctx.last, ctx.training = block, block.last, frame.training
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
         ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
-        ctx.paces, ctx.autocast, ctx.reads = frame.paces, autocast, reads
+        ctx.paces, ctx.autocast, ctx.reads, ctx.light = frame.paces, autocast, reads, frame.light
         ctx.estimator, ctx.aligned, ctx.kept_gradients = block.active_estimator, block.aligned, block.kept_gradients
         ctx.set_materialize_grads(False)
         wide = phase.literal if phase.literal and phase.literal[0] is not states[0] else ()
@@ -124,7 +128,7 @@ class Settle(torch.autograd.Function):
         layers = len(program.layers)
         inputs = [value for value in saved[: program.inputs] if value is not None]
         frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
-        frame.training, frame.paces, frame.autocast = ctx.training, ctx.paces, ctx.autocast
+        frame.training, frame.paces, frame.autocast, frame.light = ctx.training, ctx.paces, ctx.autocast, ctx.light
         preactivations = tuple(value for value in saved[count + layers : count + 2 * layers] if value is not None)
         states = tuple(
             sigma.value(field) if state is None else state

@@ -165,7 +165,7 @@ def test_settings_are_checked() -> None:
         (ffebm.GaussSeidel, {"termination": "layer"}, "termination is 'layer'; expected 'batch' or 'sample'"),
         (ffebm.GaussSeidel, {"relaxation": 2.0}, r"relaxation is 2\.0; expected a number from 1 to below 2, or None"),
         (ffebm.GaussSeidel, {"start": "zero"}, "start is 'zero'; expected 'feedforward' or 'last'"),
-        (ffebm.Anderson, {"precision": "int8"}, "precision is 'int8'; expected 'full' or 'bfloat16'"),
+        (ffebm.Anderson, {"precision": "int8"}, "precision is 'int8'; expected 'auto', 'full' or 'bfloat16'"),
     ):
         with pytest.raises(ffebm.InputError, match=message):
             kind(**options)  # type: ignore[operator]

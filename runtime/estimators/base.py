@@ -119,16 +119,17 @@ def contract(
                 inputs[register] = part if present is None else present + part
         ratio, deviations = frame.deviations(index, currents, at.scales)
         if wants_weights and any(value is not None for value in deviations):
-            back = frame.back
-            back.pullback(
-                index,
-                middle[index],
-                registers=back.tangent_registers(index, deviations, back.program.operand_instructions[index]),
-                gradients=weights,
-                needed=at.weights_needed,
-                bias=False,
-                factor=ratio,
-            )
+            with frame.lightly():
+                back = frame.back
+                back.pullback(
+                    index,
+                    middle[index],
+                    registers=back.tangent_registers(index, deviations, back.program.operand_instructions[index]),
+                    gradients=weights,
+                    needed=at.weights_needed,
+                    bias=False,
+                    factor=ratio,
+                )
     if wants_weights:
         at.setting.energy.add_weight_terms(frame, at.setting, currents, middle, weights, at.weights_needed)
     if wants_weights and any(layer.parameters for layer in program.layers):

@@ -43,7 +43,7 @@ class Phase(FixedPoint):
         self.samples = frame.samples
         self.training = frame.training
         self._version = [0] * len(values)
-        self._pulled: dict[int, tuple[int, dict[int, Tensor]]] = {}
+        self._pulled: dict[int, tuple[int, dict[int, Tensor], Tensor]] = {}
 
     def store(self, index: int, value: Tensor | None) -> None:
         """Make `value` the present one of a layer."""
@@ -58,14 +58,32 @@ class Phase(FixedPoint):
             value = self.values[later]
             if value is None:
                 continue
-            version, parts = self._pulled.get(later, (-1, {}))
-            if version != self._version[later]:
-                parts = self._pull_back(later, value)
-                self._pulled[later] = (self._version[later], parts)
-            part = parts.get(program.layers[index].state)
+            known = self._pulled.get(later)
+            if known is None or known[0] != self._version[later]:
+                parts = (
+                    self._pull_back(later, value)
+                    if known is None or not self.light
+                    else self._pull_change(known, later, value)
+                )
+                self._pulled[later] = known = (self._version[later], parts, value)
+            part = known[1].get(program.layers[index].state)
             if part is not None:
                 found.append((later, part))
         return found
+
+    @property
+    def light(self) -> bool:
+        """Whether the products of changes are computed in bfloat16 by now."""
+        return self.frame.light
+
+    def _pull_change(
+        self, known: tuple[int, dict[int, Tensor], Tensor], later: int, value: Tensor
+    ) -> dict[int, Tensor]:
+        """J_{ml}ᵀ x_m from what was pulled back before, and a light product of the change of x_m since."""
+        _, parts, before = known
+        with self.frame.lightly():
+            change = self._pull_back(later, value - before)
+        return {register: part + change[register] for register, part in parts.items()}
 
     def _pull_back(self, later: int, value: Tensor) -> dict[int, Tensor]:
         """The parts of the pulled-back value of a layer, for each state that its drive reads."""

@@ -23,6 +23,8 @@ __all__ = ["AdjointPhase", "NudgedPhase"]
 class _ErrorPhase(Phase):
     """Error currents u at a settled state, driven by −δ. The adjoint phase is linear, so that δ drives −u."""
 
+    loose = True
+
     def __init__(
         self,
         frame: Frame,
@@ -33,6 +35,8 @@ class _ErrorPhase(Phase):
         super().__init__(frame, setting, [None] * len(preactivations))
         self.preactivations = tuple(preactivations)
         self._drive = tuple(drives)
+        self._arrived: dict[int, tuple[list[Tensor | None], Tensor | None]] = {}
+        """For each layer, the values that light products have carried to it so far, and their sum."""
 
     def order(self) -> list[int]:
         """Backward, so that the nudge reaches the first layer in one sweep."""
@@ -81,10 +85,24 @@ class _ErrorPhase(Phase):
         for _, pulled in self.pulled(index):
             total = pulled if total is None else total + pulled
         ratio, deviations = self.frame.deviations(index, self.values, self.scales)
-        part = self._arriving_frame.tangent(index, deviations)
+        part = self._arriving(index, deviations) if self.light else self._arriving_frame.tangent(index, deviations)
         if part is None:
             return total
         return part * ratio if total is None else torch.add(total, part, alpha=ratio)
+
+    def _arriving(self, index: int, deviations: list[Tensor | None]) -> Tensor | None:
+        """J_l v by a light product of what has changed in v. It adds to −δ about as much as the loop gain says."""
+        before, total = self._arrived.get(index, ([None] * len(deviations), None))
+        moved = [
+            value if value is None or known is None else value - known
+            for value, known in zip(deviations, before, strict=True)
+        ]
+        with self.frame.lightly():
+            part = self._arriving_frame.tangent(index, moved)
+        if total is not None and part is not None:
+            part = total + part
+        self._arrived[index] = deviations, part
+        return part
 
 
 class AdjointPhase(_ErrorPhase):

@@ -36,8 +36,11 @@ class FreePhase(Phase):
         count = len(frame.program.layers)
         super().__init__(frame, setting, [None] * count if start is None else list(start))
         self.preactivations: list[Tensor | None] = [None] * count
-        self._drives: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._drives: dict[int, tuple[tuple[int, ...], Tensor, list[Tensor | None]]] = {}
         self._updates = 0
+        self.loose = frame.program.smooth
+        self.full_sweeps = 1
+        """Number of sweeps before the first whose products may be light."""
         self.literal: tuple[Tensor, ...] = ()
         """The states as a fabric measured them, in float64; empty where they are computed."""
         self.pace = frame.pace("free")
@@ -77,9 +80,30 @@ class FreePhase(Phase):
         key = tuple(self._version[k] for k in self.frame.program.upstream[index])
         known = self._drives.get(index)
         if known is None or known[0] != key:
-            known = (key, self.frame.drive(index, self.values))
-            self._drives[index] = known
+            before = None if known is None else known[2]
+            drive = self._changed_drive(index, known[1], before) if before and known and self.light else None
+            if drive is None:
+                drive = self.frame.drive(index, self.values)
+            states = list(self.values) if self.frame.light else []
+            self._drives[index] = known = (key, drive, states)
         return known[1]
+
+    @property
+    def light(self) -> bool:
+        """Whether changes are small enough by now for light products."""
+        return self.frame.light and self._updates > self.full_sweeps * len(self.values)
+
+    def _changed_drive(self, index: int, drive: Tensor, before: Sequence[Tensor | None]) -> Tensor:
+        """The drive d_l from the one at the states before, by a light product of their changes."""
+        moved: list[Tensor | None] = [None] * len(before)
+        for other in self.frame.program.upstream[index]:
+            value, known = self.values[other], before[other]
+            assert value is not None
+            assert known is not None
+            moved[other] = value - known
+        with self.frame.lightly():
+            change = self.frame.tangent(index, moved)
+        return drive if change is None else drive + change
 
     def update(self, index: int) -> Tensor:
         """σ_l(h_l)."""
@@ -126,7 +150,7 @@ class FreePhase(Phase):
         start = [take_rows(value, rows) for value in self.values if value is not None]
         phase = FreePhase(self.frame.narrowed(rows), self.setting, start)
         phase.preactivations = narrow(self.preactivations, rows)
-        phase._updates = self._updates
+        phase._updates, phase.full_sweeps = self._updates, self.full_sweeps
         return phase
 
     def adopt(self, other: FixedPoint, rows: Tensor) -> None:

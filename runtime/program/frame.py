@@ -5,7 +5,8 @@ Values that depend only on the inputs are evaluated once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Frame:
         """Whether products of values that depend on states are computed in bfloat16."""
         self.autocast = False
         """Whether all products are, also those of weight gradients, as the source's are under autocast."""
+        self.light = False
+        """Whether products that change a gradient little are computed in bfloat16 (`runtime/program/light.py`)."""
         self.reads: Reads | None = None
         """The noise of reading the weights, drawn anew at every product; None if a read is exact."""
         self._in_bfloat16: dict[int, Tensor] = {}
@@ -85,6 +88,15 @@ class Frame:
             for layer in self.program.layers
         )
 
+    @contextmanager
+    def lightly(self) -> Iterator[None]:
+        """Compute every product in bfloat16 while the context is open, if the frame is `light`."""
+        before, self.autocast = self.autocast, self.autocast or self.light
+        try:
+            yield
+        finally:
+            self.autocast = before
+
     def pace(self, phase: str) -> Pace | None:
         """The pace of a phase, by a name that is the same in every step."""
         return None if self.paces is None else self.paces.of(phase)
@@ -98,6 +110,7 @@ class Frame:
         assert samples is not None
         frame = Frame(self.program, inputs, self.weights, drawn, shapes, self.frozen)
         frame.coarse, frame.autocast, frame.training = self.coarse, self.autocast, self.training
+        frame.light = self.light
         return frame
 
     def repeated(self, copies: int) -> Frame:
@@ -111,6 +124,7 @@ class Frame:
         shapes = {register: torch.Size((copies * shape[0], *shape[1:])) for register, shape in self.shapes.items()}
         frame = Frame(self.program, (), self.weights, drawn, shapes, frozen=True)
         frame.coarse, frame.autocast, frame.training = self.coarse, self.autocast, self.training
+        frame.light = self.light
         frame._in_bfloat16 = self._in_bfloat16
         return frame
 

@@ -25,6 +25,8 @@ from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
 __all__ = ["GaussSeidel", "Solver", "sweep_layers", "typical_contraction"]
 
+_WORTHWHILE = 2 / (1 + math.sqrt(0.9))
+"""ω for a contraction of 0.1. A lower one saves no sweep at a loose tolerance, and costs a pass over each layer."""
 _TYPICAL = 0.6
 """What a sweep of a block is seen to contract by, in units of what it is certified to: slopes vanish."""
 
@@ -64,10 +66,12 @@ class Solver(ABC):
     `"last"` starts from the states of the block's last forward if their shapes fit. This is a warm start, for inputs or
     weights that have changed little.
     """
-    precision: Literal["full", "bfloat16"] = "full"
+    precision: Literal["auto", "full", "bfloat16"] = "auto"
     """`"bfloat16"` computes the products of the first sweeps of certified blocks in bfloat16.
 
-    States and sums stay in full precision, and a free phase ends with sweeps in full precision.
+    States and sums stay in full precision, and a free phase ends with sweeps in full precision. `"auto"` does so in
+    training only, on processors that multiply bfloat16, and only with products whose rounding cannot be seen in the
+    gradient (`runtime/program/light.py`). `"full"` never does.
     """
     late: bool | None = None
     """Whether a training step reads one step later whether it settled (`runtime/solvers/pace.py`).
@@ -89,7 +93,7 @@ class Solver(ABC):
             ("on_failure", ("isolate", "error", "warn")),
             ("termination", ("batch", "sample")),
             ("start", ("feedforward", "last")),
-            ("precision", ("full", "bfloat16")),
+            ("precision", ("auto", "full", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:
                 *rest, last = map(repr, allowed)
@@ -213,6 +217,8 @@ class GaussSeidel(Solver):
         if self.schedule not in orders:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
         problem.relaxation = self.omega(problem.contraction)
+        if self.relaxation is None and problem.loose and problem.training and problem.relaxation < _WORTHWHILE:
+            problem.relaxation = 1.0
         return orders[self.schedule]
 
     def omega(self, contraction: float | None) -> float:

@@ -26,6 +26,8 @@ class FixedPoint(ABC):
 
     training: bool = False
     """Whether the result only serves a gradient, so that an estimate of the remaining error is enough."""
+    loose: bool = False
+    """Whether its tolerance in training is reached in as many plain sweeps, if they contract well."""
     contraction: float | None = None
     """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
     shares: Tensor | None = None

@@ -132,7 +132,7 @@ def may_be_late(solver: Solver) -> bool:
         and solver.late is not False
         and solver.on_failure != "error"
         and solver.termination == "batch"
-        and solver.precision == "full"
+        and solver.precision != "bfloat16"
     )
 
 
@@ -223,7 +223,8 @@ class _Relaxation:
         self.memory = solver.init(problem)
         self.sweep = 0
         late = self.coarse is None and solver.start == "feedforward" and not solver.at_once
-        self.next = self.earliest if late else 1
+        unreached = all(value is None for value in problem.values)  # their first change says nothing
+        self.next = max(self.earliest, 2 if unreached else 1) if late else 1
         self.measured, self.previous, self.rate = 0, math.inf, 0.0
         """The last measured sweep, its change, and the contraction per sweep between the last two (0 if unknown)."""
         self.worst = math.inf
@@ -397,7 +398,7 @@ class _Relaxation:
 
 
 def _coarse_goal(solver: Solver, rtol: float, contraction: float | None) -> float | None:
-    if solver.precision == "full" or contraction is None:
+    if solver.precision != "bfloat16" or contraction is None:
         return None
     floor = _COARSE / (1 - contraction)
     return rtol if rtol >= floor else min(2 * floor, 0.5)

@@ -1,0 +1,98 @@
+"""Light products: bfloat16 where its rounding cannot be seen in a gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import CASES, converted, noise
+from torch import nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.runtime.program import light
+from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.light import full_sweeps, light_pays
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Light products on every processor, and in blocks of every size."""
+    monkeypatch.setattr(light, "_SMALLEST", 0)
+    monkeypatch.setattr(light, "_multiplies_bfloat16", lambda: True)
+
+
+def gradients(hybrid: ffebm.HybridModel, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    hybrid.zero_grad(set_to_none=True)
+    output = hybrid(x)
+    (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean().backward()
+    return {name: p.grad.double() for name, p in hybrid.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("estimator", ["ep", "implicit"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Hardsigmoid])
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_gradients_are_as_exact(case: str, activation: type[nn.Module], estimator: str) -> None:
+    hybrid, x = converted(case, activation)
+    hybrid = copy.deepcopy(hybrid).train()
+    hybrid.set_gradient(estimator)
+    exact = copy.deepcopy(hybrid).double()
+    exact.set_gradient("implicit")
+    exact.set_solver(ffebm.GaussSeidel(rtol=1e-10))
+    for kappa in (0.1, 0.5):
+        hybrid.set_feedback(kappa)
+        exact.set_feedback(kappa)
+        found, expected = gradients(hybrid, x), gradients(exact, x.double())
+        largest = max(float(gradient.norm()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            if gradient.norm() > 1e-9 * largest:
+                cosine = float((found[name] * gradient).sum() / (found[name].norm() * gradient.norm()))
+                assert cosine >= 0.9999, f"κ = {kappa}: {name}"
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_only_training_in_single_precision_is_light(monkeypatch: pytest.MonkeyPatch) -> None:
+    hybrid, x = converted("mlp", nn.ReLU)
+    hybrid = copy.deepcopy(hybrid)
+    hybrid.set_feedback(0.5)
+    seen: list[bool] = []
+    lightly = Frame.lightly
+
+    def watched(frame: Frame) -> object:
+        seen.append(frame.light)
+        return lightly(frame)
+
+    monkeypatch.setattr(Frame, "lightly", watched)
+
+    def is_light(model: ffebm.HybridModel, value: torch.Tensor) -> bool:
+        seen.clear()
+        model(value).sum().backward()
+        return any(seen)
+
+    assert is_light(hybrid.train(), x)
+    assert not is_light(hybrid.eval(), x)
+    assert not is_light(copy.deepcopy(hybrid).double().train(), x.double())
+    hybrid.set_solver(ffebm.GaussSeidel(precision="full"))
+    assert not is_light(hybrid.train(), x)
+    hybrid.set_solver(None)
+    hybrid.set_feedback("symmetric")  # nothing certifies how small changes are
+    assert not is_light(hybrid, x)
+
+
+def test_small_blocks_and_other_processors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    hybrid, _ = converted("mlp", nn.ReLU)
+    program = hybrid.blocks[0].module.program
+    monkeypatch.setattr(light, "_multiplies_bfloat16", lambda: True)
+    small, large = (Frame(program, [torch.zeros(rows, 64)], [None] * program.weights) for rows in (2, 1024))
+    assert not light_pays(small)
+    assert light_pays(large)
+    monkeypatch.setattr(light, "_multiplies_bfloat16", lambda: False)
+    assert not light_pays(large)
+
+
+@pytest.mark.parametrize(("rtol", "rate", "sweeps"), [(5e-5, 0.06, 1), (5e-4, 0.3, 2), (5e-5, 0.3, 4), (5e-4, 0.0, 1)])
+def test_sweeps_are_full_until_roundings_are_a_quarter_of_the_tolerance(rtol: float, rate: float, sweeps: int) -> None:
+    assert full_sweeps(rtol, rate) == sweeps
+    assert rate ** (sweeps + 1) * 2**-9 <= rtol / 4
+    assert sweeps == 1 or rate**sweeps * 2**-9 > rtol / 4

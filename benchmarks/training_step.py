@@ -3,9 +3,10 @@
     python benchmarks/training_step.py [--steps 7] [--out benchmarks/results/training_step.json]
     python benchmarks/training_step.py --device cuda [--tf32]
 
-One thread, or one GPU. The variants of a network take turns in one process; each figure is the median over the
-steps of the time of forward and backward, beside the source's median of the same run and beside the floor under it:
-`measuring.py` says how each is measured. `--batch`, `--width`, `--depth` and `--side` change the networks.
+After the training steps come forwards in eval mode. One thread, or one GPU. The variants of a network take turns in
+one process; each figure is the median over the steps of the time of forward and backward, beside the source's median
+of the same run and beside the floor under it: `measuring.py` says how each is measured. `--batch`, `--width`,
+`--depth` and `--side` change the networks.
 """
 
 from __future__ import annotations
@@ -91,15 +92,47 @@ class MLPStack(nn.Module):
         return self.head(self.layers(x).mean(1))
 
 
+class Attention(nn.Module):
+    """x + W_o attention(norm(x)), with 4 heads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inwards, self.outwards = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Self-attention."""
+        batch, tokens, width = x.shape
+        parts = self.inwards(self.norm(x)).view(batch, tokens, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(parts[0], parts[1], parts[2])
+        return x + self.outwards(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Transformer(nn.Module):
+    """A transformer whose MLPs are energy blocks of two layers. Attention is digital, its projections single layers."""
+
+    def __init__(self, width: int = 128, depth: int = 6) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(part(width) for _ in range(depth) for part in (Attention, FeedForward)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the mean token."""
+        return self.head(self.layers(x).mean(1))
+
+
 Build = Callable[[argparse.Namespace], tuple[nn.Module, Tensor]]
 NETWORKS: dict[str, Build] = {
     "residual CNN": lambda o: (ResidualCNN(o.width, o.depth), torch.randn(o.batch, 3, o.side, o.side)),
-    # As many features and half as many samples: (side/2)² tokens, and 4 times the width.
-    "transformer MLP stack": lambda o: (
-        MLPStack(4 * o.width, o.depth),
-        torch.randn(max(1, o.batch // 2), max(1, o.side // 2) ** 2, 4 * o.width),
-    ),
+    "transformer MLP stack": lambda o: (MLPStack(4 * o.width, o.depth), _tokens(o)),
+    "transformer": lambda o: (Transformer(4 * o.width, o.depth), _tokens(o)),
 }
+
+
+def _tokens(options: argparse.Namespace) -> Tensor:
+    """As many features as the images have, of half as many samples: (side/2)² tokens, and 4 times the width."""
+    return torch.randn(max(1, options.batch // 2), max(1, options.side // 2) ** 2, 4 * options.width)
+
 
 CENTERED = ffebm.EquilibriumPropagation(beta=1e-3, variant="centered")
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -112,7 +145,24 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "implicit, feedback 0.3": {"feedback": 0.3, "gradient": "implicit"},
     "ep, feedback 0.7": {"feedback": 0.7},
     "ep centered, default": {"gradient": CENTERED},
+    "ep, full precision": {"solver": ffebm.GaussSeidel(precision="full")},
 }
+FORWARD = "source, forward"
+EVALUATION = ", evaluation"
+"""What the title of a network's second table ends with."""
+FORWARDS: dict[str, dict[str, Any] | None] = {
+    FORWARD: None,
+    "single-layer blocks, forward": {"hardware": Hardware(layers_per_block=1)},
+    "forward, default": {},
+    "forward, feedback 0.5": {"feedback": 0.5},
+    "forward, feedback 0.9": {"feedback": 0.9},
+}
+
+
+def evaluate(model: nn.Module, x: Tensor) -> None:
+    """Forward in eval mode."""
+    with torch.no_grad():
+        model(x)
 
 
 def step(model: nn.Module, x: Tensor, labels: Tensor) -> None:
@@ -122,11 +172,13 @@ def step(model: nn.Module, x: Tensor, labels: Tensor) -> None:
 
 
 def contestant(network: str, name: str, options: argparse.Namespace, device: torch.device) -> Contestant:
-    """The source, or a hybrid of it with blocks of two layers, and its training step on one batch."""
+    """The source, or a hybrid of it with blocks of two layers, and its training step or forward on one batch."""
     torch.manual_seed(0)
-    source, x = NETWORKS[network](options)
+    evaluated = network.endswith(EVALUATION)
+    source, x = NETWORKS[network.removesuffix(EVALUATION)](options)
+    source.train(not evaluated)
     source, x, labels = source.to(device), x.to(device), torch.randint(0, 10, (len(x),)).to(device)
-    settings = VARIANTS[name]
+    settings = FORWARDS[name] if evaluated else VARIANTS[name]
     model = source
     if settings is not None:
         model = ffebm.convert(source, x, **{"hardware": Hardware(layers_per_block=2), **settings})
@@ -136,7 +188,8 @@ def contestant(network: str, name: str, options: argparse.Namespace, device: tor
         taken = [b.module.last.sweeps for b in blocks if b.module.last and b.module.program.coupled]
         return statistics.median(taken) if taken else None
 
-    return Contestant(partial(step, model, x, labels), model, sweeps)
+    run = partial(evaluate, model, x) if evaluated else partial(step, model, x, labels)
+    return Contestant(run, model, sweeps)
 
 
 def main() -> None:
@@ -156,12 +209,13 @@ def main() -> None:
         print(step_memory(contestant(network, name, options, device), device))
         return
     tables = []
-    for network in NETWORKS:
+    for network in [network + end for end in ("", EVALUATION) for network in NETWORKS]:
         if not wanted(network, options.table):
             continue
-        names = [name for name in VARIANTS if name == SOURCE or wanted(name, options.only)]
+        base, variants = (FORWARD, FORWARDS) if network.endswith(EVALUATION) else (SOURCE, VARIANTS)
+        names = [name for name in variants if name == base or wanted(name, options.only)]
         rows = measure(network, {name: contestant(network, name, options, device) for name in names}, options, device)
-        relate(rows, SOURCE)
+        relate(rows, base)
         show(network, rows, options)
         tables.append({"title": network, "rows": rows})
     write(tables, options)

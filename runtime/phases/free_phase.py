@@ -114,7 +114,9 @@ class FreePhase(Phase):
         """σ_l of the over-relaxed pre-activation, so that states and pre-activations belong together."""
         field, before = self._field(index), self.preactivations[index]
         if self.relaxation != 1 and before is not None:
-            field = torch.lerp(before, field, self.relaxation)
+            drive = self._drives[index][1]
+            over = None if field is drive or torch.is_grad_enabled() else field  # nobody else has this tensor
+            field = torch.lerp(before, field, self.relaxation, out=over)
         self.preactivations[index] = field
         return self.activations[index].value(field)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,21 +141,36 @@ def _norms(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: boo
 
 def _largest_change(problem: FixedPoint, forward: bool, changes: list[Tensor], sizes: list[Tensor]) -> Tensor:
     """The largest relative change of a layer, or what it amounts to by the bounds of the layers (`shares`)."""
-    moved = torch.stack(changes)
-    size = torch.stack(sizes) + torch.finfo(moved.dtype).tiny
-    largest = (moved / size).amax(0)
     too_far = 0.0
     if problem.relaxation != 1 and problem.contraction and not problem.training:
         rate = typical_contraction(problem.contraction)
         too_far = (problem.relaxation - 1) * (1 - rate) / rate
-    known = problem.shares is not None and forward and len(changes) == len(problem.shares)
-    if known and (moved.device.type == "cpu" or not problem.training):  # a captured graph can't copy from the host
-        assert problem.shares is not None
-        shares = problem.shares.to(moved)
-        shared = (shares.reshape(*shares.shape, *[1] * (moved.dim() - 1)) * moved).sum(1)
-        # A layer that is almost zero has a large relative bound, but may not change at all.
-        return torch.minimum((1 + too_far) * largest, ((shared + too_far * moved) / size).amax(0))
-    return (1 + too_far) * largest
+    shares = problem.shares
+    if shares is not None and not (forward and len(changes) == len(shares)):
+        shares = None
+    if changes[0].dim() == 0 and changes[0].device.type == "cpu":  # numbers are faster than operations on scalars
+        tiny = torch.finfo(changes[0].dtype).tiny
+        numbers = np.array([float(change) for change in changes]), np.array([float(size) + tiny for size in sizes])
+        with np.errstate(all="ignore"):
+            value = _largest_number(*numbers, None if shares is None else shares.numpy(), too_far)
+        return torch.tensor(value, dtype=torch.float64)
+    moved = torch.stack(changes)
+    size = torch.stack(sizes) + torch.finfo(moved.dtype).tiny
+    largest = (1 + too_far) * (moved / size).amax(0)
+    if shares is None or (moved.device.type != "cpu" and problem.training):  # a captured graph can't read the host
+        return largest
+    shares = shares.to(moved)
+    shared = (shares.reshape(*shares.shape, *[1] * (moved.dim() - 1)) * moved).sum(1)
+    # A layer that is almost zero has a large relative bound, but may not change at all.
+    return torch.minimum(largest, ((shared + too_far * moved) / size).amax(0))
+
+
+def _largest_number(moved: np.ndarray, size: np.ndarray, shares: np.ndarray | None, too_far: float) -> float:
+    """`_largest_change` of numbers that the host has."""
+    largest = (1 + too_far) * (moved / size).max()
+    if shares is None:
+        return float(largest)
+    return float(np.minimum(largest, ((shares @ moved + too_far * moved) / size).max()))
 
 
 def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_sample: bool = False) -> Tensor | None:

@@ -114,8 +114,9 @@ class FreePhase(Phase):
         """σ_l of the over-relaxed pre-activation, so that states and pre-activations belong together."""
         field, before = self._field(index), self.preactivations[index]
         if self.relaxation != 1 and before is not None:
-            drive = self._drives[index][1]
-            over = None if field is drive or torch.is_grad_enabled() else field  # nobody else has this tensor
+            known = self._drives.get(index)
+            own = known is not None and field is not known[1] and not torch.is_grad_enabled()
+            over = field if own else None  # nobody else has this sum
             field = torch.lerp(before, field, self.relaxation, out=over)
         self.preactivations[index] = field
         return self.activations[index].value(field)

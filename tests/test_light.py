@@ -19,6 +19,7 @@ from ffebm_compiler.runtime.program.light import full_sweeps, light_pays
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Light products on every processor, and in blocks of every size."""
     monkeypatch.setattr(light, "_SMALLEST", 0)
+    monkeypatch.setattr(light, "_SMALLEST_OF_CONVOLUTIONS", 0)
     monkeypatch.setattr(light, "_multiplies_bfloat16", lambda: True)
 
 

@@ -112,7 +112,12 @@ class FreePhase(Phase):
 
     def advance(self, index: int) -> Tensor:
         """σ_l of the over-relaxed pre-activation, so that states and pre-activations belong together."""
-        field, before = self._field(index), self.preactivations[index]
+        before = self.preactivations[index]
+        if self.relaxation != 1 and before is not None and before is self._drive(index):
+            field = self._field(index, self.relaxation)  # it only adds to what is there
+            self.preactivations[index] = field
+            return self.activations[index].value(field)
+        field = self._field(index)
         if self.relaxation != 1 and before is not None:
             known = self._drives.get(index)
             own = known is not None and field is not known[1] and not torch.is_grad_enabled()
@@ -121,14 +126,14 @@ class FreePhase(Phase):
         self.preactivations[index] = field
         return self.activations[index].value(field)
 
-    def _field(self, index: int) -> Tensor:
-        """h_l at the present states."""
+    def _field(self, index: int, omega: float = 1.0) -> Tensor:
+        """h_l at the present states, with ω times what arrives from later layers."""
         self._updates += 1
         if self._updates > HOLD * len(self.values):
             self.frame.frozen = True
         field = self._drive(index)
         for later, part in self.pulled(index):
-            field = torch.add(field, part, alpha=self.scales[later] / self.scales[index])
+            field = torch.add(field, part, alpha=omega * self.scales[later] / self.scales[index])
         return field
 
     def questions(self) -> list[Question]:

@@ -249,4 +249,7 @@ class GaussSeidel(Solver):
     ) -> Tensor | None:
         """One sweep."""
         assert isinstance(memory, list)
-        return sweep_layers(problem, memory, measure, per_sample)
+        change = sweep_layers(problem, memory, measure, per_sample)
+        if self.relaxation is None and problem.training and problem.relaxation < _WORTHWHILE:
+            problem.relaxation = 1.0  # a first sweep that goes so little farther is worth a pass, later ones are not
+        return change

@@ -33,7 +33,7 @@ DEVICES = [
         ],
     ),
 ]
-CNN = (*SMALL, "--width", "4", "--depth", "1", "--side", "8", "--table", "residual*")
+CNN = (*SMALL, "--width", "4", "--depth", "1", "--side", "8", "--table", "residual CNN")
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,6 +89,16 @@ def test_training_step(device: str, tmp_path: Path) -> None:
     convolutions = (1e9 * ep["gflop"] - 2 * stem - 3 * head) / conv
     assert convolutions == pytest.approx(round(convolutions), abs=1e-6)
     assert convolutions > 6
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "forward.json"
+    small = (*CNN[:-1], "residual CNN, evaluation", "--only", "forward, default", "--no-memory", "--out", str(path))
+    source, forward = rows(run("training_step.py", *small), path).values()
+    stem, conv, head = (2 * 2 * macs for macs in (3 * 4 * 9 * 64, 4 * 4 * 9 * 64, 4 * 10))
+    assert source["gflop"] == pytest.approx((stem + 2 * conv + head) / 1e9, rel=1e-12)
+    # The feedforward states, and two products a sweep.
+    assert forward["gflop"] - source["gflop"] == pytest.approx(2 * forward["free_sweeps"] * conv / 1e9, rel=1e-9)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident size is read from /proc")

@@ -139,7 +139,7 @@ def test_loop_gain(tmp_path: Path) -> None:
     done = run("loop_gain.py", *small, "--out", str(path))
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text(encoding="utf-8"))
-    assert [row["network"] for row in found["cost"]] == ["residual CNN", "transformer MLP stack"]
+    assert [row["network"] for row in found["cost"]] == ["residual CNN", "transformer MLP stack", "transformer"]
     assert all(row["ratio"] > 0 for row in found["cost"])
     assert all(1 <= row["true_over_told"] < 1.05 < row["power_iteration"] for row in found["growth"])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -118,8 +118,8 @@ def plan(
     fold_batchnorm: bool = False,
     block_ops: Sequence[str] = ("add", "reshape"),
     digital_drive: bool = False,
-    objective: str = "conversions",
-    for_: str = "inference",
+    objective: Literal["conversions", "energy"] = "conversions",
+    for_: Literal["inference", "training"] = "inference",
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
     on_unsupported: str = "digital",
@@ -164,8 +164,8 @@ def convert(
     feedback_weights: str | FeedbackWeights = "tied",
     digital_drive: bool = False,
     devices: str | Devices | None = None,
-    objective: str = "conversions",
-    for_: str = "inference",
+    objective: Literal["conversions", "energy"] = "conversions",
+    for_: Literal["inference", "training"] = "inference",
     force_digital: str | Sequence[str] = (),
     force_analog: str | Sequence[str] = (),
     on_unsupported: str = "digital",

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ffebm_compiler.driven import UNDRIVEN, driven_sentence
 from ffebm_compiler.errors import PlanError
@@ -89,8 +89,8 @@ class PlanOptions:
     force_digital: tuple[str, ...] = ()
     force_analog: tuple[str, ...] = ()
     digital_drive: bool = False
-    objective: str = "conversions"
-    for_: str = "inference"
+    objective: Literal["conversions", "energy"] = "conversions"
+    for_: Literal["inference", "training"] = "inference"
     loop_gain: float = 0.1
     """κ from which the sweeps of `objective="energy"` are predicted."""
 

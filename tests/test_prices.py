@@ -15,7 +15,7 @@ from partition_cases import random_graph
 from torch import nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.errors import HardwareError, InputError
+from ffebm_compiler.errors import HardwareError, InputError, PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Role
 from ffebm_compiler.passes.partition.block_costs import modelled_energy
@@ -121,6 +121,10 @@ def test_convert_and_files(tmp_path: Path) -> None:
         del data["options"][field]
     (tmp_path / "old.json").write_text(json.dumps(data))
     assert ffebm.Plan.from_json(tmp_path / "old.json").options.objective == "conversions"
+    data["options"]["objective"] = "power"
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"objective"):
+        ffebm.Plan.from_json(tmp_path / "bad.json")
 
 
 @pytest.mark.parametrize(

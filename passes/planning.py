@@ -6,7 +6,7 @@ is in exactly one block or in `rejected`. Each operation is in exactly one block
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ffebm_compiler.errors import HardwareError, InputError, UnsupportedError
@@ -21,7 +21,7 @@ from ffebm_compiler.passes.partition.prices import middle, prices_for
 from ffebm_compiler.passes.partition.rules import driven_states
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
-__all__ = ["describe", "describe_block", "make_plan", "matches", "plan_notes"]
+__all__ = ["best_plan", "describe", "describe_block", "make_plan", "matches", "plan_notes"]
 
 FORCED = "force_digital asks for it"
 _COPIED = "it is copied to every sample, not multiplied: no matrix product"
@@ -74,21 +74,13 @@ def make_plan(
     for op in graph.operations:
         if op.kind == "weight" and matches(op.path, options.force_analog):
             raise UnsupportedError(f"force_analog asks for {op.path!r}, but {op.reason}")
-    plan = _best(
-        [
-            describe(
-                graph,
-                hardware,
-                options,
-                partition(graph, hardware, options.block_ops, forced, options.digital_drive, prices),
-                model=type(program.source).__name__,
-                modules=modules,
-                parameters=[name for name, parameter in program.source.named_parameters() if parameter.dim() >= 2],
-                notes=program.notes,
-            )
-            for prices in dict.fromkeys((None, prices_for(graph, hardware, options)))
-        ]
-    )
+    names = [name for name, parameter in program.source.named_parameters() if parameter.dim() >= 2]
+    model, notes = type(program.source).__name__, program.notes
+
+    def described(result: Partition) -> PlanData:
+        return describe(graph, hardware, options, result, model=model, modules=modules, parameters=names, notes=notes)
+
+    plan = best_plan(graph, hardware, options, forced, described)
     unwanted = {path: why for path, why in plan.rejected.items() if why != FORCED}
     if unwanted and on_unsupported == "error":
         listed = "; ".join(f"{path}: {why}" for path, why in list(unwanted.items())[:5])
@@ -97,6 +89,19 @@ def make_plan(
             "force_digital, or pass on_unsupported='digital'"
         )
     return plan
+
+
+def best_plan(
+    graph: OperationGraph,
+    hardware: Hardware,
+    options: PlanOptions,
+    forced: Mapping[str, str],
+    described: Callable[[Partition], PlanData],
+) -> PlanData:
+    """The plan of the partition that is better by the objective. `described` makes a plan of a partition."""
+    prices = dict.fromkeys((None, prices_for(graph, hardware, options)))
+    drive = options.digital_drive
+    return _best([described(partition(graph, hardware, options.block_ops, forced, drive, each)) for each in prices])
 
 
 def _best(plans: Sequence[PlanData]) -> PlanData:

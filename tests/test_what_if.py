@@ -66,6 +66,7 @@ def test_every_line_is_the_plan_of_the_model_with_that_option() -> None:
         "block_ops with 'avg_pool'": {"block_ops": pooling},
         "fold_batchnorm=True and block_ops with 'avg_pool'": {"fold_batchnorm": True, "block_ops": pooling},
         "hardware with tiles_per_core=128, layers_per_block=8": {"hardware": twice},
+        "objective='energy'": {"objective": "energy"},
     }
     assert_same(found.now, plan)
     rows = {row.option: row for row in found.rows}
@@ -81,7 +82,12 @@ def test_every_line_is_the_plan_of_the_model_with_that_option() -> None:
 
 def test_a_plan_that_uses_an_option_is_not_told_of_it() -> None:
     hardware = Hardware(tiles_per_core=None, layers_per_block=None)
-    options = {"fold_batchnorm": True, "digital_drive": True, "block_ops": ("add", "reshape", "avg_pool")}
+    options = {
+        "objective": "energy",
+        "fold_batchnorm": True,
+        "digital_drive": True,
+        "block_ops": ("add", "reshape", "avg_pool"),
+    }
     plan = ffebm.plan(seeded(small_resnet), INPUT, hardware=hardware, **options)
     found = plan.what_if()
     assert (found.rows, found.unchanged) == ((), ())

@@ -14,8 +14,8 @@ from ffebm_compiler.driven import settles
 from ffebm_compiler.errors import HardwareError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition.decide import partition
-from ffebm_compiler.passes.planning import FORCED, describe
+from ffebm_compiler.passes.partition.decide import Partition
+from ffebm_compiler.passes.planning import FORCED, best_plan, describe
 from ffebm_compiler.plan_data import PlanData, PlanOptions
 from ffebm_compiler.reports.costs import cost_report
 from ffebm_compiler.reports.text import count, table_text
@@ -76,7 +76,7 @@ class _Option:
 
 
 def what_if(plan: PlanData) -> WhatIf:
-    """Plan the network again under `fold_batchnorm`, `digital_drive`, pooling inside blocks, a larger core, and all."""
+    """Plan the network again under `fold_batchnorm`, `digital_drive`, pooling in blocks, the energy, a larger core."""
     now = _row("as planned", "", plan)
     rows, unchanged = [], []
     for option in _options(plan):
@@ -106,6 +106,9 @@ def _options(plan: PlanData) -> list[_Option]:
         if not options.fold_batchnorm and len(folded.operations) < len(graph.operations):
             both = replace(wider, fold_batchnorm=True)
             found.append(_Option(f"fold_batchnorm=True and {name}", "both", folded, hardware, both))
+    if options.objective == "conversions":
+        meaning = "the partition has the least modelled energy, not the fewest conversions"
+        found.append(_Option("objective='energy'", meaning, graph, hardware, replace(options, objective="energy")))
     larger = _larger(hardware)
     if larger is not None:
         core = [f"tiles_per_core={larger.tiles_per_core}"] if larger.tiles_per_core else []
@@ -159,11 +162,19 @@ def _planned(plan: PlanData, option: _Option) -> PlanData:
         for op in option.graph.operations
         if op.role is Role.WEIGHT and plan.rejected.get(op.path or op.name) == FORCED
     }
-    options = option.options
-    result = partition(option.graph, option.hardware, options.block_ops, forced, options.digital_drive)
-    return describe(
-        option.graph, option.hardware, options, result, model=plan.model, modules=plan.modules, parameters=()
-    )
+
+    def described(result: Partition) -> PlanData:
+        return describe(
+            option.graph,
+            option.hardware,
+            option.options,
+            result,
+            model=plan.model,
+            modules=plan.modules,
+            parameters=(),
+        )
+
+    return best_plan(option.graph, option.hardware, option.options, forced, described)
 
 
 def _row(name: str, meaning: str, plan: PlanData) -> WhatIfRow:

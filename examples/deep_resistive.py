@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -195,8 +196,10 @@ def picture(curves: list[dict[str, str]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})  # into memory
     plt.close(figure)
+    write_whole(path, drawn.getvalue())
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import statistics
@@ -179,10 +180,11 @@ class Experiment:
                 axis.grid(alpha=0.3)
         axes[0][0].legend()
         figure.tight_layout()
-        path = self.folder / name
-        figure.savefig(path, metadata={"Date": None})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})  # into memory
         plt.close(figure)
-        return path
+        write_whole(self.folder / name, drawn.getvalue())
+        return self.folder / name
 
 
 def _text(row: Mapping[str, Any], key: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Photograph the pages of real networks, with random weights, into docs/gallery/.
 
-    .venv/bin/python examples/gallery.py [NAME...]
+    .venv/bin/python examples/gallery.py [NAME...] [--out docs/gallery]
 
-Needs Chromium, its driver, selenium, torchvision, timm and transformers. Without names: all.
+Needs Chromium, its driver, selenium, torchvision, timm and transformers. Without names: all. Prints the pictures.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli.models import load_model, random_inputs
+from ffebm_compiler.files.whole_files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "docs" / "gallery"
@@ -54,12 +55,16 @@ def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*SHOTS, []], metavar="NAME", help=", ".join(SHOTS))
-    names = parser.parse_args().names or list(SHOTS)
+    parser.add_argument("--out", type=Path, default=GALLERY)
+    options = parser.parse_args()
+    names = options.names or list(SHOTS)
+    if shutil.which("chromedriver") is None:
+        parser.exit(2, f"{parser.prog}: no chromedriver is on the path: install Chromium and its driver\n")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from zoo_models import load_torchvision
 
     load_torchvision()
-    GALLERY.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     driver = browser()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +76,8 @@ def main() -> None:
                 features = [{"name": "prefers-color-scheme", "value": theme}]
                 driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
                 driver.get((Path(folder) / "page.html").as_uri())
-                driver.save_screenshot(str(GALLERY / f"{name}.png"))
+                write_whole(options.out / f"{name}.png", driver.get_screenshot_as_png())
+                print(options.out / f"{name}.png", flush=True)
     finally:
         driver.quit()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,10 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
     arguments = ["--quick", "--out", str(tmp_path / "results")] if "[--quick]" in text else []
     if path.name == "draw_demo.py":
         arguments = [str(tmp_path / "pictures")]
+    if path.name == "gallery.py":
+        if shutil.which("chromedriver") is None:
+            pytest.skip("no chromedriver")
+        arguments = ["resnet18-phone", "--out", str(tmp_path / "gallery")]
     done = python(str(path), *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -15,17 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.circuit import Circuit
 from ffebm_compiler.runtime.energies.conductances import circuit_of
 from ffebm_compiler.runtime.energies.loaded import Loaded
+from ffebm_compiler.runtime.energies.loads import add_load_gradients, magnitudes_of, multiplying_weights, over_samples
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
 from ffebm_compiler.runtime.program.frame import Frame
 
-__all__ = ["Conductive", "add_by_sign", "refuse_activation"]
+__all__ = ["Conductive", "checked_gain", "gain_of", "refuse_activation"]
 
 
 class Conductive(Energy):
@@ -90,6 +91,51 @@ class Conductive(Energy):
         ]
         return torch.stack(terms).sum()
 
+    def add_weight_terms(
+        self,
+        frame: Frame,
+        setting: Setting,
+        currents: Sequence[Tensor | None],
+        middle: Sequence[Tensor],
+        gradients: list[Tensor | None],
+        needed: Sequence[bool],
+        factor: float = 1.0,
+    ) -> None:
+        """−∂Σ_l ⟨e_l ∘ m_l, D^l⟩/∂θ, over the edges that feed back and the layer's own conductances if they load it."""
+        program = frame.program
+        wanted = [need and place in multiplying_weights(program) for place, need in enumerate(needed)]
+        if not any(wanted):
+            return
+        magnitudes = magnitudes_of(frame, self.nonnegative)
+        products = [
+            None if e is None else over_samples(e * m, magnitudes) for e, m in zip(currents, middle, strict=True)
+        ]
+        found: list[Tensor | None] = [None] * program.weights
+        add_load_gradients(magnitudes, setting, products, found, wanted)
+        self.add_own_loads(magnitudes, products, found, wanted)
+        self.add_by_magnitudes(frame, found, gradients, -factor)
+
+    def add_own_loads(
+        self,
+        magnitudes: Frame,
+        products: Sequence[Tensor | None],
+        found: list[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> None:
+        """Add to `found` the derivatives of what a layer's own conductances load it with: nothing with amplifiers."""
+
+    def add_by_magnitudes(
+        self, frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float
+    ) -> None:
+        """Add `factor` times the derivatives by |θ| to those by θ: `factor` sign(θ) ∘ found."""
+        for place, part in enumerate(found):
+            weight, present = frame.weights[place], gradients[place]
+            if part is not None and weight is not None:
+                term = weight.sign() * part
+                gradients[place] = (
+                    term * factor if present is None else torch.add(present, term.to(present.dtype), alpha=factor)
+                )
+
     def circuit(self, frame: Frame, setting: Setting) -> Circuit:
         """Resistors, diodes and amplifiers; see `circuit.py` and `conductances.py`."""
         return circuit_of(frame, setting)
@@ -116,12 +162,27 @@ def refuse_activation(program: BlockProgram, layer: Layer, why: str, nearest: st
     )
 
 
-def add_by_sign(frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float) -> None:
-    """Add `factor` sign(θ) ∘ found, with `found` derivatives by |θ|."""
-    for place, part in enumerate(found):
-        weight, present = frame.weights[place], gradients[place]
-        if part is not None and weight is not None:
-            term = weight.sign() * part
-            gradients[place] = (
-                term * factor if present is None else torch.add(present, term.to(present.dtype), alpha=factor)
-            )
+def checked_gain(feedback: object, what: str) -> float | str:
+    """A gain γ > 0, or `"symmetric"`.
+
+    Args:
+        feedback: what was given.
+        what: what it should be, for the message.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if feedback == "symmetric":
+        return "symmetric"
+    number = isinstance(feedback, int | float) and not isinstance(feedback, bool)
+    if not number or not 1e-12 <= feedback <= 1e12:  # type: ignore[operator]
+        raise InputError(
+            f"feedback is {feedback!r}; expected {what}, a number from 1e-12 to 1e12 (0.01 is the default, and all of "
+            "them settle), or 'symmetric', which is 1"
+        )
+    return float(feedback)  # type: ignore[arg-type]
+
+
+def gain_of(feedback: float | str) -> float:
+    """γ of a feedback: itself, and 1 if it is symmetric."""
+    return 1.0 if isinstance(feedback, str) else feedback

@@ -13,7 +13,6 @@ reaches is held at 0. E is convex for every γ.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,14 +21,11 @@ from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.energies.base import Gauge, Setting
-from ffebm_compiler.runtime.energies.conductive import Conductive, add_by_sign, refuse_activation
+from ffebm_compiler.runtime.energies.conductive import Conductive, checked_gain, gain_of, refuse_activation
 from ffebm_compiler.runtime.energies.loads import (
-    add_load_gradients,
     at_ones,
     loads_of,
     magnitudes_of,
-    multiplying_weights,
-    over_samples,
 )
 from ffebm_compiler.runtime.energies.row_sums import RowSums
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
@@ -57,10 +53,6 @@ class _Passive(Conductive):
 
     amplified = False
     starts_loaded = True
-
-    @abstractmethod
-    def _add(self, frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float) -> None:
-        """Add `factor` times derivatives by magnitudes to those by weights."""
 
     def check_activation(self, program: BlockProgram, layer: Layer) -> None:
         """Admit projections: ReLU, split ReLU and clamps of slope 1."""
@@ -100,27 +92,14 @@ class _Passive(Conductive):
                 total = total + 0.5 * setting.scales[index] * (part * frame.inputs[register] ** 2).sum()
         return total
 
-    def add_weight_terms(
+    def add_own_loads(
         self,
-        frame: Frame,
-        setting: Setting,
-        currents: Sequence[Tensor | None],
-        middle: Sequence[Tensor],
-        gradients: list[Tensor | None],
-        needed: Sequence[bool],
-        factor: float = 1.0,
+        magnitudes: Frame,
+        products: Sequence[Tensor | None],
+        found: list[Tensor | None],
+        wanted: Sequence[bool],
     ) -> None:
-        """−∂Σ_l ⟨e_l ∘ m_l, D^l⟩/∂|θ|: a conductance loads both of its ends."""
-        program = frame.program
-        wanted = [need and place in multiplying_weights(program) for place, need in enumerate(needed)]
-        if not any(wanted):
-            return
-        magnitudes = magnitudes_of(frame, self.nonnegative)
-        products = [
-            None if e is None else over_samples(e * m, magnitudes) for e, m in zip(currents, middle, strict=True)
-        ]
-        found: list[Tensor | None] = [None] * program.weights
-        add_load_gradients(magnitudes, setting, products, found, wanted)
+        """A conductance loads the state of its own layer too."""
         ones, states = at_ones(magnitudes)
         for index, product in enumerate(products):
             if product is None:
@@ -133,7 +112,6 @@ class _Passive(Conductive):
                 needed=wanted,
                 bias=False,
             )
-        self._add(frame, found, gradients, -factor)
 
     def add_amplifier_terms(
         self,
@@ -167,29 +145,17 @@ class Unamplified(_Passive):
 
     def check_feedback(self, feedback: object) -> float | str:
         """A gain γ > 0, or `"symmetric"`."""
-        if feedback == "symmetric":
-            return "symmetric"
-        number = isinstance(feedback, int | float) and not isinstance(feedback, bool)
-        if not number or not 1e-12 <= feedback <= 1e12:  # type: ignore[operator]
-            raise InputError(
-                f"feedback is {feedback!r}; expected the feedback gain γ of an unamplified resistive energy, a number "
-                "from 1e-12 to 1e12 (0.01 is the default, and all of them settle), or 'symmetric', which is 1"
-            )
-        return float(feedback)  # type: ignore[arg-type]
-
-    def _add(self, frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float) -> None:
-        add_by_sign(frame, found, gradients, factor)
+        return checked_gain(feedback, "the feedback gain γ of an unamplified resistive energy")
 
     def describe(self, feedback: float | str, symmetric: bool = True) -> str:
         """A phrase with γ."""
-        return f"resistive energy without amplifiers, γ = {1.0 if isinstance(feedback, str) else feedback:.3g}"
+        return f"resistive energy without amplifiers, γ = {gain_of(feedback):.3g}"
 
     def remedy(self, feedback: float | str, loop_gain: float) -> str:
         """Advises more sweeps or a smaller γ."""
-        gamma = 1.0 if isinstance(feedback, str) else feedback
         return (
-            f"its energy is convex, with a loop gain of {loop_gain:.3g} at γ = {gamma:.3g}: lower `feedback`, or allow "
-            "more sweeps: solver=GaussSeidel(max_sweeps=...)"
+            f"its energy is convex, with a loop gain of {loop_gain:.3g} at γ = {gain_of(feedback):.3g}: lower "
+            "`feedback`, or allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
         )
 
 
@@ -233,7 +199,10 @@ class DRN(_Passive):
                         f"(force_digital={layer.name!r})"
                     )
 
-    def _add(self, frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float) -> None:
+    def add_by_magnitudes(
+        self, frame: Frame, found: Sequence[Tensor | None], gradients: list[Tensor | None], factor: float
+    ) -> None:
+        """Add `factor` times the derivatives, since a conductance is its own magnitude."""
         for place, part in enumerate(found):
             present = gradients[place]
             if part is not None:

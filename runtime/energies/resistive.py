@@ -26,11 +26,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.energies.base import Gauge, Setting
-from ffebm_compiler.runtime.energies.conductive import Conductive, add_by_sign, refuse_activation
+from ffebm_compiler.runtime.energies.conductive import Conductive, checked_gain, gain_of, refuse_activation
 from ffebm_compiler.runtime.energies.loads import (
-    add_load_gradients,
     add_row_sum_gradients,
     loads_of,
     magnitudes_of,
@@ -81,15 +79,7 @@ class Resistive(Conductive):
 
     def check_feedback(self, feedback: object) -> float | str:
         """A gain γ > 0, or `"symmetric"`."""
-        if feedback == "symmetric":
-            return "symmetric"
-        number = isinstance(feedback, int | float) and not isinstance(feedback, bool)
-        if not number or not 1e-12 <= feedback <= 1e12:  # type: ignore[operator]
-            raise InputError(
-                f"feedback is {feedback!r}; expected the gain γ of the amplifiers of a resistive energy, a number from "
-                "1e-12 to 1e12 (0.01 is the default, and all of them settle), or 'symmetric', which is 1"
-            )
-        return float(feedback)  # type: ignore[arg-type]
+        return checked_gain(feedback, "the gain γ of the amplifiers of a resistive energy")
 
     def check_activation(self, program: BlockProgram, layer: Layer) -> None:
         """Admit piecewise linear activations with slopes from 0 to 1."""
@@ -110,29 +100,6 @@ class Resistive(Conductive):
     def gains(self, frame: Frame) -> tuple[float, ...]:
         """The largest row sum of every layer."""
         return row_sums_of(frame)
-
-    def add_weight_terms(
-        self,
-        frame: Frame,
-        setting: Setting,
-        currents: Sequence[Tensor | None],
-        middle: Sequence[Tensor],
-        gradients: list[Tensor | None],
-        needed: Sequence[bool],
-        factor: float = 1.0,
-    ) -> None:
-        """−A_m sign(W) ∘ ∂⟨1, Σ_l (c_m/c_l) J_{ml} (e∘m)_l⟩/∂|W|, over the edges that feed back."""
-        program = frame.program
-        wanted = [need and place in multiplying_weights(program) for place, need in enumerate(needed)]
-        if not any(wanted):
-            return
-        magnitudes = magnitudes_of(frame)
-        products = [
-            None if e is None else over_samples(e * m, magnitudes) for e, m in zip(currents, middle, strict=True)
-        ]
-        found: list[Tensor | None] = [None] * program.weights
-        add_load_gradients(magnitudes, setting, products, found, wanted)
-        add_by_sign(frame, found, gradients, -factor)
 
     def add_amplifier_terms(
         self,
@@ -157,7 +124,7 @@ class Resistive(Conductive):
             image = magnitudes.tangent(index, deviations)
             if image is not None:
                 add_row_sum_gradients(measured, index, -ratio * float(image.sum()), found, wanted)
-        add_by_sign(frame, found, gradients, 1.0)
+        self.add_by_magnitudes(frame, found, gradients, 1.0)
 
     def gauge(self, program: BlockProgram) -> Gauge:
         """A gauge that measures row sums and the spectral radius of the whole block."""
@@ -165,13 +132,12 @@ class Resistive(Conductive):
 
     def describe(self, feedback: float | str, symmetric: bool = True) -> str:
         """A phrase with γ."""
-        return f"resistive energy with amplifiers, γ = {1.0 if isinstance(feedback, str) else feedback:.3g}"
+        return f"resistive energy with amplifiers, γ = {gain_of(feedback):.3g}"
 
     def remedy(self, feedback: float | str, loop_gain: float) -> str:
         """Advises more sweeps, a smaller γ, or amplifiers that fit the weights."""
-        gamma = 1.0 if isinstance(feedback, str) else feedback
         return (
-            f"its energy is convex, with a loop gain of {loop_gain:.3g} at γ = {gamma:.3g}: lower `feedback`, call "
-            "hybrid.recertify() if the weights have changed since (evaluation leaves the amplifiers as they are), or "
-            "allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
+            f"its energy is convex, with a loop gain of {loop_gain:.3g} at γ = {gain_of(feedback):.3g}: lower "
+            "`feedback`, call hybrid.recertify() if the weights have changed since (evaluation leaves the amplifiers "
+            "as they are), or allow more sweeps: solver=GaussSeidel(max_sweeps=...)"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Evaluated, Gauge, Setting
-from ffebm_compiler.runtime.energies.conductive import Conductive
+from ffebm_compiler.runtime.energies.conductive import Conductive, gain_of
 from ffebm_compiler.runtime.energies.followed_norm import Launched, Track, drawn_probe, followed
 from ffebm_compiler.runtime.energies.loaded import Loaded
 from ffebm_compiler.runtime.energies.loop_gain import MARGIN, scales_for
@@ -48,7 +48,7 @@ class RowSums(Gauge):
 
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
         """The certificate with A from the row sums and c from γ."""
-        return self._certificate(frame, states, scales_for(self.program, _gamma(feedback)), self.energy.gains(frame))
+        return self._certificate(frame, states, scales_for(self.program, gain_of(feedback)), self.energy.gains(frame))
 
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
         """The certificate with ρ of these weights at the present γ and A."""
@@ -151,10 +151,6 @@ class RowSums(Gauge):
             sizes.append(size)
         late = sizes[_SWEEPS // 2 :]
         return float(np.exp(np.mean(np.log(late))))
-
-
-def _gamma(feedback: float | str) -> float:
-    return 1.0 if isinstance(feedback, str) else feedback
 
 
 def _random_states(phase: AdjointPhase) -> list[Tensor]:

@@ -297,8 +297,9 @@ class EnergyBlock(nn.Module):
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
         phase = FreePhase(frame, self.setting, self._warm_start(frame))
         phase.shares = self.gain.error_shares
-        phase.full_sweeps = full_sweeps(self._rtol(phase), typical_contraction(contraction or 1.0))
-        return phase, run(phase, solver, self._rtol(phase), contraction)
+        rtol = self._rtol(phase)
+        phase.full_sweeps = full_sweeps(rtol, typical_contraction(contraction or 1.0))
+        return phase, run(phase, solver, rtol, contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:
         """Run the predicted sweeps of a free phase that is read with noise.

@@ -109,9 +109,7 @@ class Frame:
         shapes = {register: torch.Size((len(rows), *shape[1:])) for register, shape in self.shapes.items()}
         assert samples is not None
         frame = Frame(self.program, inputs, self.weights, drawn, shapes, self.frozen)
-        frame.coarse, frame.autocast, frame.training = self.coarse, self.autocast, self.training
-        frame.light = self.light
-        return frame
+        return self._as_precise(frame)
 
     def repeated(self, copies: int) -> Frame:
         """The same block for several copies of the samples, one after another. Only for tangents and pullbacks."""
@@ -123,9 +121,17 @@ class Frame:
         }
         shapes = {register: torch.Size((copies * shape[0], *shape[1:])) for register, shape in self.shapes.items()}
         frame = Frame(self.program, (), self.weights, drawn, shapes, frozen=True)
-        frame.coarse, frame.autocast, frame.training = self.coarse, self.autocast, self.training
-        frame.light = self.light
         frame._in_bfloat16 = self._in_bfloat16
+        return self._as_precise(frame)
+
+    def _as_precise(self, frame: Frame) -> Frame:
+        """A frame with this one's mode and precision."""
+        frame.coarse, frame.autocast, frame.light, frame.training = (
+            self.coarse,
+            self.autocast,
+            self.light,
+            self.training,
+        )
         return frame
 
     def _weights(self, instruction: Instruction) -> list[Tensor | None]:

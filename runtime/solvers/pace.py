@@ -6,7 +6,7 @@ one step as in the step before. So a training step on a GPU does as many sweeps 
 change of its last sweep stays on the device, and the *next* step reads it, when it has long been computed:
 
 - The remaining error is above the tolerance: the phase does more sweeps from now on.
-- It is not finite: a warning names the block, and the phase waits for its result again.
+- It is not finite: a warning says so, and the phase waits for its result again, so that an error can name the block.
 - In every 32nd step the phase waits for its result as on a CPU, which finds samples that do not settle, and whether
   fewer sweeps are enough.
 """

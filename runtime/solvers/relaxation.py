@@ -108,7 +108,7 @@ def relax(
 def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None = None) -> Settled:
     """Run a solver on a problem, without warnings or errors about the result. `concluded` issues them."""
     pace = problem.pace
-    if pace is None or contraction is None or not _may_be_late(problem, solver):
+    if pace is None or contraction is None or not problem.training or not may_be_late(solver):
         return _Relaxation(problem, solver, rtol, contraction).run()
     if not pace.capturing and not pace.read():
         warnings.warn(LOST, ConvergenceWarning, stacklevel=2)
@@ -119,10 +119,6 @@ def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | N
             pace.found(settled.sweeps, settled.residual, relaxation.factor)
         return settled
     return _paced(problem, solver, rtol, contraction, pace, pace.sweeps)
-
-
-def _may_be_late(problem: FixedPoint, solver: Solver) -> bool:
-    return problem.training and may_be_late(solver)
 
 
 def may_be_late(solver: Solver) -> bool:

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -211,18 +211,24 @@ COLUMNS = (
 
 
 def show(title: str, rows: list[dict[str, Any]], options: argparse.Namespace, ratio: str = "ratio") -> None:
-    """Print a table; a column without any figure is left out."""
+    """Print a table of what `measure` found, and on what."""
     unit = "CPU" if options.device == "cpu" else "GPU"
-    columns = [column for column in COLUMNS if any(row[column[1]] is not None for row in rows)]
+    print_table(title, rows, [(heading.format(unit=unit, ratio=ratio), key, form) for heading, key, form in COLUMNS])
+    print(f"measured peak: {rows[0]['peak_gflops']:.1f} GFLOP/s, {conditions(options)}", flush=True)
+
+
+def print_table(title: str, rows: list[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> None:
+    """Print rows by their name. A column is (heading, key, format); one without any figure is left out."""
     lines = [[f"{'':25}"], *([f"{row['name']:25}"] for row in rows)]
     for heading, key, form in columns:
+        if all(row.get(key) is None for row in rows):
+            continue
         width = int(re.match(r"\d+", form)[0])  # type: ignore[index]
-        lines[0].append(f"{heading.format(unit=unit, ratio=ratio):>{width}}")
+        lines[0].append(f"{heading:>{width}}")
         for line, row in zip(lines[1:], rows, strict=True):
-            line.append(f"{'' if row[key] is None else f'{row[key]:{form}}':>{width}}")
+            line.append(f"{'' if row.get(key) is None else f'{row[key]:{form}}':>{width}}")
     print(f"\n{title}")
-    print("\n".join(" ".join(line).rstrip() for line in lines))
-    print(f"measured peak: {rows[0]['peak_gflops']:.1f} GFLOP/s, {conditions(options)}", flush=True)
+    print("\n".join(" ".join(line).rstrip() for line in lines), flush=True)
 
 
 def conditions(options: argparse.Namespace) -> str:
@@ -233,8 +239,9 @@ def conditions(options: argparse.Namespace) -> str:
 
 
 def write(tables: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Say what the floor is, and write the tables as JSON where the options ask for it."""
-    print(f"\nfloor: FLOPs over the measured peak. {NOT_COUNTED}")
+    """Say what the floor is where there is one, and write the tables as JSON where the options ask for it."""
+    if any("floor_ms" in row for table in tables for row in table["rows"]):
+        print(f"\nfloor: FLOPs over the measured peak. {NOT_COUNTED}")
     if options.out is None:
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from measuring import add_options, prepare, seconds, wanted, write
+from measuring import add_options, prepare, print_table, seconds, wanted, write
 from papers_networks import fifteen_layers, papers_plan, six_layers
 
 import ffebm_compiler as ffebm
@@ -212,16 +212,7 @@ def main() -> None:
             if not wanted(title, options.table):
                 continue
             rows = measured(network, precision, options, device)
-            columns = [column for column in COLUMNS if rows[-1].get(column[1]) is not None]
-            widths = [int(form.split(".")[0].rstrip("g")) for _, _, form in columns]
-            print(f"\n{title}")
-            print(f"{'':25}", *(f"{head:>{width}}" for (head, _, _), width in zip(columns, widths, strict=True)))
-            for row in rows:
-                cells = [
-                    f"{'' if row.get(key) is None else format(row[key], form):>{width}}"
-                    for (_, key, form), width in zip(columns, widths, strict=True)
-                ]
-                print(f"{row['name']:25}", *cells, flush=True)
+            print_table(title, rows, COLUMNS)
             tables.append({"title": title, "rows": rows})
     write(tables, options)
 

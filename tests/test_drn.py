@@ -15,6 +15,7 @@ import scipy.optimize
 import torch
 import torch.nn.functional as F
 from drn_networks import Dense, made, split
+from finite_differences import gradients_by, slope_along
 from networks import noise
 from torch import Tensor, nn
 
@@ -93,44 +94,17 @@ def test_states_are_the_minimum_that_scipy_finds(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_differences(kind: str) -> None:
     hybrid, _, x = strict(kind)
-    tensors: dict[str, Tensor] = {}
-    gradients: dict[str, dict[str, Tensor]] = {}
-    for estimator in (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled", "recurrent"):
-        hybrid.set_gradient(estimator)
-        hybrid.zero_grad()
-        given = x.clone().requires_grad_()
-        loss_of(hybrid(given)).backward()
-        tensors = {**dict(hybrid.named_parameters()), "x": given}
-        gradients[str(estimator)] = {name: t.grad.clone() for name, t in tensors.items() if t.grad is not None}
-        assert set(gradients[str(estimator)]) == set(tensors)
+    estimators = (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled", "recurrent")
+    tensors, gradients = gradients_by(estimators, hybrid, x, loss_of)
     for index, (name, tensor) in enumerate(tensors.items()):
         direction = noise(*tensor.shape, seed=100 + index).double()
         if name.endswith("weight"):  # a conductance of 0 may only grow: it is left where it is, for central differences
             direction = torch.where(tensor.detach() > 1e-3, direction, 0)
         direction /= direction.norm()
-
-        def shifted(step: float, name: str = name, direction: Tensor = direction) -> float:
-            point, moved = x, step * direction
-            with torch.no_grad():
-                if name == "x":
-                    point = x + moved
-                else:
-                    tensors[name].add_(moved)
-                result = float(loss_of(hybrid(point)))
-                if name != "x":
-                    tensors[name].sub_(moved)
-            return result
-
         size = max(float(found[name].norm()) for found in gradients.values())
-        best = (math.inf, 0.0)
-        for step in (1e-4, 1e-5, 1e-6):  # the largest in which no unit crosses a kink: both differences agree
-            ends = [shifted(factor * step) for factor in (1, -1, 2, -2)]
-            near, far = (ends[0] - ends[1]) / (2 * step), (ends[2] - ends[3]) / (4 * step)
-            best = min(best, (abs(near - far), (4 * near - far) / 3))
-            if best[0] <= 1e-7 * size:
-                break
+        slope = slope_along(direction, name, tensors, hybrid, x, loss_of, size)
         for found in gradients.values():
-            expected = pytest.approx(best[1], rel=1e-7, abs=1e-7 * size)
+            expected = pytest.approx(slope, rel=1e-7, abs=1e-7 * size)
             assert float((found[name] * direction).sum()) == expected, name
             torch.testing.assert_close(found[name], gradients["unrolled"][name], rtol=1e-7, atol=1e-9 * size)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from finite_differences import gradients_by, slope_along
 from networks import CASES, MLP, Branches, Projections, noise, seeded
 from torch import Tensor, nn
 
@@ -286,40 +287,13 @@ def test_gradients_are_finite_differences_with_gamma_and_amplifiers_held(case: s
     assert any(setting.amplifiers for setting in before)
     x = x.double()
     # β so small that no unit crosses a kink; the midpoint makes the quadratic part exact at any β.
-    gradients: dict[str, dict[str, Tensor]] = {}
-    for estimator in (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled"):
-        hybrid.set_gradient(estimator)
-        hybrid.zero_grad()
-        given = x.clone().requires_grad_()
-        loss_of(hybrid(given)).backward()
-        tensors = {**dict(hybrid.named_parameters()), "x": given}
-        gradients[str(estimator)] = {name: t.grad.clone() for name, t in tensors.items() if t.grad is not None}
-        assert set(gradients[str(estimator)]) == set(tensors)
+    estimators = (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled")
+    tensors, gradients = gradients_by(estimators, hybrid, x, loss_of)
     for index, (name, tensor) in enumerate(tensors.items()):
         direction = noise(*tensor.shape, seed=100 + index).double()
         direction /= direction.norm()
-
-        def shifted(step: float, name: str = name, direction: Tensor = direction) -> float:
-            point, moved = x, step * direction
-            with torch.no_grad():
-                if name == "x":
-                    point = x + moved
-                else:
-                    tensors[name].add_(moved)
-                result = float(loss_of(hybrid(point)))
-                if name != "x":
-                    tensors[name].sub_(moved)
-            return result
-
         size = max(float(found[name].norm()) for found in gradients.values())
-        best = (math.inf, 0.0)
-        for step in (1e-4, 1e-5, 1e-6):  # the largest in which no unit crosses a kink: both differences agree
-            ends = [shifted(factor * step) for factor in (1, -1, 2, -2)]
-            near, far = (ends[0] - ends[1]) / (2 * step), (ends[2] - ends[3]) / (4 * step)
-            best = min(best, (abs(near - far), (4 * near - far) / 3))
-            if best[0] <= 1e-7 * size:
-                break
-        slope = best[1]
+        slope = slope_along(direction, name, tensors, hybrid, x, loss_of, size)
         for found in gradients.values():
             expected = pytest.approx(slope, rel=1e-7, abs=1e-7 * size)
             assert float((found[name] * direction).sum()) == expected, name

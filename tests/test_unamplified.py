@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from finite_differences import gradients_by, slope_along
 from networks import CASES, MLP, noise, seeded
 from torch import Tensor, nn
 
@@ -64,40 +65,15 @@ def test_states_minimise_the_sum_over_the_resistors(gamma: float, kind: Any) -> 
 def test_gradients_are_finite_differences(case: str) -> None:
     hybrid, _, x = made(case)
     assert any(block.module.program.coupled for block in hybrid.blocks)
-    tensors: dict[str, Tensor] = {}
-    gradients: dict[str, dict[str, Tensor]] = {}
-    for estimator in (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled"):
-        hybrid.set_gradient(estimator)
-        hybrid.zero_grad()
-        given = x.clone().requires_grad_()
-        loss_of(hybrid(given)).backward()
-        tensors = {**dict(hybrid.named_parameters()), "x": given}
-        gradients[str(estimator)] = {name: t.grad.clone() for name, t in tensors.items() if t.grad is not None}
-        assert set(gradients[str(estimator)]) == set(tensors)
+    estimators = (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled")
+    tensors, gradients = gradients_by(estimators, hybrid, x, loss_of)
     for index, (name, tensor) in enumerate(tensors.items()):
         direction = noise(*tensor.shape, seed=100 + index).double()
         direction /= direction.norm()
-
-        def shifted(step: float, name: str = name, direction: Tensor = direction) -> float:
-            point = x + step * direction if name == "x" else x
-            with torch.no_grad():
-                if name != "x":
-                    tensors[name].add_(step * direction)
-                result = float(loss_of(hybrid(point)))
-                if name != "x":
-                    tensors[name].sub_(step * direction)
-            return result
-
         size = max(float(found[name].norm()) for found in gradients.values())
-        best = (math.inf, 0.0)
-        for step in (1e-4, 1e-5, 1e-6):  # the largest in which no unit crosses a kink: both differences agree
-            ends = [shifted(factor * step) for factor in (1, -1, 2, -2)]
-            near, far = (ends[0] - ends[1]) / (2 * step), (ends[2] - ends[3]) / (4 * step)
-            best = min(best, (abs(near - far), (4 * near - far) / 3))
-            if best[0] <= 1e-7 * size:
-                break
+        slope = slope_along(direction, name, tensors, hybrid, x, loss_of, size)
         for found in gradients.values():
-            assert float((found[name] * direction).sum()) == pytest.approx(best[1], rel=1e-7, abs=1e-7 * size), name
+            assert float((found[name] * direction).sum()) == pytest.approx(slope, rel=1e-7, abs=1e-7 * size), name
 
 
 def test_nothing_is_set_so_that_weights_may_move_without_measuring() -> None:

@@ -14,9 +14,6 @@ Ten minutes on one thread of a shared machine; `--quick` takes one seed, a small
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,16 +22,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from experiment import Experiment, Row
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 
 METHODS = ("EP", "unrolled", "MLP, backprop")
-KEY = ("data", "hidden", "method", "seed")
-FIELDS = (*KEY, "test", "train", "sweeps")
 
 
 class DeepResistive(nn.Module):
@@ -145,63 +140,6 @@ def train(model: nn.Module, task: Task, seed: int, epochs: int, batch: int = 32)
         yield accuracy(model, task.test)
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where it is not there yet."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, fields: tuple[str, ...], rows: list[dict[str, object]]) -> None:
-    """Write a CSV file again with these rows in place of older ones of the same run, whole or not at all."""
-    lines = [",".join(fields)]
-    fresh = {tuple(str(row[field]) for field in KEY) for row in rows}
-    for row in [*(old for old in read(path) if tuple(old[field] for field in KEY) not in fresh), *rows]:
-        lines.append(",".join(f'"{row[field]}"' for field in fields))
-    write_whole(path, "\n".join(lines) + "\n")
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """Mean test accuracy and its range, by data, hidden layers and method."""
-    found = [f"{'data':8} {'hidden':9} " + " ".join(f"{method:>22}" for method in METHODS)]
-    for data, hidden in dict.fromkeys((row["data"], row["hidden"]) for row in rows):
-        cells = []
-        for method in METHODS:
-            key = (data, hidden, method)
-            seeds = [float(row["test"]) for row in rows if (row["data"], row["hidden"], row["method"]) == key]
-            cells.append(f"{statistics.mean(seeds):.2f} ({min(seeds):.1f} to {max(seeds):.1f})" if seeds else "")
-        found.append(f"{data:8} {hidden:9} " + " ".join(f"{cell:>22}" for cell in cells))
-    return "\n".join(found)
-
-
-def picture(curves: list[dict[str, str]], path: Path) -> None:
-    """Test accuracy by epoch, the mean of the seeds: a panel for each data set and number of hidden layers."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "deep_resistive"  # the same picture every time
-    import matplotlib.pyplot as plt
-
-    panels = list(dict.fromkeys((row["data"], row["hidden"]) for row in curves))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
-    for axis, (data, hidden) in zip(axes[0], panels, strict=True):
-        for method in METHODS:
-            values: dict[int, list[float]] = {}
-            for row in curves:
-                if (row["data"], row["hidden"], row["method"]) == (data, hidden, method):
-                    values.setdefault(int(row["epoch"]), []).append(float(row["test"]))
-            axis.plot(list(values), [statistics.mean(seeds) for seeds in values.values()], label=method)
-        axis.set(title=f"{data}, {hidden} hidden", xlabel="epoch", ylabel="test accuracy, %")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    figure.tight_layout()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})  # into memory
-    plt.close(figure)
-    write_whole(path, drawn.getvalue())
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,47 +157,31 @@ def main() -> None:
     if options.quick:
         options.seeds, options.width, options.depth, options.epochs, options.data = 1, 20, [1], 2, ["digits"]
     torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    runs, curves = options.out / "runs.csv", options.out / "curves.csv"
-    wanted = [
-        (data, "-".join([str(options.width)] * depth), method, seed)
+    keys = [
+        {"data": data, "hidden": "-".join([str(options.width)] * depth), "method": method, "seed": seed}
         for data in options.data
         for depth in options.depth
         for method in options.method
         for seed in range(options.seeds)
     ]
-    done = {(row["data"], row["hidden"], row["method"], int(row["seed"])) for row in read(runs)}
     loaded: dict[str, Task] = {}
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        whole = progress.add_task("runs", total=len(wanted))
-        for data, hidden, method, seed in wanted:
-            if (data, hidden, method, seed) in done:
-                progress.advance(whole)
-                continue
-            task = loaded[data] = loaded.get(data) or TASKS[data]()
-            epochs = options.epochs or task.epochs
-            torch.manual_seed(seed)
-            model = network(method, task, tuple(map(int, hidden.split("-"))))
-            key = {"data": data, "hidden": hidden, "method": method, "seed": seed}
-            bar = progress.add_task(f"{data} {hidden} {method}, seed {seed}", total=epochs)
-            points: list[dict[str, object]] = []
-            for epoch, test in enumerate(train(model, task, seed, epochs), 1):
-                points.append({**key, "epoch": epoch, "test": f"{test:.3f}"})
-                progress.advance(bar)
-            progress.remove_task(bar)
-            last = model.blocks[0].module.last if isinstance(model, ffebm.HybridModel) else None
-            row = {
-                **key,
-                "test": points[-1]["test"],
-                "train": f"{accuracy(model, task.training):.3f}",
-                "sweeps": 0 if last is None else last.sweeps,
-            }
-            append(curves, (*KEY, "epoch", "test"), points)
-            append(runs, FIELDS, [row])
-            progress.advance(whole)
-    picture(read(curves), options.out / "curves.svg")
-    sys.stdout.write(table(read(runs)) + "\n")
+
+    def one(key: Row, _: Path) -> Iterator[Row]:
+        task = loaded[key["data"]] = loaded.get(key["data"]) or TASKS[key["data"]]()
+        epochs = options.epochs or task.epochs
+        torch.manual_seed(key["seed"])
+        model = network(key["method"], task, tuple(map(int, key["hidden"].split("-"))))
+        for epoch, test in enumerate(train(model, task, key["seed"], epochs), 1):
+            row: Row = {"epoch": epoch, "test": f"{test:.3f}"}
+            if epoch == epochs:
+                last = model.blocks[0].module.last if isinstance(model, ffebm.HybridModel) else None
+                row |= {"train": f"{accuracy(model, task.training):.3f}", "sweeps": 0 if last is None else last.sweeps}
+            yield row
+
+    experiment = Experiment(options.out, "deep resistive networks")
+    experiment.run(keys, one)
+    experiment.picture(("data", "hidden"), "method", {"test": "test accuracy, %"})
+    print(experiment.table(("data", "hidden"), "method", "test"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,29 +130,31 @@ class Experiment:
         lines = [columns, *([each.get(column, "") for column in columns] for each in (*rows, fresh))]
         write_whole(self.folder / f"{name}.csv", "".join(",".join(map(_quoted, line)) + "\n" for line in lines))
 
-    def table(self, rows: str, columns: str, value: str, form: str = ".2f") -> str:
-        """Means over the seeds and their range, by two of the keys."""
-        runs = self.rows("runs")
+    def table(self, rows: str | Sequence[str], columns: str, value: str, form: str = ".2f") -> str:
+        """Means over the seeds and their range, by one of the keys or several of them, and by another one."""
+        runs, names = self.rows("runs"), _names(rows)
         across = list(dict.fromkeys(run[columns] for run in runs))
-        lines = [f"{rows + chr(92) + columns:24} " + " ".join(f"{name:>24}" for name in across)]
-        for down in dict.fromkeys(run[rows] for run in runs):
+        lines = [f"{' '.join(names) + chr(92) + columns:24} " + " ".join(f"{name:>24}" for name in across)]
+        for down in dict.fromkeys(_text(run, names) for run in runs):
             cells = []
             for name in across:
-                found = [run for run in runs if (run[rows], run[columns]) == (down, name)]
+                found = [run for run in runs if (_text(run, names), run[columns]) == (down, name)]
                 values = [float(run[value]) for run in found if run[value] not in ("", "nan")]
                 cell = ""
                 if values:
                     cell = f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
                 stopped = sum(bool(run["failed"]) for run in found)
                 cells.append(f"{cell}{f' {stopped} stopped' if stopped else ''}")
-            lines.append(f"{down:24} " + " ".join(f"{cell:>24}" for cell in cells))
+            lines.append(f"{' '.join(down):24} " + " ".join(f"{cell:>24}" for cell in cells))
         return "\n".join(lines)
 
-    def picture(self, panels: str, lines: str, values: Mapping[str, str], name: str = "curves.svg") -> Path:
+    def picture(
+        self, panels: str | Sequence[str], lines: str, values: Mapping[str, str], name: str = "curves.svg"
+    ) -> Path:
         """Curves by epoch, means over the seeds: a column of panels for each value of `panels`, a row for each value.
 
         Args:
-            panels: a key.
+            panels: a key, or several.
             lines: a key; one line for each of its values.
             values: column of `curves` -> label of its axis.
         """
@@ -162,8 +164,8 @@ class Experiment:
         mpl.rcParams["svg.hashsalt"] = self.name  # the same picture every time
         import matplotlib.pyplot as plt
 
-        curves = self.rows("curves")
-        wide = list(dict.fromkeys(row[panels] for row in curves))
+        curves, names = self.rows("curves"), _names(panels)
+        wide = list(dict.fromkeys(_text(row, names) for row in curves))
         size = (4 * max(1, len(wide)), 2.8 * len(values))
         figure, axes = plt.subplots(len(values), max(1, len(wide)), figsize=size, squeeze=False)
         for column, panel in enumerate(wide):
@@ -172,11 +174,12 @@ class Experiment:
                 for line in dict.fromkeys(each[lines] for each in curves):
                     points: dict[int, list[float]] = {}
                     for each in curves:
-                        if (each[panels], each[lines]) == (panel, line) and each.get(value) not in (None, ""):
+                        if (_text(each, names), each[lines]) == (panel, line) and each.get(value) not in (None, ""):
                             points.setdefault(int(each["epoch"]), []).append(float(each[value]))
                     if points:
                         axis.plot(list(points), [statistics.mean(found) for found in points.values()], label=line)
-                axis.set(title=f"{panels} {panel}" if row == 0 else "", xlabel="epoch", ylabel=label)
+                title = ", ".join(map(" ".join, zip(names, panel, strict=True)))
+                axis.set(title=title if row == 0 else "", xlabel="epoch", ylabel=label)
                 axis.grid(alpha=0.3)
         axes[0][0].legend()
         figure.tight_layout()
@@ -187,7 +190,11 @@ class Experiment:
         return self.folder / name
 
 
-def _text(row: Mapping[str, Any], key: Mapping[str, Any]) -> tuple[str, ...]:
+def _names(keys: str | Sequence[str]) -> Sequence[str]:
+    return [keys] if isinstance(keys, str) else keys
+
+
+def _text(row: Mapping[str, Any], key: Iterable[str]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in key)
 
 

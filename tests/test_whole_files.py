@@ -309,7 +309,6 @@ def test_no_writer_goes_around_it() -> None:
         ("ffebm_compiler/drawing/plots.py", ".savefig("),  # its docstring
         ("examples/draw_page.py", ".savefig("),  # into memory
         ("examples/circuit_in_the_loop.py", ".savefig("),  # into memory
-        ("examples/deep_resistive.py", ".savefig("),  # into memory
         ("examples/experiment.py", ".savefig("),  # into memory
         ("benchmarks/measuring.py", "write_text("),  # a switch of the kernel's
     }

@@ -15,6 +15,7 @@ from ffebm_compiler.call_arguments import as_captured
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.passes.containers import Form
 from ffebm_compiler.passes.order_of_draws import draws
+from ffebm_compiler.runtime.finite import in_a_pipeline
 from ffebm_compiler.source_view import signature_of
 
 if TYPE_CHECKING:
@@ -157,4 +158,6 @@ def _check(value: Any, leaf: _Leaf) -> None:
         kind = "floating-point" if leaf.floating else "integer or boolean"
         raise InputError(f"input {leaf.name!r} has dtype {value.dtype}, expected a {kind} one")
     if leaf.floating and value.device.type == "cpu" and bool(torch.isnan(value).any()):
-        raise InputError(f"input {leaf.name!r} of shape {tuple(value.shape)} holds NaN: check the data")
+        raise InputError(
+            f"input {leaf.name!r} of shape {tuple(value.shape)} holds NaN: check the data{in_a_pipeline()}"
+        )

@@ -19,7 +19,8 @@ from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import HARDWARE
-from ffebm_compiler.runtime.held_gain import HeldGain, check_inputs, check_weights
+from ffebm_compiler.runtime.finite import check_inputs, check_weights
+from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.phases.read_phase import ReadPhase

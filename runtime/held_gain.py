@@ -22,12 +22,13 @@ from ffebm_compiler.errors import FFEBMWarning, InputError
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.followed_norm import Launched
+from ffebm_compiler.runtime.finite import check_weights
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
 
-__all__ = ["HeldGain", "check_inputs", "check_weights"]
+__all__ = ["HeldGain"]
 
 
 class HeldGain:
@@ -364,26 +365,6 @@ class HeldGain:
                 tuple(norms), scales, _number(state["radius"]), _number(state["contraction"]), amplifiers
             )
         self.gauge.restore(state["tracks"])
-
-
-def check_inputs(name: str, inputs: Sequence[Tensor]) -> None:
-    """Refuse inputs with NaN or infinite values."""
-    for index, value in enumerate(inputs):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(
-                f"input {index} of {name}, of shape {tuple(value.shape)}, holds NaN or infinite values: "
-                "check the data and the digital part before it"
-            )
-
-
-def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:
-    """Refuse weights with NaN or infinite values."""
-    for index, weight in enumerate(weights):
-        if weight is not None and not bool(torch.isfinite(weight).all()):
-            raise InputError(
-                f"weight {index} of {name}, of shape {tuple(weight.shape)}, holds NaN or infinite values. Training may "
-                "have diverged; lower the learning rate or reload a checkpoint"
-            )
 
 
 def _in_full_precision(weights: Sequence[Tensor | None]) -> list[Tensor | None]:

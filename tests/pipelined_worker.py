@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from sharded_worker import Residual
@@ -32,7 +33,12 @@ def main() -> None:
     loss_fn(output, target).backward()
 
     hybrid = ffebm.convert(source[rank], x, **settings).train()
-    stage = PipelineStage(hybrid, rank, count, torch.device("cpu"))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ffebm.InputError, match="unless PipelineStage has input_args and output_args"):
+            hybrid(torch.full((2, 12), value).double())
+    # Without these PipelineStage runs the hybrid on memory that nothing has written, which may hold NaN or 1e300.
+    received, sent = torch.zeros(2, 12).double().requires_grad_(rank > 0), torch.zeros(2, 12).double().requires_grad_()
+    stage = PipelineStage(hybrid, rank, count, torch.device("cpu"), input_args=received, output_args=sent)
     schedule = ScheduleGPipe(stage, n_microbatches=4, loss_fn=loss_fn)
     losses: list[Tensor] = []
     if rank == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import FabricError, FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.runtime.energies.base import Setting
-from ffebm_compiler.runtime.held_gain import check_inputs, check_weights
+from ffebm_compiler.runtime.finite import check_inputs, check_weights
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.fabric import Question, checked_states, outside

@@ -35,7 +35,7 @@ FLOORS: dict[str, str] = {
     "reports": "reports field_penalties saved_settings storage",
     "pictures and ONNX": "drawing onnx circuit_elements circuit_power spice ngspice_runs ngspice",
     "what people hold": "plan hybrid",
-    "what people call": "convert graphed_gains graphed_step init loading",
+    "what people call": "convert accuracy graphed_gains graphed_step init loading",
     "the package": "ffebm_compiler",
     "commands": "cli demo",
 }

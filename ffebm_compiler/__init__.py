@@ -7,6 +7,8 @@ loss_fn(hybrid(x), y).backward()
 """
 
 from ffebm_compiler import init
+from ffebm_compiler.accuracy.sensitivity import sensitivity
+from ffebm_compiler.accuracy.sensitivity_report import Sensitivity
 from ffebm_compiler.convert import convert, plan
 from ffebm_compiler.errors import (
     CaptureError,
@@ -93,6 +95,7 @@ __all__ = [
     "PulsedUpdate",
     "RecurrentBackprop",
     "Relaxation",
+    "Sensitivity",
     "TikiTaka",
     "TruncatedBackprop",
     "Unrolled",
@@ -107,4 +110,5 @@ __all__ = [
     "jacobian_homeostasis",
     "load",
     "plan",
+    "sensitivity",
 ]

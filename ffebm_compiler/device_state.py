@@ -6,7 +6,7 @@ stored, and the same devices come back bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -36,10 +36,13 @@ __all__ = [
 ]
 
 
-def put_on_devices(hybrid: HybridParts, devices: Devices | None, age: float = 0.0) -> None:
+def put_on_devices(
+    hybrid: HybridParts, devices: Devices | None, age: float = 0.0, only: Collection[str] | None = None
+) -> None:
     """Program the weights of every block into devices, or take them back into exact arithmetic.
 
-    The feedback is set for the weights that the devices hold.
+    The feedback is set for the weights that the devices hold. With `only`, names of operations, those alone are on
+    devices, and a block with none of them computes exactly. Such a hybrid is for measurements: it is not stored.
 
     Raises:
         InputError: the plan has no analog block.
@@ -52,8 +55,12 @@ def put_on_devices(hybrid: HybridParts, devices: Devices | None, age: float = 0.
             "the plan has no analog block, so that there is no weight to put on devices: convert with other hardware "
             "or without force_digital, or leave devices out"
         )
+    held = {
+        each.name: frozenset(each.operations if only is None else {*each.operations} & {*only})
+        for each in hybrid.plan.blocks
+    }
     made = {
-        name: None if devices is None else _arrays(hybrid.plan, name, block, devices, age)
+        name: None if devices is None or not held[name] else _arrays(hybrid.plan, name, block, devices, age, held[name])
         for name, block in blocks.items()
     }
     before = {name: (block.arrays, block.program, block.gain) for name, block in blocks.items()}
@@ -66,15 +73,18 @@ def put_on_devices(hybrid: HybridParts, devices: Devices | None, age: float = 0.
         raise
     hybrid.devices = devices
     for name, block in blocks.items():
-        block.gain.forget()
-        hybrid._recertify(name)
+        if only is None or before[name][0] is not None or made[name] is not None:
+            block.gain.forget()
+            hybrid._recertify(name)
 
 
-def _arrays(plan: PlanData, name: str, block: EnergyBlock, devices: Devices, age: float) -> Arrays:
+def _arrays(
+    plan: PlanData, name: str, block: EnergyBlock, devices: Devices, age: float, held: Collection[str]
+) -> Arrays:
     tilings: dict[str, Tiling] = {}
     bias_rows = set()
     for operation in (plan.graph[operation] for operation in plan.block(name).operations):
-        if operation.role is not Role.WEIGHT:
+        if operation.role is not Role.WEIGHT or operation.name not in held:
             continue
         fabric = plan.hardware.for_layer(operation.path)
         if fabric.conv_mapping == "unrolled" and operation.positions > 1 and operation.kind.startswith("conv"):

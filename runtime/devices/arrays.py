@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +48,8 @@ class Arrays:
 
     Args:
         program: the block's program as it was lowered.
-        tilings: name of each weight-stationary operation of the block -> how it lies on tiles.
+        tilings: name of each weight-stationary operation of the block that is on devices -> how it lies on tiles. The
+            others compute exactly.
         bias_rows: names of the operations whose bias is a row of the crossbar.
         devices: the devices.
         age: seconds since they were programmed.
@@ -80,7 +81,7 @@ class Arrays:
     ) -> BlockProgram:
         program, mismatch = self.source, bool(self.devices.mismatch)
         count = program.weights
-        claimed: set[int] = set()
+        claimed = {index for item in _exact(program, tilings) for index in item.weights if index is not None}
         own_feedback = dict(program.feedback_weights)
         coupling = set(program.coupling_weights)
         feedback: list[tuple[int, int]] = []
@@ -98,6 +99,10 @@ class Arrays:
             nonlocal count
             weight = item.weights[0] if item.operator.product else None
             if weight is None:
+                return item
+            if item.operation not in tilings:
+                if weight in own_feedback and (weight, own_feedback[weight]) not in feedback:
+                    feedback.append((weight, own_feedback[weight]))
                 return item
             if item.operation in found:
                 return replace(item, weights=found[item.operation])
@@ -207,6 +212,12 @@ class Arrays:
                 noise[2] = None if found.variance is None else found.variance[:, rows].reshape(bias.shape)
         self._kept[number] = stamp, self.age, held, noise
         return held, noise
+
+
+def _exact(program: BlockProgram, tilings: Collection[str]) -> Iterator[Instruction]:
+    """The products of a program that are not on devices."""
+    for layer in program.layers:
+        yield from (item for item in layer.instructions if item.operator.product and item.operation not in tilings)
 
 
 def _without_bias(tiling: Tiling, on_row: bool) -> tuple[int, ...]:

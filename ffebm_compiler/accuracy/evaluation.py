@@ -1,0 +1,148 @@
+"""Call the user's `evaluate`, and put a part of a hybrid's layers on devices while it is called."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffebm_compiler.device_state import observed_ranges, put_on_devices
+from ffebm_compiler.errors import FFEBMError, InputError
+from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.passes.unchanged import generators_unchanged
+from ffebm_compiler.runtime.devices.devices import Devices
+
+__all__ = ["Evaluate", "Measure", "Setting", "check_repeats", "told_devices", "value_of", "whole_number"]
+
+Evaluate = Callable[[Any], Any]
+"""A network in evaluation mode -> a number, such as its accuracy."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Workers that are threads share one hybrid and torch's one generator, so that they take turns."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is not ideal in one measurement."""
+
+    key: str
+    """Names the measurement in a file."""
+    told: str
+    """How an error names it, such as "layer 'conv1' on devices"."""
+    operations: tuple[str, ...] = ()
+    """The plan's operations that are on devices."""
+    settling: tuple[str, ...] | None = None
+    """Names of the blocks that settle. The others compute what the source computes. None is all."""
+    draw: int = 0
+    """Which devices: it is added to their seed, and to the seed of torch's generator."""
+
+
+def value_of(evaluate: Evaluate, model: nn.Module, told: str) -> float:
+    """The number that `evaluate` returns.
+
+    Raises:
+        InputError: it raises an error, or returns no finite number. Names what was measured.
+    """
+    try:
+        with torch.no_grad():
+            found = evaluate(model)
+    except FFEBMError as error:
+        raise type(error)(f"{told}: {error}") from error
+    except Exception as error:  # it runs the user's code
+        said = (str(error).strip() or "without a message").splitlines()[0]
+        raise InputError(
+            f"evaluate raised an error with {told}: {type(error).__name__}: {said}. "
+            "It is called with a network in evaluation mode and returns a number"
+        ) from error
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    if isinstance(found, bool) or (not isinstance(found, int | float) and not hasattr(found, "__float__")):
+        raise InputError(
+            f"evaluate returned an object of type {type(found).__name__} with {told}; expected a number such as an "
+            "accuracy"
+        )
+    number = float(found)
+    if number != number or number in (float("inf"), float("-inf")):
+        raise InputError(f"evaluate returned {number} with {told}; expected a finite number such as an accuracy")
+    return number
+
+
+class Measure:
+    """`evaluate` of a hybrid with a part of it on devices. It can be sent to another process.
+
+    Args:
+        hybrid: the hybrid, which is copied.
+        evaluate: the metric.
+        devices: of the layers that a setting names.
+        age: seconds since the devices were programmed.
+        seed: is added to every draw.
+    """
+
+    def __init__(
+        self, hybrid: HybridModel, evaluate: Evaluate, devices: Devices, age: float = 0.0, seed: int = 0
+    ) -> None:
+        self.hybrid = copy.deepcopy(hybrid)
+        put_on_devices(self.hybrid, None)
+        self.hybrid.eval()
+        self.evaluate, self.devices, self.age, self.seed = evaluate, devices, age, seed
+
+    def __call__(self, setting: Setting) -> dict[str, float]:
+        """{"value": what `evaluate` returns}.
+
+        Raises:
+            InputError: `evaluate` raises an error, or returns no finite number. Names the setting.
+        """
+        with _ONE_AT_A_TIME, generators_unchanged():
+            devices = replace(self.devices, seed=self.devices.seed + self.seed + setting.draw)
+            put_on_devices(self.hybrid, devices, self.age, setting.operations)
+            blocks = self.hybrid.energy_blocks
+            for name, block in blocks.items():
+                block.enabled = setting.settling is None or name in setting.settling
+            self.hybrid.eval()
+            if devices.dac_bits is not None or devices.adc_bits is not None:
+                self._set_ranges(setting)
+            torch.manual_seed(self.seed + setting.draw)
+            return {"value": value_of(self.evaluate, self.hybrid, setting.told)}
+
+    def _set_ranges(self, setting: Setting) -> None:
+        """Let converters see all data first, as `calibrate_converters` does."""
+        with observed_ranges(self.hybrid):
+            torch.manual_seed(self.seed + setting.draw)
+            value_of(self.evaluate, self.hybrid, setting.told)
+
+
+def check_repeats(measure: Measure, setting: Setting) -> float:
+    """The value of a setting without devices, which is measured twice.
+
+    Raises:
+        InputError: the two differ, so that no difference between settings means anything.
+    """
+    first, second = (measure(replace(setting, draw=draw))["value"] for draw in (0, 1))
+    if first != second:
+        raise InputError(
+            f"evaluate is not deterministic: called twice with {setting.told}, it returned {first!r} and {second!r}. "
+            "Use the same data every time, without random augmentation or shuffling, and seed what draws"
+        )
+    return first
+
+
+def whole_number(name: str, value: object, least: int) -> int:
+    """A whole number of at least so much.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} is {value!r}; expected a whole number of at least {least}")
+    return value
+
+
+def told_devices(devices: Devices) -> str:
+    """The devices as one line of JSON, which identifies them in a file."""
+    return json.dumps(devices.to_dict(), sort_keys=True)

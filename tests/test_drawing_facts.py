@@ -129,7 +129,7 @@ def test_alike_stages_are_one_node_until_it_is_opened(browser: Browser, plans: d
     assert folded < len(plan.blocks) + len(plan.digital_parts)
     # The node stands for as many blocks and parts as are missing from the picture.
     missing = len(plan.blocks) + len(plan.digital_parts) + 2 - (folded - 1)
-    words = browser.js("return document.querySelector('.repeats .line:nth-of-type(3)').textContent")
+    words = browser.js("return document.querySelector('.repeats').getAttribute('aria-label')").rpartition(", block")[2]
     assert sum(int(word) for word in words.split() if word.isdigit()) == missing
     browser.click(stage)
     assert len(browser.titles()) == len(plan.blocks) + len(plan.digital_parts) + browser.js(

@@ -198,8 +198,10 @@ def test_text_fits_its_box(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["transformer"])
     browser.button("expand")
     too_wide = browser.js(
+        "const shown = (t) => t.checkVisibility({visibilityProperty: true});"
         "return [...document.querySelectorAll('g.node')].filter((n) => [...n.querySelectorAll(':scope > text')]"
-        ".some((t) => t.getBBox().width > n.querySelector('.box').width.baseVal.value)).map((n) => n.dataset.id)"
+        ".some((t) => shown(t) && t.getBBox().width > n.querySelector('.box').width.baseVal.value))"
+        ".map((n) => n.dataset.id)"
     )
     assert too_wide == []
 

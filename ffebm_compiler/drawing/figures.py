@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ffebm_compiler.drawing.overlay import same_blocks
 from ffebm_compiler.errors import HardwareError
+from ffebm_compiler.hardware.costs import Quantity
 from ffebm_compiler.reports.costs import cost_report, cost_report_of
 from ffebm_compiler.reports.text import count
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hardware.costs import Quantity
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
     from ffebm_compiler.reports.costs import BlockCost, CostReport
@@ -94,6 +94,16 @@ def total_costs(report: CostReport) -> dict[str, Any]:
     missing = ", ".join(f"{name} ×{times}" if times > 1 else name for name, times in report.uncounted.items())
     return {
         "short": str(report.inference),
+        "latency": str(report.latency),
+        "energy": _shares(
+            ("crossbars", _sum(report, "analog")),
+            ("converters and partial sums", _sum(report, "converters")),
+            ("memory between blocks", _sum(report, "traffic")),
+            ("digital work", report.digital_parts),
+        ),
+        "time": _shares(
+            ("blocks", report.block_latency), ("digital work", _less(report.latency, report.block_latency))
+        ),
         "rows": [
             row("one inference", report.inference, report.digital_inference),
             row("one training step", report.training, report.digital_training),
@@ -107,3 +117,24 @@ def total_costs(report: CostReport) -> dict[str, Any]:
             for constant in report.constants.values()
         ],
     }
+
+
+def _sum(report: CostReport, part: str) -> Quantity:
+    """One kind of energy over all blocks."""
+    return sum((getattr(block, part) for block in report.blocks), Quantity(0.0, 0.0, "pJ"))
+
+
+def _less(total: Quantity, part: Quantity) -> Quantity:
+    """What a total has beside one of its parts."""
+    if total.low is None or total.high is None or part.low is None or part.high is None:
+        return Quantity(None, None, total.unit)
+    return Quantity(total.low - part.low, total.high - part.high, total.unit)
+
+
+def _shares(*parts: tuple[str, Quantity]) -> list[tuple[str, float, str]]:
+    """Name, share of the total (middles of the ranges) and range of each part; empty if one is unknown or all are 0."""
+    middles = [None if q.low is None or q.high is None else (q.low + q.high) / 2 for _, q in parts]
+    known = [middle for middle in middles if middle is not None]
+    if len(known) < len(parts) or not sum(known):
+        return []
+    return [(name, middle / sum(known), str(q)) for (name, q), middle in zip(parts, known, strict=True)]

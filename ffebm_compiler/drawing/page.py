@@ -33,10 +33,15 @@ __all__ = ["page_text"]
 _SCRIPTS = (
     "page_tree.js",
     "page_stages.js",
+    "page_wires.js",
     "page_picture.js",
     "page_curves.js",
     "page_export.js",
+    "page_budget.js",
+    "page_floor.js",
+    "page_flows.js",
     "page_panel.js",
+    "page_minimap.js",
     "page_app.js",
 )
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}

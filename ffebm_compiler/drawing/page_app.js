@@ -1,6 +1,7 @@
 // The page around the picture: toolbar, keyboard, zoom, search, filter, download. One View for each plan.
 
 const LIMITS = [0.08, 3];
+const READABLE = 0.96;
 
 class View {
   constructor(place, data) {
@@ -15,48 +16,135 @@ class View {
     this.status = el('p', { class: 'status', role: 'status', 'aria-live': 'polite' });
     this.picture = new Picture(this.tree, this.svg, (item) => this.pick(item));
     this.picture.onEdge = (edge) => this.panel.edge(edge);
+    this.panel.onEdge = (edge) => this.choose(edge);
+    this.minimap = new Minimap(this);
     place.append(
-      el('header', { class: 'top' }, el('h1', {}, data.title), el('p', { class: 'provenance' }, data.provenance), this.totals(), this.toolbar()),
-      el('main', {}, this.stage, this.legend(), this.panel.element),
+      el('header', { class: 'top' }, el('div', { class: 'head' }, el('h1', {}, data.title), el('p', { class: 'provenance' }, data.provenance)), this.totals(), this.toolbar()),
+      el('main', {}, el('div', { class: 'canvas' }, this.stage, this.legend(), this.minimap.element, this.controls()), this.panel.element),
     );
     this.panel.close.addEventListener('click', () => this.shut());
     this.stage.addEventListener('keydown', (event) => this.key(event));
     place.addEventListener('keydown', (event) => this.shortcut(event));
+    this.scale = 1;
     this.dragging();
-    this.picture.draw();
     this.begin();
-    // A notebook may give the frame its size after the script ran; what a reader has touched stays as it is.
-    const late = new ResizeObserver(() => this.begin());
-    late.observe(this.stage);
-    for (const kind of ['pointerdown', 'click', 'keydown', 'wheel']) {
-      place.addEventListener(kind, () => late.disconnect(), { capture: true, once: true, passive: true });
+    // A window that changes, a frame that gets its size late, a panel that opens: what was whole stays whole.
+    new ResizeObserver(() => this.resized()).observe(this.stage);
+  }
+
+  resized() {
+    if (this.whole && this.panel.element.hidden) {
+      this.begin();
+    } else if (this.whole) {
+      this.fit();
     }
   }
 
   begin() {
+    this.arrange();
+    this.redraw(null);
     this.fit();
-    // Where the whole would be too small to tell anything, the width alone decides.
-    if (this.scale < 0.2) {
-      this.scale = Math.min(1, Math.max(0.45, (this.stage.clientWidth - 24) / this.picture.size.width));
-      this.resize();
-      this.stage.scrollTo((this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
-    }
     // Open where it covers nothing.
-    this.guide.open = (this.stage.clientWidth - this.picture.size.width * this.scale) / 2 > 350 && this.stage.clientHeight > 450;
+    const [beside, below] = [this.stage.clientWidth - this.picture.size.width * this.scale, this.stage.clientHeight - this.picture.size.height * this.scale];
+    this.guide.open = this.panel.element.hidden && (beside / 2 > 350 ? this.stage.clientHeight > 450 : below / 2 > 330 && this.stage.clientWidth > 700);
+  }
+
+  // The direction and the level of detail at which the whole can be read; else those at which it is largest.
+  arrange() {
+    const [width, height] = [this.stage.clientWidth - 24, this.stage.clientHeight - 24];
+    const many = this.picture.shown().length > MANY;
+    const directions = this.fixed?.direction ? [this.fixed.direction] : many || width < 600 ? ['TB'] : ['TB', 'LR'];
+    const levels = this.fixed?.level ? [this.fixed.level] : many ? ['brief'] : ['full', 'brief', 'names'];
+    let best = null;
+    for (const level of levels) {
+      for (const direction of directions) {
+        const size = this.picture.sizeOf(direction, level);
+        // On a wide window, a picture of its shape is easier to follow.
+        const wide = direction === 'LR' && width > 1.6 * height ? 1.25 : 1;
+        const scale = wide * Math.min(1, width / size.width, height / size.height);
+        if (!best || best.level === 'full' || scale > best.scale * (level === best.level ? 1.05 : 1.2)) {
+          best = { direction, level, scale };
+        }
+      }
+      if (best.scale >= READABLE) {
+        break;
+      }
+    }
+    Object.assign(this.picture, { direction: best.direction, level: best.level });
+    this.said();
+  }
+
+  // The buttons of direction and detail say what is shown.
+  said() {
+    this.across.setAttribute('aria-pressed', String(this.picture.direction === 'LR'));
+    this.detail.setAttribute('aria-pressed', String(this.picture.level === 'full'));
   }
 
   totals() {
     const rows = this.data.totals.map(([value, name]) => el('li', {}, el('b', {}, value), ` ${name}`));
     if (this.data.costs) {
-      const known = this.data.costs.short !== 'unknown';
-      rows.push(el('li', {}, ...(known ? [el('b', {}, this.data.costs.short), ' per inference, '] : []), this.panel.costsLink(known ? 'modelled' : 'modelled costs')));
+      const { short, energy, latency, time } = this.data.costs;
+      const known = short !== 'unknown';
+      rows.push(el('li', {}, ...(known ? [el('b', {}, short), ' per inference, '] : []), this.panel.costsLink(known ? 'modelled' : 'modelled costs'), ...(energy.length ? [budget('energy', energy)] : [])));
+      rows.push(el('li', {}, ...(time.length ? [el('b', {}, latency), ' latency, modelled', budget('latency', time)] : ['latency unknown'])));
     }
     return el('ul', { class: 'totals' }, ...rows);
   }
 
+  button(name, text, title, act) {
+    return el('button', { type: 'button', name, title, 'aria-label': title, onclick: act }, text);
+  }
+
+  report(...children) {
+    this.guide.open = false;
+    this.panel.report(...children);
+  }
+
+  // Beside the picture: direction, detail and zoom.
+  controls() {
+    this.across = el('button', { type: 'button', name: 'across', title: 'from left to right', 'aria-label': 'from left to right', onclick: () => this.turn() }, '⇄');
+    this.detail = el('button', { type: 'button', name: 'details', title: 'every box with its layers, every arrow with its values', 'aria-label': 'details', onclick: () => this.deepen() }, 'details');
+    return el('div', { class: 'tools controls', role: 'toolbar', 'aria-label': 'view' },
+      this.button('expand', 'open all', 'open every block', () => this.all(true)),
+      this.button('collapse', 'close all', 'close every block', () => this.all(false)),
+      this.detail, this.across,
+      this.button('out', '−', 'zoom out (-)', () => this.zoom(this.scale / 1.25)),
+      this.button('in', '+', 'zoom in (+)', () => this.zoom(this.scale * 1.25)),
+      this.button('fit', 'fit', 'fit to the window (0)', () => this.fit()));
+  }
+
+  turn() {
+    this.fixed = { ...this.fixed, direction: this.picture.direction === 'LR' ? 'TB' : 'LR' };
+    this.arrange();
+    this.redraw(null);
+    this.fit();
+  }
+
+  // All that the boxes hold, at a scale that can be read; or the overview again.
+  deepen() {
+    const full = this.picture.level !== 'full';
+    this.fixed = { ...this.fixed, level: full ? 'full' : null };
+    if (full) {
+      this.picture.level = 'full';
+      this.whole = false;
+      this.scale = Math.max(this.scale, 1);
+      this.redraw(null);
+      this.said();
+      this.stage.scrollTo(this.picture.direction === 'LR' ? 0 : (this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
+      this.picture.elements.get(this.picture.selected)?.scrollIntoView({ block: 'center', inline: 'center' });
+    } else {
+      const level = this.picture.level;
+      this.arrange();
+      this.picture.level = this.picture.level === level ? 'brief' : this.picture.level;
+      this.said();
+      this.redraw(null);
+      this.fit();
+    }
+  }
+
   toolbar() {
-    const button = (name, text, title, act) => el('button', { type: 'button', name, title, 'aria-label': title, onclick: act }, text);
-    this.query = el('input', { type: 'search', name: 'search', placeholder: 'search module or operation', 'aria-label': 'search module or operation (/)' });
+    const button = this.button;
+    this.query = el('input', { type: 'search', name: 'search', placeholder: 'search layers, arrows', 'aria-label': 'search layers, operations, weights and arrows (/)' });
     this.query.addEventListener('input', () => this.search());
     this.query.addEventListener('keydown', (event) => {
       if (event.key === 'Enter' && this.results?.length) {
@@ -66,18 +154,17 @@ class View {
     });
     const stayed = this.data.rejected.length;
     this.filter = el('button', { type: 'button', name: 'stayed', 'aria-pressed': 'false', onclick: () => this.toggleStayed() }, `stayed digital (${stayed})`);
-    const side = this.tree.edges(this.tree.root).edges.filter((edge) => edge.side).length;
+    const side = this.tree.arrows.filter((edge) => edge.side).length;
     const tools = [
       this.query, this.filter,
       ...(side ? [el('button', { type: 'button', name: 'side', 'aria-pressed': 'false', title: 'masks, positions and constants that many parts read', onclick: (event) => this.toggleSide(event.currentTarget) }, `side inputs (${side})`)] : []),
       ...(this.picture.stages.all.length ? [el('button', { type: 'button', name: 'repeats', 'aria-pressed': 'true', title: 'stages that are alike as one node', onclick: (event) => this.toggleRepeats(event.currentTarget) }, 'fold repeats')] : []),
       button('why', 'why digital', 'everything digital, by reason', () => this.panel.reasons()),
       ...(this.data.whatIf ? [button('what-if', 'what if', 'the plan under other options', () => this.panel.whatIf())] : []),
-      button('expand', 'open all', 'open every block', () => this.all(true)),
-      button('collapse', 'close all', 'close every block', () => this.all(false)),
-      button('out', '−', 'zoom out (-)', () => this.zoom(this.scale / 1.25)),
-      button('in', '+', 'zoom in (+)', () => this.zoom(this.scale * 1.25)),
-      button('fit', 'fit', 'fit to the window (0)', () => this.fit()),
+      button('floor', 'floor plan', 'tiles by how full they are', () => this.report(...floorPlan(this.panel))),
+      button('flows', 'conversions', 'what crosses the converters, as a flow', () => this.report(...conversions(this.panel, this.picture.stages))),
+      ...(this.data.costs ? [button('timeline', 'latency', 'when each block runs, modelled', () => this.report(...timeline(this.panel)))] : []),
+      ...(this.data.notes.length ? [button('notes', `notes (${this.data.notes.length})`, 'what the compiler noted', () => this.panel.notes())] : []),
       button('theme', '◐', 'light or dark', () => this.theme()),
       button('svg', 'SVG', 'download this picture as SVG', () => this.download()),
     ];
@@ -101,8 +188,7 @@ class View {
       ...(this.data.ops.some((op) => op.feedback.length) ? [['back', 'feedback through weights of its own']] : [])];
     const box = this.guide = el('details', { class: 'legend' }, el('summary', {}, 'legend'),
       el('ul', {}, ...rows.map(([name, text]) => el('li', {}, swatch(name), ` ${text}`))),
-      el('p', {}, 'Click or Enter opens and closes; arrow keys move; / searches; + − 0 zoom; Esc closes the panel.'),
-      ...this.data.notes.map((note) => el('p', { class: 'note' }, `note: ${note}`)));
+      el('p', {}, 'Click or Enter opens and closes; arrow keys move; E steps through the arrows out of a box; / searches; + − 0 zoom; Esc closes the panel.'),);
     return box;
   }
 
@@ -121,18 +207,32 @@ class View {
     }
     if (item.items) {
       item.open = !item.open;
+      this.whole = false;
       // What opens far away would be too small to read.
       if (item.open && this.svg.classList.contains('far')) {
         this.scale = 1;
       }
       this.redraw(item);
     }
+    this.picture.chosen = null;
     this.picture.mark();
     this.guide.open = false;
     this.panel.item(item);
     const element = this.picture.elements.get(item.id);
     element?.focus({ preventScroll: true });
     this.uncover(element);
+  }
+
+  // Show an arrow of the first view, and its values.
+  choose(edge) {
+    this.whole = false;
+    for (const end of [edge.from, edge.to]) {
+      this.picture.stages.show(end);
+    }
+    this.picture.showSide ||= edge.side;
+    this.picture.chosen = edgeKey(edge);
+    this.redraw(null);
+    this.picture.wires.find((wire) => edgeKey(wire.edge) === this.picture.chosen)?.element.scrollIntoView({ block: 'center', inline: 'center' });
   }
 
   // Scroll where the head of an item lies outside of the window or below the panel.
@@ -153,6 +253,7 @@ class View {
     const before = item && this.picture.elements.get(item.id)?.getBoundingClientRect();
     this.picture.draw();
     this.resize();
+    this.minimap.draw();
     const after = item && this.picture.elements.get(item.id)?.getBoundingClientRect();
     if (before && after) {
       this.stage.scrollBy(after.left + after.width / 2 - before.left - before.width / 2, after.top - before.top);
@@ -160,6 +261,7 @@ class View {
   }
 
   reveal(item) {
+    this.whole = false;
     for (let up = item.up; up && up.depth > 0; up = up.up) {
       up.open = true;
     }
@@ -183,6 +285,8 @@ class View {
   search() {
     const query = this.query.value.trim();
     this.results = this.tree.search(query);
+    const arrows = this.tree.searchArrows(query);
+    this.picture.hitEdges = new Set(arrows.map(edgeKey));
     this.at = -1;
     const shown = new Set(this.results.flatMap((item) => this.ancestors(item)));
     this.picture.hits = query ? new Set(this.results) : null;
@@ -191,7 +295,7 @@ class View {
     this.say(query ? `${this.results.length} found` : '');
     if (query) {
       this.filter.setAttribute('aria-pressed', 'false');
-      this.panel.found(query, this.results);
+      this.panel.found(query, this.results, arrows);
     } else {
       this.panel.element.hidden = true;
     }
@@ -201,7 +305,9 @@ class View {
     const fold = button.getAttribute('aria-pressed') !== 'true';
     button.setAttribute('aria-pressed', String(fold));
     this.picture.stages.fold(fold);
+    this.arrange();
     this.redraw(null);
+    this.fit();
   }
 
   toggleSide(button) {
@@ -222,7 +328,7 @@ class View {
     const on = this.filter.getAttribute('aria-pressed') !== 'true';
     this.filter.setAttribute('aria-pressed', String(on));
     this.query.value = '';
-    this.picture.hits = null;
+    this.picture.hits = this.picture.hitEdges = null;
     this.picture.kept = on ? (item) => Boolean(item.stayed) : null;
     this.picture.mark();
     this.say(on ? plural(this.data.rejected.length, 'layer') + ' stayed digital' : '');
@@ -238,6 +344,7 @@ class View {
     for (const item of this.tree.byId.values()) {
       item.open = Boolean(item.items) && open && few;
     }
+    this.whole = false;
     this.say(open && !few ? 'too many operations to open all at once: open single blocks' : '');
     this.redraw(null);
   }
@@ -246,20 +353,27 @@ class View {
     const [x, y] = [this.stage.scrollLeft + this.stage.clientWidth / 2, this.stage.scrollTop + this.stage.clientHeight / 2];
     const before = this.scale;
     this.scale = Math.min(LIMITS[1], Math.max(LIMITS[0], scale));
+    this.whole = false;
     this.resize();
     this.stage.scrollTo((x * this.scale) / before - this.stage.clientWidth / 2, (y * this.scale) / before - this.stage.clientHeight / 2);
   }
 
   fit() {
-    this.scale = Math.min(1, Math.max(LIMITS[0], Math.min((this.stage.clientWidth - 24) / this.picture.size.width, (this.stage.clientHeight - 24) / this.picture.size.height)));
+    const [width, height] = [this.stage.clientWidth - 24, this.stage.clientHeight - 24];
+    const whole = Math.min(1, width / this.picture.size.width, height / this.picture.size.height);
+    // Where the whole would be too small to tell anything, its breadth decides, and the small map shows the whole.
+    const breadth = this.picture.direction === 'LR' ? height / this.picture.size.height : width / this.picture.size.width;
+    this.scale = whole >= 0.3 ? whole : Math.min(1, Math.max(0.45, breadth));
+    this.whole = true;
     this.resize();
-    this.stage.scrollTo((this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
+    this.stage.scrollTo(this.picture.direction === 'LR' ? 0 : (this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
   }
 
   resize() {
     this.svg.setAttribute('width', String(this.picture.size.width * this.scale));
     this.svg.setAttribute('height', String(this.picture.size.height * this.scale));
     this.picture.scaled(this.scale);
+    this.minimap.move();
   }
 
   theme() {
@@ -284,7 +398,10 @@ class View {
   key(event) {
     const element = event.target.closest?.('g.node');
     const item = element && (this.tree.byId.get(element.dataset.id) ?? null);
-    if (event.key === 'Enter' || event.key === ' ') {
+    const wire = this.picture.wires.find((one) => one.element === event.target);
+    if (wire ? ['e', 'E', 'ArrowUp', 'ArrowDown', 'Enter', ' '].includes(event.key) : item && ['e', 'E'].includes(event.key)) {
+      this.wireKey(event.key, wire, item);
+    } else if (event.key === 'Enter' || event.key === ' ') {
       element?.dispatchEvent(new MouseEvent('click', { bubbles: true }));
     } else if (event.key === 'ArrowDown' || event.key === 'ArrowUp') {
       const order = [...this.picture.elements.keys()].sort((a, b) => this.top(a) - this.top(b));
@@ -305,8 +422,25 @@ class View {
     event.preventDefault();
   }
 
+  // E steps through the arrows out of a box. From an arrow, up and down lead to its ends, and Enter tells its values.
+  wireKey(key, wire, item) {
+    const target = { ArrowUp: wire?.edge.from, ArrowDown: wire?.edge.to }[key];
+    if (target) {
+      this.picture.selected = target.id;
+      this.picture.mark();
+      this.picture.elements.get(target.id).focus();
+    } else if (wire && key !== 'e' && key !== 'E') {
+      this.picture.onEdge(wire.edge);
+    } else {
+      const next = nextWire(this.picture, wire?.edge.from ?? item, wire?.element);
+      next ? next.element.focus() : this.say('no arrow leaves this box');
+    }
+  }
+
+  // The place of a box along the flow.
   top(id) {
-    return this.picture.elements.get(id).getBoundingClientRect().top;
+    const box = this.picture.elements.get(id).getBoundingClientRect();
+    return this.picture.direction === 'LR' ? box.left : box.top;
   }
 
   dragging() {

@@ -40,10 +40,22 @@ class Panel {
     this.element = el('aside', { class: 'panel', 'aria-label': 'details', hidden: '' }, this.close, this.body);
   }
 
+  // Reports are wider than what is told about one item.
+  report(...children) {
+    this.show(...children);
+    this.element.classList.add('wide');
+  }
+
   show(...children) {
+    this.element.classList.remove('wide');
     this.body.replaceChildren(...children);
     this.element.hidden = false;
     this.body.scrollTop = 0;
+  }
+
+  goToEdge(edge) {
+    this.edge(edge);
+    this.onEdge?.(edge);
   }
 
   link(item, text) {
@@ -79,8 +91,8 @@ class Panel {
     if (record.ends?.length) {
       parts.push(section('Why it ends here', list(record.ends.map(([name, why]) => `${name}: ${why}`))));
     }
-    const touching = this.tree.edges(this.tree.root).edges.filter((edge) => edge.from === item || edge.to === item);
-    parts.push(section('Connections', list(touching.map((edge) => el('button', { type: 'button', class: 'link', onclick: () => this.edge(edge) }, `${edge.from === item ? 'to' : 'from'} ${(edge.from === item ? edge.to : edge.from).title}: ${this.tree.labels(edge).join(', ')}`)))));
+    const touching = this.tree.arrows.filter((edge) => edge.from === item || edge.to === item);
+    parts.push(section('Connections', list(touching.map((edge) => el('button', { type: 'button', class: 'link', onclick: () => this.goToEdge(edge) }, `${edge.from === item ? 'to' : 'from'} ${(edge.from === item ? edge.to : edge.from).title}: ${this.tree.labels(edge).join(', ')}`)))));
     if (record.layers.length) {
       parts.push(section('Layers', table(['layer', 'operation', 'matrix', 'tiles', 'MACs'], record.layers)));
     }
@@ -125,11 +137,16 @@ class Panel {
     );
   }
 
+  notes() {
+    this.show(el('header', {}, el('h2', {}, 'Notes'), el('p', {}, 'What the compiler noted on the way.')), list(this.tree.data.notes));
+  }
+
   costs() {
-    const { rows, constants, uncounted } = this.tree.data.costs;
+    const { rows, constants, uncounted, energy, time } = this.tree.data.costs;
     this.show(
       el('header', {}, el('h2', {}, 'Costs per sample'), el('p', {}, 'Modelled, nothing here is measured. “Digital” is the same layers in digital arithmetic at 45 nm, without memory access.')),
       table(['', 'hybrid', 'digital'], rows),
+      ...[['Energy of one inference', energy], ['Latency of one inference', time]].filter(([, parts]) => parts.length).map(([name, parts]) => section(name, budget(name, parts), budgetKey(parts))),
       el('p', {}, uncounted ? `In no total, unknown and the same on both sides: ${uncounted}.` : ''),
       section('Constants and their sources', el('ul', { class: 'operations' }, ...constants.map(([name, what, value, source]) => el('li', {}, el('b', {}, `${name}: ${value}`), ` ${what}`, el('small', {}, source))))),
     );
@@ -192,12 +209,13 @@ class Panel {
     return section('Operations', el('ul', { class: 'operations' }, ...rows));
   }
 
-  found(query, items) {
+  found(query, items, arrows) {
     const shown = items.slice(0, 60);
     const name = (item) => (item.op ? `${item.op.path ? `${item.op.path}: ` : ''}${item.title}` : item.title);
     const rows = shown.map((item) => el('li', {}, this.link(item, name(item)), el('span', { class: `where ${item.domain}` }, ` ${item.home.title}`)));
     const more = items.length > shown.length ? [el('p', {}, `and ${items.length - shown.length} more`)] : [];
-    this.show(el('header', {}, el('h2', {}, `${items.length} found`), el('p', {}, `for “${query}”`)), el('ul', { class: 'found' }, ...rows), ...more);
+    this.show(el('header', {}, el('h2', {}, `${items.length} found`), el('p', {}, `for “${query}”`)), el('ul', { class: 'found' }, ...rows), ...more,
+      ...(arrows.length ? [section(plural(arrows.length, 'arrow'), list(arrows.slice(0, 20).map((edge) => el('button', { type: 'button', class: 'link', onclick: () => this.goToEdge(edge) }, `${edge.from.title} → ${edge.to.title}: ${this.tree.labels(edge).join(', ')}`))))] : []));
   }
 
   stayed() {

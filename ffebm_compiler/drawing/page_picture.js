@@ -6,6 +6,7 @@ const ROW = 17;
 const SIZES = { title: 14, line: 13, label: 12 };
 const PAD = 12;
 const MANY = 500;
+const LEVELS = ['names', 'brief', 'full'];
 
 function shorten(text, most = 58) {
   return text.length <= most ? text : `${text.slice(0, most / 2 - 1)}…${text.slice(text.length - most / 2)}`;
@@ -22,6 +23,9 @@ class Picture {
     this.elements = new Map();
     this.overlay = null;
     this.showSide = false;
+    this.direction = 'TB';
+    this.level = 'full';
+    this.wires = [];
     this.onEdge = () => {};
     this.selected = null;
     this.context = document.createElement('canvas').getContext('2d');
@@ -50,7 +54,7 @@ class Picture {
   // Size, and for an open item the layout of what is inside.
   lay(item) {
     const state = item.open ? this.state(item) : 'closed';
-    const key = `${state}|${this.overlay?.name ?? ''}|${this.showSide}|${this.stages.key}`;
+    const key = `${state}|${this.look}`;
     const known = this.cache.get(item.id);
     if (known && known.key === key) {
       return known;
@@ -61,11 +65,46 @@ class Picture {
     return laid;
   }
 
+  // Everything beside the open items that a layout depends on.
+  get look() {
+    return [this.overlay?.name ?? '', this.showSide, this.stages.key, this.direction, this.level].join('|');
+  }
+
+  // What the first view shows: blocks, parts, inputs, outputs, and stages that are folded.
+  shown() {
+    return this.stages.folded(this.tree.root.items, []).items;
+  }
+
+  // Size of the picture for a direction and a level of detail.
+  sizeOf(direction, level) {
+    const before = [this.direction, this.level];
+    [this.direction, this.level] = [direction, level];
+    const { width, height } = this.lay(this.tree.root);
+    [this.direction, this.level] = before;
+    return { width, height };
+  }
+
+  // The lines of a box in the overview: its name, and at level `brief` what it holds. Null for a box in full.
+  overview(item) {
+    if (this.level === 'full' || item.depth !== 1 || item.kind === 'port' || item.open) {
+      return null;
+    }
+    const name = `${item.settles ? '∿ ' : ''}${item.input ? item.input.name : item.short ?? item.title}`;
+    const line = this.level === 'brief' ? item.record?.brief ?? item.brief : null;
+    return [shorten(name, 24), ...(line ? [shorten(line, 24)] : [])];
+  }
+
   state(item) {
     return item.items.filter((inner) => inner.open).map((inner) => `${inner.id}(${this.state(inner)})`).join(',') || 'open';
   }
 
   layLeaf(item) {
+    const overview = this.overview(item);
+    if (overview) {
+      const value = this.measured(item);
+      const rows = [this.width(overview[0], SIZES.line, true), ...overview.slice(1).map((text) => this.width(text, SIZES.label)), ...(value ? [this.width(value.text, SIZES.label, true)] : [])];
+      return { width: Math.max(...rows) + 20, height: 10 + 16 * rows.length + (value ? 8 : 0) };
+    }
     const lines = this.lines(item);
     const port = item.kind === 'port';
     const title = this.width(this.title(item), port ? SIZES.line : SIZES.title, true) + (item.items ? 16 : 0);
@@ -103,30 +142,54 @@ class Picture {
 
   // Positions by dagre.
   arranged(items, edges, sizeOf) {
+    const bare = this.level !== 'full' && items.some((inner) => inner.depth === 1 && inner.kind !== 'port');
     const nodes = items.map((inner) => {
       const { width, height } = sizeOf(inner);
       return { v: inner.id, width, height };
     });
     const links = edges.map((edge) => {
-      const labels = this.tree.labels(edge);
+      const labels = bare ? [] : this.tree.labels(edge);
       return {
         v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels,
-        width: Math.max(...labels.map((text) => this.width(text, SIZES.label))) + 6 + (edge.own.size ? 10 : 0), height: 15 * labels.length,
+        width: Math.max(0, ...labels.map((text) => this.width(text, SIZES.label) + 6)) + (edge.own.size ? 10 : 0), height: 15 * labels.length,
       };
     });
-    const settings = { nodesep: 22, ranksep: 34, edgesep: 16, rankdir: 'TB' };
+    const across = this.direction === 'LR';
+    const turn = (box) => Object.assign(box, { width: box.height, height: box.width });
+    const settings = { nodesep: bare ? 16 : 22, ranksep: bare ? 20 : 34, edgesep: bare ? 12 : 16, rankdir: 'TB' };
     if (nodes.length > MANY) {
       settings.ranker = 'tight-tree';
     }
     if (nodes.length) {
+      [...nodes, ...links].forEach((box) => across && turn(box));
       layout(nodes, links, settings, {});
+      this.dock(nodes, links);
+      // From left to right is the same layout, mirrored at the diagonal.
+      for (const box of across ? [...nodes, ...links] : []) {
+        turn(box);
+        for (const point of [box, ...(box.points ?? [])]) {
+          [point.x, point.y] = [point.y, point.x];
+        }
+      }
     }
     return { nodes, links };
   }
 
+  // Arrows leave at the bottom of a box and arrive at the top of one, never at its sides.
+  dock(nodes, links) {
+    const byId = new Map(nodes.map((node) => [node.v, node]));
+    for (const link of links) {
+      for (const [point, node, side] of [[link.points[0], byId.get(link.v), 0.5], [link.points.at(-1), byId.get(link.w), -0.5]]) {
+        const room = Math.max(0, node.width / 2 - 10);
+        point.x = Math.min(node.x + room, Math.max(node.x - room, point.x));
+        point.y = node.y + side * node.height;
+      }
+    }
+  }
+
   // A large picture is laid out once, closed; what opens pushes the rest down and aside, which takes no new layout.
   stretched(item, items, edges, opened) {
-    const key = `${item.id}|${this.overlay?.name ?? ''}|${this.showSide}|${this.stages.key}`;
+    const key = `${item.id}|${this.look}`;
     if (!this.bases.has(key)) {
       this.bases.set(key, this.arranged(items, edges, (inner) => this.layLeaf(inner)));
     }
@@ -165,6 +228,7 @@ class Picture {
     const laid = this.lay(this.tree.root);
     this.elements.clear();
     this.shorts = [];
+    this.wires = [];
     const root = this.make('g', { class: 'root' });
     this.drawInside(this.tree.root, laid, root);
     this.svg.replaceChildren(root);
@@ -187,48 +251,16 @@ class Picture {
   drawInside(item, laid, parent) {
     const group = this.make('g', { transform: `translate(${laid.shift.x.toFixed(1)},${laid.shift.y.toFixed(1)})` });
     const within = item.home?.domain === 'analog';
-    laid.links.forEach((link) => this.drawEdge(link, group, within));
+    laid.links.forEach((link) => this.wires.push(drawWire(this, link, group, within)));
     laid.items.forEach((inner, index) => this.drawItem(inner, laid.nodes[index], group));
-    parent.appendChild(group);
-  }
-
-  drawEdge(link, parent, within) {
-    const points = link.points;
-    const last = points[points.length - 1];
-    let path = `M${points[0].x.toFixed(1)},${points[0].y.toFixed(1)}`;
-    for (let index = 1; index < points.length; index++) {
-      const [a, b] = [points[index - 1], points[index]];
-      const end = index === points.length - 1 ? b.y - 5 : b.y;
-      const middle = ((a.y + end) / 2).toFixed(1);
-      path += `C${a.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${middle} ${b.x.toFixed(1)},${end.toFixed(1)}`;
-    }
-    const crossing = link.edge.adc || link.edge.dac || link.edge.shared;
-    const kind = link.edge.side ? 'edge side' : crossing ? 'edge crossing' : within ? 'edge within' : 'edge';
-    const group = this.make('g', { class: kind, role: 'button', 'aria-label': `${link.edge.from.title} to ${link.edge.to.title}: ${link.labels.join(', ')}` });
-    group.addEventListener('click', (event) => {
-      event.stopPropagation();
-      this.onEdge(link.edge);
-    });
-    group.appendChild(this.make('path', { d: path, class: 'grip' }));
-    group.appendChild(this.make('path', { d: path, class: 'wire' }));
-    group.appendChild(this.make('path', { d: `M${last.x.toFixed(1)},${last.y.toFixed(1)}l-4,-7h8z`, class: 'tip' }));
-    if (link.edge.own.size) { // feedback through weights of its own runs beside the wire, upward
-      group.appendChild(this.make('path', { d: path, class: 'back', transform: 'translate(8,0)' }));
-      const tip = `M${(points[0].x + 8).toFixed(1)},${points[0].y.toFixed(1)}l-4,7h8z`;
-      group.appendChild(this.make('path', { d: tip, class: 'back-tip' }));
-    }
-    link.labels.forEach((text, index) => {
-      const y = link.y - link.height / 2 + 12 + 15 * index;
-      const x = link.x - link.width / 2 + (link.edge.own.size ? 10 : 0);
-      group.appendChild(this.make('text', { x: x.toFixed(1), y: y.toFixed(1), class: 'label' }, text));
-    });
     parent.appendChild(group);
   }
 
   drawItem(item, node, parent) {
     const laid = this.lay(item);
     const { width, height } = laid;
-    const classes = ['node', item.kind === 'stage' ? '' : item.domain, item.kind === 'stage' ? '' : item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : '', item.kind === 'stage' ? 'repeats' : '', item.domain === 'analog' && !item.kind && !item.settles ? 'plain' : ''];
+    const overview = this.overview(item);
+    const classes = ['node', item.kind === 'stage' ? '' : item.domain, item.kind === 'stage' ? '' : item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : '', item.kind === 'stage' ? 'repeats' : '', item.domain === 'analog' && !item.kind && !item.settles ? 'plain' : '', overview ? 'compact' : ''];
     const group = this.make('g', {
       class: classes.filter(Boolean).join(' '), transform: `translate(${(node.x - width / 2).toFixed(1)},${(node.y - height / 2).toFixed(1)})`,
       tabindex: '-1', role: 'treeitem', 'aria-label': this.spoken(item), 'data-id': item.id,
@@ -246,13 +278,20 @@ class Picture {
     const sign = item.items ? (item.open ? '▾ ' : '▸ ') : '';
     const y = item.kind === 'port' ? 15 : HEAD - 3;
     group.appendChild(this.make('text', { x: centre, y, class: 'title', 'text-anchor': anchor }, sign + this.title(item)));
-    const lines = item.open ? this.lines(item).filter((line) => line.style === 'measured') : this.lines(item);
+    const value = this.measured(item);
+    (overview ?? []).forEach((text, index) => {
+      group.appendChild(this.make('text', { x: centre, y: 18 + 16 * index, class: index ? 'what' : 'called', 'text-anchor': anchor }, text));
+    });
+    if (overview && value) {
+      group.appendChild(this.make('text', { x: centre, y: 18 + 16 * overview.length, class: 'what measured', 'text-anchor': anchor }, value.text));
+    }
+    const lines = overview ? [] : item.open ? this.lines(item).filter((line) => line.style === 'measured') : this.lines(item);
     lines.forEach((line, index) => {
       group.appendChild(this.make('text', { x: centre, y: HEAD - 3 + ROW * (index + 1), class: `line ${line.style}`, 'text-anchor': anchor }, line.text));
     });
     this.drawBar(item, width, height, group);
     if (!item.open && item.kind !== 'port') {
-      const names = [(item.settles ? '∿ ' : '') + (item.op?.target ?? item.title), item.title.split(/[_ ]/).at(item.kind === 'stage' ? 0 : -1)].slice(0, item.kind && item.kind !== 'stage' ? 1 : 2);
+      const names = [overview?.[0] ?? (item.settles ? '∿ ' : '') + (item.op?.target ?? item.title), item.title.split(/[_ ]/).at(item.kind === 'stage' ? 0 : -1)].slice(0, item.kind && item.kind !== 'stage' ? 1 : 2);
       const short = this.make('text', { x: width / 2, y: height / 2, class: 'short', 'text-anchor': 'middle', 'aria-hidden': 'true' });
       this.shorts.push({ short, width, height, names: names.map((name) => [name, this.width(name, 1, true)]) });
       group.appendChild(short);
@@ -285,10 +324,11 @@ class Picture {
   scaled(scale) {
     const far = scale * SIZES.label < 11.5;
     this.svg.classList.toggle('far', far);
+    const compact = this.level !== 'full';
     for (const { short, width, height, names } of far ? this.shorts : []) {
       const fitting = names.find(([, unit]) => (12 / scale) * unit <= width - 4);
       const [name, unit] = fitting ?? names[0];
-      const size = Math.min(22 / scale, Math.max(12 / scale, Math.min((width - 24) / unit, height / 2)));
+      const size = Math.min((compact ? 13 : 22) / scale, Math.max(12 / scale, Math.min((width - 24) / unit, height / 2)));
       const fits = fitting && size <= height;
       short.textContent = name;
       short.setAttribute('display', fits ? 'inline' : 'none');
@@ -299,6 +339,10 @@ class Picture {
 
   // Show selection, search hits and the filter by classes alone.
   mark() {
+    for (const { edge, element } of this.wires) {
+      element.classList.toggle('chosen', edgeKey(edge) === this.chosen);
+      element.classList.toggle('hit', Boolean(this.hitEdges?.has(edgeKey(edge))));
+    }
     for (const [id, element] of this.elements) {
       const item = this.tree.byId.get(id);
       const members = item?.homes ?? [item];

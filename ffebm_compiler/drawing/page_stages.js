@@ -45,7 +45,7 @@ class Stages {
     const lines = [`${homes[0].title} to ${homes.at(-1).title}`, `${plural(blocks, 'block')}, ${plural(homes.length - blocks, 'digital part')}`];
     const item = {
       id: `stage:${index}`, kind: 'stage', domain: 'stage', title: `×${times} more like the ${homes.length / times} above`, items: null, open: false,
-      up: this.tree.root, depth: 1, ops: [], lines: lines.map((text) => ({ text, style: 'quiet' })), homes, folded: true,
+      up: this.tree.root, depth: 1, ops: [], lines: lines.map((text) => ({ text, style: 'quiet' })), homes, folded: true, short: `×${times} more`, brief: `${plural(blocks, 'block')}, ${plural(homes.length - blocks, 'part')}`,
     };
     item.home = item;
     this.tree.byId.set(item.id, item);

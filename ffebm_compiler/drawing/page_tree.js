@@ -95,6 +95,12 @@ class Tree {
     return source < 0 ? this.inputs[-1 - source] : this.chains[source][0];
   }
 
+  // The arrows of the first view, unfolded. They never change.
+  get arrows() {
+    this.known ??= this.edges(this.root).edges;
+    return this.known;
+  }
+
   // What flows between the items directly inside a container; what enters or leaves it gets a port of its own.
   edges(container) {
     const ports = new Map();
@@ -178,13 +184,22 @@ class Tree {
     return source < 0 ? plural(count(this.values(source)), 'value') : this.data.ops[source].shape;
   }
 
+  // Arrows of the first view whose ends, labels or values contain every word of the query.
+  searchArrows(query) {
+    const fits = this.fitting(query);
+    const value = (source) => (source < 0 ? this.inputs[-1 - source].input.name : `${this.data.ops[source].name} ${this.data.ops[source].path}`);
+    return this.arrows.filter((edge) => fits(`${edge.from.title} ${edge.to.title} ${this.labels(edge).join(' ')} ${[...edge.sources].map(value).join(' ')}`));
+  }
+
+  // Whether a text contains every word of a query; nothing does where it has none.
+  fitting(query) {
+    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+    return (text) => words.length > 0 && words.every((word) => text.toLowerCase().includes(word));
+  }
+
   // Operations, module paths, blocks that contain every word of the query.
   search(query) {
-    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = (text) => words.every((word) => text.toLowerCase().includes(word));
-    if (!words.length) {
-      return [];
-    }
+    const fits = this.fitting(query);
     const found = [];
     for (const item of this.byId.values()) {
       const op = item.op;

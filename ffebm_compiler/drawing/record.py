@@ -13,8 +13,10 @@ import torch
 from ffebm_compiler.drawing.boundaries import ends_of, side_inputs
 from ffebm_compiler.drawing.calls import calls_of
 from ffebm_compiler.drawing.figures import block_costs, costs_of, curves_of, total_costs
+from ffebm_compiler.drawing.floor import floor_plan
 from ffebm_compiler.drawing.overlay import Overlay
-from ffebm_compiler.drawing.scene import Node, own_feedback, scene_of, set_of, shape_words
+from ffebm_compiler.drawing.scene import Node, operation_words, own_feedback, scene_of, set_of, shape_words
+from ffebm_compiler.drawing.timeline import timeline_of
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.reports.text import count
 from ffebm_compiler.reports.what_if import what_if as options
@@ -79,7 +81,10 @@ def record_of(
         "provenance": _provenance(plan),
         "totals": totals,
         "notes": [*plan.notes, *([note] if note else [])],
-        "costs": None if costs is None else total_costs(costs),
+        "costs": None
+        if costs is None
+        else {**total_costs(costs), "timeline": timeline_of(plan, costs, [node.key for node in placed])},
+        "floor": floor_plan(plan),
         "whatIf": _what_if(plan) if what_if else None,
         "rejected": list(plan.rejected.items()),
         "inputs": [{"name": name, "values": values} for name, values in plan.graph.inputs.items()],
@@ -176,9 +181,16 @@ def _part(plan: PlanData, node: Node, index: dict[str, int]) -> dict[str, Any]:
     return {
         **_place_of(node, part.operations, index),
         "sentence": "Feedforward block: runs digitally, one operation after the other.",
+        "brief": operation_words(_telling(plan, part.operations)),
         "facts": [("operations", str(len(part.operations)))],
         "weights": set_of([weight for name in part.operations for weight in plan.graph[name].weights]),
     }
+
+
+def _telling(plan: PlanData, names: Sequence[str]) -> list[Operation]:
+    """The operations that compute something; all of them where they only rearrange values."""
+    operations = [plan.graph[name] for name in names]
+    return [op for op in operations if op.role is not Role.WIRING or op.kind not in ("reshape", "")] or operations
 
 
 def _block(
@@ -207,6 +219,7 @@ def _block(
     return {
         **_place_of(node, block.operations, index),
         "settles": node.settles,
+        "brief": f"{' '.join(_count_row(len(layers), 'layer'))}, {' '.join(_count_row(block.tiles, 'tile'))}",
         "ends": ends_of(plan, block),
         "sentence": f"Energy block: {settles}{' as a circuit' if node.circuit else ''}.",
         "facts": facts,

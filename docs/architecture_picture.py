@@ -37,7 +37,7 @@ FLOORS: dict[str, str] = {
     "what people hold": "plan hybrid",
     "what people call": "convert accuracy graphed_gains graphed_step init loading",
     "the package": "ffebm_compiler",
-    "commands": "cli demo",
+    "commands": "cli demo __main__",
 }
 """From the ground up. A file imports from its own floor and from those below; a folder is named as a whole."""
 

@@ -36,17 +36,16 @@ def fold_batchnorm(program: Program) -> Program:
     folded = 0
     paths = {module: path for path, module in program.source.named_modules()}
     for node in list(program.graph.nodes):
-        if node.op != "call_module":
-            continue
-        module = program.graph_module.get_submodule(str(node.target))
-        if not isinstance(module, ReboundBatchNorm):
+        rebound = _rebound(program, node)
+        if rebound is None and not _frozen(node):
             continue
         reason = _obstacle(program, node)
         if reason:
             program.note(f"batch norm {module_path(node)!r} stays digital: {reason}")
             continue
-        program.folded.add(paths[module.owner])
-        _fold(program, node, module.eps)
+        if rebound is not None:
+            program.folded.add(paths[rebound.owner])
+        _fold(program, node)
         folded += 1
     if folded:
         program.note(
@@ -57,8 +56,19 @@ def fold_batchnorm(program: Program) -> Program:
     return program
 
 
+def _rebound(program: Program, node: fx.Node) -> ReboundBatchNorm | None:
+    """The batch norm that follows the training flag of a module of the source, if the node calls one."""
+    module = program.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, ReboundBatchNorm) else None
+
+
+def _frozen(node: fx.Node) -> bool:
+    """Whether the node is a batch norm whose mode no module decides, in eval mode: that of an exported program."""
+    return node.target is aten.batch_norm.default and node.args[5] is False
+
+
 def _obstacle(program: Program, node: fx.Node) -> str:
-    layer, _, _, mean, _ = node.args
+    layer, _, _, mean, _ = node.args[:5]
     if mean is None:
         return "it has no running statistics"
     if not isinstance(layer, fx.Node) or layer.target not in (*_CONVS, aten.linear.default):
@@ -73,9 +83,11 @@ def _obstacle(program: Program, node: fx.Node) -> str:
     return ""
 
 
-def _fold(program: Program, node: fx.Node, eps: float) -> None:
+def _fold(program: Program, node: fx.Node) -> None:
     graph = program.graph
-    layer, gamma, beta, mean, variance = node.args
+    rebound = _rebound(program, node)
+    eps = node.args[7] if rebound is None else rebound.eps
+    layer, gamma, beta, mean, variance = node.args[:5]
     assert isinstance(layer, fx.Node)
     weight = layer.args[1]
     bias = layer.args[2] if len(layer.args) > 2 else None
@@ -102,4 +114,5 @@ def _fold(program: Program, node: fx.Node, eps: float) -> None:
     layer.args = (layer.args[0], folded, shift, *layer.args[3:])
     node.replace_all_uses_with(layer)
     graph.erase_node(node)
-    program.graph_module.delete_submodule(str(node.target))
+    if rebound is not None:
+        program.graph_module.delete_submodule(str(node.target))

@@ -254,7 +254,7 @@ def test_check_gradients_compares_with_the_devices_and_without_them() -> None:
     assert 0.8 < report["0.weight"]["ep"].cosine < 0.9999
     assert set(report.ideal) == {name for name, _ in hybrid.named_parameters()}
     assert report.ideal["0.weight"].cosine < report["0.weight"]["ep"].cosine + 0.01
-    assert "cos ep, ideal" in str(report)
+    assert "ideal" in str(report)
     assert not ffebm.check_gradients(ffebm.convert(_digits()[0], x), x, loss).ideal
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,31 @@ from torch import Tensor
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx import export_digital, export_whole, verify
 
-__all__ = ["write_onnx"]
+__all__ = ["Written", "write_onnx"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export wrote, and how far it is from the hybrid."""
+
+    wrote: str
+    digital_parts: int | None
+    """None for a hybrid in one file."""
+    tolerance: float | None
+    deviations: Mapping[str, float]
+    """Batch size -> largest relative deviation in onnxruntime. Empty where the export was not run."""
+
+    def __str__(self) -> str:
+        """One sentence, or two."""
+        one_file = self.digital_parts is None
+        what = "the whole hybrid" if one_file else f"{self.digital_parts} digital parts and manifest.json"
+        lines = [f"wrote {what}, in eval mode, to {self.wrote}"]
+        if self.deviations:
+            lines.append(
+                f"verified in onnxruntime at batch {' and '.join(self.deviations)}: largest relative deviation "
+                f"{max(self.deviations.values()):.1e} (tolerance {self.tolerance:.1e})"
+            )
+        return "\n".join(lines)
 
 
 def write_onnx(
@@ -21,8 +46,8 @@ def write_onnx(
     args: Sequence[Tensor],
     kwargs: Mapping[str, Tensor],
     tolerance: float | None,
-) -> list[str]:
-    """Export to a file that ends in .onnx or a folder; returns what to print.
+) -> Written:
+    """Export to a file that ends in .onnx or a folder.
 
     Args:
         hybrid: the hybrid to export.
@@ -46,13 +71,8 @@ def write_onnx(
 
         export = export_whole if whole else export_digital
         export(hybrid, out, progress=progress)
-        what = "the whole hybrid" if whole else f"{len(hybrid.plan.digital_parts)} digital parts and manifest.json"
-        lines = [f"wrote {what}, in eval mode, to {out}"]
+        found = {}
         if tolerance is not None:
             found = verify(hybrid, out, args, kwargs, tolerance=tolerance, progress=progress)
-            sizes = " and ".join(map(str, found))
-            lines.append(
-                f"verified in onnxruntime at batch {sizes}: largest relative deviation {max(found.values()):.1e} "
-                f"(tolerance {tolerance:.1e})"
-            )
-    return lines
+    parts = None if whole else len(hybrid.plan.digital_parts)
+    return Written(str(out), parts, tolerance, {str(batch): deviation for batch, deviation in found.items()})

@@ -1,10 +1,12 @@
-"""The command `ffebm`: demo, plan, convert, check, draw, export, spice."""
+"""The command `ffebm`: demo, plan, convert, check, draw, export, spice, doctor."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +16,13 @@ from rich.console import Console
 from torch import Tensor
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.cli.doctor import doctor
 from ffebm_compiler.cli.errors import Commands, show_warning
 from ffebm_compiler.cli.options import Force, NoVerify, Settings, Tolerance, check_alone, check_free, with_settings
 from ffebm_compiler.cli.plan import plan
+from ffebm_compiler.cli.printing import Json, say, say_json
 from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.reports.text import block_facts
 
 __all__ = ["main"]
 
@@ -63,6 +68,7 @@ def demo(
     ep_epochs: Annotated[int, typer.Option("--ep-epochs", help="Epochs of equilibrium propagation.")] = 5,
     sweep: Annotated[bool, typer.Option("--sweep", help="Add a table of accuracy against loop gain.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the final table only.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a small CNN on digits, convert, check, fine-tune with EP, draw and export it (a minute).
 
@@ -70,11 +76,15 @@ def demo(
     """
     from ffebm_compiler.demo.main import DemoSettings, run_demo
 
-    if not run_demo(DemoSettings(out, seed, epochs, ep_epochs, sweep), Console(), quiet):
+    met = run_demo(DemoSettings(out, seed, epochs, ep_epochs, sweep), Console(quiet=as_json), quiet)
+    if as_json:
+        say_json(json.loads((out / "results.json").read_text(encoding="utf-8")))
+    if not met:
         raise typer.Exit(1)
 
 
 main.command()(plan)
+main.command()(doctor)
 
 
 @main.command()
@@ -85,6 +95,7 @@ def convert(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Save the hybrid to this folder, for ffebm.load.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Convert a model, run it on random input, and print how each block settles and how far it is from the source.
 
@@ -94,12 +105,17 @@ def convert(
     if out is not None:
         hybrid.save(out)
     comparison = hybrid.compare(*args, **kwargs)
-    typer.echo(hybrid.summary())
-    typer.echo(str(comparison))
+    if as_json:
+        found = {"plan": hybrid.plan.to_dict(), "blocks": block_facts(hybrid), "deviation": asdict(comparison)}
+        more = {"costs": hybrid.cost_report().to_dict()} if costs else {}
+        say_json({**found, **more, "saved": None if out is None else str(out)})
+        return
+    say(hybrid.summary())
+    say(str(comparison))
     if costs:
-        typer.echo(str(hybrid.cost_report()))
+        say(str(hybrid.cost_report()))
     if out is not None:
-        typer.echo(f"saved to {out}")
+        say(f"saved to {out}")
 
 
 @main.command()
@@ -109,6 +125,7 @@ def check(
     min_cosine: Annotated[
         float | None, typer.Option("--min-cosine", help="Exit with 1 where its cosine is below this anywhere.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare gradients with unrolled ones in float64, on random input: of EP, implicit differentiation, --gradient.
 
@@ -117,9 +134,12 @@ def check(
     hybrid, args, kwargs = settings.converted()
     given = dict(zip(inspect.signature(hybrid).parameters, args, strict=False)) | kwargs if kwargs else args
     report = ffebm.check_gradients(hybrid, given, _random_loss)
-    typer.echo(str(report))
     name, agreement = report.worst(report.own)
-    typer.echo(f"worst cosine of {report.own}: {agreement.cosine:.6f} ({name})")
+    if as_json:
+        say_json({**asdict(report), "worst": {"parameter": name, **asdict(agreement)}})
+    else:
+        say(str(report))
+        say(f"worst cosine of {report.own}: {agreement.cosine:.6f} ({name})")
     if min_cosine is not None and not agreement.cosine >= min_cosine:
         raise typer.Exit(1)
 
@@ -138,6 +158,7 @@ def draw(
     ),
     force: Force = False,
     what_if: Annotated[bool, typer.Option("--what-if", help="A page shows the plan under other options too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Draw what is analog, what is digital and what crosses between them, as a page or a picture.
 
@@ -148,12 +169,15 @@ def draw(
     check_format(out)
     check_free(out, force)
     if settings.model.lower().endswith(".json"):
-        check_alone(context, ("model", "out", "force", "what_if"))
+        check_alone(context, ("model", "out", "force", "what_if", "as_json"))
         save_picture(ffebm.Plan.from_json(settings.model), out, what_if=what_if)
     else:
         hybrid, _, _ = settings.converted()
         save_picture(hybrid.plan, out, hybrid, what_if)
-    typer.echo(f"wrote {out}")
+    if as_json:
+        say_json({"wrote": str(out)})
+    else:
+        say(f"wrote {out}")
 
 
 @main.command()
@@ -164,6 +188,7 @@ def export(
     force: Force = False,
     no_verify: NoVerify = False,
     tolerance: Tolerance = 1e-4,
+    as_json: Json = False,
 ) -> None:
     """Write ONNX: the whole hybrid as one file, or every digital part, the blocks' weights and a manifest.
 
@@ -176,8 +201,11 @@ def export(
 
     check_free(out if out.suffix.lower() == ".onnx" else None, force)
     hybrid, args, kwargs = settings.converted()
-    for line in write_onnx(hybrid, out, args, kwargs, None if no_verify else tolerance):
-        typer.echo(line)
+    wrote = write_onnx(hybrid, out, args, kwargs, None if no_verify else tolerance)
+    if as_json:
+        say_json(asdict(wrote))
+    else:
+        say(str(wrote))
 
 
 @main.command()
@@ -192,6 +220,7 @@ def spice(
     volts: Annotated[float, typer.Option("--volts", help="The largest voltage of a crossbar's node, in V.")] = 5.0,
     siemens: Annotated[float, typer.Option("--siemens", help="Conductance of the largest weight, in S.")] = 1e-3,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Write the circuit of a resistive block as a netlist for ngspice, on random input.
 
@@ -202,7 +231,10 @@ def spice(
     if kwargs:
         raise ffebm.InputError("ffebm spice takes inputs by position: name none of them with --input")
     hybrid.export_spice(out, block=block, inputs=args, emission=emission, volts=volts, siemens=siemens)
-    typer.echo(f"wrote {out}: run it by ngspice -b {out}")
+    if as_json:
+        say_json({"wrote": str(out), "block": block})
+    else:
+        say(f"wrote {out}: run it by ngspice -b {out}")
 
 
 def _random_loss(outputs: Any) -> Tensor:

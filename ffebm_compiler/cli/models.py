@@ -8,20 +8,21 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler.cli.libraries import timm_model, torchvision_model, transformers_model
+from ffebm_compiler.cli.model_files import MODEL_FILES, model_of_file
+from ffebm_compiler.cli.named_model import NamedModel, built, first_line
 from ffebm_compiler.convert import DEFAULT_FEEDBACK
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.presets import resolve_hardware
 
-__all__ = ["NamedModel", "feedback_of", "hardware_of", "load_model", "load_weights", "random_inputs"]
+__all__ = ["feedback_of", "hardware_of", "load_model", "load_weights", "random_inputs"]
 
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = {
@@ -30,33 +31,28 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class NamedModel:
-    """A model, and the inputs to use if the command line gives none."""
-
-    module: nn.Module
-    inputs: tuple[str, ...] = ()
-
-
 def load_model(name: str) -> NamedModel:
     """The model with this name, in eval mode.
 
     `package.module:callable` calls the callable. `timm:resnet18`, `torchvision:resnet18`, `transformers:bert` (a model
-    type) and `transformers:BertModel` (a class) build the architecture with random weights. Nothing is downloaded.
+    type), `transformers:BertModel` (a class) and `transformers:BertConfig(num_hidden_layers=2)` build the architecture
+    with random weights. Nothing is downloaded. A name that ends in .pt2 is a file of `torch.export.save`.
 
     Raises:
         InputError: the name, the import, the call or its result is wrong.
     """
+    if name.lower().endswith(MODEL_FILES) and (":" not in name or Path(name).exists()):
+        return model_of_file(Path(name))
     library, colon, attribute = name.partition(":")
     if not colon or not library or not attribute:
         raise InputError(
-            f"the model is named {name!r}; expected package.module:callable, timm:NAME, torchvision:NAME or "
-            "transformers:NAME"
+            f"the model is named {name!r}; expected package.module:callable, timm:NAME, torchvision:NAME, "
+            "transformers:NAME or a .pt2 file"
         )
     with_library: Mapping[str, Callable[[str], NamedModel]] = {
-        "timm": _timm,
-        "torchvision": _torchvision,
-        "transformers": _transformers,
+        "timm": timm_model,
+        "torchvision": torchvision_model,
+        "transformers": transformers_model,
     }
     model = with_library[library](attribute) if library in with_library else _callable(library, attribute)
     model.module.eval()
@@ -79,7 +75,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except Exception as error:  # every format has its own errors
         raise InputError(
-            f"the weights {path} cannot be loaded ({_first_line(error)}): expected a state_dict of this model, as "
+            f"the weights {path} cannot be loaded ({first_line(error)}): expected a state_dict of this model, as "
             ".safetensors or from torch.save"
         ) from error
 
@@ -153,7 +149,7 @@ def _callable(module_name: str, attribute: str) -> NamedModel:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # the module runs its own code
-        raise InputError(f"the module {module_name!r} cannot be imported ({_first_line(error)})") from error
+        raise InputError(f"the module {module_name!r} cannot be imported ({first_line(error)})") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(
@@ -161,87 +157,4 @@ def _callable(module_name: str, attribute: str) -> NamedModel:
                 "called without arguments"
             )
         found = getattr(found, part)
-    return NamedModel(_built(f"{module_name}:{attribute}", found))
-
-
-def _timm(name: str) -> NamedModel:
-    timm = _library("timm")
-    model = _built(f"timm:{name}", lambda: timm.create_model(name, pretrained=False))
-    size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))
-    return NamedModel(model, ("x".join(map(str, (1, *size))),))
-
-
-def _torchvision(name: str) -> NamedModel:
-    models = _library("torchvision").models
-    # These two warn if `init_weights` is not given, and initialising them takes long.
-    settings = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}.get(name, {})
-    return NamedModel(
-        _built(f"torchvision:{name}", lambda: models.get_model(name, weights=None, **settings)), ("1x3x224x224",)
-    )
-
-
-def _transformers(name: str) -> NamedModel:
-    transformers = _library("transformers")
-
-    def build() -> Any:
-        known = getattr(transformers, name, None)
-        if isinstance(known, type) and issubclass(known, nn.Module):
-            return known(known.config_class())  # type: ignore[attr-defined]
-        return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(name))
-
-    model = _built(f"transformers:{name}", build)
-    return NamedModel(model, _transformers_inputs(model))
-
-
-def _transformers_inputs(model: Any) -> tuple[str, ...]:
-    """Default inputs of a transformers model: pixels, sound or tokens, and tokens for a decoder."""
-    config = model.config
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "pixel_values":
-        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-        side = size if isinstance(size, int) else 224
-        inputs = [f"1x{channels if isinstance(channels, int) else 3}x{side}x{side}"]
-    elif main == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 512)
-        inputs = [f"1x{getattr(config, 'num_mel_bins', 80)}x{frames}"]
-    elif main == "input_values":
-        inputs = ["1x16000"]
-    else:
-        inputs = ["1x16:int64"]
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in signature(model.forward).parameters:
-        inputs.append("decoder_input_ids=1x16:int64")
-    return tuple(inputs)
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # torchvision raises RuntimeError if it was built for another torch
-        raise InputError(
-            f"{name} cannot be imported ({_first_line(error)}): pip install {name}, in a build that fits torch "
-            f"{torch.__version__}"
-        ) from error
-
-
-def _built(name: str, build: Any) -> nn.Module:
-    if isinstance(build, nn.Module):
-        return build
-    if not callable(build):
-        raise InputError(
-            f"{name} is of type {type(build).__name__}; expected a callable that returns a torch.nn.Module"
-        )
-    try:
-        model = build()
-    except Exception as error:  # it runs the user's code
-        raise InputError(f"{name} failed when it was called without arguments ({_first_line(error)})") from error
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{name} returned an object of type {type(model).__name__}; expected a torch.nn.Module")
-    return model
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's first cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return NamedModel(built(f"{module_name}:{attribute}", found))

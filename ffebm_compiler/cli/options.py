@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.cli import completion
 from ffebm_compiler.cli.models import feedback_of, hardware_of, load_model, load_weights, random_inputs
 from ffebm_compiler.hardware.fabric import Hardware
 
@@ -28,7 +29,9 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="package.module:callable, called without arguments, returns the nn.Module; or timm:NAME, "
-        "torchvision:NAME, transformers:NAME with random weights.",
+        "torchvision:NAME, transformers:NAME with random weights, e.g. 'transformers:GPT2Config(n_layer=2)'; or a .pt2 "
+        "file of torch.export.save, which can run code.",
+        autocompletion=completion.models,
     ),
 ]
 NoVerify = Annotated[
@@ -52,7 +55,7 @@ class Settings:
             "-i",
             metavar="SHAPE",
             help="An input's shape, batch first, as 1x3x32x32, 1x16:int64 or mask=1x16:bool; repeat it for each input. "
-            "Models of a library have a default.",
+            "Models of a library and .pt2 files have a default.",
         ),
     ] = None
     weights: Annotated[
@@ -63,11 +66,17 @@ class Settings:
         typer.Option(
             "--hardware",
             "-w",
+            autocompletion=completion.hardware,
             help="ideal, crossbar-64, crossbar-256, pcm-64, neurram, isaac, or a file (.toml, .json).",
         ),
     ] = "crossbar-256"
     energy: Annotated[
-        str, typer.Option("--energy", help="What the blocks minimise: hopfield, resistive, unamplified, drn.")
+        str,
+        typer.Option(
+            "--energy",
+            autocompletion=completion.words("hopfield", "resistive", "unamplified", "drn"),
+            help="What the blocks minimise: hopfield, resistive, unamplified, drn.",
+        ),
     ] = "hopfield"
     feedback: Annotated[
         str | None,
@@ -81,12 +90,20 @@ class Settings:
     gradient: Annotated[
         str,
         typer.Option(
-            "--gradient", help="ep, implicit, unrolled, contrastive, coupled, truncated or recurrent; docs/training.md."
+            "--gradient",
+            autocompletion=completion.words(
+                "ep", "implicit", "unrolled", "contrastive", "coupled", "truncated", "recurrent"
+            ),
+            help="ep, implicit, unrolled, contrastive, coupled, truncated or recurrent; docs/training.md.",
         ),
     ] = "ep"
     feedback_weights: Annotated[
         str,
-        typer.Option("--feedback-weights", help="tied, or free: feedback through weights of its own (no energy then)."),
+        typer.Option(
+            "--feedback-weights",
+            autocompletion=completion.words("tied", "free"),
+            help="tied, or free: feedback through weights of its own (no energy then).",
+        ),
     ] = "tied"
     fold_batchnorm: Annotated[
         bool, typer.Option("--fold-batchnorm", help="Fold batch norm into the layer before it.")
@@ -100,10 +117,20 @@ class Settings:
         typer.Option("--digital-drive", help="An activation of a digital value (behind batch norm) may be a state."),
     ] = False
     objective: Annotated[
-        str, typer.Option("--objective", help="What the partition minimises: conversions, or energy (modelled).")
+        str,
+        typer.Option(
+            "--objective",
+            autocompletion=completion.words("conversions", "energy"),
+            help="What the partition minimises: conversions, or energy (modelled).",
+        ),
     ] = "conversions"
     for_: Annotated[
-        str, typer.Option("--for", help="With --objective energy: of an inference, or of a training step.")
+        str,
+        typer.Option(
+            "--for",
+            autocompletion=completion.words("inference", "training"),
+            help="With --objective energy: of an inference, or of a training step.",
+        ),
     ] = "inference"
     force_digital: Annotated[
         list[str] | None, typer.Option("--force-digital", help="Keep modules of this pattern digital, e.g. 'layer4.*'.")
@@ -112,7 +139,12 @@ class Settings:
         list[str] | None, typer.Option("--force-analog", help="Insist on modules of this pattern.")
     ] = None
     on_unsupported: Annotated[
-        str, typer.Option("--on-unsupported", help="A layer that cannot be analog stays 'digital', or is an 'error'.")
+        str,
+        typer.Option(
+            "--on-unsupported",
+            autocompletion=completion.words("digital", "error"),
+            help="A layer that cannot be analog stays 'digital', or is an 'error'.",
+        ),
     ] = "digital"
     seed: Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.", min=0)] = 0
 

@@ -13,6 +13,7 @@ import typer
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli.options import Force, Settings, check_free, with_settings
+from ffebm_compiler.cli.printing import Json, say, say_json
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.passes.partition.compare import SweepRow, sweep
@@ -27,7 +28,7 @@ _WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
 @with_settings(without=("energy", "feedback", "gradient", "feedback_weights"))
 def plan(
     settings: Settings,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the plan as JSON to this file.")] = None,
     force: Force = False,
     explain: Annotated[
@@ -50,8 +51,8 @@ def plan(
 
     Example: ffebm plan timm:resnet18 --input 1x3x64x64 --fold-batchnorm --explain layer4.0.conv1
     """
-    if what_if and (sweep or explain or as_json):
-        raise InputError("--what-if adds a table to the printed plan: leave out --sweep, --explain and --json")
+    if what_if and (sweep or explain):
+        raise InputError("--what-if adds a table to the printed plan: leave out --sweep and --explain")
     if sweep and (out is not None or explain):
         raise InputError("--sweep prints a table of many plans: leave out --out and --explain")
     check_free(out, force)
@@ -62,14 +63,20 @@ def plan(
     if out is not None:
         made.to_json(out)
     if sweep:
-        typer.echo(sweep_text(made, sweep, lambda fabric: planned(hardware=fabric), as_json))
+        text = sweep_text(made, sweep, lambda fabric: planned(hardware=fabric), as_json)
+        typer.echo(text) if as_json else say(text)
     elif explain:
-        for path in explain:
-            typer.echo(f"{path}: {made.explain(path)}")
+        reasons = {path: made.explain(path) for path in explain}
+        if as_json:
+            say_json(reasons)
+        else:
+            say("\n".join(f"{path}: {reason}" for path, reason in reasons.items()))
+    elif as_json:
+        say_json({**made.to_dict(), **({"what_if": asdict(made.what_if())} if what_if else {})})
     else:
-        typer.echo(json.dumps(made.to_dict(), indent=1) if as_json else str(made))
+        say(str(made))
         if what_if:
-            typer.echo(str(made.what_if()))
+            say(str(made.what_if()))
 
 
 def sweep_settings(texts: Sequence[str]) -> dict[str, list[Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import shutil
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import BlockPlan, PlanData
 
-__all__ = ["count", "plan_text", "summary_text", "table_text"]
+__all__ = ["block_facts", "count", "plan_text", "summary_text", "table_text", "terminal_width"]
 
-_WIDTH = 110
+_NARROWEST, _WIDEST = 40, 160
+_GAP = 2
+"""Characters between two columns."""
 
 
 def count(value: float) -> str:
@@ -34,23 +37,66 @@ def count(value: float) -> str:
     return f"{value:g}"
 
 
-def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = _WIDTH) -> str:
-    """A table as plain text, with numbers aligned to the right."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+def terminal_width() -> int:
+    """Characters in a line: of the terminal or the variable COLUMNS, else 80, and between 40 and 160."""
+    return min(max(shutil.get_terminal_size((80, 24)).columns, _NARROWEST), _WIDEST)
+
+
+def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int | None = None) -> str:
+    """A table as plain text, with numbers aligned to the right.
+
+    Text is wrapped to fit the width. Columns that do not fit even so are printed below, each time behind the first one.
+    """
+    width = terminal_width() if width is None else width
     body = [[str(cell) for cell in row] for row in rows]
-    for index, column in enumerate(columns):
-        numeric = bool(body) and all(_numeric(row[index]) for row in body)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    least = [_least_width(column, [row[index] for row in body]) for index, column in enumerate(columns)]
+    tables = []
+    for group in _column_groups(least, width - 2):
+        names = [columns[index] for index in group]
+        cells = [[row[index] for index in group] for row in body]
+        tables.append(_table(names, cells, [least[index] for index in group], width - 2))
+    return "\n".join([*([f"{title}\n"] if title else []), "\n\n".join(tables)])
+
+
+def _least_width(column: str, cells: Sequence[str]) -> int:
+    """The least width of a column: numbers are never broken, nor are words of up to 24 letters."""
+    if _all_numbers(cells):
+        return max(map(len, [*cells, *column.split()]))
+    return max(min(24, max(map(len, cell.split()), default=0)) for cell in [column, *cells])
+
+
+def _all_numbers(cells: Sequence[str]) -> bool:
+    return bool(cells) and all(not cell or cell[0].isdigit() or cell[0] in "-+." for cell in cells)
+
+
+def _column_groups(least: Sequence[int], width: int) -> list[list[int]]:
+    """Which columns stand beside each other. The first one is in every group."""
+    groups: list[list[int]] = [[0]]
+    for index in range(1, len(least)):
+        taken = sum(least[other] + _GAP for other in groups[-1])
+        if taken + least[index] > width and len(groups[-1]) > 1:
+            groups.append([0])
+        groups[-1].append(index)
+    return groups
+
+
+def _table(columns: Sequence[str], body: Sequence[Sequence[str]], least: Sequence[int], width: int) -> str:
+    cells = [[row[index] for row in body] for index in range(len(columns))]
+    widths = [max(map(len, [column, *own])) for column, own in zip(columns, cells, strict=True)]
+    while sum(widths) + _GAP * (len(widths) - 1) > width:
+        widest = max(range(len(widths)), key=lambda index: (widths[index] > least[index], widths[index]))
+        if widths[widest] <= least[widest]:
+            break
+        widths[widest] -= 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column, own, size in zip(columns, cells, widths, strict=True):
+        table.add_column(column, justify="right" if _all_numbers(own) else "left", overflow="fold", width=size)
     for row in body:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False)
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
-
-
-def _numeric(cell: str) -> bool:
-    return not cell or cell[0].isdigit() or cell[0] in "-+."
 
 
 def plan_text(plan: PlanData) -> str:
@@ -127,42 +173,56 @@ def _fabric_line(plan: PlanData) -> str:
     return f"{text}; {100 * placed.utilisation:.1f} % of the tiles' devices hold a weight"
 
 
-def summary_text(hybrid: HybridCore) -> str:
-    """The plan, and how each block settles."""
-    rows = []
+def block_facts(hybrid: HybridCore) -> list[dict[str, Any]]:
+    """For each block: its feedback, its sweeps, its solver and gradient, as JSON values.
+
+    `loop_gain`, `radius`, `solver` are null where a block has no feedback, `predicted_sweeps` where no bound is known,
+    and `sweeps` before the first forward.
+    """
+    facts = []
     for block in hybrid.blocks:
-        module = block.module
-        certificate = block.certificate
+        module, certificate = block.module, block.certificate
         rtol = module.free_rtol(next((w.dtype for w in block.weights if w is not None), torch.float32))
-        predicted = certificate.sweeps(rtol) if certificate is not None else 0
-        rows.append(
-            (
-                block.name,
-                str(len(module.program.layers)),
-                "none" if certificate is None else f"{certificate.loop_gain:.3g}",
-                "" if certificate is None else f"{certificate.radius:.3g}",
-                "unknown" if predicted is None else str(predicted),
-                "not run" if module.last is None else str(module.last.sweeps),
-                type(module.active_solver).__name__ if certificate is not None else "none",
-                module.active_estimator.name if certificate is not None else "exact",
-                ", ".join(
+        facts.append(
+            {
+                "block": block.name,
+                "layers": list(block.layers),
+                "states": len(module.program.layers),
+                "loop_gain": None if certificate is None else certificate.loop_gain,
+                "radius": None if certificate is None else certificate.radius,
+                "predicted_sweeps": 0 if certificate is None else certificate.sweeps(rtol),
+                "sweeps": None if module.last is None else module.last.sweeps,
+                "solver": None if certificate is None else type(module.active_solver).__name__,
+                "gradient": "exact" if certificate is None else module.active_estimator.name,
+                "stationary_only": list(
                     dict.fromkeys(
                         layer.activation.name for layer in module.program.layers if not layer.activation.monotone
                     )
                 ),
-            )
+            }
         )
-    columns = (
-        "block",
-        "states",
-        "loop gain",
-        "rho",
-        "predicted",
-        "last",
-        "solver",
-        "gradient",
-        "stationary only",
-    )
+    return facts
+
+
+def summary_text(hybrid: HybridCore) -> str:
+    """The plan, and how each block settles."""
+    rows: list[tuple[str, ...]] = [
+        (
+            fact["block"],
+            str(fact["states"]),
+            "none" if fact["loop_gain"] is None else f"{fact['loop_gain']:.3g}",
+            "" if fact["radius"] is None else f"{fact['radius']:.3g}",
+            "unknown" if fact["predicted_sweeps"] is None else str(fact["predicted_sweeps"]),
+            "not run" if fact["sweeps"] is None else str(fact["sweeps"]),
+            fact["solver"] or "none",
+            fact["gradient"],
+            ", ".join(fact["stationary_only"]),
+        )
+        for fact in block_facts(hybrid)
+    ]
+    columns = ["block", "states", "loop gain", "rho", "predicted", "last", "solver", "gradient", "stationary only"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     table = table_text("equilibria (sweeps predicted and in the last forward)", columns, rows)
     return "\n".join(
         [

@@ -1,0 +1,243 @@
+"""The terminal: widths, colours, JSON of every command, models in files, completion, `ffebm doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import ffebm_compiler as ffebm
+import ffebm_compiler.cli.doctor as doctor
+from ffebm_compiler.cli.completion import models
+from ffebm_compiler.cli.main import main
+from ffebm_compiler.demo.models import DigitsCNN
+from ffebm_compiler.reports.checks import Agreement, GradientReport
+from ffebm_compiler.reports.text import table_text
+
+CNN = ["ffebm_compiler.demo.models:DigitsCNN", "--input", "2x1x8x8", "--fold-batchnorm"]
+MLP = ["ffebm_compiler.demo.models:digits_mlp", "--input", "2x1x8x8"]
+
+
+def done(*args: str, columns: int = 80) -> str:
+    result = CliRunner().invoke(main, list(args), prog_name="ffebm", env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*args: str) -> str:
+    result = CliRunner().invoke(main, list(args), prog_name="ffebm")
+    assert result.exit_code == 2, result.output
+    return result.stderr
+
+
+def table_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "  " in line.strip() or "─" in line]
+
+
+# -- widths ----------------------------------------------------------------------------------
+
+
+def test_tables_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 1, 8, 8)
+    hybrid = ffebm.convert(DigitsCNN().eval(), x, fold_batchnorm=True)
+    comparison, costs, what_if = hybrid.compare(x), hybrid.cost_report(), hybrid.plan.what_if()
+    agreement = {estimator: Agreement(0.999999, 1e-4) for estimator in ("ep", "implicit", "unrolled")}
+    report = GradientReport({name: agreement for name, _ in hybrid.named_parameters()})
+    for columns in (60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        for what in (hybrid.plan, hybrid.summary(), comparison, costs, what_if, report):
+            lines = table_lines(str(what).split("constants:")[0])
+            assert lines
+            assert max(map(len, lines)) <= columns, what
+
+
+def test_columns_that_do_not_fit_are_below_behind_the_first() -> None:
+    columns = ["name", *(f"value {index}" for index in range(12))]
+    rows = [["a.b", *(str(1000 * index + 123) for index in range(12))]]
+    text = table_text("title", columns, rows, width=40)
+    assert all(len(line) <= 40 for line in text.splitlines())
+    assert text.count("a.b") > 1
+    for cell in rows[0][1:]:
+        assert text.split().count(cell) == 1
+    assert table_text("", columns, rows, width=400).count("a.b") == 1
+
+
+def test_long_words_are_broken_and_numbers_never() -> None:
+    text = table_text("", ["layers", "count"], [["x" * 100, "123456789"]], width=40)
+    assert "123456789" in text
+    assert text.count("x") == 100
+    assert all(len(line) <= 40 for line in text.splitlines())
+
+
+# -- a real terminal -------------------------------------------------------------------------
+
+
+def in_a_terminal(*args: str, **variables: str) -> str:
+    """The output of the command in a pseudo-terminal of 70 columns."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "70", "TERM": "xterm-256color", **variables}
+    for name in {"NO_COLOR", "FORCE_COLOR"} - set(variables):
+        environment.pop(name, None)
+    command = [sys.executable, "-P", "-m", "ffebm_compiler", *args]
+    process = subprocess.Popen(command, stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    parts = []
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(leader)
+    assert process.wait(120) == 0
+    return b"".join(parts).decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+@pytest.mark.slow
+def test_colours_are_for_terminals_alone() -> None:
+    coloured = in_a_terminal("plan", *CNN)
+    assert "\x1b[33mnote" in coloured
+    plain = re.sub(r"\x1b\[[01]m", "", in_a_terminal("plan", *CNN, NO_COLOR="1"))
+    assert "\x1b" not in plain
+    assert "note: 8 batch norms" in plain
+    assert max(len(line) for line in plain.splitlines()) <= 70
+    assert "\x1b" not in done("plan", *CNN)
+
+
+# -- JSON ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_command_prints_json(tmp_path: Path) -> None:
+    plan = json.loads(done("plan", *CNN, "--json", "--what-if"))
+    assert plan["what_if"]["now"]["blocks"] == 3
+    plan.pop("what_if")
+    assert len(ffebm.Plan.from_dict(plan).blocks) == 3
+    reasons = json.loads(done("plan", *CNN, "--json", "--explain", "head"))
+    assert reasons["head"].startswith("analog")
+    found = json.loads(done("convert", *CNN, "--json", "--costs", "--out", str(tmp_path / "saved")))
+    assert [block["sweeps"] for block in found["blocks"]] == list(found["deviation"]["sweeps"].values())
+    assert found["costs"]["note"].startswith("modelled")
+    assert found["saved"] == str(tmp_path / "saved")
+    check = json.loads(done("check", *MLP, "--json"))
+    assert check["agreements"][check["worst"]["parameter"]]["ep"]["cosine"] == check["worst"]["cosine"]
+    out = str(tmp_path / "p.svg")
+    assert json.loads(done("draw", *MLP, "--json", "--out", out)) == {"wrote": out}
+    out = str(tmp_path / "m.onnx")
+    wrote = json.loads(done("export", *MLP, "--json", "--out", out))
+    assert wrote["wrote"] == out
+    assert max(wrote["deviations"].values()) <= wrote["tolerance"]
+    out = str(tmp_path / "b.cir")
+    assert json.loads(done("spice", *MLP, "--energy", "resistive", "--json", "--out", out))["block"] == "block_1"
+
+
+def test_the_demo_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick(settings: object, console: object, quiet: bool) -> bool:
+        (tmp_path / "results.json").write_text('{"rows": []}', encoding="utf-8")
+        return False
+
+    monkeypatch.setattr("ffebm_compiler.demo.main.run_demo", quick)
+    result = CliRunner().invoke(main, ["demo", "--json", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {"rows": []}
+
+
+# -- models in files -------------------------------------------------------------------------
+
+
+def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
+    model, path = DigitsCNN().eval(), tmp_path / "model.pt2"
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            module.running_mean.normal_()  # type: ignore[operator, union-attr]
+    x = torch.randn(2, 1, 8, 8)
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)), path)
+    plan = json.loads(done("plan", str(path), "--json", "--fold-batchnorm"))
+    expected = ffebm.plan(model, x, fold_batchnorm=True)
+    found = ffebm.Plan.from_dict(plan)
+    assert [block.layers for block in found.blocks] == [block.layers for block in expected.blocks]
+    assert found.conversions == expected.conversions
+    hybrid = ffebm.convert(torch.export.load(path).module(), x, fold_batchnorm=True, feedback=1e-6)
+    assert torch.allclose(hybrid(x), model(x), atol=1e-4)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assert "DigitsCNN" not in done("plan", str(path), "--weights", str(tmp_path / "w.safetensors"))
+
+
+def test_other_files_are_refused_with_a_way_forward(tmp_path: Path) -> None:
+    (tmp_path / "broken.pt2").write_bytes(b"no archive")
+    assert "cannot be read as an exported program" in refused("plan", str(tmp_path / "broken.pt2"))
+    assert "save it by torch.export.save" in refused("plan", "model.onnx")
+    assert "name the model, and give this file by --weights" in refused("plan", "model.safetensors")
+
+
+# -- completion ------------------------------------------------------------------------------
+
+
+def test_names_of_models_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models("ti") == ["timm:"]
+    assert models("mypackage:") == []
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert models("timm:res") == []
+
+
+@pytest.mark.slow
+def test_the_shell_completes_options() -> None:
+    environment = {**os.environ, "_FFEBM_COMPLETE": "complete_bash", "COMP_CWORD": "3"}
+    environment["COMP_WORDS"] = "ffebm plan --hardware cross"
+    ffebm_command = str(Path(sys.executable).with_name("ffebm"))
+    found = subprocess.run([ffebm_command], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert found.stdout.split() == ["crossbar-256", "crossbar-64"]
+
+
+# -- doctor ----------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_here_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = (("numpy", "plots", "arrays"), ("no_such_package", "onnx", "ffebm export"))
+    monkeypatch.setattr(doctor, "_OPTIONAL", packages)
+    text = done("doctor", columns=120)
+    assert f"torch {torch.__version__}" in " ".join(text.split())
+    assert "ffebm export: pip install 'ffebm-compiler[onnx]'" in text
+    assert text.splitlines()[-1].startswith("test: passed")
+    report = json.loads(done("doctor", "--json"))
+    by_name = {each["what"]: each["found"] for each in report["optional packages"]}
+    assert by_name["no_such_package"] == "missing"
+    assert by_name["numpy"] != "missing"
+
+
+def test_doctor_names_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_OPTIONAL", (("numpy", "plots", "arrays"),))
+
+    def fails(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("ffebm_compiler.cli.doctor.importlib.import_module", fails)
+    (found,) = [each for each in doctor.findings()["optional packages"] if each.what == "numpy"]
+    assert found.found == "broken"
+    assert "Install a build that fits torch" in found.remark
+
+
+def test_doctor_fails_where_the_test_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(doctor, "_OPTIONAL", ())
+    monkeypatch.setattr("ffebm_compiler.cli.doctor.ffebm.convert", fails)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert "test: failed. RuntimeError: no kernel" in result.stdout

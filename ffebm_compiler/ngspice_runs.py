@@ -104,8 +104,9 @@ def in_parts(executor: Executor, job: Job, values: np.ndarray, parts: int) -> np
     for piece in pieces:
         try:
             futures.append(executor.submit(job, piece))
-        except RuntimeError as error:  # it is broken, or was shut down
-            _log.warning("%s: the executor takes no work (%s); ngspice runs here", job.title, error)
+        except Exception as error:  # it is broken, or was shut down: every executor says so in its own class
+            name = type(error).__name__
+            _log.warning("%s: the executor takes no work (%s: %s); ngspice runs here", job.title, name, error)
             futures.append(None)
     return np.concatenate([_result(job, piece, future) for piece, future in zip(pieces, futures, strict=True)])
 

@@ -1,7 +1,4 @@
-"""Quantisers and additive noise against aihwkit-lightning, where its models coincide with ours.
-
-It is no dependency of the tests: `pip install --no-deps aihwkit-lightning==2.1.0`, and they run.
-"""
+"""Quantisers and additive noise against aihwkit-lightning, where its models coincide with ours."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from torch import Tensor, nn
 import ffebm_compiler as ffebm
 from ffebm_compiler import Devices, Hardware
 
-configs: Any = pytest.importorskip("aihwkit_lightning.simulator.configs")
-modules: Any = pytest.importorskip("aihwkit_lightning.nn")
+configs: Any = pytest.importorskip("aihwkit_lightning.simulator.configs", reason="in the extra `dev`")
+modules: Any = pytest.importorskip("aihwkit_lightning.nn", reason="in the extra `dev`")
 
 ONE_TILE = Hardware(tile_rows=None, tile_cols=None)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.program.frame import Frame
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from settling import KINDS, measure
 
 EXACT = ffebm.GaussSeidel(rtol=1e-14, on_failure="warn")
 GAMMAS = [1e-3, 0.6, 20.0]
@@ -108,97 +111,11 @@ def test_the_certificate_of_convolutions_is_the_spectral_radius(gamma: float) ->
 
 # -- random graphs -------------------------------------------------------------------------------
 
-KINDS = {"relu": nn.ReLU, "leaky": lambda: nn.LeakyReLU(0.2), "hardtanh": nn.Hardtanh, "hardsigmoid": nn.Hardsigmoid}
 
-
-class Graph(nn.Module):
-    """States of one width, each of a linear layer or a signed wire from some of the states before it."""
-
-    def __init__(self, width: int, edges: list[list[tuple[int, str]]], kind: str) -> None:
-        super().__init__()
-        self.edges = edges
-        self.activation = KINDS[kind]()
-        self.layers = nn.ModuleDict(
-            {
-                f"{k}_{m}": nn.Linear(width, width)
-                for m, above in enumerate(edges)
-                for k, how in above
-                if how == "linear"
-            }
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        states = [x]
-        for m, above in enumerate(self.edges):
-            drive: Tensor | None = None
-            for k, how in above:
-                part = self.layers[f"{k}_{m}"](states[k]) if how == "linear" else states[k]
-                if drive is None:
-                    drive = part
-                else:
-                    drive = drive - part if how == "minus" else drive + part
-            assert drive is not None
-            states.append(drive if m == len(self.edges) - 1 else self.activation(drive))
-        return states[-1]
-
-
-@st.composite
-def graphs(draw: st.DrawFn, energy: str = "resistive") -> tuple[Graph, Tensor, float, str]:
-    strict, kinds = energy == "drn", sorted(KINDS) if energy == "resistive" else ["hardtanh", "relu"]
-    wires = ["linear", "linear", "plus", "plus" if strict else "minus"]
-    width, count = draw(st.integers(1, 8)), draw(st.integers(2, 5))
-    edges: list[list[tuple[int, str]]] = []
-    for m in range(count):
-        others = draw(st.lists(st.integers(0, m), unique=True, max_size=3))
-        above = [(k, draw(st.sampled_from(wires))) for k in others if k != m]
-        edges.append([(m, "linear"), *above])
-    model = seeded(lambda: Graph(width, edges, draw(st.sampled_from(kinds))), draw(st.integers(0, 10**6)))
-    scale, positive = 10 ** draw(st.floats(-1, 1)), draw(st.booleans())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale)
-            if positive or (strict and parameter.dim() > 1):
-                parameter.abs_()  # nothing cancels: the slowest
-    gamma = 10 ** draw(st.floats(-4, 0.477))
-    return model.double(), noise(4, width, seed=draw(st.integers(0, 99))).double(), gamma, energy
-
-
-def settles_as_predicted(model: Graph, x: Tensor, gamma: float, energy: str) -> None:
-    """A fixed point within twice the sweeps that the certificate predicts from the start's distance."""
-    hybrid = ffebm.convert(
-        model,
-        x,
-        energy=energy,
-        feedback="symmetric" if energy == "drn" else gamma,
-        solver=ffebm.GaussSeidel(rtol=1e-6, max_sweeps=20_000),
-        hardware=ffebm.Hardware(layers_per_block=16),
-    )
-    (block,) = hybrid.blocks
-    certificate = block.certificate
-    assert certificate is not None
-    assert certificate.certified
-    settled = block.settle(x)
-    assert settled.converged
-    with torch.no_grad():
-        starts = Frame(
-            block.module.program, (x,), [None if w is None else w.detach() for w in block.weights]
-        ).feedforward()
-    far = max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(starts, settled.states, strict=True))
-    rate = min(max(certificate.contraction, 1e-12), 1 - 1e-12)
-    predicted = 1 + math.ceil(math.log(1e-6 / max(far, 1)) / math.log(rate))
-    assert settled.sweeps <= 2 * predicted, (settled.sweeps, predicted)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(graphs())
-def test_random_graphs_settle_at_every_gamma_as_fast_as_predicted(case: tuple[Graph, Tensor, float, str]) -> None:
-    settles_as_predicted(*case)
-
-
-@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(st.sampled_from(["unamplified", "drn"]).flatmap(graphs))
-def test_random_graphs_without_amplifiers_settle_as_fast_as_predicted(case: tuple[Graph, Tensor, float, str]) -> None:
-    settles_as_predicted(*case)
+@pytest.mark.parametrize(("energy", "kind"), [("drn", "any"), *product(("resistive", "unamplified"), KINDS)])
+def test_random_graphs_settle_at_every_gamma_as_fast_as_predicted(energy: str, kind: str) -> None:
+    """The first graphs of the benchmark, which settles 1 000 of each: `make graphs`."""
+    assert not measure(energy, kind, range(15 if kind == "any" else 5))
 
 
 @pytest.mark.parametrize("width", [16, 64])

@@ -226,6 +226,7 @@ class HybridCore(HybridParts):
     @torch.compiler.disable(reason="loop gains are measured eagerly")  # type: ignore[untyped-decorator]
     def _look_at_weights(self) -> None:
         """In training, find the blocks whose weights have changed. They measure their loop gain before they settle."""
+        self._later_modules.look()
         self._later_hooks.look()
         check_conductances(self)
         clamp_after_steps(self)

@@ -15,6 +15,7 @@ from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights, register_feedback_weights
 from ffebm_compiler.later_hooks import LaterHooks
+from ffebm_compiler.later_modules import LaterModules, rebound_operations
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.exported_program import place_of
 from ffebm_compiler.passes.held import plain_tensors
@@ -25,7 +26,6 @@ from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.devices.devices import Devices
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
-from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
 from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.sharded import gathered
 from ffebm_compiler.signature import CallForm
@@ -54,6 +54,7 @@ _OWN = frozenset(
         "_feedforward",
         "_folded",
         "_later_hooks",
+        "_later_modules",
         "_plan",
         "_run",
         "_shared",
@@ -117,10 +118,10 @@ class HybridParts(nn.Module):
         self._sources = self._sources_of_blocks()
         """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
         self.training = source.training
+        self._later_modules = LaterModules(source, self._modules, rebound_operations(lowered))
+        self._later_modules.follow(source, self)
         for module in lowered.graph_module.modules():
-            if isinstance(module, ReboundOperation):
-                module.follow(source, self)
-            elif isinstance(module, Fetch):
+            if isinstance(module, Fetch):
                 module.follow(self)
         if feedback_weights is not None:
             weights = {name: self.weight_at(place) for name, place in self.feedback_names.items()}
@@ -128,12 +129,6 @@ class HybridParts(nn.Module):
         for energy_block in lowered.energy.values():
             energy_block.training = self.training
             energy_block.aligned = feedback_weights is not None and feedback_weights.update == "aligned"
-            block_program = energy_block.program
-            drives = [instruction for layer in block_program.layers for instruction in layer.instructions]
-            for instruction in (*drives, *block_program.readout):
-                rebound = getattr(instruction.operator, "source", None)
-                if isinstance(rebound, ReboundOperation):
-                    rebound.follow(source, self)
         self._state_dict_hooks.update(source._state_dict_hooks)
         self._state_dict_pre_hooks.update(source._state_dict_pre_hooks)
         self._load_state_dict_post_hooks.update(source._load_state_dict_post_hooks)

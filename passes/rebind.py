@@ -68,7 +68,8 @@ def _rebound_module(program: Program, node: fx.Node) -> tuple[nn.Module, tuple[o
     if node.target is aten.batch_norm.default:
         x, weight, bias, mean, variance, training, momentum, eps = node.args[:8]
         flag = _flag_of(program, node, 5)
-        if not flag.follows or (training and mean is None):
+        alone = not isinstance(flag.owner, nn.SyncBatchNorm)  # in train mode the others' batches count too
+        if not flag.follows or (training and mean is None and alone):
             return None  # the same in both modes (weight standardisation, frozen statistics)
         counts = flag.whole or flag.unknown
         norm = ReboundBatchNorm(flag.owner, bool(training), float(momentum), float(eps), counts)  # type: ignore[arg-type]

@@ -45,6 +45,11 @@ def test_stages_of_a_pipeline_are_hybrids(processes: int) -> None:
     launch(processes, "pipelined_worker.py")
 
 
+@pytest.mark.slow
+def test_synchronised_batch_norm_takes_the_batch_of_all_processes() -> None:
+    launch(2, "synchronised_worker.py")
+
+
 def hybrid_of(model: nn.Module, x: torch.Tensor) -> ffebm.HybridModel:
     return ffebm.convert(model, x, feedback=0.3)
 

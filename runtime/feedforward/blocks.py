@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
+from ffebm_compiler.runtime.feedforward.synchronised import group_of, synchronised_batch_norm
 from ffebm_compiler.runtime.feedforward.zeroth_order import Perturbed, ZerothOrder
 
 __all__ = [
@@ -112,17 +113,17 @@ class ReboundOperation(nn.Module):
         """Whether the owner is in train mode."""
         return self.owner.training
 
-    def follow(self, source: nn.Module, root: nn.Module) -> None:
-        """If the owner is the source itself, read the flags of `root`, the hybrid, instead."""
-        if self.__dict__["_owner"] is source:
-            self.__dict__["_owner"] = root
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """If the owner is `old`, read the flags of `new` instead: of the hybrid for the source's, of a successor."""
+        if self.__dict__["_owner"] is old:
+            self.__dict__["_owner"] = new
 
 
 class ReboundBatchNorm(ReboundOperation):
     """Batch norm, y = γ (x − m)/√(v + ε) + β, with the owner's flag, momentum and counter.
 
     In train mode m and v are those of the batch, and they update the running statistics, as in
-    `torch.nn.modules.batchnorm._BatchNorm.forward`.
+    `torch.nn.modules.batchnorm._BatchNorm.forward`. The batch of a `SyncBatchNorm` is that of all processes.
     """
 
     operation = "batch_norm"
@@ -155,6 +156,10 @@ class ReboundBatchNorm(ReboundOperation):
             counter.add_(1)
             if getattr(self.owner, "momentum", momentum) is None:
                 momentum = 1.0 / float(counter)
+        group = group_of(self.owner) if self.active else None
+        if group is not None:
+            statistics = (mean, variance) if update and mean is not None and variance is not None else None
+            return synchronised_batch_norm(x, weight, bias, statistics, momentum, self.eps, group)
         tracked = update or not training
         return F.batch_norm(
             x,

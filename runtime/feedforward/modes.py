@@ -53,11 +53,11 @@ class ModeSwitch(ReboundOperation):
         self.writes = writes
         """Whether it writes state of the source."""
 
-    def follow(self, source: nn.Module, root: nn.Module) -> None:
-        """If one of the modules is the source itself, read the flags of `root`, the hybrid, instead."""
-        super().follow(source, root)
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """If one of the modules is `old`, read the flags of `new` instead."""
+        super().follow(old, new)
         for key in ("_linked", "_joined"):
-            self.__dict__[key] = tuple(root if owner is source else owner for owner in self.__dict__[key])
+            self.__dict__[key] = tuple(new if owner is old else owner for owner in self.__dict__[key])
 
     @property
     def joined(self) -> tuple[nn.Module, ...]:

@@ -1,0 +1,99 @@
+"""Modules of a hybrid that others take the place of: followed if they are alike, refused otherwise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import ffebm_compiler as ffebm
+
+X = torch.randn(5, 6)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.LeakyReLU(0.1), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.body = nn.Sequential(*layers)
+        self.scaled = Scaled(0.5)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.scaled(self.body(x)))
+
+
+def hybrid_of(model: nn.Module) -> ffebm.HybridModel:
+    return ffebm.convert(model, X, feedback=0.1)
+
+
+def put(path: str, module: nn.Module) -> Callable[[nn.Module], None]:
+    return lambda hybrid: hybrid.set_submodule(path, module)
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        (put("body.1", nn.ReLU()), "body.1"),
+        (put("body.0", Doubled(6, 8)), "body.0"),
+        (put("body.3", nn.LeakyReLU(0.2)), "body.3"),
+        (put("body.5", nn.Identity()), "body.5"),
+        (put("scaled", Scaled(0.25)), "scaled"),
+        (put("head", nn.Sequential(nn.Linear(8, 3))), "head"),
+        (lambda hybrid: nn.SyncBatchNorm.convert_sync_batchnorm(hybrid), "body.4"),
+        (lambda hybrid: setattr(hybrid, "scaled", None), "scaled"),
+    ],
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_module_of_another_kind_is_refused_by_its_path(
+    change: Callable[[nn.Module], None], path: str, copied: bool
+) -> None:
+    hybrid = hybrid_of(Network())
+    if copied:
+        hybrid = copy.deepcopy(hybrid)
+    hybrid(X)
+    change(hybrid)
+    with pytest.raises(ffebm.UnsupportedError, match=rf"module '{path}' of the hybrid was .* has taken its place"):
+        hybrid(X)
+    with pytest.raises(ffebm.UnsupportedError, match="change the source and convert it again"):
+        hybrid(X)  # and again: it stays refused
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_modules_of_the_same_kind_are_followed(train: bool) -> None:
+    torch.manual_seed(0)
+    hybrid, other = hybrid_of(Network()), Network().train(train)
+    hybrid.train(train)
+    hybrid(X)
+    for path in ("body", "head"):
+        hybrid.set_submodule(path, copy.deepcopy(other.get_submodule(path)))
+    # The successors' flags count from now on, not those of the modules that they replace.
+    expected = hybrid_of(other).train(train)
+    if not train:
+        hybrid.recertify()
+    torch.manual_seed(1)
+    found = hybrid(X)
+    torch.manual_seed(1)
+    assert torch.allclose(found, expected(X), atol=1e-5)
+    assert torch.allclose(hybrid.body[4].running_mean, expected.body[4].running_mean)
+    assert int(hybrid.body[4].num_batches_tracked) == int(train)
+    hybrid.body[5].eval()
+    expected.body[5].eval()
+    assert torch.allclose(hybrid(X), expected(X), atol=1e-5)

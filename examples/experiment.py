@@ -38,7 +38,19 @@ from torch import Tensor, nn
 import ffebm_compiler as ffebm
 from ffebm_compiler.files.whole_files import write_whole
 
-__all__ = ["Diverged", "Experiment", "Recipe", "Row", "accuracy", "add_options", "training"]
+__all__ = [
+    "Diverged",
+    "Experiment",
+    "Recipe",
+    "Row",
+    "accuracy",
+    "add_options",
+    "chosen",
+    "feedback_of",
+    "told",
+    "training",
+    "training_and_accuracy",
+]
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -57,6 +69,8 @@ class Recipe:
     batch: int = 32
     loss: Loss = F.cross_entropy
     weight_decay: float = 0.0
+    autocast: torch.dtype | None = None
+    """The dtype of products; None for that of the weights."""
 
 
 @dataclass
@@ -110,6 +124,9 @@ class Experiment:
                 self._append("curves", {**key, **last}, (*key, "epoch"))
         except Diverged as error:
             failed = str(error)
+        if not last and not failed:  # it was stopped after its last epoch
+            own = [row for row in self.rows("curves") if _text(row, key) == _text(key, key)]
+            last = {column: cell for column, cell in own[-1].items() if cell and column not in key} if own else {}
         self._append("runs", {**key, **last, "failed": failed}, tuple(key))
         checkpoint.unlink(missing_ok=True)
 
@@ -139,7 +156,7 @@ class Experiment:
             cells = []
             for name in across:
                 found = [run for run in runs if (_text(run, names), run[columns]) == (down, name)]
-                values = [float(run[value]) for run in found if run[value] not in ("", "nan")]
+                values = [float(run[value]) for run in found if run.get(value) not in (None, "", "nan")]
                 cell = ""
                 if values:
                     cell = f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
@@ -181,7 +198,8 @@ class Experiment:
                 title = ", ".join(map(" ".join, zip(names, panel, strict=True)))
                 axis.set(title=title if row == 0 else "", xlabel="epoch", ylabel=label)
                 axis.grid(alpha=0.3)
-        axes[0][0].legend()
+        if curves:
+            axes[0][0].legend()
         figure.tight_layout()
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})  # into memory
@@ -220,7 +238,7 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
 
     Raises:
         InputError: the loss is no scalar.
-        Diverged: the loss is not finite, or a block does not settle; names the block.
+        Diverged: the loss is not finite, a block does not settle, or its weights are too large; names the block.
     """
     optimizer = torch.optim.Adam(model.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
     x, y = data.training
@@ -234,7 +252,7 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
         losses, sweeps, started = [], [], time.process_time()
         for rows in torch.randperm(len(x), generator=generator)[: count * recipe.batch].split(recipe.batch):
             optimizer.zero_grad()
-            losses.append(_step(model, data.scaled(x[rows]), y[rows], recipe.loss, epoch))
+            losses.append(_step(model, data.scaled(x[rows]), y[rows], recipe, epoch))
             optimizer.step()
             schedule.step()
             sweeps += [one.sweeps for one in _settled(model)]
@@ -242,23 +260,42 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
         if isinstance(model, ffebm.HybridModel):
             gains = [block.loop_gain for block in model.blocks if block.certificate is not None]
             row |= {"sweeps": statistics.mean(sweeps) if sweeps else 0, "loop_gain": max(gains, default=0.0)}
-        _save(checkpoint, epoch, model, kept, generator)
         yield row
+        _save(checkpoint, epoch, model, kept, generator)  # now that its row is in the file
 
 
-def _step(model: nn.Module, x: Tensor, y: Tensor, loss_of: Loss, epoch: int) -> float:
-    try:
-        loss = loss_of(model(x), y)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ffebm.InputError(f"the loss is no scalar tensor (got {shape}): reduce it by mean() or sum()")
-        found = float(loss.detach())
-        if not math.isfinite(found):
-            raise Diverged(f"stopped in epoch {epoch}: the loss is {found}")
+def training_and_accuracy(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint: Path) -> Iterator[Row]:
+    """`training`, with the test accuracy after each epoch."""
+    for row in training(model, data, recipe, seed, checkpoint):
+        yield {**row, "test": accuracy(model, data, data.test)}
+
+
+def _step(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, epoch: int) -> float:
+    products = torch.autocast("cpu", recipe.autocast, enabled=recipe.autocast is not None)
+    with _named_divergence(model, epoch), products:
+        scores = model(x)
+    loss = recipe.loss(scores, y)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ffebm.InputError(f"the loss is no scalar tensor (got {shape}): reduce it by mean() or sum()")
+    found = float(loss.detach())
+    if not math.isfinite(found):
+        raise Diverged(f"stopped in epoch {epoch}: the loss is {found}")
+    with _named_divergence(model, epoch):
         loss.backward()  # type: ignore[no-untyped-call]
-    except ffebm.ConvergenceError as error:
-        raise Diverged(f"stopped in epoch {epoch}: {str(error).split(';')[0]}") from error
     return found
+
+
+@contextmanager
+def _named_divergence(model: nn.Module, epoch: int) -> Iterator[None]:
+    """Make `Diverged` of a block that does not settle, and of one that refuses weights that have become too large."""
+    try:
+        yield
+    except ffebm.FFEBMError as error:
+        size = sum(float(p.detach().square().sum()) for p in model.parameters())
+        if not isinstance(error, ffebm.ConvergenceError) and math.isfinite(size):
+            raise
+        raise Diverged(f"stopped in epoch {epoch}: {str(error).split(';')[0]}") from error
 
 
 def _settled(model: nn.Module) -> list[Any]:
@@ -305,6 +342,25 @@ def add_options(parser: argparse.ArgumentParser, out: str, epochs: int, seeds: i
     parser.add_argument("--out", type=Path, default=Path(out))
 
 
+def chosen(options: argparse.Namespace, *names: str) -> Row:
+    """Some of the options, as an experiment's settings."""
+    return {name: getattr(options, name) for name in names}
+
+
+def feedback_of(text: str) -> float | str:
+    """`convert`'s feedback from a word of the command line: a loop gain, or symmetric.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if text == "symmetric":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ffebm.InputError(f"feedback is {text!r}; expected a loop gain such as 0.1, or symmetric") from None
+
+
 @contextmanager
 def told(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Tell errors of the user in one line, with exit status 2."""
@@ -334,8 +390,7 @@ def main() -> None:
             if key["gradient"] != "backprop":
                 model = ffebm.convert(model, data.scaled(data.training[0][:2]), gradient="ep")
             recipe = Recipe(options.epochs, 2e-3)
-            for row in training(model, data, recipe, key["seed"], checkpoint):
-                yield {**row, "test": accuracy(model, data, data.test)}
+            yield from training_and_accuracy(model, data, recipe, key["seed"], checkpoint)
 
         keys = [{"gradient": g, "seed": seed} for g in ("backprop", "ep") for seed in range(options.seeds)]
         experiment.run(keys, one)

@@ -27,7 +27,7 @@ import pickle
 import sysconfig
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,11 @@ class Data:
     def scaled(self, x: Tensor) -> Tensor:
         """Inputs of a batch for a network: bytes become numbers from -1 to 1, other inputs stay."""
         return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
+
+    def first(self, training: int, test: int) -> Data:
+        """So many of the inputs, for a quick look."""
+        (x, y), (held, labels) = self.training, self.test
+        return replace(self, training=(x[:training], y[:training]), test=(held[:test], labels[:test]))
 
 
 @dataclass(frozen=True)

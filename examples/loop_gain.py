@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, Recipe, Row, accuracy, add_options, told, training
+from experiment import Experiment, Recipe, Row, add_options, chosen, feedback_of, told, training_and_accuracy
 from experiment_data import Data, load
-from papers_networks import FeedforwardTied, papers_plan
+from papers_networks import FeedforwardTied, goe_, papers_hybrid
 from torch import nn
 
 import ffebm_compiler as ffebm
@@ -40,14 +40,9 @@ def network(data: Data, width: int, feedback: str, variance: float | None) -> nn
     channels = (x.shape[1], width, width, 2 * width, 2 * width)
     side, pooled = x.shape[-1], (False, True, False, True)
     source = FeedforwardTied(channels, pooled, [2, 2], side=side, classes=data.classes)
-    for block in source.blocks if variance else ():
-        for layer in block.inner:  # type: ignore[union-attr]
-            ffebm.init.goe_(layer.layer.weight, variance)
-    if feedback == "backprop":
-        return source
-    example = data.scaled(x[:2])
-    given = feedback if feedback == "symmetric" else float(feedback)
-    return ffebm.convert(source, example, plan=papers_plan(source, example), feedback=given)
+    if variance:
+        goe_(source, variance)
+    return source if feedback == "backprop" else papers_hybrid(source, data.scaled(x[:2]), feedback_of(feedback))
 
 
 def main() -> None:
@@ -69,16 +64,13 @@ def main() -> None:
         options.variance = options.variance or 8.4e-5 * 128 / options.width
     with told(parser):
         data = load(options.data, options.folder)
-        settings = {
-            name: getattr(options, name) for name in ("data", "epochs", "width", "rate", "initialisation", "variance")
-        }
+        settings = chosen(options, "data", "epochs", "width", "rate", "initialisation", "variance")
         experiment = Experiment(options.out, "loop gain", settings)
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:
             torch.manual_seed(key["seed"])
             model = network(data, options.width, key["feedback"], options.variance)
-            for row in training(model, data, Recipe(options.epochs, options.rate), key["seed"], checkpoint):
-                yield {**row, "test": accuracy(model, data, data.test)}
+            yield from training_and_accuracy(model, data, Recipe(options.epochs, options.rate), key["seed"], checkpoint)
 
         keys = [{"feedback": given, "seed": seed} for given in options.feedback for seed in range(options.seeds)]
         experiment.run([{"data": data.name, **key} for key in keys], one)

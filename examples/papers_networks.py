@@ -179,6 +179,19 @@ def papers_plan(network: FeedforwardTied | DCHN, x: Tensor, **options: Any) -> f
     return plan
 
 
+def goe_(network: FeedforwardTied, variance: float) -> None:
+    """Initialise the convolutions after the first of each block as the papers do; `variance` is V."""
+    for block in network.blocks:
+        for layer in block.inner:  # type: ignore[union-attr]
+            if isinstance(layer.layer, nn.Conv2d):
+                ffebm.init.goe_(layer.layer.weight, variance)
+
+
+def papers_hybrid(network: FeedforwardTied | DCHN, x: Tensor, feedback: float | str) -> ffebm.HybridModel:
+    """The network converted by its `papers_plan`."""
+    return ffebm.convert(network, x, plan=papers_plan(network, x), feedback=feedback)
+
+
 def main() -> None:
     """Print the plans."""
     x = torch.randn(2, 3, 32, 32)

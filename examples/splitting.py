@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, Recipe, Row, accuracy, add_options, told, training
+from experiment import Experiment, Recipe, Row, add_options, chosen, feedback_of, told, training_and_accuracy
 from experiment_data import Data, load
-from papers_networks import papers_plan, six_layers, twelve_layers
+from papers_networks import goe_, papers_hybrid, six_layers, twelve_layers
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -51,13 +51,10 @@ def network(data: Data, layers: int, size: int, width: int, feedback: str, varia
     """The network in blocks of `size` layers, with GOE initialisation."""
     build = {6: six_layers, 12: twelve_layers}[layers]
     source = build(size, width, classes=data.classes)
-    for block in source.blocks:
-        for layer in block.inner:  # type: ignore[union-attr]
-            if isinstance(layer.layer, nn.Conv2d):
-                ffebm.init.goe_(layer.layer.weight, variance)
-    example = data.scaled(data.training[0][:2])
-    given = feedback if feedback == "symmetric" else float(feedback)
-    return ffebm.convert(source, example, plan=papers_plan(source, example), feedback=given)
+    goe_(source, variance)
+    if feedback == "backprop":
+        return source
+    return papers_hybrid(source, data.scaled(data.training[0][:2]), feedback_of(feedback))
 
 
 def main() -> None:
@@ -65,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "results/splitting", epochs=6)
     parser.add_argument("--layers", type=int, choices=tuple(SIZES), default=6)
-    parser.add_argument("--feedback", default="0.1", help="a loop gain, or symmetric")
+    parser.add_argument("--feedback", default="0.1", help="a loop gain, symmetric or backprop")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument(
@@ -79,15 +76,14 @@ def main() -> None:
     with told(parser):
         data = scaled(load(options.data, options.folder))
         if options.quick:
-            data = replace(data, training=tuple(t[:128] for t in data.training), test=tuple(t[:64] for t in data.test))
+            data = data.first(128, 64)
         names = ("data", "layers", "feedback", "epochs", "width", "rate", "variance", "quick")
-        experiment = Experiment(options.out, "splitting", {name: getattr(options, name) for name in names})
+        experiment = Experiment(options.out, "splitting", chosen(options, *names))
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:
             torch.manual_seed(key["seed"])
             model = network(data, options.layers, key["block"], options.width, options.feedback, options.variance)
-            for row in training(model, data, Recipe(options.epochs, options.rate), key["seed"], checkpoint):
-                yield {**row, "test": accuracy(model, data, data.test)}
+            yield from training_and_accuracy(model, data, Recipe(options.epochs, options.rate), key["seed"], checkpoint)
 
         sizes = SIZES[options.layers]
         keys = [{"data": data.name, "block": size, "seed": seed} for size in sizes for seed in range(options.seeds)]

@@ -20,7 +20,7 @@ import ffebm_compiler as ffebm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-from experiment import Diverged, Experiment, Recipe, Row, accuracy, training  # noqa: E402
+from experiment import Diverged, Experiment, Recipe, Row, accuracy, training, training_and_accuracy  # noqa: E402
 from experiment_data import Data, load  # noqa: E402
 
 
@@ -43,7 +43,7 @@ class Stopped(Exception):
     """Ends a script in the middle of a run."""
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [1, 4])
 def test_a_stopped_run_goes_on_with_the_same_numbers(stop_after: int, tmp_path: Path) -> None:
     data = load("digits")
     recipe = Recipe(epochs=4, rate=5e-3)
@@ -69,6 +69,42 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(stop_after: int, tmp_path: 
     assert curve(tmp_path / "parts" / "runs.csv") == curve(tmp_path / "whole" / "runs.csv")
     assert not list((tmp_path / "parts").glob("*.pt"))
     assert float(curve(tmp_path / "whole" / "runs.csv")[0]["test"]) > 70
+
+
+def test_a_run_that_is_stopped_after_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its epochs are in its checkpoint and in curves.csv, and its line in runs.csv is not yet written."""
+    data = load("digits").first(320, 50)
+
+    def one(key: Row, checkpoint: Path) -> Iterator[Row]:
+        torch.manual_seed(0)
+        yield from training_and_accuracy(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data, Recipe(2, 1e-2), 0, checkpoint
+        )
+
+    def write(self: Experiment, name: str, row: Row, key: Any) -> None:
+        if name == "runs":
+            raise Stopped
+        append(self, name, row, key)
+
+    append = Experiment._append
+    with monkeypatch.context() as patched:
+        patched.setattr(Experiment, "_append", write)
+        with pytest.raises(Stopped):
+            Experiment(tmp_path, "test").run([{"seed": 0}], one)
+    assert list(tmp_path.glob("*.pt"))
+    Experiment(tmp_path, "test").run([{"seed": 0}], one)
+    (found,), curves = curve(tmp_path / "runs.csv"), curve(tmp_path / "curves.csv")
+    assert found["epoch"] == "2"
+    assert found["test"] == curves[-1]["test"]
+
+
+def test_weights_that_have_become_too_large_stop_the_run(tmp_path: Path) -> None:
+    data = load("digits").first(64, 50)
+    model = hybrid(data, feedback=0.5)
+    with torch.no_grad():
+        model.get_parameter("4.weight").fill_(torch.inf)
+    with pytest.raises(Diverged, match=r"stopped in epoch 1: weight 2 of block_1, .*holds NaN or infinite values"):
+        list(training(model, data, Recipe(1, 1e-3), 0, tmp_path / "run.pt"))
 
 
 @pytest.mark.slow

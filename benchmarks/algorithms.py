@@ -11,7 +11,7 @@ training and 450 test images, one is 0.22 points), in these tables:
                 is perturbed (`ZerothOrder`), over 1 to 1 024 samples
     training    test accuracy by seed (Adam, batches of 64, loop gain 0.5)
     depth       16 layers of width 32 in 8 blocks of two, batch norm before each: test accuracy by loop gain and rate
-    cnn         17 layers, 16 convolutions, driven states in 8 blocks (`digital_drive`): the same
+    cnn         17 layers, 16 convolutions, driven states in 8 blocks (`examples/depth.py` has more of it): the same
     norm        that network at 5e-4: with batch norm, without, and with the last batch of three images kept
 
 One thread.
@@ -37,6 +37,8 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.files.whole_files import write_whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from depth import source
 from vector_fields import data, network
 
 BATCH = 64
@@ -121,16 +123,9 @@ def deep() -> nn.Sequential:
     return nn.Sequential(*layers, nn.BatchNorm1d(32), nn.Linear(32, 10))
 
 
-def deep_cnn(width: int = 16, norm: bool = True) -> nn.Sequential:
-    """Eight blocks [convolution, batch norm, ReLU, convolution, ReLU] and a head, for `digital_drive`."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
-    for index in range(8):
-        first = nn.Conv2d(width if index else 1, width, 3, padding=1)
-        between = [nn.BatchNorm2d(width)] if norm else []
-        layers += [first, *between, nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
-        if index in (3, 5):
-            layers.append(nn.AvgPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width, 10))
+def deep_cnn(norm: bool = True) -> nn.Sequential:
+    """The network of `examples/depth.py` for the flat images of this file; converted with `digital_drive`."""
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *source((1, 8, 8), 10, norm=norm))
 
 
 def train(model: nn.Module, seed: int, epochs: int, rate: float, drop_last: bool = True) -> float:

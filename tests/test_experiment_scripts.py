@@ -1,0 +1,301 @@
+"""The experiments' scripts at their quickest: stopped and started again, diverging, with bad data; what they add."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from by_hand import BY_HAND, ByHand, relative
+from networks import CASES, noise
+from PIL import Image
+from test_experiment_data import batch, idx, truncate, write_cifar10, write_mnist
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = {
+    "loop_gain": ["--feedback", "backprop", "0.5"],
+    "splitting": [],
+    "depth": ["--tables", "training"],
+    "fine_tuning": [],
+    "seven_algorithms": [],
+}
+"""Script -> options beside --quick."""
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The scripts run on one thread."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def script(name: str) -> ModuleType:
+    """By its file, since benchmarks have modules of the same names."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    module = script(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(out), *SCRIPTS[name], *options])
+    module.main()
+
+
+def rows(out: Path, name: str) -> list[dict[str, str]]:
+    (path,) = [path for path in out.rglob(f"{name}.csv") if path.parent.name != "gradients"]
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: cell for key, cell in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+class Stopped(Exception):
+    """Ends a script in the middle of a run."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_stopped_script_goes_on_with_the_same_numbers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = script(name)
+    run(name, tmp_path / "whole", monkeypatch)
+    left = [1 if name in ("fine_tuning", "splitting") else 2]
+
+    def stopping(*given: Any) -> Iterator[Any]:
+        for row in whole(*given):
+            yield row
+            left[0] -= 1
+            if not left[0]:
+                raise Stopped
+
+    whole = module.training_and_accuracy
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "training_and_accuracy", stopping)
+        with pytest.raises(Stopped):
+            run(name, tmp_path / "parts", monkeypatch)
+    run(name, tmp_path / "parts", monkeypatch)
+    assert rows(tmp_path / "parts", "curves") == rows(tmp_path / "whole", "curves")
+    assert rows(tmp_path / "parts", "runs") == rows(tmp_path / "whole", "runs")
+    assert not list((tmp_path / "parts").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["depth", "fine_tuning", "seven_algorithms"])
+def test_a_diverging_run_is_stopped_and_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script(name)
+    if name != "fine_tuning":
+        recipe = module.Recipe
+        monkeypatch.setattr(module, "Recipe", lambda epochs, rate, *rest, **more: recipe(epochs, 1e30, *rest, **more))
+    run(name, tmp_path, monkeypatch, *(["--rate", "1e30"] if name == "fine_tuning" else []))
+    found = rows(tmp_path, "runs")
+    assert found
+    assert all(row["failed"].startswith("stopped in epoch 1: ") for row in found)
+    assert any("block_" in row["failed"] for row in found)
+    assert "1 stopped" in capsys.readouterr().out
+
+
+def cifar10_out_of_range(folder: Path) -> None:
+    write_cifar10(folder)
+    (folder / "data_batch_1").write_bytes(batch(20, "labels", 11))
+
+
+def mnist_without_labels(folder: Path) -> None:
+    write_mnist(folder, zipped=False)
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(0)))
+
+
+BAD_DATA = {
+    "missing": ("mnist", lambda folder: None, "has no file train-images-idx3-ubyte"),
+    "truncated": ("cifar10", truncate("data_batch_3", write_cifar10), "data_batch_3 is no complete batch of images"),
+    "labels": ("cifar10", cifar10_out_of_range, "cifar10 has training labels from 0 to 10; expected labels of 10"),
+    "no labels": ("mnist", mnist_without_labels, "mnist has 12 training inputs and 0 labels"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "fine_tuning"])
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_told_in_one_line(
+    name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, spoil, message = BAD_DATA[case]
+    spoil(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run(name, tmp_path / "out", monkeypatch, "--data", data, "--folder", str(tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}.py: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_to_fine_tune_on_is_told_in_one_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, spoil, message = BAD_DATA[case]
+    spoil(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run("fine_tuning", tmp_path / "out", monkeypatch, "--data", data, "--folder", str(tmp_path))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["depth", "fine_tuning"])
+def test_data_that_are_no_images(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(name, tmp_path, monkeypatch, "--data", "mnist1d")
+    assert "mnist1d has inputs of shape (1, 40); expected" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_scalar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script("seven_algorithms")
+    monkeypatch.setattr(module, "squared", lambda scores, labels: F.cross_entropy(scores, labels, reduction="none"))
+    with pytest.raises(SystemExit, match="2"):
+        run("seven_algorithms", tmp_path, monkeypatch)
+    assert "the loss is no scalar tensor (got (32,))" in capsys.readouterr().err
+
+
+def test_a_feedback_that_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("seven_algorithms", tmp_path, monkeypatch, "--feedback", "tied")
+    assert "feedback is 'tied'; expected a loop gain such as 0.1, or symmetric" in capsys.readouterr().err
+
+
+def test_the_gradients_of_a_deep_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At γ held EP is the exact gradient; the part through γ is another; a small loop gain is near backprop."""
+    module = script("depth")
+    data = script("experiment_data").load("digits")
+    key = {"activation": "tanh", "blocks": 2, "gradient": "held", "seed": 0}
+    near, far = (module.cosines(data, {**key, "feedback": feedback}, 4, 32) for feedback in ("0.01", "0.5"))
+    assert float(far["to implicit"]) > 0.9999
+    assert float(far["to the one through γ"]) < 0.9999
+    assert float(near["to backprop"]) > 0.999
+    assert float(far["to backprop"]) < float(near["to backprop"])
+    assert sum(name.endswith("weight to implicit") for name in far) == 5
+    through = module.cosines(data, {**key, "feedback": "0.5", "gradient": "through"}, 4, 32)
+    assert float(through["to the one through γ"]) > 0.9999
+
+
+# -- the nudge by a cost's own gradient ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+@pytest.mark.parametrize("variant", ["positive", "negative", "centered"])
+def test_a_cost_nudge_is_its_definition(case: str, variant: str) -> None:
+    """β(s − y) with the nudged state's own s, against plain iteration of that equation in float64."""
+    model, x = CASES[case].make(nn.Tanh)
+    model, x = model.double(), x.double()
+    exact = ffebm.GaussSeidel(rtol=1e-14)
+    hybrid = ffebm.convert(model, x, feedback=0.3, solver=exact, **CASES[case].options)
+    block = ByHand(BY_HAND[case](model), hybrid.blocks[0].module.scales)
+    last, beta, x = len(block.layers) - 1, 0.4, x.clone().requires_grad_()
+    with torch.no_grad():
+        free = block.settle(x)
+    y = noise(*free[-1].shape, seed=9).double()
+
+    def nudged(strength: float) -> list[Tensor]:
+        s = free[-1]
+        with torch.no_grad():
+            for _ in range(200):
+                states = block.settle(x, nudge={last: strength * (s - y)})
+                s = s + (states[-1] - s) / (1 + strength)
+        torch.testing.assert_close(states[-1], s)
+        return states
+
+    up = free if variant == "negative" else nudged(beta)
+    down = free if variant == "positive" else nudged(-beta)
+    divisor = x.new_full((len(x),), beta * (2 if variant == "centered" else 1) * len(x))
+    expected = block.contrast(up, down, divisor, x, [*model.parameters(), x])
+    hybrid.set_gradient(script("seven_algorithms").CostNudge(beta, variant, float(len(x))))
+    given = x.detach().clone().requires_grad_()
+    (0.5 * (hybrid(given) - y).square().sum(1).mean()).backward()
+    found = [*(parameter.grad for parameter in hybrid.parameters()), given.grad]
+    for one, other in zip(found, expected, strict=True):
+        assert one is not None
+        assert relative(one, other) <= 1e-6
+
+
+def test_cost_nudges_that_are_refused() -> None:
+    nudge = script("seven_algorithms").CostNudge
+    with pytest.raises(ffebm.InputError, match="variant is 'holomorphic'; expected one of positive, negative"):
+        nudge(0.5, "holomorphic", 1.0)
+    with pytest.raises(ffebm.InputError, match=r"beta is 1.0; expected a positive number, below 1 where"):
+        nudge(1.0, "centered", 1.0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()), noise(2, 4)
+    hybrid = ffebm.convert(model, x, gradient=nudge(0.5, "positive", 2.0))
+    with pytest.raises(ffebm.UnsupportedError, match=r"block_1: the output 2 has the activation tanh; a cost nudges"):
+        hybrid(x).sum().backward()
+
+
+# -- pictures to fine-tune on ----------------------------------------------------------------------
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        Image.fromarray(generator.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+
+
+class Tiny(nn.Module):
+    """Has what is read of EfficientNet-Lite0, and is sure of its answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._global_params = namedtuple("Params", "drop_connect_rate")(0.2)
+        self._dropout = nn.Dropout(0.2)
+        self.first, self.second = nn.Conv2d(3, 4, 3, stride=4), nn.Conv2d(4, 4, 3)
+        self.last = nn.Linear(4, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.second(F.relu(self.first(x))).mean((2, 3))
+        scores: Tensor = self.last(100 * self._dropout(h))
+        return scores
+
+
+def test_a_network_learns_the_source_from_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("fine_tuning")
+    write_pictures(tmp_path, 6)
+    torch.manual_seed(0)
+    monkeypatch.setattr(module, "efficientnet_lite0", lambda: Tiny().eval())
+    options = ["--network", "efficientnet-lite0", "--feedback", "backprop", "0.9", "--pictures", str(tmp_path)]
+    size = ["--side", "32", "--views", "24", "--held", "16", "--epochs", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["fine_tuning.py", *options, *size])
+    module.main()
+    (found,) = rows(tmp_path / "out", "runs")
+    assert found["feedback"] == "0.9", "the source has nothing to learn from itself"
+    assert float(found["source"]) == 100
+    assert float(found["away"]) > 0
+    assert [row["epoch"] for row in rows(tmp_path / "out", "curves")] == ["0", "1", "2"]
+
+
+def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:
+    module = script("fine_tuning")
+    write_pictures(tmp_path, 2)
+    with pytest.raises(ffebm.InputError, match=r"has 2 pictures \(.png, .jpg\); expected at least 3"):
+        module.pictures(tmp_path)
+    (tmp_path / "2.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
+    with pytest.raises(ffebm.InputError, match=r"2\.png is no complete picture"):
+        module.pictures(tmp_path)

@@ -7,6 +7,8 @@ loss_fn(hybrid(x), y).backward()
 """
 
 from ffebm_compiler import init
+from ffebm_compiler.accuracy.accuracy_plan import AccuracyPlan, AccuracyReport
+from ffebm_compiler.accuracy.plan_for_accuracy import plan_for_accuracy
 from ffebm_compiler.accuracy.sensitivity import sensitivity
 from ffebm_compiler.accuracy.sensitivity_report import Sensitivity
 from ffebm_compiler.convert import convert, plan
@@ -58,6 +60,8 @@ from ffebm_compiler.runtime.solvers.newton import NewtonCG
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccuracyPlan",
+    "AccuracyReport",
     "Anderson",
     "CaptureError",
     "Comparison",
@@ -110,5 +114,6 @@ __all__ = [
     "jacobian_homeostasis",
     "load",
     "plan",
+    "plan_for_accuracy",
     "sensitivity",
 ]

@@ -1,0 +1,297 @@
+"""`plan_for_accuracy`: as much analog as a budget of accuracy allows, found by sensitivity and measured afterwards."""
+
+from __future__ import annotations
+
+import glob
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from ffebm_compiler.accuracy.accuracy_plan import AccuracyPlan, AccuracyReport, DigitalLayer
+from ffebm_compiler.accuracy.evaluation import Evaluate, Measure, Setting, check_repeats, told_devices, whole_number
+from ffebm_compiler.accuracy.journal import Journal, digest_of
+from ffebm_compiler.accuracy.mappings import Mapping as Layers
+from ffebm_compiler.accuracy.mappings import Mappings, search
+from ffebm_compiler.accuracy.parts import Part, parts_of
+from ffebm_compiler.accuracy.runs import check_executor, run
+from ffebm_compiler.convert import DEFAULT_FEEDBACK, convert
+from ffebm_compiler.convert import plan as make_plan
+from ffebm_compiler.errors import InputError, PlanError
+from ffebm_compiler.hardware.layers import matches
+from ffebm_compiler.plan import Plan
+from ffebm_compiler.runtime.devices.devices import Devices, devices_of
+from ffebm_compiler.runtime.devices.laws import checked_number
+from ffebm_compiler.runtime.energies.base import Energy
+
+__all__ = ["Planner", "best_plan", "plan_for_accuracy", "plan_options"]
+
+_UNSEEN = 1_000_003
+"""Added to the seeds of the devices that confirm a mapping. The search has not seen those."""
+_BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Shares of the allowed drop that the search is given, one after the other, until a mapping is confirmed."""
+_CONFIRMED = 4
+"""Mappings of one search that are confirmed at most."""
+
+
+def plan_options(given: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    """The arguments that are handed to `ffebm.plan`.
+
+    Raises:
+        InputError: `ffebm.plan` has no such argument.
+    """
+    known = [name for name in list(signature(make_plan).parameters)[3:] if name not in without]
+    for name in given:
+        if name not in known:
+            raise InputError(f"there is no argument {name!r}; those of ffebm.plan are {', '.join(known)}")
+    return dict(given)
+
+
+@dataclass
+class Planner:
+    """One call: what is measured, and how mappings become plans."""
+
+    model: nn.Module | ExportedProgram
+    example_inputs: Any
+    kwargs: Mapping[str, Any] | None
+    options: dict[str, Any]
+    settings: dict[str, Any]
+    """Feedback and energy."""
+    measure: Measure
+    mappings: Mappings
+    max_drop: float
+    fixed: Layers
+    """Parts of `force_analog`."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | ExportedProgram,
+        example_inputs: Any,
+        evaluate: Evaluate,
+        *,
+        devices: str | Devices,
+        max_drop: float,
+        kwargs: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any],
+        draws: int = 3,
+        age: float = 0.0,
+        higher_is_better: bool = True,
+        executor: Executor | None = None,
+        file: str | Path | None = None,
+        options: Mapping[str, Any],
+    ) -> Planner:
+        """Convert the model, and check the arguments of `plan_for_accuracy`."""
+        chosen = devices_of(devices)
+        if chosen is None:
+            raise InputError("plan_for_accuracy needs devices: pass devices='pcm', another preset or a Devices(...)")
+        if not callable(evaluate):
+            raise InputError(f"evaluate is a {type(evaluate).__name__}; expected a function of a network")
+        budget = checked_number("max_drop", max_drop, remedy="the largest drop of the metric, such as 0.01")
+        whole_number("draws", draws, 1)
+        checked_number("age", age, remedy="seconds since the devices were programmed")
+        check_executor(executor)
+        hybrid = convert(model, example_inputs, kwargs, **settings, **options)
+        parts = parts_of(hybrid.plan)
+        if not parts:
+            raise PlanError(
+                "no layer can be analog on this hardware, whatever the accuracy: print(ffebm.plan(...)) says why"
+            )
+        measure = Measure(hybrid, evaluate, chosen, float(age))
+        source = check_repeats(measure, Setting("source", "the source's own computation", settling=()))
+        of = {
+            "plan": hybrid.plan.fingerprint,
+            "blocks": str([block.operations for block in hybrid.plan.blocks]),
+            "weights": digest_of(hybrid),
+            "devices": told_devices(chosen),
+            "age": repr(float(age)),
+            "feedback": str([block.module.feedback for block in hybrid.blocks]),
+            "value of the source": repr(source),
+        }
+        journal = Journal(file, "plan for accuracy", of)
+        mappings = Mappings(measure, parts, source, journal, draws, 1.0 if higher_is_better else -1.0, executor)
+        forced = options.get("force_analog", ())
+        patterns = (forced,) if isinstance(forced, str) else tuple(forced)
+        fixed = frozenset(i for i, part in enumerate(parts) if any(matches(path, patterns) for path in part.paths))
+        return cls(model, example_inputs, kwargs, dict(options), dict(settings), measure, mappings, budget, fixed)
+
+    def plan_of(self, mapping: Layers) -> Plan:
+        """The plan whose analog layers are these."""
+        parts = self.mappings.parts
+        analog = [path for index in mapping for path in parts[index].paths]
+        modules = set(self.measure.hybrid.plan.modules)
+        forced, moved = [], []
+        for index, part in enumerate(parts):
+            if index in mapping:
+                continue
+            for path in part.paths:
+                # A pattern names a module with all that is in it, so that layers without one of their own are moved.
+                alone = path in modules and not any(other.startswith(f"{path}.") for other in analog)
+                forced += [glob.escape(path)] if alone else []
+                moved += [] if alone else list(part.operations)
+        given = self.options.get("force_digital", ())
+        patterns = (given,) if isinstance(given, str) else tuple(given)
+        options = {**self.options, "force_digital": (*patterns, *forced)}
+        plan = make_plan(self.model, self.example_inputs, self.kwargs, **options)
+        for name in dict.fromkeys(moved):
+            plan = plan.move(name, "digital")
+        return plan
+
+    def confirmed(self, plan: Plan) -> list[float]:
+        """The drop of a plan's own hybrid for each unseen draw."""
+        hybrid = convert(self.model, self.example_inputs, self.kwargs, plan=plan, **self.settings)
+        seen = self.measure
+        measure = Measure(hybrid, seen.evaluate, seen.devices, seen.age, seen.seed + _UNSEEN)
+        operations = tuple(name for block in plan.blocks for name in block.operations)
+        key = ",".join(plan.rejected)
+        told = f"the plan with {len(plan.blocks)} blocks on devices"
+        draws = range(self.mappings.draws)
+        settings = [Setting(f"plan without {key} | {draw}", told, operations, None, draw) for draw in draws]
+        journal = self.mappings.journal
+        run(measure, settings, "confirming", journal, self.mappings.executor)
+        values = [float(journal.results[each.key]["value"] or 0.0) for each in settings]
+        return [self.mappings.sign * (self.mappings.source - value) for value in values]
+
+
+def plan_for_accuracy(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any,
+    evaluate: Evaluate,
+    *,
+    devices: str | Devices,
+    max_drop: float = 0.01,
+    kwargs: Mapping[str, Any] | None = None,
+    feedback: float | str = DEFAULT_FEEDBACK,
+    energy: str | Energy = "hopfield",
+    draws: int = 3,
+    age: float = 0.0,
+    higher_is_better: bool = True,
+    trials: int | None = None,
+    executor: Executor | None = None,
+    file: str | Path | None = None,
+    **as_plan: Any,
+) -> AccuracyPlan:
+    """The plan with the most analog multiply-accumulates whose measured accuracy drops by at most `max_drop`.
+
+    The loss of every layer alone says in which order layers become digital. Whole mappings are then measured: how many
+    layers must be digital, which of them may be analog again, and which change places (`mappings.search`). The best
+    mapping becomes a plan. Its own hybrid is measured with devices that the search has not seen. Where it drops by more
+    than `max_drop`, the next best mapping is taken, or the search is repeated within a smaller budget.
+
+    Args:
+        model: the network, which is not changed.
+        example_inputs, kwargs: as for `convert`.
+        evaluate: takes a network in evaluation mode and returns a number, the same for the same network.
+        devices: a preset's name or a `Devices`. Draw k has their seed + k.
+        max_drop: the largest drop, in the units of `evaluate` (0.01 is one point of an accuracy from 0 to 1), as the
+            mean over the draws.
+        feedback, energy: as for `convert`.
+        draws: how many devices each mapping is measured with.
+        age: seconds since the devices were programmed.
+        higher_is_better: whether the metric should be large.
+        trials: how many mappings the improvement measures at most. None is four for each layer.
+        executor: an executor of `concurrent.futures` whose workers measure.
+        file: keeps the finished measurements (JSON). An interrupted call goes on from it.
+        as_plan: the arguments of `ffebm.plan`, such as `hardware` and `fold_batchnorm`. Layers of `force_analog` stay
+            analog.
+
+    Returns:
+        An `AccuracyPlan`, which is a `Plan` with a `report`.
+
+    Raises:
+        PlanError: no analog layer is possible within `max_drop`. Says what is reachable.
+        InputError: `evaluate` raises an error, is not deterministic, or returns no finite number; an argument is out of
+            range; the file holds measurements of something else.
+    """
+    planner = Planner.of(
+        model,
+        example_inputs,
+        evaluate,
+        devices=devices,
+        max_drop=max_drop,
+        kwargs=kwargs,
+        settings={"feedback": feedback, "energy": energy},
+        draws=draws,
+        age=age,
+        higher_is_better=higher_is_better,
+        executor=executor,
+        file=file,
+        options=plan_options(as_plan, ("feedback",)),
+    )
+    if trials is not None:
+        whole_number("trials", trials, 0)
+    return best_plan(planner, lambda budget: search(planner.mappings, budget, planner.fixed, trials))
+
+
+def best_plan(planner: Planner, find: Callable[[float], Sequence[Layers]]) -> AccuracyPlan:
+    """The plan of the first mapping that unseen devices confirm.
+
+    A search picks mappings that its own devices flatter. If unseen ones confirm none of the best, it searches again
+    within a smaller budget.
+
+    Args:
+        planner: what is measured.
+        find: takes a budget, and returns mappings whose measured drop is within it, the best first.
+
+    Raises:
+        PlanError: they confirm none. Says what is reachable.
+    """
+    tried: dict[Layers, float] = {}
+    for share in _BUDGETS:
+        fresh = [mapping for mapping in find(share * planner.max_drop) if mapping not in tried]
+        for mapping in fresh[:_CONFIRMED]:
+            plan = planner.plan_of(mapping)
+            drops = planner.confirmed(plan)
+            tried[mapping] = statistics.fmean(drops)
+            if tried[mapping] <= planner.max_drop:
+                return AccuracyPlan.measured(plan, _report(planner, mapping, drops))
+    raise _unreachable(planner, tried)
+
+
+def _report(planner: Planner, mapping: Layers, drops: Sequence[float]) -> AccuracyReport:
+    mappings, drop = planner.mappings, statistics.fmean(drops)
+    alone = {next(iter(one)): loss for one, loss in mappings.seen.items() if len(one) == 1}
+    parts: Sequence[Part] = mappings.parts
+    digital = tuple(
+        DigitalLayer(part.name, part.paths, part.macs, alone.get(index, math.nan))
+        for index, part in enumerate(parts)
+        if index not in mapping
+    )
+    everything = frozenset(range(len(parts)))
+    return AccuracyReport(
+        devices=planner.measure.devices,
+        age=planner.measure.age,
+        max_drop=planner.max_drop,
+        source=mappings.source,
+        value=mappings.source - mappings.sign * drop,
+        drop=drop,
+        error=statistics.stdev(drops) / len(drops) ** 0.5 if len(drops) > 1 else None,
+        full_drop=mappings.seen[everything],
+        draws=mappings.draws,
+        mappings=len(mappings.seen),
+        digital=digital,
+    )
+
+
+def _unreachable(planner: Planner, tried: Mapping[Layers, float]) -> PlanError:
+    mappings, fixed = planner.mappings, planner.fixed
+    drops = {mapping: drop for mapping, drop in mappings.seen.items() if mapping and fixed <= mapping}
+    drops |= {mapping: max(drop, drops.get(mapping, drop)) for mapping, drop in tried.items()}
+    least = min(drops, key=lambda mapping: (drops[mapping], -mappings.macs(mapping)))
+    paths = [path for index in sorted(least) for path in mappings.parts[index].paths]
+    share = 100 * mappings.macs(least) / max(1, planner.measure.hybrid.plan.total_macs)
+    named = ", ".join(map(repr, paths[:3])) + ", ..." * (len(paths) > 3)
+    kept = " that force_analog keeps analog" if fixed and least == fixed else ""
+    return PlanError(
+        f"max_drop={planner.max_drop:g} is not reachable with an analog layer on {planner.measure.devices.name}: the "
+        f"smallest drop of {len(drops)} measured mappings is {drops[least]:.3g}, with {share:.1f} % of the "
+        f"multiply-accumulates analog ({named}{kept}). Allow such a drop, use better devices or a smaller feedback, or "
+        "leave the network digital"
+    )

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, PlanError
 from ffebm_compiler.feedback_weights import FeedbackWeights, feedback_weights_of
+from ffebm_compiler.garbage import collected_rarely
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.presets import resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
@@ -109,6 +110,7 @@ def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+@collected_rarely()
 def plan(
     model: nn.Module | ExportedProgram,
     example_inputs: Any,
@@ -149,6 +151,7 @@ def plan(
     return Plan.of(make_plan(front.program, front.graph, fabric, options, on_unsupported))
 
 
+@collected_rarely()
 def convert(
     model: nn.Module | ExportedProgram,
     example_inputs: Any,

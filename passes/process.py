@@ -55,7 +55,10 @@ def is_users(module: object) -> bool:
 def reachable(source: nn.Module) -> list[Any]:
     """Every object that a model's code can reach by name or attribute, once each, without plain values."""
     reached: list[Any] = []
-    pending: list[Any] = [part for module in source.modules() for part in (type(module), *vars(module).values())]
+    pending: list[Any] = []
+    for module in source.modules():
+        pending.append(type(module))
+        pending += [part for key, part in vars(module).items() if key not in _OF_TORCH or part]
     seen: set[int] = set()
     while pending:
         found = pending.pop()
@@ -105,6 +108,8 @@ def _mentioned_names(code: CodeType) -> set[str]:
 
 
 _PLAIN = (str, bytes, int, float, bool, type(None))
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
+"""The attributes of every module, two dozen dictionaries of hooks above all. A trace fills no empty one."""
 _CONTAINERS = (dict, list)
 
 

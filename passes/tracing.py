@@ -13,6 +13,7 @@
 - Distributions do not check the values of their parameters.
 - Attention and encoders take their ordinary path, not the fused one of eval mode.
 - Modules are found by their names, even if a method has the same name (`type`, `train`).
+- Operations note the lines of the forward that made them, without all that called it (`short_stacks`).
 - A module with two names stays itself. The exporter's stand-ins are other objects to the model's code.
 """
 
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.fx import traceback
@@ -41,7 +42,9 @@ from ffebm_compiler.passes.drawn_values import DrawnValues
 from ffebm_compiler.passes.explain_capture import NotTraceable
 from ffebm_compiler.passes.finite_values import FiniteValues
 from ffebm_compiler.passes.known_values import KnownValues
+from ffebm_compiler.passes.mode_below import mode_below
 from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
+from ffebm_compiler.passes.short_stacks import short_stacks
 
 __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
 
@@ -237,6 +240,26 @@ def _modules_are_themselves() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _seeing_the_forward(calls: UsersCalls, source: nn.Module) -> Iterator[None]:
+    """Let `calls` see the forward and its hooks. Before them the exporter reads dozens of properties a parameter."""
+    if isinstance(source, fx.GraphModule):  # the exporter runs its operations itself
+        with calls:
+            yield
+        return
+    before = _ModuleStackTracer.call_module
+
+    def call_module(self: Any, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        with mode_below(calls) if module is source else contextlib.nullcontext():
+            return before(self, module, forward, args, kwargs)
+
+    _ModuleStackTracer.call_module = call_module  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        _ModuleStackTracer.call_module = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _modules_by_name() -> Iterator[None]:
     """Let the exporter look modules up by name. It would find the method if the parent has one of that name."""
     before = NamedMemberAccessor.get_submodule
@@ -263,6 +286,9 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
             _modules_by_name,
             _unseeded,
             no_refused_hooks,
+            short_stacks,
         ):
             stack.enter_context(context())
-        yield stack.enter_context(UsersCalls(source))
+        calls = UsersCalls(source)
+        stack.enter_context(_seeing_the_forward(calls, source))
+        yield calls

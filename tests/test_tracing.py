@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.passes.tracing import tracing
+from ffebm_compiler.passes.tracing import UsersCalls, tracing
 
 ONE = ffebm.Hardware(layers_per_block=1)
 
@@ -176,3 +177,33 @@ def test_tracing_leaves_torch_as_it_was() -> None:
     assert torch.distributions.Distribution._validate_args is checked
     assert not hasattr(_ModuleStackTracer, "enable_attr_proxy")
     assert model.double().weight.dtype is torch.float64
+
+
+def test_calls_are_seen_in_the_forward_and_its_hooks_alone() -> None:
+    seen: list[str] = []
+    original = UsersCalls.__torch_function__
+
+    def noting(self: UsersCalls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(getattr(func, "__name__", ""))
+        return original(self, func, types, args, kwargs)
+
+    class Twice(nn.Module):
+        """Calls itself once, so that it is on the stack of calls twice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            return self(self.linear(x), False) if again else torch.sin(x)
+
+    model = seeded(Twice)
+    model.register_forward_pre_hook(lambda _, args: (torch.cos(args[0]), *args[1:]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UsersCalls, "__torch_function__", noting)
+        hybrid = ffebm.convert(model, noise(3, 4))
+    x = noise(5, 4)
+    assert torch.allclose(hybrid.to_digital()(x), model(x), atol=1e-6)
+    assert sorted(name for name in seen if name in ("cos", "sin", "linear")) == ["cos", "cos", "linear", "sin"]
+    assert "__get__" not in seen[: seen.index("cos")]  # the exporter reads properties of every parameter before
+    assert torch.overrides._get_current_function_mode_stack() == []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler.block_operands import fetched
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.conductances import KEPT, check_conductances, clamp_after_steps, clamp_conductances
 from ffebm_compiler.device_state import age_of, aged, observed_ranges, program_devices, put_on_devices
@@ -44,6 +45,7 @@ from ffebm_compiler.runtime.devices.devices import Devices, devices_of
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
+from ffebm_compiler.runtime.held_gain import recertify_each
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.sharded import ShardedRun
 from ffebm_compiler.source_view import bind_forward, separate_tied, without_bound_forward
@@ -346,15 +348,18 @@ class HybridCore(HybridParts):
         """Measure the loop gain of every block at these inputs' shapes."""
         with self._evaluating(), self.feedforward_mode(), self.recording() as record:
             self(*args, **kwargs)
+        measured = []
         for name, (operands, _) in record.items():
             block = self._energy[name]
-            inputs = block.program.inputs
-            block.gain.calibrate(operands[:inputs], block.held(operands[inputs:]))
-            block.gain.fitted(self._made_of(name))
+            block.gain.remember(operands[: block.program.inputs])
+            measured.append((block.gain, block.held(operands[block.program.inputs :])))
+        recertify_each(measured)
+        for name in record:
+            self._energy[name].gain.fitted(self._made_of(name))
 
-    def _recertify(self, name: str) -> None:
+    def _recertify(self, *names: str) -> None:
         check_conductances(self)
-        super()._recertify(name)
+        super()._recertify(*names)
 
     def project(self, limit: float = 0.9) -> dict[str, float]:
         """Scale weights down so that every block is certified to settle. Use this projection after `step()`.
@@ -406,7 +411,7 @@ class HybridCore(HybridParts):
 
     def _parameter_behind(self, name: str, index: int) -> Tensor:
         """The parameter behind a block's weight, which may be a view or a multiple of it (by a folded batch norm)."""
-        names = self._fetched()
+        names = fetched(self.lowered)
         call = self._call_of(name)
         node = call.args[self._energy[name].program.inputs + index]
         while node not in names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import FFEBMWarning, InputError
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.energies.base import Energy, Setting
+from ffebm_compiler.runtime.energies.base import Change, Energy, Gauge, Setting, Uncertified
 from ffebm_compiler.runtime.energies.followed_norm import Launched
 from ffebm_compiler.runtime.finite import check_weights
 from ffebm_compiler.runtime.program.block_program import BlockProgram
@@ -28,7 +28,10 @@ from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
 
-__all__ = ["HeldGain"]
+__all__ = ["HeldGain", "recertify_each"]
+
+_TOGETHER = 1 << 24
+"""How many values of weights are measured together."""
 
 
 class HeldGain:
@@ -118,14 +121,13 @@ class HeldGain:
             self._cached_setting = kept
         return kept[2]
 
-    def calibrate(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> None:
-        """Remember these inputs' shapes, measure the operator norms and set the feedback."""
+    def remember(self, inputs: Sequence[Tensor]) -> None:
+        """Remember these inputs' shapes, for which `recertify` measures."""
         generator = torch.Generator().manual_seed(0)
         self._examples, self._shapes = [], {}
         for value in (v[:1] if self.program.batched and v.dim() else v for v in inputs):
             drawn = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
             self._examples.append(drawn if value.is_floating_point() else torch.zeros_like(value))
-        self.recertify(weights)
 
     def recertify(self, weights: Sequence[Tensor | None]) -> None:
         """Measure these weights to convergence and set the amplifiers for them.
@@ -133,9 +135,7 @@ class HeldGain:
         Raises:
             InputError: for a weight with NaN or infinite values.
         """
-        if self._measurable(weights):
-            with self._without_gradients():
-                self.certificate = self.gauge.certify(*self._evaluated(weights), self.feedback)
+        recertify_each([(self, weights)])
 
     def _measurable(self, weights: Sequence[Tensor | None]) -> bool:
         """Whether there is feedback to measure. Weights with NaN or infinite values are refused."""
@@ -274,13 +274,15 @@ class HeldGain:
         assert self.certificate is not None
         with self._without_gradients():
             found = self.gauge.follow(
-                self._frame(weights),
-                lambda: self._evaluated(weights),
-                self.certificate,
-                self.feedback,
-                converge,
-                self.slack,
-                read,
+                Change(
+                    self._frame(weights),
+                    lambda: self._evaluated(weights),
+                    self.certificate,
+                    self.feedback,
+                    converge,
+                    self.slack,
+                    read,
+                )
             )
         if not math.isfinite(found.radius):
             check_weights(self.program.name, weights)
@@ -365,6 +367,35 @@ class HeldGain:
                 tuple(norms), scales, _number(state["radius"]), _number(state["contraction"]), amplifiers
             )
         self.gauge.restore(state["tracks"])
+
+
+def recertify_each(blocks: Iterable[tuple[HeldGain, Sequence[Tensor | None]]]) -> None:
+    """`HeldGain.recertify` for several blocks and their weights. Blocks that are alike are measured together.
+
+    Raises:
+        InputError: for a weight with NaN or infinite values.
+    """
+    found: dict[type[Gauge], list[tuple[HeldGain, Uncertified]]] = {}
+    size = 0
+    for gain, weights in blocks:
+        if gain._measurable(weights):
+            with gain._without_gradients():
+                block = Uncertified(gain.gauge, *gain._evaluated(weights), gain.feedback)
+            found.setdefault(type(gain.gauge), []).append((gain, block))
+            size += sum(weight.numel() for weight in weights if weight is not None)
+        if size > _TOGETHER:  # the evaluated blocks are held until they are measured
+            _certify(found)
+            size = 0
+    _certify(found)
+
+
+def _certify(found: dict[type[Gauge], list[tuple[HeldGain, Uncertified]]]) -> None:
+    while found:
+        kind, several = found.popitem()
+        with several[0][0]._without_gradients():
+            certificates = kind.certify_each([block for _, block in several])
+        for (gain, _), certificate in zip(several, certificates, strict=True):
+            gain.certificate = certificate
 
 
 def _in_full_precision(weights: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.energies.loop_gain import MARGIN
+from ffebm_compiler.runtime.energies.edge_norms import MARGIN
 
 KAPPA = 0.3
 

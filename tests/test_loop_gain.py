@@ -16,7 +16,8 @@ from networks import CASES, converted, mlp, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.energies.loop_gain import MARGIN, certify, edge_norms, gain_for, scales_for
+from ffebm_compiler.runtime.energies.edge_norms import MARGIN, edge_norms, edge_norms_of_each
+from ffebm_compiler.runtime.energies.loop_gain import certify, gain_for, scales_for
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.frame import Frame
 
@@ -80,6 +81,28 @@ def test_norm_of_random_convolutions(seed: int, kernel: int, stride: int, size: 
     ((earlier, later, norm),) = edge_norms(frame, states)
     exact = dense_norm(frame, states, earlier, later)
     assert exact <= norm <= exact * MARGIN * (1 + 1e-6)
+
+
+def test_norms_of_blocks_that_are_alike_are_those_of_each_alone() -> None:
+    layers = lambda: [part for _ in range(16) for part in (nn.Linear(8, 8), nn.Tanh())]  # noqa: E731
+    x = noise(2, 3, 8).double()
+    hybrid = ffebm.convert(seeded(lambda: nn.Sequential(*layers()).double()), x)
+    frames = [frame_of(hybrid, index, x[:1]) for index, _ in enumerate(hybrid.blocks)]
+    assert len(frames) == 4
+    second, third = (next(w for w in reversed(frame.weights) if w.dim() == 2) for frame, _ in frames[1:3])
+    with torch.no_grad():
+        second.zero_()
+        third[0, 0] = math.inf
+        together = edge_norms_of_each(frames)
+        for number, ((frame, states), found) in enumerate(zip(frames, together, strict=True)):
+            assert [edge[:2] for edge in found] == [(0, 1), (1, 2), (2, 3)]
+            alone = edge_norms(frame, states)
+            assert [edge[2] for edge in found] == pytest.approx([edge[2] for edge in alone], rel=1e-9)
+            for earlier, later, norm in found[: 2 if number in (1, 2) else 3]:
+                exact = dense_norm(frame, states, earlier, later)  # of all three tokens
+                assert exact <= norm <= exact * MARGIN * (1 + 1e-6)
+    assert together[1][2][2] == 0
+    assert together[2][2][2] == math.inf
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -197,6 +197,36 @@ class Setting:
         return self.energy.activations(frame, self)
 
 
+@dataclass(frozen=True)
+class Uncertified:
+    """A block that is to be certified: evaluated once for one sample, and the feedback to set."""
+
+    gauge: Gauge
+    frame: Frame
+    states: Sequence[Tensor]
+    feedback: float | str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the weights in training, after which a block is measured."""
+
+    frame: Frame
+    """The block at these weights for one sample, with all shapes known."""
+    evaluated: Evaluated
+    """Evaluates the block."""
+    present: Certificate
+    """The certificate before the change."""
+    feedback: float | str
+    """The feedback to hold."""
+    converge: bool
+    """Whether to measure to convergence even if the estimate has not jumped."""
+    slack: float | None = None
+    """Relative distance from the feedback at which the amplifiers are set again; None: the energy's own."""
+    read: tuple[Launched, np.ndarray] | None = None
+    """What `launch` returned, and its inner products as they were read; None: all is measured now."""
+
+
 class Gauge(ABC):
     """Measures the loop gain of one block, and finds the settings of its amplifiers for a feedback.
 
@@ -207,6 +237,11 @@ class Gauge(ABC):
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
         """Measure to convergence, with the amplifiers set for a feedback."""
 
+    @classmethod
+    def certify_each(cls, blocks: Sequence[Uncertified]) -> list[Certificate]:
+        """The result of `certify` for each block. All have gauges of this class."""
+        return [block.gauge.certify(block.frame, block.states, block.feedback) for block in blocks]
+
     @abstractmethod
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
         """Measure to convergence, with the amplifiers as in `present`."""
@@ -216,27 +251,8 @@ class Gauge(ABC):
         """The result of `certify`, if it sets the amplifiers otherwise than `present`; else None."""
 
     @abstractmethod
-    def follow(
-        self,
-        frame: Frame,
-        evaluated: Evaluated,
-        present: Certificate,
-        feedback: float | str,
-        converge: bool,
-        slack: float | None = None,
-        read: tuple[Launched, np.ndarray] | None = None,
-    ) -> Certificate:
-        """Measure after a change of the weights in training, and set the amplifiers again if the feedback needs it.
-
-        Args:
-            frame: the block at these weights for one sample, with all shapes known.
-            evaluated: evaluates the block.
-            present: the certificate before the change.
-            feedback: the feedback to hold.
-            converge: whether to measure to convergence even if the estimate has not jumped.
-            read: what `launch` returned, and its inner products as they were read; None: measure all here.
-            slack: relative distance from the feedback at which the amplifiers are set again; None: the energy's own.
-        """
+    def follow(self, change: Change) -> Certificate:
+        """Measure after a change of the weights in training, and set the amplifiers again if the feedback needs it."""
 
     def launch(self, frame: Frame) -> Launched | None:
         """Launch the kernels of the next `follow`, which a CUDA graph may capture; None if that cannot be done apart.

@@ -25,16 +25,10 @@ from torch import Tensor
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.energies.base import Energy, Evaluated, Gauge, Setting
+from ffebm_compiler.runtime.energies.base import Change, Energy, Evaluated, Gauge, Setting, Uncertified
+from ffebm_compiler.runtime.energies.edge_norms import MARGIN, edge_gain, edge_norms, edge_norms_of_each
 from ffebm_compiler.runtime.energies.followed_norm import Launched
-from ffebm_compiler.runtime.energies.loop_gain import (
-    MARGIN,
-    certificate_at,
-    certify,
-    edge_gain,
-    edge_norms,
-    error_shares,
-)
+from ffebm_compiler.runtime.energies.loop_gain import certificate_at, certify, error_shares
 from ffebm_compiler.runtime.energies.projection import projection
 from ffebm_compiler.runtime.energies.through_gain import add_gain_terms
 from ffebm_compiler.runtime.energies.tracked_norms import TrackedNorms
@@ -181,6 +175,12 @@ class _EdgeNorms(Gauge):
         """Norms from Lanczos iteration, and the γ that holds κ."""
         return certify(self.program, edge_norms(frame, states), feedback)
 
+    @classmethod
+    def certify_each(cls, blocks: Sequence[Uncertified]) -> list[Certificate]:
+        """Norms from Lanczos iterations that blocks of one kind take together."""
+        norms = edge_norms_of_each([(block.frame, block.states) for block in blocks])
+        return [certify(b.frame.program, found, b.feedback) for b, found in zip(blocks, norms, strict=True)]
+
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
         """Norms from Lanczos iteration, at the present γ."""
         return certificate_at(self.program, edge_norms(frame, states), present.scales)
@@ -194,24 +194,16 @@ class _EdgeNorms(Gauge):
             return None
         return certify(self.program, found.norms, feedback)
 
-    def follow(
-        self,
-        frame: Frame,
-        evaluated: Evaluated,
-        present: Certificate,
-        feedback: float | str,
-        converge: bool,
-        slack: float | None = None,
-        read: tuple[Launched, np.ndarray] | None = None,
-    ) -> Certificate:
+    def follow(self, change: Change) -> Certificate:
         """Norms followed from step to step. γ is set again if the loop gain has left κ."""
-        measured = self.tracked.measure(frame) if read is None else self.tracked.finish(*read)
+        feedback, frame = change.feedback, change.frame
+        measured = self.tracked.measure(frame) if change.read is None else self.tracked.finish(*change.read)
         norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in measured]
-        if converge:  # both methods approach the norm from below, so that the larger value is better
-            lanczos = edge_norms(*evaluated())
+        if change.converge:  # both methods approach the norm from below, so that the larger value is better
+            lanczos = edge_norms(*change.evaluated())
             norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
-        found = certificate_at(self.program, norms, present.scales)
-        if not isinstance(feedback, str) and abs(found.loop_gain - feedback) > (slack or _SLACK) * feedback:
+        found = certificate_at(self.program, norms, change.present.scales)
+        if not isinstance(feedback, str) and abs(found.loop_gain - feedback) > (change.slack or _SLACK) * feedback:
             found = certify(self.program, norms, feedback)
             _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, feedback)
         return found

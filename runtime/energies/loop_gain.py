@@ -13,12 +13,7 @@ If the feedback has weights of its own, the entry a_{ml}, from the state of l in
 the forward weights, and a_{lm} has the norm of the feedback weights. A is then not symmetric. ρ(A) < 1 still certifies
 the same, in the norm weighted by the Perron vector of A.
 
-Norms are measured on the actual operator (the convolution with its padding and stride) by
-Golub–Kahan–Lanczos bidiagonalisation. It approaches the largest singular value from below, and
-`MARGIN` is added for the rest. If its random start has almost no part in the largest singular vector,
-it may rest for a few steps. So it stops only after `_PATIENCE` steps without progress. On 150 random
-matrices and convolutions, no norm was then short by more than 0.1 %. With one step without progress, 8 %
-were short by more than the margin, the worst by 2 %.
+`edge_norms.py` measures the norms.
 """
 
 from __future__ import annotations
@@ -27,19 +22,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ffebm_compiler.runtime.certificate import Certificate
 from ffebm_compiler.runtime.program.block_program import BlockProgram
-from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = [
-    "MARGIN",
     "certificate_at",
     "certify",
-    "edge_gain",
-    "edge_norms",
     "error_shares",
     "gain_for",
     "matrix_of",
@@ -47,93 +36,6 @@ __all__ = [
     "radius",
     "scales_for",
 ]
-
-MARGIN = 1.005
-"""Factor on every measured norm. The iteration stops when `_PATIENCE` steps change the norm by less than 0.1 %."""
-
-_STEPS = 40
-_TOLERANCE = 1e-3
-_PATIENCE = 8
-
-
-def edge_norms(frame: Frame, like: Sequence[Tensor]) -> tuple[tuple[int, int, float], ...]:
-    """(k, m, norm) of every edge of a block, on states shaped like `like`, times its `edge_gain`.
-
-    The norm is ‖J_{mk}‖₂, that of the map from the state of layer k into the field of a later layer m, whose feedback
-    is its transpose. Where the feedback has weights of its own, (m, k, norm) is there too, of the map back.
-    """
-    return tuple(
-        (
-            start,
-            end,
-            edge_gain(frame, start, end) * _norm(view, min(start, end), max(start, end), like[min(start, end)]),
-        )
-        for start, end, view in directions(frame)
-    )
-
-
-def directions(frame: Frame) -> list[tuple[int, int, Frame]]:
-    """(k, m, frame) of every map between two states that is measured: the frame is the one whose J_{mk} it is."""
-    forward = [(earlier, later, frame) for later, leaves in enumerate(frame.program.upstream) for earlier in leaves]
-    if frame.program.symmetric:
-        return forward
-    return forward + [(later, earlier, frame.back) for earlier, later, _ in forward]
-
-
-def edge_gain(frame: Frame, start: int, end: int) -> float:
-    """Factor on the norm of an edge for random masks and for learned slopes above 1.
-
-    A learned slope changes with the weights, and the program's own activations do not know it. So the present
-    √(Lip σ_l Lip σ_m), divided by theirs, is a factor here, and the certificate follows the slopes.
-    """
-    gain = 1.0
-    for instruction in frame.program.layers[max(start, end)].instructions:
-        gain = instruction.operator.gain(gain)
-    for index in (start, end):
-        layer = frame.program.layers[index]
-        if layer.parameters:
-            gain *= math.sqrt(frame.activations[index].lipschitz / layer.activation.lipschitz)
-    return gain
-
-
-def _norm(frame: Frame, earlier: int, later: int, like: Tensor) -> float:
-    """Largest singular value of J_{ml} by Golub–Kahan–Lanczos."""
-    program = frame.program
-    generator = torch.Generator().manual_seed(0)
-    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else torch.float32
-    right = torch.empty_like(like).copy_(torch.randn(like.shape, generator=generator, dtype=dtype))
-    right = right / torch.linalg.vector_norm(right)
-    slots: list[Tensor | None] = [None] * len(program.layers)
-    left: Tensor | None = None
-    diagonal: list[float] = []
-    above: list[float] = []
-    history: list[float] = []
-    beta, sigma = 0.0, 0.0
-    state = program.layers[earlier].state
-    with torch.no_grad():
-        for _ in range(_STEPS):
-            slots[earlier] = right
-            image = frame.tangent(later, slots)
-            if image is None:
-                return 0.0
-            if left is not None:
-                image = image - beta * left
-            alpha = float(torch.linalg.vector_norm(image))
-            diagonal.append(alpha)
-            bidiagonal = np.diag(diagonal) + np.diag(above, 1)
-            sigma = float(np.linalg.norm(bidiagonal, 2)) if np.isfinite(bidiagonal).all() else math.inf
-            history.append(sigma)
-            rested = len(history) > _PATIENCE and sigma - history[-1 - _PATIENCE] <= _TOLERANCE * sigma
-            if alpha == 0 or not math.isfinite(sigma) or rested:
-                break
-            left = image / alpha
-            back = frame.pullback(later, left, states=True)[state] - alpha * right
-            beta = float(torch.linalg.vector_norm(back))
-            if beta == 0:
-                break
-            above.append(beta)
-            right = back / beta
-    return sigma * MARGIN
 
 
 def matrix_of(program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]) -> np.ndarray:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.certificate import Certificate
-from ffebm_compiler.runtime.energies.base import Evaluated, Gauge, Setting
+from ffebm_compiler.runtime.energies.base import Change, Evaluated, Gauge, Setting
 from ffebm_compiler.runtime.energies.conductive import Conductive, gain_of
-from ffebm_compiler.runtime.energies.followed_norm import Launched, Track, drawn_probe, followed
+from ffebm_compiler.runtime.energies.edge_norms import MARGIN
+from ffebm_compiler.runtime.energies.followed_norm import Track, drawn_probe, followed
 from ffebm_compiler.runtime.energies.loaded import Loaded
-from ffebm_compiler.runtime.energies.loop_gain import MARGIN, scales_for
+from ffebm_compiler.runtime.energies.loop_gain import scales_for
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
@@ -62,19 +63,11 @@ class RowSums(Gauge):
             return None
         return self.certify(frame, states, feedback)
 
-    def follow(
-        self,
-        frame: Frame,
-        evaluated: Evaluated,
-        present: Certificate,
-        feedback: float | str,
-        converge: bool,
-        slack: float | None = None,
-        read: tuple[Launched, np.ndarray] | None = None,
-    ) -> Certificate:
+    def follow(self, change: Change) -> Certificate:
         """The certificate with A from the row sums, which is exact, and ρ followed from step to step."""
-        if converge:
-            return self.certify(*evaluated(), feedback)
+        if change.converge:
+            return self.certify(*change.evaluated(), change.feedback)
+        frame, present = change.frame, change.present
         amplifiers = self.energy.gains(frame)
         if not all(math.isfinite(gain) for gain in amplifiers):
             return replace(present, radius=math.inf, sweep_radius=None, amplifiers=amplifiers)

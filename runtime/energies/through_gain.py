@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.energies.loop_gain import directions, edge_gain, matrix_of, perron_of
+from ffebm_compiler.runtime.energies.edge_norms import directions, edge_gain
+from ffebm_compiler.runtime.energies.loop_gain import matrix_of, perron_of
 from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["add_gain_terms", "leading_pair"]

@@ -26,10 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ffebm_compiler.runtime.energies.edge_norms import directions, without_tokens
 from ffebm_compiler.runtime.energies.followed_norm import Following, Launched, Track, drawn_probe
-from ffebm_compiler.runtime.energies.loop_gain import directions
 from ffebm_compiler.runtime.program.frame import Frame
-from ffebm_compiler.runtime.program.operators import Linear, Scale, Sum
 
 __all__ = ["TrackedNorms"]
 
@@ -99,7 +98,7 @@ class _Edge:
     def __init__(self, frame: Frame, earlier: int, later: int) -> None:
         program = frame.program
         self.earlier, self.later, self.register = earlier, later, program.layers[earlier].state
-        self.frame = _without_tokens(frame, earlier, later)
+        self.frame = without_tokens(frame, earlier, later)
         self.inner = self.frame.shapes[self.register]
         self.outer = self.frame.shapes[program.layers[later].drive]
         weight = next((w for w in frame.weights if w is not None and w.is_floating_point()), None)
@@ -152,20 +151,3 @@ class _Edge:
     def here(self, rows: Tensor) -> Tensor:
         """Kept rows, moved to the present device and dtype of the weights."""
         return rows.to(self.device, self.dtype)
-
-
-def _without_tokens(frame: Frame, earlier: int, later: int) -> Frame:
-    """A frame with one token if the edge treats all tokens alike, since its norm is then the same."""
-    layer = frame.program.layers[later]
-    dims = len(frame.shapes[frame.program.layers[earlier].state])
-    rowwise = all(
-        isinstance(i.operator, Linear | Scale | Sum) and all(len(frame.shapes[r]) == dims for r in i.operands)
-        for i in layer.instructions
-        if any(frame.program.from_states[r] for r in i.operands)
-    )
-    if dims < 3 or not rowwise or not frame.program.resizable:
-        return frame
-    shapes = {
-        r: torch.Size((s[0], *[1] * (len(s) - 2), s[-1])) if len(s) == dims else s for r, s in frame.shapes.items()
-    }
-    return Frame(frame.program, (), frame.weights, frame.drawn, shapes, frozen=True)

@@ -23,15 +23,15 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 FOLDERS = {"ffebm_compiler": "ffebm_compiler", "passes": "ffebm_compiler.passes", "runtime": "ffebm_compiler.runtime"}
 
 FLOORS: dict[str, str] = {
-    "ground": "errors module_paths",
+    "ground": "errors module_paths garbage",
     "files": "files",
     "data": "hardware ir driven plan_data",
     "runtime": "runtime",
     "passes": "passes",
     "calls": "pipeline static_values plan_file signature call_arguments source_view written_state stored_containers "
     "example_inputs conversion",
-    "hybrid": "feedback_weights sharded later_hooks later_modules conductances hybrid_parts bound_block device_state "
-    "hybrid_state gradient_choice kept_gradients recast hybrid_core",
+    "hybrid": "feedback_weights sharded block_operands later_hooks later_modules conductances hybrid_parts bound_block "
+    "device_state hybrid_state gradient_choice kept_gradients recast hybrid_core",
     "reports": "reports field_penalties saved_settings storage",
     "pictures and ONNX": "drawing onnx circuit_elements circuit_power spice ngspice_runs ngspice",
     "what people hold": "plan hybrid",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from ffebm_compiler.block_operands import fetched
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.energies.loads import multiplying_weights
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
@@ -64,7 +65,7 @@ def conductances_of(hybrid: HybridParts) -> tuple[str, ...]:
 
 
 def _names(hybrid: HybridParts) -> tuple[str, ...]:
-    fetched = hybrid._fetched()
+    names = fetched(hybrid.lowered)
     found: dict[str, None] = {}
     for name, block in hybrid.energy_blocks.items():
         program = block.program if block.arrays is None else block.arrays.source
@@ -73,10 +74,10 @@ def _names(hybrid: HybridParts) -> tuple[str, ...]:
         operands = hybrid._call_of(name).args[program.inputs :]
         for place in sorted(multiplying_weights(program)):
             node = operands[place]
-            while isinstance(node, fx.Node) and node not in fetched and node.target in _VIEWS:
+            while isinstance(node, fx.Node) and node not in names and node.target in _VIEWS:
                 node = node.args[0]
-            if node in fetched:
-                found[fetched[node]] = None
+            if node in names:
+                found[names[node]] = None
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ffebm_compiler.block_operands import direct_weights
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.runtime.energies.followed_norm import Launched
 
@@ -24,6 +25,7 @@ class GraphedGains:
     def __init__(self, hybrid: HybridModel, stream: torch.cuda.Stream) -> None:
         self.hybrid = hybrid
         self._stream = stream
+        self._direct = direct_weights(hybrid.lowered, hybrid.energy_blocks)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._launched: dict[str, Launched] = {}
         self._places: dict[str, tuple[int, ...]] = {}
@@ -34,7 +36,7 @@ class GraphedGains:
         changed = self.hybrid.changed_gains()
         if not changed:
             return
-        weights = {name: self.hybrid.operands_of(name)[1] for name in changed}
+        weights = self._weights_of(changed)
         together = self._graph is not None and self._again(weights)
         if together:
             assert self._graph is not None
@@ -52,6 +54,16 @@ class GraphedGains:
             values = values[size:]
         if not together:
             self._capture(weights)
+
+    def _weights_of(self, names: Sequence[str]) -> dict[str, Sequence[Tensor | None]]:
+        """The weights of blocks: parameters by their names, and what is computed from some by the graph."""
+        tensors = {name: self._direct[name] for name in names if name in self._direct}
+        found: dict[str, Sequence[Tensor | None]] = {
+            name: [None if weight is None else self.hybrid._tensor(weight) for weight in weights]
+            for name, weights in tensors.items()
+        }
+        others = self.hybrid.operands_of_each([name for name in names if name not in found])
+        return {**found, **{name: weights for name, (_, weights) in others.items()}}
 
     def _again(self, weights: Mapping[str, Sequence[Tensor | None]]) -> bool:
         """Whether the graph is of these tensors. Copies the kept vectors to where it reads them."""

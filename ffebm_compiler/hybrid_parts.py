@@ -6,11 +6,13 @@ trains and stores them, and `HybridModel` adds the other methods that people cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
+from ffebm_compiler.block_operands import Operands, calls_of, fetched, names_behind, operands_of_each
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights, register_feedback_weights
@@ -19,7 +21,6 @@ from ffebm_compiler.later_modules import LaterModules, rebound_operations
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.exported_program import place_of
 from ffebm_compiler.passes.held import plain_tensors
-from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
@@ -27,6 +28,7 @@ from ffebm_compiler.runtime.devices.devices import Devices
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.feedforward.fetch import Fetch
+from ffebm_compiler.runtime.held_gain import recertify_each
 from ffebm_compiler.sharded import gathered
 from ffebm_compiler.signature import CallForm
 from ffebm_compiler.source_view import attribute_of_source, free_name, signature_of, warn_of_captured
@@ -183,26 +185,17 @@ class HybridParts(nn.Module):
 
     def _sources_of_blocks(self) -> dict[str, tuple[str, ...]]:
         """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
-        nodes: Any = self.lowered.graph.nodes
-        names = self._fetched()
-        found = {}
-        for call in nodes:
-            block = self._energy.get(str(call.target)) if call.op == "call_module" else None
+        names, found = fetched(self.lowered), {}
+        for name, call in calls_of(self.lowered).items():
+            block = self._energy.get(name)
             if block is not None and block.program.coupled:
                 weights = [node for node in call.args[block.program.inputs :] if isinstance(node, fx.Node)]
-                found[str(call.target)] = _names_behind(weights, names)
+                found[name] = names_behind(weights, names)
         return found
-
-    def _fetched(self) -> dict[fx.Node, str]:
-        """The nodes of the lowered graph that read a parameter or buffer, and its name."""
-        run = self.lowered
-        calls = {node: run.get_submodule(str(node.target)) for node in run.graph.nodes if node.op == "call_module"}
-        return {node: module.name for node, module in calls.items() if isinstance(module, Fetch)}
 
     def _call_of(self, name: str) -> Any:
         """The node of the lowered graph that calls a block."""
-        nodes: Any = self.lowered.graph.nodes
-        return next(node for node in nodes if node.op == "call_module" and node.target == name)
+        return calls_of(self.lowered)[name]
 
     def _tensor(self, name: str) -> Tensor:
         """The parameter or buffer of this name."""
@@ -221,21 +214,22 @@ class HybridParts(nn.Module):
         """The parameters and buffers that the weights of a block with feedback are computed from."""
         return [self._tensor(source) for source in self._sources.get(name, ())]
 
-    def operands_of(self, name: str) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    def operands_of(self, name: str) -> Operands:
         """(inputs, weights as devices hold them) of a block. An input that depends on the network's inputs is None."""
-        run = self.lowered
-        call = self._call_of(name)
-        known: dict[fx.Node, Tensor | None] = {}
-        count = self._energy[name].program.inputs
+        return self.operands_of_each([name])[name]
+
+    def operands_of_each(self, names: Sequence[str]) -> dict[str, Operands]:
+        """`operands_of` each block, by its name, in one pass over the graph."""
+        return dict(self._operands_of(names))
+
+    def _operands_of(self, names: Sequence[str]) -> Iterator[tuple[str, Operands]]:
+        if not names:
+            return iter(())
         self._later_hooks.look()
         units = self._later_hooks.units
         sharded = bool(units) or hasattr(self, "unshard")
-        names = _names_behind(call.all_input_nodes, self._fetched()) if sharded else ()
-        with gathered(self, units, names), generators_unchanged(), tensors_unchanged(self.written_state()):
-            values = tuple(static_value(run, node, known) for node in call.args)
-            if sharded:  # gathered tensors are freed when the context ends
-                values = tuple(value if value is None else value.clone() for value in values)
-        return values[:count], tuple(self._energy[name].held(values[count:]))
+        whole = partial(gathered, self, units) if sharded else None
+        return operands_of_each(self.lowered, self._energy, names, self.written_state(), whole)
 
     def weight_at(self, place: FeedbackPlace) -> Tensor:
         """The forward weight that feedback weights belong to, computed from the present parameters."""
@@ -265,25 +259,13 @@ class HybridParts(nn.Module):
         Training forwards hold the loop gain by themselves, and loading a source's weights with `load_state_dict` calls
         this. Eval mode leaves the feedback as it is. So call it if you have changed weights and go on in eval mode.
         """
-        for name in self._energy:
-            self._recertify(name)
+        self._recertify(*self._sources)
 
-    def _recertify(self, name: str) -> None:
-        gain = self._energy[name].gain
-        gain.recertify(self.operands_of(name)[1])
-        gain.fitted(self._made_of(name))
-
-
-def _names_behind(nodes: Iterable[fx.Node], names: Mapping[fx.Node, str]) -> tuple[str, ...]:
-    """Names of the parameters and buffers that these nodes are made of."""
-    pending = list(nodes)
-    seen: dict[fx.Node, None] = {}
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen[node] = None
-            pending += node.all_input_nodes
-    return tuple(sorted({names[node] for node in seen if node in names}))
+    def _recertify(self, *names: str) -> None:
+        gains = {name: self._energy[name].gain for name in names}
+        recertify_each((gains[name], weights) for name, (_, weights) in self._operands_of(names))
+        for name, gain in gains.items():
+            gain.fitted(self._made_of(name))
 
 
 def _shared(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:

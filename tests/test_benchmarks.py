@@ -133,6 +133,17 @@ def test_equilibrium_of_a_residual_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_compile_time(tmp_path: Path) -> None:
+    path = tmp_path / "compile.json"
+    done = run("compile_time.py", "--layers", "6", "--steps", "1", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    ((row,),) = (table["rows"] for table in json.loads(path.read_text(encoding="utf-8"))["tables"])
+    assert row["name"] == "6 layers"
+    assert row["name"] in done.stdout
+    assert row["convert_s"] > row["export_s"] > 0
+    assert row["plan_s"] > 0
+
+
 def test_loop_gain(tmp_path: Path) -> None:
     path = tmp_path / "new" / "gain.json"
     small = ("--batch", "2", "--width", "4", "--depth", "1", "--side", "8", "--steps", "2", "--widths", "64")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ffebm_compiler.block_operands import fetched
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.absent import absent_outputs
@@ -105,7 +106,7 @@ class _Reader:
         self.absent: set[fx.Node] = set()
 
     def read(self) -> Steps:
-        self.keys = self.hybrid._fetched()
+        self.keys = fetched(self.hybrid.lowered)
         inputs = []
         for node in self.run.graph.nodes:
             if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):

@@ -51,6 +51,7 @@ from ffebm_compiler.runtime.estimators.choice import (
     TruncatedBackprop,
     Unrolled,
 )
+from ffebm_compiler.runtime.feedforward.quantised_backprop import QuantisedBackprop
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
@@ -97,6 +98,7 @@ __all__ = [
     "PlanError",
     "PulseResponse",
     "PulsedUpdate",
+    "QuantisedBackprop",
     "RecurrentBackprop",
     "Relaxation",
     "Sensitivity",

@@ -11,6 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ffebm_compiler.digital_bits import (
+    check_digital_bits,
+    digital_ranges,
+    restore_digital_ranges,
+    set_digital_bits,
+)
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.ir import Role
 from ffebm_compiler.plan_data import PlanData
@@ -45,12 +51,13 @@ def put_on_devices(
     devices, and a block with none of them computes exactly. Such a hybrid is for measurements: it is not stored.
 
     Raises:
-        InputError: the plan has no analog block.
+        InputError: the plan has no analog block, or no digital part for the devices' `digital_bits`.
         UnsupportedError: a layer lies on tiles of its own for every output position, partial sums would pass ADCs, a
             weight has an odd number of devices, or the energy does not admit the mismatch.
     """
     blocks = hybrid.energy_blocks
-    if devices is not None and not blocks:
+    check_digital_bits(hybrid, devices)
+    if devices is not None and not blocks and not devices.only_digital:
         raise InputError(
             "the plan has no analog block, so that there is no weight to put on devices: convert with other hardware "
             "or without force_digital, or leave devices out"
@@ -60,7 +67,9 @@ def put_on_devices(
         for each in hybrid.plan.blocks
     }
     made = {
-        name: None if devices is None or not held[name] else _arrays(hybrid.plan, name, block, devices, age, held[name])
+        name: _arrays(hybrid.plan, name, block, devices, age, held[name])
+        if devices is not None and not devices.only_digital and held[name]
+        else None
         for name, block in blocks.items()
     }
     before = {name: (block.arrays, block.program, block.gain) for name, block in blocks.items()}
@@ -72,6 +81,7 @@ def put_on_devices(
             block.arrays, block.program, block.gain = before[name]
         raise
     hybrid.devices = devices
+    set_digital_bits(hybrid, None if devices is None else devices.digital_bits)
     for name, block in blocks.items():
         if only is None or before[name][0] is not None or made[name] is not None:
             block.gain.forget()
@@ -210,6 +220,7 @@ def stored_devices(hybrid: HybridParts) -> dict[str, Any] | None:
             name: {place: list(limits) for place, limits in each.converters.ranges.items()}
             for name, each in arrays.items()
         },
+        "digital": digital_ranges(hybrid),
     }
 
 
@@ -238,3 +249,4 @@ def restore_devices(hybrid: HybridParts, stored: Mapping[str, Any] | None) -> No
         arrays = hybrid.energy_blocks[name].arrays
         if arrays is not None:
             arrays.converters.ranges = {place: (float(low), float(high)) for place, (low, high) in ranges.items()}
+    restore_digital_ranges(hybrid, {} if stored is None else stored.get("digital", {}))

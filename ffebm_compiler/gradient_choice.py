@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+from ffebm_compiler.digital_bits import check_quantised, quantised_backprop, set_quantised_backprop
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.estimators.base import Estimator
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
+from ffebm_compiler.runtime.feedforward.quantised_backprop import QuantisedBackprop
 from ffebm_compiler.runtime.feedforward.state import WriteState
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.solvers.measured import Measured
@@ -23,11 +26,13 @@ __all__ = [
     "assign_digital",
     "check_digital",
     "check_measured",
+    "digital_choice",
     "digital_gradient",
     "gradient_lines",
     "output_blocks",
     "own_gradient",
-    "zeroth_order_of",
+    "restore_gradient",
+    "stored_gradient",
 ]
 
 
@@ -104,28 +109,34 @@ def check_measured(block: EnergyBlock, estimator: Estimator, solver: Solver | No
     )
 
 
-def zeroth_order_of(feedforward: object) -> ZerothOrder | None:
-    """The settings for the gradient of digital parts, from a name or an object; None for backpropagation.
+def digital_choice(feedforward: object) -> ZerothOrder | QuantisedBackprop | None:
+    """How digital parts are differentiated, from a name or an object; None for backpropagation.
 
     Raises:
         InputError: the name or object is unknown.
     """
-    if isinstance(feedforward, ZerothOrder):
+    if isinstance(feedforward, ZerothOrder | QuantisedBackprop):
         return feedforward
-    if feedforward not in ("backprop", "zeroth-order"):
+    known = {"backprop": None, "zeroth-order": ZerothOrder(), "quantised": QuantisedBackprop()}
+    if not isinstance(feedforward, str) or feedforward not in known:
         raise InputError(
-            f"feedforward is {feedforward!r}; expected 'backprop', 'zeroth-order' or an object such as "
+            f"feedforward is {feedforward!r}; expected 'backprop', 'zeroth-order', 'quantised' or an object such as "
             "ZerothOrder(samples=4)"
         )
-    return ZerothOrder() if feedforward == "zeroth-order" else None
+    return known[feedforward]
 
 
-def check_digital(hybrid: HybridParts) -> None:
-    """Refuse perturbed gradients if a digital part writes state of the source.
+def check_digital(hybrid: HybridParts, settings: ZerothOrder | QuantisedBackprop | None) -> None:
+    """Refuse perturbed gradients if a digital part writes state of the source, and quantised ones of exact parts.
 
     Raises:
-        UnsupportedError: there is such a part; names the first one.
+        InputError: gradients are to be quantised, and the digital parts are not.
+        UnsupportedError: there is a part that writes state; names the first one.
     """
+    if isinstance(settings, QuantisedBackprop):
+        check_quantised(hybrid)
+    if not isinstance(settings, ZerothOrder):
+        return
     for name, part in _parts(hybrid):
         for module in part.modules():
             if isinstance(module, WriteState) or (isinstance(module, ModeSwitch) and module.writes):
@@ -136,16 +147,18 @@ def check_digital(hybrid: HybridParts) -> None:
                 )
 
 
-def assign_digital(hybrid: HybridParts, settings: ZerothOrder | None) -> None:
-    """Give the digital parts perturbed gradients, or backpropagation if `settings` is None.
+def assign_digital(hybrid: HybridParts, settings: ZerothOrder | QuantisedBackprop | None) -> None:
+    """Give the digital parts perturbed or quantised gradients, or backpropagation if `settings` is None.
 
     Raises:
+        InputError: gradients are to be quantised, and the digital parts are not.
         UnsupportedError: a part writes state of the source, which a second evaluation would read; names the first one.
     """
-    if settings is not None:
-        check_digital(hybrid)
+    check_digital(hybrid, settings)
+    perturbed = settings if isinstance(settings, ZerothOrder) else None
+    set_quantised_backprop(hybrid, settings if isinstance(settings, QuantisedBackprop) else None)
     for place, (_, part) in enumerate(_parts(hybrid)):
-        part.zeroth_order, part.place, part.calls = settings, place, 0
+        part.zeroth_order, part.place, part.calls = perturbed, place, 0
 
 
 def _parts(hybrid: HybridParts) -> Iterator[tuple[str, FeedforwardBlock]]:
@@ -157,8 +170,8 @@ def own_gradient(hybrid: HybridParts) -> str:
     """The name of a hybrid's estimator, which is that of the blocks at its output if blocks have different ones."""
     kinds = [block.estimator for block in hybrid.energy_blocks.values() if block.program.coupled]
     name = next((kind.name for kind in kinds if kind.output_blocks_only), kinds[0].name if kinds else "ep")
-    perturbed = digital_gradient(hybrid)
-    return name if perturbed is None else f"{name}, {perturbed.name}"
+    special = digital_gradient(hybrid) or quantised_backprop(hybrid)
+    return name if special is None else f"{name}, {special.name}"
 
 
 def digital_gradient(hybrid: HybridParts) -> ZerothOrder | None:
@@ -166,10 +179,34 @@ def digital_gradient(hybrid: HybridParts) -> ZerothOrder | None:
     return next((part.zeroth_order for _, part in _parts(hybrid)), None)
 
 
+def stored_gradient(hybrid: HybridParts) -> dict[str, Any]:
+    """How digital parts are differentiated, as numbers, and how often each was called for a perturbed gradient."""
+    perturbed, quantised = digital_gradient(hybrid), quantised_backprop(hybrid)
+    calls = {name: part.calls for name, part in _parts(hybrid)}
+    return {
+        "digital": None if perturbed is None else {**asdict(perturbed), "calls": calls},
+        "quantised": None if quantised is None else asdict(quantised),
+    }
+
+
+def restore_gradient(
+    hybrid: HybridParts, perturbed: Mapping[str, Any] | None, quantised: Mapping[str, Any] | None
+) -> None:
+    """Restore the two values of `stored_gradient`. The bits of digital parts must be there already."""
+    fields = dict(perturbed or {})
+    calls = fields.pop("calls", {})
+    backprop = None if quantised is None else QuantisedBackprop(**quantised)
+    assign_digital(hybrid, backprop if perturbed is None else ZerothOrder(**fields))
+    for name, part in _parts(hybrid):
+        part.calls = int(calls.get(name, 0))
+
+
 def gradient_lines(hybrid: HybridParts) -> list[str]:
     """Sentences about blocks that use another estimator than the rest, and about the gradient of digital parts."""
     perturbed = digital_gradient(hybrid)
     lines = [] if perturbed is None else [f"digital parts without backpropagation: {perturbed}"]
+    quantised = quantised_backprop(hybrid)
+    lines += [] if quantised is None else [f"gradients of digital parts are quantised: {quantised}"]
     coupled = {name: block.estimator for name, block in hybrid.energy_blocks.items() if block.program.coupled}
     special = {name: kind for name, kind in coupled.items() if kind.output_blocks_only}
     others = {name: kind for name, kind in coupled.items() if name not in special}

@@ -159,7 +159,7 @@ class HybridModel(HybridCore):
         """
         from ffebm_compiler.onnx import export_digital, export_whole
 
-        if self.devices is not None:
+        if self.devices is not None and not self.devices.only_digital:
             raise ExportError(
                 f"the weights of this hybrid are on devices ({self.devices.name}), whose errors and noise an ONNX file "
                 "does not hold: call set_devices(None) first, and set_devices() again after the export"

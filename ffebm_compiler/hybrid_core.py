@@ -13,6 +13,7 @@ from ffebm_compiler.block_operands import fetched
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.conductances import KEPT, check_conductances, clamp_after_steps, clamp_conductances
 from ffebm_compiler.device_state import age_of, aged, observed_ranges, program_devices, put_on_devices
+from ffebm_compiler.digital_bits import calls_of, digital_parts, observed_values, quantisers
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.gradient_choice import (
@@ -20,8 +21,8 @@ from ffebm_compiler.gradient_choice import (
     assign_digital,
     check_digital,
     check_measured,
+    digital_choice,
     digital_gradient,
-    zeroth_order_of,
 )
 from ffebm_compiler.hybrid_parts import HybridParts
 from ffebm_compiler.hybrid_state import (
@@ -44,6 +45,8 @@ from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.devices.devices import Devices, devices_of
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
+from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
+from ffebm_compiler.runtime.feedforward.quantised_backprop import QuantisedBackprop
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.held_gain import recertify_each
 from ffebm_compiler.runtime.solvers.base import Solver
@@ -191,11 +194,11 @@ class HybridCore(HybridParts):
             ConvergenceError: a block does not settle.
             FabricError: a fabric that measures a block fails; names the block.
         """
-        eager = digital_gradient(self) or measured_blocks(self)
+        eager = digital_gradient(self) or quantisers(self) or measured_blocks(self)
         return self._run_eager(args, kwargs) if eager else self._run_once(args, kwargs)
 
     # `torch.compile` would look through a digital part to its operations.
-    @torch.compiler.disable(reason="perturbed digital parts and measured blocks run eagerly")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="perturbed or quantised digital parts and measured blocks run eagerly")  # type: ignore[untyped-decorator]
     def _run_eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return self._run_once(args, kwargs)
 
@@ -259,14 +262,15 @@ class HybridCore(HybridParts):
     @contextmanager
     def feedforward_mode(self) -> Iterator[None]:
         """Run every block without feedback and without devices, which is the source's own function."""
-        before = {name: block.enabled for name, block in self._energy.items()}
+        switched: list[EnergyBlock | FeedforwardBlock] = [*self._energy.values(), *digital_parts(self).values()]
+        before = [part.enabled for part in switched]
         try:
-            for block in self._energy.values():
-                block.enabled = False
+            for part in switched:
+                part.enabled = False
             yield
         finally:
-            for name, enabled in before.items():
-                self._energy[name].enabled = enabled
+            for part, enabled in zip(switched, before, strict=True):
+                part.enabled = enabled
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules as the source's own `train` does, since a model may freeze parts of itself."""
@@ -426,7 +430,7 @@ class HybridCore(HybridParts):
         gradient: str | Estimator,
         *,
         blocks: Sequence[str] | None = None,
-        feedforward: str | ZerothOrder | None = None,
+        feedforward: str | ZerothOrder | QuantisedBackprop | None = None,
     ) -> None:
         """Choose the gradient estimator of every block, or of some blocks. `docs/training.md` compares them.
 
@@ -436,21 +440,22 @@ class HybridCore(HybridParts):
                 the loss through no other block. The others then use equilibrium propagation, and `summary()` says so.
             blocks: names of the blocks to set. None sets all.
             feedforward: how the digital parts between the blocks are differentiated: `"backprop"`, `"zeroth-order"` or
-                a `ZerothOrder`, which perturbs their inputs and parameters. None means backpropagation, but leaves the
-                digital parts as they are if `blocks` is given.
+                a `ZerothOrder`, which perturbs their inputs and parameters, `"quantised"` or a `QuantisedBackprop`,
+                which quantises errors and gradients. None means backpropagation, but leaves the digital parts as they
+                are if `blocks` is given.
 
         Raises:
-            InputError: an estimator's name or object is unknown, or a name is no block's.
+            InputError: an estimator's name or object is unknown, a name is no block's, or gradients are to be
+                quantised where digital parts are not.
             UnsupportedError: the estimator is not defined in a block given by name, or in any block with feedback, or a
                 digital part writes state and so has no zeroth-order gradient.
         """
         estimator = estimator_of(gradient)
-        perturbed = None if feedforward is None else zeroth_order_of(feedforward)
-        if perturbed is not None:
-            check_digital(self)
+        digital = None if feedforward is None else digital_choice(feedforward)
+        check_digital(self, digital)
         assign(self, estimator, blocks)
         if feedforward is not None or blocks is None:
-            assign_digital(self, perturbed)
+            assign_digital(self, digital)
 
     def set_solver(self, solver: Solver | None) -> None:
         """Choose the solver of every block. With None each block has the solver that is fastest for it.
@@ -519,6 +524,25 @@ class HybridCore(HybridParts):
         """
         with observed_ranges(self), self.in_mode(False):
             self(*args, **kwargs)
+
+    def calibrate_digital(self, batches: Iterable[Any]) -> None:
+        """Set the range of every value in the digital parts, which `Devices(digital_bits=...)` quantises.
+
+        A value's range is [min(0, lowest), max(0, highest)] of what it is in floating point on these inputs, in the
+        present mode (train or eval). Statistics of batch norm, random generators and converters stay as they are.
+        Values that hold ±∞ or exceed 1e30 (masks), and those that only integers are made of (indices), are not
+        quantised. `save`, `state_dict` and copies keep the ranges.
+
+        Args:
+            batches: representative inputs, an iterable of batches: tensors, tuples of positional arguments or
+                dictionaries of arguments.
+
+        Raises:
+            InputError: the digital parts are not quantised, or there is no batch.
+        """
+        with observed_values(self), self.in_mode(self.training):
+            for args, kwargs in calls_of(batches):
+                self(*args, **kwargs)
 
     def set_feedback(self, feedback: float | str) -> None:
         """Set the feedback of every block.

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from ffebm_compiler.device_state import count_of_norms, restore_devices, stored_devices
 from ffebm_compiler.errors import InputError
-from ffebm_compiler.gradient_choice import assign_digital, digital_gradient
+from ffebm_compiler.gradient_choice import assign_digital, restore_gradient, stored_gradient
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
 from ffebm_compiler.runtime.estimators.base import Estimator
 from ffebm_compiler.runtime.estimators.choice import ESTIMATORS as ESTIMATOR_KINDS
-from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
-from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver
 from ffebm_compiler.runtime.solvers.measured import Measured, Unplugged
@@ -74,28 +72,9 @@ def state_of(hybrid: HybridParts) -> dict[str, Any]:
         "project_to": hybrid.project_to,
         "blocks": blocks,
         "energy": name_of(hybrid.energy_function),
-        "digital": _digital_state(hybrid),
+        **stored_gradient(hybrid),
         "devices": stored_devices(hybrid),
     }
-
-
-def _digital_state(hybrid: HybridParts) -> dict[str, Any] | None:
-    """How digital parts are differentiated, and how often each was called for it; None for backpropagation."""
-    perturbed = digital_gradient(hybrid)
-    if perturbed is None:
-        return None
-    parts = hybrid.feedforward_blocks.items()
-    calls = {name: part.calls for name, part in parts if isinstance(part, FeedforwardBlock)}
-    return {**asdict(perturbed), "calls": calls}
-
-
-def _restore_digital(hybrid: HybridParts, stored: Mapping[str, Any] | None) -> None:
-    fields = dict(stored or {})
-    calls = fields.pop("calls", {})
-    assign_digital(hybrid, None if stored is None else ZerothOrder(**fields))
-    for name, part in hybrid.feedforward_blocks.items():
-        if isinstance(part, FeedforwardBlock):
-            part.calls = int(calls.get(name, 0))
 
 
 def packed_state(hybrid: HybridParts) -> bytes:
@@ -163,6 +142,7 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
                 f"the stored state is of the blocks {', '.join(stored) or 'none'}, and this hybrid has "
                 f"{', '.join(blocks) or 'none'}: convert with the plan of the hybrid that was saved"
             )
+        assign_digital(hybrid, None)
         restore_devices(hybrid, state.get("devices"))
         for name, module in blocks.items():
             estimator = _made_from(stored[name]["gradient"], ESTIMATORS, module.estimator)
@@ -171,7 +151,7 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
             module.estimator, module.solver = estimator, solver
             if stored[name]["measured"]:
                 module.gain.fitted(hybrid._made_of(name))
-        _restore_digital(hybrid, state.get("digital"))
+        restore_gradient(hybrid, state.get("digital"), state.get("quantised"))
         hybrid.recertify_every, hybrid.project_to = state["recertify_every"], state["project_to"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,6 +71,13 @@ class _Devices:
     settings: Mapping[str, Any]
     age: _Magnitude
     ranges: Mapping[str, Mapping[str, tuple[float, float]]]
+    digital: Mapping[str, Mapping[str, tuple[float, float] | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Quantised:
+    bits: Annotated[int, AtLeast(2, most=16)]
+    scaling: bool
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class _State:
     blocks: Mapping[str, _BlockState]
     digital: _Digital | None = None
     devices: _Devices | None = None
+    quantised: _Quantised | None = None
 
 
 @dataclass(frozen=True)
@@ -128,9 +136,11 @@ def read_settings(path: Path, schema: int) -> tuple[Settings, dict[str, Any]]:
 def _check_devices(state: _State) -> None:
     """Check the settings of devices, and that their converters are those of blocks."""
     if state.devices is None:
+        if state.quantised is not None:
+            raise Malformed("state.quantised: there are no devices whose digital parts are quantised")
         return
     try:
-        Devices.from_dict(state.devices.settings)
+        devices = Devices.from_dict(state.devices.settings)
     except InputError as error:
         raise Malformed(f"state.devices.settings: {error}") from error
     for name, ranges in state.devices.ranges.items():
@@ -139,6 +149,12 @@ def _check_devices(state: _State) -> None:
         for place, (low, high) in ranges.items():
             if not (low == 0 or low == -high) or high < 0:
                 raise Malformed(f"state.devices.ranges.{name}.{short(place)}: expected [0, m] or [-m, m]")
+    if devices.digital_bits is None and (state.quantised is not None or state.devices.digital):
+        raise Malformed("state.devices.settings.digital_bits: missing, and there are ranges or gradients that need it")
+    for name, found in state.devices.digital.items():
+        for place, limits in found.items():
+            if limits is not None and not limits[0] <= 0 <= limits[1]:
+                raise Malformed(f"state.devices.digital.{short(name)}.{short(place)}: expected a range that holds 0")
 
 
 def _check_feedback(energy: str, feedback: float | str, place: str) -> None:

@@ -310,3 +310,21 @@ def test_devices_are_the_same_on_a_gpu() -> None:
     graphed = ffebm.convert(copy.deepcopy(model).cuda(), x.cuda(), devices=devices, feedback=0.3).train()
     with pytest.raises(ffebm.UnsupportedError, match="what devices hold is computed by the host"):
         ffebm.GraphedStep(graphed, F.cross_entropy)
+
+
+def test_digital_bits_on_a_gpu(full_precision: None) -> None:
+    """The same integers as on a CPU, but for ties, and gradients of 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 16), nn.Tanh(), nn.Linear(16, 5))
+    x = torch.randn(64, 20)
+    found = []
+    for device in ("cpu", "cuda"):
+        hybrid = ffebm.convert(copy.deepcopy(model).to(device), x.to(device), force_digital="0")
+        hybrid.set_devices(ffebm.Devices(digital_bits=8))
+        hybrid.calibrate_digital([x.to(device)])
+        hybrid.set_gradient("ep", feedforward="quantised")
+        output = hybrid(x.to(device))
+        output.square().sum().backward()
+        found.append([output.detach().cpu(), *(p.grad.cpu() for p in hybrid.parameters() if p.grad is not None)])
+    for first, second in zip(*found, strict=True):
+        assert float((first - second).norm() / first.norm()) < 0.02

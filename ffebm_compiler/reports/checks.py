@@ -176,6 +176,7 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
     ideal: dict[str, Agreement] = {}
     if hybrid.devices is not None:
         exact = copy.deepcopy(hybrid)
+        assign_digital(exact, None)
         exact.set_devices(None)
         for name, expected in _gradients(exact, inputs, loss_fn, "unrolled", torch.float64).items():
             ideal[name] = _agreement(found[kind].get(name), expected)

@@ -36,9 +36,8 @@ from ffebm_compiler.runtime.devices.pulses import PulseResponse
 
 __all__ = ["Devices", "device_presets", "devices_of"]
 
-_BITS = {"weight_bits": 2, "dac_bits": 2, "adc_bits": 2}
-_MOST_BITS = 24
-"""As many bits as a float32 has."""
+_BITS = {"weight_bits": (2, 24), "dac_bits": (2, 24), "adc_bits": (2, 24), "digital_bits": (2, 16)}
+"""Fewest and most bits of a setting: a float32 has 24, and integer arithmetic has no more than 16."""
 _LAWS: dict[str, type] = {kind.__name__: kind for kind in (Drift, Relaxation, FlickerNoise, LogLaw, PulseResponse)}
 
 
@@ -65,6 +64,8 @@ class Devices:
         on_off: g_max/g_min. None: the smallest conductance is 0.
         wire_resistance: r g_max, resistance of a wire between neighbouring cells of a tile times the largest
             conductance of a device (1 Ω and 25 µS: 2.5e-5).
+        digital_bits: bits of weights and values in the digital parts between the blocks. None: not quantised. See
+            `HybridModel.calibrate_digital`.
         wires: `"fast"` computes the tiles' wires with each line as a ladder of its own, `"exact"` solves all nodes
             (`docs/analog.md` has the error and the time of both).
         name: what reports call these devices.
@@ -88,17 +89,18 @@ class Devices:
     on_off: float | None = None
     wire_resistance: float = 0.0
     wires: Literal["fast", "exact"] = "fast"
+    digital_bits: int | None = None
     name: str = "custom"
     source: str = ""
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        for field, least in _BITS.items():
+        for field, (least, most) in _BITS.items():
             bits = getattr(self, field)
             whole = isinstance(bits, int) and not isinstance(bits, bool)
-            if bits is not None and (not whole or not least <= bits <= _MOST_BITS):
+            if bits is not None and (not whole or not least <= bits <= most):
                 raise InputError(
-                    f"{field} is {bits!r}; expected a whole number from {least} (a sign and one step) to {_MOST_BITS}, "
+                    f"{field} is {bits!r}; expected a whole number from {least} (a sign and one step) to {most}, "
                     "or None for no quantisation"
                 )
         self._set("programming", checked_polynomial("programming", self.programming))
@@ -139,6 +141,12 @@ class Devices:
     def noisy(self) -> bool:
         """Whether a read differs from the read before it."""
         return self.read_noise != 0
+
+    @property
+    def only_digital(self) -> bool:
+        """Whether they have digital parts of fewer bits, and exact crossbars and converters."""
+        same = {"digital_bits": self.digital_bits, "seed": self.seed, "name": self.name, "source": self.source}
+        return self.digital_bits is not None and self == Devices(**same)  # type: ignore[arg-type]
 
     @property
     def exact(self) -> bool:

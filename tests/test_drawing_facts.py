@@ -2,62 +2,35 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from networks import seeded
+from drawing_networks import NETWORKS, plan_of
 from test_drawing_page import CHROMIUM, DRIVER, OVERLAPS, Browser, browser
-from torch import nn
 
-import ffebm_compiler as ffebm
+from ffebm_compiler.drawing import html_text
 from ffebm_compiler.drawing.boundaries import ends_of, side_inputs
 from ffebm_compiler.driven import settles
 from ffebm_compiler.plan import Plan
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from zoo_models import load_torchvision
+from ffebm_compiler.reports.text import count
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
 __all__ = ["browser"]
 
 
-def resnet18() -> tuple[nn.Module, Any, dict[str, Any]]:
-    load_torchvision()
-    torchvision = pytest.importorskip("torchvision")
-    return torchvision.models.resnet18(), torch.randn(1, 3, 32, 32), {}
-
-
-def vision_transformer() -> tuple[nn.Module, Any, dict[str, Any]]:
-    load_torchvision()
-    timm = pytest.importorskip("timm")
-    return timm.create_model("vit_tiny_patch16_224", depth=3, img_size=64), torch.randn(1, 3, 64, 64), {}
-
-
-def gpt2() -> tuple[nn.Module, Any, dict[str, Any]]:
-    load_torchvision()
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=50)
-    return transformers.GPT2Model(config), (torch.randint(0, 50, (1, 8)),), {"use_cache": False}
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any, dict[str, Any]]]] = {
-    "resnet18": resnet18,
-    "vit": vision_transformer,
-    "gpt2": gpt2,
-}
+ALL = os.environ.get("FFEBM_PAGES") == "all"
+MODELS = list(NETWORKS) if ALL else ["resnet18", "vit_tiny", "gpt2", "unet"]
+"""`make pages` draws all ten."""
 
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Plan, Path]]:
     folder = tmp_path_factory.mktemp("facts")
     found = {}
-    for name, make in MODELS.items():
-        model, args, kwargs = seeded(make)
-        plan = ffebm.plan(model.eval(), args, kwargs, fold_batchnorm=name == "resnet18")
+    for name in MODELS:
+        plan = plan_of(name)
         plan.save_html(folder / f"{name}.html")
         found[name] = plan, folder / f"{name}.html"
     return found
@@ -97,28 +70,97 @@ def test_facts_on_the_page_are_the_plans(browser: Browser, plans: dict[str, tupl
     for block in plan.blocks:
         assert sum(edge[3] for edge in drawn if edge[1] == block.name) == block.dac
         assert sum(edge[2] for edge in drawn if edge[0] == block.name) == block.adc
-    # No edge runs back: every one leads from a node above to one below.
+    # No edge runs back: every one leads along the flow.
     backward = browser.js(
-        "const at = (g) => g.getAttribute('transform').match(/[-\\d.]+/g).map(Number)[1];"
-        "const found = [...document.querySelectorAll('.edge .tip')].filter((tip) => {"
-        "  const [, end] = tip.getAttribute('d').match(/[-\\d.]+/g).map(Number);"
-        "  const [, start] = tip.parentElement.querySelector('.wire').getAttribute('d').match(/[-\\d.]+/g).map(Number);"
-        "  return end <= start; }); return found.length"
+        "const at = document.querySelector('.view').view.picture.direction === 'LR' ? 0 : 1;"
+        "return [...document.querySelectorAll('.edge .wire')].filter((wire) => {"
+        "  const d = wire.getAttribute('d').match(/[-\\d.]+/g).map(Number);"
+        "  return d[d.length - 2 + at] <= d[at]; }).length"
     )
     assert backward == 0
+
+
+PANELS = (
+    "const view = document.querySelector('.view').view, found = {};"
+    "for (const item of view.tree.root.items.filter((one) => one.record)) {"
+    "  view.panel.item(item);"
+    "  const body = document.querySelector('.panel-body');"
+    "  const pairs = [...body.querySelectorAll('dl')][0];"
+    "  const words = (list) => [...list].map((one) => one.textContent);"
+    "  const rows = [...body.querySelectorAll('section')].find((s) => s.querySelector('h3').textContent === 'Layers');"
+    "  found[item.title] = {"
+    "    facts: words(pairs.querySelectorAll('dt')).map((name, at) => [name, words(pairs.querySelectorAll('dd'))[at]]),"
+    "    layers: rows ? [...rows.querySelectorAll('tbody tr')].map((row) => words(row.children)) : [],"
+    "    operations: words(body.querySelectorAll('.operations li > .link')),"
+    "    reasons: words(body.querySelectorAll('.operations li > small')),"
+    "  };"
+    "} return found"
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_panel_tells_what_the_plan_says(browser: Browser, plans: dict[str, tuple[Plan, Path]], name: str) -> None:
+    plan, path = plans[name]
+    browser.open(path)
+    told = browser.js(PANELS)
+    assert list(told) == [*dict.fromkeys(told)]
+    assert set(told) == {block.name for block in plan.blocks} | {part.name for part in plan.digital_parts}
+    for block in plan.blocks:
+        facts = dict(told[block.name]["facts"])
+        assert facts["tiles"].split(",")[0] == count(block.tiles)
+        expected = {
+            "DAC values per sample": block.dac,
+            "ADC values per sample": block.adc,
+            "neurons": block.neurons,
+            "MACs per sample": block.macs,
+        }
+        assert {key: facts[key] for key in expected} == {key: count(value) for key, value in expected.items()}
+        assert facts["reads"] == ", ".join(block.inputs)
+        assert facts["gives"] == ", ".join(block.outputs)
+        weights = [plan.graph[n] for n in block.operations if plan.graph[n].weights and plan.graph[n].rows]
+        rows = told[block.name]["layers"]
+        assert [row[0] for row in rows] == [op.path or op.name for op in weights]
+        assert [row[2] for row in rows] == [f"{op.rows}×{op.cols}" for op in weights]
+        assert [row[4] for row in rows] == [count(op.macs) for op in weights]
+    for home in (*plan.blocks, *plan.digital_parts):
+        operations = [plan.graph[n] for n in home.operations]
+        assert told[home.name]["operations"] == [op.target for op in operations]
+        assert told[home.name]["reasons"] == [plan._explain_operation(op) for op in operations]
+    # The totals in the head, from the blocks alone.
+    head = browser.js("return document.querySelector('.totals').innerText")
+    for value in (sum(b.tiles for b in plan.blocks), sum(b.dac for b in plan.blocks), sum(b.adc for b in plan.blocks)):
+        assert count(value) in head
+    macs = browser.js("return JSON.parse(document.getElementById('data').textContent)[0].ops.map((op) => op.macs)")
+    assert sum(macs) == plan.total_macs
+
+
+@pytest.mark.parametrize("name", ["mixture", "mamba"] if ALL else ["mixture"])
+def test_constants_are_side_inputs(name: str) -> None:
+    plan = plan_of(name)
+    side = {source for sources in side_inputs(plan).values() for source in sources}
+    constants = {op.name for op in plan.graph.operations if op.target in ("arange", "zeros") and not op.data}
+    made = {op.name: op for op in plan.graph.operations}
+    read = {
+        source
+        for op in plan.graph.operations
+        for source in op.data
+        if source in made and plan.home(source) != plan.home(op.name)
+    }
+    assert constants & read
+    assert constants & read <= side
 
 
 def test_masks_are_side_inputs_that_a_button_shows(browser: Browser, plans: dict[str, tuple[Plan, Path]]) -> None:
     plan, path = plans["gpt2"]
     side = side_inputs(plan)
-    assert len(side) == 4  # one attention a layer
+    assert len(side) == 6  # one attention a layer
     assert {source for sources in side.values() for source in sources} == {"expand_2"}
     browser.open(path)
     assert browser.js("return document.querySelectorAll('.edge.side').length") == 0
     browser.button("side")
     assert browser.js("return document.querySelectorAll('.edge.side').length") > 0
     assert side_inputs(plans["resnet18"][0]) == {}
-    assert side_inputs(plans["vit"][0]) == {}
+    assert side_inputs(plans["vit_tiny"][0]) == {}
 
 
 def test_alike_stages_are_one_node_until_it_is_opened(browser: Browser, plans: dict[str, tuple[Plan, Path]]) -> None:
@@ -199,5 +241,9 @@ def test_every_control_has_a_name_and_a_click_on_an_edge_tells_its_values(
     assert browser.js("return document.querySelector('.panel td:last-child').textContent") == "3072"
 
 
+@pytest.mark.slow
 def test_a_plan_fits_a_small_file(plans: dict[str, tuple[Plan, Path]]) -> None:
+    # ResNet-50 with what-if, beside those of the module.
+    plan = plan_of("resnet50")
+    assert len(html_text(plan, what_if=True).encode()) < 2e6
     assert all(path.stat().st_size < 2e6 for _, path in plans.values())

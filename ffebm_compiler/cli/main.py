@@ -170,10 +170,10 @@ def draw(
     check_free(out, force)
     if settings.model.lower().endswith(".json"):
         check_alone(context, ("model", "out", "force", "what_if", "as_json"))
-        save_picture(ffebm.Plan.from_json(settings.model), out, what_if=what_if)
+        save_picture(ffebm.Plan.from_json(settings.model), out, what_if=what_if, source=settings.model)
     else:
         hybrid, _, _ = settings.converted()
-        save_picture(hybrid.plan, out, hybrid, what_if)
+        save_picture(hybrid.plan, out, hybrid, what_if, settings.model)
     if as_json:
         say_json({"wrote": str(out)})
     else:

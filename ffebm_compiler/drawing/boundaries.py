@@ -51,20 +51,24 @@ def _together(hardware: Hardware, block: BlockPlan, other: BlockPlan) -> str:
 def side_inputs(plan: PlanData) -> dict[str, list[str]]:
     """Operation -> those of its inputs that are side inputs, such as masks, positions and constants.
 
-    A side input is computed without a parameter, several blocks and parts read it, and each of them also reads a value
-    that parameters were needed for.
+    A side input is computed without a parameter, each of its readers also reads a value that parameters were needed
+    for, and either several blocks and parts read it or it is a constant, which depends on no input of the network.
     """
     made: set[str] = set()
+    fed = set(plan.graph.inputs)
+    """Values that depend on an input."""
     for operation in plan.graph.operations:
         weights = operation.role is Role.WEIGHT or any(name in plan.weights for name in operation.weights)
         if weights or not made.isdisjoint(operation.data):
             made.add(operation.name)
+        if not fed.isdisjoint(operation.data):
+            fed.add(operation.name)
     readers: dict[str, set[str]] = {}
     for operation in plan.graph.operations:
         for source in operation.data:
             if source in plan.graph and source not in made and plan.home(source) != plan.home(operation.name):
                 readers.setdefault(source, set()).add(plan.home(operation.name))
-    many = {source for source, homes in readers.items() if len(homes) >= _MANY_READERS}
+    many = {source for source, homes in readers.items() if len(homes) >= _MANY_READERS or source not in fed}
     return {
         operation.name: [source for source in operation.data if source in many]
         for operation in plan.graph.operations

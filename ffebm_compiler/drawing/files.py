@@ -38,11 +38,12 @@ def html_text(
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
     what_if: bool = False,
+    source: str = "",
 ) -> str:
     """The interactive page of a plan.
 
     `hybrid` adds loop gains and sweeps, `diagnosis` (of `hybrid.diagnose(x)`) how each block settles,
-    `what_if` the plan under other options.
+    `what_if` the plan under other options, `source` the file or the name that the head names as the plan's origin.
 
     Raises:
         InputError: where the diagnosis is of another plan.
@@ -52,7 +53,7 @@ def html_text(
     shown = [loop_gain_overlay(hybrid)] if hybrid is not None and plan.blocks else []
     if diagnosis is not None and plan.blocks:
         shown.append(relaxation_overlay(plan, diagnosis))
-    record = record_of(plan, hybrid, [*shown, *overlays], diagnosis, what_if)
+    record = record_of(plan, hybrid, [*shown, *overlays], diagnosis, what_if, source)
     return page_text([record], f"{plan.model} on {plan.hardware.name}")
 
 
@@ -63,6 +64,7 @@ def save_html(
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
     what_if: bool = False,
+    source: str = "",
 ) -> None:
     """Write the interactive page, one self-contained file; an existing file is replaced.
 
@@ -71,7 +73,7 @@ def save_html(
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the path cannot be written or the layout library is missing.
     """
-    write_picture(html_text(plan, hybrid, overlays, diagnosis, what_if), path)
+    write_picture(html_text(plan, hybrid, overlays, diagnosis, what_if, source), path)
 
 
 def save_side_by_side(

@@ -38,10 +38,13 @@ def check_format(path: str | Path) -> str:
     return suffix
 
 
-def save_picture(plan: PlanData, path: str | Path, hybrid: HybridCore | None = None, what_if: bool = False) -> None:
+def save_picture(
+    plan: PlanData, path: str | Path, hybrid: HybridCore | None = None, what_if: bool = False, source: str = ""
+) -> None:
     """Draw a plan in the format of the path's suffix; an existing file is replaced.
 
-    `hybrid` adds its feedback weights, and loop gains and sweeps to an HTML page. `what_if` adds other options to one.
+    `hybrid` adds its feedback weights, and loop gains and sweeps to an HTML page. `what_if` adds other options to one,
+    and `source` says in its head where the plan comes from.
 
     Raises:
         InputError: for an unknown suffix.
@@ -50,7 +53,7 @@ def save_picture(plan: PlanData, path: str | Path, hybrid: HybridCore | None = N
     """
     suffix = check_format(path)
     if suffix == ".html":
-        save_html(plan, path, hybrid, what_if=what_if)
+        save_html(plan, path, hybrid, what_if=what_if, source=source)
     elif suffix == ".svg":
         save_svg(plan, path, hybrid)
     elif suffix == ".dot":

@@ -2,6 +2,7 @@
 
 const LIMITS = [0.08, 3];
 const READABLE = 0.96;
+const SEVERAL = 150; // more boxes than these are laid out once, from top to bottom
 
 class View {
   constructor(place, data) {
@@ -52,7 +53,7 @@ class View {
   // The direction and the level of detail at which the whole can be read; else those at which it is largest.
   arrange() {
     const [width, height] = [this.stage.clientWidth - 24, this.stage.clientHeight - 24];
-    const many = this.picture.shown().length > MANY;
+    const many = this.picture.shown().length > SEVERAL;
     const directions = this.fixed?.direction ? [this.fixed.direction] : many || width < 600 ? ['TB'] : ['TB', 'LR'];
     const levels = this.fixed?.level ? [this.fixed.level] : many ? ['brief'] : ['full', 'brief', 'names'];
     let best = null;
@@ -130,7 +131,8 @@ class View {
       this.scale = Math.max(this.scale, 1);
       this.redraw(null);
       this.said();
-      this.stage.scrollTo(this.picture.direction === 'LR' ? 0 : (this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
+      const { x, y } = this.picture.start;
+      this.stage.scrollTo(this.picture.direction === 'LR' ? 0 : x * this.scale - this.stage.clientWidth / 2, this.picture.direction === 'LR' ? y * this.scale - this.stage.clientHeight / 2 : 0);
       this.picture.elements.get(this.picture.selected)?.scrollIntoView({ block: 'center', inline: 'center' });
     } else {
       const level = this.picture.level;
@@ -366,7 +368,10 @@ class View {
     this.scale = whole >= 0.3 ? whole : Math.min(1, Math.max(0.45, breadth));
     this.whole = true;
     this.resize();
-    this.stage.scrollTo(this.picture.direction === 'LR' ? 0 : (this.picture.size.width * this.scale - this.stage.clientWidth) / 2, 0);
+    // Where not all of it is seen, from the first box on.
+    const [begin, size] = [this.picture.start, this.picture.size];
+    const middle = whole >= 0.3 ? { x: size.width / 2, y: size.height / 2 } : begin;
+    this.stage.scrollTo(this.picture.direction === 'LR' ? 0 : middle.x * this.scale - this.stage.clientWidth / 2, this.picture.direction === 'LR' ? middle.y * this.scale - this.stage.clientHeight / 2 : 0);
   }
 
   resize() {

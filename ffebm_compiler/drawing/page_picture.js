@@ -229,10 +229,11 @@ class Picture {
     this.elements.clear();
     this.shorts = [];
     this.wires = [];
-    const root = this.make('g', { class: 'root' });
+    const root = this.make('g', { class: 'root', role: 'none' });
     this.drawInside(this.tree.root, laid, root);
     this.svg.replaceChildren(root);
     this.size = { width: Math.ceil(laid.width), height: Math.ceil(laid.height) };
+    this.start = laid.nodes.length ? { x: laid.nodes[0].x + laid.shift.x, y: laid.nodes[0].y + laid.shift.y } : { x: 0, y: 0 };
     this.svg.setAttribute('viewBox', `0 0 ${this.size.width} ${this.size.height}`);
     this.mark();
   }
@@ -249,7 +250,8 @@ class Picture {
   }
 
   drawInside(item, laid, parent) {
-    const group = this.make('g', { transform: `translate(${laid.shift.x.toFixed(1)},${laid.shift.y.toFixed(1)})` });
+    // Screen readers find the items of a tree only below the tree itself or a group.
+    const group = this.make('g', { role: item.up ? 'group' : 'none', transform: `translate(${laid.shift.x.toFixed(1)},${laid.shift.y.toFixed(1)})` });
     const within = item.home?.domain === 'analog';
     laid.links.forEach((link) => this.wires.push(drawWire(this, link, group, within)));
     laid.items.forEach((inner, index) => this.drawItem(inner, laid.nodes[index], group));

@@ -36,8 +36,9 @@ def record_of(
     overlays: Sequence[Overlay] = (),
     diagnosis: Diagnosis | None = None,
     what_if: bool = False,
+    source: str = "",
 ) -> dict[str, Any]:
-    """Everything that the page shows for a plan, as JSON values.
+    """Everything that the page shows for a plan, as JSON values. `source` says where the plan comes from.
 
     Raises:
         InputError: where the diagnosis is of another plan.
@@ -78,7 +79,7 @@ def record_of(
     ]
     return {
         "title": scene.title,
-        "provenance": _provenance(plan),
+        "provenance": _provenance(plan, source),
         "totals": totals,
         "notes": [*plan.notes, *([note] if note else [])],
         "costs": None
@@ -103,8 +104,8 @@ def record_of(
     }
 
 
-def _provenance(plan: PlanData) -> str:
-    """Version, day and settings of the plan, in one line."""
+def _provenance(plan: PlanData, source: str) -> str:
+    """Where the plan comes from, version, day and settings, in one line."""
     options, hardware = plan.options, plan.hardware
     core = "unlimited" if hardware.tiles_per_core is None else count(hardware.tiles_per_core)
     settings = [f"{hardware.name}, {core} tiles per core", f"block_ops {', '.join(options.block_ops) or 'none'}"]
@@ -113,7 +114,8 @@ def _provenance(plan: PlanData) -> str:
     settings += [f"force_digital {', '.join(options.force_digital)}"] if options.force_digital else []
     settings += [f"force_analog {', '.join(options.force_analog)}"] if options.force_analog else []
     made = f"ffebm-compiler {version('ffebm-compiler')}, {date.today().isoformat()}"
-    return " · ".join([made, *settings, f"plan {plan.fingerprint}"] if plan.fingerprint else [made, *settings])
+    fingerprint = [f"plan {plan.fingerprint}"] if plan.fingerprint else []
+    return " · ".join([*([f"from {source}"] if source else []), made, *settings, *fingerprint])
 
 
 def _what_if(plan: PlanData) -> dict[str, Any]:

@@ -8,6 +8,8 @@ loss_fn(hybrid(x), y).backward()
 
 from ffebm_compiler import init
 from ffebm_compiler.accuracy.accuracy_plan import AccuracyPlan, AccuracyReport
+from ffebm_compiler.accuracy.exploration import Exploration
+from ffebm_compiler.accuracy.explore import explore
 from ffebm_compiler.accuracy.plan_for_accuracy import plan_for_accuracy
 from ffebm_compiler.accuracy.sensitivity import sensitivity
 from ffebm_compiler.accuracy.sensitivity_report import Sensitivity
@@ -73,6 +75,7 @@ __all__ = [
     "Devices",
     "Drift",
     "EquilibriumPropagation",
+    "Exploration",
     "ExportError",
     "FFEBMError",
     "FFEBMWarning",
@@ -111,6 +114,7 @@ __all__ = [
     "check_gradients",
     "convert",
     "device_presets",
+    "explore",
     "hardware_presets",
     "init",
     "jacobian_homeostasis",

@@ -18,12 +18,21 @@ from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.passes.unchanged import generators_unchanged
 from ffebm_compiler.runtime.devices.devices import Devices
 
-__all__ = ["Evaluate", "Measure", "Setting", "check_repeats", "told_devices", "value_of", "whole_number"]
+__all__ = [
+    "ONE_AT_A_TIME",
+    "Evaluate",
+    "Measure",
+    "Setting",
+    "check_repeats",
+    "told_devices",
+    "value_of",
+    "whole_number",
+]
 
 Evaluate = Callable[[Any], Any]
 """A network in evaluation mode -> a number, such as its accuracy."""
 
-_ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.RLock()
 """Workers that are threads share one hybrid and torch's one generator, so that they take turns."""
 
 
@@ -98,7 +107,7 @@ class Measure:
         Raises:
             InputError: `evaluate` raises an error, or returns no finite number. Names the setting.
         """
-        with _ONE_AT_A_TIME, generators_unchanged():
+        with ONE_AT_A_TIME, generators_unchanged():
             devices = replace(self.devices, seed=self.devices.seed + self.seed + setting.draw)
             put_on_devices(self.hybrid, devices, self.age, setting.operations)
             blocks = self.hybrid.energy_blocks

@@ -15,17 +15,13 @@ by its hash, and no network.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ffebm_compiler.drawing.svg import plain
+from ffebm_compiler.drawing.document import html_document, own_file
 from ffebm_compiler.errors import ExportError
 
 __all__ = ["page_text"]
@@ -44,8 +40,6 @@ _SCRIPTS = (
     "page_minimap.js",
     "page_app.js",
 )
-_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-_HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]")
 
 _NOTICE = """\
 /* Layout: dagre (https://github.com/dagrejs/dagre), Copyright (c) 2012-2014 Chris Pettitt, in the edition of
@@ -69,51 +63,14 @@ def page_text(records: Sequence[Mapping[str, Any]], title: str) -> str:
     Raises:
         ExportError: where the installed netron does not have the layout library.
     """
-    script = _layout_library() + "\n" + "\n".join(_own_file(name) for name in _SCRIPTS)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
-    )
-    data = json.dumps(_visible(list(records)), ensure_ascii=False, separators=(",", ":"))
-    for letter, escape in _UNSAFE.items():
-        data = data.replace(letter, escape)
-    return "\n".join(
-        (
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            '<head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{plain(title)}</title>",
-            f'<style id="colours">{_own_file("page_colours.css")}</style>',
-            f'<style id="picture">{_own_file("page_picture.css")}</style>',
-            f"<style>{_own_file('page.css')}</style>",
-            "</head>",
-            "<body>",
-            "<noscript>This picture needs JavaScript; save_svg() writes one that does not.</noscript>",
-            f'<script type="application/json" id="data">{data}</script>',
-            f'<script type="module">{script}</script>',
-            "</body>",
-            "</html>",
-            "",
-        )
-    )
-
-
-def _visible(value: Any) -> Any:
-    """JSON values in which control characters and changes of text direction are made visible."""
-    if isinstance(value, str):
-        return _HIDDEN.sub("\N{REPLACEMENT CHARACTER}", value)
-    if isinstance(value, Mapping):
-        return {_visible(key): _visible(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_visible(item) for item in value]
-    return value
-
-
-def _own_file(name: str) -> str:
-    return resources.files("ffebm_compiler.drawing").joinpath(name).read_text(encoding="utf-8")
+    script = _layout_library() + "\n" + "\n".join(own_file(name) for name in _SCRIPTS)
+    styles = {
+        "colours": own_file("page_colours.css"),
+        "picture": own_file("page_picture.css"),
+        "": own_file("page.css"),
+    }
+    fallback = "This picture needs JavaScript; save_svg() writes one that does not."
+    return html_document(title, list(records), script, styles, fallback)
 
 
 def _layout_library() -> str:

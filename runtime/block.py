@@ -28,7 +28,7 @@ from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
-from ffebm_compiler.runtime.program.light import full_sweeps
+from ffebm_compiler.runtime.program.light import ROUNDING, full_sweeps
 from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.base import Solver, typical_contraction
 from ffebm_compiler.runtime.solvers.choice import Choice, choose
@@ -298,8 +298,11 @@ class EnergyBlock(nn.Module):
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
         phase = FreePhase(frame, self.setting, self._warm_start(frame))
         phase.shares = self.gain.error_shares
-        rtol = self._rtol(phase)
-        phase.full_sweeps = full_sweeps(rtol, typical_contraction(contraction or 1.0))
+        rtol, rate = self._rtol(phase), contraction or 1.0
+        if frame.light and not frame.training:  # the error has to be bounded, with that of roundings
+            phase.full_sweeps, phase.rounding = full_sweeps((1 - rate) * rtol, rate), ROUNDING
+        else:
+            phase.full_sweeps = full_sweeps(rtol, typical_contraction(rate))
         return phase, run(phase, solver, rtol, contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:

@@ -87,7 +87,7 @@ class Settle(torch.autograd.Function):
         if block.training:
             frame.paces = block.paces_on(inputs[0].device)
             block.gain.hold(frame.weights)
-            frame.light = block.may_be_light and light_pays(frame)
+        frame.light = block.may_be_light and light_pays(frame)
         phase, block.last = block.relax(frame)
         frame = phase.frame
         states, preactivations = phase.settled()
@@ -95,7 +95,7 @@ class Settle(torch.autograd.Function):
         ctx.block, ctx.last, ctx.training = block, block.last, frame.training
         ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
         ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
-        ctx.paces, ctx.autocast, ctx.reads, ctx.light = frame.paces, autocast, reads, frame.light
+        ctx.paces, ctx.autocast, ctx.reads, ctx.light = frame.paces, autocast, reads, frame.light and frame.training
         ctx.estimator, ctx.aligned, ctx.kept_gradients = block.active_estimator, block.aligned, block.kept_gradients
         ctx.set_materialize_grads(False)
         wide = phase.literal if phase.literal and phase.literal[0] is not states[0] else ()

@@ -53,7 +53,41 @@ def test_gradients_are_as_exact(case: str, activation: type[nn.Module], estimato
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_only_training_in_single_precision_is_light(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.parametrize("case", sorted(CASES))
+def test_states_in_evaluation_are_within_their_tolerance(
+    case: str, activation: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hybrid, x = converted(case, activation)
+    hybrid = copy.deepcopy(hybrid).eval()
+    exact = copy.deepcopy(hybrid).double()
+    exact.set_solver(ffebm.GaussSeidel(rtol=1e-10))
+    light_products: list[bool] = []
+    lightly = Frame.lightly
+
+    def watched(frame: Frame) -> object:
+        light_products.append(frame.light)
+        return lightly(frame)
+
+    monkeypatch.setattr(Frame, "lightly", watched)
+    for kappa in (0.03, 0.1, 0.3):
+        hybrid.set_feedback(kappa)
+        exact.set_feedback(kappa)
+        with torch.no_grad():
+            found, expected = hybrid(x).double(), exact(x.double())
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+        assert all(block.module.last is None or block.module.last.converged for block in hybrid.blocks)
+    convolved = any(block.module.program.convolutional for block in hybrid.blocks)
+    assert any(light_products) != convolved
+    hybrid.set_feedback(0.03)
+    hybrid.set_solver(ffebm.GaussSeidel(precision="full"))
+    light_products.clear()
+    hybrid(x)
+    assert not any(light_products)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_only_certified_blocks_in_single_precision_are_light(monkeypatch: pytest.MonkeyPatch) -> None:
     hybrid, x = converted("mlp", nn.ReLU)
     hybrid = copy.deepcopy(hybrid)
     hybrid.set_feedback(0.5)
@@ -72,7 +106,7 @@ def test_only_training_in_single_precision_is_light(monkeypatch: pytest.MonkeyPa
         return any(seen)
 
     assert is_light(hybrid.train(), x)
-    assert not is_light(hybrid.eval(), x)
+    assert not is_light(hybrid.eval(), x)  # it settles before a product may be light
     assert not is_light(copy.deepcopy(hybrid).double().train(), x.double())
     hybrid.set_solver(ffebm.GaussSeidel(precision="full"))
     assert not is_light(hybrid.train(), x)

@@ -39,8 +39,6 @@ class FreePhase(Phase):
         self._drives: dict[int, tuple[tuple[int, ...], Tensor, list[Tensor | None]]] = {}
         self._updates = 0
         self.loose = frame.program.smooth
-        self.full_sweeps = 1
-        """Number of sweeps before the first whose products may be light."""
         self.literal: tuple[Tensor, ...] = ()
         """The states as a fabric measured them, in float64; empty where they are computed."""
         self.pace = frame.pace("free")

@@ -1,10 +1,13 @@
-"""Light products: in training, a product whose rounding cannot be seen in the gradient is computed in bfloat16.
+"""Light products: a product whose rounding cannot be seen in the result is computed in bfloat16.
 
 Without feedback a block has the products of backpropagation, and they stay in full precision. What feedback adds to
 them is small: the changes of later sweeps, and the part of a weight gradient that comes from the feedback path. A
 product in bfloat16 has a relative error of about 2⁻⁹, which is a small share of the tolerance once it is multiplied by
 the relative size of what it adds. States, currents and sums stay as they are. A processor that multiplies bfloat16
 does it two to five times as fast.
+
+In training the result is the gradient. In evaluation it is the states: only the changes that later sweeps multiply are
+light, and the error that their roundings leave counts as the error that the changes leave does.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import torch
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.operators import Convolution
 
-__all__ = ["full_sweeps", "light_pays"]
+__all__ = ["ROUNDING", "full_sweeps", "light_pays"]
 
-_ROUNDING = 2.0**-9
+ROUNDING = 2.0**-9
 """Relative error of a product in bfloat16 whose roundings are independent."""
 _SHARE = 0.25
 """Share of the tolerance of a phase that roundings may take."""
@@ -37,6 +40,8 @@ def light_pays(frame: Frame) -> bool:
     convolved = any(
         isinstance(item.operator, Convolution) for layer in frame.program.layers for item in layer.instructions
     )
+    if convolved and not frame.training:  # a forward in evaluation took as long, with 64 channels too
+        return False
     smallest = _SMALLEST_OF_CONVOLUTIONS if convolved else _SMALLEST
     if max(value.numel() for value in values) < smallest or frame.reads is not None or frame.autocast:
         return False
@@ -57,4 +62,4 @@ def full_sweeps(rtol: float, contraction: float) -> int:
     """
     if not 0 < contraction < 1:
         return 1
-    return max(1, math.ceil(math.log(_SHARE * rtol / _ROUNDING) / math.log(contraction)) - 1)
+    return max(1, math.ceil(math.log(_SHARE * rtol / ROUNDING) / math.log(contraction)) - 1)

@@ -70,9 +70,9 @@ class Solver(ABC):
     precision: Literal["auto", "full", "bfloat16"] = "auto"
     """`"bfloat16"` computes the products of the first sweeps of certified blocks in bfloat16.
 
-    States and sums stay in full precision, and a free phase ends with sweeps in full precision. `"auto"` does so in
-    training only, on processors that multiply bfloat16, and only with products whose rounding cannot be seen in the
-    gradient (`runtime/program/light.py`). `"full"` never does.
+    States and sums stay in full precision, and a free phase ends with sweeps in full precision. `"auto"` does so on
+    processors that multiply bfloat16, and only with products whose rounding cannot be seen in the gradient, or in
+    evaluation takes at most a quarter of the tolerance (`runtime/program/light.py`). `"full"` never does.
     """
     late: bool | None = None
     """Whether a training step reads one step later whether it settled (`runtime/solvers/pace.py`).

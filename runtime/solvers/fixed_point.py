@@ -32,6 +32,10 @@ class FixedPoint(ABC):
     """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
     shares: Tensor | None = None
     """W, where κ/(1 − κ) Σ_k W_lk ‖Δx_k‖ bounds the error that a plain forward sweep leaves in layer l; or None."""
+    rounding: float = 0.0
+    """Relative error of the products that carry changes on, where the error that they leave has to be bounded too."""
+    full_sweeps: int = 1
+    """Number of sweeps before the first whose products may be rounded."""
     relaxation: float = 1.0
     """ω of over-relaxed sweeps, the factor on the change of a layer."""
     pace: Pace | None = None

@@ -209,6 +209,10 @@ class _Relaxation:
         self.contraction = contraction
         self.earliest, self.left = stopping_rule(rtol, contraction, problem.training)
         problem.contraction = contraction
+        self.rounding = 0.0 if contraction is None else problem.rounding * contraction / (1 - contraction)
+        """From the changes so far to the error that rounding what they add has left."""
+        self.moved = 0.0
+        """Sum of the changes before this sweep's that rounded products have multiplied."""
         self.coarse = _coarse_goal(solver, rtol, contraction)
         """The error down to which products are in bfloat16; None if they are in full precision."""
         self.per_sample = solver.termination == "sample" and problem.samples is not None
@@ -218,7 +222,7 @@ class _Relaxation:
         """Indices of the samples that are still running; None if all are."""
         self.memory = solver.init(problem)
         self.sweep = 0
-        late = self.coarse is None and solver.start == "feedforward" and not solver.at_once
+        late = self.coarse is None and not self.rounding and solver.start == "feedforward" and not solver.at_once
         unreached = all(value is None for value in problem.values)  # their first change says nothing
         self.next = max(self.earliest, 2 if unreached else 1) if late else 1
         self.measured, self.previous, self.rate = 0, math.inf, 0.0
@@ -280,7 +284,9 @@ class _Relaxation:
         """Evaluate a measured sweep. Returns whether nothing is left to run."""
         change = float(changes.max())
         self.factor = self._error_left(change)
-        errors = changes * self.factor
+        errors = changes * self.factor + self.rounding * self.moved
+        if self.sweep >= self.problem.full_sweeps:
+            self.moved += change
         worst = self.worst = float(errors.max())
         if self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
             if self.coarse is None or self.coarse <= self.rtol:
@@ -372,7 +378,7 @@ class _Relaxation:
 
     def _stride(self, residual: float) -> int:
         """Number of sweeps until the next measurement, estimated from the contraction since the last one."""
-        if not 0 < self.rate < 1 or not 0 < residual < math.inf:
+        if not 0 < self.rate < 1 or not 0 < residual < math.inf or self.rounding:
             return 1
         goal = self.rtol if self.coarse is None else self.coarse
         return max(1, min(math.floor(0.7 * math.log(goal / residual) / math.log(self.rate)), 10))

@@ -20,6 +20,7 @@ from ffebm_compiler.plan import Plan
 
 if TYPE_CHECKING:
     from ffebm_compiler.circuit_power import PowerReport
+    from ffebm_compiler.drawing.measurements import GainPoint
     from ffebm_compiler.reports.checks import Comparison, GradientReport
     from ffebm_compiler.reports.costs import CostReport
     from ffebm_compiler.reports.diagnosis import Diagnosis
@@ -117,12 +118,14 @@ class HybridModel(HybridCore):
         gradients: GradientReport | None = None,
         diagnosis: Diagnosis | None = None,
         what_if: bool = False,
+        loop_gains: Sequence[GainPoint] = (),
     ) -> None:
         """Draw the partition as one self-contained, interactive HTML page; an existing file is replaced.
 
         The page can show loop gains on the blocks. `comparison` (from `compare(x)`) adds each block's
         deviation, `gradients` (from `check_gradients`) the agreement of its gradients, and `diagnosis`
-        (from `diagnose(x)`) its residual and energy at every sweep. `what_if` adds the plan under other options.
+        (from `diagnose(x)`) its residual, energy and states at every sweep. `what_if` adds the plan under
+        other options, and `loop_gains` (from `drawing.loop_gain_points`) a slider of deviation against loop gain.
 
         Raises:
             InputError: where a measurement is of another hybrid.
@@ -133,7 +136,7 @@ class HybridModel(HybridCore):
         overlays = [] if comparison is None else [deviation_overlay(self._plan, comparison)]
         if gradients is not None:
             overlays.append(gradient_overlay(self._plan, gradients))
-        save_html(self._plan, path, self, overlays, diagnosis, what_if)
+        save_html(self._plan, path, self, overlays, diagnosis, what_if, gradients=gradients, loop_gains=loop_gains)
 
     def _repr_html_(self) -> str:
         from ffebm_compiler.drawing import notebook_html

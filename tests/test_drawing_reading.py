@@ -154,8 +154,12 @@ def test_a_thousand_blocks_are_painted_soon(browser: Browser, tmp_path: Path) ->
     times = []
     for _ in range(3):
         browser.open(tmp_path / "page.html")
-        browser.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
-        times.append(browser.js("return performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+        painted = (
+            "const done = arguments[0]; new PerformanceObserver((list) =>"
+            "  list.getEntriesByName('first-contentful-paint').forEach((entry) => done(entry.startTime))"
+            ").observe({type: 'paint', buffered: true});"
+        )
+        times.append(browser.driver.execute_async_script(painted))
     # The target is 1 s on a machine of its own; tests share theirs.
     assert min(times) < 3000, times
 

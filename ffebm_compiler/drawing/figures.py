@@ -50,8 +50,14 @@ def _curves(block: BlockDiagnosis) -> dict[str, Any]:
         "sweeps": block.sweeps,
         # JSON has no infinity, so that a diverged value is a gap in the curve.
         "residuals": _finite(block.residuals),
+        "states": [[[_rounded(v) for v in row] for row in rows] for rows in block.states],
         "energies": _finite([energy - start for energy in block.energies]),
     }
+
+
+def _rounded(value: float) -> float | None:
+    """Three digits, which a colour does not show; None where it is not finite."""
+    return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

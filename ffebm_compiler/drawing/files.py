@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffebm_compiler.drawing.differences import differences_of
 from ffebm_compiler.drawing.overlay import Overlay, loop_gain_overlay, relaxation_overlay
 from ffebm_compiler.drawing.page import page_text
 from ffebm_compiler.drawing.record import record_of
@@ -15,8 +16,10 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.files.whole_files import write_whole
 
 if TYPE_CHECKING:
+    from ffebm_compiler.drawing.measurements import GainPoint
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
+    from ffebm_compiler.reports.checks import GradientReport
     from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = ["html_text", "notebook_html", "save_html", "save_side_by_side", "save_svg", "write_picture"]
@@ -39,11 +42,14 @@ def html_text(
     diagnosis: Diagnosis | None = None,
     what_if: bool = False,
     source: str = "",
+    gradients: GradientReport | None = None,
+    loop_gains: Sequence[GainPoint] = (),
 ) -> str:
     """The interactive page of a plan.
 
     `hybrid` adds loop gains and sweeps, `diagnosis` (of `hybrid.diagnose(x)`) how each block settles,
-    `what_if` the plan under other options, `source` the file or the name that the head names as the plan's origin.
+    `what_if` the plan under other options, `source` the file or the name that the head names as the plan's origin,
+    `gradients` (of `check_gradients`) a mark on each block, `loop_gains` (of `loop_gain_points`) a slider.
 
     Raises:
         InputError: where the diagnosis is of another plan.
@@ -53,7 +59,7 @@ def html_text(
     shown = [loop_gain_overlay(hybrid)] if hybrid is not None and plan.blocks else []
     if diagnosis is not None and plan.blocks:
         shown.append(relaxation_overlay(plan, diagnosis))
-    record = record_of(plan, hybrid, [*shown, *overlays], diagnosis, what_if, source)
+    record = record_of(plan, hybrid, [*shown, *overlays], diagnosis, what_if, source, gradients, loop_gains)
     return page_text([record], f"{plan.model} on {plan.hardware.name}")
 
 
@@ -65,6 +71,8 @@ def save_html(
     diagnosis: Diagnosis | None = None,
     what_if: bool = False,
     source: str = "",
+    gradients: GradientReport | None = None,
+    loop_gains: Sequence[GainPoint] = (),
 ) -> None:
     """Write the interactive page, one self-contained file; an existing file is replaced.
 
@@ -73,7 +81,7 @@ def save_html(
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the path cannot be written or the layout library is missing.
     """
-    write_picture(html_text(plan, hybrid, overlays, diagnosis, what_if, source), path)
+    write_picture(html_text(plan, hybrid, overlays, diagnosis, what_if, source, gradients, loop_gains), path)
 
 
 def save_side_by_side(
@@ -81,13 +89,20 @@ def save_side_by_side(
 ) -> None:
     """Write two plans beside each other in one page, e.g. for two kinds of hardware; an existing file is replaced.
 
-    `titles` stand above them, e.g. ("before", "after").
+    Blocks that the other plan lacks are marked, and a report *differences* lists them. `titles` stand above the plans,
+    e.g. ("before", "after").
 
     Raises:
         PlanError: where a plan has no operation or is cyclic.
         ExportError: where the path cannot be written or the layout library is missing.
     """
     records = [record_of(first), record_of(second)]
+    beside = differences_of(first, second)
+    beside["names"] = titles or ("the first", "the second")
+    for record, alone in zip(records, beside["blocks"], strict=True):
+        record["beside"] = beside
+        for home in record["homes"]:
+            home["differs"] = home["title"] in alone
     for record, title in zip(records, titles or (), strict=False):
         record["title"] = f"{title}: {record['title']}"
     write_picture(page_text(records, " and ".join(record["title"] for record in records)), path)

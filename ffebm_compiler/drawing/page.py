@@ -35,6 +35,7 @@ _SCRIPTS = (
     "page_export.js",
     "page_budget.js",
     "page_floor.js",
+    "page_measured.js",
     "page_flows.js",
     "page_panel.js",
     "page_minimap.js",

@@ -38,6 +38,11 @@ class View {
       this.begin();
     } else if (this.whole) {
       this.fit();
+      if (this.scale < 0.75) { // beside a panel, names may need another direction
+        this.arrange();
+        this.redraw(null);
+        this.fit();
+      }
     }
   }
 
@@ -50,9 +55,16 @@ class View {
     this.guide.open = this.panel.element.hidden && (beside / 2 > 350 ? this.stage.clientHeight > 450 : below / 2 > 330 && this.stage.clientWidth > 700);
   }
 
+  // Where the picture may lie: the stage without its margins.
+  room() {
+    const { paddingLeft, paddingRight, paddingTop, paddingBottom } = getComputedStyle(this.stage);
+    const [across, down] = [parseFloat(paddingLeft) + parseFloat(paddingRight), parseFloat(paddingTop) + parseFloat(paddingBottom)];
+    return [this.stage.clientWidth - across, this.stage.clientHeight - down];
+  }
+
   // The direction and the level of detail at which the whole can be read; else those at which it is largest.
   arrange() {
-    const [width, height] = [this.stage.clientWidth - 24, this.stage.clientHeight - 24];
+    const [width, height] = this.room();
     const many = this.picture.shown().length > SEVERAL;
     const directions = this.fixed?.direction ? [this.fixed.direction] : many || width < 600 ? ['TB'] : ['TB', 'LR'];
     const levels = this.fixed?.level ? [this.fixed.level] : many ? ['brief'] : ['full', 'brief', 'names'];
@@ -111,7 +123,9 @@ class View {
       this.detail, this.across,
       this.button('out', '−', 'zoom out (-)', () => this.zoom(this.scale / 1.25)),
       this.button('in', '+', 'zoom in (+)', () => this.zoom(this.scale * 1.25)),
-      this.button('fit', 'fit', 'fit to the window (0)', () => this.fit()));
+      this.button('fit', 'fit', 'fit to the window (0)', () => this.fit()),
+      this.button('theme', '◐', 'light or dark', () => this.theme()),
+      this.button('svg', 'SVG', 'download this picture as SVG', () => this.download()));
   }
 
   turn() {
@@ -146,7 +160,7 @@ class View {
 
   toolbar() {
     const button = this.button;
-    this.query = el('input', { type: 'search', name: 'search', placeholder: 'search layers, arrows', 'aria-label': 'search layers, operations, weights and arrows (/)' });
+    this.query = el('input', { type: 'search', name: 'search', placeholder: 'search', 'aria-label': 'search layers, operations, weights and arrows (/)' });
     this.query.addEventListener('input', () => this.search());
     this.query.addEventListener('keydown', (event) => {
       if (event.key === 'Enter' && this.results?.length) {
@@ -163,12 +177,12 @@ class View {
       ...(this.picture.stages.all.length ? [el('button', { type: 'button', name: 'repeats', 'aria-pressed': 'true', title: 'stages that are alike as one node', onclick: (event) => this.toggleRepeats(event.currentTarget) }, 'fold repeats')] : []),
       button('why', 'why digital', 'everything digital, by reason', () => this.panel.reasons()),
       ...(this.data.whatIf ? [button('what-if', 'what if', 'the plan under other options', () => this.panel.whatIf())] : []),
+      ...(this.data.gains ? [button('gains', 'loop gain', 'deviation at each measured loop gain', () => loopGains(this.panel, this))] : []),
+      ...(this.data.beside ? [button('differences', 'differences', 'what the other plan does not have', () => differences(this))] : []),
       button('floor', 'floor plan', 'tiles by how full they are', () => this.report(...floorPlan(this.panel))),
       button('flows', 'conversions', 'what crosses the converters, as a flow', () => this.report(...conversions(this.panel, this.picture.stages))),
       ...(this.data.costs ? [button('timeline', 'latency', 'when each block runs, modelled', () => this.report(...timeline(this.panel)))] : []),
       ...(this.data.notes.length ? [button('notes', `notes (${this.data.notes.length})`, 'what the compiler noted', () => this.panel.notes())] : []),
-      button('theme', '◐', 'light or dark', () => this.theme()),
-      button('svg', 'SVG', 'download this picture as SVG', () => this.download()),
     ];
     if (this.data.overlays.length) {
       const choice = el('select', { name: 'overlay', 'aria-label': 'show a measurement' }, el('option', { value: '' }, 'no measurement'));
@@ -186,7 +200,8 @@ class View {
   legend() {
     const swatch = (name) => el('span', { class: `swatch ${name}`, 'aria-hidden': 'true' });
     const rows = [['analog', 'energy block: analog, settles to an equilibrium'], ...(this.picture.stages.all.length ? [['repeats', 'stages like those above, as one node: a click unfolds them']] : []), ['plain', 'energy block without feedback: analog, exactly the source’s layers'], ['digital', 'digital part: runs forward'],
-      ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital'], ...(this.data.ops.some((op) => op.side.length) ? [['side', 'side input (mask, position, constant): the button shows them']] : []),
+      ['stayed', 'weight-stationary layer that stayed digital'], ['crossing', 'crosses a converter (DAC/ADC values per sample)'], ['within', 'stays analog'], ['wire', 'stays digital'],
+      ...(this.data.homes.some((home) => home.gradients) ? [['nabla', '∇✓ gradients checked: every cosine 0.999 or more; ∇! one is below']] : []), ...(this.data.homes.some((home) => home.differs) ? [['differs', 'not in the other plan']] : []), ...(this.data.ops.some((op) => op.side.length) ? [['side', 'side input (mask, position, constant): the button shows them']] : []),
       ...(this.data.ops.some((op) => op.feedback.length) ? [['back', 'feedback through weights of its own']] : [])];
     const box = this.guide = el('details', { class: 'legend' }, el('summary', {}, 'legend'),
       el('ul', {}, ...rows.map(([name, text]) => el('li', {}, swatch(name), ` ${text}`))),
@@ -253,9 +268,14 @@ class View {
   // Draw again with the top of one item where it was on the screen.
   redraw(item) {
     const before = item && this.picture.elements.get(item.id)?.getBoundingClientRect();
+    const focused = this.svg.contains(document.activeElement) ? document.activeElement : null;
+    const wire = this.picture.wires.find((one) => one.element === focused);
     this.picture.draw();
     this.resize();
     this.minimap.draw();
+    // The focus stays on its box or arrow, which is drawn anew.
+    const again = wire ? this.picture.wires.find((one) => edgeKey(one.edge) === edgeKey(wire.edge))?.element : this.picture.elements.get(focused?.dataset.id);
+    again?.focus({ preventScroll: true });
     const after = item && this.picture.elements.get(item.id)?.getBoundingClientRect();
     if (before && after) {
       this.stage.scrollBy(after.left + after.width / 2 - before.left - before.width / 2, after.top - before.top);
@@ -280,6 +300,11 @@ class View {
   }
 
   shut() {
+    if (this.measuring) { // the bars of a loop gain go with its panel
+      this.measuring = false;
+      this.picture.overlay = null;
+      this.redraw(null);
+    }
     this.panel.element.hidden = true;
     this.picture.elements.get(this.picture.selected)?.focus({ preventScroll: true });
   }
@@ -361,7 +386,7 @@ class View {
   }
 
   fit() {
-    const [width, height] = [this.stage.clientWidth - 24, this.stage.clientHeight - 24];
+    const [width, height] = this.room();
     const whole = Math.min(1, width / this.picture.size.width, height / this.picture.size.height);
     // Where the whole would be too small to tell anything, its breadth decides, and the small map shows the whole.
     const breadth = this.picture.direction === 'LR' ? height / this.picture.size.height : width / this.picture.size.width;

@@ -102,6 +102,9 @@ class Panel {
     if (record.curves) {
       parts.push(...this.relaxation(record.curves));
     }
+    if (record.gradients) {
+      parts.push(section('Gradients', el('p', {}, `${record.gradients.good ? '∇✓' : '∇!'} ${record.gradients.text}, against float64 unrolled`), table(['weight', 'estimator', 'cosine', 'relative error'], record.gradients.rows)));
+    }
     if (record.costs.length) {
       parts.push(section('Costs per sample, modelled', facts(record.costs), this.costsLink('all costs and their sources')));
     }
@@ -120,7 +123,8 @@ class Panel {
       curves.energies.length
         ? curve('energy, less that of the feedforward values', curves.energies, { first: 0, logarithmic: false, until })
         : el('p', { class: 'quiet' }, 'No energy curve: the feedback has weights of its own.'),
-      el('p', { class: 'quiet' }, until ? `The forward stopped at sweep ${until}, ${shown}.` : ''))];
+      el('p', { class: 'quiet' }, until ? `The forward stopped at sweep ${until}, ${shown}.` : '')),
+    ...(curves.states.length ? [section('Its states, sweep by sweep', ...settling(curves.states))] : [])];
   }
 
   costsLink(text) {

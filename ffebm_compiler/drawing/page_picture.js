@@ -38,7 +38,12 @@ class Picture {
 
   title(item) {
     const word = item.depth === 1 && item.kind !== 'port' ? { analog: item.settles ? ' · analog' : ' · analog, no feedback', digital: ' · digital' }[item.domain] ?? '' : '';
-    return shorten(`${item.settles && word ? '∿ ' : ''}${item.title}${word}`);
+    return shorten(`${item.settles && word ? '∿ ' : ''}${item.title}${word}${this.badge(item)}`);
+  }
+
+  // Whether the gradients of a block are the network's, if they were checked.
+  badge(item) {
+    return item.depth === 1 && item.record?.gradients ? (item.record.gradients.good ? ' ∇✓' : ' ∇!') : '';
   }
 
   measured(item) {
@@ -89,7 +94,7 @@ class Picture {
     if (this.level === 'full' || item.depth !== 1 || item.kind === 'port' || item.open) {
       return null;
     }
-    const name = `${item.settles ? '∿ ' : ''}${item.input ? item.input.name : item.short ?? item.title}`;
+    const name = `${item.settles ? '∿ ' : ''}${item.input ? item.input.name : item.short ?? item.title}${this.badge(item)}`;
     const line = this.level === 'brief' ? item.record?.brief ?? item.brief : null;
     return [shorten(name, 24), ...(line ? [shorten(line, 24)] : [])];
   }
@@ -262,7 +267,7 @@ class Picture {
     const laid = this.lay(item);
     const { width, height } = laid;
     const overview = this.overview(item);
-    const classes = ['node', item.kind === 'stage' ? '' : item.domain, item.kind === 'stage' ? '' : item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : '', item.kind === 'stage' ? 'repeats' : '', item.domain === 'analog' && !item.kind && !item.settles ? 'plain' : '', overview ? 'compact' : ''];
+    const classes = ['node', item.kind === 'stage' ? '' : item.domain, item.kind === 'stage' ? '' : item.kind ?? 'home', item.open ? 'open' : 'closed', item.stayed ? 'stayed' : '', item.driven ? 'driven' : '', item.kind === 'stage' ? 'repeats' : '', item.domain === 'analog' && !item.kind && !item.settles ? 'plain' : '', overview ? 'compact' : '', item.record?.differs ? 'differs' : ''];
     const group = this.make('g', {
       class: classes.filter(Boolean).join(' '), transform: `translate(${(node.x - width / 2).toFixed(1)},${(node.y - height / 2).toFixed(1)})`,
       tabindex: '-1', role: 'treeitem', 'aria-label': this.spoken(item), 'data-id': item.id,
@@ -319,7 +324,8 @@ class Picture {
 
   spoken(item) {
     const kind = item.domain === 'analog' && !item.kind ? (item.settles ? 'analog energy block, settles' : 'analog energy block without feedback') : item.domain;
-    return [item.title, kind, ...item.lines.map((line) => line.text)].join(', ');
+    const more = [...(item.record?.gradients ? [`gradients: ${item.record.gradients.text}`] : []), ...(item.record?.differs ? ['not in the other plan'] : [])];
+    return [item.title, kind, ...more, ...item.lines.map((line) => line.text)].join(', ');
   }
 
   // Text is drawn where it is at least 12 pixels high on the screen: far away, each box shows its name alone, if it fits.
@@ -327,13 +333,16 @@ class Picture {
     const far = scale * SIZES.label < 11.5;
     this.svg.classList.toggle('far', far);
     const compact = this.level !== 'full';
+    const fits = ([, unit], width) => (12 / scale) * unit <= width - 4;
+    // In the overview all boxes have their names, or all their numbers.
+    const numbers = compact && this.shorts.some(({ width, names }) => !fits(names[0], width));
     for (const { short, width, height, names } of far ? this.shorts : []) {
-      const fitting = names.find(([, unit]) => (12 / scale) * unit <= width - 4);
+      const fitting = (numbers ? [...names].reverse() : names).find((name) => fits(name, width));
       const [name, unit] = fitting ?? names[0];
       const size = Math.min((compact ? 13 : 22) / scale, Math.max(12 / scale, Math.min((width - 24) / unit, height / 2)));
-      const fits = fitting && size <= height;
+      const shown = fitting && size <= height;
       short.textContent = name;
-      short.setAttribute('display', fits ? 'inline' : 'none');
+      short.setAttribute('display', shown ? 'inline' : 'none');
       short.setAttribute('font-size', size.toFixed(2));
       short.setAttribute('y', (height / 2 + 0.35 * size).toFixed(1));
     }

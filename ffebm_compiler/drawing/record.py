@@ -14,6 +14,7 @@ from ffebm_compiler.drawing.boundaries import ends_of, side_inputs
 from ffebm_compiler.drawing.calls import calls_of
 from ffebm_compiler.drawing.figures import block_costs, costs_of, curves_of, total_costs
 from ffebm_compiler.drawing.floor import floor_plan
+from ffebm_compiler.drawing.measurements import gains_of, gradients_of
 from ffebm_compiler.drawing.overlay import Overlay
 from ffebm_compiler.drawing.scene import Node, operation_words, own_feedback, scene_of, set_of, shape_words
 from ffebm_compiler.drawing.timeline import timeline_of
@@ -23,8 +24,10 @@ from ffebm_compiler.reports.what_if import what_if as options
 
 if TYPE_CHECKING:
     from ffebm_compiler.bound_block import BoundBlock
+    from ffebm_compiler.drawing.measurements import GainPoint
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import BlockPlan, PlanData
+    from ffebm_compiler.reports.checks import GradientReport
     from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = ["record_of"]
@@ -37,6 +40,8 @@ def record_of(
     diagnosis: Diagnosis | None = None,
     what_if: bool = False,
     source: str = "",
+    gradients: GradientReport | None = None,
+    loop_gains: Sequence[GainPoint] = (),
 ) -> dict[str, Any]:
     """Everything that the page shows for a plan, as JSON values. `source` says where the plan comes from.
 
@@ -66,6 +71,7 @@ def record_of(
     for node, home in zip(placed, homes, strict=True):
         home["costs"] = modelled.get(node.key, [])
         home["curves"] = curves.get(node.key)
+        home["gradients"] = gradients_of(blocks[node.key], gradients) if node.key in blocks else None
         if home["curves"]:  # they tell the same, of the forward that they were recorded after
             home["measured"] = [row for row in home["measured"] if row[0] not in _BESIDE_CURVES]
     tiles = sum(block.tiles for block in plan.blocks)
@@ -86,6 +92,7 @@ def record_of(
         if costs is None
         else {**total_costs(costs), "timeline": timeline_of(plan, costs, [node.key for node in placed])},
         "floor": floor_plan(plan),
+        "gains": gains_of(plan, loop_gains),
         "whatIf": _what_if(plan) if what_if else None,
         "rejected": list(plan.rejected.items()),
         "inputs": [{"name": name, "values": values} for name, values in plan.graph.inputs.items()],

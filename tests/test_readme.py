@@ -66,6 +66,10 @@ def test_links_and_pictures_exist() -> None:
         assert (ROOT / target).is_file(), target
 
 
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) < 150
+
+
 def test_commands_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\S+)", README, re.MULTILINE):

@@ -88,7 +88,7 @@ class GraphedGains:
                 launched = blocks[name].gain.launch(tensors)
                 if launched is not None:
                     self._launched[name] = launched
-                    rows.append(launched.inner_products)
+                    rows += [launched.inner_products] if launched.size else []
             if rows:
                 self._flat = torch.cat(rows)
         if rows:

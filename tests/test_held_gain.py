@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.runtime.energies.edge_norms import MARGIN
+from ffebm_compiler.runtime.energies.tracked_norms import TrackedNorms
 
 KAPPA = 0.3
 
@@ -465,3 +466,40 @@ def test_a_closure_that_is_called_several_times_a_step() -> None:
     for index, block in enumerate(hybrid.blocks):
         if block.certificate is not None:
             assert true_gain(hybrid, index, x) == pytest.approx(0.5, rel=0.05)
+
+
+class Wired(nn.Module):
+    """A state that reaches the last layer through weights and by a wire."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return torch.tanh(h + self.last(torch.tanh(self.second(h))))
+
+
+def test_an_edge_without_weights_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hybrid = ffebm.convert(seeded(Wired), noise(4, 6)).train()
+    (block,) = hybrid.blocks
+    assert [edge[:2] for edge in block.certificate.norms] == [(0, 1), (0, 2), (1, 2)]
+    measured: list[tuple[int, int]] = []
+    original = TrackedNorms.launch
+
+    def noting(self: TrackedNorms, frame: Any) -> Any:
+        launched = original(self, frame)
+        measured.extend(launched._begun)
+        return launched
+
+    monkeypatch.setattr(TrackedNorms, "launch", noting)
+    optimizer = torch.optim.SGD(hybrid.parameters(), 0.5)
+    for step in range(3):
+        measured.clear()
+        hybrid(noise(4, 6)).square().mean().backward()
+        optimizer.step()
+        assert measured == ([] if step == 0 else [(0, 1), (0, 2), (1, 2)] if step == 1 else [(0, 1), (1, 2)])
+    hybrid(noise(4, 6))
+    for start, end, norm in block.module.certificate.norms:
+        weight = {(0, 1): hybrid.second.weight, (1, 2): hybrid.last.weight}.get((start, end), torch.eye(6))
+        assert norm == pytest.approx(MARGIN * float(torch.linalg.matrix_norm(weight.detach(), 2)), rel=2e-3)

@@ -13,6 +13,8 @@ then the column Jᵀ ΔJ p is parallel to v, however small its part in the kept 
 Without this column, a direction that overtakes the kept ones is seen late. In 1 024 dimensions, one that grew by 0.1 a
 step drove the true loop gain to twice the reported one (`benchmarks/loop_gain.py`).
 
+An edge without a weight between its states, such as a residual wire, never changes and is measured once.
+
 If the estimate jumps, passes with fresh probes are repeated until it rests. (Golub & Van Loan 2013, sections 8.2 and
 10.1, for the parts.)
 """
@@ -39,6 +41,8 @@ class TrackedNorms:
     def __init__(self) -> None:
         self.tracks: dict[tuple[int, int], Track] = {}
         self._probes: dict[tuple[int, int], Tensor] = {}
+        self._places: list[tuple[int, int]] = []
+        """The edges, in the order of `directions`."""
 
     def measure(self, frame: Frame) -> list[tuple[int, int, float]]:
         """(l, m, ‖J_{ml}‖₂) of every edge at the weights of a frame, and (m, l, norm) for feedback weights.
@@ -52,26 +56,33 @@ class TrackedNorms:
 
     def launch(self, frame: Frame) -> Launched:
         """The products of one measurement, on the device. `finish` reads their inner products."""
-        begun = {}
+        begun: dict[tuple[int, int], Following] = {}
+        places = []
         with torch.no_grad():
             for start, end, view in directions(frame):
                 place, edge = (start, end), _Edge(view, min(start, end), max(start, end))
+                places.append(place)
+                known = self.tracks.get(place)
+                if known is not None and edge.constant and known.image.shape[1] == edge.outer.numel():
+                    continue
                 probe = self._probes.get(place)
                 if probe is None or probe.shape[1] != edge.inner.numel():
                     probe = edge.probe(seed=0)
                 probe = self._probes[place] = edge.here(probe)
-                begun[place] = Following(edge, probe, self.tracks.get(place))
+                begun[place] = Following(edge, probe, known)
+        self._places = places
         return Launched(begun)
 
     def finish(self, launched: Launched, read: np.ndarray | None = None) -> list[tuple[int, int, float]]:
         """The norms of a measurement. `read` has its `inner_products`; None: they are read here."""
-        found = []
         with torch.no_grad():
-            for place, track in launched.tracks(read).items():
-                if track is not None:
-                    self.tracks[place] = track
-                found.append((*place, 0.0 if track is None else track.norm))
-        return found
+            measured = launched.tracks(read)
+        self.tracks.update((place, track) for place, track in measured.items() if track is not None)
+        norms = {
+            place: None if place in measured and measured[place] is None else self.tracks[place]
+            for place in self._places
+        }
+        return [(*place, 0.0 if track is None else track.norm) for place, track in norms.items()]
 
     def own_tracks(self) -> None:
         """Give every track memory of its own, which captured kernels may read in every later step."""
@@ -106,6 +117,18 @@ class _Edge:
         self.device = torch.device("cpu") if weight is None else weight.device
         self.last = program.convolutional and self.device.type == "cpu"
         """Whether four-dimensional values are in channels-last memory."""
+
+    @property
+    def constant(self) -> bool:
+        """Whether no weight is between the two states, as on a residual wire, so that the operator never changes."""
+        layer, reached = self.frame.program.layers[self.later], {self.register}
+        for instruction in layer.instructions:
+            if reached.intersection(instruction.operands):
+                operator = instruction.operator
+                if operator.draws or operator.selects or any(weight is not None for weight in instruction.weights):
+                    return False
+                reached.add(instruction.output)
+        return True
 
     def forward(self, rows: Tensor) -> Tensor | None:
         """J x for every row x; None where J is zero."""

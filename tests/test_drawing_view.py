@@ -57,6 +57,15 @@ def test_a_long_network_runs_from_left_to_right_on_a_wide_window(browser: Browse
         "  return [d.at(-2) - d[0], d.at(-1) - d[1]]; })"
     )
     assert all(right > 0 for right, _ in browser.js(flows))
+    # What is open runs from top to bottom.
+    browser.click("block_1 · analog")
+    down = (
+        "return [...document.querySelectorAll('g.node .edge .wire')].map((wire) => {"
+        "  const d = wire.getAttribute('d').match(/[-\\d.]+/g).map(Number); return d.at(-1) - d[1]; })"
+    )
+    assert len(browser.js(down)) > 1
+    assert all(step > 0 for step in browser.js(down))
+    browser.click("block_1 · analog")
     browser.button("across")
     assert browser.js(STATE)[0] == "TB"
     assert all(down > 0 for _, down in browser.js(flows))

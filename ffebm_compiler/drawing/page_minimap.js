@@ -1,6 +1,6 @@
 // The small map: the whole picture, and the part of it that the window shows. A click or a drag moves the window.
 
-const MAP = { width: 180, height: 130 };
+const MAP = { width: 150, height: 96 };
 
 class Minimap {
   constructor(view) {

@@ -147,7 +147,10 @@ class Picture {
 
   // Positions by dagre.
   arranged(items, edges, sizeOf) {
-    const bare = this.level !== 'full' && items.some((inner) => inner.depth === 1 && inner.kind !== 'port');
+    const first = items.some((inner) => inner.depth === 1 && inner.kind !== 'port');
+    const bare = this.level !== 'full' && first;
+    // What is open runs from top to bottom: it would be wider than any window.
+    const across = this.direction === 'LR' && first;
     const nodes = items.map((inner) => {
       const { width, height } = sizeOf(inner);
       return { v: inner.id, width, height };
@@ -155,11 +158,10 @@ class Picture {
     const links = edges.map((edge) => {
       const labels = bare ? [] : this.tree.labels(edge);
       return {
-        v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels,
+        v: edge.from.id, w: edge.to.id, minlen: 1, weight: 1, labelpos: 'r', labeloffset: 5, edge, labels, across,
         width: Math.max(0, ...labels.map((text) => this.width(text, SIZES.label) + 6)) + (edge.own.size ? 10 : 0), height: 15 * labels.length,
       };
     });
-    const across = this.direction === 'LR';
     const turn = (box) => Object.assign(box, { width: box.height, height: box.width });
     const settings = { nodesep: bare ? 16 : 22, ranksep: bare ? 20 : 34, edgesep: bare ? 12 : 16, rankdir: 'TB' };
     if (nodes.length > MANY) {

@@ -6,8 +6,7 @@ function edgeKey(edge) {
 
 // One arrow as an SVG group inside `parent`, from top to bottom or from left to right.
 function drawWire(picture, link, parent, within) {
-  const { edge, points, labels } = link;
-  const across = picture.direction === 'LR';
+  const { edge, points, labels, across } = link;
   const spot = (x, y) => `${x.toFixed(1)},${y.toFixed(1)}`;
   const [first, last] = [points[0], points.at(-1)];
   let path = `M${spot(first.x, first.y)}`;

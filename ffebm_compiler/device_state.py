@@ -17,7 +17,7 @@ from ffebm_compiler.digital_bits import (
     restore_digital_ranges,
     set_digital_bits,
 )
-from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.errors import ExportError, InputError, UnsupportedError
 from ffebm_compiler.ir import Role
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.runtime.devices.arrays import Arrays
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "age_of",
     "aged",
+    "check_exportable_devices",
     "count_of_norms",
     "observed_ranges",
     "program_devices",
@@ -141,6 +142,27 @@ def _check_row_sums(plan: PlanData, name: str, tilings: Mapping[str, Tiling], de
                 "simulated. Use Devices(adc_bits=None), Hardware(row_sums='analog'), larger tiles, or keep the layer "
                 "digital (force_digital)"
             )
+
+
+def check_exportable_devices(hybrid: HybridParts) -> None:
+    """Refuse devices that are more than other weights, for an ONNX file.
+
+    Raises:
+        ExportError: their reads have noise, or there are converters.
+    """
+    devices = hybrid.devices
+    if devices is None:
+        return
+    exact: dict[str, object] = {"read_noise": 0.0, "dac_bits": None, "adc_bits": None}
+    found = [name for name, value in exact.items() if getattr(devices, name) != value]
+    if found:
+        without = ", ".join(f"{name}={exact[name]}" for name in found)
+        raise ExportError(
+            f"the weights of this hybrid are on devices ({devices.name}) with {' and '.join(found)}, which an ONNX "
+            "file does not hold, since it has constants for weights and neither noise nor converters. Export the "
+            f"static errors alone (hybrid.set_devices(dataclasses.replace(hybrid.devices, {without})), which draws the "
+            "same ones; age() sets their age again), or call set_devices(None)"
+        )
 
 
 def present_devices(hybrid: HybridParts, what: str) -> Devices:

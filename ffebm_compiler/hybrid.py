@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import ExportError, InputError, UnsupportedError
+from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.plan import Plan
@@ -147,7 +147,8 @@ class HybridModel(HybridCore):
         """Export the whole hybrid as one ONNX file, or its digital parts into a folder.
 
         Both are in eval mode, whatever mode the hybrid is in, and leave the batch size free. An `FFEBMWarning` says if
-        train mode computes something else. See `docs/onnx.md`.
+        train mode computes something else. Weights on devices are those that the devices hold at their present age.
+        See `docs/onnx.md`.
 
         Args:
             path: the file; with `parts="digital"` the folder.
@@ -157,16 +158,13 @@ class HybridModel(HybridCore):
 
         Raises:
             ExportError: where onnx is not installed, an operation has no ONNX form, the path cannot be written, or
-                the weights are on devices.
+                the weights are on devices with noise of reads or with converters.
             InputError: for another value of `parts`.
         """
+        from ffebm_compiler.device_state import check_exportable_devices
         from ffebm_compiler.onnx import export_digital, export_whole
 
-        if self.devices is not None and not self.devices.only_digital:
-            raise ExportError(
-                f"the weights of this hybrid are on devices ({self.devices.name}), whose errors and noise an ONNX file "
-                "does not hold: call set_devices(None) first, and set_devices() again after the export"
-            )
+        check_exportable_devices(self)
         if parts not in (None, "digital"):
             raise InputError(f"parts is {parts!r}; expected 'digital', or nothing for the whole hybrid")
         export = export_whole if parts is None else export_digital

@@ -562,8 +562,11 @@ def test_bad_input_is_refused() -> None:
         hybrid.age(-1)
     with pytest.raises(InputError, match="seed is -3"):
         hybrid.program_devices(seed=-3)
-    with pytest.raises(ExportError, match=r"are on devices .pcm., whose errors and noise an ONNX file does not hold"):
+    with pytest.raises(ExportError, match=r"with read_noise, which .*replace\(hybrid.devices, read_noise=0.0"):
         hybrid.export_onnx("nowhere.onnx")
+    hybrid.set_devices(Devices(dac_bits=8, adc_bits=6))
+    with pytest.raises(ExportError, match=r"with dac_bits and adc_bits, which .* neither noise nor converters"):
+        hybrid.export_onnx("nowhere", parts="digital")
     with pytest.raises(InputError, match="the plan has no analog block"):
         ffebm.convert(model, x, force_digital="*", devices="pcm")
 

@@ -140,6 +140,8 @@ class _Reader:
             if index in picks:
                 self.values[picks[index]] = outputs[index]
         operands = tuple(self._operand(item, name) for item in call.args)
+        if isinstance(module, EnergyBlock) and module.arrays is not None:
+            operands = _on_devices(module, operands)
         return Step(name, module, operands, tuple(outputs.values()), tuple(outputs))
 
     def _output_names(self, name: str, module: nn.Module, count: int) -> tuple[str, ...]:
@@ -202,3 +204,22 @@ class _Reader:
         if symbol not in self.names:
             self.names[symbol] = "batch" if not self.names else f"size_{len(self.names)}"
         return self.names[symbol]
+
+
+def _on_devices(block: EnergyBlock, operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
+    """The operands of a block whose weights are those that its devices hold.
+
+    An array has a weight of its own, `<the source's name>@<block>.<index>`, since a layer that runs twice is on two.
+    """
+    assert block.arrays is not None
+    count, origins = block.program.inputs, block.arrays.origins
+    inputs, weights = operands[:count], operands[count:]
+    held = block.held([operand.tensor for operand in weights])
+    found = []
+    for index, value in enumerate(held):
+        source = weights[origins[index]]
+        if value is None or value is source.tensor:
+            found.append(Operand() if value is None else source)
+        else:
+            found.append(Operand(tensor=value.detach(), key=f"{source.key}@{block.name}.{index}"))
+    return (*inputs, *found)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ffebm_compiler.device_state import age_of
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.digital import part_models
@@ -143,3 +144,6 @@ def _complete(model: Any, hybrid: HybridCore, functions: Mapping[str, BlockFunct
     model.producer_name = "ffebm-compiler"
     model.producer_version = None
     model.metadata_props.update({"ffebm.model": hybrid.plan.model, "ffebm.mode": "eval"})
+    if hybrid.devices is not None and not hybrid.devices.only_digital:
+        told = f"{hybrid.devices.name}, seed {hybrid.devices.seed}, {age_of(hybrid):g} s after programming"
+        model.metadata_props["ffebm.devices"] = told

@@ -199,6 +199,14 @@ class EnergyBlock(nn.Module):
             energy.check_program(self.program)
         self.energy_function, self.gain = energy, HeldGain(self.program, energy)
 
+    def _recall_shapes(self, frame: Frame) -> None:
+        """Give a frame the shapes of the last forward, if its inputs have them too and nothing in it is drawn."""
+        program = self.program
+        if program.masks or program.selects or not self.energy_function.starts_loaded:
+            return
+        if self._preactivations and all(self._shapes.get(i) == value.shape for i, value in enumerate(frame.inputs)):
+            frame.shapes.update(self._shapes)
+
     def _warm_start(self, frame: Frame) -> tuple[Tensor, ...] | None:
         """The last states for a warm start; None if they belong to inputs of other shapes."""
         if self.active_solver.start == "feedforward" or not self._preactivations:
@@ -296,6 +304,7 @@ class EnergyBlock(nn.Module):
         if frame.reads is not None:
             return self._read(frame)
         frame.coarse = solver.precision == "bfloat16" and contraction is not None
+        self._recall_shapes(frame)
         phase = FreePhase(frame, self.setting, self._warm_start(frame))
         phase.shares = self.gain.error_shares
         rtol, rate = self._rtol(phase), contraction or 1.0

@@ -57,8 +57,10 @@ class SplitReLU(Activation):
         return [_LOWER if sign > 0 else _UPPER for sign in signs]
 
     def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:
-        signs = self.signs(h)
-        return torch.where(signs > 0, 0.0, -inf).to(h.dtype), torch.where(signs > 0, inf, 0.0).to(h.dtype)
+        shape = (self.above + self.below, *[1] * (-1 - self.dim))
+        low, high = h.new_zeros(shape), h.new_zeros(shape)
+        low[self.above :], high[: self.above] = -inf, inf
+        return low, high
 
     def value(self, h: Tensor) -> Tensor:
         signs = self.signs(h)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.operators import Linear
 
 __all__ = [
     "add_load_gradients",
@@ -19,6 +20,7 @@ __all__ = [
     "magnitudes_of",
     "multiplying_weights",
     "over_samples",
+    "own_loads",
     "row_sums_of",
 ]
 
@@ -52,6 +54,32 @@ def over_samples(value: Tensor, magnitudes: Frame) -> Tensor:
     return value.sum(0, keepdim=True) if one else value
 
 
+def own_loads(magnitudes: Frame) -> list[Tensor]:
+    """|J_l| 1 of every layer, the sum over states, inputs and wires, in a shape that broadcasts over its state."""
+    program = magnitudes.program
+    matrices = [_matrices(magnitudes, index) for index in range(len(program.layers))]
+    found = [
+        None if value is None else value.sum(1).expand(magnitudes.shapes[layer.drive])
+        for value, layer in zip(matrices, program.layers, strict=True)
+    ]
+    if all(value is not None for value in found):
+        return [value for value in found if value is not None]
+    ones, states = at_ones(magnitudes)
+    return [ones.drive(index, states) if value is None else value for index, value in enumerate(found)]
+
+
+def _matrices(magnitudes: Frame, index: int) -> Tensor | None:
+    """|J_l|ᵀ of shape (1, in, out) if the drive of a layer is one linear layer of one value; None otherwise.
+
+    Sums over it take a fraction of the time of products with ones.
+    """
+    (first, *more) = magnitudes.program.layers[index].instructions
+    if more or not isinstance(first.operator, Linear) or first.weights[0] is None:
+        return None
+    weight = magnitudes.weights[first.weights[0]]
+    return None if weight is None else first.operator.matrices(weight)
+
+
 def loads_of(magnitudes: Frame, setting: Setting) -> list[Tensor | None]:
     """Σ_{m>l} γ_{l,m} A_m |J_{ml}|ᵀ 1 of every layer, in a shape that broadcasts over its state.
 
@@ -65,10 +93,16 @@ def loads_of(magnitudes: Frame, setting: Setting) -> list[Tensor | None]:
             continue
         layer = program.layers[later]
         gain = setting.amplifiers[later] if setting.amplifiers else 1.0
-        ones = like.new_full(magnitudes.shapes[layer.drive], gain)
-        parts = magnitudes.pullback(later, ones, states=True)
+        matrices = _matrices(magnitudes, later)
+        if matrices is None:
+            ones = like.new_full(magnitudes.shapes[layer.drive], gain)
+            parts = magnitudes.pullback(later, ones, states=True)
+        else:
+            sums, state = matrices.sum(2), layer.instructions[0].operands[0]
+            parts = {state: (sums if gain == 1 else sums * gain).expand(magnitudes.shapes[state])}
         for earlier in above:
-            part = parts[program.layers[earlier].state] * (setting.scales[later] / setting.scales[earlier])
+            part, ratio = parts[program.layers[earlier].state], setting.scales[later] / setting.scales[earlier]
+            part = part if ratio == 1 else part * ratio
             present = found[earlier]
             found[earlier] = part if present is None else present + part
     return found

@@ -26,6 +26,7 @@ from ffebm_compiler.runtime.energies.loads import (
     at_ones,
     loads_of,
     magnitudes_of,
+    own_loads,
 )
 from ffebm_compiler.runtime.energies.row_sums import RowSums
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
@@ -67,12 +68,10 @@ class _Passive(Conductive):
     def diagonals(self, frame: Frame, setting: Setting) -> list[Tensor | None]:
         """|J_l| 1 + Σ_{m>l} γ_{l,m} |J_{ml}|ᵀ 1."""
         magnitudes = magnitudes_of(frame, self.nonnegative)
-        ones, states = at_ones(magnitudes)
         found: list[Tensor | None] = []
-        for index, load in enumerate(loads_of(magnitudes, setting)):
-            own = ones.drive(index, states)
+        for own, load in zip(own_loads(magnitudes), loads_of(magnitudes, setting), strict=True):
             total = own if load is None else own + load
-            found.append(torch.where(total > 0, total, GROUNDED))
+            found.append(total.masked_fill(total <= 0, GROUNDED))
         return found
 
     def value(

@@ -43,9 +43,11 @@ class FreePhase(Phase):
         """The states as a fabric measured them, in float64; empty where they are computed."""
         self.pace = frame.pace("free")
         if start is None:
-            self._run_forward(frame.activations)
-            if setting.energy.starts_loaded and not source:
-                self._run_forward(self.activations)  # their loads need the shapes that the first run finds
+            loaded = setting.energy.starts_loaded and not source
+            if not (loaded and frame.evaluated):
+                self._run_forward(frame.activations)
+            if loaded:
+                self._run_forward(self.activations)  # their loads need shapes, from the first run or an earlier frame
         elif not frame.evaluated:
             for index in range(count):  # this evaluates the shapes, and the winners of max pooling at these states
                 self._drive(index)

@@ -15,9 +15,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,6 +125,11 @@ def typical_contraction(certified: float) -> float:
     return _TYPICAL * certified
 
 
+def _plain(value: Any) -> Any:
+    """A value without its gradient history."""
+    return value.detach() if value is not None and value.requires_grad else value
+
+
 def _norms(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     """(‖new − old‖, ‖new‖). A value that was not reached before has changed as a whole."""
     dims = tuple(range(1, new.dim())) if per_sample else None
@@ -150,9 +154,8 @@ def _largest_change(problem: FixedPoint, forward: bool, changes: list[Tensor], s
         shares = None
     if changes[0].dim() == 0 and changes[0].device.type == "cpu":  # numbers are faster than operations on scalars
         tiny = torch.finfo(changes[0].dtype).tiny
-        numbers = np.array([float(change) for change in changes]), np.array([float(size) + tiny for size in sizes])
-        with np.errstate(all="ignore"):
-            value = _largest_number(*numbers, None if shares is None else shares.numpy(), too_far)
+        moves, norms = [change.item() for change in changes], [size.item() + tiny for size in sizes]
+        value = _largest_number(moves, norms, None if shares is None else shares.tolist(), too_far)
         return torch.tensor(value, dtype=torch.float64)
     moved = torch.stack(changes)
     size = torch.stack(sizes) + torch.finfo(moved.dtype).tiny
@@ -165,12 +168,20 @@ def _largest_change(problem: FixedPoint, forward: bool, changes: list[Tensor], s
     return torch.minimum(largest, ((shared + too_far * moved) / size).amax(0))
 
 
-def _largest_number(moved: np.ndarray, size: np.ndarray, shares: np.ndarray | None, too_far: float) -> float:
-    """`_largest_change` of numbers that the host has."""
-    largest = (1 + too_far) * (moved / size).max()
+def _largest_number(
+    moved: Sequence[float], size: Sequence[float], shares: Sequence[Sequence[float]] | None, too_far: float
+) -> float:
+    """`_largest_change` of numbers that the host has. It is NaN if one of them is."""
+    if not all(map(math.isfinite, (*moved, *size))):
+        return math.nan if any(map(math.isnan, (*moved, *size))) else math.inf
+    largest = (1 + too_far) * max(m / n for m, n in zip(moved, size, strict=True))
     if shares is None:
-        return float(largest)
-    return float(np.minimum(largest, ((shares @ moved + too_far * moved) / size).max()))
+        return largest
+    bounds = (
+        (sum(w * m for w, m in zip(row, moved, strict=True)) + too_far * own) / n
+        for row, own, n in zip(shares, moved, size, strict=True)
+    )
+    return min(largest, max(bounds))
 
 
 def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_sample: bool = False) -> Tensor | None:
@@ -186,7 +197,7 @@ def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_s
             continue
         if measure:
             old = problem.values[index]
-            change, size = _norms(problem, None if old is None else old.detach(), new.detach(), per_sample)
+            change, size = _norms(problem, _plain(old), _plain(new), per_sample)
             changes.append(change)
             sizes.append(size)
         problem.store(index, new)

@@ -60,13 +60,16 @@ class Settled:
     """Indices of those that diverged. Their states are those of the start, and they give no gradient."""
 
 
-def stopping_rule(rtol: float, contraction: float | None, training: bool = False) -> tuple[int, float]:
+def stopping_rule(
+    rtol: float, contraction: float | None, training: bool = False, omega: float = 1.0
+) -> tuple[int, float]:
     """(first sweep whose change is measured, factor from the change to the error that is left).
 
     If a sweep contracts by κ, the error after it is at most κ/(1 − κ) times its change. The certificate is
     a worst case, and blocks settle in about half of the sweeps that it predicts. A measurement long before
     that is wasted and waits for the device. One in the sweep before shows how fast the changes fall, and saves a sweep.
-    In training an estimate is enough: κ is then what sweeps are expected to contract by.
+    In training an estimate is enough: κ is then what sweeps are expected to contract by. In evaluation, sweeps that are
+    over-relaxed by ω > 1 are not measured before the last three of those that they are expected to take.
     """
     if training and contraction is not None:
         contraction = typical_contraction(contraction)
@@ -75,7 +78,10 @@ def stopping_rule(rtol: float, contraction: float | None, training: bool = False
     if not contraction:
         return 1, 0.0
     predicted = math.log(rtol) / math.log(contraction)
-    return max(1, min(math.floor(0.45 * predicted), 2)), contraction / (1 - contraction)
+    latest = 2
+    if not training and omega > 1:  # sweeps that are over-relaxed by the best ω contract by ω − 1
+        latest = max(latest, math.ceil(math.log(rtol) / math.log(omega - 1)) - 2)
+    return max(1, min(math.floor(0.45 * predicted), latest)), contraction / (1 - contraction)
 
 
 def relax(
@@ -207,7 +213,6 @@ class _Relaxation:
         self.solver = solver
         self.rtol = rtol
         self.contraction = contraction
-        self.earliest, self.left = stopping_rule(rtol, contraction, problem.training)
         problem.contraction = contraction
         self.rounding = 0.0 if contraction is None else problem.rounding * contraction / (1 - contraction)
         """From the changes so far to the error that rounding what they add has left."""
@@ -221,6 +226,7 @@ class _Relaxation:
         self.rows: Tensor | None = None
         """Indices of the samples that are still running; None if all are."""
         self.memory = solver.init(problem)
+        self.earliest, self.left = stopping_rule(rtol, contraction, problem.training, problem.relaxation)
         self.sweep = 0
         late = self.coarse is None and not self.rounding and solver.start == "feedforward" and not solver.at_once
         unreached = all(value is None for value in problem.values)  # their first change says nothing
@@ -282,12 +288,12 @@ class _Relaxation:
 
     def _has_ended(self, changes: Tensor) -> bool:
         """Evaluate a measured sweep. Returns whether nothing is left to run."""
-        change = float(changes.max())
+        change = changes.max().item() if changes.dim() else changes.item()
         self.factor = self._error_left(change)
-        errors = changes * self.factor + self.rounding * self.moved
+        rounded = self.rounding * self.moved
         if self.sweep >= self.problem.full_sweeps:
             self.moved += change
-        worst = self.worst = float(errors.max())
+        worst = self.worst = change * self.factor + rounded
         if self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
             if self.coarse is None or self.coarse <= self.rtol:
                 self.settled, self.residual = True, max(self.residual, worst)
@@ -296,12 +302,13 @@ class _Relaxation:
             self.running.refine()
             self._restart_solver()
             return False
-        if not errors.dim() and not math.isfinite(worst):
+        errors = changes * self.factor + rounded if changes.dim() else None
+        if errors is None and not math.isfinite(worst):
             if self.problem.samples is None:
                 self.lost = [0]
                 return True
             errors = self._errors_of_diverged()
-        if errors.dim() and self._retire(errors):
+        if errors is not None and errors.dim() and self._retire(errors):
             return self.rows is not None and not len(self.rows)
         if self._has_stalled(worst):
             if self.problem.samples is None or self.per_sample:

@@ -198,7 +198,7 @@ def test_blocks_stop_by_the_runtimes_rule(exported: Any) -> None:
     for step in manifest["steps"]:
         if step["kind"] == "energy":
             settling = step["settling"]
-            earliest, factor = stopping_rule(settling["rtol"], settling["contraction"])
+            earliest, factor = stopping_rule(settling["rtol"], settling["contraction"], omega=settling["relaxation"])
             assert settling["min_sweeps"] == earliest
             assert settling["largest_change"] == pytest.approx(settling["rtol"] / (factor or 1))
 

@@ -43,7 +43,8 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
-    earliest, factor = stopping_rule(rtol, contraction)
+    omega = solver.omega(contraction) if isinstance(solver, GaussSeidel) else 1.0
+    earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
     return {
@@ -54,7 +55,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
         "max_sweeps": solver.max_sweeps,
         "schedule": "forward" if schedule == "auto" else schedule,
         "on_failure": solver.on_failure,
-        "relaxation": solver.omega(contraction) if isinstance(solver, GaussSeidel) else 1.0,
+        "relaxation": omega,
         "norms": [] if certificate is None or contraction is None else [_edge(*edge) for edge in certificate.norms],
     }
 

@@ -36,6 +36,7 @@ LOST = (
     "a state of the step before is not finite, so that its gradient has no meaning. This step waits for its result, "
     "and names the block if it happens again"
 )
+_TIGHT = 1e-5
 _COARSE = 4e-3
 """Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, times two."""
 
@@ -68,8 +69,9 @@ def stopping_rule(
     If a sweep contracts by κ, the error after it is at most κ/(1 − κ) times its change. The certificate is
     a worst case, and blocks settle in about half of the sweeps that it predicts. A measurement long before
     that is wasted and waits for the device. One in the sweep before shows how fast the changes fall, and saves a sweep.
-    In training an estimate is enough: κ is then what sweeps are expected to contract by. In evaluation, sweeps that are
-    over-relaxed by ω > 1 are not measured before the last three of those that they are expected to take.
+    In training an estimate is enough: κ is then what sweeps are expected to contract by. In evaluation to a tight
+    tolerance, sweeps that are over-relaxed by ω > 1 are not measured before the last three that they are expected to
+    take. At a loose one the first sweeps, which contract better, may be enough.
     """
     if training and contraction is not None:
         contraction = typical_contraction(contraction)
@@ -79,7 +81,7 @@ def stopping_rule(
         return 1, 0.0
     predicted = math.log(rtol) / math.log(contraction)
     latest = 2
-    if not training and omega > 1:  # sweeps that are over-relaxed by the best ω contract by ω − 1
+    if not training and omega > 1 and rtol <= _TIGHT:  # sweeps that are over-relaxed by the best ω contract by ω − 1
         latest = max(latest, math.ceil(math.log(rtol) / math.log(omega - 1)) - 2)
     return max(1, min(math.floor(0.45 * predicted), latest)), contraction / (1 - contraction)
 

@@ -12,13 +12,14 @@ by EP with that loop gain held. Test accuracy before and after, beside the sourc
                         are no labels here: it learns the source's own probabilities of random views of some pictures,
                         and is tested on views of other pictures of which the source is sure, against its answer there
 
-`make trained` installs the packages. The pictures are those that scikit-learn, matplotlib and scikit-image ship, or
---pictures DIR. An hour on one thread, most of it for efficientnet-lite0.
+`make trained` installs the packages. The pictures are those that scikit-learn and matplotlib ship, and scikit-image
+where it is installed, or --pictures DIR. Half an hour on one thread, most of it for efficientnet-lite0.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -135,10 +136,15 @@ def pictures(folder: Path | None) -> tuple[list[Tensor], list[Tensor]]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    names = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
-    place = package_folder("skimage") / "data" if folder is None else folder
-    paths = [place / n for n in names] if folder is None else sorted([*place.glob("*.png"), *place.glob("*.jpg")])
-    found = shipped_pictures() if folder is None else []
+    found: list[Tensor] = []
+    if folder is not None:
+        paths = sorted([*folder.glob("*.png"), *folder.glob("*.jpg")])
+    else:
+        found, paths = shipped_pictures(), []
+        with contextlib.suppress(MissingPackage):
+            place = package_folder("skimage") / "data"
+            names = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
+            paths = [place / name for name in names]
     for path in paths:
         try:
             with Image.open(path) as picture:
@@ -147,7 +153,7 @@ def pictures(folder: Path | None) -> tuple[list[Tensor], list[Tensor]]:
             raise ffebm.InputError(f"{path} is no complete picture ({error})") from None
         found.append(torch.from_numpy(values).permute(2, 0, 1).float()[None])
     if len(found) < 3:
-        raise ffebm.InputError(f"{place} has {len(found)} pictures (.png, .jpg); expected at least 3")
+        raise ffebm.InputError(f"{folder} has {len(found)} pictures (.png, .jpg); expected at least 3")
     return [picture for i, picture in enumerate(found) if i % 3 != 1], found[1::3]
 
 

@@ -264,10 +264,12 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
         _save(checkpoint, epoch, model, kept, generator)  # now that its row is in the file
 
 
-def training_and_accuracy(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint: Path) -> Iterator[Row]:
-    """`training`, with the test accuracy after each epoch."""
+def training_and_accuracy(
+    model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint: Path, batch: int = 500
+) -> Iterator[Row]:
+    """`training`, with the test accuracy after each epoch, in batches of `batch`."""
     for row in training(model, data, recipe, seed, checkpoint):
-        yield {**row, "test": accuracy(model, data, data.test)}
+        yield {**row, "test": accuracy(model, data, data.test, batch)}
 
 
 def _step(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, epoch: int) -> float:

@@ -49,6 +49,8 @@ from trained_models import (
 import ffebm_compiler as ffebm
 
 CLASSES, SURE = 1000, 0.5
+VIEWS = 32
+"""Inputs of a batch in evaluation: large pictures want few."""
 
 
 @dataclass(frozen=True)
@@ -183,25 +185,25 @@ TASKS: dict[str, Callable[[argparse.Namespace, int], Task]] = {
 def deviation(model: nn.Module, source: nn.Module, x: Tensor) -> float:
     """‖model(x) − source(x)‖/‖source(x)‖ in evaluation mode."""
     with torch.no_grad():
-        expected = source.eval()(x)
-        return float((model.eval()(x) - expected).norm() / expected.norm())
+        expected, found = (torch.cat([net.eval()(part) for part in x.split(VIEWS)]) for net in (source, model))
+    return float((found - expected).norm() / expected.norm())
 
 
 def fine_tuned(task: Task, key: Row, epochs: int | None, rate: float | None, checkpoint: Path) -> Iterator[Row]:
     """A row before any training, and one for each epoch."""
     data, x = task.data, task.data.scaled(task.data.test[0])
     recipe = replace(task.recipe, epochs=epochs or task.recipe.epochs, rate=rate or task.recipe.rate)
-    source = accuracy(task.source, data, data.test)
+    source = accuracy(task.source, data, data.test, VIEWS)
     model: nn.Module = copy.deepcopy(task.source)
     if key["feedback"] != "backprop":
         model = ffebm.convert(task.source.eval(), x[:2], feedback=float(key["feedback"]), **task.options)
     before: Row = {
         "source": source,
-        "before": accuracy(model, data, data.test),
+        "before": accuracy(model, data, data.test, VIEWS),
         "away": deviation(model, task.source, x),
     }
     yield {"epoch": 0, **before, "test": before["before"]}
-    for row in training_and_accuracy(model, data, recipe, key["seed"], checkpoint):
+    for row in training_and_accuracy(model, data, recipe, key["seed"], checkpoint, VIEWS):
         yield {**row, **before}
 
 

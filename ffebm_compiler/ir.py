@@ -30,7 +30,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 import torch
@@ -229,9 +229,11 @@ class OperationGraph:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""
+        names = [one.name for one in fields(Operation)]
         return {
             "inputs": dict(self.inputs),
-            "operations": [asdict(operation) for operation in self.operations],
+            # `asdict` would copy every value
+            "operations": [{name: getattr(one, name) for name in names} for one in self.operations],
             "outputs": list(self.outputs),
             "draws": list(self.draws),
         }

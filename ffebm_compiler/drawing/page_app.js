@@ -34,6 +34,10 @@ class View {
   }
 
   resized() {
+    const size = `${this.stage.clientWidth} ${this.stage.clientHeight}`;
+    if (size === this.fitted) { // an observer also reports the size that it finds
+      return;
+    }
     if (this.whole && this.panel.element.hidden) {
       this.begin();
     } else if (this.whole) {
@@ -392,6 +396,7 @@ class View {
     const breadth = this.picture.direction === 'LR' ? height / this.picture.size.height : width / this.picture.size.width;
     this.scale = whole >= 0.3 ? whole : Math.min(1, Math.max(0.45, breadth));
     this.whole = true;
+    this.fitted = `${this.stage.clientWidth} ${this.stage.clientHeight}`;
     this.resize();
     // Where not all of it is seen, from the first box on.
     const [begin, size] = [this.picture.start, this.picture.size];

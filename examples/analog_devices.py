@@ -1,7 +1,7 @@
-"""Does equilibrium propagation train on imperfect devices, and where does it stop? Five experiments on digits.
+"""Does equilibrium propagation train on imperfect devices, and where does it stop? Six experiments on digits.
 
     .venv/bin/python examples/analog_devices.py
-    .venv/bin/python examples/analog_devices.py static gain converters drift updates --epochs 20 --seeds 2
+    .venv/bin/python examples/analog_devices.py static gain converters nudge drift updates --epochs 20 --seeds 2
 
 The second line takes some 20 minutes. Each experiment prints a table of test accuracies (%, mean over the seeds), as in
 docs/analog.md. The network is 64-64-32-10 with tanh, one energy block, on scikit-learn's digits (1 400 samples to
@@ -164,6 +164,24 @@ class Experiments:
             cells += [self.mean(lambda s, k=k, t=seconds: self.aged(hybrids[k][s], t, 1)) for k in (False, True)]  # type: ignore[misc]
             row(name, *cells)
 
+    def nudge(self) -> None:
+        """How strongly to nudge where reads are noisy and the feedback gain is low: `pcm` from scratch at κ = 0.1."""
+        pcm = ffebm.device_presets()["pcm"]
+        row("devices", "β", "reads", "accuracy")
+        row("none", "", "", self.mean(lambda seed: self.accuracy(self.trained(seed, None, 0.1))))
+        silent = replace(pcm, read_noise=0.0)
+        row("pcm, read without noise", "1", "", self.mean(lambda s: self.accuracy(self.nudged(s, silent, 1.0))))
+        for beta, reads in ((1.0, 16), (4.0, 16), (10.0, 16), (10.0, 64)):
+            found = self.mean(lambda s, b=beta, r=reads: self.accuracy(self.nudged(s, pcm, b, r)))  # type: ignore[misc]
+            row("pcm", f"{beta:g}", reads, found)
+
+    def nudged(self, seed: int, devices: Devices, beta: float, reads: int = 16) -> ffebm.HybridModel:
+        """A network that was trained on its devices at κ = 0.1 with nudges of this size and so many reads."""
+        hybrid = self.fresh(seed, replace(devices, seed=seed), 0.1)
+        hybrid.set_gradient(ffebm.EquilibriumPropagation(beta=beta, variant="centered", reads=reads))
+        self.train(hybrid, self.epochs)
+        return hybrid
+
     def aged(self, hybrid: ffebm.HybridModel, seconds: float, epochs: int) -> float:
         """Accuracy at an age, after some epochs of training there."""
         twin = copy.deepcopy(hybrid)
@@ -205,7 +223,7 @@ def row(*cells: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    names = ("static", "gain", "converters", "drift", "updates")
+    names = ("static", "gain", "converters", "nudge", "drift", "updates")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(names)}; drift if left out")
     parser.add_argument("--epochs", type=int, default=2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -45,10 +46,20 @@ class Names:
 
     def __init__(self) -> None:
         self._counter = count()
+        self._owner = ""
 
     def fresh(self, stem: str) -> str:
-        """A name that was not used before."""
-        return f"{stem}_{next(self._counter)}"
+        """A name that was not used before. It begins with the path of the layer that is being written."""
+        return f"{self._owner}/{stem}_{next(self._counter)}" if self._owner else f"{stem}_{next(self._counter)}"
+
+    @contextmanager
+    def of(self, owner: str) -> Iterator[None]:
+        """Names that are made inside belong to this layer."""
+        before, self._owner = self._owner, owner
+        try:
+            yield
+        finally:
+            self._owner = before
 
 
 class Writer:
@@ -72,7 +83,7 @@ class Writer:
     def op(self, kind: str, *operands: str, stem: str = "", **attributes: Any) -> str:
         """Append a node with one output; returns the output's name."""
         name = self.names.fresh(stem or kind.lower())
-        self.nodes.append(package("onnx").helper.make_node(kind, list(operands), [name], **attributes))
+        self.nodes.append(package("onnx").helper.make_node(kind, list(operands), [name], name=name, **attributes))
         return name
 
     def constant(self, array: np.ndarray[Any, Any]) -> str:
@@ -82,7 +93,8 @@ class Writer:
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             tensor = package("onnx").numpy_helper.from_array(array)
-            self._constants[key] = self.op("Constant", value=tensor, stem="const")
+            with self.names.of(""):
+                self._constants[key] = self.op("Constant", value=tensor, stem="const")
         return self._constants[key]
 
     def number(self, value: float) -> str:
@@ -96,7 +108,8 @@ class Writer:
     def setting(self, name: str, kind: str) -> str:
         """The value of an attribute of the enclosing function: `kind` is `"float"`, `"floats"` or `"int"`."""
         onnx = package("onnx")
-        node = onnx.helper.make_node("Constant", [], [self.names.fresh(name)])
+        name_of_value = self.names.fresh(name)
+        node = onnx.helper.make_node("Constant", [], [name_of_value], name=name_of_value)
         attribute = node.attribute.add(name=f"value_{kind}", ref_attr_name=name)
         attribute.type = getattr(onnx.AttributeProto, kind.upper())
         self.nodes.append(node)
@@ -109,7 +122,8 @@ class Writer:
         if self._outside is not None:
             return self._outside.turned(weight)
         if weight not in self._transposes:
-            self._transposes[weight] = self.op("Transpose", weight, perm=[1, 0])
+            with self.names.of(""):
+                self._transposes[weight] = self.op("Transpose", weight, perm=[1, 0], stem=f"{weight}_turned")
         return self._transposes[weight]
 
     def kernel_of(self, weight: str) -> tuple[int, ...]:

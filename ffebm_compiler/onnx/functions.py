@@ -42,7 +42,7 @@ from ffebm_compiler.runtime.energies.loads import multiplying_weights
 from ffebm_compiler.runtime.energies.passive import GROUNDED
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction
 
-__all__ = ["DOMAIN", "BlockFunction", "block_function"]
+__all__ = ["DOMAIN", "BlockFunction", "block_function", "inner_paths"]
 
 DOMAIN = "ffebm.energy"
 """The ONNX domain of the functions. A vendor may replace them by a kernel in this domain."""
@@ -76,6 +76,18 @@ def block_function(step: Step) -> BlockFunction:
     return _Builder(step, block, dtype).build()
 
 
+def inner_paths(paths: Sequence[str]) -> list[str]:
+    """Module paths without the modules that all of them lie in: `["up", "down"]` of `layers.0.up` and `layers.0.down`.
+
+    So that the blocks of equal layers of a network have one function. The last name of a path always stays.
+    """
+    split = [path.split(".") for path in paths]
+    common = 0
+    while all(len(names) > common + 1 for names in split) and len({names[common] for names in split}) == 1:
+        common += 1
+    return [".".join(names[common:]) for names in split]
+
+
 @dataclass
 class _Builder:
     step: Step
@@ -87,6 +99,7 @@ class _Builder:
         self.program: BlockProgram = self.block.program
         self.shapes = register_shapes(self.step, self.block)
         self.main = Writer(Names(), self.dtype)
+        self.labels = inner_paths([layer.name for layer in self.program.layers])
         self.weights = [f"w{index}" for index in range(self.program.weights)]
         for name, operand in zip(self.weights, self.step.operands[self.program.inputs :], strict=True):
             tensor: Tensor | None = operand.tensor
@@ -127,9 +140,9 @@ class _Builder:
             value = registers[register]
             if settled and self.settling["on_failure"] != "warn":
                 value = self.main.op("Where", settled, value, self.main.number(float("nan")))
-            self.main.nodes.append(onnx.helper.make_node("Identity", [value], [name]))
+            self.main.nodes.append(onnx.helper.make_node("Identity", [value], [name], name=f"{name}/Identity"))
         attributes = self._attributes()
-        name = f"EnergyBlock_{self._structure_digest()}"
+        name = f"EnergyBlock_{self._readable()}_{self._structure_digest()}"
         proto = onnx.helper.make_function(
             DOMAIN,
             name,
@@ -159,6 +172,11 @@ class _Builder:
             attributes[name] = self.block.setting.amplifiers[index]
         return attributes
 
+    def _readable(self) -> str:
+        """The layers' names in letters that ONNX recommends, and no more than 48 of them."""
+        words = "_".join(self.labels)
+        return "".join(letter if letter.isalnum() else "_" for letter in words)[:48].rstrip("_")
+
     def _structure_digest(self) -> str:
         """A hash of the structure. Blocks that differ only in weights, γ and tolerances share a function."""
         structure = program_to_json(self.program)
@@ -166,6 +184,7 @@ class _Builder:
             del layer["name"]
         key = [
             structure,
+            self.labels,
             sorted(self.shapes.items()),
             [self.main.weight_shapes[name] for name in self.weights],
             self.dtype,
@@ -183,11 +202,13 @@ class _Builder:
         drives: list[str] = []
         for index, layer in enumerate(self.program.layers):
             registers = dict(fixed) | self._by_register(states)
-            drive = self._drive(self.main, index, registers)
+            with self.main.names.of(self.labels[index]):
+                drive = self._drive(self.main, index, registers)
             for instruction in layer.instructions:
                 if not self.program.from_states[instruction.output]:
                     fixed[instruction.output] = registers[instruction.output]
-            states.append(self._activate(self.main, index, drive))
+            with self.main.names.of(self.labels[index]):
+                states.append(self._activate(self.main, index, drive))
             drives.append(drive)
         return states, drives
 
@@ -248,21 +269,24 @@ class _Builder:
         pulled: dict[str, dict[int, str]] = {}
         changes: dict[int, tuple[str, str]] = {}
         for index in self._update_order():
-            before = present[index]
-            registers = dict(fixed) | self._by_register(present)
-            terms = [self._drive(body, index, registers)]
-            for later in self.program.downstream[index]:
-                if present[later] not in pulled:
-                    pulled[present[later]] = self._pullback(body, later, present[later], self.program.back)
-                part = pulled[present[later]].get(self.program.layers[index].state)
-                if part is not None:
-                    terms.append(body.op("Mul", part, gammas[index, later]))
-            field = body.added(terms)
-            if relaxed:
-                moved = body.op("Mul", body.op("Sub", field, potentials[index]), now.omega)
-                potentials[index] = field = body.op("Add", potentials[index], moved)
-            present[index] = loaded[index].value(body, field) if index in loaded else self._activate(body, index, field)
-            changes[index] = self._norms(body, before, present[index])
+            with names.of(self.labels[index]):
+                before = present[index]
+                registers = dict(fixed) | self._by_register(present)
+                terms = [self._drive(body, index, registers)]
+                for later in self.program.downstream[index]:
+                    if present[later] not in pulled:
+                        pulled[present[later]] = self._pullback(body, later, present[later], self.program.back)
+                    part = pulled[present[later]].get(self.program.layers[index].state)
+                    if part is not None:
+                        terms.append(body.op("Mul", part, gammas[index, later]))
+                field = body.added(terms)
+                if relaxed:
+                    moved = body.op("Mul", body.op("Sub", field, potentials[index]), now.omega)
+                    potentials[index] = field = body.op("Add", potentials[index], moved)
+                present[index] = (
+                    loaded[index].value(body, field) if index in loaded else self._activate(body, index, field)
+                )
+                changes[index] = self._norms(body, before, present[index])
         more, after = self.stopping.after(body, now, sweep, most, limit, [changes[index] for index in sorted(changes)])
         unchanged = {*carried, *relaxed}
         finals = [
@@ -291,7 +315,9 @@ class _Builder:
         ends = [names.fresh("end") for _ in kinds]
         go_on = self.main.constant(np.array(True))
         self.main.nodes.append(
-            onnx.helper.make_node("Loop", [most, go_on, *states, *fields, *progress[2]], [*results, *ends], body=graph)
+            onnx.helper.make_node(
+                "Loop", [most, go_on, *states, *fields, *progress[2]], [*results, *ends], name="settle", body=graph
+            )
         )
         return results[: len(states)], self.main.op("LessOrEqual", ends[-1], limit)
 

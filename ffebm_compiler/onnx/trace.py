@@ -145,6 +145,7 @@ class Trace:
             name = self._renamed.get(str(value.name), value.name)
             value.name = f"{name}.weight" if name in taken else name
         _remove_records(program.model)
+        _name_nodes(program.model)
         _name_sizes(program.model, [value for _, value in self.inputs])
         return program.model
 
@@ -218,6 +219,17 @@ def _remove_records(model: Any) -> None:
             value.doc_string = None
 
 
+def _name_nodes(model: Any) -> None:
+    """Name every node by the module that it comes from and its operation, or by the block and its layers."""
+    used: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        layers = node.metadata_props.get("ffebm.layers", "")
+        owner = node.metadata_props.get("ffebm.block", "") or node.metadata_props.get(MODULE_KEY, "")
+        name = f"{owner}/{layers.replace(', ', '+')}" if layers else f"{owner}/{node.op_type}".lstrip("/")
+        used[name] = used.get(name, 0) + 1
+        node.name = name if used[name] == 1 else f"{name}_{used[name]}"
+
+
 def _name_sizes(model: Any, inputs: Sequence[Value]) -> None:
     """Give the free sizes the names that they have in the manifest."""
     names: dict[str, str] = {}
@@ -235,4 +247,5 @@ def _name_sizes(model: Any, inputs: Sequence[Value]) -> None:
 def _module_path(scopes: str) -> str:
     """The innermost module of a list such as `['', 'layers.0', 'layers.0.norm', 'add']`."""
     names = re.findall(r"'([^']*)'", scopes)
-    return names[-2] if len(names) > 1 else ""
+    path = names[-2] if len(names) > 1 else ""
+    return "" if path.startswith("_empty_nn_module_stack") else path  # torch's word for what no module does

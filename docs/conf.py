@@ -73,7 +73,7 @@ def _literal_equations(app: Any, what: str, name: str, target: Any, options: Any
             section = plain.rstrip(":") in _SECTIONS and plain.endswith(":")
         if indented and not section and found and not found[-1].strip():
             found += ["::", ""]
-        found.append(line)
+        found.append(re.sub(r"(?<!`)(`[^`]+`)(?=\w)", r"\1\\ ", line))  # the plural of a name
     lines[:] = found
 
 

@@ -107,3 +107,16 @@ def test_subpackages_import_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     for line, part in zip(done.stdout.split(), ("passes", "runtime"), strict=True):
         assert Path(line).parent == tmp_path / "ffebm_compiler" / part
+
+
+def test_the_command_runs_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        "import sys, runpy; sys.path.insert(0, sys.argv.pop(1))\n"
+        "runpy.run_module('ffebm_compiler', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-P", "-c", code, str(tmp_path), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ffebm-compiler ")

@@ -1,4 +1,4 @@
-"""Circuits that workers of a dask cluster simulate, also where one dies (`test_ngspice.py` has process pools)."""
+"""What workers of a dask cluster simulate and measure, also where one dies (`test_ngspice.py` has process pools)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_name import mean_of_outputs
 from networks import CASES, noise
 from torch import Tensor, nn
 
@@ -91,3 +92,23 @@ def test_workers_of_dask_find_what_one_process_finds(
         executor = other.get_executor()
     made.agrees(executor=executor, parts=2)
     assert "block_1: the executor takes no work (ClosedClientError: " in caplog.text
+
+
+@pytest.mark.slow
+def test_workers_of_dask_measure_what_one_process_measures(client: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    hybrid = ffebm.convert(model, torch.randn(2, 6))
+    devices = ffebm.Devices(programming=0.1, read_noise=0.01)
+    executor = client.get_executor()
+
+    def measured(**options: Any) -> list[Any]:
+        given = {"draws": 2, **options}
+        x = torch.zeros(2, 6)
+        return [
+            ffebm.sensitivity(hybrid, mean_of_outputs, devices, **given),
+            ffebm.plan_for_accuracy(model, x, mean_of_outputs, devices=devices, max_drop=0.5, **given),
+            ffebm.explore(model, x, mean_of_outputs, devices=[None, devices], feedback=[0.1, 0.3], **given),
+        ]
+
+    assert measured(executor=executor) == measured()

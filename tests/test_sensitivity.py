@@ -273,7 +273,7 @@ def test_executors_give_the_same_result(caplog: pytest.LogCaptureFixture) -> Non
     assert ffebm.sensitivity(hybrid, score, devices, draws=2, executor=Odd(refuses=False)) == expected
     assert "a worker of the executor is lost (ConnectionError: worker died)" in caplog.text
     assert ffebm.sensitivity(hybrid, score, devices, draws=2, executor=Odd(refuses=True)) == expected
-    assert "the executor takes no work (cannot schedule" in caplog.text
+    assert "the executor takes no work (RuntimeError: cannot schedule" in caplog.text
 
 
 @pytest.mark.slow

@@ -101,8 +101,9 @@ def _submitted(
         for part in parts:
             try:
                 futures[executor.submit(_done, work, part)] = part
-            except RuntimeError as error:  # it is broken, or was shut down
-                _log.warning("%s: the executor takes no work (%s); it is done here", title, error)
+            except Exception as error:  # it is broken, or was shut down: every executor says so in its own class
+                name = type(error).__name__
+                _log.warning("%s: the executor takes no work (%s: %s); it is done here", title, name, error)
                 break
         yield futures
     finally:

@@ -127,7 +127,7 @@ def efficientnet(options: argparse.Namespace, seed: int) -> Task:
     if not sure.any():
         raise ffebm.InputError(f"the source is sure of none of {len(test)} held-out views: give --held more, or others")
     data = Data("pictures", (x, soft), (test[sure], answers[sure].argmax(1)), CLASSES)
-    return Task(source, data, Recipe(2, 1e-4, batch=8), {"fold_batchnorm": True}, labelled=False)
+    return Task(source, data, Recipe(2, 2e-5, batch=8), {"fold_batchnorm": True}, labelled=False)
 
 
 def pictures(folder: Path | None) -> tuple[list[Tensor], list[Tensor]]:

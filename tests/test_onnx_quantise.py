@@ -231,6 +231,6 @@ def test_devices_that_are_only_digital_are_exported_in_float(tmp_path: Path) -> 
     hybrid, exact, _ = _float_and_simulation(networks.seeded(_Convolutions), x, ("a", "b", "head"))
     (found,) = run(hybrid.export_onnx(tmp_path / "float", parts="digital"), x)
     assert _relative(found, exact) < 1e-5
-    hybrid.set_devices(ffebm.Devices(digital_bits=8, programming=0.1))
-    with pytest.raises(ffebm.ExportError, match="are on devices"):
+    hybrid.set_devices(ffebm.Devices(digital_bits=8, read_noise=0.1))
+    with pytest.raises(ffebm.ExportError, match="with read_noise, which an ONNX file does not hold"):
         hybrid.export_onnx(tmp_path / "other", parts="digital")

@@ -93,7 +93,7 @@ class Sensitivity:
         words = (
             f"sensitivity of {self.model} on {self.hardware} (devices modelled)",
             f"devices {self.devices.name}{age}, {self.draws} draw{'s' * (self.draws > 1)}, each part alone on devices",
-            f"source {self.source:.4g}, ideal hybrid {self.ideal:.4g}, all layers on devices "
+            f"source {self.source + 0.0:.4g}, ideal hybrid {self.ideal:.4g}, all layers on devices "
             f"{_with_error(everything)} lost",
         )
         lines = [line for text in words for line in textwrap.wrap(text, _WIDTH)]

@@ -51,25 +51,35 @@ class Mappings:
     def drops(self, mappings: Iterable[Mapping], title: str) -> list[float]:
         """The mean drop of each mapping over the draws: source − value, or the other way round."""
         wanted = list(mappings)
-        settings = {mapping: self._settings(mapping) for mapping in wanted if mapping not in self.seen}
+        draws = range(self.draws)
+        settings = {mapping: self._settings(mapping, draws) for mapping in wanted if mapping not in self.seen}
         run(self.measure, [each for some in settings.values() for each in some], title, self.journal, self.executor)
         for mapping, some in settings.items():
-            values = [float(self.journal.results[each.key]["value"] or 0.0) for each in some]
-            self.seen[mapping] = statistics.fmean(self.sign * (self.source - value) for value in values)
+            self.seen[mapping] = self._mean(some)
         return [self.seen[mapping] for mapping in wanted]
 
     def drop(self, mapping: Mapping) -> float:
         """The mean drop of one mapping."""
         return self.drops([mapping], "mappings")[0]
 
-    def _settings(self, mapping: Mapping) -> list[Setting]:
+    def drop_again(self, mapping: Mapping) -> float:
+        """The mean drop of a mapping over twice as many other draws, which flatter no mapping that a search chose."""
+        settings = self._settings(mapping, range(self.draws, 3 * self.draws))
+        run(self.measure, settings, "screening", self.journal, self.executor)
+        return self._mean(settings)
+
+    def _mean(self, settings: Sequence[Setting]) -> float:
+        values = [float(self.journal.results[each.key]["value"] or 0.0) for each in settings]
+        return statistics.fmean(self.sign * (self.source - value) for value in values)
+
+    def _settings(self, mapping: Mapping, draws: Iterable[int]) -> list[Setting]:
         held = [self.parts[index] for index in sorted(mapping)]
         operations = tuple(name for part in held for name in part.operations)
         settling = tuple(dict.fromkeys(block for part in held for block in part.blocks))
         named = ", ".join(repr(path) for part in held[:3] for path in part.paths) + ", ..." * (len(held) > 3)
         told = f"layers {named} on devices" if len(held) > 1 else f"layer {named} on devices"
         key = ",".join(map(str, sorted(mapping)))
-        return [Setting(f"analog {key} | {draw}", told, operations, settling, draw) for draw in range(self.draws)]
+        return [Setting(f"analog {key} | {draw}", told, operations, settling, draw) for draw in draws]
 
 
 def search(mappings: Mappings, most: float, fixed: Mapping = frozenset(), trials: int | None = None) -> list[Mapping]:
@@ -78,14 +88,16 @@ def search(mappings: Mappings, most: float, fixed: Mapping = frozenset(), trials
     1. The loss of every part alone.
     2. As if losses added up, the mapping with the most multiply-accumulates within a sum of losses (a knapsack). The
        sum is found by bisection, so that the mapping's own drop, measured as a whole, is within the budget.
-    3. The mapping is improved while measurements allow: digital parts become analog again, or change places with
-       analog ones of fewer multiply-accumulates. Steps that the losses promise to be within the budget come first.
+    3. Parts become analog in the order of their multiply-accumulates, each if the drop stays within the budget.
+    4. The better mapping of 2 and 3 is improved while measurements allow: digital parts become analog again, or change
+       places with analog ones of fewer multiply-accumulates. Steps that the losses promise to be within the budget
+       come first.
 
     Args:
         mappings: what is measured.
         most: the largest drop.
         fixed: parts that stay analog.
-        trials: how many mappings step 3 measures at most. None is four for each part.
+        trials: how many mappings step 4 measures at most. None is four for each part.
 
     Returns:
         The mappings within the budget, or none.
@@ -107,6 +119,7 @@ def search(mappings: Mappings, most: float, fixed: Mapping = frozenset(), trials
                 low, start = middle, max(start, mapping, key=mappings.macs)
             else:
                 high = middle
+        start = max(start, _by_macs(mappings, free, fixed, most), key=mappings.macs)
         _improve(mappings, start, most, fixed, losses, 4 * len(free) if trials is None else trials)
     within = [mapping for mapping, drop in mappings.seen.items() if drop <= most and mapping and fixed <= mapping]
     return sorted(within, key=lambda mapping: (-mappings.macs(mapping), mappings.seen[mapping]))
@@ -123,6 +136,15 @@ def _knapsack(mappings: Mappings, free: Sequence[int], losses: Sequence[float], 
             if before + macs > best[room][0]:
                 best[room] = before + macs, chosen | {index}
     return best[_STEPS][1]
+
+
+def _by_macs(mappings: Mappings, free: Sequence[int], fixed: Mapping, most: float) -> Mapping:
+    """Parts become analog one after the other, those with the most multiply-accumulates first, within the budget."""
+    mapping = fixed
+    for index in sorted(free, key=lambda index: -mappings.parts[index].macs):
+        if mappings.drop(mapping | {index}) <= most:
+            mapping |= {index}
+    return mapping
 
 
 def _improve(

@@ -37,6 +37,8 @@ _UNSEEN = 1_000_003
 """Added to the seeds of the devices that confirm a mapping. The search has not seen those."""
 _BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Shares of the allowed drop that the search is given, one after the other, until a mapping is confirmed."""
+_SCREENED = 32
+"""Mappings of one search that are measured with further draws at most."""
 _CONFIRMED = 4
 """Mappings of one search that are confirmed at most."""
 
@@ -233,8 +235,8 @@ def plan_for_accuracy(
 def best_plan(planner: Planner, find: Callable[[float], Sequence[Layers]]) -> AccuracyPlan:
     """The plan of the first mapping that unseen devices confirm.
 
-    A search picks mappings that its own devices flatter. If unseen ones confirm none of the best, it searches again
-    within a smaller budget.
+    A search picks mappings that its own devices flatter. So further devices screen the best of them, unless there is
+    only one. If unseen devices confirm none of those that pass, it searches again within a smaller budget.
 
     Args:
         planner: what is measured.
@@ -246,7 +248,15 @@ def best_plan(planner: Planner, find: Callable[[float], Sequence[Layers]]) -> Ac
     tried: dict[Layers, float] = {}
     for share in _BUDGETS:
         fresh = [mapping for mapping in find(share * planner.max_drop) if mapping not in tried]
-        for mapping in fresh[:_CONFIRMED]:
+        confirmed = 0
+        for mapping in fresh[:_SCREENED]:
+            if len(fresh) > 1:
+                tried[mapping] = planner.mappings.drop_again(mapping)
+                if tried[mapping] > planner.max_drop:
+                    continue
+            if confirmed == _CONFIRMED:
+                break
+            confirmed += 1
             plan = planner.plan_of(mapping)
             drops = planner.confirmed(plan)
             tried[mapping] = statistics.fmean(drops)

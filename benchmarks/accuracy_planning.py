@@ -28,7 +28,8 @@ from accuracy_networks import NETWORKS, MissingPackage
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.accuracy.mappings import Mapping, Mappings, search
-from ffebm_compiler.accuracy.plan_for_accuracy import Planner, best_plan
+from ffebm_compiler.accuracy.plan_for_accuracy import best_plan
+from ffebm_compiler.accuracy.planner import Planner
 from ffebm_compiler.files.whole_files import write_whole
 
 HEAD = ("network", "search", "layers", "analog MACs", "digital layers", "drop", "error", "all analog", "mappings", "s")

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from ffebm_compiler.accuracy.evaluation import ONE_AT_A_TIME, Evaluate, Measure, Setting, check_repeats, whole_number
 from ffebm_compiler.accuracy.exploration import Exploration, Point, Refused
 from ffebm_compiler.accuracy.journal import Found, Journal, digest_of
-from ffebm_compiler.accuracy.plan_for_accuracy import plan_options
+from ffebm_compiler.accuracy.planner import plan_options
 from ffebm_compiler.accuracy.runs import check_executor, run
 from ffebm_compiler.convert import DEFAULT_FEEDBACK, convert
 from ffebm_compiler.errors import ConvergenceError, HardwareError, InputError, PlanError, UnsupportedError

@@ -109,6 +109,17 @@ def shipped_pictures() -> list[Tensor]:
     return [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()[None] for picture in pictures]
 
 
+def five_views(picture: Tensor) -> list[Tensor]:
+    """The centre and the corners of 224 pixels of a picture, [1, 3, height, width], whose shorter side becomes 256."""
+    height, width = picture.shape[2:]
+    scale = 256 / min(height, width)
+    size = (round(height * scale), round(width * scale))
+    small = F.interpolate(picture, size=size, mode="bilinear", align_corners=False, antialias=True)
+    bottom, right = size[0] - 224, size[1] - 224
+    corners = [(bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)]
+    return [small[..., i : i + 224, j : j + 224] for i, j in corners]
+
+
 def efficientnet_lite0() -> nn.Module:
     """EfficientNet-Lite0, trained on ImageNet; pictures in 0 to 255 become (x − 127)/128."""
     package_folder("efficientnet_lite_pytorch")
@@ -125,15 +136,7 @@ def efficientnet_lite0() -> nn.Module:
 def efficientnet(quick: bool) -> Job:
     """EfficientNet-Lite0, trained on ImageNet, on five views of each of three pictures."""
     model = efficientnet_lite0()
-    views = []
-    for picture in shipped_pictures():
-        height, width = picture.shape[2:]
-        scale = 256 / min(height, width)
-        size = (round(height * scale), round(width * scale))
-        small = F.interpolate(picture, size=size, mode="bilinear", align_corners=False, antialias=True)
-        bottom, right = size[0] - 224, size[1] - 224
-        corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)]
-        views += [small[..., i : i + 224, j : j + 224] for i, j in [(bottom // 2, right // 2), *corners]]
+    views = [view for picture in shipped_pictures() for view in five_views(picture)]
     x = (torch.cat(views[::5] if quick else views) - 127) / 128
 
     def says(scores: Tensor) -> str:

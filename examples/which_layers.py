@@ -93,20 +93,12 @@ def gpt2(quick: bool) -> Case:
 
 def lite0(quick: bool) -> Case:
     """EfficientNet-Lite0: five views of each of three pictures, and their mirror images."""
-    from trained_models import efficientnet_lite0, shipped_pictures
+    from trained_models import efficientnet_lite0, five_views, shipped_pictures
 
     model = efficientnet_lite0()
-    views = []
-    for picture in shipped_pictures():
-        height, width = picture.shape[2:]
-        scale = 256 / min(height, width)
-        size = (round(height * scale), round(width * scale))
-        small = F.interpolate(picture, size=size, mode="bilinear", align_corners=False, antialias=True)
-        bottom, across = size[0] - 224, size[1] - 224
-        corners = [(bottom // 2, across // 2), (0, 0), (0, across), (bottom, 0), (bottom, across)]
-        for i, j in corners[:1] if quick else corners:
-            view = small[..., i : i + 224, j : j + 224]
-            views += [view] if quick else [view, view.flip(-1)]
+    views = [view for picture in shipped_pictures() for view in five_views(picture)[: 1 if quick else 5]]
+    if not quick:
+        views = [each for view in views for each in (view, view.flip(-1))]
     x = (torch.cat(views) - 127) / 128
     with torch.no_grad():
         expected = model(x).argmax(-1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler.accuracy.journal import digest_of
 from ffebm_compiler.device_state import observed_ranges, put_on_devices
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.hybrid import HybridModel
@@ -24,7 +25,6 @@ __all__ = [
     "Measure",
     "Setting",
     "check_repeats",
-    "told_devices",
     "value_of",
     "whole_number",
 ]
@@ -152,6 +152,20 @@ def whole_number(name: str, value: object, least: int) -> int:
     return value
 
 
-def told_devices(devices: Devices) -> str:
-    """The devices as one line of JSON, which identifies them in a file."""
-    return json.dumps(devices.to_dict(), sort_keys=True)
+def identity_of(hybrid: HybridModel, measure: Measure, source: float) -> dict[str, str]:
+    """What measurements of a hybrid depend on, as texts that a file of them is recognised by.
+
+    Args:
+        hybrid: what is measured, with no device.
+        measure: has the devices and their age.
+        source: the value of the source network.
+    """
+    return {
+        "plan": hybrid.plan.fingerprint,
+        "blocks": str([block.operations for block in hybrid.plan.blocks]),
+        "weights": digest_of(hybrid),
+        "devices": json.dumps(measure.devices.to_dict(), sort_keys=True),
+        "age": repr(measure.age),
+        "feedback": str([block.module.feedback for block in hybrid.blocks]),
+        "value of the source": repr(source),
+    }

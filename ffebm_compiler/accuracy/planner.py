@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from ffebm_compiler.accuracy.evaluation import Evaluate, Measure, Setting, check_repeats, told_devices, whole_number
-from ffebm_compiler.accuracy.journal import Journal, digest_of
+from ffebm_compiler.accuracy.evaluation import Evaluate, Measure, Setting, check_repeats, identity_of, whole_number
+from ffebm_compiler.accuracy.journal import Journal
 from ffebm_compiler.accuracy.mappings import Mapping as Layers
 from ffebm_compiler.accuracy.mappings import Mappings
 from ffebm_compiler.accuracy.parts import parts_of
@@ -98,15 +98,7 @@ class Planner:
             )
         measure = Measure(hybrid, evaluate, chosen, float(age))
         source = check_repeats(measure, Setting("source", "the source's own computation", settling=()))
-        of = {
-            "plan": hybrid.plan.fingerprint,
-            "blocks": str([block.operations for block in hybrid.plan.blocks]),
-            "weights": digest_of(hybrid),
-            "devices": told_devices(chosen),
-            "age": repr(float(age)),
-            "feedback": str([block.module.feedback for block in hybrid.blocks]),
-            "value of the source": repr(source),
-        }
+        of = identity_of(hybrid, measure, source)
         journal = Journal(file, "plan for accuracy", of)
         mappings = Mappings(measure, parts, source, journal, draws, 1.0 if higher_is_better else -1.0, executor)
         forced = options.get("force_analog", ())

@@ -7,8 +7,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffebm_compiler.accuracy.evaluation import Evaluate, Measure, Setting, check_repeats, told_devices, whole_number
-from ffebm_compiler.accuracy.journal import Journal, digest_of
+from ffebm_compiler.accuracy.evaluation import Evaluate, Measure, Setting, check_repeats, identity_of, whole_number
+from ffebm_compiler.accuracy.journal import Journal
 from ffebm_compiler.accuracy.parts import Part, parts_of
 from ffebm_compiler.accuracy.runs import check_executor, run
 from ffebm_compiler.accuracy.sensitivity_report import Loss, Sensitivity
@@ -99,16 +99,7 @@ def sensitivity(
     source = check_repeats(measure, Setting("source", "the source's own computation", settling=()))
     ideal = measure(Setting("ideal", "the ideal hybrid"))["value"]
     rows = _rows(hybrid, parts, draws)
-    of = {
-        "plan": hybrid.plan.fingerprint,
-        "blocks": str([block.operations for block in hybrid.plan.blocks]),
-        "weights": digest_of(hybrid),
-        "devices": told_devices(chosen),
-        "age": repr(float(age)),
-        "feedback": str([block.module.feedback for block in hybrid.blocks]),
-        "value of the source": repr(source),
-        "value of the ideal hybrid": repr(ideal),
-    }
+    of = identity_of(hybrid, measure, source) | {"value of the ideal hybrid": repr(ideal)}
     journal = Journal(file, "sensitivity", of)
     run(measure, [setting for row in rows for setting in row.settings()], "sensitivity", journal, executor)
     sign = 1.0 if higher_is_better else -1.0

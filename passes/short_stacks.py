@@ -50,8 +50,11 @@ class _Stack:
 
 @contextmanager
 def short_stacks() -> Iterator[None]:
-    """Let `torch.fx` note short stacks while the context is open."""
-    before: Any = vars(proxy)[_NAME]
+    """Let `torch.fx` note short stacks while the context is open. A torch without this class notes what it would."""
+    before: Any = vars(proxy).get(_NAME)
+    if before is None:
+        yield
+        return
     setattr(proxy, _NAME, _Stack)
     try:
         yield

@@ -49,3 +49,10 @@ def test_torch_is_as_before() -> None:
 def test_without_a_forward_there_is_no_stack() -> None:
     with short_stacks():
         assert torch.fx.proxy.CapturedTraceback.extract().summary() == []
+
+
+def test_a_torch_without_the_class_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.fx.proxy, "CapturedTraceback")
+    with short_stacks():
+        assert not hasattr(torch.fx.proxy, "CapturedTraceback")
+    assert not hasattr(torch.fx.proxy, "CapturedTraceback")

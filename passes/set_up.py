@@ -31,7 +31,13 @@ from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.process import reachable
 from ffebm_compiler.passes.repeated_calls import differ, differing_module
 from ffebm_compiler.passes.tracing import ordinary_paths
-from ffebm_compiler.passes.unchanged import Attributes, generator_states, generators_unchanged, tensors_unchanged
+from ffebm_compiler.passes.unchanged import (
+    Attributes,
+    draws_of_this_thread,
+    generator_states,
+    generators_unchanged,
+    tensors_unchanged,
+)
 
 __all__ = ["SetUp", "same_in_evaluation", "set_up"]
 
@@ -154,6 +160,7 @@ def _call_undone(
     ):
         states = generator_states()
         with ExitStack() as stack:
+            drew = stack.enter_context(draws_of_this_thread())
             if place is not None:
                 watch = changing_line(lambda: (generator_states(), [*own.drawn()]))
                 stack.callback(place.extend, stack.enter_context(watch))
@@ -162,7 +169,8 @@ def _call_undone(
                 for leaf in leaves_of(source(*_copy_inputs(args), **_copy_inputs(kwargs)))
             ]
         if drawn is not None:
-            drawn.update(name for name, value in generator_states().items() if value != states.get(name, value))
+            changed = {name for name, value in generator_states().items() if value != states.get(name, value)}
+            drawn.update(changed & drew)
             drawn.update(own.drawn())
     for now, before in registered:  # undoes the assignment of a buffer; a new buffer stays
         now.update(before)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 
 from ffebm_compiler.passes.held import containers_in, content_of, own_attributes, refill
 
-__all__ = ["Attributes", "attributes_unchanged", "generator_states", "generators_unchanged", "tensors_unchanged"]
+__all__ = [
+    "Attributes",
+    "attributes_unchanged",
+    "draws_of_this_thread",
+    "generator_states",
+    "generators_unchanged",
+    "tensors_unchanged",
+]
 
 
 @contextmanager
@@ -34,14 +43,46 @@ def generators_unchanged() -> Iterator[None]:
             numpy.random.set_state(theirs)
 
 
+_PYTHONS = "Python's own generator (random)"
+_NUMPYS = "numpy's generator (numpy.random)"
+
+
 def generator_states() -> dict[str, str]:
     """The states of Python's and numpy's default random generators, in a form that compares."""
     numpy: Any = sys.modules.get("numpy")
-    states = {"Python's own generator (random)": repr(random.getstate())}
+    states = {_PYTHONS: repr(random.getstate())}
     if numpy is not None:
         kind, keys, *position = numpy.random.get_state()
-        states["numpy's generator (numpy.random)"] = repr((kind, keys.tobytes(), position))
+        states[_NUMPYS] = repr((kind, keys.tobytes(), position))
     return states
+
+
+@contextmanager
+def draws_of_this_thread() -> Iterator[set[str]]:
+    """Names of the default generators, of those in `generator_states`, that this thread may draw from.
+
+    Other threads draw from Python's too, and change its state: those of dask do when they pause. So it counts if this
+    thread calls one of its functions. Numpy's functions cannot be seen when they are called, so that numpy's always
+    counts. If this is the only thread, both do.
+    """
+    if threading.active_count() == 1:
+        yield {_PYTHONS, _NUMPYS}
+        return
+    found = {_NUMPYS}
+    generator = getattr(random.random, "__self__", None)
+
+    def note(frame: FrameType, event: str, called: Any) -> None:
+        if (event == "c_call" and generator is not None and getattr(called, "__self__", None) is generator) or (
+            event == "call" and frame.f_globals.get("__name__") == "random"
+        ):
+            found.add(_PYTHONS)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
 
 
 @contextmanager

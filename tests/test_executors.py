@@ -27,7 +27,7 @@ needs_ngspice = pytest.mark.skipif(shutil.which("ngspice") is None, reason="ngsp
 def client() -> Iterator[Any]:
     """A dask cluster of two worker processes on this machine; nothing of it is left but an idle thread of dask's."""
     before = set(threading.enumerate())
-    local = {"n_workers": 2, "threads_per_worker": 1, "silence_logs": logging.CRITICAL, "dashboard_address": None}
+    local = {"n_workers": 2, "threads_per_worker": 1, "silence_logs": logging.CRITICAL, "dashboard_address": ":0"}
     with distributed.LocalCluster(**local) as cluster, distributed.Client(cluster) as found:
         yield found
     deadline = time.monotonic() + 30  # threads of closed connections take a moment

@@ -6,7 +6,9 @@ import itertools
 import random
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy
 import pytest
@@ -356,6 +358,41 @@ def test_draws_of_other_generators_are_refused(name: str) -> None:
     with pytest.raises(ffebm.FFEBMError, match="draws random numbers"):
         hybrid.train()(x)
     assert random.getstate() == state
+
+
+@contextmanager
+def drawing_elsewhere() -> Iterator[None]:
+    """Another thread draws from Python's generator all the time."""
+    stop = threading.Event()
+
+    def draw() -> None:
+        while not stop.is_set():
+            random.uniform(0, 1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_draws_of_other_threads_are_not_the_models() -> None:
+    x = torch.randn(3, 8)
+    with drawing_elsewhere():
+        ffebm.convert(Skips(lambda: 1.0, always=True), x)
+
+
+DRAWS = {**GENERATORS, "Python's": lambda: random.choice([0.1, 0.9]), "numpy's": lambda: numpy.random.uniform(0, 1)}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_models_draws_are_seen_beside_those_of_other_threads(name: str) -> None:
+    profile = sys.getprofile()
+    with drawing_elsewhere(), pytest.raises(ffebm.CaptureError, match=f"forward draws random numbers from {name}"):
+        ffebm.convert(Skips(DRAWS[name], always=True), torch.randn(3, 8))
+    assert sys.getprofile() is profile
 
 
 ROLLS = numpy.random.default_rng(0)

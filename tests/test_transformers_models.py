@@ -13,7 +13,8 @@ from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.cli.models import _transformers_inputs, random_inputs
+from ffebm_compiler.cli.libraries import _transformers_inputs
+from ffebm_compiler.cli.models import random_inputs
 from ffebm_compiler.passes.containers import leaves_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

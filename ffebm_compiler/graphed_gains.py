@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.block_operands import direct_weights
+from ffebm_compiler.cuda_capture import capturing
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.runtime.energies.followed_norm import Launched
 
@@ -83,7 +84,7 @@ class GraphedGains:
             if blocks[name].gain.launch(plain[name]) is None:
                 del plain[name]
         graph, rows = torch.cuda.CUDAGraph(), []
-        with torch.cuda.graph(graph, stream=self._stream):
+        with capturing(graph, self._stream):
             for name, tensors in plain.items():
                 launched = blocks[name].gain.launch(tensors)
                 if launched is not None:

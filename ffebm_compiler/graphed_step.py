@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffebm_compiler.cuda_capture import capturing
 from ffebm_compiler.errors import ConvergenceWarning, FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.gradient_choice import digital_gradient
 from ffebm_compiler.graphed_gains import GraphedGains
@@ -193,7 +194,7 @@ class GraphedStep:
         for pace in paces:
             pace.capturing = True
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with capturing(graph, self._stream):
                 self._result = self._forward_and_backward(tuple(self._tensors), count)
         except FFEBMError:
             raise

@@ -280,8 +280,17 @@ def test_a_loss_that_waits_is_refused() -> None:
     (x, labels), *_ = _batches(1)
     step(x, labels)
     step(x, labels)
+    stream = torch.cuda.current_stream()
     with pytest.raises(ffebm.UnsupportedError, match="could not be captured as a CUDA graph"):
         step(x, labels)
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(100, device="cuda").std() > 0.1  # draws still work, and so does another capture
+    hybrid.zero_grad()
+    other = ffebm.GraphedStep(hybrid, F.cross_entropy)
+    for _ in range(4):
+        loss = other(x, labels)
+    assert other.captures == 1
+    torch.testing.assert_close(loss, F.cross_entropy(hybrid(x), labels).detach(), rtol=1e-4, atol=0)
 
 
 def test_symmetric_feedback_is_refused_by_a_graph() -> None:

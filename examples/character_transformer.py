@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Diverged, Experiment, Row, told
+from experiment import Experiment, told
 from experiment_data import Text, load_text
+from experiment_training import Diverged, Row
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm

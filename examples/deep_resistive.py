@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, Row
+from experiment import Experiment
+from experiment_training import Row
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, Recipe, Row, add_options, chosen, told, training_and_accuracy
+from experiment import Experiment, add_options, chosen, device_of, told
 from experiment_data import Data, load
+from experiment_training import Recipe, Row, training_and_accuracy
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -71,7 +72,7 @@ def network(data: Data, key: Row, width: int, norm: bool = True) -> nn.Module:
     if len(shape) != 3 or shape[-1] != shape[-2] or shape[-1] % 4:
         raise ffebm.InputError(f"{data.name} has inputs of shape {tuple(shape)}; expected square images, side 4n")
     torch.manual_seed(key["seed"])
-    model = source(shape, data.classes, key["blocks"], key["activation"], width, norm)
+    model = source(shape, data.classes, key["blocks"], key["activation"], width, norm).to(data.device)
     if key["feedback"] == "backprop":
         return model
     estimator = ffebm.EquilibriumPropagation(through_feedback=GRADIENTS[key["gradient"]])
@@ -127,10 +128,10 @@ def main() -> None:
         options.epochs, options.seeds, options.width, options.blocks = 1, 1, 4, [2]
         options.rate, options.feedback = [2e-3], ["backprop", "0.5"]
     with told(parser):
-        data = load(options.data, options.folder)
+        data = load(options.data, options.folder).to(device_of(options))
         if options.quick:
             data = data.first(256, 64)
-        shared = chosen(options, "data", "width", "batch")
+        shared = chosen(options, "data", "device", "width", "batch")
         kinds = [
             {"activation": activation, "blocks": blocks, "feedback": feedback, "gradient": gradient}
             for activation, blocks, feedback, gradient in product(

@@ -1,4 +1,4 @@
-"""What the experiments share: runs that go on where they were stopped, training that stops where it fails, tables.
+"""What the experiments share: runs that go on where they were stopped, in as many processes as there are; tables.
 
     .venv/bin/python examples/experiment.py [--quick] [--out results/experiment]
 
@@ -6,7 +6,12 @@ trains one small network by backprop and by equilibrium propagation, as an examp
 list of runs. Each has a key, such as {"feedback": "0.1", "seed": 0}, and becomes rows of two files in the output
 folder: `runs.csv` has a line for each finished run, `curves.csv` one for each epoch. A run writes a checkpoint after
 each epoch. If the script is stopped and started again, finished runs are not repeated, and the one that was stopped
-goes on from its last epoch with the same numbers as without the stop.
+goes on from its last epoch with the same numbers as without the stop. If the same command is started several times at
+once, the processes share the runs, each on one thread:
+
+    for core in $(seq 16); do .venv/bin/python examples/depth.py & done; wait
+
+`--device cuda` trains on a GPU. How one run is trained is in `experiment_training.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +21,8 @@ import csv
 import hashlib
 import io
 import json
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,50 +30,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment_data import Data, load
+from experiment_data import load
+from experiment_training import Diverged, Recipe, Row, training_and_accuracy
+from filelock import FileLock, Timeout  # comes with torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.files.whole_files import write_whole
 
-__all__ = [
-    "Diverged",
-    "Experiment",
-    "Recipe",
-    "Row",
-    "accuracy",
-    "add_options",
-    "chosen",
-    "feedback_of",
-    "told",
-    "training",
-    "training_and_accuracy",
-]
-
-Row = dict[str, Any]
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Diverged(ffebm.FFEBMError):
-    """A run whose loss or states are not finite any more."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained: Adam with a cosine schedule, an incomplete last batch left out."""
-
-    epochs: int
-    rate: float
-    batch: int = 32
-    loss: Loss = F.cross_entropy
-    weight_decay: float = 0.0
-    autocast: torch.dtype | None = None
-    """The dtype of products; None for that of the weights."""
+__all__ = ["Experiment", "add_options", "chosen", "device_of", "feedback_of", "once", "told"]
 
 
 @dataclass
@@ -98,25 +70,41 @@ class Experiment:
         write_whole(path, text)
 
     def run(self, keys: Sequence[Row], one: Callable[[Row, Path], Iterator[Row]]) -> None:
-        """Do the runs that are not done.
+        """Do the runs that are not done, and that no other process is doing.
 
         Args:
             keys: one for each run, with the same names in each.
             one: yields a row for each epoch of a run. It gets the run's key and the file of its checkpoint, which is
                 deleted when it ends. A `Diverged` ends the run and is written into its line.
         """
-        done = {_text(row, keys[0]) for row in self.rows("runs")} if keys else set()
         console = Console(stderr=True)
+        elsewhere = 0
         with Progress(console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task(self.name, total=len(keys))
             for key in keys:
-                if _text(key, key) not in done:
+                if not self._is_done(key):
                     progress.update(bar, description=f"{self.name}: {', '.join(map(str, key.values()))}")
-                    self._one(key, one)
+                    elsewhere += not self._one(key, one)
                 progress.advance(bar)
+        if elsewhere:
+            console.print(f"{self.name}: other processes are at {elsewhere} of the {len(keys)} runs")
 
-    def _one(self, key: Row, one: Callable[[Row, Path], Iterator[Row]]) -> None:
+    def _is_done(self, key: Row) -> bool:
+        return any(_text(row, key) == _text(key, key) for row in self.rows("runs"))
+
+    def _one(self, key: Row, one: Callable[[Row, Path], Iterator[Row]]) -> bool:
+        """Do a run; False if another process is at it. Its lock ends with the process that holds it."""
         checkpoint = self.folder / f"{hashlib.sha256(repr(_text(key, key)).encode()).hexdigest()[:16]}.pt"
+        try:
+            with FileLock(checkpoint.with_suffix(".lock"), timeout=0):
+                if not self._is_done(key):
+                    self._locked(key, one, checkpoint)
+                checkpoint.with_suffix(".lock").unlink(missing_ok=True)
+        except Timeout:
+            return False
+        return True
+
+    def _locked(self, key: Row, one: Callable[[Row, Path], Iterator[Row]], checkpoint: Path) -> None:
         last: Row = {}
         failed = ""
         try:
@@ -142,10 +130,11 @@ class Experiment:
         """Write a file again with this row in place of an older one of the same key, whole or not at all."""
         fresh = {column: str(value) for column, value in row.items()}
         same = [fresh[column] for column in key]
-        rows = [old for old in self.rows(name) if [old.get(column) for column in key] != same]
-        columns = list(dict.fromkeys(column for each in (*rows, fresh) for column in each))
-        lines = [columns, *([each.get(column, "") for column in columns] for each in (*rows, fresh))]
-        write_whole(self.folder / f"{name}.csv", "".join(",".join(map(_quoted, line)) + "\n" for line in lines))
+        with FileLock(self.folder / ".rows.lock"):
+            rows = [old for old in self.rows(name) if [old.get(column) for column in key] != same]
+            columns = list(dict.fromkeys(column for each in (*rows, fresh) for column in each))
+            lines = [columns, *([each.get(column, "") for column in columns] for each in (*rows, fresh))]
+            write_whole(self.folder / f"{name}.csv", "".join(",".join(map(_quoted, line)) + "\n" for line in lines))
 
     def table(self, rows: str | Sequence[str], columns: str, value: str, form: str = ".2f") -> str:
         """Means over the seeds and their range, by one of the keys or several of them, and by another one."""
@@ -220,128 +209,38 @@ def _quoted(cell: str) -> str:
     return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\n') else cell
 
 
-def accuracy(model: nn.Module, data: Data, part: tuple[Tensor, Tensor], batch: int = 500) -> float:
-    """Percent of a part of the data that the model classifies rightly, in evaluation mode."""
-    was = model.training
-    model.eval()
-    with torch.no_grad():
-        found = [
-            model(data.scaled(x)).argmax(-1) == y
-            for x, y in zip(part[0].split(batch), part[1].split(batch), strict=True)
-        ]
-    model.train(was)
-    return 100 * float(torch.cat(found).double().mean())
-
-
-def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint: Path) -> Iterator[Row]:
-    """Train a classifier. Yields the epoch, its mean loss, CPU seconds, and what its blocks did in it.
-
-    Raises:
-        InputError: the loss is no scalar.
-        Diverged: the loss is not finite, a block does not settle, or its weights are too large; names the block.
-    """
-    optimizer = torch.optim.Adam(model.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
-    x, y = data.training
-    count = len(x) // recipe.batch
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.epochs * count))
-    generator = torch.Generator().manual_seed(seed)
-    kept: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
-    first = _resume(checkpoint, model, kept, generator)
-    for epoch in range(first, recipe.epochs + 1):
-        model.train()
-        losses, sweeps, started = [], [], time.process_time()
-        for rows in torch.randperm(len(x), generator=generator)[: count * recipe.batch].split(recipe.batch):
-            optimizer.zero_grad()
-            losses.append(_step(model, data.scaled(x[rows]), y[rows], recipe, epoch))
-            optimizer.step()
-            schedule.step()
-            sweeps += [one.sweeps for one in _settled(model)]
-        row = {"epoch": epoch, "loss": statistics.mean(losses), "seconds": time.process_time() - started}
-        if isinstance(model, ffebm.HybridModel):
-            gains = [block.loop_gain for block in model.blocks if block.certificate is not None]
-            row |= {"sweeps": statistics.mean(sweeps) if sweeps else 0, "loop_gain": max(gains, default=0.0)}
-        yield row
-        _save(checkpoint, epoch, model, kept, generator)  # now that its row is in the file
-
-
-def training_and_accuracy(
-    model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint: Path, batch: int = 500
-) -> Iterator[Row]:
-    """`training`, with the test accuracy after each epoch, in batches of `batch`."""
-    for row in training(model, data, recipe, seed, checkpoint):
-        yield {**row, "test": accuracy(model, data, data.test, batch)}
-
-
-def _step(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, epoch: int) -> float:
-    products = torch.autocast("cpu", recipe.autocast, enabled=recipe.autocast is not None)
-    with _named_divergence(model, epoch), products:
-        scores = model(x)
-    loss = recipe.loss(scores, y)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ffebm.InputError(f"the loss is no scalar tensor (got {shape}): reduce it by mean() or sum()")
-    found = float(loss.detach())
-    if not math.isfinite(found):
-        raise Diverged(f"stopped in epoch {epoch}: the loss is {found}")
-    with _named_divergence(model, epoch):
-        loss.backward()  # type: ignore[no-untyped-call]
-    return found
-
-
-@contextmanager
-def _named_divergence(model: nn.Module, epoch: int) -> Iterator[None]:
-    """Make `Diverged` of a block that does not settle, and of one that refuses weights that have become too large."""
-    try:
-        yield
-    except ffebm.FFEBMError as error:
-        size = sum(float(p.detach().square().sum()) for p in model.parameters())
-        if not isinstance(error, ffebm.ConvergenceError) and math.isfinite(size):
-            raise
-        raise Diverged(f"stopped in epoch {epoch}: {str(error).split(';')[0]}") from error
-
-
-def _settled(model: nn.Module) -> list[Any]:
-    blocks = model.energy_blocks.values() if isinstance(model, ffebm.HybridModel) else ()
-    return [block.last for block in blocks if block.program.coupled and block.last is not None]
-
-
-def _save(path: Path, epoch: int, model: nn.Module, kept: Mapping[str, Any], generator: torch.Generator) -> None:
-    state = {name: one.state_dict() for name, one in kept.items()}
-    part = path.with_suffix(".part")
-    torch.save(
-        {
-            **state,
-            "epoch": epoch,
-            "model": model.state_dict(),
-            "order": generator.get_state(),
-            "draws": torch.get_rng_state(),
-        },
-        part,
-    )
-    part.replace(path)
-
-
-def _resume(path: Path, model: nn.Module, kept: Mapping[str, Any], generator: torch.Generator) -> int:
-    """The epoch to go on with."""
-    if not path.exists():
-        return 1
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    for name, one in kept.items():
-        one.load_state_dict(state[name])
-    generator.set_state(state["order"])
-    torch.set_rng_state(state["draws"])
-    return int(state["epoch"]) + 1
-
-
 def add_options(parser: argparse.ArgumentParser, out: str, epochs: int, seeds: int = 3) -> None:
     """Options that the experiments share."""
     parser.add_argument("--data", default="digits", help="name of a data set of experiment_data.py")
     parser.add_argument("--folder", type=Path, help="folder with the files of the data set")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--quick", action="store_true", help="one seed, few epochs, a small network")
     parser.add_argument("--out", type=Path, default=Path(out))
+
+
+def device_of(options: argparse.Namespace) -> torch.device:
+    """The device of the command line.
+
+    Raises:
+        InputError: there is none of that name, or it is not here.
+    """
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ffebm.InputError(f"device is {options.device!r}, which cannot be used ({reason}): give cpu") from None
+    return device
+
+
+def once(path: Path, make: Callable[[Path], None]) -> Path:
+    """A file that is made once, by the first process that wants it; the others wait."""
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            make(path)
+    return path
 
 
 def chosen(options: argparse.Namespace, *names: str) -> Row:
@@ -381,14 +280,14 @@ def main() -> None:
     if options.quick:
         options.epochs, options.seeds = 2, 1
     with told(parser):
-        data = load(options.data, options.folder)
-        experiment = Experiment(options.out, "an example", {"data": data.name, "epochs": options.epochs})
+        data = load(options.data, options.folder).to(device_of(options))
+        experiment = Experiment(options.out, "an example", chosen(options, "data", "device", "epochs"))
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:
             torch.manual_seed(key["seed"])
             size = data.training[0][0].numel()
             layers = nn.Flatten(), nn.Linear(size, 64), nn.ReLU(), nn.Linear(64, data.classes)
-            model: nn.Module = nn.Sequential(*layers)
+            model: nn.Module = nn.Sequential(*layers).to(data.device)
             if key["gradient"] != "backprop":
                 model = ffebm.convert(model, data.scaled(data.training[0][:2]), gradient="ep")
             recipe = Recipe(options.epochs, 2e-3)

@@ -53,6 +53,16 @@ class Data:
         """Inputs of a batch for a network: bytes become numbers from -1 to 1, other inputs stay."""
         return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
 
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.training[0].device
+
+    def to(self, device: torch.device) -> Data:
+        """The data on a device."""
+        parts = [(x.to(device), y.to(device)) for x, y in (self.training, self.test)]
+        return replace(self, training=parts[0], test=parts[1])
+
     def first(self, training: int, test: int) -> Data:
         """So many of the inputs, for a quick look."""
         (x, y), (held, labels) = self.training, self.test

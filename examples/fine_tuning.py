@@ -10,7 +10,9 @@ by EP with that loop gain held. Test accuracy before and after, beside the sourc
                         trained on: so the source is trained on too, by backprop, as far as the hybrids
     efficientnet-lite0  trained on ImageNet, out of a package, 17 blocks of several layers with batch norm folded. There
                         are no labels here: it learns the source's own probabilities of random views of some pictures,
-                        and is tested on views of other pictures of which the source is sure, against its answer there
+                        half of them mixed with a second one, and is tested on views of other pictures of which the
+                        source is sure, against its answer there. A few pictures are enough for that, if their views are
+                        many and mixed (Beyer et al. 2021, arXiv 2106.05237; Asano & Saeed 2021, arXiv 2112.00725)
 
 `make trained` installs the packages. The pictures are those that scikit-learn and matplotlib ship, and scikit-image
 where it is installed, or --pictures DIR. Half an hour on one thread, most of it for efficientnet-lite0.
@@ -34,8 +36,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from experiment import Experiment, Recipe, Row, accuracy, add_options, chosen, told, training, training_and_accuracy
+from experiment import Experiment, add_options, chosen, device_of, once, told
 from experiment_data import Data, load
+from experiment_training import Recipe, Row, accuracy, training, training_and_accuracy
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from trained_models import (
     MissingPackage,
@@ -47,6 +51,7 @@ from trained_models import (
 )
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.files.whole_files import write_whole
 
 CLASSES, SURE = 1000, 0.5
 VIEWS = 32
@@ -93,14 +98,19 @@ def residual(data: Data, width: int, blocks: int) -> nn.Sequential:
 
 def digits(options: argparse.Namespace, seed: int) -> Task:
     """A residual network, trained here."""
-    data = load(options.data, options.folder)
+    data = load(options.data, options.folder).to(device_of(options))
     torch.manual_seed(seed)
-    source = residual(data, 4 if options.quick else 16, 2 if options.quick else 8)
+    source = residual(data, 4 if options.quick else 16, 2 if options.quick else 8).to(data.device)
     recipe = Recipe(1 if options.quick else 12, 2e-3)
-    checkpoint = options.out / f"source-{seed}.pt"
-    for _ in training(source, data, recipe, seed, checkpoint):
-        pass
-    checkpoint.unlink()
+
+    def train(path: Path) -> None:
+        checkpoint = path.with_suffix(".pt")
+        for _ in training(source, data, recipe, seed, checkpoint):
+            pass
+        write_whole(path, save(source.state_dict()))
+        checkpoint.unlink()
+
+    source.load_state_dict(load_file(once(options.out / f"source-{seed}.safetensors", train)))
     return Task(source, data, Recipe(6, 5e-4), {"fold_batchnorm": True, "block_ops": ("add",)})
 
 
@@ -108,26 +118,26 @@ def recognizer(options: argparse.Namespace, seed: int) -> Task:
     """digit-recognizer-py's network."""
     data = load("digits")
     parts = [(framed_digits((x + 1) / 2), y) for x, y in (data.training, data.test)]
-    return Task(digit_recognizer(), replace(data, training=parts[0], test=parts[1]), Recipe(4, 2e-4))
+    data = replace(data, training=parts[0], test=parts[1]).to(device_of(options))
+    return Task(digit_recognizer().to(data.device), data, Recipe(4, 2e-4))
 
 
 def efficientnet(options: argparse.Namespace, seed: int) -> Task:
     """EfficientNet-Lite0 on views of pictures; its drops are off, since it is to stay as it is."""
-    source = efficientnet_lite0()
+    device = device_of(options)
+    source = efficientnet_lite0().to(device)
     source._global_params = source._global_params._replace(drop_connect_rate=0.0)  # type: ignore[union-attr, operator]
     source._dropout.p = 0.0  # type: ignore[union-attr]
-    training_pictures, held = pictures(options.pictures)
-    x, test = (
-        views(part, count, options.side, seed)
-        for part, count, seed in ((training_pictures, options.views, 1 + seed), (held, options.held, 0))
-    )
+    given, held = ([picture.to(device) for picture in part] for part in pictures(options.pictures))
+    x = mixed(views(given, 2 * options.views, options.side, 1 + seed, smallest=0.15), seed)
+    test = views(held, options.held, options.side, 0)
     with torch.no_grad():
         soft, answers = (torch.cat([source(part).softmax(1) for part in inputs.split(32)]) for inputs in (x, test))
     sure = answers.amax(1) >= SURE
     if not sure.any():
         raise ffebm.InputError(f"the source is sure of none of {len(test)} held-out views: give --held more, or others")
     data = Data("pictures", (x, soft), (test[sure], answers[sure].argmax(1)), CLASSES)
-    return Task(source, data, Recipe(2, 2e-5, batch=8), {"fold_batchnorm": True}, labelled=False)
+    return Task(source, data, Recipe(1, 2e-5, batch=8), {"fold_batchnorm": True}, labelled=False)
 
 
 def pictures(folder: Path | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -159,15 +169,24 @@ def pictures(folder: Path | None) -> tuple[list[Tensor], list[Tensor]]:
     return [picture for i, picture in enumerate(found) if i % 3 != 1], found[1::3]
 
 
-def views(given: list[Tensor], count: int, side: int, seed: int) -> Tensor:
-    """Square parts of the pictures in turn, from 40 to 100 % of the shorter side, some mirrored: (v − 127)/128."""
+def mixed(given: Tensor, seed: int) -> Tensor:
+    """Half as many views: those of the first half, every second one of them mixed with a random one of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    alone, others = given.chunk(2)
+    shares = torch.rand(len(alone), generator=generator).to(given.device)
+    shares[torch.randperm(len(alone), generator=generator)[::2]] = 0
+    return torch.lerp(alone, others[torch.randperm(len(others), generator=generator)], shares[:, None, None, None])
+
+
+def views(given: list[Tensor], count: int, side: int, seed: int, smallest: float = 0.4) -> Tensor:
+    """Square parts of the pictures in turn, from `smallest` of the shorter side on, some mirrored: (v − 127)/128."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for index in range(count):
         picture = given[index % len(given)]
         height, width = picture.shape[2:]
         part, down, right, mirrored = torch.rand(4, generator=generator).tolist()
-        size = round((0.4 + 0.6 * part) * min(height, width))
+        size = round((smallest + (1 - smallest) * part) * min(height, width))
         top, left = round(down * (height - size)), round(right * (width - size))
         view = picture[..., top : top + size, left : left + size]
         view = F.interpolate(view, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
@@ -189,10 +208,9 @@ def deviation(model: nn.Module, source: nn.Module, x: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def fine_tuned(task: Task, key: Row, epochs: int | None, rate: float | None, checkpoint: Path) -> Iterator[Row]:
+def fine_tuned(task: Task, key: Row, recipe: Recipe, checkpoint: Path) -> Iterator[Row]:
     """A row before any training, and one for each epoch."""
     data, x = task.data, task.data.scaled(task.data.test[0])
-    recipe = replace(task.recipe, epochs=epochs or task.recipe.epochs, rate=rate or task.recipe.rate)
     source = accuracy(task.source, data, data.test, VIEWS)
     model: nn.Module = copy.deepcopy(task.source)
     if key["feedback"] != "backprop":
@@ -214,6 +232,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--feedback", nargs="+", default=["backprop", "0.03", "0.1", "0.3", "0.5", "0.9"])
     parser.add_argument("--rate", type=float, help="instead of each network's own")
+    parser.add_argument("--batch", type=int, help="instead of each network's own")
     parser.add_argument("--pictures", type=Path, help="folder of .png and .jpg pictures for efficientnet-lite0")
     parser.add_argument("--side", type=int, default=128, help="pixels of a view's side; the network was trained at 224")
     parser.add_argument("--views", type=int, default=640, help="views to train on")
@@ -222,14 +241,16 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.quick:
         options.network, options.feedback, options.seeds, options.epochs = ["digits"], ["0.3"], 1, 1
-    names = ("data", "epochs", "rate", "side", "views", "held", "quick")
+    names = ("data", "device", "epochs", "rate", "batch", "side", "views", "held", "quick")
     with told(parser):
         experiment = Experiment(options.out, "fine-tuning", chosen(options, *names))
         for name in options.network:
             task_of = cache(lambda seed, name=name: TASKS[name](options, seed))
 
             def one(key: Row, checkpoint: Path, task_of: Callable[[int], Task] = task_of) -> Iterator[Row]:
-                yield from fine_tuned(task_of(key["seed"]), key, options.epochs or None, options.rate, checkpoint)
+                task = task_of(key["seed"])
+                given = {name: getattr(options, name) for name in ("epochs", "rate", "batch") if getattr(options, name)}
+                yield from fine_tuned(task, key, replace(task.recipe, **given), checkpoint)
 
             seeds = range(options.seeds if name != "efficientnet-lite0" else 1)
             gains = [g for g in options.feedback if g != "backprop" or name != "efficientnet-lite0"]

@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, Row, add_options, told
+from experiment import Experiment, add_options, told
 from experiment_data import load
+from experiment_training import Row
 from papers_networks import papers_plan, six_layers
 from splitting import scaled
 from torch import Tensor

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, Recipe, Row, add_options, chosen, feedback_of, told, training_and_accuracy
+from experiment import Experiment, add_options, chosen, device_of, feedback_of, told
 from experiment_data import Data, load
+from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import FeedforwardTied, goe_, papers_hybrid
 from torch import nn
 
@@ -42,6 +43,7 @@ def network(data: Data, width: int, feedback: str, variance: float | None) -> nn
     source = FeedforwardTied(channels, pooled, [2, 2], side=side, classes=data.classes)
     if variance:
         goe_(source, variance)
+    source = source.to(data.device)
     return source if feedback == "backprop" else papers_hybrid(source, data.scaled(x[:2]), feedback_of(feedback))
 
 
@@ -63,8 +65,8 @@ def main() -> None:
     if options.initialisation == "goe":
         options.variance = options.variance or 8.4e-5 * 128 / options.width
     with told(parser):
-        data = load(options.data, options.folder)
-        settings = chosen(options, "data", "epochs", "width", "rate", "initialisation", "variance")
+        data = load(options.data, options.folder).to(device_of(options))
+        settings = chosen(options, "data", "device", "epochs", "width", "rate", "initialisation", "variance")
         experiment = Experiment(options.out, "loop gain", settings)
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:

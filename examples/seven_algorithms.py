@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, Recipe, Row, add_options, chosen, feedback_of, told, training_and_accuracy
+from experiment import Experiment, add_options, chosen, device_of, feedback_of, told
 from experiment_data import Data, load
+from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import BLOCK_OPS, DCHN
 from splitting import scaled
 from torch import Tensor, nn
@@ -171,7 +172,7 @@ def network(data: Data, method: str, options: argparse.Namespace) -> nn.Module:
     x = data.scaled(data.training[0][:2])
     source: nn.Module = (
         DCHN(options.width, data.classes) if x.dim() == 4 else Dense(x[0].numel(), 16 * options.width, data.classes)
-    )
+    ).to(data.device)
     if method == "backprop":
         return source
     plan = ffebm.plan(source, x, digital_drive=True, hardware="ideal", block_ops=BLOCK_OPS)
@@ -234,11 +235,11 @@ def main() -> None:
         options.epochs, options.seeds, options.width = 1, 1, 2
         options.method = ["backprop", "CL", "C-EP", "VF, free"]
     with told(parser):
-        data = load(options.data, options.folder)
+        data = load(options.data, options.folder).to(device_of(options))
         data = scaled(data) if data.training[0].dim() == 4 else data
         if options.quick:
             data = data.first(128, 64)
-        names = ("data", "nudge", "beta", "feedback", "bits", "epochs", "width", "rate", "batch", "quick")
+        names = ("data", "device", "nudge", "beta", "feedback", "bits", "epochs", "width", "rate", "batch", "quick")
         experiment = Experiment(options.out, "algorithms", chosen(options, *names))
         dtype = torch.bfloat16 if options.bits == 16 else None
         recipe = Recipe(options.epochs, options.rate, options.batch, loss=squared, autocast=dtype)

@@ -176,6 +176,14 @@ def test_a_loss_that_is_no_scalar(
     assert "the loss is no scalar tensor (got (32,))" in capsys.readouterr().err
 
 
+def test_sizes_of_blocks_that_do_not_divide_the_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("splitting", tmp_path, monkeypatch, "--block", "6", "4")
+    assert "block is [6, 4]; expected some of (6, 3, 2) for 6 layers" in capsys.readouterr().err
+
+
 def test_a_feedback_that_is_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,8 +20,16 @@ import ffebm_compiler as ffebm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
-from experiment import Diverged, Experiment, Recipe, Row, accuracy, training, training_and_accuracy  # noqa: E402
+from experiment import Experiment, once  # noqa: E402
 from experiment_data import Data, load  # noqa: E402
+from experiment_training import (  # noqa: E402
+    Diverged,
+    Recipe,
+    Row,
+    accuracy,
+    training,
+    training_and_accuracy,
+)
 
 
 def hybrid(data: Data, seed: int = 0, **settings: Any) -> ffebm.HybridModel:
@@ -183,3 +191,70 @@ def test_a_table_of_means_and_ranges(tmp_path: Path) -> None:
     experiment.run([{"data": "x", "method": m, "seed": s} for m, s in values], one)
     assert "2.00 (1.00 to 3.00)" in experiment.table("method", "data", "test")
     assert len(experiment.rows("curves")) == 3
+
+
+def test_processes_share_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second experiment of the same folder, while the first one is in its first run, does the second run."""
+    keys = [{"seed": 0}, {"seed": 1}]
+    done: list[tuple[str, int]] = []
+
+    def one(name: str) -> Any:
+        def run(key: Row, _: Path) -> Iterator[Row]:
+            done.append((name, key["seed"]))
+            if name == "first":
+                Experiment(tmp_path, "test").run(keys, one("second"))
+            yield {"epoch": 1, "test": key["seed"]}
+
+        return run
+
+    Experiment(tmp_path, "test").run(keys, one("first"))
+    assert done == [("first", 0), ("second", 1)]
+    assert sorted(row["seed"] for row in curve(tmp_path / "runs.csv")) == ["0", "1"]
+    assert capsys.readouterr().err == "test: other processes are at 1 of the 2 runs\n"
+    assert [path.name for path in tmp_path.glob("*.lock")] in ([], [".rows.lock"])
+
+
+@pytest.mark.slow
+def test_scripts_at_once_give_what_one_gives(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(EXAMPLES / "experiment.py"), "--seeds", "2", "--epochs", "3", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    several = [subprocess.Popen([*command, str(tmp_path / "parts")], stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait() for process in several] == [0, 0, 0]
+    for name in ("runs.csv", "curves.csv"):
+        found, expected = (sorted(map(str, curve(tmp_path / part / name))) for part in ("parts", "whole"))
+        assert found == expected
+
+
+def test_a_file_that_is_made_once(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(path: Path) -> None:
+        made.append(path)
+        path.write_text("weights", encoding="utf-8")
+
+    assert [once(tmp_path / "source.bin", make).read_text(encoding="utf-8") for _ in range(2)] == ["weights"] * 2
+    assert made == [tmp_path / "source.bin"]
+
+
+def test_a_device_that_is_not_here(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", str(EXAMPLES / "experiment.py"), "--quick", "--device", "gpu", "--out"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("experiment.py: device is 'gpu', which cannot be used (")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu(tmp_path: Path) -> None:
+    """The same samples in the same order give about the same losses as on a CPU."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        data = load("digits").first(320, 50).to(torch.device(device))
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
+        )
+        network = ffebm.convert(model.to(device), data.training[0][:2], feedback=0.5)
+        found = list(training_and_accuracy(network, data, Recipe(3, 5e-3), 0, tmp_path / f"{device}.pt"))
+        losses.append([row["loss"] for row in found])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

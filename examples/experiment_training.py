@@ -1,0 +1,171 @@
+"""How the experiments train a classifier: a run that stops where it fails, and goes on where it was stopped.
+
+`training` yields a row for each epoch and writes a checkpoint after it. It runs where the data are, on a CPU or a GPU
+(`Data.to`). The order of the samples is drawn on the CPU, so that it is the same on both.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from experiment_data import Data
+from torch import Tensor, nn
+
+import ffebm_compiler as ffebm
+
+__all__ = ["Diverged", "Recipe", "Row", "accuracy", "training", "training_and_accuracy"]
+
+Row = dict[str, Any]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Diverged(ffebm.FFEBMError):
+    """A run whose loss or states are not finite any more."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: Adam with a cosine schedule, an incomplete last batch left out."""
+
+    epochs: int
+    rate: float
+    batch: int = 32
+    loss: Loss = F.cross_entropy
+    weight_decay: float = 0.0
+    autocast: torch.dtype | None = None
+    """The dtype of products; None for that of the weights."""
+
+
+def accuracy(model: nn.Module, data: Data, part: tuple[Tensor, Tensor], batch: int = 500) -> float:
+    """Percent of a part of the data that the model classifies rightly, in evaluation mode."""
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        found = [
+            model(data.scaled(x)).argmax(-1) == y
+            for x, y in zip(part[0].split(batch), part[1].split(batch), strict=True)
+        ]
+    model.train(was)
+    return 100 * float(torch.cat(found).double().mean())
+
+
+def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint: Path) -> Iterator[Row]:
+    """Train a classifier. Yields the epoch, its mean loss, its seconds, and what its blocks did in it.
+
+    Seconds are those of the process on a CPU, and of the clock on a GPU.
+
+    Raises:
+        InputError: the loss is no scalar.
+        Diverged: the loss is not finite, a block does not settle, or its weights are too large; names the block.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
+    x, y = data.training
+    count = len(x) // recipe.batch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.epochs * count))
+    generator = torch.Generator().manual_seed(seed)
+    kept: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
+    first = _resume(checkpoint, model, kept, generator)
+    for epoch in range(first, recipe.epochs + 1):
+        model.train()
+        losses, sweeps, started = [], [], _seconds(data.device)
+        for rows in torch.randperm(len(x), generator=generator)[: count * recipe.batch].split(recipe.batch):
+            optimizer.zero_grad()
+            at = rows.to(data.device)
+            losses.append(_step(model, data.scaled(x[at]), y[at], recipe, epoch))
+            optimizer.step()
+            schedule.step()
+            sweeps += [one.sweeps for one in _settled(model)]
+        row = {"epoch": epoch, "loss": statistics.mean(losses), "seconds": _seconds(data.device) - started}
+        if isinstance(model, ffebm.HybridModel):
+            gains = [block.loop_gain for block in model.blocks if block.certificate is not None]
+            row |= {"sweeps": statistics.mean(sweeps) if sweeps else 0, "loop_gain": max(gains, default=0.0)}
+        yield row
+        _save(checkpoint, epoch, model, kept, generator)  # now that its row is in the file
+
+
+def training_and_accuracy(
+    model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint: Path, batch: int = 500
+) -> Iterator[Row]:
+    """`training`, with the test accuracy after each epoch, in batches of `batch`."""
+    for row in training(model, data, recipe, seed, checkpoint):
+        yield {**row, "test": accuracy(model, data, data.test, batch)}
+
+
+def _seconds(device: torch.device) -> float:
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _step(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, epoch: int) -> float:
+    products = torch.autocast(x.device.type, recipe.autocast, enabled=recipe.autocast is not None)
+    with _named_divergence(model, epoch), products:
+        scores = model(x)
+    loss = recipe.loss(scores, y)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ffebm.InputError(f"the loss is no scalar tensor (got {shape}): reduce it by mean() or sum()")
+    found = float(loss.detach())
+    if not math.isfinite(found):
+        raise Diverged(f"stopped in epoch {epoch}: the loss is {found}")
+    with _named_divergence(model, epoch):
+        loss.backward()  # type: ignore[no-untyped-call]
+    return found
+
+
+@contextmanager
+def _named_divergence(model: nn.Module, epoch: int) -> Iterator[None]:
+    """Make `Diverged` of a block that does not settle, and of one that refuses weights that have become too large."""
+    try:
+        yield
+    except ffebm.FFEBMError as error:
+        size = sum(float(p.detach().square().sum()) for p in model.parameters())
+        if not isinstance(error, ffebm.ConvergenceError) and math.isfinite(size):
+            raise
+        raise Diverged(f"stopped in epoch {epoch}: {str(error).split(';')[0]}") from error
+
+
+def _settled(model: nn.Module) -> list[Any]:
+    blocks = model.energy_blocks.values() if isinstance(model, ffebm.HybridModel) else ()
+    return [block.last for block in blocks if block.program.coupled and block.last is not None]
+
+
+def _save(path: Path, epoch: int, model: nn.Module, kept: Mapping[str, Any], generator: torch.Generator) -> None:
+    state = {name: one.state_dict() for name, one in kept.items()}
+    part = path.with_suffix(".part")
+    torch.save(
+        {
+            **state,
+            "epoch": epoch,
+            "model": model.state_dict(),
+            "order": generator.get_state(),
+            "draws": torch.get_rng_state(),
+            "draws on GPUs": torch.cuda.get_rng_state_all(),
+        },
+        part,
+    )
+    part.replace(path)
+
+
+def _resume(path: Path, model: nn.Module, kept: Mapping[str, Any], generator: torch.Generator) -> int:
+    """The epoch to go on with."""
+    if not path.exists():
+        return 1
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])  # onto its own device
+    for name, one in kept.items():
+        one.load_state_dict(state[name])
+    generator.set_state(state["order"])
+    torch.set_rng_state(state["draws"])
+    torch.cuda.set_rng_state_all(state["draws on GPUs"])
+    return int(state["epoch"]) + 1

@@ -6,9 +6,9 @@
 - Arithmetic: floating-point operations of convolutions and matrix products, forward and backward, as torch's
   `FlopCounterMode` sees them. It does not see elementwise work (activations, additions, pooling, normalisation) nor
   the traffic to memory, and it counts a convolution as a direct one.
-- Floor: that arithmetic at the rate of the best of several large float32 matrix products, measured at every turn of
-  the same run. Nothing that does this arithmetic in products takes less; a convolution by a shorter algorithm
-  (Winograd, FFT) could.
+- Floor: that arithmetic at the rate of the best of several large float32 matrix products, by either library that
+  settling blocks multiply with, measured at every turn of the same run. Nothing that does this arithmetic in products
+  takes less; a convolution by a shorter algorithm (Winograd, FFT) could.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import fnmatch
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.runtime.program import matrix_products
 
 NOT_COUNTED = "Counted are convolutions and matrix products, not elementwise work nor the traffic to memory."
 
@@ -101,9 +103,14 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def flops(run: Callable[[], object]) -> int:
     """Floating-point operations of a call, two for each multiplication and its addition; see the module's docstring."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}) as counter:
         run()
     return int(counter.get_total_flops())
+
+
+def _linear_flops(value: Sequence[int], weight: Sequence[int], *args: object, out_shape: object, **kw: object) -> int:
+    """Those of one product by oneDNN, from the shapes of its operands."""
+    return 2 * math.prod(value) * weight[0]
 
 
 def peak_rate(device: torch.device) -> float:
@@ -113,8 +120,9 @@ def peak_rate(device: torch.device) -> float:
     for size in sizes:
         a, b = torch.randn(2, size, size, device=device)
         out = a @ b
-        for _ in range(4):
-            best = max(best, 2 * size**3 / seconds(partial(torch.mm, a, b, out=out), device))
+        with torch.no_grad():
+            for product in (partial(torch.mm, a, b, out=out), partial(matrix_products.linear, a, b)) * 4:
+                best = max(best, 2 * size**3 / seconds(product, device))
     return best
 
 

@@ -82,7 +82,7 @@ class Settle(torch.autograd.Function):
         program = block.program
         tensors = block.laid_out(tensors)
         inputs = [value for value in tensors[: program.inputs] if value is not None]
-        frame = Frame(program, inputs, tensors[program.inputs :], drawn)
+        frame = Frame(program.quick, inputs, tensors[program.inputs :], drawn)
         frame.training, frame.autocast, frame.reads = block.training, autocast, reads
         if block.training:
             frame.paces = block.paces_on(inputs[0].device)
@@ -127,7 +127,7 @@ class Settle(torch.autograd.Function):
             return (None,) * (count + 4)
         layers = len(program.layers)
         inputs = [value for value in saved[: program.inputs] if value is not None]
-        frame = Frame(program, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
+        frame = Frame(program.quick, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
         frame.training, frame.paces, frame.autocast, frame.light = ctx.training, ctx.paces, ctx.autocast, ctx.light
         preactivations = tuple(value for value in saved[count + layers : count + 2 * layers] if value is not None)
         states = tuple(

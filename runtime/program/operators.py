@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ffebm_compiler.runtime.program import matrix_products
 from ffebm_compiler.runtime.program.pointwise import faulty, thinned
 from ffebm_compiler.runtime.program.pooling import disjoint_windows, spread
 
@@ -90,6 +91,10 @@ class Operator(ABC):
         """The operator of the absolute values |A| for weights |θ|. Coefficients lose their sign, and constants go."""
         return self
 
+    def quick(self) -> Operator:
+        """The same operator by the fastest products, which may round otherwise than the source's and record nothing."""
+        return self
+
     def draw(self, values: Sequence[Tensor]) -> Tensor | None:
         """The constant of this forward, if the operator `draws` or `selects`; else None."""
         return None
@@ -111,11 +116,16 @@ class Linear(Operator):
     """
 
     transposed: bool = False
+    fast: bool = field(default=False, repr=False)
+    """Whether products are those of `matrix_products`."""
     product = True
 
     def _out_in(self, weights: Weights) -> Tensor:
         weight = _given(weights[0])
         return weight.t() if self.transposed else weight
+
+    def _product(self, value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (matrix_products.linear if self.fast else F.linear)(value, weight, bias)
 
     def matrices(self, weight: Tensor) -> Tensor:
         """One matrix, Wᵀ, or W if it is transposed."""
@@ -125,19 +135,23 @@ class Linear(Operator):
         """The inverse of `matrices`."""
         return matrices[0] if self.transposed else matrices[0].t()
 
+    def quick(self) -> Operator:
+        """By the faster library."""
+        return replace(self, fast=True)
+
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """A x + b."""
-        return F.linear(values[0], self._out_in(weights), weights[1])
+        return self._product(values[0], self._out_in(weights), weights[1])
 
     def tangent(self, values: Sequence[Tensor | None], weights: Weights, shapes: Sequence[torch.Size]) -> Tensor:
         """A x."""
-        return F.linear(_given(values[0]), self._out_in(weights))
+        return self._product(_given(values[0]), self._out_in(weights))
 
     def adjoint(
         self, cotangent: Tensor, weights: Weights, shapes: Sequence[torch.Size], needed: Sequence[bool]
     ) -> list[Tensor | None]:
         """P W, or P Wᵀ if it is transposed."""
-        return [torch.matmul(cotangent, self._out_in(weights))]
+        return [self._product(cotangent, self._out_in(weights).t())]
 
     def weight_gradients(
         self,
@@ -151,7 +165,7 @@ class Linear(Operator):
         rows, read = _rows(cotangent), _rows(values[0])
         first, second = (read, rows) if self.transposed else (rows, read)
         return [
-            first.t() @ second if needed[0] else None,
+            self._product(first.t(), second.t()) if needed[0] else None,
             rows.sum(0) if needed[1] and bias else None,
         ]
 

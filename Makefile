@@ -108,8 +108,9 @@ lint: $(STAMP)
 # mypy does not know that passes/ and runtime/ are subpackages of ffebm_compiler: it sees a tree of links in which they are.
 typecheck: $(STAMP)
 	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/ffebm_compiler
+	@ln -s "$(CURDIR)/ffebm_command.py" $(TYPECHECK)/
 	@ln -s $(foreach path,$(wildcard ffebm_compiler/*) passes runtime,"$(CURDIR)/$(path)") $(TYPECHECK)/ffebm_compiler/
-	cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p ffebm_compiler
+	cd $(TYPECHECK) && "$(CURDIR)/$(BIN)/python" -m mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p ffebm_compiler -m ffebm_command
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .

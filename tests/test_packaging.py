@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of a copy of the sources: stale files in the checkout's own build/ would go into it."""
     source = tmp_path_factory.mktemp("source")
     shutil.copy(ROOT / "pyproject.toml", source)
-    for name in ("LICENSE", PYPROJECT["project"].get("readme", "LICENSE")):
+    for name in ("LICENSE", "ffebm_command.py", PYPROJECT["project"].get("readme", "LICENSE")):
         shutil.copy(ROOT / name, source)
     for folder in TOP_FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -67,7 +67,7 @@ def test_top_level_copies_are_not_importable() -> None:
 
 def test_wheel_holds_every_module(wheel: Path) -> None:
     drawing = ROOT / "ffebm_compiler" / "drawing"
-    expected = {"ffebm_compiler/py.typed"}
+    expected = {"ffebm_compiler/py.typed", "ffebm_command.py"}
     expected.update(f"ffebm_compiler/drawing/{file.name}" for file in drawing.glob("*.[cj]s*"))
     for folder, name in TOP_FOLDERS.items():
         for file in (ROOT / folder).rglob("*.py"):
@@ -84,7 +84,7 @@ def test_wheel_names_its_licence_command_and_python(wheel: Path) -> None:
         assert info.replace("METADATA", "licenses/LICENSE") in archive.namelist()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    assert "ffebm = ffebm_compiler.cli.main:main" in commands
+    assert "ffebm = ffebm_command:main" in commands
 
 
 def test_subpackages_import_from_an_unpacked_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ class Commands(TyperGroup):
         except FFEBMError as error:
             _one_line(str(error))
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from error
 
 
 def _usage_error(error: Any) -> Any:

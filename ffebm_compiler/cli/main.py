@@ -32,7 +32,8 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile PyTorch networks to feedforward-tied energy-based models, the model class of hybrid analog/digital "
     "accelerators. Start with [bold]ffebm demo[/bold], or with [bold]ffebm plan[/bold] on your own model.",
-    epilog="Exit codes: 0 done, 1 a target of the demo or of check was missed, 2 an error, in one line on stderr.",
+    epilog="Exit codes: 0 done, 1 a target of the demo or of check was missed, 2 an error, in one line on stderr, 130 "
+    "interrupted by Ctrl-C.",
 )
 
 

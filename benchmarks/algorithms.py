@@ -20,7 +20,6 @@ One thread.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from depth import source
 from vector_fields import data, network
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--cnn-epochs", type=int, default=12)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--tables", nargs="+", default=["gradients", "digital", "training", "depth", "cnn", "norm"])
-    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -271,8 +271,7 @@ def main() -> None:
     if "norm" in options.tables:
         print("the same at 5e-4, with batch norm and without")
         found["norm"] = norm_table(options)
-    if options.out is not None:
-        write_whole(options.out, json.dumps(found, indent=1) + "\n")
+    keep(found, options.out)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def work(sizes: dict[str, int | None]) -> None:
     import ffebm_compiler
 
     torch.set_num_threads(1)
-    options = SimpleNamespace(**{key: sizes[key] or value for key, value in training_step.SIZES["cpu"].items()})
+    options = SimpleNamespace(held=False, **{k: sizes[k] or value for k, value in training_step.SIZES["cpu"].items()})
     made: dict[str, Any] = {}
     for line in sys.stdin:
         question = json.loads(line)
@@ -108,9 +108,7 @@ def work(sizes: dict[str, int | None]) -> None:
                 training_step.VARIANTS[name] = settings
                 made[key] = training_step.contestant(question["network"], name, options, torch.device("cpu"))
                 made[key].run()
-            with torch.no_grad():
-                for parameter in made[key].module.parameters():
-                    parameter.add_(0.0)
+            training_step.touch(made[key].module)
             answer["seconds"] = seconds(partial(made[key].run), torch.device("cpu"))
             answer["sweeps"] = made[key].sweeps()
         print(json.dumps(answer), flush=True)

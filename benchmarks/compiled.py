@@ -13,14 +13,20 @@ import argparse
 import copy
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
 from training_step import MLPStack, ResidualCNN, step
 
 import ffebm_compiler as ffebm
@@ -164,7 +170,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
+    add_out(parser)
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1  # in this process, whose CPU time is counted
     print(f"{'network':24} {'what':8} {'eager ms':>9} {'compiled':>9} {'ratio':>6} {'to compile':>11}")
@@ -174,6 +182,9 @@ def main() -> None:
             for what, eager, compiled, seconds in measure(name, options.steps, options.backend):
                 row = f"{name:24} {what:8} {eager:9.1f} {compiled:9.1f} {compiled / eager:6.2f} {seconds:9.1f} s"
                 print(row, flush=True)
+                figures = {"eager_ms": eager, "compiled_ms": compiled, "first_s": seconds}
+                rows.append({"network": name, "what": what, **figures})
+                keep(rows, options.out)
 
 
 if __name__ == "__main__":

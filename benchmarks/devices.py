@@ -12,14 +12,18 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import MarkdownTables, add_out, keep
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import Devices, EquilibriumPropagation
@@ -65,11 +69,8 @@ def cosines(found: Gradients, expected: Gradients) -> list[float]:
     return [float((found[n] * e).sum() / (found[n].norm() * e.norm())) for n, e in expected.items()]
 
 
-def row(*cells: Any) -> None:
-    """A row of a table."""
-    print(
-        "| " + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
-    )
+PRINTED = MarkdownTables(".4f")
+row = PRINTED.row
 
 
 class Tables:
@@ -179,14 +180,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(kinds)}; all if left out")
     parser.add_argument("--feedback", type=float, default=0.3)
+    add_out(parser)
     options = parser.parse_args()
     if unknown := set(options.tables) - set(kinds):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(kinds)}")
     torch.set_num_threads(1)
     tables = Tables(options.feedback)
     for name in options.tables or kinds:
+        PRINTED.begin(name)
         getattr(tables, name)()
         print()
+        keep(PRINTED.tables, options.out)
 
 
 if __name__ == "__main__":

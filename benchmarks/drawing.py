@@ -19,10 +19,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from selenium import webdriver
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
@@ -130,7 +134,10 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
-    repeat = parser.parse_args().repeat
+    add_out(parser)
+    options = parser.parse_args()
+    repeat = options.repeat
+    rows: list[dict[str, Any]] = []
     driver = browser()
     print(f"| {'network':24} | operations | nodes | file | written in | opens in | first paint | a click |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -150,6 +157,10 @@ def main() -> None:
                 clicked.append(driver.execute_script(OPEN) / 1000)
             nodes = driver.execute_script("return document.querySelectorAll('g.node').length")
             size = path.stat().st_size / 1000
+            figures = {"opens_s": opened, "paint_s": painted, "click_s": clicked}
+            medians = {key: statistics.median(times) for key, times in figures.items()}
+            rows.append({"network": name, "operations": len(plan.graph.operations), "kb": size, **medians})
+            keep(rows, options.out)
             print(
                 f"| {name:24} | {len(plan.graph.operations)} | {nodes} | {size:.0f} kB | {wrote:.2f} s "
                 f"| {middle(opened)} | {middle(painted)} | {middle(clicked)} |"

@@ -12,10 +12,12 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
 from zoo_models import load_torchvision
 
 import ffebm_compiler as ffebm
@@ -30,12 +32,14 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--fabrics", nargs="+", default=("crossbar-256", "pcm-64"))
     parser.add_argument("--feedback", type=float, default=0.1)
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     load_torchvision()
     import timm
 
     x = torch.randn(2, 3, 224, 224)
+    rows: list[dict[str, Any]] = []
     print("| network | batch norm | fabric | of | fewest conversions | energy | least energy | energy | CPU s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in options.networks:
@@ -57,10 +61,14 @@ def main() -> None:
                     )
                     seconds = time.process_time() - start
                     cells = [name, ("folded" if fold else "kept") if normed else "none", f"`{fabric}`", for_]
-                    for plan in (few, least):
-                        energy = modelled_energy(plan, for_ == "training", options.feedback)
+                    energies = [modelled_energy(p, for_ == "training", options.feedback) for p in (few, least)]
+                    for plan, energy in zip((few, least), energies, strict=True):
                         cells += [str(plan.conversions), str(energy)]
                     print("|", " | ".join([*cells, f"{seconds:.1f}"]), "|", flush=True)
+                    few_pj, least_pj = ([energy.low, energy.high] for energy in energies)
+                    row = dict(zip(("network", "norm", "fabric", "of"), cells, strict=False))
+                    rows.append({**row, "few": few_pj, "least": least_pj, "seconds": seconds})
+                    keep(rows, options.out)
 
 
 if __name__ == "__main__":

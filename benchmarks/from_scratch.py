@@ -12,7 +12,6 @@ points. `--feedback` takes loop gains and "symmetric", the literature's γ = 1. 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
+
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 
 BACKPROP = "backprop"
 
@@ -127,7 +128,7 @@ def main(about: str = "", build: Callable[[int], nn.Module] = network, **setting
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--train", type=int, default=1440, help="images to train on; the others test")
-    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ffebm.FFEBMWarning)
@@ -145,8 +146,7 @@ def main(about: str = "", build: Callable[[int], nn.Module] = network, **setting
             f"{f'{max(gains):.3g}' if gains else '':>10}  {next((r['failed'] for r in runs if r['failed']), '')}",
             flush=True,
         )
-    if options.out is not None:
-        write_whole(options.out, json.dumps(rows, indent=1) + "\n")
+    keep(rows, options.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ trained on scikit-learn's digits with `--trained`.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
+
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.reports.checks import ESTIMATORS
 
 
@@ -97,7 +99,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trained", action="store_true")
-    parser.add_argument("--out", type=Path)
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = network(options.trained)
@@ -115,9 +117,7 @@ def main() -> None:
         figures = "  ".join(f"{row[n]['cosine']:15.6f} {row[n]['relative_error']:8.1e}" for n in ESTIMATORS)
         print(f"{feedback:9g} {label:>16}  {figures}", flush=True)
     print(f"{rows[0]['layers']} layers in {rows[0]['blocks']} blocks, float32, against float64 unrolled")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, json.dumps(rows, indent=1) + "\n")
+    keep(rows, options.out)
 
 
 if __name__ == "__main__":

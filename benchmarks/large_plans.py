@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.files.whole_files import write_whole
 
 sys.path.insert(0, str(Path(__file__).parent))
+from measuring import add_out, keep
 from zoo_models import load_torchvision
 
 NETWORKS: dict[str, tuple[str, dict[str, int]]] = {
@@ -67,17 +69,21 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--one", choices=list(NETWORKS), help="plan this one in the present process")
     parser.add_argument("--table", type=Path, help="write the table here too")
+    add_out(parser)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one)))
         return
     rows = ["| network | parameters | plan, CPU s | cost report, CPU s | peak, GiB | blocks | tiles of 4096² |",
             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    kept: list[dict[str, Any]] = []
     for name in options.only:
         command = [sys.executable, "-P", __file__, "--one", name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         found = json.loads(done.stdout.splitlines()[-1])
+        kept.append({"network": name, **found})
+        keep(kept, options.out)
         rows.append(
             f"| {name} | {found['parameters'] / 1e9:.1f} B | {found['seconds']:.1f} | {found['costs']:.1f} | "
             f"{found['gib']:.2f} | {found['blocks']:.0f} | {found['tiles']:.0f} |"

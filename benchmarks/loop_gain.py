@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
 import sys
@@ -25,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
 from training_step import NETWORKS
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.hardware.fabric import Hardware
 
 WIDTHS = (64, 512, 1024)
@@ -112,7 +111,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=16)
     parser.add_argument("--feedback", type=float, default=0.1)
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS), help="of the growing weights")
-    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     costs = [cost(network, options) for network in NETWORKS]
@@ -124,9 +123,7 @@ def main() -> None:
     for row in grown:
         told = f"{row['true_over_told']:9.3f} {row['power_iteration']:17.3f}"
         print(f"width {row['width']:<22} {row['growth']:9.2f} {told}", flush=True)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, json.dumps({"cost": costs, "growth": grown}, indent=1) + "\n")
+    keep({"cost": costs, "growth": grown}, options.out)
 
 
 if __name__ == "__main__":

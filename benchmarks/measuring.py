@@ -50,6 +50,8 @@ class Contestant:
     """Free-phase sweeps of the last step."""
     cosine: Callable[[], float | None] = lambda: None
     """Smallest cosine of a parameter's gradient with the exact one."""
+    before: Callable[[], object] = lambda: None
+    """Runs before each measured step, and is not measured."""
 
 
 def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -60,10 +62,40 @@ def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--table", nargs="+", default=["*"], help="only the tables that match a glob pattern")
     parser.add_argument("--only", nargs="+", default=["*"], help="only the rows that match, and the row of the ratios")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+    add_out(parser)
     parser.add_argument(
         "--memory-of", nargs=2, metavar=("TABLE", "ROW"), help="one figure, as the script asks itself for it"
     )
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The option that every benchmark has, for `keep`."""
+    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+
+
+def keep(found: object, out: Path | None) -> None:
+    """Write results as JSON where `--out` names a file, whole or not at all."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, json.dumps(found, indent=1) + "\n")
+
+
+class MarkdownTables:
+    """Prints rows as Markdown and keeps them for `keep`: `tables` has the cells of every row, the headings' first."""
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+        self.tables: dict[str, list[list[Any]]] = {}
+
+    def begin(self, title: str) -> None:
+        """The rows from now on are those of this table."""
+        self.tables[title] = []
+
+    def row(self, *cells: Any) -> None:
+        """Print a row, fractions in the form given."""
+        next(reversed(self.tables.values())).append(list(cells))
+        shown = (f"{cell:{self.form}}" if isinstance(cell, float) else str(cell) for cell in cells)
+        print(f"| {' | '.join(shown)} |", flush=True)
 
 
 def prepare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
@@ -170,6 +202,7 @@ def measure(
     for _ in range(options.steps):
         rate = max(rate, peak_rate(device))
         for name, contestant in contestants.items():
+            contestant.before()
             times[name].append(seconds(contestant.run, device))
     rows = []
     for name, contestant in contestants.items():
@@ -250,9 +283,6 @@ def write(tables: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Say what the floor is where there is one, and write the tables as JSON where the options ask for it."""
     if any("floor_ms" in row for table in tables for row in table["rows"]):
         print(f"\nfloor: FLOPs over the measured peak. {NOT_COUNTED}")
-    if options.out is None:
-        return
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(options).items() if isinstance(value, int | float | str)}
     found = {"conditions": conditions(options), "torch": torch.__version__, "options": settings, "tables": tables}
-    write_whole(options.out, json.dumps(found, indent=1) + "\n")
+    keep(found, options.out)

@@ -28,9 +28,13 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
 
 import ffebm_compiler as ffebm
 
@@ -111,17 +115,20 @@ def settled_network(sizes: tuple[int, ...], strict: bool) -> tuple[ffebm.HybridM
     return ffebm.convert(circuit, x[:2], energy="drn", hardware="ideal", solver=solver).eval(), x
 
 
-def settle(longest: float) -> None:
+def settle(longest: float, out: Path | None) -> None:
     """Print how long our solver and ngspice take for the same batch."""
     print(f"{'network':>24} {'resistors':>9} {'ours':>9} {'sweeps':>6} {'ngspice':>9} {'ratio':>7} {'deviation':>9}")
+    rows: list[dict[str, Any]] = []
     for strict in (True, False):
         for sizes in SETTLED:
-            if settle_one(sizes, strict) > longest:
+            rows.append(settle_one(sizes, strict))
+            keep(rows, out)
+            if rows[-1]["ngspice_s"] > longest:
                 break
 
 
-def settle_one(sizes: tuple[int, ...], strict: bool) -> float:
-    """Print the line of one network. Returns the CPU seconds that ngspice took."""
+def settle_one(sizes: tuple[int, ...], strict: bool) -> dict[str, Any]:
+    """Print the line of one network."""
     hybrid, x = settled_network(sizes, strict)
     block = hybrid.blocks[0].module
     with torch.no_grad(), hybrid.recording() as record:
@@ -147,7 +154,8 @@ def settle_one(sizes: tuple[int, ...], strict: bool) -> float:
         f"{theirs / ours:7.0f} {deviation:9.1e}",
         flush=True,
     )
-    return theirs
+    figures = {"ours_s": ours, "ngspice_s": theirs, "ratio": theirs / ours, "deviation": deviation, "sweeps": sweeps}
+    return {"network": name, **figures}
 
 
 def main() -> None:
@@ -157,15 +165,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--settle", action="store_true", help="compare times to settle")
     parser.add_argument("--longest", type=float, default=60.0, help="seconds of ngspice at which --settle ends")
+    add_out(parser)
     options = parser.parse_args()
     if shutil.which("ngspice") is None:
         sys.exit("ngspice is not installed (a Debian package)")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if options.settle:
-        settle(options.longest)
+        settle(options.longest, options.out)
         return
     print(f"{'network':>24} {'resistors':>9} {'simulate':>9}   error at n = {options.emissions}")
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "block.cir"
         for name, (model, x), nudged in ((n, m, k) for n, m in networks().items() for k in (False, True)):
@@ -189,6 +199,9 @@ def main() -> None:
                 seconds += [run[1] for run in runs]
             resistors = len(re.findall(r"^R", path.read_text(), re.MULTILINE))
             shown = " ".join(f"{value:.1e}" for value in errors)
+            named = dict(zip(map(str, options.emissions), errors, strict=True))
+            rows.append({"network": name + ", nudged" * nudged, "errors": named})
+            keep(rows, options.out)
             print(f"{name + ', nudged' * nudged:>24} {resistors:9} {statistics.median(seconds):8.2f}s   {shown}")
 
 

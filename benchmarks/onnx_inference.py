@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import sys
 import tempfile
 import time
@@ -30,11 +29,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import networks
+from measuring import add_out, keep
 from zoo_models import MODELS
 
 import ffebm_compiler as ffebm
 import ffebm_compiler.onnx
-from ffebm_compiler.files.whole_files import write_whole
 
 LIMIT = 1e-5
 ZOO = (
@@ -169,7 +168,7 @@ def main() -> int:
     """Print a row per model; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["*"], help="patterns of model names")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    add_out(parser)
     parser.add_argument("--parts", action="store_true", help="export and run the digital parts too")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -186,9 +185,7 @@ def main() -> int:
         rows.append(row)
         cells = [f"{key} {value:.3g}" if isinstance(value, float) else f"{value}" for key, value in row.items()]
         print("  ".join(cells), flush=True)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(given.out, json.dumps(rows, indent=1) + "\n")
+    keep(rows, given.out)
     return int(failed)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import sys
 import time
 from collections.abc import Collection
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from measuring import add_out, keep
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from exact_partition import optimum
 from partition_cases import chain, random_graph, random_hardware
 
-from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
 from ffebm_compiler.passes.partition.decide import conversions, partition, tiles_of, too_large
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["*"])
     parser.add_argument("--share", action="store_true", help="groups of a convolution share tiles")
     parser.add_argument("--digital-drive", action="store_true", help="small: digital values may drive states")
-    parser.add_argument("--out", type=Path)
+    add_out(parser)
     options = parser.parse_args()
     if options.section == "small":
         rows = small(options.count, options.operations, options.digital_drive)
@@ -216,9 +216,7 @@ def main() -> None:
         rows = scale()
     else:
         rows = zoo(options.only, options.share)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, json.dumps(rows, indent=1) + "\n")
+    keep(rows, options.out)
 
 
 if __name__ == "__main__":

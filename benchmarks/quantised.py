@@ -24,6 +24,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import MarkdownTables, add_out, keep
+
 import ffebm_compiler as ffebm
 from ffebm_compiler import Devices, QuantisedBackprop
 from ffebm_compiler.onnx import ARITHMETIC, quantise, run
@@ -47,9 +50,8 @@ def network() -> nn.Sequential:
     return nn.Sequential(*features, *block, nn.Linear(64, 10))
 
 
-def row(*cells: Any) -> None:
-    """A row of a table."""
-    print("| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
+PRINTED = MarkdownTables(".1f")
+row = PRINTED.row
 
 
 class Tables:
@@ -177,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one seed and two epochs")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
+    add_out(parser)
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(names):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(names)}")
@@ -185,8 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.names or names:
         method = getattr(tables, name)
         print(f"{name}: {method.__doc__}\n")
+        PRINTED.begin(name)
         method()
         print()
+        keep(PRINTED.tables, options.out)
     return 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -26,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
+
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=3, help="epochs of EP after the conversion")
     parser.add_argument("--longer", type=int, default=10, help="epochs of EP with the gradient through the amplifiers")
     parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = {"trained": without_retraining(options), "scratch": from_scratch(options), "step": steps(options)}
@@ -203,9 +204,7 @@ def main() -> None:
     print(f"\n{'':>10} {'hopfield':>10} {'resistive':>10}   EP steps in backprop steps")
     for row in results["step"]:
         print(f"{row['source']:>10} {row['hopfield']:10.2f} {row['resistive']:10.2f}")
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, json.dumps(results, indent=1) + "\n")
+    keep(results, options.out)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,14 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.runtime.program.frame import Frame
@@ -131,8 +136,8 @@ def failed(found: Found, kind: str) -> bool:
     return not found.settled or not found.certified or found.sweeps > limit
 
 
-def measure(energy: str, kind: str, seeds: range) -> list[int]:
-    """Settle graphs, print their line, and return the seeds of those that failed."""
+def measure(energy: str, kind: str, seeds: range) -> dict[str, Any]:
+    """Settle graphs and print their line; the row has the seeds of those that failed."""
     runs, failures, started = [], [], time.monotonic()
     for seed in seeds:
         model, x, gamma = graph(seed, energy, kind)
@@ -144,15 +149,23 @@ def measure(energy: str, kind: str, seeds: range) -> list[int]:
         elif len(runs) % 100 == 0:
             print(f"{energy}, {kind}: {len(runs)} in {time.monotonic() - started:.0f} s", file=sys.stderr)
     sweeps = [run.sweeps for run in runs]
+    row = {
+        "energy": energy,
+        "kind": kind,
+        "graphs": len(runs),
+        "unsettled": sum(not run.settled for run in runs),
+        "largest": max(sweeps),
+        "ratio": max(run.sweeps / run.predicted for run in runs),
+        "failures": failures,
+    }
     print(
-        f"{energy:>12} {kind:>10} {len(runs):7} {sum(not run.settled for run in runs):9} "
-        f"{statistics.median(sweeps):7.0f} {max(sweeps):8} "
-        f"{max(run.sweeps / run.predicted for run in runs):16.2f} {len(failures):7}",
+        f"{energy:>12} {kind:>10} {row['graphs']:7} {row['unsettled']:9} {statistics.median(sweeps):7.0f} "
+        f"{row['largest']:8} {row['ratio']:16.2f} {len(failures):7}",
         flush=True,
     )
     if failures:
         print(f"{'':>12} seeds: {failures}", flush=True)
-    return failures
+    return row
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,18 +174,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--graphs", type=int, default=1000, help="of each kind and energy")
     parser.add_argument("--energy", nargs="+", default=["resistive", "unamplified", "drn"])
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    add_out(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     seeds = range(options.first, options.first + options.graphs)
     print(f"{'energy':>12} {'graphs':>10} {'number':>7} {'unsettled':>9} {'median':>7} {'largest':>8} "
           f"{'sweeps/predicted':>16} {'failed':>7}")  # fmt: skip
-    failures = [
-        seed
-        for energy in options.energy
-        for kind in KINDS[: 1 if energy == "drn" else 2]
-        for seed in measure(energy, kind, seeds)
-    ]
-    return 1 if failures else 0
+    rows: list[dict[str, Any]] = []
+    for energy in options.energy:
+        for kind in KINDS[: 1 if energy == "drn" else 2]:
+            rows.append(measure(energy, kind, seeds))
+            keep(rows, options.out)
+    return 1 if any(row["failures"] for row in rows) else 0
 
 
 if __name__ == "__main__":

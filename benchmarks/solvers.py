@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -23,12 +23,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers import DCHN
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
+from peers import DCHN
 from training_step import MLPStack, ResidualCNN
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.hardware.fabric import Hardware
 
 SOLVERS: dict[str, Any] = {
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--network", default="*", help="only the rows that match a glob pattern")
     parser.add_argument("--gradient", choices=("ep", "implicit"), default="ep")
-    parser.add_argument("--out", type=Path)
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ffebm.ConvergenceWarning)
@@ -132,9 +134,7 @@ def main() -> None:
             for n in names
         ]
         print(f"{name:26} {row['loop_gain']:6.2f} {1e3 * (base or 0):7.0f}  " + "  ".join(cells), flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(options.out, json.dumps(results, indent=1) + "\n")
+    keep(results, options.out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import sys
 import time
 import traceback
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from measuring import add_out, keep
 from trained_hearing import crepe, silero
 from trained_models import Job, MissingPackage, digits, efficientnet, faces, mnist1d
 
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns of names: " + ", ".join(JOBS))
     parser.add_argument("--quick", action="store_true", help="little data, short training, two loop gains")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    add_out(parser)
     parser.add_argument("--table", type=Path, help="put the table into this page, between its two marks")
     options = parser.parse_args(arguments)
     names = [name for name in JOBS if any(fnmatch.fnmatch(name, pattern) for pattern in options.only)]
@@ -197,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             others.append(f"{name}: failed, {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             print(others[-1], flush=True)
             traceback.print_exc()
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(options.out, json.dumps(rows, indent=1) + "\n")
+        keep(rows, options.out)
     if options.table:
         put_table(options.table, markdown(rows, others))
     return 1 if failed else 0

@@ -1,12 +1,14 @@
 """One training step of a hybrid against one backprop step of its source.
 
     python benchmarks/training_step.py [--steps 7] [--out benchmarks/results/training_step.json]
+    python benchmarks/training_step.py --held                       # the loop gain is measured in every step
     python benchmarks/training_step.py --device cuda [--tf32]
 
 After the training steps come forwards in eval mode. One thread, or one GPU. The variants of a network take turns in
 one process; each figure is the median over the steps of the time of forward and backward, beside the source's median
 of the same run and beside the floor under it: `measuring.py` says how each is measured. `--batch`, `--width`,
-`--depth` and `--side` change the networks.
+`--depth` and `--side` change the networks. Weights do not change between the steps, so that the loop gain is measured
+once. `--held` marks them as changed before every step, and each step measures it, as in training.
 """
 
 from __future__ import annotations
@@ -143,7 +145,9 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "unrolled, default": {"gradient": "unrolled"},
     "ep, feedback 0.3": {"feedback": 0.3},
     "implicit, feedback 0.3": {"feedback": 0.3, "gradient": "implicit"},
+    "ep, feedback 0.5": {"feedback": 0.5},
     "ep, feedback 0.7": {"feedback": 0.7},
+    "ep, feedback 0.9": {"feedback": 0.9},
     "ep centered, default": {"gradient": CENTERED},
     "ep, full precision": {"solver": ffebm.GaussSeidel(precision="full")},
 }
@@ -171,6 +175,13 @@ def step(model: nn.Module, x: Tensor, labels: Tensor) -> None:
     F.cross_entropy(model(x), labels).backward()
 
 
+def touch(model: nn.Module) -> None:
+    """Mark every weight as changed."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.0)
+
+
 def contestant(network: str, name: str, options: argparse.Namespace, device: torch.device) -> Contestant:
     """The source, or a hybrid of it with blocks of two layers, and its training step or forward on one batch."""
     torch.manual_seed(0)
@@ -188,14 +199,19 @@ def contestant(network: str, name: str, options: argparse.Namespace, device: tor
         taken = [b.module.last.sweeps for b in blocks if b.module.last and b.module.program.coupled]
         return statistics.median(taken) if taken else None
 
-    run = partial(evaluate, model, x) if evaluated else partial(step, model, x, labels)
-    return Contestant(run, model, sweeps)
+    if evaluated:
+        return Contestant(partial(evaluate, model, x), model, sweeps)
+    run = partial(step, model, x, labels)
+    return (
+        Contestant(run, model, sweeps, before=partial(touch, model)) if options.held else Contestant(run, model, sweeps)
+    )
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, steps=7)
+    parser.add_argument("--held", action="store_true", help="measure the loop gain in every step, as in training")
     parser.add_argument("--batch", type=int, help="images, and twice the sequences of tokens")
     parser.add_argument("--width", type=int, help="channels, and a quarter of the features of a token")
     parser.add_argument("--depth", type=int, help="blocks")

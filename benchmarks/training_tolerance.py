@@ -13,12 +13,16 @@ import argparse
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from networks import CASES, noise
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
 
 import ffebm_compiler as ffebm
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--estimator", default="ep", choices=("ep", "implicit"))
     parser.add_argument("--rtol", type=float, help="of both phases; left out: the defaults")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[float, list[tuple[float, str, int]]] = {kappa: [] for kappa in KAPPAS}
@@ -66,11 +71,14 @@ def main() -> None:
                 cosine, parameter = worst(gradients(hybrid, x), gradients(exact, x.double()))
                 sweeps = max(block.module.last.sweeps for block in hybrid.blocks if block.module.last)
                 rows[kappa].append((cosine, f"{name}, {activation.__name__}, {parameter}", sweeps))
+    kept: list[dict[str, Any]] = []
     print("loop gain  1 − worst cosine  most sweeps   below 0.9999  where the worst is")
     for kappa, found in rows.items():
         cosine, where, _ = min(found)
         below = sum(row[0] < 0.9999 for row in found)
+        kept.append({"feedback": kappa, "cosine": cosine, "where": where, "below": below, "blocks": len(found)})
         print(f"{kappa:9}{1 - cosine:18.1e}{max(r[2] for r in found):13}{below:8} of {len(found)}  {where}")
+    keep(kept, options.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ One thread.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -34,8 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import add_out, keep
+
 import ffebm_compiler as ffebm
-from ffebm_compiler.files.whole_files import write_whole
 
 SIZES = (64, 64, 32, 10)
 MODES = ("tied", "fixed", "free", "aligned", "penalty", "homeostasis")
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=1e-3, help="weight decay of the aligned runs")
     parser.add_argument("--penalty", type=float, default=1e-2, help="λ of the penalty")
     parser.add_argument("--homeostasis", type=float, default=3e-2, help="λ of homeostasis")
-    parser.add_argument("--out", type=Path, help="also write the results as JSON")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'κ':>5} {'‖B−W‖/‖W‖':>10} {'cosines of the layers, the first one first':>45}")
@@ -158,8 +159,7 @@ def main() -> None:
             f"{statistics.median(run['seconds'] for run in found):6.1f}",
             flush=True,
         )
-    if options.out is not None:
-        write_whole(options.out, json.dumps({"angles": rows, "training": runs}, indent=1) + "\n")
+    keep({"angles": rows, "training": runs}, options.out)
 
 
 if __name__ == "__main__":

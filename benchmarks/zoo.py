@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import math
 import re
 import sys
@@ -30,6 +29,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+from measuring import add_out, keep
 from zoo_models import MODELS, load_torchvision
 
 import ffebm_compiler as ffebm
@@ -296,7 +296,7 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns of model names")
-    parser.add_argument("--out", type=Path)
+    add_out(parser)
     parser.add_argument("--table", type=Path, help="also write the table as Markdown")
     parser.add_argument("--trace", action="store_true", help="print tracebacks")
     options = parser.parse_args()
@@ -324,9 +324,7 @@ def main() -> int:
             print(line(row), flush=True)
         for sentence in missed:
             print(f"  MISSED {name}: {sentence}", flush=True)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(options.out, json.dumps(rows, indent=1) + "\n")
+        keep(rows, options.out)
     if options.table:
         write_whole(options.table, markdown(rows))
     bad = sum(bool(failures(row)) for row in rows)

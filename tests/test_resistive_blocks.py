@@ -115,7 +115,7 @@ def test_the_certificate_of_convolutions_is_the_spectral_radius(gamma: float) ->
 @pytest.mark.parametrize(("energy", "kind"), [("drn", "any"), *product(("resistive", "unamplified"), KINDS)])
 def test_random_graphs_settle_at_every_gamma_as_fast_as_predicted(energy: str, kind: str) -> None:
     """The first graphs of the benchmark, which settles 1 000 of each: `make graphs`."""
-    assert not measure(energy, kind, range(15 if kind == "any" else 5))
+    assert not measure(energy, kind, range(15 if kind == "any" else 5))["failures"]
 
 
 @pytest.mark.parametrize("width", [16, 64])

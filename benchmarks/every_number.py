@@ -1,0 +1,293 @@
+"""Measure every number that was set as a target, in one run, and write docs/numbers.md.
+
+    make numbers                                   # all of them: most of a day
+    python benchmarks/every_number.py --quick           # the commands that take at most two minutes
+    python benchmarks/every_number.py --only step 'experiment-*' Training
+    python benchmarks/every_number.py --list              # the commands, their minutes, what is measured already
+
+A run is one state of the sources on one machine. What it has measured is in `build/numbers`, and a second call goes on
+where the first was stopped, the experiments in the middle. A result counts as long as the package's files, the files of
+its command, the command itself, torch and the processor are those that it was measured with; otherwise it is measured
+again. `--keep` counts older results too, and the page says of which commit they are. A number without a result is "not
+measured in this run" on the page; no figure of an earlier page is taken over. `--again` measures anew whatever counts.
+
+Commands run one after the other, with one thread. Times are worth something on a quiet machine only: the page has the
+load average at the beginning of each command. The page is made from docs/numbers.json, which is written beside it.
+Exit status 1 where a command gave no result. A target that is missed is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from measuring import keep
+from number_commands import COMMANDS, ROOT, Command
+from number_hardware import NUMBERS as HARDWARE
+from number_models import NUMBERS as MODELS
+from number_page import page
+from number_speed import NUMBERS as SPEED
+
+from ffebm_compiler.files.whole_files import write_whole
+
+NUMBERS = [*MODELS, *SPEED, *HARDWARE]
+FOLDER = ROOT / "build" / "numbers"
+PAGE = ROOT / "docs" / "numbers.md"
+PACKAGE = ("ffebm_compiler", "passes", "runtime")
+IMPORTS = re.compile(r"^\s*(?:from|import) ([a-z_0-9]+)", re.MULTILINE)
+QUICK = 2.0
+"""Minutes of the commands that `--quick` runs."""
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on beside the sources."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        model = found[1] if found else model
+    return {
+        "processor": f"{model}, {os.cpu_count()} cores",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+@functools.cache
+def package() -> str:
+    """A digest of the package's files."""
+    files = sorted(
+        path for folder in PACKAGE for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".js", ".css")
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def closure(files: Sequence[Path]) -> list[Path]:
+    """The files and what they import of benchmarks, examples and tests."""
+    found, waiting = set(), list(files)
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        names = IMPORTS.findall(path.read_text(encoding="utf-8"))
+        waiting += [ROOT / folder / f"{name}.py" for name in names for folder in ("benchmarks", "examples", "tests")]
+    return sorted(found)
+
+
+def fingerprint(command: Command) -> str:
+    """What a result was measured with."""
+    own = hashlib.sha256(b"".join(path.read_bytes() for path in closure(command.files()))).hexdigest()
+    here = machine()
+    return hashlib.sha256(repr((package(), own, command.line, here["processor"], here["torch"])).encode()).hexdigest()
+
+
+def results(command: Command, folder: Path) -> Any:
+    """What a command has measured: JSON, rows of a table as dictionaries, counts of tests, or what it printed."""
+    path = command.result(folder)
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    if path.suffix == ".xml":
+        suites = list(ElementTree.fromstring(text).iter("testsuite"))
+        counts = {
+            key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+        }
+        failed = counts["failures"] + counts["errors"]
+        return {"failed": failed, "skipped": counts["skipped"], "passed": counts["tests"] - failed - counts["skipped"]}
+    return text
+
+
+def done(name: str) -> dict[str, Any]:
+    """What is known of a command's last run; nothing if there was none."""
+    path = FOLDER / name / "done.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def counts(name: str, keep_older: bool) -> bool:
+    """Whether a command has a result that counts in this run."""
+    known = done(name)
+    return bool(known) and (keep_older or known["fingerprint"] == fingerprint(COMMANDS[name]))
+
+
+def crashed(code: int, log: str) -> str:
+    """Why a command gave no result; "" if it did. Exit status 1 is also that of a missed target or a failed test."""
+    last = next((line for line in reversed(log.splitlines()) if line.strip()), "")
+    if code not in (0, 1):
+        return f"exit status {code}: {last[:200]}"
+    return last[:200] if code == 1 and re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", last) else ""
+
+
+def measure(name: str) -> str:
+    """Run a command. Returns why it gave no result, or ""."""
+    command, folder = COMMANDS[name], FOLDER / name
+    mark, own = folder / "begun.json", fingerprint(command)
+    if not mark.exists() or json.loads(mark.read_text(encoding="utf-8")) != own or done(name):
+        shutil.rmtree(folder, ignore_errors=True)  # what is left there is of other sources, or whole already
+    folder.mkdir(parents=True, exist_ok=True)
+    keep(own, mark)
+    arguments, variables = command.arguments(folder)
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    load, started, log = (
+        (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0),
+        time.monotonic(),
+        folder / "log.txt",
+    )
+    with log.open("w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env={**os.environ, **one_thread, **variables}, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait()
+        except BaseException:
+            end(process)
+            raise
+    why = crashed(code, log.read_text(encoding="utf-8", errors="replace"))
+    if not why and not command.result(folder).exists():
+        why = "it wrote no results"
+    if not why:
+        told = {
+            "fingerprint": own,
+            "commit": commit(),
+            "load": round(load, 1),
+            "minutes": (time.monotonic() - started) / 60,
+        }
+        keep({**told, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}, folder / "done.json")
+    return why
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it started."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    process.wait()
+
+
+def gather(keep_older: bool, failed: dict[str, str]) -> dict[str, Any]:
+    """The contents of docs/numbers.json: the values that count, and what each command was."""
+    commands, values = {}, {}
+    for name, command in COMMANDS.items():
+        missing = command.missing()
+        state: dict[str, Any] = {"why": failed.get(name) or (f"needs {', '.join(missing)}" if missing else "")}
+        found = None
+        if counts(name, keep_older):
+            known = done(name)
+            found = results(command, FOLDER / name)
+            state = {key: known[key] for key in ("minutes", "load", "commit", "date")}
+        commands[name] = state
+        for number in (number for number in NUMBERS if number.command == name):
+            if found is not None:
+                try:
+                    values[number.what] = number.read(found)
+                except Exception as error:  # one number that cannot be read does not take the others with it
+                    values[number.what] = f"not in the results: {type(error).__name__}: {error}"
+            if isinstance(found, dict) and set(found) == {"failed", "skipped", "passed"}:
+                state["tests"] = found
+    return {"machine": machine(), "commit": commit(), "commands": commands, "values": values}
+
+
+def duration(minutes: float) -> str:
+    """In hours and minutes."""
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes // 60:.0f} h {minutes % 60:.0f} min"
+
+
+def selected(options: argparse.Namespace) -> list[str]:
+    """The names of the commands that are asked for: by their own names, or by the subjects of their numbers."""
+    subjects: dict[str, set[str]] = {name: {name} for name in COMMANDS}
+    for number in NUMBERS:
+        subjects[number.command].add(number.subject)
+    return [
+        name
+        for name, command in COMMANDS.items()
+        if any(fnmatch.fnmatch(word, pattern) for word in subjects[name] for pattern in options.only)
+        and (not options.quick or command.minutes <= QUICK)
+    ]
+
+
+def run(names: Sequence[str], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Run what has no result yet. Yields each command that gave none, and why."""
+    waiting = [n for n in names if not COMMANDS[n].missing() and (options.again or not counts(n, options.keep))]
+    left = sum(COMMANDS[name].minutes for name in waiting)
+    for index, name in enumerate(waiting, 1):
+        minutes = COMMANDS[name].minutes
+        print(f"[{index}/{len(waiting)}] {name}: {COMMANDS[name].line}", flush=True)
+        print(
+            f"    about {duration(minutes)}, and {duration(left - minutes)} after it; {FOLDER / name}/log.txt",
+            flush=True,
+        )
+        why = measure(name)
+        left -= minutes
+        print(f"    {f'no result: {why}' if why else duration(done(name)['minutes'])}", flush=True)
+        if why:
+            yield name, why
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["*"], help="glob patterns of commands or subjects")
+    parser.add_argument("--quick", action="store_true", help=f"only commands that take at most {QUICK:g} minutes")
+    parser.add_argument("--again", action="store_true", help="measure anew what has a result")
+    parser.add_argument("--keep", action="store_true", help="count results of older sources too, with their commit")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page of what is measured")
+    options = parser.parse_args(arguments)
+    names = selected(options)
+    if not names:
+        parser.error(f"no command or subject matches {' '.join(options.only)}; --list prints them")
+    if options.list:
+        for name in names:
+            state = "measured" if counts(name, options.keep) else ", ".join(COMMANDS[name].missing()) or "-"
+            print(f"{name:20} {COMMANDS[name].minutes:4g} min  {state:10}  {COMMANDS[name].line}")
+        print(f"{duration(sum(COMMANDS[name].minutes for name in names))} in all")
+        return 0
+    failed: dict[str, str] = {}
+    try:
+        for name, why in () if options.page else run(names, options):
+            failed[name] = why
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        found = gather(options.keep, failed)
+        keep(found, PAGE.with_suffix(".json"))
+        write_whole(PAGE, page(found, NUMBERS, COMMANDS))
+        print(f"{PAGE.relative_to(ROOT)}: {len(found['values'])} of {len(NUMBERS)} numbers are of this run")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

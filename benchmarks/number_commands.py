@@ -1,0 +1,184 @@
+"""The commands that `every_number.py` runs: every number of docs/numbers.md is read from the results of one of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = (sys.executable, "-P")
+PROGRAMS = {
+    "python": PYTHON,
+    "pytest": (*PYTHON, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-o", "timeout=7200"),
+    "ffebm": (*PYTHON, "-m", "ffebm_compiler"),
+}
+ARGUMENTS = {
+    "out.json": ("--out", "{folder}/out.json"),
+    "junit.xml": ("--junitxml", "{folder}/junit.xml"),
+    "log.txt": (),
+}
+"""File of the results -> what makes the command write it. Any other file is in a folder of its own, the `--out`."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, as one types it at the root of the checkout, and what comes of it."""
+
+    line: str
+    minutes: float
+    """About how long it takes on a quiet machine of two cores."""
+    reads: str = "out.json"
+    """The file of its results. `log.txt` is what it prints."""
+    needs: tuple[str, ...] = field(default=())
+    """Programs, and modules as `import NAME`, without which it measures nothing."""
+
+    def arguments(self, folder: Path) -> tuple[list[str], dict[str, str]]:
+        """The command for `subprocess`, with its results in a folder, and its own environment variables."""
+        words = shlex.split(self.line)
+        own = {}
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            own[name] = value
+        more = ARGUMENTS.get(self.reads, ("--out", "{folder}/out"))
+        return [*PROGRAMS[words[0]], *words[1:], *(word.format(folder=folder) for word in more)], own
+
+    def result(self, folder: Path) -> Path:
+        """The file of its results."""
+        return folder / self.reads if self.reads in ARGUMENTS else folder / "out" / self.reads
+
+    def files(self) -> list[Path]:
+        """The scripts and tests that it runs."""
+        words = (word.partition("::")[0] for word in shlex.split(self.line))
+        return [ROOT / word for word in words if word.endswith(".py")]
+
+    def missing(self) -> list[str]:
+        """What it needs and this machine lacks."""
+        return [need for need in self.needs if not _here(need)]
+
+
+def _here(need: str) -> bool:
+    if need == "a CUDA device":
+        import torch
+
+        return bool(torch.cuda.is_available())
+    if need.startswith("import "):
+        return importlib.util.find_spec(need.removeprefix("import ")) is not None
+    return shutil.which(need) is not None
+
+
+def _tests(line: str, minutes: float = 1, *needs: str) -> Command:
+    return Command(f"pytest {line}", minutes, "junit.xml", needs)
+
+
+STEP = "python benchmarks/training_step.py --held --no-memory"
+ROWS = "'single-layer*' 'ep, default' 'implicit, default' 'ep, feedback 0.5' 'ep, feedback 0.9'"
+
+LOOP_GAIN = "python examples/loop_gain.py --feedback backprop 0.1 0.5 0.9"
+
+COMMANDS: dict[str, Command] = {
+    # Conversion
+    "demo": Command("ffebm demo --quiet", 2, "results.json"),
+    "zoo": Command("python benchmarks/zoo.py", 45),
+    "resnet50": Command("python benchmarks/zoo.py --only torchvision:resnet50", 2),
+    "families": Command("python benchmarks/wild.py --only 'timm:*' 'torchvision:*' 'transformers:*'", 90),
+    "wild": Command(
+        "python benchmarks/wild.py --only 'vit:*' 'x_transformers:*' 'diffusers:*' 'monai:*' 'segmentation:*'",
+        120,
+        needs=("import vit_pytorch", "import x_transformers", "import diffusers", "import monai"),
+    ),
+    "survey": _tests("tests/test_survey.py", 4),
+    "one-layer": _tests("tests/test_split_relus.py tests/test_layers.py tests/test_convert.py"),
+    "trained": Command("python benchmarks/trained_networks.py", 20),
+    # Gradients
+    "reference": _tests("tests/test_reference.py"),
+    "gradients": _tests("tests/test_gradients.py"),
+    "algorithms": _tests("tests/test_algorithm_2.py tests/test_algorithms.py tests/test_holomorphic.py", 2),
+    "six-layers": _tests(
+        "tests/test_papers_networks.py::test_states_and_gradients_of_six_layers_are_those_of_its_equations"
+    ),
+    "gradient-accuracy": Command("python benchmarks/gradient_accuracy.py", 2),
+    "tolerance": Command("python benchmarks/training_tolerance.py", 10),
+    # Time and memory of a step
+    "step": Command(f"{STEP} --table 'residual CNN' 'transformer MLP stack' --steps 21 --only {ROWS}", 10),
+    "step-64": Command(f"{STEP} --table 'residual CNN' --width 64 --batch 64 --steps 9 --only {ROWS}", 10),
+    "step-transformer": Command(f"{STEP} --table transformer --steps 21 --only 'ep, default' 'implicit, default'", 4),
+    "evaluation": Command(
+        "python benchmarks/training_step.py --no-memory --table '*evaluation' --steps 21 --only 'forward, default'", 4
+    ),
+    "memory": Command(
+        "python benchmarks/training_step.py --table 'residual CNN' --width 64 --batch 64 --steps 1 "
+        "--only 'ep, default' 'implicit, default'",
+        3,
+    ),
+    "equilibrium": Command("python benchmarks/equilibrium.py --no-memory", 6),
+    # The loop gain
+    "loop-gain": Command("python benchmarks/loop_gain.py", 6),
+    "loop-gain-64": Command("python benchmarks/loop_gain.py --width 64 --batch 64 --widths 64", 10),
+    "held": _tests("tests/test_held_gain.py", 3),
+    # Training
+    "from-scratch": Command("python benchmarks/from_scratch.py --feedback backprop 0.1 0.5 0.9", 3),
+    "digital-drive": Command("python benchmarks/digital_drive.py --feedback backprop 0.1 0.5 0.9", 3),
+    "experiment-1-torch": Command(f"{LOOP_GAIN} --initialisation torch", 8, "runs.csv"),
+    "experiment-1-goe": Command(LOOP_GAIN, 8, "runs.csv"),
+    "experiment-2": Command("python examples/splitting.py --epochs 12", 30, "runs.csv"),
+    "experiment-5": Command(
+        "python examples/character_transformer.py --method backprop 'ep, κ 0.1' 'ep, κ 0.5' 'implicit, κ 0.5'",
+        10,
+        "runs.csv",
+    ),
+    "experiment-6": Command("python examples/fine_tuning.py --network digits --feedback backprop 0.3", 10, "runs.csv"),
+    "experiment-6-pypi": Command(
+        "python examples/fine_tuning.py --network digit-recognizer --feedback backprop 0.3 --seeds 1 --epochs 2",
+        8,
+        "runs.csv",
+    ),
+    "experiment-6-lite": Command(
+        "python examples/fine_tuning.py --network efficientnet-lite0 --feedback 0.3 --epochs 1 --views 240 --held 240",
+        12,
+        "runs.csv",
+    ),
+    "experiment-7": Command("python examples/depth.py --tables training --epochs 12", 25, "training/runs.csv"),
+    "vector-fields": Command("python benchmarks/vector_fields.py --modes tied --seeds 1 --epochs 1", 1),
+    # State and files
+    "state": _tests("tests/test_storage.py tests/test_hybrid_state.py", 3),
+    "files": _tests("tests/test_whole_files.py", 3),
+    "mutations": Command("FFEBM_MUTATIONS=10000 pytest tests/test_mutated_files.py", 50, "junit.xml"),
+    "onednn": _tests("tests/test_onednn.py", 2),
+    # Compiling and partitioning
+    "compile-time": Command("python benchmarks/compile_time.py", 8),
+    "exact": Command("python benchmarks/partition.py small --count 500", 12),
+    "growth": Command("python benchmarks/partition.py scale", 1),
+    "greedy": Command("python benchmarks/partition.py zoo", 12),
+    "random-graphs": _tests("tests/test_partition.py tests/test_partition_replay.py", 2),
+    "large": Command("python benchmarks/large_plans.py", 3),
+    "engines": _tests("tests/test_sharded.py tests/test_distributed.py", 5),
+    # Resistive networks
+    "resistive-gradients": _tests("tests/test_resistive.py tests/test_drn.py tests/test_resistive_blocks.py", 3),
+    "settling": Command("python benchmarks/settling.py --graphs 1000", 15),
+    "netlists": Command("python benchmarks/netlists.py", 2, needs=("ngspice",)),
+    "silicon": _tests("tests/test_ngspice.py::test_the_gradient_of_a_circuit_with_silicon_diodes", 1, "ngspice"),
+    "circuit": Command("python examples/circuit_in_the_loop.py", 6, "curve.csv", ("ngspice",)),
+    "against-ngspice": Command("python benchmarks/netlists.py --settle", 6, needs=("ngspice",)),
+    "resistive": Command("python benchmarks/resistive.py", 8),
+    "deep-resistive": Command("python examples/deep_resistive.py --data digits --method EP unrolled", 6, "runs.csv"),
+    # Analog devices and planning
+    "devices": Command("python benchmarks/devices.py static mismatch noise", 5),
+    "device-statistics": _tests("tests/test_devices.py"),
+    "aihwkit": _tests("tests/test_against_aihwkit.py", 1, "import aihwkit_lightning"),
+    "pcm": Command("python examples/analog_devices.py nudge --epochs 20 --seeds 2", 6, "log.txt"),
+    "energy": Command("python benchmarks/energy_objective.py", 6, needs=("import timm",)),
+    "chips": _tests("tests/test_chip_presets.py"),
+    "planning": Command("python benchmarks/accuracy_planning.py", 60),
+    # ONNX
+    "onnx": Command("python benchmarks/onnx_inference.py --parts", 15),
+    # The page, the docs
+    "page": Command("python benchmarks/drawing.py", 2, needs=("chromedriver", "import selenium")),
+    "facts": Command("FFEBM_PAGES=all pytest tests/test_drawing_facts.py", 15, "junit.xml", ("chromedriver",)),
+    "controls": _tests("tests/test_drawing_page.py", 3, "chromedriver"),
+    "docs": _tests("tests/test_docs.py", 6),
+}
+"""Name -> command, in the order in which they run."""

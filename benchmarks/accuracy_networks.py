@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from trained_models import MissingPackage, digits, mnist1d
+from trained_models import MissingPackage, digit_recognizer, framed_digits, mnist1d
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from which_layers import NETWORKS as LARGE
@@ -36,17 +36,13 @@ class _Residual(nn.Module):
         return found
 
 
-def residual_digits(quick: bool) -> Case:
-    """Seventeen layers, eight residual blocks in three widths, trained here on scikit-learn's digits; norm folded."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+def residual_digits(quick: bool, widths: Sequence[int]) -> Case:
+    """Residual blocks of these widths, trained here on scikit-learn's digits; norm folded."""
+    x, y = scanned_digits()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        widths = [8, 8, 16, 32] if quick else [8, 8, 8, 16, 16, 16, 32, 32]
         blocks: list[nn.Module] = [
             nn.Sequential(*([nn.AvgPool2d(2)] if after > before > 1 else []), _Residual(before, after))
             for before, after in zip([1, *widths], widths, strict=False)
@@ -65,28 +61,35 @@ def residual_digits(quick: bool) -> Case:
     return Case(model.eval(), x[:2], evaluate, "test accuracy", {"fold_batchnorm": True})
 
 
-def digit_recognizer(quick: bool) -> Case:
+def scanned_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits, [1797, 1, 8, 8] in 0 to 1, and their labels."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+
+
+def recognizer(quick: bool) -> Case:
     """digit-recognizer-py's trained CNN on scikit-learn's digits, scaled and framed."""
-    job = digits(quick)
-    return _of_job(job, "net")
+    x, y = (each[:: 30 if quick else 3] for each in scanned_digits())
+    x = framed_digits(x)
+    return Case(digit_recognizer(), x[:8], partial(right, x=x, y=y), "accuracy")
 
 
 def mnist1d_cnn(quick: bool) -> Case:
     """A CNN trained here on MNIST-1D."""
-    return _of_job(mnist1d(quick), "net")
+    job = mnist1d(quick)
+    return Case(job.networks["net"], job.examples["net"], partial(_scored, job=job), "test accuracy")
 
 
 def _scored(net: Any, job: Any) -> float:
     return float(job.says(job.work({"net": net})).split()[0]) / 100
 
 
-def _of_job(job: Any, name: str) -> Case:
-    return Case(job.networks[name], job.examples[name], partial(_scored, job=job), "test accuracy")
-
-
 NETWORKS: dict[str, Callable[[bool], Case]] = {
-    "digits, 17 layers": residual_digits,
-    "digit-recognizer": digit_recognizer,
+    "digits, 9 layers": partial(residual_digits, widths=(8, 8, 16, 32)),
+    "digits, 17 layers": partial(residual_digits, widths=(8, 8, 8, 16, 16, 16, 32, 32)),
+    "digit-recognizer": recognizer,
     "mnist1d": mnist1d_cnn,
     **LARGE,
 }

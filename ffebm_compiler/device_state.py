@@ -83,10 +83,10 @@ def put_on_devices(
         raise
     hybrid.devices = devices
     set_digital_bits(hybrid, None if devices is None else devices.digital_bits)
-    for name, block in blocks.items():
-        if only is None or before[name][0] is not None or made[name] is not None:
-            block.gain.forget()
-            hybrid._recertify(name)
+    changed = [name for name in blocks if only is None or before[name][0] is not None or made[name] is not None]
+    for name in changed:
+        blocks[name].gain.forget()
+    hybrid._recertify(*changed, together=False)
 
 
 def _arrays(

@@ -361,9 +361,9 @@ class HybridCore(HybridParts):
         for name in record:
             self._energy[name].gain.fitted(self._made_of(name))
 
-    def _recertify(self, *names: str) -> None:
+    def _recertify(self, *names: str, together: bool = True) -> None:
         check_conductances(self)
-        super()._recertify(*names)
+        super()._recertify(*names, together=together)
 
     def project(self, limit: float = 0.9) -> dict[str, float]:
         """Scale weights down so that every block is certified to settle. Use this projection after `step()`.

@@ -261,9 +261,12 @@ class HybridParts(nn.Module):
         """
         self._recertify(*self._sources)
 
-    def _recertify(self, *names: str) -> None:
+    def _recertify(self, *names: str, together: bool = True) -> None:
+        """Measured together, blocks that are alike save time; apart, none depends on which others there are."""
         gains = {name: self._energy[name].gain for name in names}
-        recertify_each((gains[name], weights) for name, (_, weights) in self._operands_of(names))
+        found = ((gains[name], weights) for name, (_, weights) in self._operands_of(names))
+        for some in [found] if together else ([each] for each in found):
+            recertify_each(some)
         for name, gain in gains.items():
             gain.fitted(self._made_of(name))
 

@@ -156,12 +156,12 @@ class Added(Mappings):
 
     def __init__(self, macs: list[int], losses: list[float]) -> None:
         self.parts = [Part(str(i), (str(i),), (str(i),), ("b",), size) for i, size in enumerate(macs)]
-        self.losses, self.seen = losses, {}
+        self.given, self.seen, self.deviations = losses, {}, {}
 
     def drops(self, mappings: Any, title: str) -> list[float]:
         wanted = list(mappings)
         for mapping in wanted:
-            self.seen[mapping] = sum(self.losses[index] for index in mapping)
+            self.seen[mapping] = sum(self.given[index] for index in mapping)
         return [self.seen[mapping] for mapping in wanted]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffebm_compiler.accuracy.journal import digest_of
+from ffebm_compiler.accuracy.outputs import deviation, recorded
 from ffebm_compiler.device_state import observed_ranges, put_on_devices
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.hybrid import HybridModel
@@ -100,13 +101,20 @@ class Measure:
         put_on_devices(self.hybrid, None)
         self.hybrid.eval()
         self.evaluate, self.devices, self.age, self.seed = evaluate, devices, age, seed
+        self.source_outputs: list[Tensor] = []
+        """What the source returned; `check_repeats` keeps it."""
 
-    def __call__(self, setting: Setting) -> dict[str, float]:
-        """{"value": what `evaluate` returns}.
+    def __call__(self, setting: Setting) -> dict[str, float | None]:
+        """{"value": what `evaluate` returns, "deviation": of the outputs from the source's}.
 
         Raises:
             InputError: `evaluate` raises an error, or returns no finite number. Names the setting.
         """
+        value, outputs = self.measured(setting)
+        return {"value": value, "deviation": deviation(outputs, self.source_outputs)}
+
+    def measured(self, setting: Setting) -> tuple[float, list[Tensor]]:
+        """What `evaluate` returns, and what the network returned to it."""
         with ONE_AT_A_TIME, generators_unchanged():
             devices = replace(self.devices, seed=self.devices.seed + self.seed + setting.draw)
             put_on_devices(self.hybrid, devices, self.age, setting.operations)
@@ -117,7 +125,9 @@ class Measure:
             if devices.dac_bits is not None or devices.adc_bits is not None:
                 self._set_ranges(setting)
             torch.manual_seed(self.seed + setting.draw)
-            return {"value": value_of(self.evaluate, self.hybrid, setting.told)}
+            with recorded(self.hybrid) as outputs:
+                value = value_of(self.evaluate, self.hybrid, setting.told)
+            return value, outputs
 
     def _set_ranges(self, setting: Setting) -> None:
         """Let converters see all data first, as `calibrate_converters` does."""
@@ -127,12 +137,13 @@ class Measure:
 
 
 def check_repeats(measure: Measure, setting: Setting) -> float:
-    """The value of a setting without devices, which is measured twice.
+    """The value of a setting without devices, which is measured twice. Its outputs are kept to compare with.
 
     Raises:
         InputError: the two differ, so that no difference between settings means anything.
     """
-    first, second = (measure(replace(setting, draw=draw))["value"] for draw in (0, 1))
+    first, measure.source_outputs = measure.measured(setting)
+    second, _ = measure.measured(replace(setting, draw=1))
     if first != second:
         raise InputError(
             f"evaluate is not deterministic: called twice with {setting.told}, it returned {first!r} and {second!r}. "

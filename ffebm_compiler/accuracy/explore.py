@@ -97,7 +97,7 @@ class _Work:
         if choice.devices is not None:
             held = tuple(name for block in hybrid.plan.blocks for name in block.operations)
         draws = self.draws if choice.devices is not None else 1
-        values = [measure(Setting("", choice.told, held, None, draw))["value"] for draw in range(draws)]
+        values = [measure.measured(Setting("", choice.told, held, None, draw))[0] for draw in range(draws)]
         report, plan = hybrid.cost_report(), hybrid.plan
         energy, chip, training = report.inference, report.chip_inference, report.training
         latency = report.latency if report.latency.known else report.block_latency

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
@@ -17,8 +16,10 @@ from ffebm_compiler.accuracy.runs import run
 
 __all__ = ["Mapping", "Mappings", "search"]
 
-_HALVINGS = 8
-_STEPS = 400
+_RUNGS = 2000
+"""Mappings with the most multiply-accumulates for their losses that are kept at most."""
+_TRIALS = 2
+"""How many mappings the improvement measures for each part at most."""
 _CONSIDERED = 1000
 _PAIRS = 64
 """Up to so many parts, two may become analog in one step."""
@@ -43,6 +44,8 @@ class Mappings:
     executor: Executor | None = None
     seen: dict[Mapping, float] = field(default_factory=dict)
     """Mean drop of every mapping that was measured."""
+    deviations: dict[Mapping, float | None] = field(default_factory=dict)
+    """Mean deviation of its outputs from the source's (`outputs.py`), where `evaluate` shows it."""
 
     def macs(self, mapping: Mapping) -> int:
         """Multiply-accumulates of the analog layers."""
@@ -56,11 +59,25 @@ class Mappings:
         run(self.measure, [each for some in settings.values() for each in some], title, self.journal, self.executor)
         for mapping, some in settings.items():
             self.seen[mapping] = self._mean(some)
+            found = [self.journal.results[each.key].get("deviation") for each in some]
+            known = [float(each) for each in found if each is not None]
+            self.deviations[mapping] = statistics.fmean(known) if len(known) == len(found) else None
         return [self.seen[mapping] for mapping in wanted]
 
     def drop(self, mapping: Mapping) -> float:
         """The mean drop of one mapping."""
         return self.drops([mapping], "mappings")[0]
+
+    def losses(self) -> list[float]:
+        """What each part alone on devices costs: the deviation of the outputs, or the drop where that is not known.
+
+        Deviations add up, and are told apart where an accuracy does not move. No loss is below 0.
+        """
+        singles = [frozenset({index}) for index in range(len(self.parts))]
+        drops = self.drops(singles, "layers alone")
+        deviations = [self.deviations.get(each) for each in singles]
+        known = [each for each in deviations if each is not None]
+        return known if len(known) == len(singles) else [max(drop, 0.0) for drop in drops]
 
     def drop_again(self, mapping: Mapping) -> float:
         """The mean drop of a mapping over twice as many other draws, which flatter no mapping that a search chose."""
@@ -85,9 +102,10 @@ class Mappings:
 def search(mappings: Mappings, most: float, fixed: Mapping = frozenset(), trials: int | None = None) -> list[Mapping]:
     """Mappings whose measured drop is at most `most`, that with the most analog multiply-accumulates first.
 
-    1. The loss of every part alone.
-    2. As if losses added up, the mapping with the most multiply-accumulates within a sum of losses (a knapsack). The
-       sum is found by bisection, so that the mapping's own drop, measured as a whole, is within the budget.
+    1. The loss of every part alone: the deviation of the outputs, which adds up, or the drop.
+    2. As if losses added up, the mappings with the most multiply-accumulates for their sum of losses: the rungs of a
+       ladder from nothing to everything analog. Bisection finds the highest rung whose own drop, measured as a whole,
+       is within the budget.
     3. Parts become analog in the order of their multiply-accumulates, each if the drop stays within the budget.
     4. The better mapping of 2 and 3 is improved while measurements allow: digital parts become analog again, or change
        places with analog ones of fewer multiply-accumulates. Steps that the losses promise to be within the budget
@@ -97,45 +115,66 @@ def search(mappings: Mappings, most: float, fixed: Mapping = frozenset(), trials
         mappings: what is measured.
         most: the largest drop.
         fixed: parts that stay analog.
-        trials: how many mappings step 4 measures at most. None is four for each part.
+        trials: how many mappings step 4 measures at most. None is two for each part.
 
     Returns:
         The mappings within the budget, or none.
     """
     everything = frozenset(range(len(mappings.parts)))
     mappings.drop(everything)
-    singles = [frozenset({index}) for index in sorted(everything)]
     if mappings.seen[everything] > most:
-        losses = [max(loss, 0.0) for loss in mappings.drops(singles, "layers alone")]
+        losses = mappings.losses()
         free = sorted(everything - fixed)
-        low, high = 0.0, sum(losses[index] for index in free)
-        start = fixed | _knapsack(mappings, free, losses, low)
-        if start and mappings.drop(start) > most:
-            start = fixed
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            mapping = fixed | _knapsack(mappings, free, losses, middle)
-            if not mapping or mappings.drop(mapping) <= most:
-                low, start = middle, max(start, mapping, key=mappings.macs)
+        rungs = [fixed | some for some in _ladder(mappings, free, losses)]
+        low, high = -1, len(rungs) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            if not rungs[middle] or mappings.drop(rungs[middle]) <= most:
+                low = middle
             else:
                 high = middle
-        start = max(start, _by_macs(mappings, free, fixed, most), key=mappings.macs)
-        _improve(mappings, start, most, fixed, losses, 4 * len(free) if trials is None else trials)
+        start = max(rungs[low] if low >= 0 else fixed, _by_macs(mappings, free, fixed, most), key=mappings.macs)
+        _improve(mappings, start, most, fixed, losses, _TRIALS * len(free) if trials is None else trials)
     within = [mapping for mapping, drop in mappings.seen.items() if drop <= most and mapping and fixed <= mapping]
     return sorted(within, key=lambda mapping: (-mappings.macs(mapping), mappings.seen[mapping]))
 
 
-def _knapsack(mappings: Mappings, free: Sequence[int], losses: Sequence[float], most: float) -> Mapping:
-    """The parts with the most multiply-accumulates whose losses sum to at most `most`, in steps of a 400th of it."""
-    steps = [0 if losses[i] <= 0 else math.ceil(_STEPS * losses[i] / most) if most > 0 else _STEPS + 1 for i in free]
-    best: list[tuple[int, Mapping]] = [(0, frozenset())] * (_STEPS + 1)
-    for index, size in zip(free, steps, strict=True):
+@dataclass(frozen=True)
+class _Rung:
+    """Some parts, by the last of them and the rest."""
+
+    loss: float = 0.0
+    macs: int = 0
+    last: int | None = None
+    rest: _Rung | None = None
+
+    def parts(self) -> Mapping:
+        """All of them."""
+        found, rung = set(), self
+        while rung.last is not None and rung.rest is not None:
+            found.add(rung.last)
+            rung = rung.rest
+        return frozenset(found)
+
+
+def _ladder(mappings: Mappings, free: Sequence[int], losses: Sequence[float]) -> list[Mapping]:
+    """Some parts, more and more: no others have as many multiply-accumulates and no larger sum of losses.
+
+    Where there are too many, some of them are left out.
+    """
+    rungs = [_Rung()]
+    for index in free:
         macs = mappings.parts[index].macs
-        for room in range(_STEPS, size - 1, -1):
-            before, chosen = best[room - size]
-            if before + macs > best[room][0]:
-                best[room] = before + macs, chosen | {index}
-    return best[_STEPS][1]
+        more = [_Rung(rung.loss + losses[index], rung.macs + macs, index, rung) for rung in rungs]
+        highest = -1
+        kept = []
+        for rung in heapq.merge(rungs, more, key=lambda each: (each.loss, -each.macs)):
+            if rung.macs > highest:
+                highest = rung.macs
+                kept.append(rung)
+        step = -(-len(kept) // _RUNGS)
+        rungs = [*kept[:-1:step], kept[-1]]
+    return [rung.parts() for rung in rungs]
 
 
 def _by_macs(mappings: Mappings, free: Sequence[int], fixed: Mapping, most: float) -> Mapping:
@@ -151,12 +190,16 @@ def _improve(
     mappings: Mappings, start: Mapping, most: float, fixed: Mapping, losses: Sequence[float], trials: int
 ) -> None:
     """Add digital parts and exchange them while that gives more analog multiply-accumulates within the budget."""
+
+    def lost(mapping: Mapping) -> float:
+        return sum(losses[index] for index in mapping)
+
     current, left = start, trials
     improved = True
     while improved and left > 0:
         improved = False
-        room = most - (mappings.drop(current) if current else 0.0)
-        for mapping in _steps(mappings, current, fixed, losses, room):
+        largest = max((lost(mapping) for mapping, drop in mappings.seen.items() if drop <= most), default=0.0)
+        for mapping in _steps(mappings, current, fixed, losses, largest - lost(current)):
             if mapping in mappings.seen and mappings.seen[mapping] > most:
                 continue
             if left <= 0:
@@ -170,8 +213,8 @@ def _improve(
 def _steps(mappings: Mappings, current: Mapping, fixed: Mapping, losses: Sequence[float], room: float) -> list[Mapping]:
     """Mappings with more analog multiply-accumulates, one step away: up to two parts in, and up to two out.
 
-    Those come first whose losses promise to fit into the room that the budget leaves, by what they gain. The others
-    follow by how little they promise to exceed it.
+    Those come first whose losses promise to fit into the room that is left, by what they gain: the sum of losses grows
+    up to the largest of a mapping within the budget. The others follow by how little they promise to exceed it.
     """
     digital = [index for index in range(len(mappings.parts)) if index not in current]
     movable = sorted(current - fixed)

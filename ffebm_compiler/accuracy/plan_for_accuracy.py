@@ -25,7 +25,7 @@ from ffebm_compiler.runtime.energies.base import Energy
 
 __all__ = ["best_plan", "plan_for_accuracy"]
 
-_BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.0)
+_BUDGETS = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
 """Shares of the allowed drop that the search is given, one after the other, until a mapping is confirmed."""
 _SCREENED = 32
 """Mappings of one search that are measured with further draws at most."""
@@ -69,7 +69,7 @@ def plan_for_accuracy(
         draws: how many devices each mapping is measured with.
         age: seconds since the devices were programmed.
         higher_is_better: whether the metric should be large.
-        trials: how many mappings the improvement measures at most. None is four for each layer.
+        trials: how many mappings the improvement measures at most. None is two for each layer.
         executor: an executor of `concurrent.futures` whose workers measure.
         file: keeps the finished measurements (JSON). An interrupted call goes on from it.
         as_plan: the arguments of `ffebm.plan`, such as `hardware` and `fold_batchnorm`. Layers of `force_analog` stay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ffebm_compiler.accuracy.evaluation import Evaluate, Measure, Setting, check_repeats, identity_of, whole_number
@@ -32,12 +32,14 @@ class _Row:
     operations: tuple[str, ...]
     settling: tuple[str, ...] | None = None
     draws: int = 1
+    key: str = ""
+    """Names what is measured. A block of one layer is measured as its weight."""
 
     def settings(self) -> list[Setting]:
         """One for each draw."""
-        key = f"{self.kind} {self.name}"
         return [
-            Setting(f"{key} | {draw}", self.told, self.operations, self.settling, draw) for draw in range(self.draws)
+            Setting(f"{self.key} | {draw}", self.told, self.operations, self.settling, draw)
+            for draw in range(self.draws)
         ]
 
 
@@ -97,11 +99,12 @@ def sensitivity(
     check_executor(executor)
     measure = Measure(hybrid, evaluate, chosen, float(age))
     source = check_repeats(measure, Setting("source", "the source's own computation", settling=()))
-    ideal = measure(Setting("ideal", "the ideal hybrid"))["value"]
+    ideal, _ = measure.measured(Setting("ideal", "the ideal hybrid"))
     rows = _rows(hybrid, parts, draws)
     of = identity_of(hybrid, measure, source) | {"value of the ideal hybrid": repr(ideal)}
     journal = Journal(file, "sensitivity", of)
-    run(measure, [setting for row in rows for setting in row.settings()], "sensitivity", journal, executor)
+    settings = {setting.key: setting for row in rows for setting in row.settings()}
+    run(measure, list(settings.values()), "sensitivity", journal, executor)
     sign = 1.0 if higher_is_better else -1.0
 
     def loss(row: _Row) -> Loss:
@@ -140,4 +143,7 @@ def _rows(hybrid: HybridModel, parts: Sequence[Part], draws: int) -> list[_Row]:
         if hybrid.energy_blocks[block.name].program.coupled:
             told = f"the feedback of {block.name}"
             rows.append(_Row(block.name, "feedback", (block.name,), block.macs, told, (), (block.name,)))
-    return rows
+    keys: dict[object, str] = {}
+    for row in rows:
+        keys.setdefault((row.operations, row.settling), f"{row.kind} {row.name}")
+    return [replace(row, key=keys[row.operations, row.settling]) for row in rows]

@@ -103,7 +103,9 @@ def sensitivity(
     rows = _rows(hybrid, parts, draws)
     of = identity_of(hybrid, measure, source) | {"value of the ideal hybrid": repr(ideal)}
     journal = Journal(file, "sensitivity", of)
-    settings = {setting.key: setting for row in rows for setting in row.settings()}
+    settings: dict[str, Setting] = {}
+    for setting in (setting for row in rows for setting in row.settings()):
+        settings.setdefault(setting.key, setting)
     run(measure, list(settings.values()), "sensitivity", journal, executor)
     sign = 1.0 if higher_is_better else -1.0
 

@@ -9,6 +9,7 @@ succeeds afterwards puts the generator right.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -21,8 +22,9 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterato
     try:
         with torch.cuda.graph(graph, stream=stream):
             yield
-    except BaseException:
+    except BaseException as error:
         _undo(graph, stream, before)
+        _let_go(error)
         raise
 
 
@@ -34,3 +36,10 @@ def _undo(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, before: torch.
         torch.cuda.synchronize()
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
             torch.zeros(1, device=stream.device)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Clear the variables of the frames that an error and its causes hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

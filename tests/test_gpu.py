@@ -285,7 +285,7 @@ def test_a_loss_that_waits_is_refused() -> None:
         step(x, labels)
     assert torch.cuda.current_stream() == stream
     assert torch.rand(100, device="cuda").std() > 0.1  # draws still work, and so does another capture
-    hybrid.zero_grad()
+    hybrid.zero_grad()  # no tensor of the refused step is left, or its stream would be warned about
     other = ffebm.GraphedStep(hybrid, F.cross_entropy)
     for _ in range(4):
         loss = other(x, labels)

@@ -50,6 +50,16 @@ EDGES = (
 )
 
 
+CLOSE = (
+    "return [...document.querySelectorAll('g.node > text')]"
+    ".filter((t) => t.checkVisibility({visibilityProperty: true})).map((t) => {"
+    "  const box = t.parentElement.querySelector('.box').getBoundingClientRect(), own = t.getBoundingClientRect();"
+    "  return [t.textContent, own.left - box.left, box.right - own.right];"
+    "}).filter(([, left, right]) => Math.min(left, right) < 2.8)"
+)
+"""Texts that come closer than 2.8 pixels to the sides of their boxes."""
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_facts_on_the_page_are_the_plans(browser: Browser, plans: dict[str, tuple[Plan, Path]], name: str) -> None:
     plan, path = plans[name]
@@ -212,6 +222,7 @@ def test_text_is_at_least_twelve_pixels_high_and_labels_lie_apart(
     for _ in range(3):
         small = [row for row in browser.js(shown) if row[1] < 11.4]
         assert small == []
+        assert browser.js(CLOSE) == []
         overlaps = browser.js(
             "const boxes = [...document.querySelectorAll('.label')]"
             ".filter((t) => t.checkVisibility({visibilityProperty: true}))"

@@ -5,6 +5,8 @@ const HEAD = 24;
 const ROW = 17;
 const SIZES = { title: 14, line: 13, label: 12 };
 const PAD = 12;
+// Beside a name in the overview: in units of the picture where it is laid out, and at least in pixels of the screen where it is drawn.
+const BESIDE = { TB: 14, LR: 10, drawn: 3 };
 const MANY = 500;
 const LEVELS = ['names', 'brief', 'full'];
 
@@ -108,7 +110,7 @@ class Picture {
     if (overview) {
       const value = this.measured(item);
       const rows = [this.width(overview[0], SIZES.line, true), ...overview.slice(1).map((text) => this.width(text, SIZES.label)), ...(value ? [this.width(value.text, SIZES.label, true)] : [])];
-      return { width: Math.max(...rows) + 20, height: 10 + 16 * rows.length + (value ? 8 : 0) };
+      return { width: Math.max(...rows) + 2 * BESIDE[this.direction], height: 10 + 16 * rows.length + (value ? 8 : 0) };
     }
     const lines = this.lines(item);
     const port = item.kind === 'port';
@@ -335,7 +337,7 @@ class Picture {
     const far = scale * SIZES.label < 11.5;
     this.svg.classList.toggle('far', far);
     const compact = this.level !== 'full';
-    const fits = ([, unit], width) => (12 / scale) * unit <= width - 4;
+    const fits = ([, unit], width) => (12 / scale) * unit <= width - (2 * BESIDE.drawn) / scale;
     // In the overview all boxes have their names, or all their numbers.
     const numbers = compact && this.shorts.some(({ width, names }) => !fits(names[0], width));
     for (const { short, width, height, names } of far ? this.shorts : []) {

@@ -52,6 +52,9 @@ def wrong():
 
 def fails():
     raise RuntimeError("no luck\\nat all")
+
+def lacking():
+    import no_such_package
 """
 
 
@@ -289,6 +292,7 @@ def test_wrong_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (("plan", "their_models:number", "-i", "1x4"), "is of type int; expected a callable"),
         (("plan", "their_models:wrong", "-i", "1x4"), "returned an object of type int; expected a torch.nn.Module"),
         (("plan", "their_models:fails", "-i", "1x4"), "called without arguments (RuntimeError: no luck)"),
+        (("plan", "their_models:lacking", "-i", "1x4"), "needs a package that cannot be imported"),
         (("plan", "their_models:made"), "no input is described"),
         (("plan", "their_models:made", "-i", "4,4"), "--input is '4,4'; expected sizes joined by x"),
         (("plan", "their_models:made", "-i", "1x4:int3"), "--input is '1x4:int3'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ffebm_compiler.errors import InputError
@@ -34,6 +35,11 @@ def built(name: str, build: Any) -> nn.Module:
         )
     try:
         model = build()
+    except ImportError as error:  # such as transformers' models beside a torchvision that was built for another torch
+        raise InputError(
+            f"{name} needs a package that cannot be imported ({first_line(error)}): `ffebm doctor` shows which ones are "
+            f"missing, and which are broken because they were built for another torch than {torch.__version__}"
+        ) from error
     except Exception as error:  # it runs the user's code
         raise InputError(f"{name} failed when it was called without arguments ({first_line(error)})") from error
     if not isinstance(model, nn.Module):

@@ -138,9 +138,28 @@ class Hardtanh(_Clamp):
         return ((h > self.lo) & (h < self.hi)).to(h.dtype)
 
 
+def _closed() -> bool:
+    """Whether `torch.clamp` passes the gradient on at its bounds."""
+    with torch.inference_mode(False), torch.enable_grad():
+        bound = torch.zeros((), device="cpu", requires_grad=True)
+        (slope,) = torch.autograd.grad(torch.clamp(bound, min=0.0), bound)
+    return bool(slope)
+
+
+_CLOSED = _closed()
+
+
+def _passes(h: Tensor, lo: float, hi: float) -> Tensor:
+    """Where `torch.clamp` passes the gradient on."""
+    return (h >= lo) & (h <= hi) if _CLOSED else (h > lo) & (h < hi)
+
+
 @dataclass(frozen=True)
 class Clamp(_Clamp):
-    """σ(h) = min(max(h, lo), hi) with derivative 1 at both bounds, like `torch.clamp`."""
+    """σ(h) = min(max(h, lo), hi), at both bounds with the derivative of the installed `torch.clamp`.
+
+    It is 1 there in torch 2.13, and 0 in torch 2.15.
+    """
 
     lo: float = -inf
     hi: float = inf
@@ -153,7 +172,7 @@ class Clamp(_Clamp):
         return torch.clamp(h, self.lo, self.hi)
 
     def derivative(self, h: Tensor) -> Tensor:
-        return ((h >= self.lo) & (h <= self.hi)).to(h.dtype)
+        return _passes(h, self.lo, self.hi).to(h.dtype)
 
 
 @dataclass(frozen=True)
@@ -190,7 +209,7 @@ class SlopedClamp(Activation):
 
     def derivative(self, h: Tensor) -> Tensor:
         drive = h * self.slope
-        return ((drive >= self.lo) & (drive <= self.hi)).to(h.dtype).mul_(self.slope)
+        return _passes(drive, self.lo, self.hi).to(h.dtype).mul_(self.slope)
 
     def primitive(self, h: Tensor) -> Tensor:
         s = self.value(h)

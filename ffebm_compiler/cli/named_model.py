@@ -37,8 +37,8 @@ def built(name: str, build: Any) -> nn.Module:
         model = build()
     except ImportError as error:  # such as transformers' models beside a torchvision that was built for another torch
         raise InputError(
-            f"{name} needs a package that cannot be imported ({first_line(error)}): `ffebm doctor` shows which ones are "
-            f"missing, and which are broken because they were built for another torch than {torch.__version__}"
+            f"{name} needs a package that cannot be imported ({first_line(error)}): `ffebm doctor` shows which are "
+            f"missing, and which broken because they were built for another torch than {torch.__version__}"
         ) from error
     except Exception as error:  # it runs the user's code
         raise InputError(f"{name} failed when it was called without arguments ({first_line(error)})") from error

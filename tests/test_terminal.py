@@ -79,6 +79,14 @@ def test_long_words_are_broken_and_numbers_never() -> None:
     assert all(len(line) <= 40 for line in text.splitlines())
 
 
+def test_paths_are_broken_between_their_parts() -> None:
+    paths = "encoder.layer.0.attention.output.dense, encoder.layer.10.intermediate_long.dense"
+    text = table_text("", ["block", "layers"], [["block_1", paths]], width=42)
+    lines = [line.removeprefix(" block_1").strip() for line in text.splitlines()[2:]]
+    assert "".join(lines) == paths.replace(" ", "")
+    assert all(line.endswith((".", "_", ",")) for line in lines[:-1])
+
+
 # -- a real terminal -------------------------------------------------------------------------
 
 

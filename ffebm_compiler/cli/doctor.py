@@ -74,10 +74,8 @@ def findings() -> dict[str, list[Finding]]:
         "versions": [
             Finding("ffebm-compiler", ffebm.__version__),
             Finding("Python", platform.python_version(), platform.platform(terse=True)),
-            *(
-                Finding(name, importlib.metadata.version(name))
-                for name in ("torch", "numpy", "networkx", "safetensors")
-            ),
+            Finding("torch", torch.__version__),
+            *(Finding(name, importlib.metadata.version(name)) for name in ("numpy", "networkx", "safetensors")),
         ],
         "processor and devices": [*_processor(), *_devices()],
         "optional packages": [*(_package(*row) for row in _OPTIONAL), *(_program(*row) for row in _PROGRAMS)],

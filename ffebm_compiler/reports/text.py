@@ -96,11 +96,24 @@ def _table(
     for column, number, size in zip(columns, numeric, widths, strict=True):
         table.add_column(column, justify="right" if number else "left", overflow="fold", width=size)
     for row in body:
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(_broken(cell, size).replace("[", r"\[") for cell, size in zip(row, widths, strict=True)))
     console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+
+def _broken(cell: str, width: int) -> str:
+    """A text whose words fit the width: long ones are broken behind dots, slashes and underscores where they can be."""
+    words = []
+    for word in cell.split(" "):
+        pieces = []
+        while len(word) > width:
+            end = max(word.rfind(sign, 0, width) for sign in "./_") + 1 or width
+            pieces.append(word[:end])
+            word = word[end:]
+        words.append("\n".join([*pieces, word]))
+    return " ".join(words)
 
 
 def plan_text(plan: PlanData) -> str:

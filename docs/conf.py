@@ -35,6 +35,9 @@ _SECTIONS = ("Args", "Attributes", "Example", "Examples", "Raises", "Returns", "
 html_theme = "pydata_sphinx_theme"
 html_title = f"ffebm-compiler {release}"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}
 html_theme_options: dict[str, Any] = {
     "show_prev_next": False,
     "show_toc_level": 2,
@@ -77,7 +80,16 @@ def _literal_equations(app: Any, what: str, name: str, target: Any, options: Any
     lines[:] = found
 
 
+def _draw_gallery(app: Any, exception: Exception | None) -> None:
+    """Make the pages of the gallery from its plans."""
+    if exception is None and app.builder.format == "html":
+        for path in sorted((DOCS / "gallery").glob("*.json")):
+            (Path(app.outdir) / "gallery").mkdir(exist_ok=True)
+            ffebm.Plan.from_json(path).save_html(Path(app.outdir) / "gallery" / f"{path.stem}.html")
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("build-finished", _draw_gallery)
     app.connect("source-read", _add_unlisted)
     app.connect("autodoc-process-docstring", _literal_equations, priority=100)

@@ -113,15 +113,6 @@ def test_the_citation_is_that_of_the_version() -> None:
     assert f"version = {{{ffebm.__version__}}}" in (DOCS / "citing.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("myst_nb")
-    command = [sys.executable, "-P", "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "<dt" in (tmp_path / "reference" / "convert.html").read_text(encoding="utf-8")
-
-
 def test_a_page_that_no_list_names_is_among_the_how_tos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS)
     import conf

@@ -46,7 +46,7 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
     if path.name == "gallery.py":
         if shutil.which("chromedriver") is None:
             pytest.skip("no chromedriver")
-        arguments = ["resnet18-phone", "--out", str(tmp_path / "gallery")]
+        arguments = ["resnet18", "--out", str(tmp_path)]
     done = python(str(path), *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout

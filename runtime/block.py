@@ -89,6 +89,7 @@ class EnergyBlock(nn.Module):
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._warned_of_held_winners = False
+        self._chosen: tuple[tuple[BlockProgram, float | None, Solver | None], Choice] | None = None
         self._coupled = program.coupled  # a copy of the flag, since torch.compile would guard on the whole program
         self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()
@@ -222,7 +223,10 @@ class EnergyBlock(nn.Module):
     @property
     def chosen(self) -> Choice:
         """The solver of this block, and why it was chosen."""
-        return choose(self.program, self.contraction, self.solver)
+        found, known = (self.program, self.contraction, self.solver), self._chosen
+        if known is None or any(a is not b for a, b in zip(found, known[0], strict=True)):
+            self._chosen = known = found, choose(*found)
+        return known[1]
 
     @property
     def active_solver(self) -> Solver:

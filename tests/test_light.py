@@ -10,6 +10,7 @@ from networks import CASES, converted, noise
 from torch import nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.runtime.phases.base import onto
 from ffebm_compiler.runtime.program import light
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.light import full_sweeps, light_pays
@@ -131,3 +132,18 @@ def test_sweeps_are_full_until_roundings_are_a_quarter_of_the_tolerance(rtol: fl
     assert full_sweeps(rtol, rate) == sweeps
     assert rate ** (sweeps + 1) * 2**-9 <= rtol / 4
     assert sweeps == 1 or rate**sweeps * 2**-9 > rtol / 4
+
+
+def test_a_sum_is_written_over_a_change_only_in_memory_of_its_own() -> None:
+    moved, base = noise(3, 4), noise(3, 4, seed=1)
+    own, shared = noise(3, 4, seed=2), moved.view(3, 4)
+    expected = own + base, shared + base, noise(3, 1, seed=3).expand(3, 4) + base
+    assert onto(own, base, moved) is own
+    for change in (shared, noise(3, 1, seed=3).expand(3, 4)):
+        assert onto(change, base, moved) is not change
+    kept = own.clone()
+    assert onto(kept, base, None) is not kept
+    torch.testing.assert_close(moved, noise(3, 4))
+    torch.testing.assert_close(own, expected[0])
+    torch.testing.assert_close(onto(shared, base, moved), expected[1])
+    torch.testing.assert_close(onto(noise(3, 1, seed=3).expand(3, 4), base, moved), expected[2])

@@ -124,12 +124,12 @@ class EquilibriumPropagation(Estimator):
         )
         restored = torch.where(amplitude > 0, -1 / amplitude, amplitude)
         mean = [weighted(parts, betas) for parts in zip(*found, strict=True)]
-        currents = scaled(mean, restored)
         if not any(isinstance(beta, complex) for beta, _ in betas):
-            gradients = contract(
-                at, currents, midpoint(at, found, betas), errors, through_feedback=self.through_feedback
-            )
+            middle = midpoint(at, found, betas)
+            currents = scaled(mean, restored, over=True)  # nothing reads the mean any more
+            gradients = contract(at, currents, middle, errors, through_feedback=self.through_feedback)
         else:
+            currents = scaled(mean, restored)
             gradients = contract(at, currents, at.states, errors, through_feedback=self.through_feedback)
             for (beta, share), moved in zip(betas, found, strict=True):
                 _second_order(at, gradients, moved, scaled(moved, restored), beta * share)

@@ -13,6 +13,9 @@ from ffebm_compiler.runtime.solvers.relaxation import relax
 
 __all__ = ["amplitudes", "imaginary", "midpoint", "real", "scaled", "settled_currents", "weighted"]
 
+_UNSEEN = 1 / 32
+"""Share of the tolerance of error currents, up to which a relative change of the gradient is left out."""
+
 
 def settled_currents(
     at: Situation,
@@ -49,8 +52,13 @@ def _pays(at: Situation) -> bool:
 def midpoint(
     at: Situation, found: Sequence[Sequence[Tensor | None]], betas: Sequence[tuple[complex, float]]
 ) -> list[Tensor]:
-    """The midpoint of the two states whose energies are compared: s + (β/2)(v⁺ − v⁻), or s ± (β/2) v."""
+    """The midpoint of the two states whose energies are compared: s + (β/2)(v⁺ − v⁻), or s ± (β/2) v.
+
+    It is s where β/2 is a small share of the error that the currents may have, as that of the gradient then is.
+    """
     strength = betas[0][0].real
+    if len(betas) == 1 and abs(strength) / 2 <= _UNSEEN * at.rtol:
+        return list(at.states)
     middle = []
     for state, scale, *currents in zip(at.states, at.scales, *found, strict=True):
         first = currents[0]
@@ -100,15 +108,15 @@ def _square(value: Tensor, batched: bool) -> Tensor:
     return norm.to(wide).square()
 
 
-def scaled(errors: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
-    """Errors times the factor of their sample, in the errors' own dtype."""
+def scaled(errors: Sequence[Tensor | None], factor: Tensor, over: bool = False) -> list[Tensor | None]:
+    """Errors times the factor of their sample, in the errors' own dtype. `over` writes them over the errors."""
     result: list[Tensor | None] = []
     for error in errors:
         if error is None:
             result.append(None)
         else:
-            scaled = error * factor.reshape(factor.shape + (1,) * (error.dim() - factor.dim()))
-            result.append(scaled.to(error.dtype))
+            wide = factor.reshape(factor.shape + (1,) * (error.dim() - factor.dim()))
+            result.append(error.mul_(wide) if over else (error * wide).to(error.dtype))
     return result
 
 

@@ -28,7 +28,7 @@ from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
-__all__ = ["Phase", "merged", "narrow"]
+__all__ = ["Phase", "merged", "narrow", "onto"]
 
 
 class Phase(FixedPoint):
@@ -81,9 +81,11 @@ class Phase(FixedPoint):
     ) -> dict[int, Tensor]:
         """J_{ml}ᵀ x_m from what was pulled back before, and a light product of the change of x_m since."""
         _, parts, before = known
+        moved = self.moved(before, value)
         with self.frame.lightly():
-            change = self._pull_back(later, value - before)
-        return {register: part + change[register] for register, part in parts.items()}
+            change = self._pull_back(later, moved)
+        own = len(change) == 1  # several parts may share memory
+        return {register: onto(change[register], part, moved if own else None) for register, part in parts.items()}
 
     def _pull_back(self, later: int, value: Tensor) -> dict[int, Tensor]:
         """The parts of the pulled-back value of a layer, for each state that its drive reads."""
@@ -98,6 +100,14 @@ class Phase(FixedPoint):
         """Copy the values of a narrowed phase into this one."""
         for index, value in enumerate(other.values):
             self.store(index, merged(self.values[index], value, rows))
+
+
+def onto(change: Tensor, base: Tensor, moved: Tensor | None) -> Tensor:
+    """base + change, written over `change` if it has its own memory: not that of `moved`, which it was made from."""
+    shared = moved is None or change.untyped_storage().data_ptr() == moved.untyped_storage().data_ptr()
+    if shared or change.shape != base.shape or change.stride() != base.stride():
+        return base + change
+    return change.add_(base)
 
 
 def merged(whole: Tensor | None, part: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -94,7 +94,7 @@ class _ErrorPhase(Phase):
         """J_l v by a light product of what has changed in v. It adds to −δ about as much as the loop gain says."""
         before, total = self._arrived.get(index, ([None] * len(deviations), None))
         moved = [
-            value if value is None or known is None else value - known
+            value if value is None or known is None else self.moved(known, value)
             for value, known in zip(deviations, before, strict=True)
         ]
         with self.frame.lightly():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.energies.base import Setting
-from ffebm_compiler.runtime.phases.base import Phase, merged, narrow
+from ffebm_compiler.runtime.phases.base import Phase, merged, narrow, onto
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.conjugate import newton_step
@@ -96,14 +96,16 @@ class FreePhase(Phase):
     def _changed_drive(self, index: int, drive: Tensor, before: Sequence[Tensor | None]) -> Tensor:
         """The drive d_l from the one at the states before, by a light product of their changes."""
         moved: list[Tensor | None] = [None] * len(before)
+        last: Tensor | None = None
         for other in self.frame.program.upstream[index]:
             value, known = self.values[other], before[other]
             assert value is not None
             assert known is not None
-            moved[other] = value - known
+            last = moved[other] = self.moved(known, value)
         with self.frame.lightly():
             change = self.frame.tangent(index, moved)
-        return drive if change is None else drive + change
+        alone = last if len(self.frame.program.upstream[index]) == 1 else None
+        return drive if change is None else onto(change, drive, alone)
 
     def update(self, index: int) -> Tensor:
         """σ_l(h_l)."""

@@ -240,9 +240,11 @@ class Convolution(Operator):
     ) -> list[Tensor | None]:
         """The transposed convolution, with the input's shape."""
         # Only the shape of this tensor is read. (An expanded tensor would be copied.)
-        shape_only = torch.empty(
-            shapes[0], dtype=cotangent.dtype, device=cotangent.device, memory_format=_format_of(cotangent)
-        )
+        shape_only = cotangent
+        if cotangent.shape != shapes[0]:
+            shape_only = torch.empty(
+                shapes[0], dtype=cotangent.dtype, device=cotangent.device, memory_format=_format_of(cotangent)
+            )
         return [self._backward(cotangent, shape_only, _given(weights[0]), [True, False, False])[0]]
 
     def weight_gradients(

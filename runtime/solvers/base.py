@@ -140,6 +140,7 @@ def _norms(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: boo
     if key not in problem.scratch:
         problem.scratch[key] = torch.empty_like(new)
     difference = torch.sub(new, old, out=problem.scratch[key])
+    problem.difference = old, new, difference
     return torch.linalg.vector_norm(difference, dim=dims), size
 
 

@@ -21,6 +21,8 @@ class FixedPoint(ABC):
     """Present value of each layer. None stands for zero, before a value is reached."""
     scratch: dict[object, Tensor]
     """Buffers for differences, kept over the sweeps."""
+    difference: tuple[Tensor, Tensor, Tensor] | None = None
+    """(before, after, after − before) of the change that was measured last. The next measurement writes over it."""
     samples: int | None = None
     """Number of independent samples along the leading dimension of every value; None if they are not independent."""
 
@@ -51,6 +53,11 @@ class FixedPoint(ABC):
     def advance(self, index: int) -> Tensor | None:
         """The next value of a layer in a sweep: f_l, over-relaxed by ω."""
         return self.update(index)
+
+    def moved(self, before: Tensor, after: Tensor) -> Tensor:
+        """after − before, which may be known from a measurement. It must not be changed."""
+        known = self.difference
+        return known[2] if known is not None and known[0] is before and known[1] is after else after - before
 
     def store(self, index: int, value: Tensor | None) -> None:
         """Make `value` the present one of a layer."""

@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,112 +36,12 @@ from splitting import scaled
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.activations.piecewise import Identity
-from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, contract
-from ffebm_compiler.runtime.estimators.nudge import midpoint, settled_currents, weighted
-from ffebm_compiler.runtime.estimators.nudge import scaled as times
-from ffebm_compiler.runtime.estimators.situation import Situation
-from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
-from ffebm_compiler.runtime.program.frame import take_rows
+from ffebm_compiler.runtime.estimators.base import Estimator
 
 VARIANTS = {"P": "positive", "N": "negative", "C": "centered"}
 SEVEN = ("CL", "P-EP", "N-EP", "C-EP", "P-CpL", "N-CpL", "C-CpL")
 FIELDS = {"VF, fixed": "fixed", "VF, free": "free", "VF, aligned": "aligned"}
 METHODS = ("backprop", *SEVEN, *FIELDS)
-
-
-class CostNudgedPhase(NudgedPhase):
-    """The nudged phase under β C with C = ½‖s − y‖² of linear outputs s, where s is the nudged state itself.
-
-    The drive is −(s* − y). Since s = s* + (β/c) u, the output's equation u = K − (β/c) u has the solution K/(1 + β/c).
-    """
-
-    def update(self, index: int) -> Tensor | None:
-        """u_l."""
-        found = super().update(index)
-        if found is None or self._given[index] is None:
-            return found
-        parts = zip(found.chunk(self.parts), self.betas, strict=True)
-        return torch.cat([part / (1 + beta.real / self.scales[index]) for part, beta in parts])
-
-    def correction(self, rtol: float) -> list[Tensor] | None:
-        """None: it settles by sweeps."""
-        return None
-
-    def narrowed(self, rows: Tensor) -> CostNudgedPhase:
-        """The phase of some of the samples, at their present error currents."""
-        fields = [take_rows(value, rows) for value in self.preactivations]
-        given = [None if drive is None else take_rows(drive, rows) for drive in self._given]
-        phase = CostNudgedPhase(self._single.narrowed(rows), self.setting, fields, given, self.betas)
-        places = self._rows_at_every_place(rows)
-        phase.values = [None if value is None else take_rows(value, places) for value in self.values]
-        return phase
-
-
-@dataclass(frozen=True)
-class CostNudge(Estimator):
-    """Equilibrium propagation with the nudge of the literature, for squared errors.
-
-    The nudged states s^β are the equilibrium of E + β C with C = ½‖s − y‖², in the place of E + β⟨δ, s⟩ with δ = ∂C at
-    the free state. g_θ = [∂_θE(s^{+β}) − ∂_θE(s^{−β})]/2β (centered), or the difference to the free state over β.
-
-    Args:
-        beta: absolute, the weight of C beside the energy. 1 + β must stay positive: below 1 where −β is a nudge.
-        variant: the sign of the nudge, or both.
-        scale: 1 for a loss that is C summed over the batch, N for its mean over N samples.
-
-    Raises:
-        UnsupportedError: an output has an activation, or states are read from devices.
-
-    Source: Scellier et al. 2023 (arXiv 2312.15103), algorithms P-EP, N-EP and C-EP.
-    """
-
-    beta: float
-    variant: str
-    scale: float
-    name = "cost-nudged ep"
-    output_blocks_only: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if self.variant not in VARIANTS.values():
-            raise ffebm.InputError(f"variant is {self.variant!r}; expected one of {', '.join(VARIANTS.values())}")
-        if not 0 < self.beta < (10 if self.variant == "positive" else 1):
-            raise ffebm.InputError(
-                f"beta is {self.beta!r}; expected a positive number, below 1 where the nudge is by −β: E − βC would "
-                "have no minimum"
-            )
-
-    def within(self) -> ffebm.EquilibriumPropagation:
-        """Equilibrium propagation, since no target is known in an inner block."""
-        return ffebm.EquilibriumPropagation()
-
-    def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
-        """Settle the nudged phases and contract."""
-        present = next((error for error in errors if error is not None), None)
-        if present is None:
-            return Gradients.none(at.frame.program)
-        for layer, sigma, error in zip(at.frame.program.layers, at.setting.activations(at.frame), errors, strict=True):
-            if error is not None and not isinstance(sigma, Identity):
-                raise ffebm.UnsupportedError(
-                    f"{at.name}: the output {layer.name} has the activation {sigma.name}; a cost nudges linear outputs"
-                )
-        if at.analog is not None:
-            raise ffebm.UnsupportedError(f"{at.name}: its states are read from devices; use EquilibriumPropagation")
-        shares = {"positive": [(1, 1.0)], "negative": [(-1, 1.0)], "centered": [(1, 0.5), (-1, 0.5)]}[self.variant]
-        betas = [(sign * self.beta, share) for sign, share in shares]
-        size = present.new_full((), self.scale)
-        drives = times(errors, -size)
-        found, sweeps = settled_currents(
-            at,
-            betas,
-            None,
-            lambda group: CostNudgedPhase(at.frame, at.setting, at.preactivations, drives, group),
-        )
-        currents = times([weighted(parts, betas) for parts in zip(*found, strict=True)], -1 / size)
-        gradients = contract(at, currents, midpoint(at, found, betas), errors)
-        gradients.sweeps = sweeps
-        return gradients
 
 
 def squared(scores: Tensor, labels: Tensor) -> Tensor:
@@ -192,7 +91,7 @@ def algorithm(method: str, options: argparse.Namespace) -> Estimator:
     if kind == "CpL":
         return ffebm.CoupledLearning(options.beta, variant)
     if options.nudge == "cost":
-        return CostNudge(options.beta, variant, float(options.batch))
+        return ffebm.CostNudge(options.beta, variant, scale=float(options.batch))
     return ffebm.EquilibriumPropagation(options.beta, variant)
 
 

@@ -45,6 +45,7 @@ from ffebm_compiler.runtime.devices.pulsed_update import PulsedUpdate, TikiTaka
 from ffebm_compiler.runtime.devices.pulses import PulseResponse
 from ffebm_compiler.runtime.estimators.choice import (
     ContrastiveLearning,
+    CostNudge,
     CoupledLearning,
     EquilibriumPropagation,
     Implicit,
@@ -71,6 +72,7 @@ __all__ = [
     "ContrastiveLearning",
     "ConvergenceError",
     "ConvergenceWarning",
+    "CostNudge",
     "CoupledLearning",
     "Devices",
     "Drift",

@@ -187,8 +187,8 @@ def convert(
             resistive network (`energy="drn"`) has `"symmetric"` alone.
         energy: the energy that the blocks minimise: `"hopfield"`, `"resistive"`, `"unamplified"`, `"drn"`, or an
             energy object. `docs/resistive.md` compares the last three.
-        gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"truncated"`, `"recurrent"`, or
-            an estimator object; see `HybridModel.set_gradient`.
+        gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"cost-nudged"`, `"truncated"`,
+            `"recurrent"`, or an estimator object; see `HybridModel.set_gradient`.
         solver: a solver object. None chooses one for each block.
         fold_batchnorm: fold eval-mode batch norm into the layer before it.
         block_ops: the wiring that may sit inside a block: `"add"`, `"reshape"`, `"concat"`,

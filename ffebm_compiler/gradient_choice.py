@@ -77,14 +77,14 @@ def assign(hybrid: HybridParts, estimator: Estimator, names: Sequence[str] | Non
     inner = [name for name in chosen if name not in ends]
     if names is not None and inner:
         raise UnsupportedError(
-            f"{estimator.name} learning is not defined in {', '.join(inner)}, whose outputs reach the loss through "
+            f"{estimator.title} is not defined in {', '.join(inner)}, whose outputs reach the loss through "
             "another block, since the target of their states is not known. Use 'ep' in these blocks, or call "
             "set_gradient without `blocks`, which does that"
         )
     coupled = [name for name in chosen if blocks[name].program.coupled]
     if coupled and all(name in inner for name in coupled):
         raise UnsupportedError(
-            f"{estimator.name} learning applies to no block of this hybrid: the outputs of "
+            f"{estimator.title} applies to no block of this hybrid: the outputs of "
             f"{', '.join(coupled[:6])}{', ...' if len(coupled) > 6 else ''}, which have feedback, reach the loss "
             f"through another block, and {', '.join(sorted(ends))} has none, so that its gradient is exact by any "
             f"estimator. Use 'ep', or keep the layers of {', '.join(sorted(ends))} digital (force_digital)"
@@ -212,11 +212,11 @@ def gradient_lines(hybrid: HybridParts) -> list[str]:
     others = {name: kind for name, kind in coupled.items() if name not in special}
     if not special or not others:
         return lines
-    kinds = ", ".join(dict.fromkeys(kind.name for kind in special.values()))
+    kinds = ", ".join(dict.fromkeys(kind.title for kind in special.values()))
     rest = ", ".join(dict.fromkeys(kind.name for kind in others.values()))
     shown = f"{', '.join(list(others)[:6])}{', ...' if len(others) > 6 else ''}"
     return [
         *lines,
-        f"{kinds} learning in {', '.join(special)}, whose outputs reach the loss through no other block; {shown} "
+        f"{kinds} in {', '.join(special)}, whose outputs reach the loss through no other block; {shown} "
         f"{'use' if len(others) > 1 else 'uses'} {rest}",
     ]

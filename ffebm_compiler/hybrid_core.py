@@ -435,9 +435,10 @@ class HybridCore(HybridParts):
         """Choose the gradient estimator of every block, or of some blocks. `docs/training.md` compares them.
 
         Args:
-            gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"truncated"`, `"recurrent"`,
-                or an estimator object. Contrastive and coupled learning are defined only in blocks whose outputs reach
-                the loss through no other block. The others then use equilibrium propagation, and `summary()` says so.
+            gradient: `"ep"`, `"implicit"`, `"unrolled"`, `"contrastive"`, `"coupled"`, `"cost-nudged"`, `"truncated"`,
+                `"recurrent"`, or an estimator object. Contrastive and coupled learning and the nudge by a cost are
+                defined only in blocks whose outputs reach the loss through no other block. The others then use
+                equilibrium propagation, and `summary()` says so.
             blocks: names of the blocks to set. None sets all.
             feedforward: how the digital parts between the blocks are differentiated: `"backprop"`, `"zeroth-order"` or
                 a `ZerothOrder`, which perturbs their inputs and parameters, `"quantised"` or a `QuantisedBackprop`,

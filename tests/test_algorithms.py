@@ -351,6 +351,7 @@ def test_settings_out_of_range_are_refused(make: Callable[[], object], message: 
     [
         ffebm.CoupledLearning(0.02, "centered"),
         ffebm.ContrastiveLearning(32.0),
+        ffebm.CostNudge(0.3, "negative", "cross-entropy", 32.0),
         ffebm.TruncatedBackprop(7),
         ffebm.RecurrentBackprop(),
         ffebm.Implicit("cg"),

@@ -19,6 +19,8 @@ SOLVERS = (ffebm.GaussSeidel(), ffebm.Anderson(), ffebm.NewtonCG(slow=0.0))
 ESTIMATORS = (
     ffebm.EquilibriumPropagation(1e-6),
     ffebm.EquilibriumPropagation(1e-6, "centered"),
+    ffebm.CostNudge(1e-6),
+    ffebm.CostNudge(1e-7, "positive"),
     ffebm.ImplicitDifferentiation(),
     ffebm.ImplicitDifferentiation("cg"),
     ffebm.Unrolled(),

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import BY_HAND, ByHand, relative
-from networks import CASES, noise
 from PIL import Image
 from test_experiment_data import batch, idx, truncate, write_cifar10, write_mnist
 from torch import Tensor, nn
@@ -205,57 +203,6 @@ def test_the_gradients_of_a_deep_network(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(name.endswith("weight to implicit") for name in far) == 5
     through = module.cosines(data, {**key, "feedback": "0.5", "gradient": "through"}, 4, 32)
     assert float(through["to the one through γ"]) > 0.9999
-
-
-# -- the nudge by a cost's own gradient ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", BY_HAND)
-@pytest.mark.parametrize("variant", ["positive", "negative", "centered"])
-def test_a_cost_nudge_is_its_definition(case: str, variant: str) -> None:
-    """β(s − y) with the nudged state's own s, against plain iteration of that equation in float64."""
-    model, x = CASES[case].make(nn.Tanh)
-    model, x = model.double(), x.double()
-    exact = ffebm.GaussSeidel(rtol=1e-14)
-    hybrid = ffebm.convert(model, x, feedback=0.3, solver=exact, **CASES[case].options)
-    block = ByHand(BY_HAND[case](model), hybrid.blocks[0].module.scales)
-    last, beta, x = len(block.layers) - 1, 0.4, x.clone().requires_grad_()
-    with torch.no_grad():
-        free = block.settle(x)
-    y = noise(*free[-1].shape, seed=9).double()
-
-    def nudged(strength: float) -> list[Tensor]:
-        s = free[-1]
-        with torch.no_grad():
-            for _ in range(200):
-                states = block.settle(x, nudge={last: strength * (s - y)})
-                s = s + (states[-1] - s) / (1 + strength)
-        torch.testing.assert_close(states[-1], s)
-        return states
-
-    up = free if variant == "negative" else nudged(beta)
-    down = free if variant == "positive" else nudged(-beta)
-    divisor = x.new_full((len(x),), beta * (2 if variant == "centered" else 1) * len(x))
-    expected = block.contrast(up, down, divisor, x, [*model.parameters(), x])
-    hybrid.set_gradient(script("seven_algorithms").CostNudge(beta, variant, float(len(x))))
-    given = x.detach().clone().requires_grad_()
-    (0.5 * (hybrid(given) - y).square().sum(1).mean()).backward()
-    found = [*(parameter.grad for parameter in hybrid.parameters()), given.grad]
-    for one, other in zip(found, expected, strict=True):
-        assert one is not None
-        assert relative(one, other) <= 1e-6
-
-
-def test_cost_nudges_that_are_refused() -> None:
-    nudge = script("seven_algorithms").CostNudge
-    with pytest.raises(ffebm.InputError, match="variant is 'holomorphic'; expected one of positive, negative"):
-        nudge(0.5, "holomorphic", 1.0)
-    with pytest.raises(ffebm.InputError, match=r"beta is 1.0; expected a positive number, below 1 where"):
-        nudge(1.0, "centered", 1.0)
-    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh()), noise(2, 4)
-    hybrid = ffebm.convert(model, x, gradient=nudge(0.5, "positive", 2.0))
-    with pytest.raises(ffebm.UnsupportedError, match=r"block_1: the output 2 has the activation tanh; a cost nudges"):
-        hybrid(x).sum().backward()
 
 
 # -- pictures to fine-tune on ----------------------------------------------------------------------

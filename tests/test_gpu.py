@@ -26,6 +26,7 @@ pytestmark = [
 ESTIMATORS: dict[str, Any] = {
     "ep": "ep",
     "ep centered": ffebm.EquilibriumPropagation(beta=1e-2, variant="centered"),
+    "nudged by a cost": ffebm.CostNudge(1e-2),
     "implicit": "implicit",
     "implicit, cg": ffebm.ImplicitDifferentiation(method="cg"),
     "unrolled": "unrolled",

@@ -74,6 +74,7 @@ ESTIMATORS = [
     ffebm.EquilibriumPropagation(),
     ffebm.EquilibriumPropagation(beta=1e-3, variant="centered"),
     ffebm.EquilibriumPropagation(beta=1e-3, variant="centered", together=True),
+    ffebm.CostNudge(1e-3),
     ffebm.ImplicitDifferentiation("sweeps"),
     ffebm.ImplicitDifferentiation("cg"),
     ffebm.Unrolled(),

@@ -22,6 +22,7 @@ DEPTHS = {"two": (0, 1), "mlp": (0, 1, 2, 3), "residual": (0, 1, 2), "branches":
 ESTIMATORS = (
     ffebm.EquilibriumPropagation(1e-5, "centered", through_feedback=True),
     ffebm.EquilibriumPropagation(0.05, "holomorphic", 8, through_feedback=True),
+    ffebm.CostNudge(1e-5, through_feedback=True),
     ffebm.Implicit(through_feedback=True),
     ffebm.Implicit("cg", through_feedback=True),
     ffebm.Unrolled(through_feedback=True),
@@ -271,6 +272,7 @@ def test_the_leading_pair_is_that_of_the_operator() -> None:
         ffebm.Unrolled,
         ffebm.CoupledLearning,
         ffebm.ContrastiveLearning,
+        ffebm.CostNudge,
         ffebm.TruncatedBackprop,
         ffebm.RecurrentBackprop,
     ],

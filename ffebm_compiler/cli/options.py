@@ -92,9 +92,9 @@ class Settings:
         typer.Option(
             "--gradient",
             autocompletion=completion.words(
-                "ep", "implicit", "unrolled", "contrastive", "coupled", "truncated", "recurrent"
+                "ep", "implicit", "unrolled", "contrastive", "coupled", "cost-nudged", "truncated", "recurrent"
             ),
-            help="ep, implicit, unrolled, contrastive, coupled, truncated or recurrent; docs/training.md.",
+            help="ep, implicit, unrolled, contrastive, coupled, cost-nudged, truncated or recurrent; docs/training.md.",
         ),
     ] = "ep"
     feedback_weights: Annotated[

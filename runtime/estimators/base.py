@@ -59,6 +59,8 @@ class Estimator(ABC):
     """A method to obtain the gradient of the loss at a block."""
 
     name: str
+    title: ClassVar[str] = ""
+    """What messages call a method that is defined only in some blocks."""
     through_feedback: bool = False
     """Whether the gradient goes through what the amplifiers are set to, which follows the weights."""
     output_blocks_only: ClassVar[bool] = False

@@ -6,12 +6,14 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.estimators.adjoint_sweeps import RecurrentBackprop, TruncatedBackprop
 from ffebm_compiler.runtime.estimators.base import Estimator
 from ffebm_compiler.runtime.estimators.clamped import ContrastiveLearning, CoupledLearning
+from ffebm_compiler.runtime.estimators.cost_nudge import CostNudge
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
 from ffebm_compiler.runtime.estimators.implicit import ImplicitDifferentiation, Unrolled
 
 __all__ = [
     "ESTIMATORS",
     "ContrastiveLearning",
+    "CostNudge",
     "CoupledLearning",
     "EquilibriumPropagation",
     "Estimator",
@@ -32,6 +34,7 @@ ESTIMATORS: tuple[type[Estimator], ...] = (
     Unrolled,
     ContrastiveLearning,
     CoupledLearning,
+    CostNudge,
     TruncatedBackprop,
     RecurrentBackprop,
 )

@@ -55,6 +55,7 @@ class CoupledLearning(Estimator):
     through_feedback: bool = False
     """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "coupled"
+    title: ClassVar[str] = "coupled learning"
     output_blocks_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -114,6 +115,7 @@ class ContrastiveLearning(Estimator):
     through_feedback: bool = False
     """Whether the gradient goes through γ too, which follows the weights where the loop gain is held."""
     name = "contrastive"
+    title: ClassVar[str] = "contrastive learning"
     output_blocks_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

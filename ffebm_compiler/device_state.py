@@ -53,8 +53,8 @@ def put_on_devices(
 
     Raises:
         InputError: the plan has no analog block, or no digital part for the devices' `digital_bits`.
-        UnsupportedError: a layer lies on tiles of its own for every output position, partial sums would pass ADCs, a
-            weight has an odd number of devices, or the energy does not admit the mismatch.
+        UnsupportedError: a layer lies on tiles of its own for every output position, a weight has an odd number of
+            devices, or the energy does not admit the mismatch.
     """
     blocks = hybrid.energy_blocks
     check_digital_bits(hybrid, devices)
@@ -118,30 +118,11 @@ def _arrays(
         )
         if on_row:
             bias_rows.add(operation.name)
-    _check_row_sums(plan, name, tilings, devices)
     program = block.program if block.arrays is None else block.arrays.source
     strict = block.energy_function.nonnegative and program.coupled
-    return Arrays(program, tilings, frozenset(bias_rows), devices, age, multiplying_weights(program) if strict else ())
-
-
-def _check_row_sums(plan: PlanData, name: str, tilings: Mapping[str, Tiling], devices: Devices) -> None:
-    """Refuse converters at partial sums, which are not simulated.
-
-    Without ADC bits each partial sum is exact, and so is their digital sum.
-    """
-    if plan.hardware.row_sums != "digital" or devices.adc_bits is None:
-        return
-    inside = set(plan.block(name).operations)
-    for operation, tiling in tilings.items():
-        feeds_back = any(source in inside for source in plan.graph[operation].inputs)
-        _, down, across = tiling.count
-        if down > 1 or (feeds_back and across > 1):
-            raise UnsupportedError(
-                f"layer {plan.graph[operation].path!r} of {name} lies on {down} tiles of rows and {across} of columns "
-                "whose partial sums are converted one by one (row_sums='digital'): ADCs of a tile are counted, but not "
-                "simulated. Use Devices(adc_bits=None), Hardware(row_sums='analog'), larger tiles, or keep the layer "
-                "digital (force_digital)"
-            )
+    conductances = multiplying_weights(program) if strict else ()
+    digital = plan.hardware.row_sums == "digital"
+    return Arrays(program, tilings, frozenset(bias_rows), devices, age, conductances, digital)
 
 
 def check_exportable_devices(hybrid: HybridParts) -> None:

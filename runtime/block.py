@@ -105,16 +105,16 @@ class EnergyBlock(nn.Module):
 
     @property
     def _reads_states(self) -> bool:
-        """Whether states are read with noise or through ADCs."""
-        arrays = None if self.quiet else self.arrays
-        return arrays is not None and (arrays.devices.noisy or arrays.devices.adc_bits is not None)
+        """Whether states are read with noise or through converters."""
+        return self.arrays is not None and not self.quiet and self.arrays.reads_states
 
     def analog(self, reads: Reads | None, sweeps: int) -> Analog | None:
         """How the states of a gradient are read, after a free phase of so many sweeps."""
         if not self._reads_states:
             return None
         assert self.arrays is not None
-        return Analog(reads, self.arrays.converters, sweeps)
+        errors = Reads({}, self.arrays.between if self.arrays.converts else None) if reads is None else reads
+        return Analog(reads, errors, self.arrays.converters, sweeps)
 
     def set_arrays(self, arrays: Arrays | None) -> None:
         """Put the weights on devices, or back. The feedback must be measured and set afterwards.
@@ -319,14 +319,17 @@ class EnergyBlock(nn.Module):
         return phase, run(phase, solver, rtol, contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:
-        """Run the predicted sweeps of a free phase that is read with noise.
+        """Run the predicted sweeps of a free phase that is read with noise, or through converters.
 
-        Without a certificate, it runs as many as settle in exact arithmetic.
+        Without a certificate, it runs as many as settle in exact arithmetic. The first phase is run once before, for
+        the ranges of the converters.
         """
+        assert frame.reads is not None
+        assert self.arrays is not None
         if isinstance(self.active_solver, Measured):
             raise UnsupportedError(
-                f"{self.name}: a fabric measures its equilibria, and has noise of its own. Leave "
-                "read_noise out of the devices, or call set_solver(None)"
+                f"{self.name}: a fabric measures its equilibria, and has noise and converters of its own. Leave "
+                "read_noise, and converters between tiles, out of the devices, or call set_solver(None)"
             )
         certificate, rtol = self.certificate, self.free_rtol(frame.inputs[0].dtype, frame.training)
         sweeps = None if certificate is None or self.contraction is None else certificate.sweeps(rtol)
@@ -334,6 +337,11 @@ class EnergyBlock(nn.Module):
             exact = Frame(self.program, frame.inputs, frame.weights, dict(frame.drawn))
             exact.training = frame.training
             sweeps = self._settled(exact)[1].sweeps
+        if not frame.reads.seen:
+            unseen = Frame(self.program, frame.inputs, frame.weights, dict(frame.drawn))
+            unseen.reads = frame.reads
+            with self.arrays.converters.observed():
+                ReadPhase(unseen, self.setting).run(sweeps, self.active_solver)
         phase = ReadPhase(frame, self.setting)
         phase.run(sweeps, self.active_solver)
         return phase, Settled(sweeps, 0.0, True, "")
@@ -500,12 +508,13 @@ class EnergyBlock(nn.Module):
         self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool, reads: Reads | None
     ) -> tuple[Tensor, ...]:
         program = self.program if self.enabled or self.arrays is None else self.arrays.source
+        settles = program.coupled and self.enabled
+        reads = None if settles and reads is not None and not reads.inside else reads
         autocast = autocast and reads is None  # arrays are read in full precision, and with their noise
         frame = Frame(program, inputs, weights)
-        frame.autocast = autocast
-        if not program.coupled or not self.enabled:
+        frame.autocast, frame.reads = autocast, reads
+        if not settles:
             # Without feedback the block computes the source's own layers, so that autograd is exact.
-            frame.reads = reads
             phase, self.last = FreePhase(frame, self.setting, source=True), Settled(0, 0.0, True, "")
             states, _ = phase.settled()
             self._states, self._preactivations = tuple(state.detach() for state in states), ()

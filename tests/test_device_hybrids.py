@@ -324,14 +324,37 @@ def test_read_noise_of_the_prototype() -> None:
 def test_the_default_gradient_is_hardware_sized_where_states_are_read_inexactly() -> None:
     hybrid, _, _ = _on_digits(Devices(read_noise=1e-3))
     block = hybrid.energy_blocks["block_1"]
-    assert block.active_estimator == EquilibriumPropagation(beta=1.0, variant="centered", reads=16)
-    assert "read in literal form: EquilibriumPropagation(beta=1.0, variant='centered'" in hybrid.summary()
+    assert block.active_estimator == EquilibriumPropagation(beta=None, variant="centered", reads=16)
+    assert "read in literal form: EquilibriumPropagation(beta=None, variant='centered'" in hybrid.summary()
     assert "devices (modelled): custom, seed 0, new" in hybrid.summary()
     hybrid.set_gradient(EquilibriumPropagation(beta=0.3))
     assert block.active_estimator == EquilibriumPropagation(beta=0.3)
     hybrid.set_gradient("ep")
     hybrid.set_devices(Devices(programming=0.1))
     assert block.active_estimator == EquilibriumPropagation()
+
+
+def test_a_block_chooses_its_nudge_by_the_loop_gain() -> None:
+    """κβ = 2 where outputs are linear, else β = 1. The gradient through noise is better, and curved by little."""
+    hybrid, x, loss = _on_digits(Devices(read_noise=1e-3))
+    expected = _own_exact(hybrid, x, loss)
+    own, fixed = EquilibriumPropagation(None, "centered", reads=4), EquilibriumPropagation(1.0, "centered", reads=4)
+    found = []
+    for estimator in (own, EquilibriumPropagation(2 / 0.3, "centered", reads=4), fixed):
+        hybrid.set_gradient(estimator)
+        torch.manual_seed(0)
+        found.append(_gradients(hybrid, x, loss))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-6, atol=1e-9)
+    cosines = [_cosines(each, expected)["0.weight"] for each in found]
+    assert cosines[0] > cosines[2] + 0.02
+    exact = ffebm.convert(_digits()[0], x, feedback=0.3, gradient=EquilibriumPropagation(None, "centered"))
+    implicit = ffebm.convert(_digits()[0], x, feedback=0.3, gradient="implicit")
+    assert min(_cosines(_gradients(exact, x, loss), _gradients(implicit, x, loss)).values()) > 0.98
+    bounded = seeded(lambda: nn.Sequential(nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 10), nn.Tanh())).double()
+    twins = [ffebm.convert(bounded, x, gradient=EquilibriumPropagation(beta, "centered")) for beta in (None, 1.0)]
+    for first, second in zip(*(_gradients(twin, x).values() for twin in twins), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_a_noisy_phase_runs_the_predicted_sweeps() -> None:

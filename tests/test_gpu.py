@@ -322,6 +322,24 @@ def test_devices_are_the_same_on_a_gpu() -> None:
         ffebm.GraphedStep(graphed, F.cross_entropy)
 
 
+def test_converters_of_tiles_are_the_same_on_a_gpu() -> None:
+    """Partial sums converted tile by tile, forward, back and in a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(64, 10)).double()
+    x = torch.randn(4, 2, 4, 4, dtype=torch.float64)
+    hardware = ffebm.Hardware(tile_rows=16, tile_cols=8, row_sums="digital")
+    found = []
+    for device in ("cpu", "cuda"):
+        hybrid = ffebm.convert(copy.deepcopy(model).to(device), x.to(device), hardware=hardware, feedback=0.3)
+        hybrid.set_devices(ffebm.Devices(adc_bits=10, dac_bits=10))
+        output = hybrid(x.to(device))
+        output.square().sum().backward()
+        assert any("tile" in name for name in hybrid.energy_blocks["block_1"].arrays.converters.ranges)
+        found.append([output.detach().cpu(), *(p.grad.cpu() for p in hybrid.parameters() if p.grad is not None)])
+    for first, second in zip(*found, strict=True):
+        assert float((first - second).norm() / first.norm()) < 0.02  # but for ties
+
+
 def test_digital_bits_on_a_gpu(full_precision: None) -> None:
     """The same integers as on a CPU, but for ties, and gradients of 8 bits."""
     torch.manual_seed(0)

@@ -5,13 +5,14 @@ is a digital number. A digital value needs no ADC where it leaves its block, and
 of the block reads it. In a block of several layers this happens in every sweep:
 
     forward    K ADCs for each value of a product with K > 1, 1 DAC for each digital value that is read in the block
-    feedback   with K' column tiles of the layer that is read backward: K' ADCs for each value of the state that it
+    feedback   1 DAC for each digital state that drives a layer backward, the one above if it is also read;
+               with K' column tiles of the layer that is read backward: K' ADCs for each value of the state that it
                goes back to if K' > 1, and 1 DAC if that state is not digital; 1 ADC if K' = 1 and it is digital
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ffebm_compiler.hardware.fabric import Hardware
@@ -70,10 +71,12 @@ def partial_sums(
             digital.add(name)
     inner = [op for op in layers if any(source in inside for source in op.inputs)]
     converted = {op.name: rows[op.name] * op.cols * op.groups * op.positions for op in layers if rows[op.name] > 1}
+    driving = {_state_of(op.name, inside, rows, users) for op in inner}
     again = [
         graph[name]
         for name in members
-        if name in digital and any(user in inside and (user in rows or user not in digital) for user in users[name])
+        if name in digital
+        and (name in driving or any(user in inside and (user in rows or user not in digital) for user in users[name]))
     ]
     outputs = set(graph.outputs)
     leaving = [
@@ -106,6 +109,13 @@ def partial_sums(
         spared_dac=sum(graph.values(source) for source in spared),
         inputs=sum((cols[op.name] - 1) * graph.values(source) for op in outer for source in op.inputs),
     )
+
+
+def _state_of(name: str, inside: Collection[str], layers: Collection[str], users: Mapping[str, Sequence[str]]) -> str:
+    """The operation whose value drives a layer backward: the last one before other layers read it."""
+    while readers := [user for user in users[name] if user in inside and user not in layers]:
+        name = readers[0]
+    return name
 
 
 def _row_tiles(operation: Operation, hardware: Hardware) -> int:

@@ -15,7 +15,9 @@ class Analog:
     """How the states of a block are read."""
 
     reads: Reads | None
-    """The noise of reading the arrays; None if a read is exact."""
+    """How the arrays are read while a phase settles; None if exactly."""
+    errors: Reads
+    """How the errors at the inputs are read."""
     converters: Converters
     sweeps: int
     """Sweeps that a phase takes where noise hides whether it has settled."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.runtime.devices.array import Array
+from ffebm_compiler.runtime.devices.array_converters import ArrayConverters
 from ffebm_compiler.runtime.devices.converters import Converters
 from ffebm_compiler.runtime.devices.devices import Devices
 from ffebm_compiler.runtime.devices.tiling import Tiling
@@ -54,6 +55,7 @@ class Arrays:
         devices: the devices.
         age: seconds since they were programmed.
         conductances: indices of the weights that are conductances themselves, and so never negative.
+        digital_sums: whether the results of the tiles of one layer are converted one by one.
     """
 
     def __init__(
@@ -64,13 +66,18 @@ class Arrays:
         devices: Devices,
         age: float = 0.0,
         conductances: Collection[int] = (),
+        digital_sums: bool = False,
     ) -> None:
         self.devices, self.age = devices, age
         self.source = program
         self.converters = Converters(devices.dac_bits, devices.adc_bits)
+        """At the block's boundary."""
         self._places: list[_Place] = []
         self._kept: dict[int, tuple[WeightStamp, float, list[Tensor | None], list[Tensor | None]]] = {}
         self.program = self._expanded(tilings, bias_rows, frozenset(conductances))
+        one_by_one = tilings if digital_sums else {}
+        self.between = ArrayConverters(self.program, one_by_one, bias_rows, self.converters)
+        """Between the arrays."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what was computed from weights."""
@@ -160,9 +167,25 @@ class Arrays:
         return self._filled(weights)[0]
 
     def enter(self, weights: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Reads | None]:
-        """The weights of the device's program, and the noise of its reads; None if it has none."""
+        """The weights of the device's program, and how they are read; None if exactly, without converters."""
         held, variances = self._filled(weights)
-        return held, Reads(variances) if self.devices.noisy else None
+        return held, Reads(variances, self.between if self.converts else None) if self.inexact else None
+
+    @property
+    def converts(self) -> bool:
+        """Whether there are converters."""
+        return self.devices.adc_bits is not None or self.devices.dac_bits is not None
+
+    @property
+    def inexact(self) -> bool:
+        """Whether a read differs from what the devices hold."""
+        return self.devices.noisy or self.converts
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether states are read with noise or through ADCs, or settle through converters."""
+        inside = self.converts and self.between.inside
+        return self.devices.noisy or self.devices.adc_bits is not None or inside
 
     def _filled(self, weights: Sequence[Tensor | None]) -> tuple[list[Tensor | None], dict[int, Tensor]]:
         result: list[Tensor | None] = [*weights, *[None] * (self.program.weights - len(weights))]

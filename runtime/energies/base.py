@@ -49,6 +49,8 @@ class Energy(ABC):
     """Whether a free phase starts at the energy's own σ_l of the drives, since the source's states are far away."""
     elements: ClassVar[str] = ""
     """What a circuit with this energy is made of, as a phrase; empty if it is that of no circuit."""
+    by_loop_gain: ClassVar[bool] = False
+    """Whether feedback is set by the loop gain κ, by which a nudge of the outputs moves the other states."""
     nonnegative: ClassVar[bool] = False
     """Whether weights are conductances themselves, so that none is negative."""
 

@@ -48,6 +48,7 @@ class Hopfield(Energy):
     """Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩]; `feedback` is the loop gain κ = ρ(A)² in (0, 1), or "symmetric" (γ = 1)."""
 
     name = "hopfield"
+    by_loop_gain = True
     amplified = False
     default_feedback = 0.1
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.runtime.activations.piecewise import Identity
 from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.literal import contrast_of_read_states, read_nudged_states
 from ffebm_compiler.runtime.estimators.nudge import (
@@ -33,6 +34,12 @@ from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
 __all__ = ["HARDWARE", "EquilibriumPropagation"]
 
 
+LARGEST = 100
+"""The largest β that is admitted."""
+REACH = 2.0
+"""κβ of a nudge whose strength a block chooses."""
+
+
 @dataclass(frozen=True)
 class EquilibriumPropagation(Estimator):
     """Equilibrium propagation: the difference of settled states under a nudge.
@@ -44,12 +51,17 @@ class EquilibriumPropagation(Estimator):
 
     and needs holomorphic activations. β is relative: 1 nudges each sample by rms(s_out).
 
+    With `beta=None` each block chooses β, for states that are read with noise. A nudge moves hidden states by κβ, and
+    a linear output has no curvature of its own. So β = min(2/κ, 100) where the nudged outputs are linear and feedback
+    is set by a certified loop gain κ, else 1. Noise falls as 1/β, and the centered error rises as (κβ)², so that the
+    best β grows only as the cube root of the noise (`python benchmarks/devices.py nudge`).
+
     The default is one-sided with a tiny β. In deviation coordinates it is as accurate as the
     centered form at half the cost (`benchmarks/gradient_accuracy.py`). A hardware-sized β (0.1)
     and `variant="centered"` are for realism. The centered error falls as β², the one-sided as β.
     """
 
-    beta: float = 1e-4
+    beta: float | None = 1e-4
     variant: Literal["positive", "negative", "centered", "holomorphic"] = "positive"
     points: int = 4
     """N of the holomorphic variant. With 2 it is the centered form."""
@@ -64,8 +76,11 @@ class EquilibriumPropagation(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not isinstance(self.beta, float | int) or not 0 < self.beta <= 10:
-            raise InputError(f"beta is {self.beta!r}; expected a number in (0, 10], relative to the block's output")
+        if self.beta is not None and (not isinstance(self.beta, float | int) or not 0 < self.beta <= LARGEST):
+            raise InputError(
+                f"beta is {self.beta!r}; expected a number in (0, {LARGEST}], relative to the block's output, or None, "
+                "by which a block chooses it"
+            )
         if self.variant not in ("positive", "negative", "centered", "holomorphic"):
             raise InputError(
                 f"variant is {self.variant!r}; expected 'positive', 'negative', 'centered' or 'holomorphic'"
@@ -83,20 +98,29 @@ class EquilibriumPropagation(Estimator):
         """It does, except in the holomorphic variant."""
         return self.variant != "holomorphic"
 
-    def _betas(self) -> list[tuple[complex, float]]:
+    def _strength(self, at: Situation, errors: Sequence[Tensor | None]) -> float:
+        """β in this block."""
+        if self.beta is not None:
+            return float(self.beta)
+        layers = zip(at.frame.program.layers, errors, strict=True)
+        linear = all(error is None or isinstance(layer.activation, Identity) for layer, error in layers)
+        known = linear and at.setting.energy.by_loop_gain and at.contraction
+        return min(REACH / at.contraction, float(LARGEST)) if known and at.contraction else 1.0
+
+    def _betas(self, beta: float) -> list[tuple[complex, float]]:
         """The nudging strengths and their shares. Real ones are floats. Of a conjugate pair only one is settled."""
         if self.variant == "positive":
-            return [(self.beta, 1.0)]
+            return [(beta, 1.0)]
         if self.variant == "negative":
-            return [(-self.beta, 1.0)]
+            return [(-beta, 1.0)]
         if self.variant == "centered":
-            return [(self.beta, 0.5), (-self.beta, 0.5)]
+            return [(beta, 0.5), (-beta, 0.5)]
         betas: list[tuple[complex, float]] = []
         for index in range(self.points // 2 + 1):
             if index == 0 or 2 * index == self.points:
-                betas.append((self.beta if index == 0 else -self.beta, 1 / self.points))
+                betas.append((beta if index == 0 else -beta, 1 / self.points))
             else:
-                betas.append((self.beta * cmath.exp(2j * math.pi * index / self.points), 2 / self.points))
+                betas.append((beta * cmath.exp(2j * math.pi * index / self.points), 2 / self.points))
         return betas
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
@@ -109,7 +133,7 @@ class EquilibriumPropagation(Estimator):
         amplitude = amplitudes(at, errors)
         if amplitude is None:
             return Gradients.none(at.frame.program)
-        betas = self._betas()
+        betas = self._betas(self._strength(at, errors))
         if self.variant == "holomorphic":
             _check_holomorphic(at)
         if at.analog is not None:
@@ -144,23 +168,30 @@ class EquilibriumPropagation(Estimator):
                 f"{at.name}: devices hold real states, which cannot be nudged in the complex plane: use "
                 "variant='centered'"
             )
-        betas = {"positive": (self.beta, 0.0), "negative": (0.0, -self.beta), "centered": (self.beta, -self.beta)}
+        reads = at.analog.reads
+        strength = self._strength(at, errors)
+        betas = {"positive": (strength, 0.0), "negative": (0.0, -strength), "centered": (strength, -strength)}
         found: list[Sequence[Tensor]] = []
         sweeps = 0
+        if reads is not None and not reads.of("nudged").seen:
+            with at.analog.converters.observed():
+                for beta in betas[self.variant]:
+                    read_nudged_states(at, errors, amplitude, beta, 1)
         for beta in betas[self.variant]:
             states: Sequence[Tensor] = at.states
-            if beta and at.analog.reads is not None:
+            if beta and reads is not None:
                 states, count = read_nudged_states(at, errors, amplitude, beta, self.reads)
                 sweeps += count
             elif beta:
                 states, count = self._settled(at, errors, amplitude, beta)
                 sweeps += count
-            found.append([at.analog.converters.read(index, state) for index, state in enumerate(states)])
+            found.append(states)
+        read = at.analog.converters.read(found)
         gradients = contrast_of_read_states(
             at,
             errors,
             amplitude,
-            (found[0], found[1]),
+            (read[0], read[1]),
             betas[self.variant][0] - betas[self.variant][1],
             self.reads,
             self.through_feedback,
@@ -174,7 +205,9 @@ class EquilibriumPropagation(Estimator):
         """(states s^β, sweeps) of a nudged phase that settles."""
         assert at.analog is not None
         nudge = at.analog.converters.nudge
-        drives = [None if error is None else nudge(error) for error in scaled(errors, -amplitude)]
+        drives = [
+            None if error is None else nudge(index, error) for index, error in enumerate(scaled(errors, -amplitude))
+        ]
         (currents,), sweeps = settled_currents(
             at,
             [(beta, 1.0)],
@@ -188,7 +221,7 @@ class EquilibriumPropagation(Estimator):
         return states, sweeps
 
 
-HARDWARE = EquilibriumPropagation(beta=1.0, variant="centered", reads=16)
+HARDWARE = EquilibriumPropagation(beta=None, variant="centered", reads=16)
 """The form in which states that are read with noise or through ADCs still tell a gradient."""
 
 

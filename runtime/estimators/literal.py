@@ -7,7 +7,7 @@ the energy with exact arithmetic at these states,
 
 where ∂_θE is at the weights that the devices hold, and goes straight through to the source's weights. δ_x is read from
 the arrays backward, once for each phase, with noise of its own. Noise of the forward pass is not used again: each
-phase, and δ_x, draws its own.
+phase, and δ_x, draws its own. What arrives at the inputs is read through ADCs, and scaled digitally.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def read_nudged_states(
     assert at.analog is not None
     nudges = scaled(errors, -amplitude)
     forces = [
-        None if nudge is None else at.analog.converters.nudge(nudge) * (beta / scale)
-        for nudge, scale in zip(nudges, at.scales, strict=True)
+        None if nudge is None else at.analog.converters.nudge(index, nudge) * (beta / scale)
+        for index, (nudge, scale) in enumerate(zip(nudges, at.scales, strict=True))
     ]
     frame = _frame(at)
-    frame.reads = at.analog.reads
+    frame.reads = None if at.analog.reads is None else at.analog.reads.of("nudged", reads)
     phase = ReadPhase(frame, at.setting, at.states, forces)
     return phase.run(at.analog.sweeps, at.solver, reads)
 
@@ -61,28 +61,27 @@ def contrast_of_read_states(
 ) -> Gradients:
     """The contrast of two read states whose nudges differ by `difference` in β."""
     assert at.analog is not None
-    (first, second), noise = states, at.analog.reads
+    (first, second), reading = states, at.analog.errors
     restored = torch.where(amplitude > 0, -1 / amplitude, amplitude)
     moves: list[Tensor | None] = [
         (a - b) * (scale / difference) for a, b, scale in zip(first, second, at.scales, strict=True)
     ]
     middle = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
     currents = scaled(moves, restored)
-    if noise is None or not any(at.inputs_needed):
+    if not any(at.inputs_needed):
         return contract(at, currents, middle, errors, through_feedback=through_feedback)
     inputs_needed = at.inputs_needed
     at = replace(at, inputs_needed=(False,) * len(inputs_needed))
     gradients = contract(at, currents, middle, errors, through_feedback=through_feedback)
     frame = _frame(at)
-    frame.reads = noise.averaged(reads)
+    frame.reads = reading.of("error", reads)
     for sign, own in ((1.0, first), (-1.0, second)):
-        parts = scaled(
-            [state * (sign * scale / difference) for state, scale in zip(own, at.scales, strict=True)], restored
-        )
-        for index, part in enumerate(parts):
-            assert part is not None
-            for register, value in frame.pullback(index, part, inputs=True).items():
+        for index, (state, scale) in enumerate(zip(own, at.scales, strict=True)):
+            for register, read in frame.pullback(index, state, inputs=True).items():
+                if not inputs_needed[register]:
+                    continue
+                (value,) = scaled([read * (sign * scale / difference)], restored)
+                assert value is not None
                 present = gradients.inputs[register]
-                if inputs_needed[register]:
-                    gradients.inputs[register] = value if present is None else present + value
+                gradients.inputs[register] = value if present is None else present + value
     return gradients

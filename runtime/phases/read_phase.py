@@ -50,11 +50,18 @@ class ReadPhase(FreePhase):
         state = self.frame.program.layers[index].state
         found = []
         for later in self.frame.program.downstream[index]:
-            value = self.values[later]
+            value = self._driven(later)
             part = None if value is None else self.frame.back.pullback(later, value, states=True).get(state)
             if part is not None:
                 found.append((later, part))
         return found
+
+    def _driven(self, index: int) -> Tensor | None:
+        """A state as it drives its array backward: through DACs if it is digital."""
+        value, reads = self.values[index], self.frame.reads
+        if value is None or reads is None:
+            return value
+        return reads.driven(self.frame.program.layers[index].state, value)
 
     def run(self, sweeps: int, solver: Solver, average: int = 1) -> tuple[list[Tensor], int]:
         """Run `sweeps` sweeps and `average` − 1 more: (mean of the states after the last `average`, number of sweeps).

@@ -85,6 +85,11 @@ class Contraction(Operator):
         inverse = sorted(range(len(shape)), key=lambda index: self._order[index])
         return matrices.reshape([shape[index] for index in self._order]).permute(inverse)
 
+    def column_dims(self, dims: int) -> tuple[int, ...]:
+        """The dimensions of the result that the groups and the outputs are along."""
+        of = letters_of(self.equation)
+        return tuple(of.result.index(letter) for letter in of.groups + of.outputs)
+
     @property
     def _order(self) -> list[int]:
         """The dimensions of the weight in the order of its matrices: groups, inputs, outputs."""

@@ -54,7 +54,7 @@ class Frame:
         self.light = False
         """Whether products that change a gradient little are computed in bfloat16 (`runtime/program/light.py`)."""
         self.reads: Reads | None = None
-        """The noise of reading the weights, drawn anew at every product; None if a read is exact."""
+        """The noise and the converters of reading the arrays, at every product; None if a read is exact."""
         self._in_bfloat16: dict[int, Tensor] = {}
         self._back: Frame | None = None
         self.activations = tuple(self._bound(layer) for layer in program.layers)
@@ -141,6 +141,8 @@ class Frame:
 
     def _run(self, instruction: Instruction, registers: Mapping[int, Tensor]) -> Tensor:
         values = [registers[r] for r in instruction.operands]
+        if self.reads is not None:
+            values = self.reads.operands(instruction, values)
         operator, known = instruction.operator, instruction.kept in self.drawn
         if operator.draws and not known:
             self._draw_before(instruction.kept, registers)
@@ -150,7 +152,7 @@ class Frame:
         if coarse and operator.product:
             result = operator.apply(_in_bfloat16(values), self._rounded_weights(instruction)).to(values[0].dtype)
         elif self.reads is not None and operator.product:
-            result = self.reads.product(instruction, values, self._weights(instruction))
+            result = self.reads.product(instruction, values[0], self._weights(instruction))
         else:
             result = operator.apply(values, self._weights(instruction))
         self.shapes[instruction.output] = result.shape
@@ -191,7 +193,8 @@ class Frame:
                 continue
             value = self._run(instruction, registers)
             registers[instruction.output] = value
-            if self.reads is None and not self.program.from_states[instruction.output]:
+            read_again = self.reads is not None and not self.reads.held(instruction.output)
+            if not read_again and not self.program.from_states[instruction.output]:
                 self._fixed[instruction.output] = value
         return registers
 
@@ -299,10 +302,10 @@ class Frame:
                 rounded = self._rounded_weights(instruction)
                 found = instruction.operator.adjoint(arriving.to(torch.bfloat16), rounded, shapes, wanted)
                 parts = [None if part is None else part.to(arriving.dtype) for part in found]
+            elif self.reads is not None and instruction.operator.product:
+                parts = self.reads.backward(instruction, arriving, weights, shapes, wanted)
             else:
                 parts = instruction.operator.adjoint(arriving, weights, shapes, wanted)
-                if self.reads is not None and instruction.operator.product:
-                    parts = self.reads.backward(instruction, arriving, shapes, parts)
             for register, part, want in zip(instruction.operands, parts, wanted, strict=True):
                 if want and part is not None:
                     pending[register] = pending[register] + part if register in pending else part

@@ -38,6 +38,7 @@ __all__ = [
     "Scale",
     "Sum",
     "Wiring",
+    "along_columns",
     "slice_of",
 ]
 
@@ -86,6 +87,41 @@ class Operator(ABC):
     def weight_of(self, matrices: Tensor, shape: torch.Size) -> Tensor:
         """The weight of this shape that has these matrices: the inverse of `matrices`."""
         raise NotImplementedError(f"{type(self).__name__} multiplies by no weight")
+
+    def column_dims(self, dims: int) -> tuple[int, ...]:
+        """The dimensions of a result of so many dimensions that count the matrices' groups and columns, in their order.
+
+        A transposed convolution adds the columns of a kernel's `taps` at the positions of the result.
+        """
+        return (-1,)
+
+    def taps(self, shape: torch.Size) -> int:
+        """How many neighbouring columns of a weight of this shape belong to one channel of the result."""
+        return 1
+
+    def of_rows(self, value: Tensor, weight: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """(value, weight) with the product that the rows from `start` to `end` of the matrices give."""
+        return value, self.only_rows(weight, start, end)
+
+    def only_rows(self, weight: Tensor, start: int, end: int) -> Tensor:
+        """The weight with zeros outside of the rows from `start` to `end` of its matrices."""
+        return self._only(weight, (slice(None), slice(start, end)))
+
+    def of_columns(self, cotangent: Tensor, weight: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """(cotangent, weight) with the transposed product that the columns from `start` to `end` give."""
+        return cotangent, self._only(weight, (..., slice(start, end)))
+
+    def of_tap(self, weight: Tensor, tap: int) -> Tensor:
+        """The weight with zeros for the columns of other taps."""
+        count = self.taps(weight.shape)
+        return weight if count == 1 else self._only(weight, (..., slice(tap, None, count)))
+
+    def _only(self, weight: Tensor, place: tuple[Any, ...]) -> Tensor:
+        """The weight with zeros outside of a place in its matrices."""
+        matrices = self.matrices(weight)
+        kept = torch.zeros_like(matrices)
+        kept[place] = matrices[place]
+        return self.weight_of(kept, weight.shape)
 
     def absolute(self) -> Operator:
         """The operator of the absolute values |A| for weights |θ|. Coefficients lose their sign, and constants go."""
@@ -138,6 +174,14 @@ class Linear(Operator):
     def quick(self) -> Operator:
         """By the faster library."""
         return replace(self, fast=True)
+
+    def of_rows(self, value: Tensor, weight: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Features from `start` to `end`."""
+        return value[..., start:end], weight[start:end] if self.transposed else weight[:, start:end]
+
+    def of_columns(self, cotangent: Tensor, weight: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Results from `start` to `end`."""
+        return cotangent[..., start:end], weight[:, start:end] if self.transposed else weight[start:end]
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """A x + b."""
@@ -201,6 +245,25 @@ class Convolution(Operator):
     def weight_of(self, matrices: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `matrices`."""
         return (matrices if self.transposed else matrices.transpose(1, 2)).reshape(shape)
+
+    def column_dims(self, dims: int) -> tuple[int, ...]:
+        """The channels."""
+        return (-1 - len(self.stride),)
+
+    def taps(self, shape: torch.Size) -> int:
+        """The positions of a transposed convolution's kernel."""
+        return math.prod(shape[2:]) if self.transposed else 1
+
+    def of_rows(self, value: Tensor, weight: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The input channels that have these rows, if there is one group."""
+        if self.groups > 1:
+            return super().of_rows(value, weight, start, end)
+        each = 1 if self.transposed else math.prod(weight.shape[2:])
+        first = min(start // each, weight.shape[0 if self.transposed else 1] - 1)
+        count = max(-(-end // each) - first, 1)
+        if start == end or start % each or end % each:
+            weight = self.only_rows(weight, start, end)
+        return value.narrow(-1 - len(self.stride), first, count), weight.narrow(int(not self.transposed), first, count)
 
     def apply(self, values: Sequence[Tensor], weights: Weights) -> Tensor:
         """W ∗ x + b."""
@@ -518,6 +581,14 @@ def slice_of(value: Tensor, dim: int = 0, start: int | None = None, end: int | N
     index: list[slice] = [slice(None)] * value.dim()
     index[dim] = slice(start, end, step)
     return value[tuple(index)]
+
+
+def along_columns(vector: Tensor, value: Tensor, dims: Sequence[int]) -> Tensor:
+    """One number for each column of a product, in a shape that broadcasts to a value whose columns are along `dims`."""
+    places = [dim % value.dim() for dim in dims]
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    shape = [size if dim in places else 1 for dim, size in enumerate(value.shape)]
+    return vector.reshape([value.shape[dim] for dim in places]).permute(order).reshape(shape)
 
 
 def _format_of(value: Tensor) -> torch.memory_format:

@@ -15,7 +15,7 @@
 #   make wheel       build wheel and sdist into dist/, try both in an empty environment
 #   make docs        the documentation as a site, in build/docs; a warning is an error
 #   make tutorials   run the notebooks of docs/tutorials again and keep their outputs
-#   make lint        ruff, formatting, mypy
+#   make lint        ruff, formatting, workflow files, mypy
 #   make mutate      10 000 mutations of every kind of file that is read (half an hour; MUTATIONS=1000 for fewer)
 #   make setup PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -33,7 +33,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: networks architecture numbers wheel docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint typecheck format lock clean
+.PHONY: networks architecture numbers wheel docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint style workflows typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -115,10 +115,15 @@ wheel: $(STAMP)
 tutorials: $(STAMP)
 	$(BIN)/python -P docs/run_tutorials.py
 
-lint: $(STAMP)
+# The hooks of .pre-commit-config.yaml are these three.
+lint: style workflows typecheck
+
+style: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	@$(MAKE) --no-print-directory typecheck
+
+workflows: $(STAMP)
+	$(BIN)/jactionlint
 
 # mypy does not know that passes/ and runtime/ are subpackages of ffebm_compiler: it sees a tree of links in which they are.
 typecheck: $(STAMP)

@@ -6,7 +6,9 @@ hybrid = ffebm.convert(model, example_inputs)
 loss_fn(hybrid(x), y).backward()
 """
 
-from ffebm_compiler import init
+from typing import TYPE_CHECKING, Any
+
+from ffebm_compiler import errors, init
 from ffebm_compiler.accuracy.accuracy_plan import AccuracyPlan, AccuracyReport
 from ffebm_compiler.accuracy.exploration import Exploration
 from ffebm_compiler.accuracy.explore import explore
@@ -14,18 +16,19 @@ from ffebm_compiler.accuracy.plan_for_accuracy import plan_for_accuracy
 from ffebm_compiler.accuracy.sensitivity import sensitivity
 from ffebm_compiler.accuracy.sensitivity_report import Sensitivity
 from ffebm_compiler.convert import convert, plan
+from ffebm_compiler.deprecation import Deprecated, deprecated_attribute
 from ffebm_compiler.errors import (
     CaptureError,
     ConvergenceError,
     ConvergenceWarning,
     ExportError,
     FabricError,
+    FFEBMDeprecationWarning,
     FFEBMError,
     FFEBMWarning,
     GradientError,
     HardwareError,
     InputError,
-    NotYetError,
     PlanError,
     UnsupportedError,
 )
@@ -79,6 +82,7 @@ __all__ = [
     "EquilibriumPropagation",
     "Exploration",
     "ExportError",
+    "FFEBMDeprecationWarning",
     "FFEBMError",
     "FFEBMWarning",
     "FabricError",
@@ -98,7 +102,6 @@ __all__ = [
     "Measured",
     "NewtonCG",
     "Ngspice",
-    "NotYetError",
     "Plan",
     "PlanError",
     "PulseResponse",
@@ -125,3 +128,16 @@ __all__ = [
     "plan_for_accuracy",
     "sensitivity",
 ]
+
+if not TYPE_CHECKING:  # type checkers would take any name of a module with `__getattr__` for one that it has
+    _DEPRECATED = {
+        "NotYetError": Deprecated(
+            errors.NotYetError,
+            "1.0",
+            "2.0",
+            "nothing raises it, since all that was announced is built. Catch FFEBMError, or NotImplementedError.",
+        )
+    }
+
+    def __getattr__(name: str) -> Any:
+        return deprecated_attribute(__name__, name, _DEPRECATED)

@@ -11,6 +11,7 @@ __all__ = [
     "ConvergenceError",
     "ConvergenceWarning",
     "ExportError",
+    "FFEBMDeprecationWarning",
     "FFEBMError",
     "FFEBMWarning",
     "FabricError",
@@ -64,11 +65,15 @@ class FabricError(FFEBMError, RuntimeError):
 
 
 class NotYetError(FFEBMError, NotImplementedError):
-    """A part of the public interface that is announced but not built yet."""
+    """A part of the public interface that was announced and not built. Nothing raises it any more."""
 
 
 class FFEBMWarning(UserWarning):
     """Base class of all warnings issued on purpose by ffebm-compiler."""
+
+
+class FFEBMDeprecationWarning(FFEBMWarning, DeprecationWarning):
+    """A name or argument that a later version will not have. The message says what to use instead, and until when."""
 
 
 class ConvergenceWarning(FFEBMWarning):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -31,19 +32,50 @@ def packages_on_disk() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of a copy of the sources: stale files in the checkout's own build/ would go into it."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of a copy of the sources, and the wheel that is built from it.
+
+    A copy, because stale files in the checkout's own build/ would go into them.
+    """
     source = tmp_path_factory.mktemp("source")
-    shutil.copy(ROOT / "pyproject.toml", source)
-    for name in ("LICENSE", "ffebm_command.py", PYPROJECT["project"].get("readme", "LICENSE")):
+    modules = [f"{name}.py" for name in PYPROJECT["tool"]["setuptools"]["py-modules"]]
+    for name in ("pyproject.toml", "LICENSE", PYPROJECT["project"]["readme"], *modules):
         shutil.copy(ROOT / name, source)
     for folder in TOP_FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (source / "dist").glob("*.whl")
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions: Path) -> Path:
+    (path,) = distributions.glob("*.whl")
     return path
+
+
+@pytest.mark.parametrize(
+    "command", [("twine", "check", "--strict"), ("check_wheel_contents",)], ids=["twine", "contents"]
+)
+def test_the_checkers_of_distributions_are_content(distributions: Path, command: tuple[str, ...]) -> None:
+    files = sorted(distributions.glob("*.whl" if command[0] == "check_wheel_contents" else "*"))
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *command, *map(str, files)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_source_distribution_holds_what_a_build_needs_and_no_tests(distributions: Path) -> None:
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "LICENSE", "README.md", "passes/capture.py", "runtime/block.py"} <= names
+    assert not {name for name in names if name.startswith(("tests", "benchmarks", "examples", "docs", "build"))}
 
 
 def test_every_package_is_listed() -> None:

@@ -62,6 +62,7 @@ def test_the_checkers_of_distributions_are_content(distributions: Path, command:
     files = sorted(distributions.glob("*.whl" if command[0] == "check_wheel_contents" else "*"))
     done = subprocess.run(
         [sys.executable, "-P", "-m", *command, *map(str, files)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import NEEDS_BROWSER, OVERLAPS, Browser, browser, no_console_errors
 from drawing_networks import NETWORKS, plan_of
-from test_drawing_page import CHROMIUM, DRIVER, OVERLAPS, Browser, browser
 
 from ffebm_compiler.drawing import html_text
 from ffebm_compiler.drawing.boundaries import ends_of, side_inputs
@@ -16,8 +15,8 @@ from ffebm_compiler.driven import settles
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.reports.text import count
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
-__all__ = ["browser"]
+pytestmark = NEEDS_BROWSER
+__all__ = ["browser", "no_console_errors"]
 
 
 ALL = os.environ.get("FFEBM_PAGES") == "all"
@@ -34,13 +33,6 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Plan, Pat
         plan.save_html(folder / f"{name}.html")
         found[name] = plan, folder / f"{name}.html"
     return found
-
-
-@pytest.fixture(autouse=True)
-def no_console_errors(browser: Browser) -> Iterator[None]:
-    browser.errors()
-    yield
-    assert browser.errors() == []
 
 
 EDGES = (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from browsing import NEEDS_BROWSER, Browser, browser, no_console_errors
 from drawing_cases import chain_plan
 from networks import digits_cnn, mlp
-from test_drawing_page import CHROMIUM, DRIVER, Browser, browser
 from torch import Tensor
 
 import ffebm_compiler as ffebm
@@ -19,8 +18,8 @@ from ffebm_compiler.drawing.differences import differences_of
 from ffebm_compiler.drawing.measurements import gains_of, gradients_of
 from ffebm_compiler.reports.checks import Comparison
 
-__all__ = ["browser"]
-needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
+__all__ = ["browser", "no_console_errors"]
+needs_browser = NEEDS_BROWSER
 GAINS = (0.1, 0.5)
 
 
@@ -38,17 +37,6 @@ def page(hybrid: tuple[ffebm.HybridModel, Tensor], tmp_path_factory: pytest.Temp
     gradients = ffebm.check_gradients(made, inputs, lambda y: y.logsumexp(1).mean())
     made.save_html(path, gradients=gradients, diagnosis=made.diagnose(inputs, sweeps=4), loop_gains=points)
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_console_errors(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "browser" not in request.fixturenames:
-        yield
-        return
-    window = request.getfixturevalue("browser")
-    window.errors()
-    yield
-    assert window.errors() == []
 
 
 def test_points_are_what_compare_measures_and_the_feedback_is_restored(

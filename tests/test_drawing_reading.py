@@ -5,20 +5,19 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import NEEDS_BROWSER, Browser, browser, no_console_errors
 from drawing_cases import chain_plan
 from networks import mlp
-from test_drawing_page import CHROMIUM, DRIVER, Browser, browser
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
 from ffebm_compiler.reports.diagnosis import BlockDiagnosis, Diagnosis
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
-__all__ = ["browser"]
+pytestmark = NEEDS_BROWSER
+__all__ = ["browser", "no_console_errors"]
 
 TIMES = {"read_ns": 100.0, "adc_ns": 1.0, "dac_ns": 1.0, "digital_ns": 0.5, "converters": 64}
 PANELS = ("stayed", "why", "floor", "flows", "timeline", "notes", "what-if")
@@ -63,13 +62,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overlay = drawing.Overlay("deviation", "how far", {"block_1": 0.5})
     drawing.save_html(plan, path, None, [overlay], Diagnosis({"block_1": curves}), what_if=True, source="plan.json")
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_console_errors(browser: Browser) -> Iterator[None]:
-    browser.errors()
-    yield
-    assert browser.errors() == []
 
 
 def media(browser: Browser, theme: str, kind: str = "") -> None:

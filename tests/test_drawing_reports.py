@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import NEEDS_BROWSER, Browser, browser, no_console_errors
 from drawing_cases import chain_plan
 from networks import digits_cnn
-from test_drawing_page import CHROMIUM, DRIVER, Browser, browser
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import drawing
@@ -21,8 +20,8 @@ from ffebm_compiler.drawing.record import record_of
 from ffebm_compiler.passes.partition.placement import placement_of
 from ffebm_compiler.reports.costs import cost_report
 
-__all__ = ["browser"]
-needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
+__all__ = ["browser", "no_console_errors"]
+needs_browser = NEEDS_BROWSER
 TIMES = {"read_ns": 100.0, "adc_ns": 1.0, "dac_ns": 1.0, "digital_ns": 0.5, "converters": 64}
 
 
@@ -30,17 +29,6 @@ TIMES = {"read_ns": 100.0, "adc_ns": 1.0, "dac_ns": 1.0, "digital_ns": 0.5, "con
 def plan() -> ffebm.Plan:
     model, inputs = digits_cnn()
     return ffebm.plan(model, inputs, hardware=ffebm.Hardware(tile_rows=64, tile_cols=64, tiles_per_core=16))
-
-
-@pytest.fixture(autouse=True)
-def no_console_errors(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "browser" not in request.fixturenames:
-        yield
-        return
-    open_browser = request.getfixturevalue("browser")
-    open_browser.errors()
-    yield
-    assert open_browser.errors() == []
 
 
 def test_the_floor_plan_is_the_placement(plan: ffebm.Plan) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import NEEDS_BROWSER, OVERLAPS, Browser, browser, no_console_errors
 from drawing_cases import chain_plan
-from test_drawing_page import CHROMIUM, DRIVER, OVERLAPS, Browser, browser
 
 from ffebm_compiler import drawing
 
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
-__all__ = ["browser"]
+pytestmark = NEEDS_BROWSER
+__all__ = ["browser", "no_console_errors"]
 
 VIEW = "document.querySelector('.view').view"
 STATE = f"const p = {VIEW}.picture; return [p.direction, p.level]"
@@ -30,13 +29,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, plan in made.items():
         drawing.save_html(plan, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in made}
-
-
-@pytest.fixture(autouse=True)
-def no_console_errors(browser: Browser) -> Iterator[None]:
-    browser.errors()
-    yield
-    assert browser.errors() == []
 
 
 @pytest.mark.parametrize("size", ["desktop", "phone", "wide"])

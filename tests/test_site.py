@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_drawing_page import CHROMIUM, DRIVER, Browser, browser
+from browsing import NEEDS_BROWSER, Browser, browser
 from test_drawing_reading import CONTRASTS, media
 
 __all__ = ["browser"]
@@ -90,7 +90,7 @@ def _no_console_errors(browser: Browser) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
+@NEEDS_BROWSER
 @pytest.mark.usefixtures("_no_console_errors")
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("name", READ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -86,10 +87,14 @@ def test_long_files_have_a_reason() -> None:
     assert long == set(LONG), "split the new ones, or say why not; take out those that are short again"
 
 
-def test_every_pass_has_a_test_file_of_its_name() -> None:
+def names_of_passes() -> list[str]:
     made = [step.run for step in passes_for(PlanOptions(fold_batchnorm=True, digital_drive=True), Hardware())]
-    names = {getattr(step, "__wrapped__", step).__name__ for step in made}
-    assert len(names) == len(made)
+    return [getattr(step, "__wrapped__", step).__name__ for step in made]
+
+
+def test_every_pass_has_a_test_file_of_its_name() -> None:
+    names = names_of_passes()
+    assert len(set(names)) == len(names)
     for name in sorted({*names, "annotate", "partition", "lower", "lower_block"}):
         assert (ROOT / "passes" / f"{name}.py").exists() or (ROOT / "passes" / name).is_dir(), name
         assert (ROOT / "tests" / f"test_{name}.py").exists(), f"no test file for the pass {name}"
@@ -103,3 +108,34 @@ def test_no_file_imports_relatively() -> None:
 
 def test_the_picture_is_of_the_present_imports() -> None:
     assert PICTURE.read_text(encoding="utf-8") == picture(), "make architecture"
+
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_files_and_things_that_are_there() -> None:
+    prose = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
+    files = [
+        path for folder in ("ffebm_compiler", "passes", "runtime", "docs") for path in (ROOT / folder).rglob("*.py")
+    ]
+    files += [ROOT / "ffebm_command.py", ROOT / "tests" / "networks.py", ROOT / "Makefile"]
+    folders = [
+        ROOT / name for name in ("ffebm_compiler", "passes", "runtime", "tests", "docs", "benchmarks", "examples")
+    ]
+    listed = [*ROOT.glob("*.*"), *(path for folder in folders for path in folder.rglob("*.*"))]
+    known = {path.relative_to(ROOT).as_posix() for path in listed}
+    words = set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in files)))
+    for mark in sorted(set(re.findall(r"`([^`\n]+)`", prose))):
+        if re.fullmatch(r"[\w./-]+\.(py|md|toml)", mark):
+            assert any(path == mark or path.endswith(f"/{mark}") for path in known), f"there is no file {mark}"
+        elif re.fullmatch(r"[\w./-]+/", mark):
+            assert any((ROOT / top / mark).is_dir() for top in ("", "ffebm_compiler", "passes", "runtime")), mark
+        else:
+            stems = [word for word in re.findall(r"[A-Za-z_]\w+", mark) if not mark.endswith(f"{word}*")]
+            assert not [word for word in stems if word not in words], f"nothing is called {mark}"
+
+
+def test_the_page_has_the_passes_in_their_order() -> None:
+    rows = re.findall(r"^\| `(\w+)`(?: \([^|]*\))? \|", PAGE, re.MULTILINE)
+    named = [name for name in names_of_passes() if name != "split_large"]  # of step 3
+    assert [name for name in rows if name in named] == named

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ffebm_compiler.errors import InputError
@@ -262,12 +262,3 @@ def devices_of(value: object) -> Devices | None:
         choices = ", ".join(map(repr, presets))
         raise InputError(f"devices is {value!r}; expected {choices}, a Devices(...), or None for exact arithmetic")
     return presets[value]
-
-
-def with_seed(devices: Devices, seed: int) -> Devices:
-    """The same devices with other draws.
-
-    Raises:
-        InputError: the seed is no integer of at least 0.
-    """
-    return replace(devices, seed=seed)

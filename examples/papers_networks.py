@@ -187,9 +187,12 @@ def goe_(network: FeedforwardTied, variance: float) -> None:
                 ffebm.init.goe_(layer.layer.weight, variance)
 
 
-def papers_hybrid(network: FeedforwardTied | DCHN, x: Tensor, feedback: float | str) -> ffebm.HybridModel:
-    """The network converted by its `papers_plan`."""
-    return ffebm.convert(network, x, plan=papers_plan(network, x), feedback=feedback)
+def papers_hybrid(
+    network: FeedforwardTied | DCHN, x: Tensor, feedback: float | str, rtol: float | None = None
+) -> ffebm.HybridModel:
+    """The network converted by its `papers_plan`; `rtol` is where every phase stops, also in training."""
+    solver = None if rtol is None else ffebm.GaussSeidel(rtol=rtol)
+    return ffebm.convert(network, x, plan=papers_plan(network, x), feedback=feedback, solver=solver)
 
 
 def main() -> None:

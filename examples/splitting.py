@@ -59,7 +59,7 @@ def network(data: Data, key: Row, options: argparse.Namespace) -> nn.Module:
     source = source.to(data.device)
     if key["feedback"] == "backprop":
         return source
-    return papers_hybrid(source, data.scaled(data.training[0][:2]), feedback_of(key["feedback"]))
+    return papers_hybrid(source, data.scaled(data.training[0][:2]), feedback_of(key["feedback"]), options.rtol)
 
 
 def main() -> None:
@@ -74,6 +74,7 @@ def main() -> None:
         "--variance", nargs="+", type=float, help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128"
     )
     parser.add_argument("--slope", type=float, default=0.5, help="a of the states clamp(a h, 0, 1)")
+    parser.add_argument("--rtol", type=float, help="relative change at which every phase stops; 1e-6 in the papers")
     parser.add_argument("--width", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +90,7 @@ def main() -> None:
         data = scaled(load(options.data, options.folder).to(device_of(options)))
         if options.quick:
             data = data.first(128, 64)
-        names = ("data", "device", "layers", "epochs", "width", "slope", "quick")
+        names = ("data", "device", "layers", "epochs", "width", "slope", "rtol", "quick")
         experiment = Experiment(options.out, "splitting", chosen(options, *names))
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:

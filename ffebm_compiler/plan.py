@@ -84,7 +84,9 @@ class Plan(PlanData):
     def what_if(self) -> WhatIf:
         """The plan under every option that would change it, each computed from the plan's graph, to be printed.
 
-        The options are `fold_batchnorm`, `digital_drive`, pooling inside blocks and a core of twice the size.
+        The options are `fold_batchnorm`, `digital_drive`, pooling inside blocks, the other objectives of a partition,
+        a block for every layer and a core of twice the size. Each has the modelled energy of an inference and of a
+        training step.
         """
         from ffebm_compiler.reports.what_if import what_if
 

@@ -94,7 +94,8 @@ def test_times_that_are_given() -> None:
     expected = 100.0 * (1 + 2 * 3) + 1.0 * 2 + 10.0 * 3
     assert report.blocks[0].latency == Quantity(expected, expected, "ns")
     assert report.block_latency == report.blocks[0].latency + report.blocks[1].latency
-    assert not report.latency.known  # softmax is digital, and its time unknown
+    softmax = report.latency.low - report.block_latency.low, report.latency.high - report.block_latency.high
+    assert softmax == pytest.approx((60 * 2e3 / 15.7e6, 60 * 2 / 32.2), rel=0.01)  # a V100 and Vega at their peaks
     whole = network_plan(costs={**timed, "digital_ns": 2.0}).cost_report(feedback=0.1, rtol=1e-3)
     assert whole.latency == whole.block_latency + Quantity(2.0 * 60, 2.0 * 60, "ns")
     alone = ffebm.plan(nn.Linear(4, 6), torch.randn(3, 4), hardware=Hardware(costs=timed)).cost_report()

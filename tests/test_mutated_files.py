@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,80 @@ def test_settings_of_other_bytes(saved: Any, remembered: None, data: st.DataObje
 @given(data=st.data(), name=st.sampled_from(["weights.safetensors", "loop_gain.safetensors"]))
 def test_tensors_of_saved_hybrids(saved: Any, remembered: None, data: st.DataObject, name: str) -> None:
     load_with(saved, name, data.draw(mutated_tensors(saved[1][name])))
+
+
+# -- measurements that a call goes on from ----------------------------------------------------------------------------
+
+
+def judged(net: Any) -> float:
+    x = torch.linspace(-1, 1, 32).view(4, 8)
+    return float(net(x).square().mean().double())
+
+
+@pytest.fixture(scope="module")
+def measuring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Callable[[], Any]]]]:
+    """Kind of a file -> the file, and the call that wrote it. Every network is captured once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 4)).eval()
+    x, path, devices = torch.randn(2, 8), tmp_path_factory.mktemp("measured"), ffebm.Devices(programming=0.1)
+    modules = [sys.modules[f"ffebm_compiler.accuracy.{name}"] for name in ("planner", "explore")]
+    known: dict[str, Any] = {}
+
+    def once(of: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **options: Any) -> Any:
+            key = f"{of.__name__} {options}"
+            if key not in known:
+                known[key] = of(*args, **options)
+            return copy.deepcopy(known[key])
+
+        return made
+
+    hybrid = ffebm.convert(model, x)
+    common: dict[str, Any] = {"draws": 1}
+    calls: dict[str, Callable[[Path], Any]] = {
+        "sensitivity": lambda file: ffebm.sensitivity(hybrid, judged, devices, file=file, **common),
+        "plan": lambda file: ffebm.plan_for_accuracy(
+            model, x, judged, devices=devices, max_drop=1e-4, file=file, **common
+        ),
+        "exploration": lambda file: ffebm.explore(
+            model, x, judged, hardware=["pcm-64"], devices=[None, devices], file=file, **common
+        ),
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        for module in modules:
+            patched.setattr(module, "convert", once(module.convert))
+        patched.setattr(modules[0], "make_plan", once(modules[0].make_plan))
+        for kind, call in calls.items():
+            with suppress(ffebm.PlanError):
+                call(path / f"{kind}.json")
+        yield {kind: (path / f"{kind}.json", partial(call, path / f"{kind}.json")) for kind, call in calls.items()}
+
+
+@pytest.fixture(scope="module")
+def measured(measuring: Any) -> dict[str, bytes]:
+    return {kind: file.read_bytes() for kind, (file, _) in measuring.items()}
+
+
+@often(90)
+@given(data=st.data(), kind=st.sampled_from(["sensitivity", "plan", "exploration"]))
+def test_files_of_measurements(measuring: Any, measured: dict[str, bytes], data: st.DataObject, kind: str) -> None:
+    file, call = measuring[kind]
+    content = json.loads(measured[kind])
+    mutated = mutated_json(content) if data.draw(st.booleans()) else mutated_json(content["results"])
+    found = data.draw(mutated)
+    file.write_bytes(text_of(found if isinstance(found, dict) and "schema" in found else {**content, "results": found}))
+    # A number that is another one can make the budget unreachable.
+    ends_well(call, file.name, "is not reachable", use=str)
+
+
+@often(40)
+@given(data=st.data(), kind=st.sampled_from(["sensitivity", "exploration"]))
+def test_files_of_measurements_of_other_bytes(
+    measuring: Any, measured: dict[str, bytes], data: st.DataObject, kind: str
+) -> None:
+    file, call = measuring[kind]
+    file.write_bytes(data.draw(mutated_bytes(measured[kind])))
+    ends_well(call, file.name, use=str)
 
 
 # -- exports -------------------------------------------------------------------------------------------------------

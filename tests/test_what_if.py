@@ -52,6 +52,8 @@ def settling(plan: Plan) -> int:
 def assert_same(row: WhatIfRow, plan: Plan) -> None:
     assert (row.blocks, row.settling, row.conversions) == (len(plan.blocks), settling(plan), plan.conversions)
     assert row.energy == str(plan.cost_report().inference)
+    report = plan.cost_report()
+    assert row.training == str(report.training + report.gradients)
 
 
 def test_every_line_is_the_plan_of_the_model_with_that_option() -> None:
@@ -67,6 +69,7 @@ def test_every_line_is_the_plan_of_the_model_with_that_option() -> None:
         "fold_batchnorm=True and block_ops with 'avg_pool'": {"fold_batchnorm": True, "block_ops": pooling},
         "hardware with tiles_per_core=128, layers_per_block=8": {"hardware": twice},
         "objective='energy'": {"objective": "energy"},
+        "objective='energy', for_='training'": {"objective": "energy", "for_": "training"},
     }
     assert_same(found.now, plan)
     rows = {row.option: row for row in found.rows}
@@ -84,14 +87,42 @@ def test_a_plan_that_uses_an_option_is_not_told_of_it() -> None:
     hardware = Hardware(tiles_per_core=None, layers_per_block=None)
     options = {
         "objective": "energy",
+        "for_": "training",
         "fold_batchnorm": True,
         "digital_drive": True,
         "block_ops": ("add", "reshape", "avg_pool"),
     }
     plan = ffebm.plan(seeded(small_resnet), INPUT, hardware=hardware, **options)
     found = plan.what_if()
-    assert (found.rows, found.unchanged) == ((), ())
+    # Only the objectives that it does not have.
+    told = {*found.unchanged, *(row.option for row in found.rows)}
+    assert told - {"hardware with layers_per_block=1"} == {"objective='conversions'", "objective='energy'"}
     assert "as planned" in str(found)
+
+
+def test_both_objectives_and_what_settling_costs() -> None:
+    model = seeded(small_resnet)
+    for objective in ("conversions", "energy"):
+        plan = ffebm.plan(model, INPUT, fold_batchnorm=True, hardware="pcm-64", objective=objective)
+        found = plan.what_if()
+        rows = {row.option: row for row in (found.now, *found.rows)}
+        other = {"conversions": "objective='energy'", "energy": "objective='conversions'"}[objective]
+        few, least = (found.now, rows[other]) if objective == "conversions" else (rows[other], found.now)
+        assert few.conversions < least.conversions
+        energies = []
+        for row, wanted in ((few, "conversions"), (least, "energy")):
+            made = ffebm.plan(model, INPUT, fold_batchnorm=True, hardware="pcm-64", objective=wanted)
+            report = made.cost_report()
+            assert row.energy == str(report.chip_inference)
+            assert row.training == str(report.chip_training + report.gradients)
+            energies.append(report.chip_inference)
+        assert energies[1].low < energies[0].low
+        if objective == "conversions":
+            apart = rows["hardware with layers_per_block=1"]
+            assert apart.settling == 0
+            single = replace(plan.hardware, layers_per_block=1)
+            made = ffebm.plan(model, INPUT, fold_batchnorm=True, hardware=single)
+            assert apart.energy == str(made.cost_report().chip_inference) != few.energy
 
 
 def test_options_without_effect_are_named_apart() -> None:

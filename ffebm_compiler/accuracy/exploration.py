@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from ffebm_compiler.drawing.files import write_picture
 from ffebm_compiler.drawing.scatter import Axis, scatter_page
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.files.checked_json import clipped
 from ffebm_compiler.files.whole_files import write_whole
 from ffebm_compiler.hardware.costs import Quantity
 from ffebm_compiler.reports.text import count, table_text
@@ -39,8 +41,6 @@ class Point:
     """Of the phases of one training step, in pJ, bottom-up."""
     latency: Quantity
     """Of one inference, in ns."""
-    latency_of: str
-    """`"all"`, or `"blocks"` where the times of digital work are unknown."""
     area: float
     """Crosspoints of all tiles in use."""
     tiles: int
@@ -55,32 +55,39 @@ class Point:
         Raises:
             InputError: a number is missing.
         """
+
+        def number(name: str) -> float:
+            value = found[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {clipped(ascii(value))}")
+            return float(value)
+
+        def known(name: str) -> float | None:
+            return None if found[name] is None else number(name)
+
+        def quantity(name: str, unit: str) -> Quantity:
+            return Quantity(known(f"{name}_low"), known(f"{name}_high"), unit)
+
         try:
-            low_high = {
-                name: Quantity(found[f"{name}_low"], found[f"{name}_high"], unit)
-                for name, unit in (("energy", "pJ"), ("chip_energy", "pJ"), ("training", "pJ"), ("latency", "ns"))
-            }
             return cls(
                 hardware,
                 feedback,
                 devices,
-                float(found["value"]),
-                None if found["error"] is None else float(found["error"]),
-                low_high["energy"],
-                low_high["chip_energy"],
-                low_high["training"],
-                low_high["latency"],
-                str(found["latency_of"]),
-                float(found["area"]),
-                int(found["tiles"]),
-                int(found["cores"]),
-                int(found["conversions"]),
-                float(found["analog_share"]),
+                number("value"),
+                known("error"),
+                quantity("energy", "pJ"),
+                quantity("chip_energy", "pJ"),
+                quantity("training", "pJ"),
+                quantity("latency", "ns"),
+                number("area"),
+                int(number("tiles")),
+                int(number("cores")),
+                int(number("conversions")),
+                number("analog_share"),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"a point of the exploration's file is damaged ({type(error).__name__}: {error}): delete the file"
-            ) from error
+        except (KeyError, ValueError) as error:
+            name = type(error).__name__
+            raise InputError(f"a point of the exploration is damaged ({name}: {error}): delete the file") from error
 
 
 @dataclass(frozen=True)
@@ -175,8 +182,6 @@ class Exploration:
             f"* is the Pareto front of {weighed}",
             table_text("", columns, rows, _WIDTH) if rows else "no combination is possible",
         ]
-        if any(point.latency_of == "blocks" and point.latency.known for point in self.points):
-            lines.append("latency is that of the blocks: no source gives times of the digital work")
         lines += [f"not possible: {r.hardware}, κ {r.feedback}, devices {r.devices}: {r.reason}" for r in self.refused]
         return "\n".join(lines)
 

@@ -100,7 +100,7 @@ class _Work:
         values = [measure.measured(Setting("", choice.told, held, None, draw))[0] for draw in range(draws)]
         report, plan = hybrid.cost_report(), hybrid.plan
         energy, chip, training = report.inference, report.chip_inference, report.training
-        latency = report.latency if report.latency.known else report.block_latency
+        latency = report.latency
         return {
             "value": statistics.fmean(values),
             "error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
@@ -112,7 +112,6 @@ class _Work:
             "training_high": training.high,
             "latency_low": latency.low,
             "latency_high": latency.high,
-            "latency_of": "all" if report.latency.known else "blocks",
             "area": float(_crosspoints(plan)),
             "tiles": float(sum(block.tiles for block in plan.blocks)),
             "cores": float(placement_of(plan).cores) if plan.blocks else 0.0,
@@ -151,8 +150,8 @@ def explore(
 
     Accuracy is the mean of `evaluate` over the draws of the devices. Energy and latency of an inference are those of
     the hybrid's cost report, *modelled*, with the sweeps that each loop gain predicts: bottom-up, and at chip level
-    where the hardware is a published chip. They are compared at chip level if all are chips. Latency is that of the
-    blocks alone where no source gives times of digital work. Area counts the crosspoints of all tiles in use.
+    where the hardware is a published chip. They are compared at chip level if all are chips. Latency is known where the
+    hardware gives the times of a read. Area counts the crosspoints of all tiles in use.
 
     Args:
         model: the network, which is not changed.
@@ -218,7 +217,10 @@ def explore(
         if "refused" in found:
             refused.append(Refused(*names, str(found["refused"])))
         else:
-            points.append(Point.of(*names, found))
+            try:
+                points.append(Point.of(*names, found))
+            except InputError as error:
+                raise InputError(f"{journal.path}: {error}") from error
     return Exploration(hybrid.plan.model, source, higher_is_better, tuple(points), tuple(refused))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -75,6 +76,20 @@ class Journal:
                     f"{clipped(ascii(mine))}: {remedy}"
                 )
         self.results = dict(kept.results)
+
+    def number(self, key: str, name: str = "value") -> float:
+        """A number of a measurement.
+
+        Raises:
+            InputError: the file holds something else there.
+        """
+        found = self.results[key].get(name)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            raise InputError(
+                f"{self.path} is damaged: {name} of {clipped(ascii(key))} is {clipped(ascii(found))}; expected a "
+                "finite number: delete the file"
+            )
+        return float(found)
 
     def put(self, key: str, found: Found) -> None:
         """Keep the numbers of a measurement."""

@@ -59,9 +59,9 @@ class Mappings:
         run(self.measure, [each for some in settings.values() for each in some], title, self.journal, self.executor)
         for mapping, some in settings.items():
             self.seen[mapping] = self._mean(some)
-            found = [self.journal.results[each.key].get("deviation") for each in some]
-            known = [float(each) for each in found if each is not None]
-            self.deviations[mapping] = statistics.fmean(known) if len(known) == len(found) else None
+            known = all(self.journal.results[each.key].get("deviation") is not None for each in some)
+            found = [self.journal.number(each.key, "deviation") for each in some] if known else []
+            self.deviations[mapping] = statistics.fmean(found) if known else None
         return [self.seen[mapping] for mapping in wanted]
 
     def drop(self, mapping: Mapping) -> float:
@@ -86,7 +86,7 @@ class Mappings:
         return self._mean(settings)
 
     def _mean(self, settings: Sequence[Setting]) -> float:
-        values = [float(self.journal.results[each.key]["value"] or 0.0) for each in settings]
+        values = [self.journal.number(each.key) for each in settings]
         return statistics.fmean(self.sign * (self.source - value) for value in values)
 
     def _settings(self, mapping: Mapping, draws: Iterable[int]) -> list[Setting]:

@@ -140,5 +140,5 @@ class Planner:
         settings = [Setting(f"plan without {key} | {draw}", told, operations, None, draw) for draw in draws]
         journal = self.mappings.journal
         run(measure, settings, "confirming", journal, self.mappings.executor)
-        values = [float(journal.results[each.key]["value"] or 0.0) for each in settings]
+        values = [journal.number(each.key) for each in settings]
         return [self.mappings.sign * (self.mappings.source - value) for value in values]

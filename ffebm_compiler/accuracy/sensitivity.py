@@ -111,7 +111,7 @@ def sensitivity(
 
     def loss(row: _Row) -> Loss:
         before = source if row.kind == "feedback" else ideal
-        values = [float(journal.results[setting.key]["value"] or 0.0) for setting in row.settings()]
+        values = [journal.number(setting.key) for setting in row.settings()]
         return Loss(row.name, row.kind, row.blocks, row.macs, tuple(sign * (before - value) for value in values))
 
     losses = tuple(map(loss, rows))

@@ -135,8 +135,8 @@ class Panel {
     const { rows, unchanged } = this.tree.data.whatIf;
     this.show(
       el('header', {}, el('h2', {}, 'What if'), el('p', {}, 'The same network planned again under each option. Energies are modelled.')),
-      table(['option', 'blocks', 'layers that settle together', 'conversions', 'one inference'], rows.map((row) => row.slice(0, 5))),
-      list(rows.slice(1).map((row) => `${row[0]}: ${row[5]}`)),
+      table(['option', 'blocks', 'layers that settle together', 'conversions', 'one inference', 'one training step'], rows.map((row) => row.slice(0, 6))),
+      list(rows.slice(1).map((row) => `${row[0]}: ${row[6]}`)),
       ...(unchanged.length ? [el('p', { class: 'quiet' }, `Without effect here: ${unchanged.join('; ')}.`)] : []),
     );
   }

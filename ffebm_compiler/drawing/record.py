@@ -129,7 +129,15 @@ def _what_if(plan: PlanData) -> dict[str, Any]:
     """The plan under other options, as JSON values."""
     found = options(plan)
     rows = [
-        (row.option, count(row.blocks), count(row.settling), count(row.conversions), row.energy, row.meaning)
+        (
+            row.option,
+            count(row.blocks),
+            count(row.settling),
+            count(row.conversions),
+            row.energy,
+            row.training,
+            row.meaning,
+        )
         for row in (found.now, *found.rows)
     ]
     return {"rows": rows, "unchanged": list(found.unchanged)}

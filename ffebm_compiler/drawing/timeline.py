@@ -17,21 +17,18 @@ __all__ = ["timeline_of"]
 def timeline_of(plan: PlanData, report: CostReport, order: list[str]) -> dict[str, Any]:
     """The latency of each block and digital part in `order`, one after the other, as JSON values. All is modelled.
 
-    Where a latency is unknown there are no bars, and `missing` names the constants that would tell it. Blocks alone are
-    told if those of the digital work are missing.
+    Where a latency is unknown there are no bars, and `missing` names the constants that would tell it.
     """
     times: dict[str, Quantity] = {cost.block: cost.latency for cost in report.blocks}
     step = report.constants["digital_ns"].value
     for part in plan.digital_parts:
         work, _ = total_work(plan, [plan.graph[name] for name in part.operations])
         times[part.name] = step * (work.macs + work.elements)
-    blocks = [cost.block for cost in report.blocks]
-    shown = order if report.latency.known else blocks if report.block_latency.known else []
-    missing = [] if report.latency.known else _missing(report)
+    shown = order if report.latency.known else []
     return {
-        "rows": [(name, times[name].low, times[name].high, str(times[name])) for name in order if name in set(shown)],
-        "total": str(report.latency if report.latency.known else report.block_latency),
-        "missing": missing,
+        "rows": [(name, times[name].low, times[name].high, str(times[name])) for name in shown],
+        "total": str(report.latency),
+        "missing": [] if report.latency.known else _missing(report),
         "unsettled": [cost.block for cost in report.blocks if cost.sweeps is None],
     }
 

@@ -172,7 +172,13 @@ def _defaults(hardware: Hardware) -> list[Constant]:
         Constant("read_ns", "one read of a tile", unknown("ns"), "depends on the chip: give it in costs"),
         Constant("adc_ns", "one conversion of one converter", unknown("ns"), "depends on the chip: give it in costs"),
         Constant("dac_ns", "one conversion of one converter", unknown("ns"), "depends on the chip: give it in costs"),
-        Constant("digital_ns", "one digital operation", unknown("ns"), "depends on the chip: give it in costs"),
+        Constant(
+            "digital_ns",
+            "one digital multiply-accumulate or elementary operation, with all units of the digital side at work",
+            Quantity(1.27e-4, 0.0621, "ns"),
+            "low: a V100 at its peak of 15.7 TFLOP/s; high: the edge chip Vega at its peak of 32.2 GOPS (Rossi et al. "
+            "2021, abstract); a multiply-accumulate is two of their operations, and time of memory is not in it",
+        ),
         Constant(
             "converters", "converters of a core that work at once", unknown(""), "depends on the chip: give it in costs"
         ),

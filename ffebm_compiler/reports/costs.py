@@ -146,7 +146,8 @@ class CostReport:
             f"digital work of the hybrid, in both: {self.digital_parts} for {count(self.digital_work.macs)} "
             f"multiply-accumulates, {count(self.digital_work.elements)} elementary operations and "
             f"{count(self.digital_work.traffic)} values through memory",
-            f"latency of one inference: {self.latency}; of its blocks, one after the other: {self.block_latency}",
+            f"latency of one inference: {self.latency}; of its blocks: {self.block_latency} (one after the other, "
+            "without the time of memory)",
             f"on a V100 at peak: one inference {self.gpu_inference}, one training step {self.gpu_training}",
             f"a training step has one free and {self.nudged_phases} nudged phases; its weight update: {self.update}",
             "weight gradients of the blocks are computed digitally, from states that ADCs read; devices that update in "

@@ -1,6 +1,7 @@
 """What if: the plan under each option that would change it, computed from the plan's own graph.
 
-Every line is a partition made anew, with its blocks, the layers that settle together, conversions and modelled energy.
+Every line is a partition made anew, with its blocks, the layers that settle together, conversions and modelled energy,
+of an inference and of a training step: what both objectives of a partition minimise, whichever the plan has.
 The model is not needed. Folding a batch norm takes it out of the graph, where the pass `fold_batchnorm` would fold it
 (`tests/test_what_if.py` compares with plans of the model). Layers that were split for a core stay split.
 """
@@ -9,19 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ffebm_compiler.driven import settles
 from ffebm_compiler.errors import HardwareError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
+from ffebm_compiler.passes.partition.block_costs import modelled_energy
 from ffebm_compiler.passes.partition.decide import Partition
 from ffebm_compiler.passes.planning import FORCED, best_plan, describe
 from ffebm_compiler.plan_data import PlanData, PlanOptions
-from ffebm_compiler.reports.costs import cost_report
 from ffebm_compiler.reports.text import count, table_text
 
 __all__ = ["WhatIf", "WhatIfRow", "what_if"]
 
+_PURPOSES: tuple[tuple[Literal["inference", "training"], str], ...] = (
+    ("inference", "an inference"),
+    ("training", "a training step"),
+)
 _POOLING = ("avg_pool", "max_pool")
 
 
@@ -39,7 +45,9 @@ class WhatIfRow:
     conversions: int
     """DAC and ADC values per sample."""
     energy: str
-    """Modelled energy of one inference, without the digital parts if their constants are unknown."""
+    """Modelled energy of one inference, at chip level if the hardware is a chip, else bottom-up."""
+    training: str = ""
+    """The same of one training step, with one nudged phase and the weight gradients."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,13 @@ class WhatIf:
     def __str__(self) -> str:
         """A table, the plan as it is first."""
         cells = [
-            (row.option, str(row.blocks), str(row.settling), count(row.conversions), row.energy)
+            (row.option, str(row.blocks), str(row.settling), count(row.conversions), row.energy, row.training)
             for row in (self.now, *self.rows)
         ]
-        columns = ("option", "blocks", "layers that settle together", "conversions", "inference, modelled")
+        columns = (
+            "option", "blocks", "layers that settle together", "conversions", "inference, modelled",
+            "training, modelled",
+        )  # fmt: skip
         lines = [table_text(f"{self.model}: what if", columns, cells)]
         lines += [f"{row.option}: {row.meaning}" for row in self.rows]
         if self.unchanged:
@@ -76,7 +87,7 @@ class _Option:
 
 
 def what_if(plan: PlanData) -> WhatIf:
-    """Plan the network again under `fold_batchnorm`, `digital_drive`, pooling in blocks, the energy, a larger core."""
+    """Plan again under `fold_batchnorm`, `digital_drive`, pooling in blocks, other objectives, other cores."""
     now = _row("as planned", "", plan)
     rows, unchanged = [], []
     for option in _options(plan):
@@ -106,15 +117,32 @@ def _options(plan: PlanData) -> list[_Option]:
         if not options.fold_batchnorm and len(folded.operations) < len(graph.operations):
             both = replace(wider, fold_batchnorm=True)
             found.append(_Option(f"fold_batchnorm=True and {name}", "both", folded, hardware, both))
-    if options.objective == "conversions":
-        meaning = "the partition has the least modelled energy, not the fewest conversions"
-        found.append(_Option("objective='energy'", meaning, graph, hardware, replace(options, objective="energy")))
+    found += [_Option(name, meaning, graph, hardware, other) for name, meaning, other in _objectives(options)]
+    if any(settles(graph, block.operations, block.driven) for block in plan.blocks):
+        single = replace(hardware, layers_per_block=1)
+        meaning = "no layer settles with another: a phase reads each once, and errors are propagated digitally"
+        found.append(_Option("hardware with layers_per_block=1", meaning, graph, single, options))
     larger = _larger(hardware)
     if larger is not None:
         core = [f"tiles_per_core={larger.tiles_per_core}"] if larger.tiles_per_core else []
         core += [f"layers_per_block={larger.layers_per_block}"] if larger.layers_per_block else []
         name = f"hardware with {', '.join(core)}"
         found.append(_Option(name, "twice the core; layers that were split stay split", graph, larger, options))
+    return found
+
+
+def _objectives(options: PlanOptions) -> list[tuple[str, str, PlanOptions]]:
+    """The objectives that the plan does not have."""
+    mine = (options.objective, options.for_ if options.objective == "energy" else "inference")
+    found = []
+    if options.objective != "conversions":
+        meaning = "the partition has the fewest conversions, not the least modelled energy"
+        found.append(("objective='conversions'", meaning, replace(options, objective="conversions")))
+    for for_, what in _PURPOSES:
+        if mine != ("energy", for_):
+            name = "objective='energy'" + (", for_='training'" if for_ == "training" else "")
+            meaning = f"the partition has the least modelled energy of {what}"
+            found.append((name, meaning, replace(options, objective="energy", for_=for_)))
     return found
 
 
@@ -184,7 +212,7 @@ def _row(name: str, meaning: str, plan: PlanData) -> WhatIfRow:
         if settles(plan.graph, block.operations, block.driven)
     ]
     try:
-        energy = str(cost_report(plan).inference)
+        energies = [str(modelled_energy(plan, training, plan.options.loop_gain)) for training in (False, True)]
     except HardwareError:
-        energy = "unknown"
-    return WhatIfRow(name, meaning, len(plan.blocks), sum(layers), plan.conversions, energy)
+        energies = ["unknown", "unknown"]
+    return WhatIfRow(name, meaning, len(plan.blocks), sum(layers), plan.conversions, *energies)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -104,3 +105,16 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     (folder / "weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(ffebm.InputError, match="malformed"):
         ffebm.load(folder, Tied())
+
+
+@pytest.mark.parametrize("energy", ["resistive", "unamplified"])
+def test_resistive_hybrids_with_a_block_of_one_layer(energy: str, tmp_path: Path) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.Softmax(-1), nn.Linear(5, 2)))
+    x = noise(3, 6)
+    hybrid = ffebm.convert(model, x, energy=energy)
+    assert [block.module.program.coupled for block in hybrid.blocks] == [True, False]
+    hybrid.save(tmp_path / "saved")
+    assert torch.equal(ffebm.load(tmp_path / "saved", model)(x), hybrid(x))
+    again = ffebm.convert(model, x, energy=energy)
+    again.load_state_dict(hybrid.state_dict())
+    assert torch.equal(again(x), hybrid(x))

@@ -104,7 +104,8 @@ class RowSums(Gauge):
 
     @property
     def _first_edge(self) -> str:
-        return next(f"{above[0]}-{later}" for later, above in enumerate(self.program.upstream) if above)
+        """Empty where no layer reads another one."""
+        return next((f"{above[0]}-{later}" for later, above in enumerate(self.program.upstream) if above), "")
 
     def _below_one(self, measured: float) -> float:
         """A measured radius with a margin for the measurement. A radius below one stays below one.

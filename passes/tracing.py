@@ -45,6 +45,7 @@ from ffebm_compiler.passes.known_values import KnownValues
 from ffebm_compiler.passes.mode_below import mode_below
 from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
 from ffebm_compiler.passes.short_stacks import short_stacks
+from ffebm_compiler.runtime.feedforward.casts import without_autocast
 
 __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
 
@@ -274,9 +275,7 @@ def _modules_by_name() -> Iterator[None]:
 def tracing(source: nn.Module) -> Iterator[UsersCalls]:
     """Put torch into the state in which a forward of `source` is traced, and restore it afterwards."""
     with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(without_autocast())
         stack.enter_context(torch.enable_grad())
         for context in (
             ordinary_paths,

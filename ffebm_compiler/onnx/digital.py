@@ -20,6 +20,7 @@ from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.split import part_of
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
+from ffebm_compiler.runtime.feedforward.casts import without_autocast
 
 __all__ = ["export_digital", "part_models", "save_part"]
 
@@ -27,6 +28,7 @@ _LARGE = 1 << 30
 """If a part has more bytes of tensors, they go to a file beside it (one protobuf holds 2 GiB)."""
 
 
+@without_autocast()
 def export_digital(
     hybrid: HybridCore,
     folder: Path,

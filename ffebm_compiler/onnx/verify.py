@@ -17,6 +17,7 @@ from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.execute import load, session_of
 from ffebm_compiler.onnx.steps import Steps, Value
 from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.runtime.feedforward.casts import without_autocast
 
 __all__ = ["TOLERANCE", "Deviations", "deviation", "verify"]
 
@@ -27,6 +28,7 @@ Deviations = dict[int, float]
 """Size of the batch -> largest relative deviation of an output."""
 
 
+@without_autocast()
 def verify(
     hybrid: HybridCore,
     path: str | Path,

@@ -20,6 +20,7 @@ from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.steps import Step, Steps, Value
 from ffebm_compiler.onnx.trace import Trace
 from ffebm_compiler.runtime.block import EnergyBlock
+from ffebm_compiler.runtime.feedforward.casts import without_autocast
 from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["export_whole"]
@@ -54,6 +55,7 @@ class _BlockNode(nn.Module):
         return tuple(results)
 
 
+@without_autocast()
 def export_whole(
     hybrid: HybridCore,
     path: Path,

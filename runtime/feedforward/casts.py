@@ -1,14 +1,25 @@
-"""The casts of an autocast region as functions."""
+"""The casts of an autocast region as functions, and code that runs outside of any."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_to", "under_autocast"]
+__all__ = ["autocast_to", "under_autocast", "without_autocast"]
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Run outside of the autocast regions that the caller is in."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def autocast_to(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -108,6 +108,28 @@ def test_default_settings_in_float32(case: str, activation: type[nn.Module]) -> 
         assert agreement.relative_error <= 0.02, f"{estimator}: {name}"
 
 
+def test_a_gradient_that_is_zero_has_no_direction() -> None:
+    # Batch norm takes the bias before it out again in train mode: its gradient is zero but for rounding.
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)))
+    x = noise(9, 6)
+    hybrid = ffebm.convert(model, x).train()
+    for report in (ffebm.check_gradients(hybrid, x, squared_error), _under_autocast(hybrid, x)):
+        agreement = report["0.bias"]["ep"]
+        assert (agreement.cosine, agreement.relative_error < 1e-2) == (1.0, True)
+    assert ffebm.check_gradients(hybrid, x, squared_error).worst("ep")[1].cosine > 0.999
+    # A gradient that is not zero where the reference is stays a disagreement.
+    assert ffebm.check_gradients(hybrid.eval(), x, _zero_in_float64).worst("ep")[1].cosine == 0.0
+
+
+def _under_autocast(hybrid: ffebm.HybridModel, x: Tensor) -> ffebm.GradientReport:
+    with torch.autocast("cpu", torch.bfloat16):
+        return ffebm.check_gradients(hybrid, x, squared_error)
+
+
+def _zero_in_float64(output: Tensor) -> Tensor:
+    return output.square().sum() * (0.0 if output.dtype == torch.float64 else 1.0)
+
+
 def test_deviation_coordinates_hold_where_the_feedback_is_tiny() -> None:
     # Differences of float32 states lose every digit here: the nudge of the first layer is κ^1.5 β of its state.
     hybrid, x = converted("mlp", nn.Tanh)

@@ -26,6 +26,8 @@ __all__ = ["Agreement", "Comparison", "GradientReport", "check_gradients", "comp
 
 ESTIMATORS = ("ep", "implicit", "unrolled")
 """Those that every hybrid is checked with, beside its own."""
+_ROUNDINGS = 16
+"""Up to how many units of rounding of the largest gradient a gradient that is zero may have."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,15 @@ def compare(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of a gradient with the reference."""
+    """Agreement of a gradient with the reference.
+
+    A gradient that is zero, such as that of a bias before batch norm in train mode, has no direction. Where the
+    reference is no more than its own rounding, both agree if the found one is no more than its rounding too.
+    """
 
     cosine: float
     relative_error: float
-    """‖g − g_ref‖/‖g_ref‖."""
+    """‖g − g_ref‖/‖g_ref‖; relative to the largest gradient of a parameter where the reference is zero."""
 
     @property
     def angle(self) -> float:
@@ -178,13 +184,11 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
         exact = copy.deepcopy(hybrid)
         assign_digital(exact, None)
         exact.set_devices(None)
-        for name, expected in _gradients(exact, inputs, loss_fn, "unrolled", torch.float64).items():
-            ideal[name] = _agreement(found[kind].get(name), expected)
+        wanted = _gradients(exact, inputs, loss_fn, "unrolled", torch.float64)
+        ideal = _agreements(found[kind], wanted, own)
+    compared = {estimator: _agreements(found[estimator], reference, own) for estimator in names}
     return GradientReport(
-        {
-            name: {estimator: _agreement(found[estimator].get(name), expected) for estimator in names}
-            for name, expected in reference.items()
-        },
+        {name: {estimator: compared[estimator][name] for estimator in names} for name in reference},
         kind,
         ideal,
     )
@@ -234,11 +238,21 @@ def _gradients(
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _agreement(found: Tensor | None, expected: Tensor) -> Agreement:
+def _agreements(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Agreement]:
+    """The agreement of every gradient, each computed in `dtype`, with its reference in float64."""
+    size = max(float(gradient.norm()) for gradient in expected.values())
+    products = torch.bfloat16 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else dtype
+    zero, rounding = (_ROUNDINGS * torch.finfo(each).eps * size for each in (torch.float64, products))
+    return {name: _agreement(found.get(name), gradient, size, zero, rounding) for name, gradient in expected.items()}
+
+
+def _agreement(found: Tensor | None, expected: Tensor, largest: float, zero: float, rounding: float) -> Agreement:
     if found is None:
         return Agreement(0.0, 1.0)
     norm, size = float(expected.norm()), float(found.norm())
-    if norm == 0:
-        return Agreement(1.0 if size == 0 else 0.0, size)
+    if norm <= zero:
+        return Agreement(1.0 if size <= rounding else 0.0, size / largest if largest else size)
     cosine = float((found * expected).sum()) / (norm * size) if size else 0.0
     return Agreement(cosine, float((found - expected).norm()) / norm)

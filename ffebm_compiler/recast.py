@@ -67,6 +67,13 @@ class Casts:
             self.known[after] = self._captured(hybrid, before, after)
         _set(hybrid, self.known[after])
 
+    def examples(self, hybrid: HybridParts, after: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The hybrid's example inputs, with those that had the dtype of the parameters at capture in dtype `after`."""
+        assert hybrid.conversion is not None
+        device = next(hybrid.parameters()).device
+        args, kwargs = hybrid.conversion.examples()
+        return pytree.tree_map(lambda leaf: _in_dtype(leaf, self.dtype, after, device), (args, kwargs))
+
     def _captured(
         self, hybrid: HybridParts, before: torch.dtype, after: torch.dtype
     ) -> dict[str, tuple[torch.dtype, ...]]:
@@ -81,9 +88,7 @@ class Casts:
                 name: tuple(after if dtype is before else dtype for dtype in named)
                 for name, named in self.known[before].items()
             }
-        args, kwargs = hybrid.conversion.examples()
-        device = next(hybrid.parameters()).device
-        args, kwargs = pytree.tree_map(lambda leaf: _in_dtype(leaf, self.dtype, after, device), (args, kwargs))
+        args, kwargs = self.examples(hybrid, after)
         shapes = hybrid.conversion.dynamic_shapes
         try:
             free = shapes if shapes in ("batch", None) else None

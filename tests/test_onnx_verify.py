@@ -128,3 +128,14 @@ def test_the_deviation_is_of_floating_outputs_where_there_are_any() -> None:
     number = torch.tensor([4])
     assert deviation([two, number], [one, number + 1]) == 1.0
     assert deviation([number], [number + 1]) == pytest.approx(0.2)
+
+
+def test_an_operator_that_onnxruntime_has_not_in_float64(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.AvgPool1d(2), nn.Linear(4, 3)).double()
+    x = torch.randn(2, 3, 6).double()
+    hybrid = ffebm.convert(model, x)
+    path = hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    with pytest.raises(ffebm.ExportError, match=r"no operator that hybrid.onnx needs for its dtype .*hybrid.float\(\)"):
+        verify(hybrid, path, (x,))
+    path = hybrid.float().export_onnx(tmp_path / "hybrid.onnx")
+    assert max(verify(hybrid, path, (x.float(),)).values()) < 1e-5

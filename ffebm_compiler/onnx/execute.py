@@ -67,6 +67,12 @@ def session_of(path: Path, threads: int | None = None) -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises several kinds
+        if "NOT_IMPLEMENTED" in str(error):
+            raise ExportError(
+                f"onnxruntime on a CPU has no operator that {path.name} needs for its dtype ({error}): export the "
+                "hybrid in float32 (hybrid.float()), since many operators have no float64 there, or run the file in "
+                "another runtime"
+            ) from error
         raise ExportError(f"onnxruntime cannot load {path.name} ({error}): export again") from error
 
 

@@ -18,6 +18,7 @@ from ffebm_compiler.block_operands import fetched
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.absent import absent_outputs
+from ffebm_compiler.recast import dtype_of
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.static_values import static_value
@@ -104,13 +105,16 @@ class _Reader:
         self.known: dict[fx.Node, Tensor | None] = {}
         self.keys: dict[fx.Node, str] = {}
         self.absent: set[fx.Node] = set()
+        self.dtypes: dict[str, list[torch.dtype]] = {}
+        """Step -> dtypes of its outputs, if they are not those of the capture."""
 
     def read(self) -> Steps:
         self.keys = fetched(self.hybrid.lowered)
+        self.dtypes = self._dtypes_now()
         inputs = []
         for node in self.run.graph.nodes:
             if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor):
-                self.values[node] = self._value(node.name, node.meta["val"])
+                self.values[node] = self._value(node.name, node.meta["val"], self._dtype_now(node.meta["val"].dtype))
                 inputs.append(self.values[node])
         # All other calls compute weights from parameters alone, so that their present values are constants.
         steps = [self._step(node) for node in self.run.graph.nodes if self._is_step(node)]
@@ -136,7 +140,8 @@ class _Reader:
             if missing[index]:
                 self.absent.update([picks[index]] if index in picks else [])
                 continue
-            outputs[index] = self._value(label, value)
+            now = self.dtypes[name][index] if name in self.dtypes else self._dtype_now(value.dtype)
+            outputs[index] = self._value(label, value, now)
             if index in picks:
                 self.values[picks[index]] = outputs[index]
         operands = tuple(self._operand(item, name) for item in call.args)
@@ -177,7 +182,35 @@ class _Reader:
             and all(self._is_static(operand) for operand in node.all_input_nodes)
         )
 
-    def _value(self, name: str, value: Tensor) -> Value:
+    def _dtype_now(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a value that had this one at capture, if it follows the parameters."""
+        return (dtype_of(self.hybrid) or dtype) if dtype is self.hybrid._casts.dtype else dtype
+
+    def _dtypes_now(self) -> dict[str, list[torch.dtype]]:
+        """Step -> dtypes of its outputs, where `.double()` and the like have changed them since the capture.
+
+        One forward of the example inputs, without feedback, says them, since a model may name dtypes.
+        """
+        after = dtype_of(self.hybrid)
+        if after is None or after is self.hybrid._casts.dtype or self.hybrid.conversion is None:
+            return {}
+        found: dict[str, list[torch.dtype]] = {}
+        names = {self.run.get_submodule(str(n.target)): str(n.target) for n in self.run.graph.nodes if self._is_step(n)}
+
+        def note(module: nn.Module, _: Any, outputs: Any) -> None:
+            found[names[module]] = [value.dtype if isinstance(value, Tensor) else after for value in outputs]
+
+        args, kwargs = self.hybrid._casts.examples(self.hybrid, after)
+        hooks = [module.register_forward_hook(note) for module in names]
+        try:
+            with self.hybrid.feedforward_mode():
+                self.hybrid(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _value(self, name: str, value: Tensor, dtype: torch.dtype) -> Value:
         shape: list[int | str] = []
         examples: tuple[list[int], list[int]] = ([], [])
         for size in value.shape:
@@ -198,7 +231,7 @@ class _Reader:
                     for symbol in names
                 }
                 example.append(int(expression.subs(numbers)))
-        return Value(name, str(value.dtype).removeprefix("torch."), tuple(shape), *map(tuple, examples))
+        return Value(name, str(dtype).removeprefix("torch."), tuple(shape), *map(tuple, examples))
 
     def _size_name(self, symbol: str) -> str:
         if symbol not in self.names:

@@ -18,7 +18,6 @@ from ffebm_compiler.runtime.devices.arrays import Arrays
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
-from ffebm_compiler.runtime.estimators.equilibrium_propagation import HARDWARE
 from ffebm_compiler.runtime.finite import check_inputs, check_weights
 from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
@@ -99,9 +98,9 @@ class EnergyBlock(nn.Module):
 
     @property
     def active_estimator(self) -> Estimator:
-        """The estimator that was given. Where states are read inexactly, the default is EP with a large nudge."""
-        default = self._reads_states and self.estimator == EquilibriumPropagation()
-        return HARDWARE if default else self.estimator
+        """The estimator that was given. Where states are read inexactly, EP of the default β has a large nudge."""
+        reads = self._reads_states and isinstance(self.estimator, EquilibriumPropagation)
+        return self.estimator.for_reads() if reads else self.estimator
 
     @property
     def _reads_states(self) -> bool:
@@ -476,7 +475,8 @@ class EnergyBlock(nn.Module):
                 torch.float32, next((w.dtype for w in weights if w is not None), torch.float32)
             )
             cast = [value.to(widest) if value.is_floating_point() else value for value in present]
-            rounded = torch.get_autocast_dtype(kind) == torch.bfloat16
+            # As in the source, autocast leaves products in float64 as they are.
+            rounded = torch.get_autocast_dtype(kind) == torch.bfloat16 and widest is not torch.float64
             with torch.autocast(kind, enabled=False):
                 return self._forward(cast, [None if w is None else w.to(widest) for w in weights], rounded, reads)
         return self._forward(present, list(weights), False, reads)

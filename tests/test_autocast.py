@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import relative
-from networks import digits_cnn
+from networks import digits_cnn, transformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ffebm_compiler as ffebm
+import ffebm_compiler.onnx
 
 PRODUCTS = ("mm", "addmm", "convolution", "convolution_backward", "bmm")
 
@@ -84,3 +87,27 @@ def test_float16_stays_in_full_precision() -> None:
     with torch.autocast("cpu", torch.float16), Products() as seen:
         hybrid(x)
     assert {dtype for _, dtype in seen.dtypes} == {torch.float32}
+
+
+def test_exports_are_in_full_precision(tmp_path: Path) -> None:
+    """Also with layer norm, whose parameters autocast leaves in float32 beside an input in bfloat16."""
+    model, x = transformer()
+    hybrid = ffebm.convert(model, x).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        hybrid.export_onnx(tmp_path / "hybrid.onnx")
+        hybrid.export_onnx(tmp_path / "parts", parts="digital")
+        deviations = ffebm_compiler.onnx.verify(hybrid, tmp_path / "hybrid.onnx", (x,))
+    assert max(deviations.values()) < 1e-5
+    with torch.no_grad():
+        (found,) = ffebm_compiler.onnx.run(tmp_path / "parts", x)
+        assert relative(found, hybrid(x)) < 1e-5
+
+
+def test_float64_stays_in_float64() -> None:
+    """As in the source, whose products in float64 autocast leaves as they are."""
+    model, x = digits_cnn()
+    model, x = copy.deepcopy(model).double(), x.double()
+    hybrid = ffebm.convert(model, x, fold_batchnorm=True)
+    with torch.autocast("cpu", torch.bfloat16), Products() as seen:
+        F.cross_entropy(hybrid(x), torch.arange(len(x)) % 10).backward()
+    assert {dtype for _, dtype in seen.dtypes} == {torch.float64}

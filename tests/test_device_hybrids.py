@@ -329,6 +329,12 @@ def test_the_default_gradient_is_hardware_sized_where_states_are_read_inexactly(
     assert "devices (modelled): custom, seed 0, new" in hybrid.summary()
     hybrid.set_gradient(EquilibriumPropagation(beta=0.3))
     assert block.active_estimator == EquilibriumPropagation(beta=0.3)
+    # A β of 1e-4 would divide the noise by it. Variants, and the gradient through the feedback, stay.
+    for given in (EquilibriumPropagation(variant="negative"), EquilibriumPropagation(through_feedback=True)):
+        block.estimator = given
+        variant = "negative" if given.variant == "negative" else "centered"
+        wanted = EquilibriumPropagation(None, variant, reads=16, through_feedback=given.through_feedback)
+        assert block.active_estimator == wanted
     hybrid.set_gradient("ep")
     hybrid.set_devices(Devices(programming=0.1))
     assert block.active_estimator == EquilibriumPropagation()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -97,6 +97,13 @@ class EquilibriumPropagation(Estimator):
     def compares_states(self) -> bool:
         """It does, except in the holomorphic variant."""
         return self.variant != "holomorphic"
+
+    def for_reads(self) -> EquilibriumPropagation:
+        """The settings for states that are read with noise or through ADCs: a large nudge where β is the default."""
+        if (self.beta, self.reads) != (EquilibriumPropagation.beta, EquilibriumPropagation.reads):
+            return self
+        variant = HARDWARE.variant if self.variant == "positive" else self.variant
+        return replace(self, beta=HARDWARE.beta, variant=variant, reads=HARDWARE.reads)
 
     def _strength(self, at: Situation, errors: Sequence[Tensor | None]) -> float:
         """β in this block."""

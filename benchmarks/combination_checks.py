@@ -480,7 +480,8 @@ def _depends_on_the_batch(case: Case) -> bool:
     row = case.row
     statistics = row["network"] == "CNN" and case.hybrid.training
     drawn = row["devices"] in ("dynamic", *NOISY) or row["digital parts"] == "zeroth-order"
-    return statistics or drawn or row["digital parts"] == "8 bits, quantised" or row["estimator"] == "contrastive"
+    by_size = case.estimator.name in ("contrastive", "cost-nudged")  # a step of a size that the loss says
+    return statistics or drawn or by_size or row["digital parts"] == "8 bits, quantised"
 
 
 def check_ddp(case: Case) -> None:

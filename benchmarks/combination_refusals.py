@@ -48,7 +48,8 @@ _CIRCUITS = tuple(name for name, kind in ENERGIES.items() if issubclass(kind, Co
 _OWN = ("own, free", "own, fixed", "own, aligned")
 _NOISY = ("dynamic", "preset pcm", "preset reram")
 _HELD = ("contrastive", "coupled, positive", "coupled, negative", "coupled, centered")
-_BEYOND = ("ep, holomorphic", "implicit", "unrolled", "truncated", "recurrent")
+_COST = ("cost-nudged, positive", "cost-nudged, negative", "cost-nudged, centered")
+_BEYOND = ("ep, holomorphic", "implicit", "unrolled", "truncated", "recurrent", *_COST)
 _BITS = ("8 bits", "8 bits, quantised")
 _ONNX = ("ONNX", "ONNX parts")
 
@@ -66,6 +67,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal({"estimator": ("ep, holomorphic",), "activation": ("ReLU", "hard tanh")}, "no holomorphic extension"),
     Refusal({"estimator": ("ep, holomorphic",), "devices": _NOISY}, "devices hold real states"),
+    Refusal({"estimator": _COST, "devices": _NOISY}, "its states are read from devices"),
     Refusal({"estimator": _HELD, "feedback weights": _OWN}, "has no energy"),
     Refusal({"estimator": _HELD, "devices": ("mismatched",)}, "has no energy"),
     Refusal({"estimator": _BEYOND, "solver": ("Measured",)}, "gradients do not exist"),

@@ -99,8 +99,8 @@ class EnergyBlock(nn.Module):
     @property
     def active_estimator(self) -> Estimator:
         """The estimator that was given. Where states are read inexactly, EP of the default β has a large nudge."""
-        reads = self._reads_states and isinstance(self.estimator, EquilibriumPropagation)
-        return self.estimator.for_reads() if reads else self.estimator
+        given = self.estimator
+        return given.for_reads() if self._reads_states and isinstance(given, EquilibriumPropagation) else given
 
     @property
     def _reads_states(self) -> bool:

@@ -1,6 +1,6 @@
 """What devices do to gradients: static errors, mismatch, read noise and converters, on the network of docs/analog.md.
 
-    python benchmarks/devices.py [static] [mismatch] [noise] [converters] [wires] [step]
+    python benchmarks/devices.py [static] [mismatch] [noise] [nudge] [converters] [wires] [step] [without]
 
 The network is 64-128-96-10 with tanh, one energy block, trained on scikit-learn's digits by backpropagation (float64).
 Each figure is the cosine between a gradient by equilibrium propagation and an exact one, for the first, second and
@@ -14,8 +14,13 @@ import copy
 import statistics
 import sys
 import time
+import timeit
+from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +32,9 @@ from measuring import MarkdownTables, add_out, keep
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import Devices, EquilibriumPropagation
+from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.devices.wires import exact_weights, fast_weights
+from ffebm_compiler.runtime.program.frame import Frame
 
 Gradients = dict[str, Tensor]
 
@@ -120,6 +127,19 @@ class Tables:
                     hybrid.set_gradient(EquilibriumPropagation(beta=beta, variant="centered", reads=reads))
                     row(f"{sigma:g}", kappa, beta, reads, *self.means(hybrid, expected))
 
+    def nudge(self) -> None:
+        """β over the loop gain: what its curvature leaves of the exact gradient, and what read noise and it leave."""
+        row("loop gain", "kappa beta", "without noise", "", "", "1e-3, 16 reads", "", "")
+        for kappa in (0.1, 0.3, 0.5, 0.9):
+            exactly, hybrid = self.on(None, kappa), self.on(Devices(read_noise=1e-3), kappa)
+            expected = exact(exactly, self.x, self.y)
+            for product in (0.1, 0.5, 1.0, 2.0, 4.0, 8.0):
+                estimator = EquilibriumPropagation(beta=product / kappa, variant="centered", reads=16)
+                exactly.set_gradient(estimator)
+                hybrid.set_gradient(estimator)
+                own = cosines(gradients(exactly, self.x, self.y), expected)
+                row(kappa, product, *own, *self.means(hybrid, expected, seeds=2))
+
     def converters(self) -> None:
         """Bits of the ADCs and DACs at β = 1, by loop gain."""
         row("bits", "loop gain", "own gradient", "", "")
@@ -173,10 +193,48 @@ class Tables:
             ratio = statistics.median(a / b for a, b in zip(found, times["none"], strict=True))
             row(name, f"{1e3 * statistics.median(found):.1f}", f"{ratio:.2f}")
 
+    def without(self) -> None:
+        """What devices take of a training step without them: calls into their code, and the time of checks."""
+        hybrid = self.on(None).train()
+        times = []
+        for _ in range(40):
+            start = time.process_time()
+            gradients(hybrid, self.x, self.y)
+            times.append(time.process_time() - start)
+        calls: Counter[Any] = Counter()
+
+        def seen(frame: FrameType, event: str, _: object) -> None:
+            if event == "call":
+                calls[frame.f_code] += 1
+
+        sys.setprofile(seen)
+        try:
+            gradients(hybrid, self.x, self.y)
+        finally:
+            sys.setprofile(None)
+        (block,) = hybrid.energy_blocks.values()
+        outputs, frame = (self.x,), SimpleNamespace(reads=None)
+        checks: dict[Callable[..., Any], Callable[[], object]] = {
+            EnergyBlock.analog: lambda: block.analog(None, 1),
+            EnergyBlock._leave: lambda: block._leave(outputs),
+            EnergyBlock.active_estimator.fget: lambda: block.active_estimator,  # type: ignore[attr-defined]
+            Frame._run: lambda: (frame.reads is not None, frame.reads is not None),
+            Frame.registers: lambda: frame.reads is not None,
+            Frame.pullback: lambda: frame.reads is not None,
+        }
+        took = 0.0
+        for function, check in checks.items():
+            count = calls[function.__code__]
+            took += count * min(timeit.repeat(check, number=2000, repeat=5)) / 2000
+        inside = sum(count for code, count in calls.items() if "/runtime/devices/" in code.co_filename)
+        step = statistics.median(times[10:])
+        row("calls into runtime/devices", "of all", "checks, us", "a step, ms", "share")
+        row(inside, calls.total(), f"{1e6 * took:.1f}", f"{1e3 * step:.1f}", f"{took / step:.2%}")
+
 
 def main() -> None:
     """Print the tables."""
-    kinds = ("static", "mismatch", "noise", "converters", "wires", "step")
+    kinds = ("static", "mismatch", "noise", "nudge", "converters", "wires", "step", "without")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(kinds)}; all if left out")
     parser.add_argument("--feedback", type=float, default=0.3)

@@ -17,13 +17,15 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from digit_tables import DigitTables, options_of, print_tables
 
 import ffebm_compiler as ffebm
 from ffebm_compiler import Devices, PulsedUpdate, PulseResponse, TikiTaka
@@ -31,20 +33,8 @@ from ffebm_compiler import Devices, PulsedUpdate, PulseResponse, TikiTaka
 Wrap = Callable[[Optimizer], Optimizer]
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test samples."""
-    x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x / 16.0, dtype=torch.float32), torch.tensor(y)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order[:1400]], y[order[:1400]], x[order[1400:]], y[order[1400:]]
-
-
-class Experiments:
+class Experiments(DigitTables):
     """The experiments, by name."""
-
-    def __init__(self, epochs: int, seeds: int) -> None:
-        self.epochs, self.seeds = epochs, seeds
-        self.x, self.y, self.test_x, self.test_y = digits()
 
     def fresh(self, seed: int, devices: Devices | None, kappa: float) -> ffebm.HybridModel:
         """An untrained network on devices."""
@@ -57,34 +47,16 @@ class Experiments:
 
         With `wrap`, the optimizer is what it makes of plain gradient descent, and the batches have 16 samples.
         """
-        hybrid.train()
-        batch = 64 if wrap is None else 16
         optimizer: Optimizer = torch.optim.Adam(hybrid.parameters(), rate)
         if wrap is not None:
             optimizer = wrap(torch.optim.SGD(hybrid.parameters(), 0.1))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        for _ in range(epochs):
-            for rows in torch.randperm(len(self.x)).split(batch):
-                optimizer.zero_grad()
-                F.cross_entropy(hybrid(self.x[rows]), self.y[rows]).backward()
-                optimizer.step()
-            schedule.step()
-        hybrid.eval()
-
-    def accuracy(self, hybrid: ffebm.HybridModel) -> float:
-        """Test accuracy in %."""
-        with torch.no_grad():
-            return 100 * float((hybrid.eval()(self.test_x).argmax(1) == self.test_y).float().mean())
+        self.fit(hybrid, optimizer, epochs, 64 if wrap is None else 16)
 
     def trained(self, seed: int, devices: Devices | None, kappa: float, wrap: Wrap | None = None) -> ffebm.HybridModel:
         """A network that was trained on its devices."""
         hybrid = self.fresh(seed, devices, kappa)
         self.train(hybrid, self.epochs, wrap=wrap)
         return hybrid
-
-    def mean(self, measure: Callable[[int], float]) -> float:
-        """Mean over the seeds."""
-        return statistics.mean(measure(seed) for seed in range(self.seeds))
 
     def static(self) -> None:
         """Static errors are absorbed by training on the device, dynamic ones are not. κ = 0.5."""
@@ -171,11 +143,11 @@ class Experiments:
         row("none", "", "", self.mean(lambda seed: self.accuracy(self.trained(seed, None, 0.1))))
         silent = replace(pcm, read_noise=0.0)
         row("pcm, read without noise", "1", "", self.mean(lambda s: self.accuracy(self.nudged(s, silent, 1.0))))
-        for beta, reads in ((1.0, 16), (4.0, 16), (10.0, 16), (10.0, 64)):
-            found = self.mean(lambda s, b=beta, r=reads: self.accuracy(self.nudged(s, pcm, b, r)))  # type: ignore[misc]
-            row("pcm", f"{beta:g}", reads, found)
+        for beta in (1.0, 10.0, None):
+            found = self.mean(lambda s, b=beta: self.accuracy(self.nudged(s, pcm, b)))  # type: ignore[misc]
+            row("pcm", "the block's own" if beta is None else f"{beta:g}", 16, found)
 
-    def nudged(self, seed: int, devices: Devices, beta: float, reads: int = 16) -> ffebm.HybridModel:
+    def nudged(self, seed: int, devices: Devices, beta: float | None, reads: int = 16) -> ffebm.HybridModel:
         """A network that was trained on its devices at κ = 0.1 with nudges of this size and so many reads."""
         hybrid = self.fresh(seed, replace(devices, seed=seed), 0.1)
         hybrid.set_gradient(ffebm.EquilibriumPropagation(beta=beta, variant="centered", reads=reads))
@@ -225,19 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     names = ("static", "gain", "converters", "nudge", "drift", "updates")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(names)}; drift if left out")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1)
-    options = parser.parse_args(arguments)
-    if unknown := set(options.names) - set(names):
-        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    torch.set_num_threads(1)
-    experiments = Experiments(options.epochs, options.seeds)
-    for name in options.names or ["drift"]:
-        method = getattr(experiments, name)
-        print(f"{name}: {method.__doc__}\n")
-        method()
-        print()
+    options = options_of(parser, names, "experiment", "drift", arguments)
+    print_tables(Experiments(options.epochs, options.seeds), options.names or ["drift"])
     return 0
 
 

@@ -30,9 +30,9 @@ benchmark = load()
 def test_int8_with_qas_trains_as_float32_does() -> None:
     """Gradients of 8 bits in the digital layers of a network on digits; without QAS it is measurably worse."""
     tables = benchmark.Tables(epochs=5, seeds=1)
-    exact = tables.mean()
-    scaled = tables.mean(bits=8, backprop=QuantisedBackprop())
-    plain = tables.mean(bits=8, backprop=QuantisedBackprop(scaling=False))
+    exact = tables.mean_of()
+    scaled = tables.mean_of(bits=8, backprop=QuantisedBackprop())
+    plain = tables.mean_of(bits=8, backprop=QuantisedBackprop(scaling=False))
     assert exact > 93
     assert scaled > exact - 1.25
     assert plain < scaled - 5

@@ -69,6 +69,13 @@ def test_each_part_is_measured_alone() -> None:
     assert loss.mean == pytest.approx(statistics.fmean(every), rel=1e-5)
     assert loss.error == pytest.approx(statistics.stdev(every) / 3**0.5, rel=1e-4)
     assert found.weights["3.weight"].values != found.blocks["block_2"].values
+    x, model = task()
+    joint.set_devices(None)
+    with torch.no_grad():  # the feedback alone: one draw, exact devices
+        error, expected = joint(x) - model(x), model(x)
+    varied = (expected - expected.mean()).square().sum()
+    assert found.feedback["block_2"].deviation == pytest.approx(float(error.square().sum() / varied), rel=1e-4)
+    assert all(loss.deviation for loss in found.losses)
     assert found.feedback["block_2"].values == (0 - found.ideal,)
     assert hybrid.devices is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in hybrid.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -58,7 +59,8 @@ def sensitivity(
 
     With m(P) the metric while only the part P is on devices and all else computes exactly, and m(∅) that of the ideal
     hybrid, the loss of P is the mean over the draws of m(∅) − m(P) (the other way round for a metric that should be
-    small), with its standard error. A weight is on devices with all layers that read it, and with the converters of
+    small), with its standard error. Beside it stands the deviation of the outputs from the source's, which tells layers
+    apart where a metric does not move. A weight is on devices with all layers that read it, and with the converters of
     their blocks. A block is on devices as a whole. The loss of a block's *feedback* is that of the ideal hybrid in
     which this block alone settles, against the source's own value.
 
@@ -112,7 +114,11 @@ def sensitivity(
     def loss(row: _Row) -> Loss:
         before = source if row.kind == "feedback" else ideal
         values = [journal.number(setting.key) for setting in row.settings()]
-        return Loss(row.name, row.kind, row.blocks, row.macs, tuple(sign * (before - value) for value in values))
+        keys = [setting.key for setting in row.settings()]
+        known = all(journal.results[key].get("deviation") is not None for key in keys)
+        deviation = statistics.fmean(journal.number(key, "deviation") for key in keys) if known else None
+        found = tuple(sign * (before - value) for value in values)
+        return Loss(row.name, row.kind, row.blocks, row.macs, found, deviation)
 
     losses = tuple(map(loss, rows))
     return Sensitivity(

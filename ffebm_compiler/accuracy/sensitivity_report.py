@@ -34,6 +34,11 @@ class Loss:
     """Multiply-accumulates per sample."""
     values: tuple[float, ...]
     """The loss of each draw, in the units of the metric. It is negative where the metric became better."""
+    deviation: float | None = None
+    """Mean over the draws of Σ (y − y₀)² / Σ (y₀ − ȳ₀)², with y the outputs and y₀ the source's.
+
+    It tells parts apart whose losses are zero or noise. None where `evaluate` does not call the network itself.
+    """
 
     @property
     def mean(self) -> float:
@@ -95,12 +100,14 @@ class Sensitivity:
             f"devices {self.devices.name}{age}, {self.draws} draw{'s' * (self.draws > 1)}, each part alone on devices",
             f"source {self.source + 0.0:.4g}, ideal hybrid {self.ideal:.4g}, all layers on devices "
             f"{_with_error(everything)} lost",
+            "± is the standard error over the draws; outputs is their deviation from the source's, relative to their "
+            "variance",
         )
         lines = [line for text in words for line in textwrap.wrap(text, _WIDTH)]
         for kind, head in (("weight", "weight"), ("block", "block"), ("feedback", "feedback of")):
-            found = sorted(self.of(kind), key=lambda loss: -loss.mean)
+            found = sorted(self.of(kind), key=lambda loss: (-loss.mean, -(loss.deviation or 0.0)))
             if found:
-                columns = (head, "share of MACs", "loss", "standard error", "")
+                columns = (head, "share of MACs", "loss", "±", "outputs", "")
                 lines.append(table_text("", columns, self._rows(found), _WIDTH))
         return "\n".join(lines)
 
@@ -111,7 +118,8 @@ class Sensitivity:
             length = round(12 * max(0.0, loss.mean) / most) if most else 0
             error = "" if loss.error is None else f"{loss.error:.2g}"
             share = f"{100 * loss.macs / self.total_macs:.1f} %" if self.total_macs else ""
-            rows.append((_shortened(loss.name), share, f"{loss.mean:+.3g}", error, "█" * length))
+            outputs = "" if loss.deviation is None else f"{loss.deviation:.2g}"
+            rows.append((_shortened(loss.name), share, f"{loss.mean:+.3g}", error, outputs, "█" * length))
         return rows
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,17 +14,18 @@ import argparse
 import math
 import statistics
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, told
+from experiment import Experiment, device_of, positive, positive_number, told
 from experiment_data import Text, load_text
-from experiment_training import Diverged, Row
+from experiment_training import Checkpoint, Row, differentiated, seconds
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -89,35 +90,35 @@ def bits(model: nn.Module, text: Tensor, context: int, batch: int = 32) -> float
     return total / (count * context) / math.log(2)
 
 
-def train(model: nn.Module, text: Text, seed: int, options: argparse.Namespace) -> Iterator[Row]:
+def train(model: nn.Module, text: Text, seed: int, options: argparse.Namespace, checkpoint: Path) -> Iterator[Row]:
     """Train, and yield a row every `every` steps.
 
     Raises:
-        Diverged: a block does not settle; names it.
+        Diverged: the loss is not finite, or a block does not settle; names it.
     """
     optimizer = torch.optim.AdamW(model.parameters(), options.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     generator = torch.Generator().manual_seed(seed)
-    held = text.validation[: options.held]
-    losses, started = [], time.process_time()
+    kept = Checkpoint(checkpoint, model, {"optimizer": optimizer, "schedule": schedule}, generator)
+    device = text.training.device
+    losses, started = [], seconds(device)
     model.train()
-    for step in range(1, options.steps + 1):
+    for step in range(kept.resume(), options.steps + 1):
         starts = torch.randint(len(text.training) - options.context - 1, (options.batch,), generator=generator)
         pieces = torch.stack([text.training[s : s + options.context + 1] for s in starts.tolist()])
         optimizer.zero_grad()
-        try:
-            loss = F.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
-        except ffebm.ConvergenceError as error:
-            raise Diverged(f"stopped in step {step}: {str(error).split(';')[0]}") from error
+        losses.append(differentiated(model, partial(_loss, model, pieces), f"step {step}") / math.log(2))
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()) / math.log(2))
         if step % options.every == 0 or step == options.steps:
-            seconds = time.process_time() - started
-            row = {"epoch": step, "training": statistics.mean(losses), "seconds": seconds}
-            yield {**row, "bits": bits(model, held, options.context)}
-            losses, started = [], time.process_time()
+            row = {"epoch": step, "training": statistics.mean(losses), "seconds": seconds(device) - started}
+            yield {**row, "bits": bits(model, text.validation[: options.held], options.context)}
+            kept.save(step)
+            losses, started = [], seconds(device)
+
+
+def _loss(model: nn.Module, pieces: Tensor) -> Tensor:
+    return F.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
 
 
 def main() -> None:
@@ -125,13 +126,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a text file, or a folder with *train* and *valid* files")
     parser.add_argument("--method", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--every", type=int, default=50, help="steps between two rows of curves.csv")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--context", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--held", type=int, default=20_000, help="characters of the held-out text")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--every", type=positive, default=50, help="steps between two rows of curves.csv")
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--context", type=positive, default=64)
+    parser.add_argument("--rate", type=positive_number, default=2e-3)
+    parser.add_argument("--seeds", type=positive, default=1)
+    parser.add_argument("--held", type=positive, default=20_000, help="characters of the held-out text")
     parser.add_argument("--quick", action="store_true", help="six steps of small batches")
     parser.add_argument("--out", type=Path, default=Path("results/transformer"))
     options = parser.parse_args()
@@ -139,17 +141,24 @@ def main() -> None:
     if options.quick:
         options.steps, options.every, options.batch, options.context, options.held = 6, 3, 4, 16, 600
     with told(parser):
-        text = load_text(options.text)
-        names = ("text", "steps", "every", "batch", "context", "rate", "held")
+        text, device = load_text(options.text), device_of(options)
+        text = replace(text, training=text.training.to(device), validation=text.validation.to(device))
+        shortest = min(len(text.training) - 1, min(len(text.validation), options.held))
+        if shortest <= options.context:
+            raise ffebm.InputError(
+                f"the text has {len(text.training)} characters to train on and {len(text.validation)} held out, of "
+                f"which --held takes {options.held}; both must be more than --context {options.context}"
+            )
+        names = ("text", "device", "steps", "every", "batch", "context", "rate", "held")
         experiment = Experiment(options.out, "transformer", {name: getattr(options, name) for name in names})
 
-        def one(key: Row, _: Path) -> Iterator[Row]:
+        def one(key: Row, checkpoint: Path) -> Iterator[Row]:
             torch.manual_seed(key["seed"])
-            model: nn.Module = Transformer(len(text.characters), options.context)
+            model: nn.Module = Transformer(len(text.characters), options.context).to(device)
             settings = METHODS[key["method"]]
             if settings is not None:
                 model = ffebm.convert(model, text.training[None, : options.context].repeat(2, 1), **settings)
-            yield from train(model, text, key["seed"], options)
+            yield from train(model, text, key["seed"], options, checkpoint)
 
         keys = [{"layers": 3, "method": m, "seed": seed} for m in options.method for seed in range(options.seeds)]
         experiment.run(keys, one)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, told
+from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def network(data: Data, key: Row, width: int, norm: bool = True) -> nn.Module:
         return model
     estimator = ffebm.EquilibriumPropagation(through_feedback=GRADIENTS[key["gradient"]])
     example = data.scaled(data.training[0][:2])
-    return ffebm.convert(model, example, feedback=float(key["feedback"]), digital_drive=norm, gradient=estimator)
+    return ffebm.convert(model, example, feedback=feedback_of(key["feedback"]), digital_drive=norm, gradient=estimator)
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -115,12 +115,12 @@ def main() -> None:
     add_options(parser, "results/depth", epochs=12)
     parser.add_argument("--tables", nargs="+", choices=("gradients", "training"), default=["gradients", "training"])
     parser.add_argument("--activation", nargs="+", choices=tuple(ACTIVATIONS), default=["relu"])
-    parser.add_argument("--blocks", nargs="+", type=int, default=[8])
+    parser.add_argument("--blocks", nargs="+", type=positive, default=[8])
     parser.add_argument("--feedback", nargs="+", default=["backprop", "0.1", "0.5", "0.9"], help="loop gains, backprop")
     parser.add_argument("--gradient", nargs="+", choices=tuple(GRADIENTS), default=["held"])
-    parser.add_argument("--rate", nargs="+", type=float, default=[2e-3, 1e-3])
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", nargs="+", type=positive_number, default=[2e-3, 1e-3])
+    parser.add_argument("--width", type=positive, default=16)
+    parser.add_argument("--batch", type=positive, default=64)
     parser.add_argument("--no-norm", action="store_true", help="without batch norm")
     options = parser.parse_args()
     torch.set_num_threads(1)

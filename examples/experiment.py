@@ -21,6 +21,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,17 @@ from torch import nn
 import ffebm_compiler as ffebm
 from ffebm_compiler.files.whole_files import write_whole
 
-__all__ = ["Experiment", "add_options", "chosen", "device_of", "feedback_of", "once", "told"]
+__all__ = [
+    "Experiment",
+    "add_options",
+    "chosen",
+    "device_of",
+    "feedback_of",
+    "once",
+    "positive",
+    "positive_number",
+    "told",
+]
 
 
 @dataclass
@@ -214,10 +225,28 @@ def add_options(parser: argparse.ArgumentParser, out: str, epochs: int, seeds: i
     parser.add_argument("--data", default="digits", help="name of a data set of experiment_data.py")
     parser.add_argument("--folder", type=Path, help="folder with the files of the data set")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--epochs", type=positive, default=epochs or None)
+    parser.add_argument("--seeds", type=positive, default=seeds)
     parser.add_argument("--quick", action="store_true", help="one seed, few epochs, a small network")
     parser.add_argument("--out", type=Path, default=Path(out))
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """A number above 0, of the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return value
 
 
 def device_of(options: argparse.Namespace) -> torch.device:

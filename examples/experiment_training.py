@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 
-__all__ = ["Diverged", "Recipe", "Row", "accuracy", "training", "training_and_accuracy"]
+__all__ = [
+    "Checkpoint",
+    "Diverged",
+    "Recipe",
+    "Row",
+    "accuracy",
+    "differentiated",
+    "seconds",
+    "training",
+    "training_and_accuracy",
+]
 
 Row = dict[str, Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -64,32 +74,33 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
     Seconds are those of the process on a CPU, and of the clock on a GPU.
 
     Raises:
-        InputError: the loss is no scalar.
+        InputError: the loss is no scalar, or a batch is larger than the data.
         Diverged: the loss is not finite, a block does not settle, or its weights are too large; names the block.
     """
     optimizer = torch.optim.Adam(model.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
     x, y = data.training
     count = len(x) // recipe.batch
+    if not count:
+        raise ffebm.InputError(f"{data.name} has {len(x)} training inputs, fewer than a batch of {recipe.batch}")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.epochs * count))
     generator = torch.Generator().manual_seed(seed)
-    kept: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
-    first = _resume(checkpoint, model, kept, generator)
-    for epoch in range(first, recipe.epochs + 1):
+    kept = Checkpoint(checkpoint, model, {"optimizer": optimizer, "schedule": schedule}, generator)
+    for epoch in range(kept.resume(), recipe.epochs + 1):
         model.train()
-        losses, sweeps, started = [], [], _seconds(data.device)
+        losses, sweeps, started = [], [], seconds(data.device)
         for rows in torch.randperm(len(x), generator=generator)[: count * recipe.batch].split(recipe.batch):
             optimizer.zero_grad()
             at = rows.to(data.device)
-            losses.append(_step(model, data.scaled(x[at]), y[at], recipe, epoch))
+            losses.append(_step(model, data.scaled(x[at]), y[at], recipe, f"epoch {epoch}"))
             optimizer.step()
             schedule.step()
             sweeps += [one.sweeps for one in _settled(model)]
-        row = {"epoch": epoch, "loss": statistics.mean(losses), "seconds": _seconds(data.device) - started}
+        row = {"epoch": epoch, "loss": statistics.mean(losses), "seconds": seconds(data.device) - started}
         if isinstance(model, ffebm.HybridModel):
             gains = [block.loop_gain for block in model.blocks if block.certificate is not None]
             row |= {"sweeps": statistics.mean(sweeps) if sweeps else 0, "loop_gain": max(gains, default=0.0)}
         yield row
-        _save(checkpoint, epoch, model, kept, generator)  # now that its row is in the file
+        kept.save(epoch)  # now that its row is in the file
 
 
 def training_and_accuracy(
@@ -100,31 +111,45 @@ def training_and_accuracy(
         yield {**row, "test": accuracy(model, data, data.test, batch)}
 
 
-def _seconds(device: torch.device) -> float:
+def _step(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, when: str) -> float:
+    def loss() -> Tensor:
+        with torch.autocast(x.device.type, recipe.autocast, enabled=recipe.autocast is not None):
+            scores = model(x)
+        return recipe.loss(scores, y)
+
+    return differentiated(model, loss, when)
+
+
+def differentiated(model: nn.Module, loss_of: Callable[[], Tensor], when: str) -> float:
+    """The loss, whose gradients are added to those of the model.
+
+    Raises:
+        InputError: the loss is no scalar.
+        Diverged: `when` the loss is not finite, a block does not settle, or its weights are too large.
+    """
+    with _named_divergence(model, when):
+        loss = loss_of()
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ffebm.InputError(f"the loss is no scalar tensor (got {shape}): reduce it by mean() or sum()")
+    found = float(loss.detach())
+    if not math.isfinite(found):
+        raise Diverged(f"stopped in {when}: the loss is {found}{_not_finite(model)}")
+    with _named_divergence(model, when):
+        loss.backward()  # type: ignore[no-untyped-call]
+    return found
+
+
+def seconds(device: torch.device) -> float:
+    """Of this process; on a GPU, of the clock, once all that was asked of it is done."""
     if device.type != "cuda":
         return time.process_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _step(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, epoch: int) -> float:
-    products = torch.autocast(x.device.type, recipe.autocast, enabled=recipe.autocast is not None)
-    with _named_divergence(model, epoch), products:
-        scores = model(x)
-    loss = recipe.loss(scores, y)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ffebm.InputError(f"the loss is no scalar tensor (got {shape}): reduce it by mean() or sum()")
-    found = float(loss.detach())
-    if not math.isfinite(found):
-        raise Diverged(f"stopped in epoch {epoch}: the loss is {found}")
-    with _named_divergence(model, epoch):
-        loss.backward()  # type: ignore[no-untyped-call]
-    return found
-
-
 @contextmanager
-def _named_divergence(model: nn.Module, epoch: int) -> Iterator[None]:
+def _named_divergence(model: nn.Module, when: str) -> Iterator[None]:
     """Make `Diverged` of a block that does not settle, and of one that refuses weights that have become too large."""
     try:
         yield
@@ -132,7 +157,16 @@ def _named_divergence(model: nn.Module, epoch: int) -> Iterator[None]:
         size = sum(float(p.detach().square().sum()) for p in model.parameters())
         if not isinstance(error, ffebm.ConvergenceError) and math.isfinite(size):
             raise
-        raise Diverged(f"stopped in epoch {epoch}: {str(error).split(';')[0]}") from error
+        raise Diverged(f"stopped in {when}: {str(error).split(';')[0]}") from error
+
+
+def _not_finite(model: nn.Module) -> str:
+    """Which block has states that are not finite, or else which parameter is not."""
+    for block in model.blocks if isinstance(model, ffebm.HybridModel) else ():
+        if any(not bool(torch.isfinite(state).all()) for state in block.states or ()):
+            return f", and states of {block.name} ({', '.join(block.layers)}) are not finite"
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    return f", and {bad[0]} is not finite" if bad else ""
 
 
 def _settled(model: nn.Module) -> list[Any]:
@@ -140,32 +174,43 @@ def _settled(model: nn.Module) -> list[Any]:
     return [block.last for block in blocks if block.program.coupled and block.last is not None]
 
 
-def _save(path: Path, epoch: int, model: nn.Module, kept: Mapping[str, Any], generator: torch.Generator) -> None:
-    state = {name: one.state_dict() for name, one in kept.items()}
-    part = path.with_suffix(".part")
-    torch.save(
-        {
-            **state,
-            "epoch": epoch,
-            "model": model.state_dict(),
-            "order": generator.get_state(),
-            "draws": torch.get_rng_state(),
-            "draws on GPUs": torch.cuda.get_rng_state_all(),
-        },
-        part,
-    )
-    part.replace(path)
+@dataclass
+class Checkpoint:
+    """What a run needs to go on as if it had not been stopped: weights, optimizer and schedule, all random states."""
 
+    path: Path
+    model: nn.Module
+    others: Mapping[str, Any]
+    """Name -> what has a `state_dict`."""
+    generator: torch.Generator
+    """Of the order of the samples."""
 
-def _resume(path: Path, model: nn.Module, kept: Mapping[str, Any], generator: torch.Generator) -> int:
-    """The epoch to go on with."""
-    if not path.exists():
-        return 1
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])  # onto its own device
-    for name, one in kept.items():
-        one.load_state_dict(state[name])
-    generator.set_state(state["order"])
-    torch.set_rng_state(state["draws"])
-    torch.cuda.set_rng_state_all(state["draws on GPUs"])
-    return int(state["epoch"]) + 1
+    def save(self, epoch: int) -> None:
+        """Write all of it after an epoch, whole or not at all."""
+        part = self.path.with_suffix(".part")
+        torch.save(
+            {
+                **{name: one.state_dict() for name, one in self.others.items()},
+                "epoch": epoch,
+                "model": self.model.state_dict(),
+                "order": self.generator.get_state(),
+                "draws": torch.get_rng_state(),
+                "draws on GPUs": torch.cuda.get_rng_state_all(),
+            },
+            part,
+        )
+        part.replace(self.path)
+
+    def resume(self) -> int:
+        """Read it, if there is one. Returns the epoch to go on with."""
+        if not self.path.exists():
+            return 1
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])  # onto its own device
+        for name, one in self.others.items():
+            one.load_state_dict(state[name])
+        self.generator.set_state(state["order"])
+        torch.set_rng_state(state["draws"])
+        for device, draws in enumerate(state["draws on GPUs"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(draws, device)
+        return int(state["epoch"]) + 1

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from experiment import Experiment, add_options, chosen, device_of, once, told
+from experiment import Experiment, add_options, chosen, device_of, feedback_of, once, positive, positive_number, told
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, accuracy, training, training_and_accuracy
 from safetensors.torch import load_file, save
@@ -214,7 +214,7 @@ def fine_tuned(task: Task, key: Row, recipe: Recipe, checkpoint: Path) -> Iterat
     source = accuracy(task.source, data, data.test, VIEWS)
     model: nn.Module = copy.deepcopy(task.source)
     if key["feedback"] != "backprop":
-        model = ffebm.convert(task.source.eval(), x[:2], feedback=float(key["feedback"]), **task.options)
+        model = ffebm.convert(task.source.eval(), x[:2], feedback=feedback_of(key["feedback"]), **task.options)
     before: Row = {
         "source": source,
         "before": accuracy(model, data, data.test, VIEWS),
@@ -231,12 +231,14 @@ def main() -> None:
     add_options(parser, "results/fine_tuning", epochs=0)
     parser.add_argument("--network", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--feedback", nargs="+", default=["backprop", "0.03", "0.1", "0.3", "0.5", "0.9"])
-    parser.add_argument("--rate", type=float, help="instead of each network's own")
-    parser.add_argument("--batch", type=int, help="instead of each network's own")
+    parser.add_argument("--rate", type=positive_number, help="instead of each network's own")
+    parser.add_argument("--batch", type=positive, help="instead of each network's own")
     parser.add_argument("--pictures", type=Path, help="folder of .png and .jpg pictures for efficientnet-lite0")
-    parser.add_argument("--side", type=int, default=128, help="pixels of a view's side; the network was trained at 224")
-    parser.add_argument("--views", type=int, default=640, help="views to train on")
-    parser.add_argument("--held", type=int, default=600, help="views of other pictures")
+    parser.add_argument(
+        "--side", type=positive, default=128, help="pixels of a view's side; the network was trained at 224"
+    )
+    parser.add_argument("--views", type=positive, default=640, help="views to train on")
+    parser.add_argument("--held", type=positive, default=600, help="views of other pictures")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, told
+from experiment import Experiment, add_options, positive, told
 from experiment_data import load
 from experiment_training import Row
 from papers_networks import papers_plan, six_layers
@@ -89,8 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "results/gradient_analysis", epochs=1, seeds=1)
     parser.add_argument("--feedback", type=float, default=0.5)
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--width", type=positive, default=16)
+    parser.add_argument("--batch", type=positive, default=32)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, told
+from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import FeedforwardTied, goe_, papers_hybrid
@@ -52,11 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "results/loop_gain", epochs=5)
     parser.add_argument("--feedback", nargs="+", choices=FEEDBACK, default=list(FEEDBACK))
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--width", type=positive, default=32)
+    parser.add_argument("--rate", type=positive_number, default=2e-3)
     parser.add_argument("--initialisation", choices=("goe", "torch"), default="goe")
     parser.add_argument(
-        "--variance", type=float, help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128"
+        "--variance", type=positive_number, help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, told
+from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import BLOCK_OPS, DCHN
@@ -122,12 +122,12 @@ def main() -> None:
     add_options(parser, "results/seven_algorithms", epochs=8, seeds=1)
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--nudge", choices=("constant", "cost"), default="constant")
-    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--beta", type=positive_number, default=0.5)
     parser.add_argument("--feedback", default="0.5", help="a loop gain, or symmetric")
     parser.add_argument("--bits", type=int, choices=(16, 32), default=32)
-    parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--width", type=positive, default=8)
+    parser.add_argument("--rate", type=positive_number, default=2e-3)
+    parser.add_argument("--batch", type=positive, default=32)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, told
+from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import goe_, papers_hybrid, six_layers, twelve_layers
@@ -69,13 +69,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, choices=tuple(SIZES), default=6)
     parser.add_argument("--block", nargs="+", type=int, help="layers a block; by default all sizes of the depth")
     parser.add_argument("--feedback", nargs="+", default=["0.1"], help="loop gains, symmetric, backprop")
-    parser.add_argument("--rate", nargs="+", type=float, default=[2e-3])
+    parser.add_argument("--rate", nargs="+", type=positive_number, default=[2e-3])
     parser.add_argument(
-        "--variance", nargs="+", type=float, help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128"
+        "--variance",
+        nargs="+",
+        type=positive_number,
+        help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128",
     )
-    parser.add_argument("--slope", type=float, default=0.5, help="a of the states clamp(a h, 0, 1)")
-    parser.add_argument("--rtol", type=float, help="relative change at which every phase stops; 1e-6 in the papers")
-    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--slope", type=positive_number, default=0.5, help="a of the states clamp(a h, 0, 1)")
+    parser.add_argument(
+        "--rtol", type=positive_number, help="relative change at which every phase stops; 1e-6 in the papers"
+    )
+    parser.add_argument("--width", type=positive, default=16)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:

@@ -174,6 +174,22 @@ def test_a_loss_that_is_no_scalar(
     assert "the loss is no scalar tensor (got (32,))" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: expected a whole number of at least 1, not '0'"),
+        (["--rate", "-1"], "argument --rate: expected a number above 0, not '-1'"),
+        (["--batch", "5000"], "digits has 256 training inputs, fewer than a batch of 5000"),
+    ],
+)
+def test_numbers_out_of_range(
+    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("depth", tmp_path, monkeypatch, *given)
+    assert message in capsys.readouterr().err
+
+
 def test_sizes_of_blocks_that_do_not_divide_the_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +219,52 @@ def test_the_gradients_of_a_deep_network(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(name.endswith("weight to implicit") for name in far) == 5
     through = module.cosines(data, {**key, "feedback": "0.5", "gradient": "through"}, 4, 32)
     assert float(through["to the one through γ"]) > 0.9999
+
+
+# -- characters ------------------------------------------------------------------------------------
+
+
+def run_transformer(out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    command = ["character_transformer.py", "--quick", "--method", "ep, κ 0.5", "--out", str(out), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    script("character_transformer").main()
+
+
+def test_a_stopped_transformer_goes_on_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("character_transformer")
+    run_transformer(tmp_path / "whole", monkeypatch)
+    whole = module.train
+
+    def stopping(*given: Any) -> Iterator[Any]:
+        steps = whole(*given)
+        yield next(steps)
+        assert next(steps)["epoch"] == 6, "the checkpoint of step 3 is written"
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "train", stopping)
+        with pytest.raises(Stopped):
+            run_transformer(tmp_path / "parts", monkeypatch)
+    assert list((tmp_path / "parts").glob("*.pt"))
+    run_transformer(tmp_path / "parts", monkeypatch)
+    assert rows(tmp_path / "parts", "curves") == rows(tmp_path / "whole", "curves")
+    assert rows(tmp_path / "parts", "runs") == rows(tmp_path / "whole", "runs")
+
+
+def test_a_transformer_that_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_transformer(tmp_path, monkeypatch, "--rate", "1e30")
+    (found,) = rows(tmp_path, "runs")
+    assert found["failed"].startswith("stopped in step 2: ")
+
+
+def test_a_text_shorter_than_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("a short text, " * 80, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["x", "--context", "200", "--text", str(tmp_path / "short.txt")])
+    with pytest.raises(SystemExit, match="2"):
+        script("character_transformer").main()
+    assert "the text has 1008 characters to train on and 112 held out" in capsys.readouterr().err
 
 
 # -- pictures to fine-tune on ----------------------------------------------------------------------

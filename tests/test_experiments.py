@@ -115,6 +115,22 @@ def test_weights_that_have_become_too_large_stop_the_run(tmp_path: Path) -> None
         list(training(model, data, Recipe(1, 1e-3), 0, tmp_path / "run.pt"))
 
 
+def test_a_loss_that_is_not_finite_names_the_block(tmp_path: Path) -> None:
+    data = load("digits").first(64, 50)
+    model = hybrid(data, feedback=0.5)
+
+    def broken(scores: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(scores, labels) + torch.nan
+
+    with pytest.raises(Diverged, match=r"stopped in epoch 1: the loss is nan$"):
+        list(training(model, data, Recipe(1, 1e-3, loss=broken), 0, tmp_path / "run.pt"))
+    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        source[1].bias.fill_(torch.nan)
+    with pytest.raises(Diverged, match=r"the loss is nan, and 1\.bias is not finite"):
+        list(training(source, data, Recipe(1, 1e-3), 0, tmp_path / "run.pt"))
+
+
 @pytest.mark.slow
 def test_a_killed_script_goes_on_with_the_same_numbers(tmp_path: Path) -> None:
     command = [sys.executable, "-P", str(EXAMPLES / "experiment.py"), "--seeds", "1", "--epochs", "12", "--out"]

@@ -92,6 +92,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "survey": _tests("tests/test_survey.py", 4),
     "one-layer": _tests("tests/test_split_relus.py tests/test_layers.py tests/test_convert.py"),
+    "drawn": Command("FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -o timeout=36000", 240, "junit.xml"),
     "trained": Command("python benchmarks/trained_networks.py", 20),
     # Gradients
     "reference": _tests("tests/test_reference.py"),
@@ -114,7 +115,10 @@ COMMANDS: dict[str, Command] = {
         "--only 'ep, default' 'implicit, default'",
         3,
     ),
-    "equilibrium": Command("python benchmarks/equilibrium.py --no-memory", 6),
+    "equilibrium": Command("python benchmarks/equilibrium.py --no-memory --table 'DCHN*'", 6),
+    "torchdeq": Command(
+        "python benchmarks/equilibrium.py --no-memory --table 'a residual*'", 1, needs=("import torchdeq",)
+    ),
     # The loop gain
     "loop-gain": Command("python benchmarks/loop_gain.py", 6),
     "loop-gain-64": Command("python benchmarks/loop_gain.py --width 64 --batch 64 --widths 64", 10),
@@ -178,7 +182,8 @@ COMMANDS: dict[str, Command] = {
     # The page, the docs
     "page": Command("python benchmarks/drawing.py", 2, needs=("chromedriver", "import selenium")),
     "facts": Command("FFEBM_PAGES=all pytest tests/test_drawing_facts.py", 15, "junit.xml", ("chromedriver",)),
-    "controls": _tests("tests/test_drawing_page.py", 3, "chromedriver"),
+    "controls": _tests("tests/test_drawing_page.py tests/test_site.py", 6, "chromedriver"),
+    "suite": Command("pytest tests -m 'not gpu' -n 2", 20, "junit.xml"),
     "docs": _tests("tests/test_docs.py", 6),
 }
 """Name -> command, in the order in which they run."""

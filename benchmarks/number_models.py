@@ -122,6 +122,7 @@ NUMBERS: list[Number] = [
     ),
     *numbers(CONVERSION, "survey", ("all of torch.nn and torch.nn.functional, eval and train", FAILED, tests)),
     *numbers(CONVERSION, "one-layer", ("blocks of one layer are their layer, on random graphs", FAILED, tests)),
+    *numbers(CONVERSION, "drawn", ("10 000 networks that hypothesis draws: convert, step, save, load", FAILED, tests)),
     *numbers(
         CONVERSION,
         "trained",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from number_commands import Command
-from number_targets import Number
+from number_targets import FAILED, Number
 
 NOT_MEASURED = "not measured in this run"
 
@@ -26,7 +26,7 @@ def measured(number: Number, found: Mapping[str, Any]) -> str:
     if isinstance(value, str):
         return value.replace("|", "\\|")
     state = found["commands"][number.command].get("tests")
-    if state is not None:
+    if state is not None and number.target is FAILED:
         skipped = f", {state['skipped']} skipped" if state["skipped"] else ""
         return f"{state['passed']} tests passed, {state['failed']} failed{skipped}"
     return number.target.text(value)

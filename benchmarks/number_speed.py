@@ -7,7 +7,7 @@ from typing import Any
 from number_targets import COUNT, FAILED, Number, Read, cell, chosen, largest, least, most, numbers, table, tests
 
 STEP, GAIN, COMPILING = "Time and memory of a step", "The loop gain", "Compiling and partitioning"
-ONNX, PAGE = "ONNX", "The page and the documentation"
+ONNX, PAGE = "ONNX", "The page, the documentation, the tests"
 CNN, MLP = "residual CNN", "transformer MLP stack"
 PLACES = (("CNN of 32 channels", CNN), ("MLPs", MLP))
 
@@ -105,7 +105,9 @@ NUMBERS: list[Number] = [
             )
             for pool, reason in (("avg", ""), ("max", POOLING))
         ),
-        ("a block: our step / torchdeq's", most(0.5, ".2f"), table("a residual block", "torchdeq")),
+    ),
+    *numbers(
+        STEP, "torchdeq", ("a block: our step / torchdeq's", most(0.5, ".2f"), table("a residual block", "torchdeq"))
     ),
     *numbers(
         GAIN,
@@ -200,5 +202,11 @@ NUMBERS: list[Number] = [
     ),
     *numbers(PAGE, "facts", ("every fact on the pages of ten real networks is the plan's", FAILED, tests)),
     *numbers(PAGE, "controls", ("no console error, contrast ≥ 4.5, every control named", FAILED, tests)),
+    *numbers(
+        PAGE,
+        "suite",
+        ("the whole test suite on two cores", FAILED, tests),
+        ("the same: how long", most(25, ".1f", " min"), lambda found: found["seconds"] / 60),
+    ),
     *numbers(PAGE, "docs", ("public names with an example that runs; tutorials; no broken link", FAILED, tests)),
 ]

@@ -85,8 +85,8 @@ def table(title: str, row: str, key: str = "ratio") -> Read:
     """A figure of one row of the table whose title begins so."""
 
     def read(found: Any) -> float:
-        rows = next(t["rows"] for t in found["tables"] if t["title"].startswith(title))
-        return float(next(r for r in rows if r["name"] == row)[key])
+        rows = [each for table in found["tables"] if table["title"].startswith(title) for each in table["rows"]]
+        return float(chosen(rows, name=row)[0][key])
 
     return read
 
@@ -142,8 +142,10 @@ def cells_of(title: str, first: Sequence[Any], columns: slice) -> Read:
     """The smallest of some cells of a row of `MarkdownTables`, by its first cells."""
 
     def read(found: Any) -> float:
-        row = next(row for row in found[title] if [str(c) for c in row[: len(first)]] == [str(c) for c in first])
-        return min(float(c) for c in row[columns])
+        rows = [row for row in found[title] if [str(c) for c in row[: len(first)]] == [str(c) for c in first]]
+        if not rows:
+            raise LookupError(f"no row of {title} begins with {', '.join(map(str, first))}")
+        return min(float(c) for c in rows[0][columns])
 
     return read
 

@@ -164,7 +164,10 @@ def check_size(circuit: Circuit, title: str) -> None:
     """
     resistors = sum(part.plus.numel() for stage in circuit.stages for part in stage.couplings)
     if resistors > LARGEST:
-        raise InputError(f"{title} has {resistors} pairs of resistors; a netlist is written for at most {LARGEST}")
+        raise InputError(
+            f"{title} has {resistors} pairs of resistors; a netlist is written for at most {LARGEST}. Convert with a "
+            "smaller core (Hardware(tiles_per_core=...)) or fewer layers a block"
+        )
 
 
 def models(emission: float, saturation: float, abstol: float) -> tuple[str, str]:

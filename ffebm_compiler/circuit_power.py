@@ -95,7 +95,10 @@ def power_report(hybrid: HybridCore, inputs: tuple[Tensor, ...], volts: float, s
         raise InputError("inputs is empty, so that nothing drives the circuits. Pass the inputs of the network")
     coupled = [block for block in hybrid.blocks if block.module.program.coupled]
     if not coupled:
-        raise InputError("every block has one layer and no feedback, so that there is no circuit that settles")
+        raise InputError(
+            "every block has one layer and no feedback, so that there is no circuit that settles: convert with "
+            "hardware whose cores hold several layers, or with fold_batchnorm=True"
+        )
     with torch.no_grad(), hybrid.in_mode(False), hybrid.recording() as record:
         hybrid(*inputs)
     found = []

@@ -40,7 +40,9 @@ def circuit_of_block(hybrid: HybridCore, block: str, inputs: tuple[Tensor, ...])
         raise InputError(f"there is no block {block!r}; expected one of {', '.join(map(repr, names)) or 'no block'}")
     module = hybrid.blocks[names.index(block)].module
     if not module.program.coupled:
-        raise InputError(f"{block} has one layer and no feedback, so that there is no circuit that settles")
+        raise InputError(
+            f"{block} has one layer and no feedback, so that there is no circuit that settles: name another block"
+        )
     with torch.no_grad(), hybrid.in_mode(False), hybrid.recording() as record:
         hybrid(*inputs)
     return recorded_circuit(module, record[block][0])[0]

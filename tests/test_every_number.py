@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -25,9 +26,13 @@ NAMES = [pytest.param(name, id=name) for name in COMMANDS]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_command_runs_files_that_exist_with_options_that_they_have(name: str) -> None:
     command = COMMANDS[name]
-    words = [word for word in shlex.split(command.line) if word.split("=")[0].isupper() is False]
+    words = shlex.split(command.line)
+    variables = [word.split("=")[0] for word in words if re.match(r"[A-Z_]+=", word)]
+    words = words[len(variables) :]
     if words[0] == "ffebm":
         return  # tests/test_cli.py and test_demo.py run it
+    if words[:2] == ["pytest", "tests"]:
+        return
     assert command.files()
     sources = "\n".join(path.read_text(encoding="utf-8") for path in every_number.closure(command.files()))
     for word in words:
@@ -38,7 +43,7 @@ def test_a_command_runs_files_that_exist_with_options_that_they_have(name: str) 
             assert not test or test in functions
         elif word.startswith("--"):
             assert f'"{word}"' in sources, word
-    for variable in (word.split("=")[0] for word in shlex.split(command.line) if word.split("=")[0].isupper()):
+    for variable in variables:
         assert f'"{variable}"' in sources
 
 

@@ -67,7 +67,10 @@ def block_function(step: Step) -> BlockFunction:
     block = step.module
     assert isinstance(block, EnergyBlock)
     if name_of(block.energy_function) is None:
-        raise ExportError(f"the energy of {step.name} is of a class of your own, which has no ONNX form")
+        raise ExportError(
+            f"the energy of {step.name} is of a class of your own, which has no ONNX form: convert with one of "
+            "ffebm_compiler's"
+        )
     dtype = step.outputs[0].dtype
     if dtype not in ("float32", "float64"):
         raise ExportError(

@@ -132,7 +132,10 @@ def _energy_step(hybrid: HybridCore, step: Step) -> dict[str, Any]:
     radius = certificate.radius if certificate is not None else 0.0
     energy = name_of(block.energy_function)
     if energy is None:
-        raise ExportError(f"the energy of {step.name} is of a class of your own, which has no ONNX form")
+        raise ExportError(
+            f"the energy of {step.name} is of a class of your own, which has no ONNX form: convert with one of "
+            "ffebm_compiler's"
+        )
     other = {} if energy == DEFAULT_ENERGY.name else {"energy": energy, "amplifiers": list(block.setting.amplifiers)}
     count = block.program.inputs
     dtype = next((value.dtype for value in step.outputs), "float32")

@@ -124,7 +124,9 @@ def _slice_bounds(operator: Wiring, shape: Shape) -> tuple[int, int, int] | None
         dim, start, end, step = _arguments(operator, ("dim", "start", "end", "step"), (0, None, None, 1))
     dim %= len(shape)
     if step != 1:
-        raise ExportError(f"a slice with step {step} inside an energy block has no ONNX form here")
+        raise ExportError(
+            f"a slice with step {step} inside an energy block has no ONNX form here: keep its layer digital"
+        )
     if not start and (end is None or end >= _EVERYTHING):
         return None
     first, last, _ = slice(start, end).indices(fixed(shape, dim))
@@ -204,4 +206,4 @@ def wiring_nodes(operator: Operator) -> tuple[_Nodes, _Nodes]:
             return _WIRING[operator.function]
         if pool_of(operator) is not None:
             return pool_apply, pool_adjoint
-    raise ExportError(f"{operator!r} inside an energy block has no ONNX form")
+    raise ExportError(f"{operator!r} inside an energy block has no ONNX form: keep its layer digital")

@@ -251,7 +251,7 @@ def adjoint_nodes(
 def _row(operator: Operator) -> Row:
     row = ROWS.get(type(operator))
     if row is None:
-        raise ExportError(f"{operator!r} inside an energy block has no ONNX form")
+        raise ExportError(f"{operator!r} inside an energy block has no ONNX form: keep its layer digital")
     return row
 
 

@@ -49,7 +49,7 @@ def _pool(operator: Wiring, shape: Shape) -> _Pool:
         wanted = tuple(size if aim is None else aim for size, aim in zip(sizes, target, strict=True))
         if any(size % aim for size, aim in zip(sizes, wanted, strict=True)):
             raise ExportError(
-                f"adaptive pooling from {sizes} to {wanted} has windows of several sizes: no ONNX form here"
+                f"adaptive pooling from {sizes} to {wanted} has windows of several sizes: keep it out of block_ops"
             )
         kernel = tuple(size // aim for size, aim in zip(sizes, wanted, strict=True))
         return _Pool(kernel, kernel, (0,) * rank)
@@ -61,7 +61,7 @@ def _pool(operator: Wiring, shape: Shape) -> _Pool:
     if given.get("ceil_mode") or given.get("divisor_override") or partial:
         raise ExportError(
             "average pooling with ceil_mode, divisor_override or count_include_pad=False inside an energy block has no "
-            "ONNX form here"
+            "ONNX form here: keep it out of block_ops"
         )
     return _Pool(kernel, _tuple(given.get("stride") or kernel, rank), padding)
 

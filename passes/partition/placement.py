@@ -169,7 +169,9 @@ def place_layers(blocks: Sequence[Sequence[Operation]], hardware: Hardware) -> T
     homes = core_homes(sizes, [sum(layer.macs for layer in layers) for layers in blocks], hardware)
     if None in homes:
         number = "the only core" if hardware.cores == 1 else f"the {hardware.cores} cores"
-        raise PlanError(f"the blocks do not fit {number} of {hardware.tiles_per_core} tiles")
+        raise PlanError(
+            f"the blocks do not fit {number} of {hardware.tiles_per_core} tiles: give the hardware more cores"
+        )
     used: dict[int, int] = {}
     members: dict[int, list[int]] = {}
     placed = []

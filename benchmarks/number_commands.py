@@ -93,6 +93,7 @@ COMMANDS: dict[str, Command] = {
     "survey": _tests("tests/test_survey.py", 4),
     "one-layer": _tests("tests/test_split_relus.py tests/test_layers.py tests/test_convert.py"),
     "drawn": Command("FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -o timeout=36000", 240, "junit.xml"),
+    "combinations": Command("python benchmarks/combinations.py", 60, needs=("import covertable",)),
     "trained": Command("python benchmarks/trained_networks.py", 20),
     # Gradients
     "reference": _tests("tests/test_reference.py"),
@@ -170,7 +171,7 @@ COMMANDS: dict[str, Command] = {
     "resistive": Command("python benchmarks/resistive.py", 8),
     "deep-resistive": Command("python examples/deep_resistive.py --data digits --method EP unrolled", 6, "runs.csv"),
     # Analog devices and planning
-    "devices": Command("python benchmarks/devices.py static mismatch noise", 5),
+    "devices": Command("python benchmarks/devices.py static mismatch noise without", 5),
     "device-statistics": _tests("tests/test_devices.py"),
     "aihwkit": _tests("tests/test_against_aihwkit.py", 1, "import aihwkit_lightning"),
     "pcm": Command("python examples/analog_devices.py nudge --epochs 20 --seeds 2", 6, "log.txt"),

@@ -34,7 +34,7 @@ def after_conversion(gamma: float) -> Read:
 
     def read(found: Any) -> float:
         accuracy = {row["gamma"]: statistics.mean(row["accuracy"]) for row in found["trained"]}
-        return accuracy[None] - accuracy[gamma]
+        return accuracy[0.0] - accuracy[gamma]  # γ is 0 for the source
 
     return read
 
@@ -162,6 +162,11 @@ NUMBERS: list[Number] = [
             "read noise 1e-3, κ 0.3, β 1, 16 reads: first-layer cosine",
             least(0.9, ".3f"),
             cells_of("noise", ("0.001", "0.3", "1.0", "16"), slice(4, 5)),
+        ),
+        (
+            "`devices=None`: what the checks for devices take of a step",
+            most(1, ".2f", " %"),
+            lambda found: float(found["without"][1][-1].rstrip("%")),
         ),
     ),
     *numbers(ANALOG, "device-statistics", ("statistics of every noise source against its law, 2 %", FAILED, tests)),

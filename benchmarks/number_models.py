@@ -122,6 +122,15 @@ NUMBERS: list[Number] = [
     ),
     *numbers(CONVERSION, "survey", ("all of torch.nn and torch.nn.functional, eval and train", FAILED, tests)),
     *numbers(CONVERSION, "one-layer", ("blocks of one layer are their layer, on random graphs", FAILED, tests)),
+    *numbers(
+        CONVERSION,
+        "combinations",
+        (
+            "all pairs of features on three networks: wrong or raw",
+            COUNT,
+            lambda found: sum(row["verdict"] in ("wrong", "raw") for row in found),
+        ),
+    ),
     *numbers(CONVERSION, "drawn", ("10 000 networks that hypothesis draws: convert, step, save, load", FAILED, tests)),
     *numbers(
         CONVERSION,

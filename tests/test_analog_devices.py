@@ -43,6 +43,17 @@ def test_training_on_phase_change_devices_reaches_the_ideal() -> None:
     assert pcm > ideal - 1
 
 
+def test_at_a_low_gain_the_nudge_is_chosen_by_it() -> None:
+    """`pcm` at κ = 0.1: close to ideal with the β that the block chooses, and far below with β = 1."""
+    runs = experiments.Experiments(epochs=6, seeds=1)
+    own = runs.accuracy(runs.trained(0, ffebm.device_presets()["pcm"], 0.1))
+    ideal = runs.accuracy(runs.trained(0, None, 0.1))
+    runs.beta = 1.0
+    fixed = runs.accuracy(runs.trained(0, ffebm.device_presets()["pcm"], 0.1))
+    assert own > ideal - 3
+    assert own > fixed + 1
+
+
 def test_unknown_experiments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         experiments.main(["weather"])

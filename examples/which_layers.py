@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
@@ -120,6 +120,13 @@ def on(case: Case, device: str) -> Case:
 NETWORKS: dict[str, Callable[..., Case]] = {"gpt2": gpt2, "efficientnet-lite0": lite0}
 
 
+def workers(count: int) -> AbstractContextManager[Executor | None]:
+    """So many processes of one thread each, or none."""
+    if not count:
+        return nullcontext()
+    return ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,))
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,8 +146,7 @@ def main() -> None:
     if options.quick:
         options.draws, options.trials, options.max_drop = 1, 2, 0.5
     options.out.mkdir(parents=True, exist_ok=True)
-    pool = ProcessPoolExecutor(options.workers, get_context("spawn"), torch.set_num_threads, (1,))
-    with told(parser), pool if options.workers else nullcontext() as executor:
+    with told(parser), workers(options.workers) as executor:
         made = NETWORKS[options.network]
         case = made(options.quick, options.sides) if made is lite0 else made(options.quick)
         case = on(case, options.device)

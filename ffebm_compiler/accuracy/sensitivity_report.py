@@ -115,7 +115,7 @@ class Sensitivity:
         most = max((abs(loss.mean) for loss in losses), default=0.0)
         rows: list[tuple[str, ...]] = []
         for loss in losses:
-            length = round(12 * max(0.0, loss.mean) / most) if most else 0
+            length = round(8 * max(0.0, loss.mean) / most) if most else 0
             error = "" if loss.error is None else f"{loss.error:.2g}"
             share = f"{100 * loss.macs / self.total_macs:.1f} %" if self.total_macs else ""
             outputs = "" if loss.deviation is None else f"{loss.deviation:.2g}"
@@ -170,5 +170,5 @@ def _with_error(loss: Loss) -> str:
     return f"{loss.mean:.3g}" if loss.error is None else f"{loss.mean:.3g} ± {loss.error:.2g}"
 
 
-def _shortened(name: str, most: int = 34) -> str:
+def _shortened(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"…{name[-(most - 1) :]}"

@@ -68,18 +68,18 @@ def rate_of(part: fx.GraphModule, captured: torch.Tensor) -> float:
     """
     leading = [size if isinstance(size, int) else _DRAWN_MASKS for size in captured.shape[:1]]
     try:
-        largest = _largest(part, (*leading, *(1 for _ in captured.shape[1:])))
+        largest = _largest(part, (*leading, *(1 for _ in captured.shape[1:])), captured.device)
     except RuntimeError:  # the graph holds sizes of the capture that do not broadcast
         sizes = (size.node.hint if isinstance(size, torch.SymInt) else size for size in captured.shape[1:])
-        largest = _largest(part, (*leading, *sizes))
+        largest = _largest(part, (*leading, *sizes), captured.device)
     return 1 - 1 / largest if largest > 1 else 0.0
 
 
-def _largest(part: fx.GraphModule, shape: tuple[int, ...]) -> float:
+def _largest(part: fx.GraphModule, shape: tuple[int, ...], device: torch.device) -> float:
     with generators_unchanged(), torch.no_grad():
         torch.manual_seed(0)
         draws = range(max(1, _DRAWN_MASKS // max(1, *shape[:1], 1)))
-        return max(float(part(torch.ones(shape)).abs().max()) for _ in draws)
+        return max(float(part(torch.ones(shape, device=device)).abs().max()) for _ in draws)
 
 
 def _is_multiple(node: fx.Node, x: fx.Node) -> bool:

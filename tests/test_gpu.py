@@ -147,6 +147,33 @@ def test_converted_there_as_here() -> None:
     assert _relative(there(x.cuda()).detach(), here(x).detach()) < 1e-3
 
 
+class _DropPath(nn.Module):
+    """A layer whose result is left out for some samples, as EfficientNet's `drop_connect` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x)
+        if not self.training:
+            return x + result
+        kept = torch.floor(0.8 + torch.rand([x.shape[0], 1, 1, 1], dtype=x.dtype, device=x.device))
+        return x + result / 0.8 * kept
+
+
+@pytest.mark.parametrize("moved", ["before", "after"])
+def test_masks_of_whole_samples_are_drawn_there(moved: str) -> None:
+    x = torch.randn(8, 3, 8, 8)
+    if moved == "before":
+        hybrid = ffebm.convert(_DropPath().cuda(), x.cuda())
+    else:
+        hybrid = ffebm.convert(_DropPath(), x).cuda()
+    hybrid.train()
+    left_out = [(hybrid(x.cuda()) == x.cuda()).flatten(1).all(1).sum() for _ in range(20)]
+    assert 0 < int(sum(left_out)) < 160
+
+
 @pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize(("saved", "loaded"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_save_and_load_across_devices(saved: str, loaded: str, tmp_path: Path) -> None:

@@ -34,7 +34,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ffebm_compiler.files.whole_files import write_whole
-from ffebm_compiler.runtime.program import matrix_products
 
 NOT_COUNTED = "Counted are convolutions and matrix products, not elementwise work nor the traffic to memory."
 
@@ -133,9 +132,13 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+"""A matrix product that settling blocks multiply with on some processors (`runtime/program/matrix_products.py`)."""
+
+
 def flops(run: Callable[[], object]) -> int:
     """Floating-point operations of a call, two for each multiplication and its addition; see the module's docstring."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
         run()
     return int(counter.get_total_flops())
 
@@ -145,6 +148,9 @@ def _linear_flops(value: Sequence[int], weight: Sequence[int], *args: object, ou
     return 2 * math.prod(value) * weight[0]
 
 
+_COUNTED = {} if _ONEDNN is None else {_ONEDNN: _linear_flops}
+
+
 def peak_rate(device: torch.device) -> float:
     """FLOP/s of the fastest of several large float32 matrix products."""
     sizes = (256, 512, 1024) if device.type == "cpu" else (4096, 8192)
@@ -152,9 +158,11 @@ def peak_rate(device: torch.device) -> float:
     for size in sizes:
         a, b = torch.randn(2, size, size, device=device)
         out = a @ b
-        with torch.no_grad():
-            for product in (partial(torch.mm, a, b, out=out), partial(matrix_products.linear, a, b)) * 4:
-                best = max(best, 2 * size**3 / seconds(product, device))
+        products = [partial(torch.mm, a, b, out=out)]
+        if device.type == "cpu" and _ONEDNN is not None:
+            products.append(partial(_ONEDNN, a, b, None, "none", [], ""))
+        for product in products * 4:
+            best = max(best, 2 * size**3 / seconds(product, device))
     return best
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from ffebm_compiler.block_operands import Operands, calls_of, fetched, names_behind, operands_of_each
+from ffebm_compiler.block_operands import Operands, calls_of, direct_weights, fetched, names_behind, operands_of_each
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights, register_feedback_weights
@@ -51,6 +51,7 @@ _OWN = frozenset(
         "_call_form",
         "_casts",
         "_differs_in_training",
+        "_direct",
         "_draws_in_order",
         "_energy",
         "_feedforward",
@@ -119,6 +120,8 @@ class HybridParts(nn.Module):
         """Names of the parameters that are feedback weights; empty if the feedback is tied."""
         self._sources = self._sources_of_blocks()
         """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
+        self._direct = {k: v for k, v in direct_weights(self.lowered, self._energy).items() if k in self._sources}
+        """Those of them whose weights are parameters and buffers themselves -> the names of these."""
         self.training = source.training
         self._later_modules = LaterModules(source, self._modules, rebound_operations(lowered))
         self._later_modules.follow(source, self)

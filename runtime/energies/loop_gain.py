@@ -139,12 +139,21 @@ def error_shares(program: BlockProgram, certificate: Certificate) -> np.ndarray 
     learned = any(layer.parameters for layer in program.layers)
     if learned or not len(matrix) or not 0 < rate < 1 or not np.isfinite(matrix).all():
         return None
-    one = np.eye(len(matrix))
-    sweep = np.linalg.solve(one - np.tril(matrix, -1), np.triu(matrix, 1))
+    summed = _summed_sweeps(matrix)
     pairs = zip(certificate.scales, program.layers, strict=True)
     weights = [math.sqrt(scale / layer.activation.lipschitz) for scale, layer in pairs]
-    bound = sweep @ np.linalg.inv(one - sweep) * np.outer(1 / np.array(weights), weights)
+    bound = summed * np.outer(1 / np.array(weights), weights)
     return bound * (1 - rate) / rate if np.isfinite(bound).all() and (bound >= 0).all() else None
+
+
+def _summed_sweeps(matrix: np.ndarray) -> np.ndarray:
+    """M (1 − M)⁻¹ with M = (1 − L)⁻¹U. Two layers, which train by the thousand steps, need no library for it."""
+    if len(matrix) == 2:
+        up, product = float(matrix[0, 1]), float(matrix[0, 1] * matrix[1, 0])
+        return np.array([[0.0, up], [0.0, product]]) / (1 - product)
+    one = np.eye(len(matrix))
+    sweep: np.ndarray = np.linalg.solve(one - np.tril(matrix, -1), np.triu(matrix, 1))
+    return sweep @ np.linalg.inv(one - sweep)
 
 
 def certify(program: BlockProgram, norms: Sequence[tuple[int, int, float]], feedback: float | str) -> Certificate:

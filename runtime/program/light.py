@@ -40,8 +40,6 @@ def light_pays(frame: Frame) -> bool:
     convolved = any(
         isinstance(item.operator, Convolution) for layer in frame.program.layers for item in layer.instructions
     )
-    if convolved and not frame.training:  # a forward in evaluation took as long, with 64 channels too
-        return False
     smallest = _SMALLEST_OF_CONVOLUTIONS if convolved else _SMALLEST
     if max(value.numel() for value in values) < smallest or frame.reads is not None or frame.autocast:
         return False

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["linear", "slow_mkl"]
 
@@ -31,9 +31,12 @@ def linear(value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _plain(value: Tensor, weight: Tensor) -> bool:
-    """Whether both are float32 on the CPU, and no gradient is recorded."""
+    """Whether both are plain float32 tensors on the CPU, not sharded ones, and no gradient is recorded."""
+    kinds = (Tensor, nn.Parameter)
     return (
-        value.dtype == weight.dtype == torch.float32
+        type(value) in kinds
+        and type(weight) in kinds
+        and value.dtype == weight.dtype == torch.float32
         and value.device.type == weight.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -304,7 +304,7 @@ class Convolution(Operator):
         """The transposed convolution, with the input's shape."""
         # Only the shape of this tensor is read. (An expanded tensor would be copied.)
         shape_only = cotangent
-        if cotangent.shape != shapes[0]:
+        if cotangent.shape != shapes[0] or not cotangent.is_contiguous(memory_format=_format_of(cotangent)):
             shape_only = torch.empty(
                 shapes[0], dtype=cotangent.dtype, device=cotangent.device, memory_format=_format_of(cotangent)
             )

@@ -129,7 +129,12 @@ COMMANDS: dict[str, Command] = {
     "digital-drive": Command("python benchmarks/digital_drive.py --feedback backprop 0.1 0.5 0.9", 3),
     "experiment-1-torch": Command(f"{LOOP_GAIN} --initialisation torch", 8, "runs.csv"),
     "experiment-1-goe": Command(LOOP_GAIN, 8, "runs.csv"),
-    "experiment-2": Command("python examples/splitting.py --epochs 12", 30, "runs.csv"),
+    "experiment-2": Command(
+        "python examples/splitting.py --slope 1 --variance 6.72e-2 --rate 4e-3 2e-3 1e-3", 12, "runs.csv"
+    ),
+    "experiment-2-time": Command(
+        "python examples/splitting.py --feedback symmetric --rtol 1e-6 --rate 5e-4 --epochs 2 --seeds 1", 3, "runs.csv"
+    ),
     "experiment-5": Command(
         "python examples/character_transformer.py --method backprop 'ep, κ 0.1' 'ep, κ 0.5' 'implicit, κ 0.5'",
         10,

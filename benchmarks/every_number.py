@@ -11,8 +11,9 @@ its command, the command itself, torch and the processor are those that it was m
 again. `--keep` counts older results too, and the page says of which commit they are. A number without a result is "not
 measured in this run" on the page; no figure of an earlier page is taken over. `--again` measures anew whatever counts.
 
-Commands run one after the other, with one thread. Times are worth something on a quiet machine only: the page has the
-load average at the beginning of each command. The page is made from docs/numbers.json, which is written beside it.
+Commands run one after the other, the shortest first, with one thread. Times are worth something on a quiet machine
+only: the page has the load average at the beginning of each command. The page is made from docs/numbers.json, which is
+written beside it.
 Exit status 1 where a command gave no result. A target that is missed is no failure.
 """
 
@@ -242,6 +243,7 @@ def selected(options: argparse.Namespace) -> list[str]:
 def run(names: Sequence[str], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Run what has no result yet. Yields each command that gave none, and why."""
     waiting = [n for n in names if not COMMANDS[n].missing() and (options.again or not counts(n, options.keep))]
+    waiting.sort(key=lambda name: COMMANDS[name].minutes)  # a run that is stopped has as many numbers as it could
     left = sum(COMMANDS[name].minutes for name in waiting)
     for index, name in enumerate(waiting, 1):
         minutes = COMMANDS[name].minutes

@@ -192,4 +192,4 @@ COMMANDS: dict[str, Command] = {
     "suite": Command("pytest tests -m 'not gpu' -n 2", 20, "junit.xml"),
     "docs": _tests("tests/test_docs.py", 6),
 }
-"""Name -> command, in the order in which they run."""
+"""Name -> command, in the order of the page."""

@@ -11,6 +11,7 @@ Promise: values and gradients are those of the source's function. torch is left 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -41,8 +42,11 @@ class _Call:
     """One call of a custom function, as the source made it."""
 
     function: type
+    forward: Callable[..., Any]
     structure: Any
     leaves: list[Any]
+    detached: bool = False
+    """Whether compiled code has called it, which detaches what it returns."""
     written: list[int] = field(default_factory=list)
     outputs: Any = None
 
@@ -52,11 +56,11 @@ class _Call:
         filled = [given[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(filled, self.structure)
         context = _Context(args)
-        if self.function.setup_context is not torch.autograd.Function.setup_context:  # type: ignore[attr-defined]
-            result = self.function.forward(*args, **kwargs)  # type: ignore[attr-defined]
+        if _takes_no_context(self.function):
+            result = self.forward(*args, **kwargs)
             self.function.setup_context(context, args, result)  # type: ignore[attr-defined]
         else:
-            result = self.function.forward(context, *args, **kwargs)  # type: ignore[attr-defined]
+            result = self.forward(context, *args, **kwargs)
         dirty = {id(tensor) for tensor in getattr(context, "dirty_tensors", None) or ()}
         self.written = [index for index, tensor in enumerate(tensors) if id(tensor) in dirty]
         self.outputs = result
@@ -94,10 +98,15 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if issubclass(cls, CheckpointFunction):
             return args[0](*args[2:])  # (body, preserve_rng_state, inputs...)
-        leaves, structure = pytree.tree_flatten((args, kwargs))
+        leaves = pytree.tree_leaves((args, kwargs))
         if _is_traced_through(cls) or not any(isinstance(leaf, Tensor) for leaf in leaves):
             return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
-        return _record_call(kept, library, _Call(cls, structure, leaves))
+        return record(cls, args, kwargs)
+
+    def record(function: Any, args: Any, kwargs: Any, detached: bool = False) -> Any:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        forward = forwards.get(function, function.forward)
+        return _record_call(kept, library, _Call(function, forward, structure, leaves, detached))
 
     def register(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         if not tensor.requires_grad:
@@ -113,16 +122,88 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         operator(tensor)
         return _Removal(kept, f"{_NAMESPACE}::{name}")
 
-    # Models keep `Function.apply` bound (`round_ste = Round.apply`), so that it is left alone. It calls this one.
-    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
-    Tensor.register_hook = register  # type: ignore[method-assign]
+    forwards: dict[type, Callable[..., Any]] = {}
+    with _called_through(apply, record, forwards):
+        Tensor.register_hook = register  # type: ignore[method-assign]
+        try:
+            yield kept
+        finally:
+            Tensor.register_hook = register_hook  # type: ignore[method-assign]
+            fx.node._side_effectful_functions.difference_update(markers)
+            library._destroy()
+
+
+@contextmanager
+def _called_through(
+    apply: Callable[..., Any], record: Callable[..., Any], forwards: dict[type, Callable[..., Any]]
+) -> Iterator[None]:
+    """Let calls of custom functions go through `apply` or `record`; `forwards` gets the forwards that are replaced.
+
+    Models keep `Function.apply` bound (`round_ste = Round.apply`), so that another `Function.apply` is not enough. Up
+    to torch 2.14 it calls that of `_SingleLevelFunction`. In torch 2.15 it is compiled and calls the class's `forward`.
+    """
+    before = vars(torch.autograd.Function)["apply"]
+    if isinstance(before, classmethod):
+        _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+        return
+    functions: list[Any] = [
+        function
+        for function in _subclasses(torch.autograd.Function)
+        if not _is_traced_through(function) and not issubclass(function, CheckpointFunction)
+    ]
+    own = {function: vars(function).get("forward") for function in functions}
+    forwards.update({function: function.forward for function in functions})
+    for function in functions:
+        function.forward = staticmethod(_through(record, function, forwards[function]))
+    torch.autograd.Function.apply = classmethod(_with_defaults(apply, forwards))  # type: ignore[assignment, method-assign]
     try:
-        yield kept
+        yield
     finally:
-        Tensor.register_hook = register_hook  # type: ignore[method-assign]
-        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
-        fx.node._side_effectful_functions.difference_update(markers)
-        library._destroy()
+        torch.autograd.Function.apply = before  # type: ignore[method-assign]
+        for function, forward in own.items():
+            if forward is None:
+                del function.forward
+            else:
+                function.forward = forward
+
+
+def _with_defaults(apply: Callable[..., Any], forwards: dict[type, Callable[..., Any]]) -> Callable[..., Any]:
+    """`apply`, with the defaults of a forward that takes no context, as torch fills them in."""
+
+    def called(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls in forwards and _takes_no_context(cls):
+            bound = inspect.signature(forwards[cls]).bind(*args, **kwargs)
+            bound.apply_defaults()
+            args, kwargs = bound.args, bound.kwargs
+        return apply(cls, *args, **kwargs)
+
+    return called
+
+
+def _through(record: Callable[..., Any], function: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that is recorded where compiled code calls it; without tensors, the function's own."""
+    first = 0 if _takes_no_context(function) else 1
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args[first:], kwargs))):
+            return forward(*args, **kwargs)
+        return record(function, args[first:], kwargs, detached=True)
+
+    return called
+
+
+def _takes_no_context(function: Any) -> bool:
+    return function.setup_context is not torch.autograd.Function.setup_context
+
+
+def _subclasses(of: type) -> set[type]:
+    """All classes below one."""
+    direct = of.__subclasses__()
+    return {*direct, *(lower for each in direct for lower in _subclasses(each))}
 
 
 def _is_traced_through(function: type) -> bool:
@@ -208,8 +289,19 @@ def _rebind_call(program: Program, node: fx.Node, call: _Call) -> None:
     fresh.meta = dict(node.meta)
     node.replace_all_uses_with(fresh)
     program.graph.erase_node(node)
+    if call.detached:
+        _drop_detach(fresh)
     for index in call.written:
         _read_after(fresh, tensors[index], index, call)
+
+
+def _drop_detach(call: fx.Node) -> None:
+    """Forget the first detach of every result: the compiled caller's, which has no part in the source's gradient."""
+    for result in list(call.users):
+        (only, *more) = result.users or (None,)
+        if only is not None and not more and only.target is torch.ops.aten.detach.default:
+            only.replace_all_uses_with(result)
+            call.graph.erase_node(only)
 
 
 def _read_after(call: fx.Node, operand: object, index: int, record: _Call) -> None:

@@ -97,8 +97,9 @@ def _expression_asked_for(code: CodeType, offset: int) -> Asked:
     for instruction in dis.get_instructions(code):
         if instruction.offset == offset:
             jumps = instruction.opname.startswith(("POP_JUMP", "JUMP_IF", "TO_BOOL"))
+            compares = instruction.argrepr.startswith("bool(")  # since Python 3.13, for the branch behind it
             found = before if jumps else instruction
-            return Asked(tuple(found.positions or ()) if found is not None else (), calls=not jumps)
+            return Asked(tuple(found.positions or ()) if found is not None else (), calls=not (jumps or compares))
         if instruction.opname != "EXTENDED_ARG":
             before = instruction
     return Asked((), calls=True)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,16 +123,28 @@ def _torchvision(name: str) -> Case:
 
 
 def load_torchvision() -> None:
-    """Let torchvision's wheel import beside a CPU build of torch: define the operators that it lacks."""
+    """Let torchvision's wheel import beside a torch of another build: define the operators that it then lacks."""
     if not hasattr(load_torchvision, "library"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library = None if _loads() else torch.library.Library("torchvision", "FRAGMENT")
         for schema in (
             "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         ):
-            if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
+            if library is not None and not hasattr(torch.ops.torchvision, schema.split("(")[0]):
                 library.define(schema)
         load_torchvision.library = library  # type: ignore[attr-defined]
+
+
+def _loads() -> bool:
+    """Whether torchvision's compiled operators load beside this torch, which defines them."""
+    spec = importlib.util.find_spec("torchvision")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    for path in (path for folder in folders for path in sorted(Path(folder).glob("_C*"))):
+        try:
+            torch.ops.load_library(path)
+        except OSError:
+            return False
+    return hasattr(torch.ops.torchvision, "nms")
 
 
 SMALL = {

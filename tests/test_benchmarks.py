@@ -209,13 +209,27 @@ def test_resistive(tmp_path: Path) -> None:
 def test_from_scratch(tmp_path: Path) -> None:
     """EP with the loop gain held at 0.9 learns as backprop does; one seed and three epochs of the benchmark."""
     path = tmp_path / "scratch.json"
-    done = run("from_scratch.py", "--seeds", "1", "--epochs", "3", "--feedback", "backprop", "0.9", "--out", str(path))
+    picture = ("--picture", str(tmp_path / "scratch.svg"))
+    done = run(
+        "from_scratch.py",
+        "--seeds",
+        "1",
+        "--epochs",
+        "3",
+        "--feedback",
+        "backprop",
+        "0.9",
+        "--out",
+        str(path),
+        *picture,
+    )
     assert done.returncode == 0, done.stderr
     backprop, held = json.loads(path.read_text(encoding="utf-8"))
     assert backprop["accuracy"] > 95
     assert held["accuracy"] > backprop["accuracy"] - 2
     assert not held["failed"]
     assert held["largest_loop_gain"] == pytest.approx(0.9, rel=0.05)
+    assert "loop gain held at 0.9" in (tmp_path / "scratch.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

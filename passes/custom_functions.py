@@ -202,7 +202,7 @@ def _takes_no_context(function: Any) -> bool:
 
 def _subclasses(of: type) -> set[type]:
     """All classes below one."""
-    direct = of.__subclasses__()
+    direct: list[type] = of.__subclasses__()
     return {*direct, *(lower for each in direct for lower in _subclasses(each))}
 
 

@@ -11,7 +11,6 @@ Promise: values and gradients are those of the source's function. torch is left 
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -23,11 +22,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
-from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from ffebm_compiler.ir import Pass, Program
+from ffebm_compiler.passes.function_calls import called_through, is_traced_through, takes_no_context
 from ffebm_compiler.runtime.feedforward.custom_function import CustomFunction, GradientHook, Slot
 
 __all__ = ["KeptFunctions", "custom_functions", "keep_custom_functions"]
@@ -56,7 +55,7 @@ class _Call:
         filled = [given[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(filled, self.structure)
         context = _Context(args)
-        if _takes_no_context(self.function):
+        if takes_no_context(self.function):
             result = self.forward(*args, **kwargs)
             self.function.setup_context(context, args, result)  # type: ignore[attr-defined]
         else:
@@ -99,7 +98,7 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         if issubclass(cls, CheckpointFunction):
             return args[0](*args[2:])  # (body, preserve_rng_state, inputs...)
         leaves = pytree.tree_leaves((args, kwargs))
-        if _is_traced_through(cls) or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        if is_traced_through(cls) or not any(isinstance(leaf, Tensor) for leaf in leaves):
             return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
         return record(cls, args, kwargs)
 
@@ -123,7 +122,7 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
         return _Removal(kept, f"{_NAMESPACE}::{name}")
 
     forwards: dict[type, Callable[..., Any]] = {}
-    with _called_through(apply, record, forwards):
+    with called_through(apply, record, forwards):
         Tensor.register_hook = register  # type: ignore[method-assign]
         try:
             yield kept
@@ -131,86 +130,6 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
             Tensor.register_hook = register_hook  # type: ignore[method-assign]
             fx.node._side_effectful_functions.difference_update(markers)
             library._destroy()
-
-
-@contextmanager
-def _called_through(
-    apply: Callable[..., Any], record: Callable[..., Any], forwards: dict[type, Callable[..., Any]]
-) -> Iterator[None]:
-    """Let calls of custom functions go through `apply` or `record`; `forwards` gets the forwards that are replaced.
-
-    Models keep `Function.apply` bound (`round_ste = Round.apply`), so that another `Function.apply` is not enough. Up
-    to torch 2.14 it calls that of `_SingleLevelFunction`. In torch 2.15 it is compiled and calls the class's `forward`.
-    """
-    before = vars(torch.autograd.Function)["apply"]
-    if isinstance(before, classmethod):
-        _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            del _SingleLevelFunction.apply  # type: ignore[attr-defined]
-        return
-    functions: list[Any] = [
-        function
-        for function in _subclasses(torch.autograd.Function)
-        if not _is_traced_through(function) and not issubclass(function, CheckpointFunction)
-    ]
-    own = {function: vars(function).get("forward") for function in functions}
-    forwards.update({function: function.forward for function in functions})
-    for function in functions:
-        function.forward = staticmethod(_through(record, function, forwards[function]))
-    torch.autograd.Function.apply = classmethod(_with_defaults(apply, forwards))  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = before  # type: ignore[method-assign]
-        for function, forward in own.items():
-            if forward is None:
-                del function.forward
-            else:
-                function.forward = forward
-
-
-def _with_defaults(apply: Callable[..., Any], forwards: dict[type, Callable[..., Any]]) -> Callable[..., Any]:
-    """`apply`, with the defaults of a forward that takes no context, as torch fills them in."""
-
-    def called(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls in forwards and _takes_no_context(cls):
-            bound = inspect.signature(forwards[cls]).bind(*args, **kwargs)
-            bound.apply_defaults()
-            args, kwargs = bound.args, bound.kwargs
-        return apply(cls, *args, **kwargs)
-
-    return called
-
-
-def _through(record: Callable[..., Any], function: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that is recorded where compiled code calls it; without tensors, the function's own."""
-    first = 0 if _takes_no_context(function) else 1
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args[first:], kwargs))):
-            return forward(*args, **kwargs)
-        return record(function, args[first:], kwargs, detached=True)
-
-    return called
-
-
-def _takes_no_context(function: Any) -> bool:
-    return function.setup_context is not torch.autograd.Function.setup_context
-
-
-def _subclasses(of: type) -> set[type]:
-    """All classes below one."""
-    direct: list[type] = of.__subclasses__()
-    return {*direct, *(lower for each in direct for lower in _subclasses(each))}
-
-
-def _is_traced_through(function: type) -> bool:
-    """Whether to trace through a function: it is a part of torch's machinery, and no layer of `torch.nn`."""
-    if function.__module__ == "torch.nn.modules._functions":
-        return function is BackwardHookFunction
-    return function.__module__.split(".")[0] == "torch"
 
 
 class _Removal(RemovableHandle):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from networks import noise, seeded
 from test_partition import digital, layer, relu, total, wiring
 from torch import Tensor, nn
 
@@ -291,3 +293,28 @@ def test_a_resistive_energy_loads_a_driven_state_through_a_convolution() -> None
     for name, found in report.agreements.items():
         assert found["implicit"].relative_error < 1e-7, name
         assert found["ep"].relative_error < 1e-3, name
+
+
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+def test_driven_states_of_resistors_without_amplifiers(energy: str) -> None:
+    """The digital value reaches its state through a conductance of 1, which loads it as any other."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()))
+    model = model.double()
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight.abs_()
+    x = noise(3, 6).double()
+    solver = ffebm.GaussSeidel(rtol=1e-13)
+    hybrid = ffebm.convert(model, x, energy=energy, feedback="symmetric", digital_drive=True, solver=solver)
+    (block,) = [block for block in hybrid.blocks if block.module.program.coupled]
+    hybrid(x)
+    driven, out = block.states
+    value, weight, bias = (
+        F.layer_norm(model[0](x), (8,), model[1].weight, model[1].bias),
+        model[3].weight,
+        model[3].bias,
+    )
+    assert torch.allclose(driven, ((value + out @ weight) / (1 + weight.sum(0))).clamp_min(0))
+    assert torch.allclose(out, ((driven @ weight.T + bias) / weight.sum(1)).clamp_min(0))
+    report = ffebm.check_gradients(hybrid, x, lambda y: y.square().sum())
+    assert report.worst("implicit")[1].relative_error < 1e-8

@@ -73,8 +73,9 @@ def _matrices(magnitudes: Frame, index: int) -> Tensor | None:
 
     Sums over it take a fraction of the time of products with ones.
     """
-    (first, *more) = magnitudes.program.layers[index].instructions
-    if more or not isinstance(first.operator, Linear) or first.weights[0] is None:
+    instructions = magnitudes.program.layers[index].instructions  # none where a digital value is the drive
+    first = instructions[0] if len(instructions) == 1 else None
+    if first is None or not isinstance(first.operator, Linear) or first.weights[0] is None:
         return None
     weight = magnitudes.weights[first.weights[0]]
     return None if weight is None else first.operator.matrices(weight)

@@ -24,7 +24,7 @@ from ffebm_compiler.runtime.estimators.choice import ESTIMATORS
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.solvers.base import Solver
 
-__all__ = ["ACTIVATIONS", "DEFAULTS", "Case", "Row", "axes", "made"]
+__all__ = ["ACTIVATIONS", "DEFAULTS", "Case", "Row", "axes", "devices_of", "made"]
 
 Row = Mapping[str, str]
 """Axis -> the label of a value."""
@@ -104,6 +104,9 @@ def network(row: Row) -> tuple[nn.Module, Tensor]:
                 nn.init.uniform_(module.bias, -0.2, 0.2)
                 nn.init.uniform_(module.running_mean, -0.2, 0.2)
                 nn.init.uniform_(module.running_var, 0.6, 1.4)
+            if isinstance(module, nn.Conv2d):
+                with torch.no_grad():
+                    module.weight.mul_(0.7)  # so that its block settles at symmetric feedback, digitally driven
     if ENERGIES[row["energy"]].nonnegative:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -266,7 +269,8 @@ def _estimator(row: Row) -> Estimator:
     return replace(chosen, through_feedback=True) if through else chosen  # type: ignore[type-var]
 
 
-def _devices_of(row: Row) -> ffebm.Devices | None:
+def devices_of(row: Row) -> ffebm.Devices | None:
+    """The devices of a row, with the bits of its digital parts."""
     devices: ffebm.Devices | None = _CHOICES["devices"][row["devices"]]
     bits = _CHOICES["digital parts"][row["digital parts"]]
     return devices if bits is None else replace(devices or ffebm.Devices(), digital_bits=bits)
@@ -291,7 +295,7 @@ def made(row: Row) -> Case:
         gradient=estimator,
         solver=given["solver"](),
         feedback_weights=given["feedback weights"],
-        devices=_devices_of(row),
+        devices=devices_of(row),
         digital_drive=given["digital_drive"],
         fold_batchnorm=given["fold_batchnorm"],
         block_ops=given["block_ops"],

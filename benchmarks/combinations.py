@@ -80,9 +80,20 @@ def refused_rows(network: str, refusals: Sequence[Refusal] = REFUSALS) -> list[d
         if network not in refusal.when.get("network", (network,)):
             continue
         for labels in itertools.product(*here.values()):
-            row = {**base, "network": network, **dict(zip(here, labels, strict=True))}
+            fixed = {"network": network, **dict(zip(here, labels, strict=True))}
+            row = _of_this_alone({**base, **fixed}, fixed, refusal, refusals)
             found[json.dumps(row)] = row
     return list(found.values())
+
+
+def _of_this_alone(row: dict[str, str], fixed: Row, refusal: Refusal, refusals: Sequence[Refusal]) -> dict[str, str]:
+    """The row with other values where another refusal would speak first, as far as those are free."""
+    for other in refusals:
+        free = [axis for axis in other.when if axis not in fixed]
+        if other is not refusal and other.holds(row) and free:
+            labels = axes(list(ACTIONS))[free[0]]
+            row = {**row, free[0]: next(label for label in labels if label not in other.when[free[0]])}
+    return row
 
 
 def pairs(rows: Iterable[Row]) -> set[Pair]:
@@ -227,24 +238,21 @@ def _rank(given: Path, answered: Path) -> None:
 def page(outcomes: Sequence[Outcome]) -> str:
     """docs/combinations.md."""
     factors = axes(list(ACTIONS))
-    counts = Counter(outcome.verdict for outcome in outcomes)
     networks = list(dict.fromkeys(outcome.row["network"] for outcome in outcomes))
-    working = pairs(outcome.row for outcome in outcomes if outcome.verdict == "works")
-    triples = [
-        (network, pair) for network in networks for pair in pairs(o.row for o in outcomes if _works_on(o, network))
-    ]
     sentences = {refusal: _sentence(refusal, outcomes) for refusal in REFUSALS}
     lines = [
         "# What combines with what",
         "",
-        "Every pair of the values below was tried on three small networks: an MLP with layer norm, a CNN with",
-        "batch norm, average and maximum pooling, and a transformer layer. A row of a covering array chooses a value",
-        "for every axis. Each row converts, does one thing with the hybrid, and checks its number: gradients against",
-        "unrolled ones in float64, files bit for bit, onnxruntime, ngspice, two processes against one",
-        "(`benchmarks/combination_checks.py`). Written by `make combinations`",
-        f"(torch {torch.__version__.split('+')[0]}; {len(outcomes)} rows: "
-        f"{', '.join(f'{n} {verdict}' for verdict, n in sorted(counts.items()))};",
-        f"{len(working)} pairs of values work, {len(triples)} counted for each network).",
+        "Every pair of the values below is in a row of a covering array, one array for each of three small networks:",
+        "an MLP with layer norm, a CNN with batch norm, average and maximum pooling, and a transformer layer. A row",
+        "converts, does one thing with the hybrid, and checks its number: gradients against unrolled ones in float64,",
+        "files bit for bit, onnxruntime, ngspice, two processes against one (`benchmarks/combination_checks.py`).",
+        "Written by",
+        f"`make combinations`, torch {torch.__version__.split('+')[0]}:",
+        "",
+        "| network | rows of the array | run | work | refused, as listed | fail | pairs of values that work |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(_counts(network, outcomes) for network in networks),
         "",
         "All values combine with all others, except where this table says that they are refused:",
         "",
@@ -275,8 +283,15 @@ def page(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _works_on(outcome: Outcome, network: str) -> bool:
-    return outcome.verdict == "works" and outcome.row["network"] == network
+def _counts(network: str, outcomes: Sequence[Outcome]) -> str:
+    """The row of a network."""
+    mine = [outcome for outcome in outcomes if outcome.row["network"] == network]
+    verdicts = Counter(outcome.verdict for outcome in mine)
+    working = pairs(outcome.row for outcome in mine if outcome.verdict == "works")
+    possible_rows = len(array(network)) + len(refused_rows(network))
+    failing = verdicts["wrong"] + verdicts["raw"]
+    shown = (possible_rows, len(mine), verdicts["works"], verdicts["refused"], failing, len(working))
+    return f"| {network} | {' | '.join(map(str, shown))} |"
 
 
 def _partners(axis: str, label: str) -> list[str]:

@@ -192,7 +192,7 @@ def run_all(rows: Sequence[Row], workers: int) -> Iterable[Outcome]:
 def _on_two_processes(rows: Sequence[Row]) -> list[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         given, answered = Path(folder) / "rows.json", Path(folder) / "outcomes.json"
-        given.write_text(json.dumps(rows))
+        write_whole(given, json.dumps(rows))
         command = [
             sys.executable,
             "-P",

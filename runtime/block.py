@@ -467,8 +467,7 @@ class EnergyBlock(nn.Module):
             present, weights, reads = self._on_devices(present, weights)
         if len(present) != program.inputs or len(weights) != program.weights:
             raise FFEBMError(f"{self.name} takes {program.inputs} inputs and {program.weights} weights")
-        for forward, backward in program.feedback_weights:
-            self._check_feedback(weights[forward], weights[backward])
+        self.check_weights(weights)
         kind = present[0].device.type
         if torch.is_autocast_enabled(kind):
             widest = torch.promote_types(
@@ -497,12 +496,19 @@ class EnergyBlock(nn.Module):
             return outputs
         return tuple(self.arrays.converters.leave(index, value) for index, value in enumerate(outputs))
 
-    def _check_feedback(self, forward: Tensor | None, backward: Tensor | None) -> None:
-        if forward is not None and backward is not None and forward.shape != backward.shape:
-            raise InputError(
-                f"{self.name}: feedback weights of shape {tuple(backward.shape)} go with forward weights of shape "
-                f"{tuple(forward.shape)}. Give both one shape, since the feedback is the transpose of such a weight"
-            )
+    def check_weights(self, weights: Sequence[Tensor | None]) -> None:
+        """Refuse feedback weights that have another shape than the forward weights that they go with.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        for first, second in self.program.feedback_weights:
+            forward, backward = weights[first], weights[second]
+            if forward is not None and backward is not None and forward.shape != backward.shape:
+                raise InputError(
+                    f"{self.name}: feedback weights of shape {tuple(backward.shape)} go with forward weights of shape "
+                    f"{tuple(forward.shape)}. Give both one shape, since the feedback is the transpose of such a weight"
+                )
 
     def _forward(
         self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool, reads: Reads | None

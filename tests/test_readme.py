@@ -17,7 +17,10 @@ from ffebm_compiler.cli.main import main
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The distributed example runs under torchrun, in test_distributed.
-EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "train_distributed.py")
+SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "train_distributed.py"]
+SHARED = ("digit_tables.py", "experiment_training.py")
+"""What other examples import, and nobody runs."""
+EXAMPLES = [path for path in SCRIPTS if path.name not in SHARED]
 
 
 def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -40,6 +43,12 @@ def test_example_runs_as_printed(tmp_path: Path) -> None:
     (shown,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
     assert shape(done.stdout) == shape(shown)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_shared_files_are_imported_by_examples_and_do_nothing_alone(name: str) -> None:
+    assert "__main__" not in (ROOT / "examples" / name).read_text(encoding="utf-8")
+    assert any(f"from {name.removesuffix('.py')} import" in path.read_text(encoding="utf-8") for path in EXAMPLES)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

@@ -310,6 +310,7 @@ def test_no_writer_goes_around_it() -> None:
         ("examples/draw_page.py", ".savefig("),  # into memory
         ("examples/circuit_in_the_loop.py", ".savefig("),  # into memory
         ("examples/experiment.py", ".savefig("),  # into memory
+        ("benchmarks/from_scratch.py", ".savefig("),  # into memory
         ("benchmarks/measuring.py", "write_text("),  # a switch of the kernel's
     }
     found = {

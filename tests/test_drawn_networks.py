@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from drawn_networks import DrawnNetwork, networks
-from hypothesis import HealthCheck, event, given, note, settings
+from hypothesis import event, given, note
 from hypothesis import strategies as st
+from many_examples import often
 from same_as_source import assert_same, deviation
 from torch import Tensor
 
@@ -26,18 +27,6 @@ from ffebm_compiler.passes.dialect import WIRING_KINDS
 
 NETWORKS = int(os.environ.get("FFEBM_NETWORKS", "0"))
 SMALL = ffebm.Hardware(tile_rows=6, tile_cols=6, layers_per_block=2)
-
-
-def often(usual: int) -> Any:
-    """How many networks are tried."""
-    return settings(
-        max_examples=NETWORKS or usual,
-        deadline=None,
-        database=None,
-        derandomize=not NETWORKS,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -88,7 +77,7 @@ def stepped(hybrid: ffebm.HybridModel, x: Tensor, directions: Tensor, seed: int)
     return output.detach(), {name: value.clone() for name, value in hybrid.state_dict().items()}
 
 
-@often(20)
+@often(20, NETWORKS)
 @given(networks(), st.booleans())
 def test_a_hybrid_of_one_layer_blocks_is_its_source(drawn: tuple[DrawnNetwork, Tensor], train: bool) -> None:
     model, x = drawn
@@ -98,7 +87,7 @@ def test_a_hybrid_of_one_layer_blocks_is_its_source(drawn: tuple[DrawnNetwork, T
     assert_same(model.double(), x.double(), train=train, limit=1e-9, gradient_limit=1e-7)
 
 
-@often(20)
+@often(20, NETWORKS)
 @given(networks(), OPTIONS, st.booleans())
 def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options: dict[str, Any], train: bool) -> None:
     model, x = drawn
@@ -128,7 +117,7 @@ def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options
         assert torch.equal(state_again[key], value), f"{key} is another after a step"
 
 
-@often(15)
+@often(15, NETWORKS)
 @given(networks(), OPTIONS)
 def test_gradients_are_those_of_the_unrolled_relaxation(
     drawn: tuple[DrawnNetwork, Tensor], options: dict[str, Any]

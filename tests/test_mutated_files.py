@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from many_examples import often
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -34,17 +35,6 @@ ODD = (
     "builtins.eval", '[1, {"type": "builtins.dict", "context": "[[]]", "children_spec": []}]', [[[[[[[[[[1]]]]]]]]]],
 )  # fmt: skip
 """Values that somebody could write."""
-
-
-def often(usual: int) -> Callable[[Any], Any]:
-    """How many examples are tried."""
-    return settings(
-        max_examples=MUTATIONS or usual,
-        deadline=None,
-        database=None,
-        derandomize=not MUTATIONS,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -170,7 +160,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mutated")
 
 
-@often(300)
+@often(300, MUTATIONS)
 @given(data=mutated_json(PLAN))
 def test_plans(folder: Path, data: Any) -> None:
     (folder / "plan.json").write_bytes(text_of(data))
@@ -182,14 +172,14 @@ def print_all(plan: ffebm.Plan) -> str:
     return f"{plan}{[plan.explain(path) for path in plan.modules]}{plan.to_dict()}"
 
 
-@often(100)
+@often(100, MUTATIONS)
 @given(data=mutated_bytes(text_of(PLAN)))
 def test_plans_of_other_bytes(folder: Path, data: bytes) -> None:
     (folder / "plan.json").write_bytes(data)
     ends_well(lambda: ffebm.Plan.from_json(folder / "plan.json"), "plan.json")
 
 
-@often(100)
+@often(100, MUTATIONS)
 @given(data=mutated_json(PLAN["hardware"]), suffix=st.sampled_from([".json", ".JSON"]))
 def test_hardware(folder: Path, data: Any, suffix: str) -> None:
     path = folder / f"chip{suffix}"
@@ -208,7 +198,7 @@ tile_cols = 12
 """
 
 
-@often(100)
+@often(100, MUTATIONS)
 @given(data=mutated_bytes(TOML))
 def test_hardware_in_toml(folder: Path, data: bytes) -> None:
     (folder / "chip.toml").write_bytes(data)
@@ -283,19 +273,19 @@ def load_with(saved: tuple[Path, dict[str, bytes]], name: str, data: bytes) -> b
     return ends_well(lambda: ffebm.load(path, Small()), *NAMES)
 
 
-@often(150)
+@often(150, MUTATIONS)
 @given(data=st.data())
 def test_settings_of_saved_hybrids(saved: Any, remembered: None, data: st.DataObject) -> None:
     load_with(saved, "hybrid.json", text_of(data.draw(mutated_json(json.loads(saved[1]["hybrid.json"])))))
 
 
-@often(100)
+@often(100, MUTATIONS)
 @given(data=st.data())
 def test_settings_of_other_bytes(saved: Any, remembered: None, data: st.DataObject) -> None:
     load_with(saved, "hybrid.json", data.draw(mutated_bytes(saved[1]["hybrid.json"])))
 
 
-@often(100)
+@often(100, MUTATIONS)
 @given(data=st.data(), name=st.sampled_from(["weights.safetensors", "loop_gain.safetensors"]))
 def test_tensors_of_saved_hybrids(saved: Any, remembered: None, data: st.DataObject, name: str) -> None:
     load_with(saved, name, data.draw(mutated_tensors(saved[1][name])))
@@ -353,7 +343,7 @@ def measured(measuring: Any) -> dict[str, bytes]:
     return {kind: file.read_bytes() for kind, (file, _) in measuring.items()}
 
 
-@often(90)
+@often(90, MUTATIONS)
 @given(data=st.data(), kind=st.sampled_from(["sensitivity", "plan", "exploration"]))
 def test_files_of_measurements(measuring: Any, measured: dict[str, bytes], data: st.DataObject, kind: str) -> None:
     file, call = measuring[kind]
@@ -365,7 +355,7 @@ def test_files_of_measurements(measuring: Any, measured: dict[str, bytes], data:
     ends_well(call, file.name, "is not reachable", use=str)
 
 
-@often(40)
+@often(40, MUTATIONS)
 @given(data=st.data(), kind=st.sampled_from(["sensitivity", "exploration"]))
 def test_files_of_measurements_of_other_bytes(
     measuring: Any, measured: dict[str, bytes], data: st.DataObject, kind: str
@@ -398,7 +388,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return path, json.loads((path / "manifest.json").read_text()), x
 
 
-@often(150)
+@often(150, MUTATIONS)
 @given(data=st.data(), sealed=st.booleans())
 def test_manifests(export: Any, data: st.DataObject, sealed: bool) -> None:
     """A seal finds what changed by accident; what is sealed again must be checked for itself."""
@@ -412,7 +402,7 @@ def test_manifests(export: Any, data: st.DataObject, sealed: bool) -> None:
     ends_well(lambda: ffebm.onnx.load(path, threads=1), "manifest", "export", use=lambda exported: exported.run(x))
 
 
-@often(100)
+@often(100, MUTATIONS)
 @given(data=st.data())
 def test_manifests_of_other_bytes(export: Any, data: st.DataObject) -> None:
     path, original, _ = export

@@ -67,29 +67,21 @@ def test_licences_of_metadata_in_every_form(licences: ModuleType, tmp_path: Path
     assert of() == "not said in the metadata"
 
 
+def workflows_linted(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What jactionlint says of the workflow files of a folder."""
+    command = [Path(sys.executable).parent / "jactionlint"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="jactionlint asks git which files are there")
 def test_workflow_files(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [Path(sys.executable).parent / "jactionlint"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = workflows_linted(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(ROOT / ".github", tmp_path / ".github")
     broken = tmp_path / ".github" / "workflows" / "docs.yml"
     broken.write_text(broken.read_text(encoding="utf-8").replace("needs: build", "needs: biuld"), encoding="utf-8")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    done = subprocess.run(
-        [Path(sys.executable).parent / "jactionlint"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = workflows_linted(tmp_path)
     assert done.returncode == 1
     assert "biuld" in done.stdout
 

@@ -22,7 +22,7 @@ from ffebm_compiler.runtime.activations.piecewise import Identity
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.phases.base import narrow
 from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
-from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.frame import Frame, take_rows
 
 __all__ = ["COSTS", "Cost", "CostNudgedPhase", "CrossEntropy", "SquaredError", "solved_at_once"]
 
@@ -127,16 +127,14 @@ class CostNudgedPhase(NudgedPhase):
         """None: it settles by sweeps."""
         return None
 
-    def narrowed(self, rows: Tensor) -> CostNudgedPhase:
-        """The phase of some of the samples, at their present error currents."""
-        phase = CostNudgedPhase(
+    def _of(self, rows: Tensor) -> CostNudgedPhase:
+        """A phase of some of the samples, at its start."""
+        return CostNudgedPhase(
             self._single.narrowed(rows),
             self.setting,
-            [part for part in narrow(self.preactivations, rows) if part is not None],
+            [take_rows(value, rows) for value in self.preactivations],
             narrow(self._given, rows),
             [beta.real for beta in self.betas],
-            [part for part in narrow(self.states, rows) if part is not None],
+            [take_rows(state, rows) for state in self.states],
             self.cost,
         )
-        phase.values = narrow(self.values, self._rows_at_every_place(rows))
-        return phase

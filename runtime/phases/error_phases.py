@@ -263,10 +263,14 @@ class NudgedPhase(_ErrorPhase):
 
     def narrowed(self, rows: Tensor) -> NudgedPhase:
         """The phase of some of the samples, at their present error currents."""
-        fields = [take_rows(value, rows) for value in self.preactivations]
-        phase = NudgedPhase(self._single.narrowed(rows), self.setting, fields, narrow(self._given, rows), self.betas)
+        phase = self._of(rows)
         phase.values = narrow(self.values, self._rows_at_every_place(rows))
         return phase
+
+    def _of(self, rows: Tensor) -> NudgedPhase:
+        """A phase of some of the samples, at its start."""
+        fields = [take_rows(value, rows) for value in self.preactivations]
+        return NudgedPhase(self._single.narrowed(rows), self.setting, fields, narrow(self._given, rows), self.betas)
 
     def adopt(self, other: FixedPoint, rows: Tensor) -> None:
         """Take over the error currents of a narrowed phase."""

@@ -28,7 +28,7 @@ from ffebm_compiler.errors import ExportError
 from ffebm_compiler.onnx.activation_nodes import activation_nodes
 from ffebm_compiler.onnx.emit import Names, Writer
 from ffebm_compiler.onnx.load_nodes import LoadedActivation
-from ffebm_compiler.onnx.manifest import settling_of
+from ffebm_compiler.onnx.manifest import energy_name, settling_of
 from ffebm_compiler.onnx.operators import adjoint_nodes, apply_nodes
 from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.program_json import program_to_json
@@ -36,7 +36,6 @@ from ffebm_compiler.onnx.shapes import register_shapes
 from ffebm_compiler.onnx.steps import Step
 from ffebm_compiler.onnx.stopping_nodes import Progress, Stopping
 from ffebm_compiler.runtime.block import EnergyBlock
-from ffebm_compiler.runtime.energies.choice import name_of
 from ffebm_compiler.runtime.energies.conductive import Conductive
 from ffebm_compiler.runtime.energies.loads import multiplying_weights
 from ffebm_compiler.runtime.energies.passive import GROUNDED
@@ -66,11 +65,7 @@ def block_function(step: Step) -> BlockFunction:
     """
     block = step.module
     assert isinstance(block, EnergyBlock)
-    if name_of(block.energy_function) is None:
-        raise ExportError(
-            f"the energy of {step.name} is of a class of your own, which has no ONNX form: convert with one of "
-            "ffebm_compiler's"
-        )
+    energy_name(step.name, block)  # one that has no ONNX form is refused
     dtype = step.outputs[0].dtype
     if dtype not in ("float32", "float64"):
         raise ExportError(

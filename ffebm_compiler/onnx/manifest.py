@@ -21,7 +21,7 @@ from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
 from ffebm_compiler.runtime.solvers.relaxation import stopping_rule
 
-__all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "manifest_of", "seal", "settling_of"]
+__all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "energy_name", "manifest_of", "seal", "settling_of"]
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -124,18 +124,28 @@ def _feedforward_step(hybrid: HybridCore, step: Step, file: str) -> dict[str, An
     }
 
 
+def energy_name(step_name: str, block: EnergyBlock) -> str:
+    """The name of a block's energy.
+
+    Raises:
+        ExportError: the energy is of a class that the package does not know.
+    """
+    energy = name_of(block.energy_function)
+    if energy is None:
+        raise ExportError(
+            f"the energy of {step_name} is of a class of your own, which has no ONNX form: convert with one of "
+            "ffebm_compiler's"
+        )
+    return energy
+
+
 def _energy_step(hybrid: HybridCore, step: Step) -> dict[str, Any]:
     block = step.module
     assert isinstance(block, EnergyBlock)
     plan = hybrid.plan.block(step.name)
     certificate = block.certificate
     radius = certificate.radius if certificate is not None else 0.0
-    energy = name_of(block.energy_function)
-    if energy is None:
-        raise ExportError(
-            f"the energy of {step.name} is of a class of your own, which has no ONNX form: convert with one of "
-            "ffebm_compiler's"
-        )
+    energy = energy_name(step.name, block)
     other = {} if energy == DEFAULT_ENERGY.name else {"energy": energy, "amplifiers": list(block.setting.amplifiers)}
     count = block.program.inputs
     dtype = next((value.dtype for value in step.outputs), "float32")

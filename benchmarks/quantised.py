@@ -157,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
     add_out(parser)
-    options = options_of(parser, names, "table", "all", arguments)
-    tables = Tables(2 if options.quick else options.epochs, 1 if options.quick else options.seeds)
+    options = options_of(parser, names, "table", "all", arguments, epochs=2, seeds=1)
+    tables = Tables(options.epochs, options.seeds)
     print_tables(tables, options.names or names, PRINTED.begin, lambda: keep(PRINTED.tables, options.out))
     return 0
 

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, device_of, positive, positive_number, told
+from command_line import device_of, positive, positive_number, read_options, told
+from experiment import Experiment
 from experiment_data import Text, load_text
 from experiment_training import Checkpoint, Row, differentiated, seconds
 from torch import Tensor, nn
@@ -136,10 +137,8 @@ def main() -> None:
     parser.add_argument("--held", type=positive, default=20_000, help="characters of the held-out text")
     parser.add_argument("--quick", action="store_true", help="six steps of small batches")
     parser.add_argument("--out", type=Path, default=Path("results/transformer"))
-    options = parser.parse_args()
+    options = read_options(parser, steps=6, every=3, batch=4, context=16, held=600)
     torch.set_num_threads(1)
-    if options.quick:
-        options.steps, options.every, options.batch, options.context, options.held = 6, 3, 4, 16, 600
     with told(parser):
         text, device = load_text(options.text), device_of(options)
         text = replace(text, training=text.training.to(device), validation=text.validation.to(device))

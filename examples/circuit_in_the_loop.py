@@ -24,6 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import read_options
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_digits
@@ -158,9 +161,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that simulate parts of a batch; 0 is none")
     parser.add_argument("--fresh", action="store_true", help="do not go on from a checkpoint")
     parser.add_argument("--quick", action="store_true", help="four steps, to see that it runs")
-    options = parser.parse_args()
-    if options.quick:
-        options.steps, options.every = 4, 2
+    options = read_options(parser, steps=4, every=2)
     if shutil.which("ngspice") is None:
         print("ngspice is not installed: apt-get install ngspice (Debian, Ubuntu), brew install ngspice (macOS)")
         return

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import read_options
 from experiment import Experiment
 from experiment_training import Row
 from torch import Tensor, nn
@@ -154,9 +155,7 @@ def main() -> None:
         "--quick", action="store_true", help="one seed, one hidden layer of 20 units, two epochs, digits"
     )
     parser.add_argument("--out", type=Path, default=Path("results/deep_resistive"))
-    options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.width, options.depth, options.epochs, options.data = 1, 20, [1], 2, ["digits"]
+    options = read_options(parser, seeds=1, width=20, depth=[1], epochs=2, data=["digits"])
     torch.set_num_threads(1)
     keys = [
         {"data": data, "hidden": "-".join([str(options.width)] * depth), "method": method, "seed": seed}

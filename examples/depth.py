@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
+from command_line import add_options, chosen, device_of, feedback_of, positive, positive_number, read_options, told
+from experiment import Experiment
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from torch import Tensor, nn
@@ -122,11 +123,9 @@ def main() -> None:
     parser.add_argument("--width", type=positive, default=16)
     parser.add_argument("--batch", type=positive, default=64)
     parser.add_argument("--no-norm", action="store_true", help="without batch norm")
-    options = parser.parse_args()
+    few = {"blocks": [2], "rate": [2e-3], "feedback": ["backprop", "0.5"]}
+    options = read_options(parser, epochs=1, seeds=1, width=4, **few)
     torch.set_num_threads(1)
-    if options.quick:
-        options.epochs, options.seeds, options.width, options.blocks = 1, 1, 4, [2]
-        options.rate, options.feedback = [2e-3], ["backprop", "0.5"]
     with told(parser):
         data = load(options.data, options.folder).to(device_of(options))
         if options.quick:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from command_line import read_options
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -76,14 +77,19 @@ class DigitTables:
 
 
 def options_of(
-    parser: argparse.ArgumentParser, names: Sequence[str], kind: str, missing: str, arguments: Sequence[str] | None
+    parser: argparse.ArgumentParser,
+    names: Sequence[str],
+    kind: str,
+    missing: str,
+    arguments: Sequence[str] | None,
+    **quick: Any,
 ) -> argparse.Namespace:
     """The options, with the `names` of the tables to print. `kind` is what one is called, `missing` what none means.
 
-    A name that is not there ends the program with status 2.
+    `quick` holds what `--quick` sets where it is not given. A name that is not there ends the program with status 2.
     """
     parser.add_argument("names", nargs="*", metavar=kind.upper(), help=f"of {', '.join(names)}; {missing} if left out")
-    options = parser.parse_args(arguments)
+    options = read_options(parser, arguments, **quick)
     if unknown := set(options.names) - set(names):
         parser.error(f"no {kind} {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     return options

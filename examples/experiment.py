@@ -21,11 +21,9 @@ import csv
 import hashlib
 import io
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import add_options, chosen, device_of, read_options, told
 from experiment_data import load
 from experiment_training import Diverged, Recipe, Row, training_and_accuracy
 from filelock import FileLock, Timeout  # comes with torch
@@ -43,17 +42,7 @@ from torch import nn
 import ffebm_compiler as ffebm
 from ffebm_compiler.files.whole_files import write_whole
 
-__all__ = [
-    "Experiment",
-    "add_options",
-    "chosen",
-    "device_of",
-    "feedback_of",
-    "once",
-    "positive",
-    "positive_number",
-    "told",
-]
+__all__ = ["Experiment", "once"]
 
 
 @dataclass
@@ -220,50 +209,6 @@ def _quoted(cell: str) -> str:
     return '"' + cell.replace('"', '""') + '"' if any(c in cell for c in ',"\n') else cell
 
 
-def add_options(parser: argparse.ArgumentParser, out: str, epochs: int, seeds: int = 3) -> None:
-    """Options that the experiments share."""
-    parser.add_argument("--data", default="digits", help="name of a data set of experiment_data.py")
-    parser.add_argument("--folder", type=Path, help="folder with the files of the data set")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--epochs", type=positive, default=epochs or None)
-    parser.add_argument("--seeds", type=positive, default=seeds)
-    parser.add_argument("--quick", action="store_true", help="one seed, few epochs, a small network")
-    parser.add_argument("--out", type=Path, default=Path(out))
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, of the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    """A number above 0, of the command line."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return value
-
-
-def device_of(options: argparse.Namespace) -> torch.device:
-    """The device of the command line.
-
-    Raises:
-        InputError: there is none of that name, or it is not here.
-    """
-    try:
-        device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ffebm.InputError(f"device is {options.device!r}, which cannot be used ({reason}): give cpu") from None
-    return device
-
-
 def once(path: Path, make: Callable[[Path], None]) -> Path:
     """A file that is made once, by the first process that wants it; the others wait."""
     with FileLock(path.with_suffix(".lock")):
@@ -272,42 +217,12 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def chosen(options: argparse.Namespace, *names: str) -> Row:
-    """Some of the options, as an experiment's settings."""
-    return {name: getattr(options, name) for name in names}
-
-
-def feedback_of(text: str) -> float | str:
-    """`convert`'s feedback from a word of the command line: a loop gain, or symmetric.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if text == "symmetric":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ffebm.InputError(f"feedback is {text!r}; expected a loop gain such as 0.1, or symmetric") from None
-
-
-@contextmanager
-def told(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Tell errors of the user in one line, with exit status 2."""
-    try:
-        yield
-    except ffebm.FFEBMError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "results/experiment", epochs=5)
-    options = parser.parse_args()
+    options = read_options(parser, epochs=2, seeds=1)
     torch.set_num_threads(1)
-    if options.quick:
-        options.epochs, options.seeds = 2, 1
     with told(parser):
         data = load(options.data, options.folder).to(device_of(options))
         experiment = Experiment(options.out, "an example", chosen(options, "data", "device", "epochs"))

@@ -36,7 +36,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, once, positive, positive_number, told
+from command_line import add_options, chosen, device_of, feedback_of, positive, positive_number, read_options, told
+from experiment import Experiment, once
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, accuracy, training, training_and_accuracy
 from safetensors.torch import load_file, save
@@ -239,10 +240,8 @@ def main() -> None:
     )
     parser.add_argument("--views", type=positive, default=640, help="views to train on")
     parser.add_argument("--held", type=positive, default=600, help="views of other pictures")
-    options = parser.parse_args()
+    options = read_options(parser, network=["digits"], feedback=["0.3"], seeds=1, epochs=1)
     torch.set_num_threads(1)
-    if options.quick:
-        options.network, options.feedback, options.seeds, options.epochs = ["digits"], ["0.3"], 1, 1
     names = ("data", "device", "epochs", "rate", "batch", "side", "views", "held", "quick")
     with told(parser):
         experiment = Experiment(options.out, "fine-tuning", chosen(options, *names))

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, positive, told
+from command_line import add_options, positive, read_options, told
+from experiment import Experiment
 from experiment_data import load
 from experiment_training import Row
 from papers_networks import papers_plan, six_layers
@@ -91,10 +92,8 @@ def main() -> None:
     parser.add_argument("--feedback", type=float, default=0.5)
     parser.add_argument("--width", type=positive, default=16)
     parser.add_argument("--batch", type=positive, default=32)
-    options = parser.parse_args()
+    options = read_options(parser, width=2, batch=4)
     torch.set_num_threads(1)
-    if options.quick:
-        options.width, options.batch = 2, 4
     with told(parser):
         data = scaled(load(options.data, options.folder))
         x, y = data.scaled(data.training[0][: options.batch]), data.training[1][: options.batch]

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
+from command_line import add_options, chosen, device_of, feedback_of, positive, positive_number, read_options, told
+from experiment import Experiment
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import FeedforwardTied, goe_, papers_hybrid
@@ -58,10 +59,8 @@ def main() -> None:
     parser.add_argument(
         "--variance", type=positive_number, help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128"
     )
-    options = parser.parse_args()
+    options = read_options(parser, epochs=2, seeds=1, width=4)
     torch.set_num_threads(1)
-    if options.quick:
-        options.epochs, options.seeds, options.width = 2, 1, 4
     if options.initialisation == "goe":
         options.variance = options.variance or 8.4e-5 * 128 / options.width
     with told(parser):

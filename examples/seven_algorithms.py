@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
+from command_line import add_options, chosen, device_of, feedback_of, positive, positive_number, read_options, told
+from experiment import Experiment
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import BLOCK_OPS, DCHN
@@ -128,11 +129,9 @@ def main() -> None:
     parser.add_argument("--width", type=positive, default=8)
     parser.add_argument("--rate", type=positive_number, default=2e-3)
     parser.add_argument("--batch", type=positive, default=32)
-    options = parser.parse_args()
+    few = ["backprop", "CL", "C-EP", "VF, free"]
+    options = read_options(parser, epochs=1, seeds=1, width=2, method=few)
     torch.set_num_threads(1)
-    if options.quick:
-        options.epochs, options.seeds, options.width = 1, 1, 2
-        options.method = ["backprop", "CL", "C-EP", "VF, free"]
     with told(parser):
         data = load(options.data, options.folder).to(device_of(options))
         data = scaled(data) if data.training[0].dim() == 4 else data

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiment import Experiment, add_options, chosen, device_of, feedback_of, positive, positive_number, told
+from command_line import add_options, chosen, device_of, feedback_of, positive, positive_number, read_options, told
+from experiment import Experiment
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
 from papers_networks import goe_, papers_hybrid, six_layers, twelve_layers
@@ -81,10 +82,8 @@ def main() -> None:
         "--rtol", type=positive_number, help="relative change at which every phase stops; 1e-6 in the papers"
     )
     parser.add_argument("--width", type=positive, default=16)
-    options = parser.parse_args()
+    options = read_options(parser, epochs=1, seeds=1, width=2)
     torch.set_num_threads(1)
-    if options.quick:
-        options.epochs, options.seeds, options.width = 1, 1, 2
     options.variance = options.variance or [8.4e-5 * 128 / options.width]
     sizes = options.block or SIZES[options.layers]
     with told(parser):

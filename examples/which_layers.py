@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from experiment import told
+from command_line import read_options, told
 from experiment_data import load_text
 from torch import Tensor, nn
 
@@ -141,10 +141,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that measure")
     parser.add_argument("--quick", action="store_true", help="a tiny network, one draw, a wide budget")
     parser.add_argument("--out", type=Path, default=Path("results/which_layers"))
-    options = parser.parse_args()
+    options = read_options(parser, draws=1, trials=2, max_drop=0.5)
     torch.set_num_threads(1)
-    if options.quick:
-        options.draws, options.trials, options.max_drop = 1, 2, 0.5
     options.out.mkdir(parents=True, exist_ok=True)
     with told(parser), workers(options.workers) as executor:
         made = NETWORKS[options.network]

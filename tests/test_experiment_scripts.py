@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
 import sys
@@ -109,6 +110,50 @@ def test_a_diverging_run_is_stopped_and_named(
     assert all(row["failed"].startswith("stopped in epoch 1: ") for row in found)
     assert any("block_" in row["failed"] for row in found)
     assert "1 stopped" in capsys.readouterr().out
+
+
+QUICK = {
+    "experiment": "--epochs 3 --seeds 2",
+    "loop_gain": "--epochs 3 --seeds 2 --width 6",
+    "splitting": "--epochs 3 --seeds 2 --width 6",
+    "depth": "--epochs 3 --seeds 2 --width 6 --blocks 1 --rate 0.5 --feedback 0.2",
+    "fine_tuning": "--epochs 3 --seeds 2 --network digit-recognizer --feedback 0.2",
+    "seven_algorithms": "--epochs 3 --seeds 2 --width 6 --method N-EP",
+    "gradient_analysis": "--width 6 --batch 5",
+    "character_transformer": "--steps 7 --every 2 --batch 3 --context 8 --held 500",
+    "deep_resistive": "--epochs 3 --seeds 2 --width 6 --depth 3 --data mnist1d",
+    "circuit_in_the_loop": "--steps 7 --every 3",
+    "which_layers": "--draws 2 --trials 3 --max-drop 0.25",
+}
+"""Script -> options that `--quick` has values for, each with another one."""
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_an_option_that_is_given_beside_quick_is_kept(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And one that is not given has quick's value, not the usual one."""
+    module = script(name)
+    read, found = module.read_options, {}
+
+    def reading(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+        found["options"], found["quick"] = read(parser, **quick), quick
+        raise Stopped
+
+    monkeypatch.setattr(module, "read_options", reading)
+    given = QUICK[name].split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", *given])
+    with pytest.raises(Stopped):
+        module.main()
+    values = dict(zip(given[::2], given[1::2], strict=True))
+    for option, text in values.items():
+        value = getattr(found["options"], option[2:].replace("-", "_"))
+        assert str(value[0] if isinstance(value, list) else value) == text
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick"])
+    with pytest.raises(Stopped):
+        module.main()
+    assert {key: getattr(found["options"], key) for key in found["quick"]} == found["quick"]
+    assert {f"--{key.replace('_', '-')}" for key in found["quick"]} == set(values)
 
 
 def cifar10_out_of_range(folder: Path) -> None:

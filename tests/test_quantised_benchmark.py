@@ -49,3 +49,10 @@ def test_unknown_tables_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["weather"])
     assert "no table weather; there are bits" in capsys.readouterr().err
+
+
+def test_options_given_beside_quick_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(benchmark, "print_tables", lambda tables, *_: found.append((tables.epochs, tables.seeds)))
+    assert [benchmark.main([*given, "--quick"]) for given in ([], ["--epochs", "7"], ["--seeds", "4"])] == [0, 0, 0]
+    assert found == [(2, 1), (7, 1), (2, 4)]

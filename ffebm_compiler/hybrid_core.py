@@ -292,6 +292,7 @@ class HybridCore(HybridParts):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all modules as the source's own `train` does, since a model may freeze parts of itself."""
+        self._later_modules.look_at_settings()
         super().train(mode)
         source = self.__dict__["_source"]
         if type(source).train is not nn.Module.train:
@@ -299,6 +300,7 @@ class HybridCore(HybridParts):
             self.training = source.training
             for block in self._energy.values():
                 block.training = self.training
+        self._later_modules.note_settings()  # `train` of the source's modules may set some; both modes were captured
         return self
 
     @contextmanager

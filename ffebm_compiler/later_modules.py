@@ -2,16 +2,20 @@
 
 A hybrid runs blocks in place of modules, and reads their tensors and training flags. So a module may give way to one of
 the same type and settings, whose tensors and flags then count. Any other would be ignored, and is refused.
+
+Settings of modules, such as `stride` or a number that the user's forward reads, were captured too. If one is set later,
+a warning says that the hybrid goes on with the former value. Rates of dropout and momentums of norms are followed.
 """
 
 from __future__ import annotations
 
+import warnings
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import UnsupportedError
+from ffebm_compiler.errors import FFEBMWarning, UnsupportedError
 from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
 
 if TYPE_CHECKING:
@@ -30,14 +34,41 @@ class LaterModules:
     ) -> None:
         self.operations = operations
         """The operations of the blocks that follow training flags of modules."""
-        self.places: list[tuple[Mapping[str, nn.Module | None], str]] = []
-        """For each place: the table of the module that holds it, and its name there."""
-        self.paths: list[str] = []
-        for path, parent in source.named_modules():
-            table = parent._modules if path else at_root
-            self.places += [(table, name) for name in parent._modules]
-            self.paths += [f"{path}.{name}" if path else name for name in parent._modules]
-        self.seen = [table.get(name) for table, name in self.places]
+        self.at_root = at_root
+        """The table of the hybrid itself, which has the source's modules under the source's names, and one more."""
+        self.names = tuple(source._modules)
+        self._see()
+
+    def _see(self) -> None:
+        """Note which modules there are now, and their settings."""
+        self.places = [(name, self.at_root, name) for name in self.names]
+        """For each place: the path of its module, the table of the module that holds it, and its name there."""
+        known: set[nn.Module] = set()
+        for name in self.names:
+            top = self.at_root.get(name)
+            for path, parent in () if top is None else top.named_modules(known, name):
+                self.places += [(f"{path}.{child}", parent._modules, child) for child in parent._modules]
+        self.seen = self._now()
+        followed = {(operation.owner, name) for operation in self.operations for name in operation.follows}
+        self.watched = [
+            (path, module, name)
+            for (path, _, _), module in zip(self.places, self.seen, strict=True)
+            if module is not None
+            for name, value in vars(module).items()
+            if name == "training" or (_is_setting(name, value) and (module, name) not in followed)
+        ]
+        """For each setting of a submodule: its path, the module and the name. The hybrid watches those of the root."""
+        self.note_settings()
+
+    def note_settings(self) -> None:
+        """Take the present settings for known."""
+        self.settings = self._settings()
+
+    def _now(self) -> list[nn.Module | None]:
+        return [table.get(name) for _, table, name in self.places]
+
+    def _settings(self) -> list[Any]:
+        return [module.__dict__.get(name) for _, module, name in self.watched]
 
     def follow(self, old: nn.Module, new: nn.Module) -> None:
         """Let the operations that read the flags of `old` read those of `new`."""
@@ -50,10 +81,11 @@ class LaterModules:
         Raises:
             UnsupportedError: one of them is of another type than its predecessor, or has other settings or submodules.
         """
-        now = [table.get(name) for table, name in self.places]
+        self.look_at_settings()
+        now = self._now()
         if all(map(is_, now, self.seen)):
             return
-        for path, old, new in zip(self.paths, self.seen, now, strict=True):
+        for (path, _, _), old, new in zip(self.places, self.seen, now, strict=True):
             if new is old:
                 continue
             if old is None or new is None or _described(old) != _described(new):
@@ -64,7 +96,34 @@ class LaterModules:
                 )
             for part, successor in zip(old.modules(), new.modules(), strict=True):
                 self.follow(part, successor)
-        self.seen = now
+        self._see()
+
+    def look_at_settings(self) -> None:
+        """Warn of settings that were set since the last call."""
+        settings = self._settings()
+        if all(map(is_, settings, self.settings)):
+            return
+        changes = [
+            (path, module, name, before, after)
+            for (path, module, name), before, after in zip(self.watched, self.settings, settings, strict=True)
+            if type(before) is not type(after) or before != after
+        ]
+        switched = {module for _, module, name, _, _ in changes if name == "training"}  # their `train` may set others
+        changed = [
+            f"{name!r} of {path!r} from {before!r} to {after!r}"
+            for path, module, name, before, after in changes
+            if module not in switched
+        ]
+        self.settings = settings
+        if changed:
+            warnings.warn(
+                f"settings of modules of the hybrid were changed ({', '.join(changed[:4])}"
+                f"{', ...' if len(changed) > 4 else ''}), but they were captured as they were at conversion, and the "
+                "hybrid goes on with the former values if a forward reads them: set them on the source and convert "
+                "again",
+                FFEBMWarning,
+                stacklevel=2,
+            )
 
 
 def rebound_operations(lowered: Lowered) -> tuple[ReboundOperation, ...]:
@@ -82,11 +141,17 @@ def _described(module: nn.Module) -> list[tuple[str, type[nn.Module], dict[str, 
     return [(path, type(part), _settings(part)) for path, part in module.named_modules()]
 
 
+def _is_setting(name: str, value: object) -> bool:
+    return isinstance(value, _PLAIN) and not name.startswith("_") and name != "training"
+
+
+_PLAIN = (bool, int, float, str, tuple, list, type(None))
+
+
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that its forward may read: numbers, texts and functions, and the types of others."""
-    plain = (bool, int, float, str, tuple, list, type(None))
     return {
-        name: value if isinstance(value, plain) or callable(value) else type(value)
+        name: value if isinstance(value, _PLAIN) or callable(value) else type(value)
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and not isinstance(value, Tensor)
     }

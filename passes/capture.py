@@ -3,8 +3,8 @@
 `torch.export` traces a private copy of the model in eval mode; the source is never touched. Its graph is in one
 ATen dialect, with shapes and module paths on every node. Parameters, buffers and constants are
 placeholders. So a tied weight is one placeholder that is read twice, and the hybrid can own its tensors under
-the source's names. Where the model's code reads a `training` flag, the copy is traced a second time in train mode,
-and `merge_modes` makes one graph of both.
+the source's names. Where the model's code reads a `training` flag or its `train` sets attributes, the copy is traced a
+second time in train mode, and `merge_modes` makes one graph of both.
 
 Promise: the graph is a `Program` (see `ir`). Its batch size is free with `dynamic_shapes="batch"`, where
 the model allows it. Every failure names the module and the line.
@@ -29,7 +29,7 @@ from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
 from ffebm_compiler.passes.set_up import same_in_evaluation, set_up
-from ffebm_compiler.passes.training_reads import is_rebound, training_reads
+from ffebm_compiler.passes.training_reads import is_rebound, set_by_mode, training_reads
 from ffebm_compiler.passes.without_cache import without_cache
 
 __all__ = ["capture"]
@@ -88,13 +88,12 @@ def _in_both_modes(
     source.eval()
     evaluation = set_up(source, args, kwargs)
     kept = [evaluation.note]
-    source.train()  # a model may drop values that it keeps between calls in eval mode
-    source.eval()
+    changing = set_by_mode(source)  # also since a model may drop values that it keeps between calls in eval mode
     with training_reads() as reads:
         exported = export_graph(source, args, kwargs, dynamic_shapes)
     _refuse_outside(exported, model)
     names = {module: name for name, module in source.named_modules()}
-    asks = {module for module in reads.asks if module in names}
+    asks = {module for module in reads.asks | changing if module in names}
     training: Program | None = None
     refused = ""
     if asks:

@@ -1,7 +1,8 @@
 """Training reads: find the modules whose forward may compute something else in train mode.
 
 While the model is traced, every read and write of a module's `training` flag is noted, with the code that reads it. A
-read by torch's own dropout or batch norm needs no second capture, since `rebind` follows their flags.
+read by torch's own dropout or batch norm needs no second capture, since `rebind` follows their flags. A module whose own
+`train` sets other attributes, as one that merges adapters does, counts too.
 
 Promise: if `asks` is empty, the model computes the same in both modes, except for operations
 that `rebind` handles. `nn.Module` is left as it was found.
@@ -19,7 +20,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["TrainingReads", "is_rebound", "training_reads"]
+from ffebm_compiler.passes.held import own_attributes
+
+__all__ = ["TrainingReads", "is_rebound", "set_by_mode", "training_reads"]
 
 _REBOUND = (
     nn.Dropout,
@@ -84,3 +87,21 @@ def training_reads() -> Iterator[TrainingReads]:
         yield reads
     finally:
         del nn.Module.training
+
+
+def set_by_mode(source: nn.Module) -> set[nn.Module]:
+    """The modules that have other attributes in train mode than in eval mode, in which they are left."""
+    source.train()
+    training = {module: {**own_attributes(module), **module._modules} for module in source.modules()}
+    source.eval()
+    found = set()
+    for module in source.modules():
+        before, now = training.get(module, {}), {**own_attributes(module), **module._modules}
+        if before.keys() != now.keys() or not all(_alike(before[name], now[name]) for name in now):
+            found.add(module)
+    return found
+
+
+def _alike(one: object, other: object) -> bool:
+    plain = (bool, int, float, str)
+    return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)

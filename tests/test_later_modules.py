@@ -97,3 +97,70 @@ def test_modules_of_the_same_kind_are_followed(train: bool) -> None:
     hybrid.body[5].eval()
     expected.body[5].eval()
     assert torch.allclose(hybrid(X), expected(X), atol=1e-5)
+
+
+class Louder(nn.Module):
+    """Another gain in train mode, which no code asks for by the flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = 1.0
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.gain = 2.0 if mode else 1.0
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain
+
+
+def test_settings_that_train_itself_sets_are_those_of_both_modes() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), Louder(), nn.Linear(5, 3))
+    hybrid = ffebm.convert(model.eval(), X, block_ops=())
+    for mode in (True, False, True):
+        assert torch.allclose(hybrid.train(mode)(X), model.train(mode)(X), atol=1e-6)
+    hybrid.get_submodule("1").eval()
+    model[1].eval()
+    assert torch.allclose(hybrid(X), model(X), atol=1e-6)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_setting_that_was_captured_is_named_when_it_changes(copied: bool) -> None:
+    hybrid = hybrid_of(Network())
+    if copied:
+        hybrid = copy.deepcopy(hybrid)
+    hybrid.eval()
+    before = hybrid(X)
+    hybrid.scaled.factor = 0.25
+    hybrid.body[3].negative_slope = 0.2
+    with pytest.warns(ffebm.FFEBMWarning) as caught:
+        assert torch.equal(hybrid(X), before)
+    assert len(caught) == 1
+    assert "'factor' of 'scaled' from 0.5 to 0.25, 'negative_slope' of 'body.3' from 0.1" in str(caught[0].message)
+    hybrid(X)  # said once
+    hybrid.scaled.factor = 1.0
+    with pytest.warns(ffebm.FFEBMWarning, match="set them on the source and convert again"):
+        hybrid.train()
+
+
+def test_rates_and_momentums_are_followed() -> None:
+    model = Network().train()
+    hybrid = hybrid_of(model)
+    for each in (model, hybrid):
+        each.body[5].p = 0.0
+        each.body[4].momentum = 0.7
+    hybrid.body[4].reset_running_stats()
+    model.body[4].reset_running_stats()
+    with hybrid.feedforward_mode():
+        assert torch.allclose(hybrid(X), model(X), atol=1e-6)
+    assert torch.allclose(hybrid.body[4].running_mean, model.body[4].running_mean, atol=1e-6)
+    assert torch.allclose(hybrid.body[4].running_var, model.body[4].running_var, atol=1e-6)
+
+
+def test_what_takes_a_place_below_a_successor_is_seen_too() -> None:
+    hybrid = hybrid_of(Network())
+    hybrid.body = copy.deepcopy(hybrid.body)
+    hybrid(X)
+    hybrid.body[1] = nn.ReLU()
+    with pytest.raises(ffebm.UnsupportedError, match=r"module 'body\.1' of the hybrid was Tanh\(\)"):
+        hybrid(X)

@@ -113,6 +113,8 @@ class ReboundOperation(nn.Module):
 
     operation: ClassVar[str] = ""
     """Name of the operation in plans and reports."""
+    follows: frozenset[str] = frozenset()
+    """Attributes of the owner, beside its flag, that are read at every call."""
     _is_impure = True  # fx must not remove it as dead code, since it may draw random numbers or count batches
 
     def __init__(self, owner: nn.Module) -> None:
@@ -136,7 +138,32 @@ class ReboundOperation(nn.Module):
             self.__dict__["_owner"] = new
 
 
-class ReboundBatchNorm(ReboundOperation):
+class _ReboundNorm(ReboundOperation):
+    """A norm with running statistics, with the owner's momentum."""
+
+    frozen = False
+    """Whether the running statistics stay as they are: the batch's own are then used without a record."""
+
+    def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float) -> None:
+        super().__init__(owner)
+        self.always = always
+        """Whether the source normalises by the input's own statistics in eval mode too (no running ones)."""
+        self.captured = momentum
+        self.eps = eps
+        if isinstance(owner, _NORMS) and owner.momentum in (momentum, None):
+            self.follows = frozenset({"momentum"})
+
+    @property
+    def momentum(self) -> float:
+        """The owner's present momentum; the captured one of a functional call, and where the owner has none."""
+        value = getattr(self.owner, "momentum", None) if self.follows else None
+        return self.captured if value is None else float(value)
+
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+class ReboundBatchNorm(_ReboundNorm):
     """Batch norm, y = γ (x − m)/√(v + ε) + β, with the owner's flag, momentum and counter.
 
     In train mode m and v are those of the batch, and they update the running statistics, as in
@@ -144,15 +171,9 @@ class ReboundBatchNorm(ReboundOperation):
     """
 
     operation = "batch_norm"
-    frozen = False
-    """Whether the running statistics stay as they are: the batch's own are then used without a record."""
 
     def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float, counts: bool = True) -> None:
-        super().__init__(owner)
-        self.always = always
-        """Whether the source normalises by the batch in eval mode too (no running statistics)."""
-        self.momentum = momentum
-        self.eps = eps
+        super().__init__(owner, always, momentum, eps)
         self.counts = counts
         """Whether it counts the owner's batches, because the graph has no operation that does."""
 
@@ -190,18 +211,10 @@ class ReboundBatchNorm(ReboundOperation):
         )
 
 
-class ReboundInstanceNorm(ReboundOperation):
-    """Instance norm with running statistics, with the owner's flag."""
+class ReboundInstanceNorm(_ReboundNorm):
+    """Instance norm with running statistics, with the owner's flag and momentum."""
 
     operation = "instance_norm"
-    frozen = False
-    """Whether the running statistics stay as they are."""
-
-    def __init__(self, owner: nn.Module, always: bool, momentum: float, eps: float) -> None:
-        super().__init__(owner)
-        self.always = always
-        self.momentum = momentum
-        self.eps = eps
 
     def forward(
         self,
@@ -228,12 +241,13 @@ class ReboundDropout(ReboundOperation):
         self.kind = kind
         """Name of the torch function."""
         self.captured = rate
+        if isinstance(owner, _DROPOUTS):
+            self.follows = frozenset({"p"})
 
     @property
     def rate(self) -> float:
         """The owner's present rate, or the captured one of a functional call."""
-        value = getattr(self.owner, "p", self.captured) if isinstance(self.owner, _DROPOUTS) else self.captured
-        return float(value)
+        return float(getattr(self.owner, "p", self.captured) if self.follows else self.captured)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself in eval mode."""

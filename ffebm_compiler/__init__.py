@@ -6,6 +6,7 @@ hybrid = ffebm.convert(model, example_inputs)
 loss_fn(hybrid(x), y).backward()
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ffebm_compiler import errors, init
@@ -140,4 +141,6 @@ if not TYPE_CHECKING:  # type checkers would take any name of a module with `__g
     }
 
     def __getattr__(name: str) -> Any:
+        if name in ("drawing", "onnx"):  # imported when they are asked for, since they are slow or need a package
+            return importlib.import_module(f"{__name__}.{name}")
         return deprecated_attribute(__name__, name, _DEPRECATED)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -66,7 +66,7 @@ def _front(
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else example_inputs
     if not isinstance(args, tuple | list):
         raise InputError(
-            f"example_inputs must be a tensor or a tuple of the forward's arguments, got {type(args).__name__}"
+            f"example_inputs must be a tensor or a tuple of the forward's arguments, got {_described(example_inputs)}"
         )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InputError(f"kwargs must be a dictionary of the forward's keyword arguments, got {type(kwargs).__name__}")
@@ -75,6 +75,16 @@ def _front(
     _refuse_empty_batch((tuple(args), named))
     program, graph = annotated_program(model, tuple(args), named, options, shapes, hardware)
     return _Annotated(program, graph, tuple(args), named)
+
+
+def _described(example_inputs: object) -> str:
+    """What was given in the place of example inputs, and what to do."""
+    kind = type(example_inputs).__name__
+    if isinstance(example_inputs, Mapping):
+        return f"{kind}: pass keyword arguments by themselves, convert(model, (), kwargs={{...}})"
+    if hasattr(example_inputs, "__array__"):
+        return f"{kind}: make it a tensor with torch.as_tensor(...)"
+    return f"{kind}: pass a batch as the model takes it, e.g. torch.randn(1, 3, 32, 32)"
 
 
 def _refuse_hybrids(model: object) -> None:
@@ -106,8 +116,13 @@ def _refuse_empty_batch(inputs: object) -> None:
         )
 
 
-def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _names(argument: str, value: object, example: str) -> tuple[str, ...]:
+    """One name, or a sequence of them, as a tuple."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Sequence | Set) or not all(isinstance(name, str) for name in names):
+        kind = f"a {type(value).__name__}" if isinstance(value, nn.Module | type) else repr(value)
+        raise InputError(f"{argument} is {kind}; expected a name such as {example!r}, or a sequence of them")
+    return tuple(names)
 
 
 @collected_rarely()
@@ -118,7 +133,7 @@ def plan(
     *,
     hardware: str | Hardware = "crossbar-256",
     fold_batchnorm: bool = False,
-    block_ops: Sequence[str] = ("add", "reshape"),
+    block_ops: str | Sequence[str] = ("add", "reshape"),
     digital_drive: bool = False,
     objective: Literal["conversions", "energy"] = "conversions",
     for_: Literal["inference", "training"] = "inference",
@@ -137,10 +152,10 @@ def plan(
     from which sweeps are predicted.
     """
     options = PlanOptions(
-        tuple(block_ops),
+        _names("block_ops", block_ops, "avg_pool"),
         fold_batchnorm,
-        _patterns(force_digital),
-        _patterns(force_analog),
+        _names("force_digital", force_digital, "layer4.*"),
+        _names("force_analog", force_analog, "layer4.*"),
         digital_drive=digital_drive,
         objective=objective,
         for_=for_,
@@ -163,7 +178,7 @@ def convert(
     gradient: str | Estimator = "ep",
     solver: Solver | None = None,
     fold_batchnorm: bool = False,
-    block_ops: Sequence[str] = ("add", "reshape"),
+    block_ops: str | Sequence[str] = ("add", "reshape"),
     feedback_weights: str | FeedbackWeights = "tied",
     digital_drive: bool = False,
     devices: str | Devices | None = None,
@@ -227,10 +242,10 @@ def convert(
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, from ffebm.plan() or Plan.from_json()")
     options = PlanOptions(
-        tuple(block_ops),
+        _names("block_ops", block_ops, "avg_pool"),
         fold_batchnorm,
-        _patterns(force_digital),
-        _patterns(force_analog),
+        _names("force_digital", force_digital, "layer4.*"),
+        _names("force_analog", force_analog, "layer4.*"),
         digital_drive=digital_drive,
         objective=objective,
         for_=for_,

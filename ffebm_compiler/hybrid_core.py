@@ -15,6 +15,7 @@ from ffebm_compiler.conductances import KEPT, check_conductances, clamp_after_st
 from ffebm_compiler.device_state import age_of, aged, observed_ranges, program_devices, put_on_devices
 from ffebm_compiler.digital_bits import calls_of, digital_parts, observed_values, quantisers
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.failed_calls import explained_failure, refuse_transforms
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.gradient_choice import (
     assign,
@@ -205,8 +206,11 @@ class HybridCore(HybridParts):
     def _run_once(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         leaves = self._checked(args, kwargs)
         units = self._later_hooks.units
-        with keeping_gradients(self) as kept:
-            outputs = self._sharded_run(units)(leaves) if units else self.lowered(*leaves)
+        try:
+            with keeping_gradients(self) as kept:
+                outputs = self._sharded_run(units)(leaves) if units else self.lowered(*leaves)
+        except RuntimeError as error:
+            raise explained_failure(self, self._call_form.names, leaves, error) from error
         if kept is not None:
             kept.watch(outputs)
         return self._call_form.result(outputs, self.training)
@@ -222,6 +226,7 @@ class HybridCore(HybridParts):
     @torch.compiler.disable(reason="inputs are checked eagerly")  # type: ignore[untyped-decorator]
     def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The inputs of the lowered graph, checked."""
+        refuse_transforms()
         if not self.__dict__.pop("_looked", False):
             self._look_at_weights()
         if self._call_form.refused_in_training:

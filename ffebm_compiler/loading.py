@@ -42,11 +42,15 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
         InputError: a file is missing or malformed.
         PlanError: the model differs from the saved one.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path is a {type(path).__name__}; expected the folder that hybrid.save() wrote")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; expected the source's nn.Module, with any weights")
     folder = Path(path)
     recover_folder(folder)
     missing = [name for name in FILES if not os.path.isfile(folder / name)]
     if missing:
-        raise InputError(f"{folder} is no saved hybrid ({', '.join(missing)} is missing): write one with hybrid.save()")
+        raise InputError(f"{folder} is no saved hybrid ({_lacking(folder, missing)}): write one with hybrid.save()")
     path = folder / "hybrid.json"
     settings, values = read_settings(path, SCHEMA)
     kept = settings.conversion
@@ -102,6 +106,17 @@ def load(path: str | Path, model: nn.Module) -> HybridModel:
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in settings.frozen)
     return hybrid
+
+
+def _lacking(folder: Path, missing: list[str]) -> str:
+    """Why a folder is no saved hybrid."""
+    if not os.path.lexists(folder):
+        return "there is no such folder"
+    if not os.path.isdir(folder):
+        return (
+            "it is a file, and a saved hybrid is a folder; hybrid.load_state_dict() takes the content of a state dict"
+        )
+    return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
 
 
 def _with_tensors(state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

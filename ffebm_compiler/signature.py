@@ -82,6 +82,11 @@ class CallForm:
         )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the flat inputs."""
+        return tuple(leaf.name for leaf in self.inputs)
+
+    @property
     def keywords(self) -> tuple[str, ...]:
         """Names of the keyword arguments that were captured."""
         captured = pytree.tree_unflatten([None] * self.in_spec.num_leaves, self.in_spec.spec)

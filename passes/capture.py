@@ -25,6 +25,7 @@ from ffebm_compiler.errors import CaptureError, InputError, UnsupportedError
 from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.check_model import check_finite, check_model, has_no_memory
 from ffebm_compiler.passes.copied_closures import parameters_outside
+from ffebm_compiler.passes.explain_capture import rejected, rejection_of
 from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
@@ -91,6 +92,10 @@ def _in_both_modes(
     changing = set_by_mode(source)  # also since a model may drop values that it keeps between calls in eval mode
     with training_reads() as reads:
         exported = export_graph(source, args, kwargs, dynamic_shapes)
+    if evaluation.outputs is None and not has_no_memory(source):  # the exporter compares no dtypes
+        rejection = rejection_of(source, args, kwargs)
+        if rejection is not None:
+            raise rejected(source, args, kwargs, rejection)
     _refuse_outside(exported, model)
     names = {module: name for name, module in source.named_modules()}
     asks = {module for module in reads.asks | changing if module in names}

@@ -15,7 +15,7 @@ from ffebm_compiler.errors import CaptureError, InputError
 from ffebm_compiler.passes.check_model import has_no_memory
 from ffebm_compiler.passes.process import is_users
 
-__all__ = ["NotTraceable", "explained"]
+__all__ = ["NotTraceable", "explained", "rejected", "rejection_of"]
 
 
 class NotTraceable(Exception):
@@ -29,7 +29,7 @@ def explained(
     where = _where(source, error)
     if isinstance(error, NotTraceable):
         return CaptureError(f"the forward cannot be traced{where}: {error}")
-    rejection = _rejection(source, args, kwargs)
+    rejection = rejection_of(source, args, kwargs)
     if rejection is not None and has_no_memory(source):
         return CaptureError(
             f"the forward cannot be traced{_where(source, rejection)}: {type(rejection).__name__}: {rejection}; the "
@@ -37,18 +37,22 @@ def explained(
             "value it reads a constant"
         )
     if rejection is not None:
-        shapes = [
-            tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf)
-            for leaf in pytree.tree_leaves((args, kwargs))
-        ]
-        return InputError(
-            f"the model itself rejects the example inputs {shapes}{_where(source, rejection)}: "
-            f"{type(rejection).__name__}: {_first_line(rejection)}; pass inputs for which model(*inputs) runs"
-        )
+        return rejected(source, args, kwargs, rejection)
     return CaptureError(f"the forward cannot be traced{where}: {_cause(error)}")
 
 
-def _rejection(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+def rejected(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> InputError:
+    """The error to raise for inputs with which the model itself fails."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf)[:40] for leaf in leaves[:8]]
+    others = f" and {len(leaves) - 8} more" if len(leaves) > 8 else ""
+    return InputError(
+        f"the model itself rejects the example inputs {shapes}{others}{_where(source, error)}: "
+        f"{type(error).__name__}: {_first_line(error)}; pass inputs for which model(*inputs) runs"
+    )
+
+
+def rejection_of(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """The error that the eager model raises for the inputs, with or without gradients; None if it runs."""
     found: Exception | None = None
     for gradients in (False, True):

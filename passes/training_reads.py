@@ -1,8 +1,8 @@
 """Training reads: find the modules whose forward may compute something else in train mode.
 
 While the model is traced, every read and write of a module's `training` flag is noted, with the code that reads it. A
-read by torch's own dropout or batch norm needs no second capture, since `rebind` follows their flags. A module whose own
-`train` sets other attributes, as one that merges adapters does, counts too.
+read by torch's own dropout or batch norm needs no second capture, since `rebind` follows their flags. A module
+whose own `train` sets other attributes, as one that merges adapters does, counts too.
 
 Promise: if `asks` is empty, the model computes the same in both modes, except for operations
 that `rebind` handles. `nn.Module` is left as it was found.

@@ -87,7 +87,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     hybrid, _, _ = _hybrid()
     folder = tmp_path / "saved"
-    with pytest.raises(ffebm.InputError, match="is missing"):
+    with pytest.raises(ffebm.InputError, match=r"no saved hybrid \(there is no such folder\)"):
         ffebm.load(folder, Tied())
     hybrid.save(folder)
     with pytest.raises(ffebm.PlanError, match="another model"):

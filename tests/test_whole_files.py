@@ -284,18 +284,18 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     try:
         hybrid = ffebm.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 8))
         hybrid.save(tmp_path / "saved")
-        hybrid.plan.to_json(tmp_path / "plan.json")
+        hybrid.plan.to_json(tmp_path / "plan")
         before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
         room = os.statvfs(tmp_path)
         (tmp_path / "filling").write_bytes(bytes(room.f_bavail * room.f_frsize))
         for write in (hybrid.plan.to_json, hybrid.save_html, hybrid.save_svg):
             with pytest.raises(ffebm.FFEBMError, match="No space left on device; free some space"):
-                write(tmp_path / "plan.json")
+                write(tmp_path / "plan")
         with pytest.raises(ffebm.ExportError, match=r"saved to .*No space left on device"):
             hybrid.save(tmp_path / "saved")
         (tmp_path / "filling").unlink()
         assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-        assert sorted(os.listdir(tmp_path)) == ["plan.json", "saved"]
+        assert sorted(os.listdir(tmp_path)) == ["plan", "saved"]
     finally:
         assert library.umount(os.fsencode(tmp_path)) == 0
 
@@ -355,5 +355,5 @@ def test_folders_in_the_place_of_files(tmp_path: Path) -> None:
             ffebm.Hardware.from_file(tmp_path / name)
     with pytest.raises(ffebm.ExportError, match="Is a directory"):
         ffebm.onnx.load(tmp_path)
-    with pytest.raises(ffebm.InputError, match=r"hybrid.json, .* is missing"):
+    with pytest.raises(ffebm.InputError, match=r"hybrid.json, .* are missing"):
         ffebm.load(tmp_path, nn.Linear(2, 2))

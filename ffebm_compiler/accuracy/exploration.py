@@ -215,7 +215,7 @@ class Exploration:
             InputError: there is no point.
             ExportError: the file cannot be written.
         """
-        write_picture(self.html(), path)
+        write_picture(self.html(), path, ".html", ".htm")
 
     def html(self) -> str:
         """The page as text.

@@ -142,7 +142,7 @@ class Sensitivity:
         Raises:
             ExportError: the file cannot be written.
         """
-        write_picture(self.svg(), path)
+        write_picture(self.svg(), path, ".svg")
 
     def svg(self) -> str:
         """The picture as text."""

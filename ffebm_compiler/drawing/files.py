@@ -32,7 +32,7 @@ def save_svg(plan: PlanData, path: str | Path, hybrid: HybridCore | None = None)
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the path cannot be written.
     """
-    write_picture(svg_text(plan, hybrid), path)
+    write_picture(svg_text(plan, hybrid), path, ".svg")
 
 
 def html_text(
@@ -81,7 +81,8 @@ def save_html(
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the path cannot be written or the layout library is missing.
     """
-    write_picture(html_text(plan, hybrid, overlays, diagnosis, what_if, source, gradients, loop_gains), path)
+    page = html_text(plan, hybrid, overlays, diagnosis, what_if, source, gradients, loop_gains)
+    write_picture(page, path, *_PAGES)
 
 
 def save_side_by_side(
@@ -105,7 +106,7 @@ def save_side_by_side(
             home["differs"] = home["title"] in alone
     for record, title in zip(records, titles or (), strict=False):
         record["title"] = f"{title}: {record['title']}"
-    write_picture(page_text(records, " and ".join(record["title"] for record in records)), path)
+    write_picture(page_text(records, " and ".join(record["title"] for record in records)), path, *_PAGES)
 
 
 def notebook_html(plan: PlanData, hybrid: HybridCore | None = None, height: int = 620) -> str:
@@ -122,13 +123,29 @@ def notebook_html(plan: PlanData, hybrid: HybridCore | None = None, height: int 
     )
 
 
-def write_picture(content: str | bytes, path: str | Path) -> None:
+_SUFFIXES = (".html", ".htm", ".svg", ".png", ".pdf", ".dot", ".jpg", ".jpeg", ".gif", ".json")
+"""Suffixes by which programs choose how to open a file."""
+_PAGES = (".html", ".htm")
+
+
+def write_picture(content: str | bytes, path: str | Path, *suffixes: str) -> None:
     """Write a picture; an existing file is replaced, or left as it is where that fails.
 
+    Args:
+        content: the file's content.
+        path: the file.
+        suffixes: those that such files have. A name with the suffix of another format is refused; without any, none is.
+
     Raises:
-        InputError: where the path is no path.
+        InputError: where the path is no path, or its suffix is that of another format.
         ExportError: where it cannot be written.
     """
     if not isinstance(path, str | Path) or not str(path):
         raise InputError(f"path is {path!r}; expected the name of a file to write, e.g. 'partition.html'")
+    suffix = Path(path).suffix.lower()
+    if suffix in _SUFFIXES and suffixes and suffix not in suffixes:
+        raise InputError(
+            f"path is {str(path)!r}; expected a name that ends in {suffixes[0]}, which is what is written (save_html "
+            "writes pages, save_svg SVG, save_image PNG and PDF)"
+        )
     write_whole(path, content, failure="the picture cannot be written")

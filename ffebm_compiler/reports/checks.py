@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,13 +14,11 @@ from torch import Tensor
 
 from ffebm_compiler.errors import GradientError, InputError
 from ffebm_compiler.gradient_choice import assign_digital, own_gradient
+from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.reports.text import table_text
 from ffebm_compiler.runtime.estimators.choice import estimator_of
 from ffebm_compiler.runtime.solvers.measured import Measured
-
-if TYPE_CHECKING:
-    from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["Agreement", "Comparison", "GradientReport", "check_gradients", "compare"]
 
@@ -169,9 +167,18 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
         loss_fn: takes the hybrid's output and returns a scalar loss.
 
     Raises:
-        InputError: where the loss is no finite scalar.
+        InputError: where `hybrid` is no hybrid, `loss_fn` no function, or the loss no finite scalar.
         GradientError: where no parameter receives a gradient.
     """
+    if not isinstance(hybrid, HybridCore):
+        raise InputError(
+            f"hybrid is a {type(hybrid).__name__}; expected a hybrid, which convert(model, inputs) returns"
+        )
+    if not callable(loss_fn):
+        raise InputError(
+            f"loss_fn is a {type(loss_fn).__name__}; expected a function of the hybrid's output that returns a scalar, "
+            "e.g. lambda output: cross_entropy(output, labels)"
+        )
     reference = _gradients(hybrid, inputs, loss_fn, "unrolled", torch.float64, quiet=True)
     if not reference:
         raise GradientError("no parameter of the hybrid receives a gradient: does any require one (requires_grad)?")
@@ -234,7 +241,8 @@ def _gradients(
         loss = loss_fn(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
             raise InputError("loss_fn must return a finite scalar tensor, e.g. cross_entropy(output, labels)")
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from ffebm_compiler.hybrid_core import HybridCore
+    from ffebm_compiler.hybrid_parts import HybridParts
 
 __all__ = ["explained_failure", "refuse_transforms"]
 
@@ -34,7 +34,7 @@ def refuse_transforms() -> None:
         )
 
 
-def explained_failure(hybrid: HybridCore, names: Sequence[str], leaves: Sequence[Any], error: Exception) -> Exception:
+def explained_failure(hybrid: HybridParts, names: Sequence[str], leaves: Sequence[Any], error: Exception) -> Exception:
     """The error of a failed call: an `InputError` where inputs and weights are of two devices or dtypes, else itself.
 
     Args:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ffebm_compiler.errors import ConvergenceError, GradientError
 from ffebm_compiler.runtime.devices.analog import Analog
 from ffebm_compiler.runtime.estimators.base import Estimator, aligned
 from ffebm_compiler.runtime.estimators.situation import Situation
@@ -112,9 +113,16 @@ class Settle(torch.autograd.Function):
     def backward(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
         try:
             return Settle._gradients(ctx, *visible)
-        except BaseException:
+        except BaseException as failure:
             if ctx.kept_gradients is not None:
                 ctx.kept_gradients.restore()
+            spoilt = any(error is not None and not bool(torch.isfinite(error).all()) for error in visible)
+            if isinstance(failure, ConvergenceError) and spoilt:
+                raise GradientError(
+                    f"the gradient of the loss at the outputs of {ctx.block.program.name} holds NaN or infinite values: "
+                    "look at the loss and at the digital parts after the block (a logarithm of 0, an overflow in half "
+                    "precision)"
+                ) from failure
             raise
 
     @staticmethod

@@ -158,3 +158,12 @@ def test_submodules_are_there_without_an_import_of_their_own() -> None:
     code = "import ffebm_compiler as ffebm; print(ffebm.onnx.verify.__name__, ffebm.drawing.save_html.__name__)"
     ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["verify", "save_html"]
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize("gradient", ["ep", "implicit"])
+def test_a_loss_that_is_not_finite(factor: float, gradient: str) -> None:
+    hybrid = ffebm.convert(network(), X, gradient=gradient)
+    with pytest.raises(ffebm.GradientError, match="gradient of the loss at the outputs of block_1 holds NaN or inf"):
+        (hybrid(X) * factor).sum().backward()
+    assert all(parameter.grad is None for parameter in hybrid.parameters())

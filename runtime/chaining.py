@@ -119,9 +119,9 @@ class Settle(torch.autograd.Function):
             spoilt = any(error is not None and not bool(torch.isfinite(error).all()) for error in visible)
             if isinstance(failure, ConvergenceError) and spoilt:
                 raise GradientError(
-                    f"the gradient of the loss at the outputs of {ctx.block.program.name} holds NaN or infinite values: "
-                    "look at the loss and at the digital parts after the block (a logarithm of 0, an overflow in half "
-                    "precision)"
+                    f"the gradient of the loss at the outputs of {ctx.block.program.name} holds NaN or infinite "
+                    "values: look at the loss and at the digital parts after the block (a logarithm of 0, an overflow "
+                    "in half precision)"
                 ) from failure
             raise
 

@@ -138,6 +138,11 @@ def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
             return NodeInfo(Role.DIGITAL, path, "its kernel depends on the input, so that it is no weight")
         return NodeInfo(Role.DIGITAL, path, TWO_ACTIVATIONS)
     owner = _layer_path(program, weight, path)
+    if not weight.meta["val"].numel():
+        shape = tuple(weight.meta["val"].shape)
+        return NodeInfo(
+            Role.DIGITAL, owner, f"its weight is empty (shape {shape}), so that no device holds it", "weight"
+        )
     if not node.meta["val"].is_floating_point():
         kind = str(node.meta["val"].dtype).removeprefix("torch.")
         return NodeInfo(Role.DIGITAL, owner, f"its values are {kind} and energy blocks are real numbers", "weight")

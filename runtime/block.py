@@ -18,7 +18,7 @@ from ffebm_compiler.runtime.devices.arrays import Arrays
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
-from ffebm_compiler.runtime.finite import check_inputs, check_weights
+from ffebm_compiler.runtime.finite import check_feedback, check_inputs, check_range, check_weights
 from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
@@ -285,6 +285,7 @@ class EnergyBlock(nn.Module):
         """
         if not self.program.coupled or not self.enabled:
             return FreePhase(frame, self.setting, source=True), Settled(0, 0.0, True, "")
+        check_feedback(self.name, self.scales, frame.inputs[0].dtype)
         phase, settled = self._settled(frame)
         needed = None if settled.converged else self.gain.needed(frame.weights)
         if needed is not None:
@@ -392,6 +393,7 @@ class EnergyBlock(nn.Module):
         """Raise an error if the block diverged because its inputs or weights are not finite."""
         check_inputs(self.name, frame.inputs)
         check_weights(self.name, frame.weights)
+        check_range(self.name, Frame(self.program, frame.inputs, frame.weights).feedforward)
 
     def laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The tensors in the memory layout in which this block's sweeps are fastest."""

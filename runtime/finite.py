@@ -1,8 +1,8 @@
-"""Refusals of values that are NaN or infinite, where a block or a hybrid meets them."""
+"""Refusals of values that are NaN, infinite or beyond a dtype, where a block or a hybrid meets them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import InputError
 
-__all__ = ["check_inputs", "check_weights", "in_a_pipeline"]
+__all__ = ["check_feedback", "check_inputs", "check_range", "check_weights", "in_a_pipeline"]
 
 
 def check_inputs(name: str, inputs: Sequence[Tensor]) -> None:
@@ -31,6 +31,29 @@ def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:
                 f"weight {index} of {name}, of shape {tuple(weight.shape)}, holds NaN or infinite values. Training may "
                 "have diverged; lower the learning rate or reload a checkpoint"
             )
+
+
+def check_range(name: str, feedforward: Callable[[], Sequence[Tensor]]) -> None:
+    """Refuse inputs and weights with which the squares of a block's states overflow already without feedback."""
+    with torch.no_grad():
+        states = feedforward()
+    for index, state in enumerate(states):
+        if not bool(torch.isfinite(torch.linalg.vector_norm(state))):
+            raise InputError(
+                f"state {index} of {name} reaches {float(state.abs().amax()):.2g} without any feedback, so that its "
+                f"norm overflows {state.dtype}: scale the weights or the inputs, put a norm before the block, or use "
+                "hybrid.double()"
+            )
+
+
+def check_feedback(name: str, scales: Sequence[float], dtype: torch.dtype) -> None:
+    """Refuse a feedback gain γ = c_m/c_l that the dtype of the states cannot hold."""
+    largest, end = max(scales) / min(scales), torch.finfo(dtype).max
+    if largest > end:
+        raise InputError(
+            f"the feedback gain γ of {name} is {largest:.2g}, since the weights between its states are small, and "
+            f"{dtype} ends at {end:.2g}: use bfloat16, float32 or float64, or a smaller feedback"
+        )
 
 
 def in_a_pipeline() -> str:

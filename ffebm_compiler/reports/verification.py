@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import FFEBMError, UnsupportedError
+from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.held import held_tensors
@@ -60,6 +60,7 @@ def _compare(
         folded: paths of the modules whose batch norm is folded. They are always in eval mode.
 
     Raises:
+        InputError: the source's outputs are not finite.
         FFEBMError: they deviate, which is a defect of the compiler.
     """
     for training in modes:
@@ -77,6 +78,13 @@ def _compare(
                     f"{_name(training)} mode: this is a defect of the compiler, please report the model"
                 )
             error, limit = _deviation(found, wanted)
+            if not error <= limit and not all(
+                bool(torch.isfinite(value).all()) for value in wanted if isinstance(value, Tensor)
+            ):
+                raise InputError(
+                    f"the source's own outputs for the example inputs hold NaN or infinite values in {_name(training)} "
+                    "mode, so that the hybrid cannot be compared with it: check the weights, and pass ordinary inputs"
+                )
             if not error <= limit and _agree_with_gradients(found, source, state, args, kwargs):
                 raise UnsupportedError(
                     f"in {_name(training)} mode the source computes something else where no gradient is recorded (its "
@@ -119,8 +127,10 @@ def _deviation(found: list[Any], wanted: list[Any]) -> tuple[float, float]:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖/‖wanted‖."""
-    return float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-12))
+    """‖found − wanted‖/‖wanted‖. Infinite values of both, such as masked scores, and NaN of both are no deviation."""
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    difference, size = (found - wanted).masked_fill(same, 0), wanted.masked_fill(~wanted.isfinite(), 0)
+    return float(difference.double().norm() / size.double().norm().clamp_min(1e-12))
 
 
 def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

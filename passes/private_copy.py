@@ -7,6 +7,7 @@ the hooks of the model's parameters.
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ def private_copy(model: nn.Module) -> nn.Module:
                 memo[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
     try:
         copied = copy.deepcopy(model, memo)
+    except RecursionError as error:
+        raise CaptureError(
+            f"the model {type(model).__name__} cannot be copied, since its modules lie deeper inside each other than "
+            f"Python's limit of {sys.getrecursionlimit()} calls allows: raise it (sys.setrecursionlimit), or hold the "
+            "modules in one list"
+        ) from error
     except Exception as error:
         raise CaptureError(
             f"the model {type(model).__name__} cannot be copied ({type(error).__name__}, {error}), and the converter "

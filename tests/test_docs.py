@@ -56,6 +56,18 @@ def test_every_public_name_is_in_the_reference_once_with_an_example() -> None:
     )
 
 
+def test_methods_of_a_hybrid_that_the_docs_call_are_in_the_reference() -> None:
+    shown = re.search(
+        r"autoclass:: ffebm_compiler\.HybridModel\n +:members: (.*)", (DOCS / "reference" / "convert.md").read_text()
+    )
+    assert shown is not None
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), *TUTORIALS]
+    called = {
+        name for page in pages for name in re.findall(r"\bhybrid\.([a-z]\w*)\(", page.read_text(encoding="utf-8"))
+    }
+    assert {name for name in called if not hasattr(torch.nn.Module, name)} <= {*shown[1].split(", "), "generate"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_the_reference_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -90,6 +90,14 @@ def test_a_feedback_gain_beyond_the_dtype() -> None:
         ffebm.convert(scaled(1e-20), noise(3, 4))(noise(3, 4))
 
 
+def test_modules_deeper_than_python_calls() -> None:
+    model: nn.Module = nn.Linear(4, 4)
+    for _ in range(300):
+        model = nn.Sequential(model)
+    with pytest.raises(ffebm.CaptureError, match=r"lie deeper inside each other than Python's limit of \d+ calls"):
+        ffebm.convert(model, noise(1, 4))
+
+
 class Masked(nn.Module):
     """Scores of which some are masked by minus infinity, and one is not a number."""
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,14 +18,6 @@ from ffebm_compiler.errors import FFEBMError, InputError
 __all__ = ["check_executor", "run"]
 
 _log = logging.getLogger(__name__)
-
-
-class Task(Protocol):
-    """One measurement."""
-
-    @property
-    def key(self) -> str:
-        """Names it among the others."""
 
 
 Work = Callable[[Any], Found]

@@ -14,7 +14,11 @@ __all__ = ["static_value"]
 
 
 def static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | None]) -> Tensor | None:
-    """Value of a node that depends on parameters alone; None if it depends on the inputs."""
+    """Value of a node that depends on parameters alone; None if it depends on the inputs.
+
+    What blocks return depends on the inputs. The graph behind them is not walked, so that neither depth nor time grow
+    with the number of blocks.
+    """
     if not isinstance(node, fx.Node):
         return None
     if node in known:
@@ -24,9 +28,10 @@ def static_value(run: fx.GraphModule, node: Any, known: dict[fx.Node, Tensor | N
         value = operator.attrgetter(str(node.target))(run)
     elif node.op != "placeholder":
         module = run.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, EnergyBlock | FeedforwardBlock):  # nothing behind it is static for the block
+            return None
         operands = {operand: static_value(run, operand, known) for operand in node.all_input_nodes}
-        known_alone = all(operand is not None for operand in operands.values())
-        if known_alone and not isinstance(module, EnergyBlock | FeedforwardBlock):
+        if all(operand is not None for operand in operands.values()):
             args, kwargs = fx.map_arg((node.args, node.kwargs), operands.__getitem__)
             value = (module or node.target)(*args, **kwargs)  # type: ignore[operator]
     known[node] = value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from pathlib import Path
 
@@ -96,6 +98,22 @@ def test_modules_deeper_than_python_calls() -> None:
         model = nn.Sequential(model)
     with pytest.raises(ffebm.CaptureError, match=r"lie deeper inside each other than Python's limit of \d+ calls"):
         ffebm.convert(model, noise(1, 4))
+
+
+def test_reports_of_a_deep_network_do_not_recurse() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(60) for layer in (nn.Linear(4, 4), nn.Tanh())]
+    hybrid = ffebm.convert(nn.Sequential(*layers), noise(1, 4), hardware=ffebm.Hardware(layers_per_block=2))
+    assert len(hybrid.blocks) == 30
+    for parameter in hybrid.parameters():  # so that the loop gain is measured anew
+        parameter.data.mul_(0.9)
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 70)
+    try:
+        assert hybrid.operands_of("block_30")[1][0] is not None
+    finally:
+        sys.setrecursionlimit(before)
+    assert 0.08 < hybrid.blocks[-1].loop_gain <= 0.1
 
 
 class Masked(nn.Module):

@@ -8,6 +8,9 @@ the budget stays digital, and the next is tried. Here both measure mappings in t
 results are built as plans and confirmed with the same devices that neither search has seen. Where they do not confirm a
 mapping, the next of the same search is taken, within a smaller budget. In the end both plans are judged with 20 further
 devices, which decide nothing. LionHeart also trains its networks for the hardware, which is left out on both sides.
+
+`--larger 5000` also measures every mapping with more multiply-accumulates than both results, if there are no more than
+so many: the first that is within the budget on the same devices, and is confirmed by them, is the best there is.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
@@ -47,17 +50,20 @@ _JUDGED = 2_000_003
 """Added to the seeds of the devices that judge both results."""
 
 
-def greedy_by_macs(mappings: Mappings, most: float) -> list[Mapping]:
-    """The mappings that the greedy order accepts, the last and largest first."""
+def greedy_by_macs(mappings: Mappings, most: float, refused: Collection[Mapping]) -> Iterator[Mapping]:
+    """The mapping that the greedy order ends with. If it is refused, the greedy order's end without it, and so on."""
     order = sorted(range(len(mappings.parts)), key=lambda index: -mappings.parts[index].macs)
     mappings.drop(frozenset(order))  # for the report
-    mapping: Mapping = frozenset()
-    accepted = []
-    for index in order:
-        if mappings.drop(mapping | {index}) <= most:
-            mapping |= {index}
-            accepted.append(mapping)
-    return accepted[::-1]
+    given = set(refused)
+    while True:
+        mapping: Mapping = frozenset()
+        for index in order:
+            if mapping | {index} not in given and mappings.drop(mapping | {index}) <= most:
+                mapping |= {index}
+        if not mapping:
+            return
+        yield mapping
+        given.add(mapping)
 
 
 def compare(name: str, setting: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -101,7 +107,54 @@ def compare(name: str, setting: str, options: argparse.Namespace) -> list[dict[s
         row |= {"mappings": len(planner.mappings.seen), "seconds": time.process_time() - started}
         row |= {"judged": None if plan is None else judged(planner, plan, options.judges)}
         rows.append(row)
+    if options.larger:
+        rows.append(best_of_all(planner, rows, options))
     return rows
+
+
+def larger(macs: Sequence[int], least: int, most: int) -> list[Mapping] | None:
+    """All mappings with more multiply-accumulates than `least`, the largest first. None: there are more than `most`."""
+    order = sorted(range(len(macs)), key=lambda index: macs[index])
+    spare = sum(macs) - least
+    found: list[tuple[int, Mapping]] = [(0, frozenset())]
+    for index in order:  # sets of digital layers
+        found += [(sum_ + macs[index], some | {index}) for sum_, some in found if sum_ + macs[index] < spare]
+        if len(found) > most:
+            return None
+    everything = frozenset(order)
+    return [everything - some for sum_, some in sorted(found, key=lambda each: each[0]) if sum_ < spare]
+
+
+def within(mappings: Mappings, mapping: Mapping, most: float) -> bool:
+    """Whether the mean drop is at most so much. Stops when even no error on all further devices could not save it."""
+    for draws in range(1, mappings.draws + 1):
+        drop = replace(mappings, draws=draws, seen={}, deviations={}).drop(mapping)
+        hoped = (mappings.draws - draws) * (mappings.source - 1)  # an accuracy is at most 1
+        if draws * drop + hoped > mappings.draws * most:
+            return False
+    return True
+
+
+def best_of_all(planner: Planner, rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """The row of the largest mapping of all that passes what the result of a search has to pass."""
+    mappings, started = planner.mappings, time.process_time()
+    best = max(rows, key=lambda row: row["share"])
+    macs = [part.macs for part in mappings.parts]
+    candidates = larger(macs, round(best["share"] * planner.measure.hybrid.plan.analog_macs), options.larger)
+    measured = f"more than {options.larger}" if candidates is None else len(candidates)
+    row = {**best, "search": "all larger mappings", "mappings": measured}
+    for mapping in candidates or ():
+        if not within(mappings, mapping, options.max_drop) or mappings.drop_again(mapping) > options.max_drop:
+            continue
+        plan = planner.plan_of(mapping)
+        drops = planner.confirmed(plan)
+        if statistics.fmean(drops) <= options.max_drop:
+            digital = [mappings.parts[index].name for index in range(len(macs)) if index not in mapping]
+            row |= {"share": plan.analog_macs / planner.measure.hybrid.plan.analog_macs, "digital layers": digital}
+            row |= {"digital": len(digital), "drop": statistics.fmean(drops)}
+            row |= {"judged": judged(planner, plan, options.judges)}
+            break
+    return row | {"seconds": time.process_time() - started}
 
 
 def judged(planner: Planner, plan: ffebm.Plan, draws: int) -> tuple[float, float]:
@@ -150,6 +203,7 @@ def main() -> int:
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--judges", type=int, default=20, help="devices that judge the results")
+    parser.add_argument("--larger", type=int, default=0, help="larger mappings that are measured at most")
     parser.add_argument("--jobs", type=int, default=1, help="networks and settings that are done at once")
     parser.add_argument("--device", default="cpu", help="where networks and data lie")
     parser.add_argument("--quick", action="store_true", help="small networks and little data")

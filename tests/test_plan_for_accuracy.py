@@ -165,8 +165,8 @@ class Added(Mappings):
         return [self.seen[mapping] for mapping in wanted]
 
 
-def exact(macs: list[int], losses: list[float], most: float) -> int:
-    """The best mapping of all."""
+def exact(macs: list[int], losses: list[float], most: float, refused: int) -> int:
+    """The multiply-accumulates of the best mapping of all but so many that are better."""
     numbers = range(len(macs))
     within = [
         sum(macs[i] for i in some)
@@ -174,10 +174,12 @@ def exact(macs: list[int], losses: list[float], most: float) -> int:
         for some in itertools.combinations(numbers, size)
         if sum(losses[i] for i in some) <= most
     ]
-    return max(within)
+    return sorted(within, reverse=True)[refused]
 
 
-def test_the_search_against_the_exact_optimum_of_added_losses() -> None:
+@pytest.mark.parametrize(("refused", "least"), [(0, 0.95), (3, 0.85)])
+def test_the_search_against_the_exact_optimum_of_added_losses(refused: int, least: float) -> None:
+    """The best mapping, and the best one left when three were refused."""
     generator = torch.Generator().manual_seed(3)
     shares, equal = [], 0
     for _ in range(40):
@@ -185,22 +187,30 @@ def test_the_search_against_the_exact_optimum_of_added_losses() -> None:
         losses = [float(value) for value in torch.rand(9, generator=generator) ** 3]
         most = 0.4 * sum(losses)
         mappings = Added(macs, losses)
-        found = search(mappings, most)
-        assert mappings.seen[found[0]] <= most
-        best = exact(macs, losses, most)
-        shares.append(mappings.macs(found[0]) / best)
-        equal += mappings.macs(found[0]) == best
-        assert [mappings.macs(each) for each in found] == sorted((mappings.macs(each) for each in found), reverse=True)
-    assert min(shares) >= 0.95
+        found = list(itertools.islice(search(mappings, most), refused + 1))
+        assert all(mappings.seen[each] <= most for each in found)
+        assert len(set(found)) == refused + 1
+        best = exact(macs, losses, most, refused)
+        shares.append(mappings.macs(found[-1]) / best)
+        equal += mappings.macs(found[-1]) == best
+    assert min(shares) >= least
     assert equal >= 30
 
 
 def test_fixed_parts_and_a_budget_for_nothing() -> None:
     mappings = Added([5, 50, 10], [0.3, 0.2, 0.1])
-    assert search(mappings, 0.45, fixed=frozenset({0})) == [frozenset({0, 2}), frozenset({0})]
-    assert search(Added([5, 50], [0.3, 0.2]), 0.1) == []
-    assert search(Added([5, 50], [0.3, 0.2]), 0.1, fixed=frozenset({0})) == []
-    assert search(Added([5, 50], [0.3, 0.2]), 0.0, trials=0) == []
+    assert list(search(mappings, 0.45, fixed=frozenset({0}))) == [frozenset({0, 2}), frozenset({0})]
+    assert list(search(Added([5, 50], [0.3, 0.2]), 0.1)) == []
+    assert list(search(Added([5, 50], [0.3, 0.2]), 0.1, fixed=frozenset({0}))) == []
+    assert list(search(Added([5, 50], [0.3, 0.2]), 0.0, trials=0)) == []
+    everything = search(Added([5, 50], [0.3, 0.2]), 1.0, trials=0)
+    assert [next(everything), next(everything)] == [frozenset({0, 1}), frozenset({1})]
+
+
+def test_a_refused_mapping_counts_as_above_the_budget() -> None:
+    mappings = Added([100, 10, 1], [0.1, 0.1, 0.05])
+    assert next(search(mappings, 0.2)) == frozenset({0, 1})
+    assert next(search(mappings, 0.2, refused=[frozenset({0, 1})])) == frozenset({0, 2})
 
 
 def test_a_mapping_is_measured_as_the_plan_without_the_other_layers() -> None:

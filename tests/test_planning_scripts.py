@@ -33,11 +33,27 @@ def test_which_layers_matter(tmp_path: Path) -> None:
 def test_both_searches_are_compared(tmp_path: Path) -> None:
     pytest.importorskip("mnist1d")
     out = tmp_path / "rows.json"
-    some = ("--only", "mnist1d", "--settings", "reram@86400", "--draws", "1", "--judges", "2", "--max-drop", "0.05")
+    some = (
+        "--only",
+        "mnist1d",
+        "--settings",
+        "reram@86400",
+        "--draws",
+        "1",
+        "--judges",
+        "2",
+        "--max-drop",
+        "0.05",
+        "--larger",
+        "20",
+    )
     done = run("benchmarks/accuracy_planning.py", *some, "--folder", str(tmp_path), "--out", str(out))
     assert done.returncode == 0, done.stderr
-    greedy, ours = json.loads(out.read_text())
+    greedy, ours, best = json.loads(out.read_text())
+    assert best["search"] == "all larger mappings"
+    assert max(greedy["share"], ours["share"]) <= best["share"] <= 1
+    assert best["mappings"] < 16
     assert (greedy["search"], ours["search"]) == ("greedy by MACs", "plan_for_accuracy")
     assert greedy["full"] == ours["full"]
     assert 0 <= greedy["share"] <= 1
-    assert len([line for line in done.stdout.splitlines() if line.startswith("| mnist1d | reram@86400 | 4 |")]) == 2
+    assert len([line for line in done.stdout.splitlines() if line.startswith("| mnist1d | reram@86400 | 4 |")]) == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -20,12 +20,15 @@ _RUNGS = 2000
 """Mappings with the most multiply-accumulates for their losses that are kept at most."""
 _TRIALS = 2
 """How many mappings the improvement measures for each part at most."""
+_AGAIN = 2
+"""How many it measures at least after a mapping was refused, if it may measure any."""
 _CONSIDERED = 1000
 _PAIRS = 64
 """Up to so many parts, two may become analog in one step."""
 
 Mapping = frozenset[int]
 """Numbers of the parts that are analog."""
+Refused = Collection[Mapping]
 
 
 @dataclass
@@ -56,7 +59,8 @@ class Mappings:
         wanted = list(mappings)
         draws = range(self.draws)
         settings = {mapping: self._settings(mapping, draws) for mapping in wanted if mapping not in self.seen}
-        run(self.measure, [each for some in settings.values() for each in some], title, self.journal, self.executor)
+        if settings:
+            run(self.measure, [each for some in settings.values() for each in some], title, self.journal, self.executor)
         for mapping, some in settings.items():
             self.seen[mapping] = self._mean(some)
             known = all(self.journal.results[each.key].get("deviation") is not None for each in some)
@@ -99,44 +103,66 @@ class Mappings:
         return [Setting(f"analog {key} | {draw}", told, operations, settling, draw) for draw in draws]
 
 
-def search(mappings: Mappings, most: float, fixed: Mapping = frozenset(), trials: int | None = None) -> list[Mapping]:
-    """Mappings whose measured drop is at most `most`, that with the most analog multiply-accumulates first.
+def search(
+    mappings: Mappings, most: float, refused: Refused = (), fixed: Mapping = frozenset(), trials: int | None = None
+) -> Iterator[Mapping]:
+    """Mappings whose measured drop is at most `most`: that with the most analog multiply-accumulates first.
 
     1. The loss of every part alone: the deviation of the outputs, which adds up, or the drop.
     2. As if losses added up, the mappings with the most multiply-accumulates for their sum of losses: the rungs of a
        ladder from nothing to everything analog. Bisection finds the highest rung whose own drop, measured as a whole,
        is within the budget.
     3. Parts become analog in the order of their multiply-accumulates, each if the drop stays within the budget.
-    4. The better mapping of 2 and 3 is improved while measurements allow: digital parts become analog again, or change
+    4. The best mapping of all these is improved while measurements allow: digital parts become analog again, or change
        places with analog ones of fewer multiply-accumulates. Steps that the losses promise to be within the budget
        come first.
+    5. Who asks for the next mapping refuses the last one. Then 3 and 4 are done again without it, 4 with a few
+       measurements more.
 
     Args:
         mappings: what is measured.
         most: the largest drop.
+        refused: mappings that count as above the budget, whatever was measured.
         fixed: parts that stay analog.
         trials: how many mappings step 4 measures at most. None is two for each part.
 
-    Returns:
-        The mappings within the budget, or none.
+    Yields:
+        The largest mapping within the budget, and, each time it is refused, the largest of those found without it.
     """
+    refused = set(refused)
+
+    def within(mapping: Mapping) -> bool:
+        return mapping not in refused and mappings.drop(mapping) <= most
+
     everything = frozenset(range(len(mappings.parts)))
-    mappings.drop(everything)
-    if mappings.seen[everything] > most:
-        losses = mappings.losses()
-        free = sorted(everything - fixed)
-        rungs = [fixed | some for some in _ladder(mappings, free, losses)]
-        low, high = -1, len(rungs) - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            if not rungs[middle] or mappings.drop(rungs[middle]) <= most:
-                low = middle
-            else:
-                high = middle
-        start = max(rungs[low] if low >= 0 else fixed, _by_macs(mappings, free, fixed, most), key=mappings.macs)
-        _improve(mappings, start, most, fixed, losses, _TRIALS * len(free) if trials is None else trials)
-    within = [mapping for mapping, drop in mappings.seen.items() if drop <= most and mapping and fixed <= mapping]
-    return sorted(within, key=lambda mapping: (-mappings.macs(mapping), mappings.seen[mapping]))
+    if within(everything):
+        yield everything
+        refused.add(everything)
+    losses = mappings.losses()
+    free = sorted(everything - fixed)
+    rungs = [fixed | some for some in _ladder(mappings, free, losses)]
+    low, high = -1, len(rungs) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if not rungs[middle] or within(rungs[middle]):
+            low = middle
+        else:
+            high = middle
+
+    def best() -> Mapping | None:
+        found = (each for each in mappings.seen if each and fixed <= each and within(each))
+        return min(found, key=lambda each: (-mappings.macs(each), mappings.seen[each]), default=None)
+
+    trials = left = _TRIALS * len(free) if trials is None else trials
+    while True:
+        _by_macs(mappings, free, fixed, within)
+        left = _improve(mappings, best() or fixed, within, fixed, losses, left)
+        found = best()
+        if found is None:
+            return
+        yield found
+        refused.add(found)
+        left = max(left, min(trials, _AGAIN))
 
 
 @dataclass(frozen=True)
@@ -177,19 +203,26 @@ def _ladder(mappings: Mappings, free: Sequence[int], losses: Sequence[float]) ->
     return [rung.parts() for rung in rungs]
 
 
-def _by_macs(mappings: Mappings, free: Sequence[int], fixed: Mapping, most: float) -> Mapping:
-    """Parts become analog one after the other, those with the most multiply-accumulates first, within the budget."""
+def _by_macs(mappings: Mappings, free: Sequence[int], fixed: Mapping, within: Callable[[Mapping], bool]) -> None:
+    """Measure how parts become analog one after the other, those with the most multiply-accumulates first, within the budget."""
     mapping = fixed
     for index in sorted(free, key=lambda index: -mappings.parts[index].macs):
-        if mappings.drop(mapping | {index}) <= most:
+        if within(mapping | {index}):
             mapping |= {index}
-    return mapping
 
 
 def _improve(
-    mappings: Mappings, start: Mapping, most: float, fixed: Mapping, losses: Sequence[float], trials: int
-) -> None:
-    """Add digital parts and exchange them while that gives more analog multiply-accumulates within the budget."""
+    mappings: Mappings,
+    start: Mapping,
+    within: Callable[[Mapping], bool],
+    fixed: Mapping,
+    losses: Sequence[float],
+    trials: int,
+) -> int:
+    """Add digital parts and exchange them while that gives more analog multiply-accumulates within the budget.
+
+    Returns how many trials are left.
+    """
 
     def lost(mapping: Mapping) -> float:
         return sum(losses[index] for index in mapping)
@@ -198,16 +231,17 @@ def _improve(
     improved = True
     while improved and left > 0:
         improved = False
-        largest = max((lost(mapping) for mapping, drop in mappings.seen.items() if drop <= most), default=0.0)
+        largest = max((lost(mapping) for mapping in mappings.seen if within(mapping)), default=0.0)
         for mapping in _steps(mappings, current, fixed, losses, largest - lost(current)):
-            if mapping in mappings.seen and mappings.seen[mapping] > most:
+            if mapping in mappings.seen and not within(mapping):
                 continue
             if left <= 0:
                 break
             left -= mapping not in mappings.seen
-            if mappings.drop(mapping) <= most:
+            if within(mapping):
                 current, improved = mapping, True
                 break
+    return left
 
 
 def _steps(mappings: Mappings, current: Mapping, fixed: Mapping, losses: Sequence[float], room: float) -> list[Mapping]:

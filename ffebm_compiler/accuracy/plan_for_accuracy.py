@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.export import ExportedProgram
 from ffebm_compiler.accuracy.accuracy_plan import AccuracyPlan, AccuracyReport, DigitalLayer
 from ffebm_compiler.accuracy.evaluation import Evaluate, whole_number
 from ffebm_compiler.accuracy.mappings import Mapping as Layers
-from ffebm_compiler.accuracy.mappings import search
+from ffebm_compiler.accuracy.mappings import Refused, search
 from ffebm_compiler.accuracy.parts import Part
 from ffebm_compiler.accuracy.planner import Planner, plan_options
 from ffebm_compiler.convert import DEFAULT_FEEDBACK
@@ -100,28 +101,29 @@ def plan_for_accuracy(
     )
     if trials is not None:
         whole_number("trials", trials, 0)
-    return best_plan(planner, lambda budget: search(planner.mappings, budget, planner.fixed, trials))
+    return best_plan(planner, lambda most, refused: search(planner.mappings, most, refused, planner.fixed, trials))
 
 
-def best_plan(planner: Planner, find: Callable[[float], Sequence[Layers]]) -> AccuracyPlan:
+def best_plan(planner: Planner, find: Callable[[float, Refused], Iterator[Layers]]) -> AccuracyPlan:
     """The plan of the first mapping that unseen devices confirm.
 
-    A search picks mappings that its own devices flatter. So further devices screen the best of them, unless there is
-    only one. If unseen devices confirm none of those that pass, it searches again within a smaller budget.
+    A search picks mappings that its own devices flatter. So further devices screen the best of them, unless nothing
+    else was measured, and the search goes on without those that they refuse. If unseen devices confirm none of those
+    that pass, it begins again within a smaller budget.
 
     Args:
         planner: what is measured.
-        find: takes a budget, and returns mappings whose measured drop is within it, the best first.
+        find: takes a budget and mappings that are refused, and yields mappings whose measured drop is within it, the
+            best first. It is asked for another one if a mapping is refused.
 
     Raises:
         PlanError: they confirm none. Says what is reachable.
     """
     tried: dict[Layers, float] = {}
     for share in _BUDGETS:
-        fresh = [mapping for mapping in find(share * planner.max_drop) if mapping not in tried]
         confirmed = 0
-        for mapping in fresh[:_SCREENED]:
-            if len(fresh) > 1:
+        for mapping in itertools.islice(find(share * planner.max_drop, tuple(tried)), _SCREENED):
+            if len(planner.mappings.seen) > 1:
                 tried[mapping] = planner.mappings.drop_again(mapping)
                 if tried[mapping] > planner.max_drop:
                     continue

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ShapesCollection
 
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, PlanError
@@ -32,7 +32,7 @@ from ffebm_compiler.runtime.devices.devices import Devices, devices_of
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
-from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.base import Solver, checked_solver
 
 __all__ = ["convert", "plan"]
 
@@ -70,6 +70,11 @@ def _front(
         )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise InputError(f"kwargs must be a dictionary of the forward's keyword arguments, got {type(kwargs).__name__}")
+    if not (shapes is None or shapes == "batch" or isinstance(shapes, Mapping | tuple | list | ShapesCollection)):
+        raise InputError(
+            f"dynamic_shapes is {shapes!r}; expected 'batch', None, or what torch.export takes, the free dimensions of "
+            "each input, such as {'x': {0: torch.export.Dim('batch')}}"
+        )
     named = dict(kwargs or {})
     _refuse_hybrids(model)
     _refuse_empty_batch((tuple(args), named))
@@ -234,8 +239,7 @@ def convert(
     """
     kind = energy_of(energy)
     feedback = kind.check_feedback(kind.default_feedback if feedback is DEFAULT_FEEDBACK else feedback)
-    if solver is not None and not isinstance(solver, Solver):
-        raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
+    checked_solver(solver)
     estimator = estimator_of(gradient)
     own_feedback = feedback_weights_of(feedback_weights)
     chosen_devices = devices_of(devices)

@@ -50,7 +50,7 @@ from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.quantised_backprop import QuantisedBackprop
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.held_gain import recertify_each
-from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.base import Solver, checked_solver
 from ffebm_compiler.sharded import ShardedRun
 from ffebm_compiler.source_view import bind_forward, separate_tied, without_bound_forward
 
@@ -490,8 +490,7 @@ class HybridCore(HybridParts):
             InputError: `solver` is no solver.
             UnsupportedError: it is `Measured`, and a block's gradient estimator needs more than equilibria.
         """
-        if solver is not None and not isinstance(solver, Solver):
-            raise InputError(f"solver is a {type(solver).__name__}; expected a Solver such as GaussSeidel(), or None")
+        checked_solver(solver)
         for block in self._energy.values():
             check_measured(block, block.estimator, solver)
         for block in self._energy.values():

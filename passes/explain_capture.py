@@ -29,6 +29,11 @@ def explained(
     where = _where(source, error)
     if isinstance(error, NotTraceable):
         return CaptureError(f"the forward cannot be traced{where}: {error}")
+    if "dynamic_shapes" in _first_line(error):
+        return InputError(
+            f"dynamic_shapes does not fit the inputs ({_first_line(error)}): expected 'batch', None, or what "
+            "torch.export takes, the free dimensions of each input, such as {'x': {0: torch.export.Dim('batch')}}"
+        )
     rejection = rejection_of(source, args, kwargs)
     if rejection is not None and has_no_memory(source):
         return CaptureError(

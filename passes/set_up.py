@@ -55,7 +55,8 @@ class SetUp:
 def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: SetUp | None = None) -> SetUp:
     """Call a module in its present mode until it is set up. Results, draws and written state are undone.
 
-    A call that fails leaves the module as it was. The exporter will fail too, and that failure is explained.
+    A call that fails leaves the module as it was. Either the exporter fails too, and that failure is explained, or it
+    overlooks the cause, and `capture` says that the model rejects the inputs.
 
     Args:
         source: the module.

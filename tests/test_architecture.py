@@ -139,3 +139,19 @@ def test_the_page_has_the_passes_in_their_order() -> None:
     rows = re.findall(r"^\| `(\w+)`(?: \([^|]*\))? \|", PAGE, re.MULTILINE)
     named = [name for name in names_of_passes() if name != "split_large"]  # of step 3
     assert [name for name in rows if name in named] == named
+
+
+def test_the_page_is_of_the_present_code() -> None:
+    """Every file and name in docs/architecture.md exists, and its table of passes is the compiler's list."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    code = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("*/**/*.py") if ".venv" not in path.parts}
+    words = {word for text in code.values() for word in re.findall(r"\w+", text)} | {path.stem for path in code}
+    named = {name for name in re.findall(r"`([\w./]+)(?:\(\))?`", page) if not (ROOT / name).exists()}
+    files = {name for name in named if name.endswith(".py")}
+    assert [name for name in sorted(files) if not any(path.as_posix().endswith("/" + name) for path in code)] == []
+    assert [name for name in sorted(named - files) if name.rstrip("/").split("/")[-1].split(".")[-1] not in words] == []
+    table = page.split("| pass | after it |")[1].split("\n\n")[0]
+    source = (ROOT / "ffebm_compiler" / "pipeline.py").read_text(encoding="utf-8").split("def passes_for")[1]
+    order = source.split("annotated(options")[0].split("return [")[1]
+    passes = {path.stem for path in (ROOT / "passes").glob("*.py")}
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [n for n in re.findall(r"\w+", order) if n in passes]

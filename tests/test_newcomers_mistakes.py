@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,31 @@ def test_one_name_alone() -> None:
     assert ffebm.plan(network(), X, block_ops="avg_pool").options.block_ops == ("avg_pool",)
     with pytest.raises(ffebm.InputError, match="block_ops names 'avgpool'; expected some of"):
         ffebm.plan(network(), X, block_ops="avgpool")
+
+
+def test_settings() -> None:
+    for solver, named in ((ffebm.Anderson, "the class Anderson itself"), ("anderson", "a str")):
+        with pytest.raises(ffebm.InputError, match=f"solver is {named}; expected a Solver such as"):
+            ffebm.convert(network(), X, solver=solver)  # type: ignore[arg-type]
+    hybrid = ffebm.convert(network(), X, feedback=np.float32(0.25))  # type: ignore[arg-type]
+    assert hybrid.blocks[0].loop_gain == pytest.approx(0.25)
+    with pytest.raises(ffebm.InputError, match="solver is the class Anderson itself"):
+        hybrid.set_solver(ffebm.Anderson)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ("auto", "dynamic_shapes is 'auto'; expected 'batch', None, or what torch.export takes"),
+        (True, "dynamic_shapes is True; expected 'batch'"),
+        ({"x": {0: torch.export.Dim("batch")}}, r"dynamic_shapes does not fit the inputs \(.*\): expected 'batch'"),
+    ],
+)
+def test_dynamic_shapes(shapes: Any, message: str) -> None:
+    with pytest.raises(ffebm.InputError, match=message):
+        ffebm.convert(network(), X, dynamic_shapes=shapes)
+    free = ffebm.convert(network(), X, dynamic_shapes={"input": {0: torch.export.Dim("batch")}})
+    assert free(X[:2]).shape == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -174,7 +175,7 @@ def checked_gain(feedback: object, what: str) -> float | str:
     """
     if feedback == "symmetric":
         return "symmetric"
-    number = isinstance(feedback, int | float) and not isinstance(feedback, bool)
+    number = isinstance(feedback, Real) and not isinstance(feedback, bool)
     if not number or not 1e-12 <= feedback <= 1e12:  # type: ignore[operator]
         raise InputError(
             f"feedback is {feedback!r}; expected {what}, a number from 1e-12 to 1e12 (0.01 is the default, and all of "

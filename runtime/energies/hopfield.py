@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Hopfield(Energy):
         """A loop gain in (0, 1), or `"symmetric"`."""
         if feedback == "symmetric":
             return "symmetric"
-        if isinstance(feedback, bool) or not isinstance(feedback, int | float) or not 0 < feedback < 1:
+        if isinstance(feedback, bool) or not isinstance(feedback, Real) or not 0 < float(feedback) < 1:
             raise InputError(
                 f"feedback is {feedback!r}; expected a loop gain strictly between 0 and 1, below which every block is "
                 "certain to settle (0.1 is the default), or 'symmetric'"

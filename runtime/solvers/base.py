@@ -265,3 +265,15 @@ class GaussSeidel(Solver):
         if self.relaxation is None and problem.training and problem.relaxation < _WORTHWHILE:
             problem.relaxation = 1.0  # a first sweep that goes so little farther is worth a pass, later ones are not
         return change
+
+
+def checked_solver(solver: object) -> Solver | None:
+    """A solver, or None.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if solver is None or isinstance(solver, Solver):
+        return solver
+    given = f"the class {solver.__name__} itself" if isinstance(solver, type) else f"a {type(solver).__name__}"
+    raise InputError(f"solver is {given}; expected a Solver such as GaussSeidel(), or None")

@@ -154,4 +154,6 @@ def test_the_page_is_of_the_present_code() -> None:
     source = (ROOT / "ffebm_compiler" / "pipeline.py").read_text(encoding="utf-8").split("def passes_for")[1]
     order = source.split("annotated(options")[0].split("return [")[1]
     passes = {path.stem for path in (ROOT / "passes").glob("*.py")}
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [n for n in re.findall(r"\w+", order) if n in passes]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [
+        name for name in dict.fromkeys(re.findall(r"\w+", order)) if name in passes
+    ]

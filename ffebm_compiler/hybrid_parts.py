@@ -63,6 +63,7 @@ _OWN = frozenset(
         "_shared",
         "_sources",
         "_source",
+        "_written",
         "conversion",
         "devices",
         "energy_function",
@@ -91,6 +92,8 @@ class HybridParts(nn.Module):
         self._modules.update(source._modules)
         self._run = free_name(_RUN, source)
         self._modules[self._run] = lowered.graph_module
+        self._written = tuple(sorted(names_of_written_state(lowered.graph_module)))
+        """Names of the parameters, buffers and constants that a forward writes."""
         self._source = source
         self._plan = plan
         self._energy = dict(lowered.energy)
@@ -243,11 +246,8 @@ class HybridParts(nn.Module):
 
     def written_state(self) -> list[Tensor]:
         """The parameters and buffers that a forward writes, without statistics that follow a module's flag."""
-        run = self.lowered
-        constants = dict(run.named_buffers())
-        return [
-            constants[name] if name in constants else self._tensor(name) for name in sorted(names_of_written_state(run))
-        ]
+        constants = dict(self.lowered.named_buffers()) if self._written else {}
+        return [constants[name] if name in constants else self._tensor(name) for name in self._written]
 
     def certificate_of(self, name: str) -> Certificate | None:
         """The certificate of a block at its present weights and feedback, measured now if the weights have changed."""

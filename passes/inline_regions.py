@@ -133,7 +133,8 @@ def _inline(program: Program, node: fx.Node) -> None:
 
 def _detach(graph: fx.Graph) -> None:
     """Detach the values that operations under `no_grad` hand to operations outside."""
-    silent = {node for node in graph.nodes if node.op == "call_function" and without_gradient(node)}
+    # In the graph's order, so that the names of what is made here are the same in every process.
+    silent = dict.fromkeys(node for node in graph.nodes if node.op == "call_function" and without_gradient(node))
     for node in silent:
         if not isinstance(node.meta.get("val"), torch.Tensor) or _written_tensor(node) not in silent:
             continue  # a write under no_grad returns the older tensor itself, which keeps its history

@@ -55,3 +55,15 @@ def test_what_leaves_a_region_without_gradient_is_detached() -> None:
     assert grads["a.weight"] is None
     assert grads["b.weight"] is not None
     assert grads["c.weight"] is not None
+
+
+def test_detached_values_are_named_in_the_graphs_order() -> None:
+    class Many(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                parts = [torch.tanh(x + i) for i in range(12)]
+            return torch.stack([2 * part for part in parts]).sum(0)
+
+    program = inline_regions(capture(Many(), (noise(3, 6),), {}))
+    detached = [node.name for node in program.graph.nodes if node.target is torch.ops.aten.detach.default]
+    assert detached == ["detach_default", *(f"detach_default_{i}" for i in range(1, 12))]

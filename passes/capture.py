@@ -59,7 +59,7 @@ def capture(
     """
     if isinstance(model, ExportedProgram):
         source = module_of(model)
-        return program_of(model, source, "")
+        return program_of(model, source, "", copied=True)
     check_model(model)
     check_finite(model, args, kwargs)
     source = private_copy(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch.export.graph_signature import InputKind
 from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.ir import Program
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.code_when_run import graph_module_without_code
 from ffebm_compiler.passes.containers import PLAIN, Form, Recipe
 from ffebm_compiler.passes.held import held_tensors
 
@@ -25,6 +27,7 @@ def program_of(
     inputs: Recipe = PLAIN,
     outputs: Recipe = PLAIN,
     outside: Sequence[torch.Tensor] = (),
+    copied: bool = False,
 ) -> Program:
     """The program of an exported module.
 
@@ -35,6 +38,7 @@ def program_of(
         inputs: how to build the containers of the inputs from plain ones.
         outputs: how to build the containers of the outputs from plain ones.
         outside: tensors with `requires_grad` that the forward reads and no module registers.
+        copied: whether the passes get a copy of the graph, since they rewrite it and the exported module is the user's.
     """
     graph_module = exported.graph_module
     _complete_users(graph_module)
@@ -66,8 +70,9 @@ def program_of(
         else:
             raise CaptureError(f"the captured graph needs {spec.kind.name.lower()} {name!r}, which is not supported")
     symbol, hint = batch_of(graph_module, names)
+    graph = _copy_of(graph_module.graph) if copied else graph_module.graph
     program = Program(
-        graph_module=fx.GraphModule(graph_module, graph_module.graph),
+        graph_module=graph_module_without_code(graph_module, graph),
         source=source,
         lifted=lifted,
         constants=constants,
@@ -89,6 +94,14 @@ def _complete_users(graph_module: fx.GraphModule) -> None:
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             for operand in node.all_input_nodes:
                 operand.users.setdefault(node)
+
+
+def _copy_of(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes have the same names. fx names them anew, and calls an `input` `input_1`."""
+    copied = copy.deepcopy(graph)
+    for node, twin in zip(graph.nodes, copied.nodes, strict=True):
+        twin.name = node.name
+    return copied
 
 
 def place_of(tensor: torch.Tensor) -> tuple[object, ...]:

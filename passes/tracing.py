@@ -14,6 +14,7 @@
 - Attention and encoders take their ordinary path, not the fused one of eval mode.
 - Modules are found by their names, even if a method has the same name (`type`, `train`).
 - Operations note the lines of the forward that made them, without all that called it (`short_stacks`).
+- Graphs make their code when they are run (`code_when_run`).
 - A module with two names stays itself. The exporter's stand-ins are other objects to the model's code.
 """
 
@@ -37,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.code_when_run import code_when_run
 from ffebm_compiler.passes.data_checks import DataChecks
 from ffebm_compiler.passes.drawn_values import DrawnValues
 from ffebm_compiler.passes.explain_capture import NotTraceable
@@ -286,6 +288,7 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
             _unseeded,
             no_refused_hooks,
             short_stacks,
+            code_when_run,
         ):
             stack.enter_context(context())
         calls = UsersCalls(source)

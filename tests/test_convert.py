@@ -394,6 +394,17 @@ def test_exported_program_and_graph_module_are_models_too() -> None:
         assert list(hybrid.state_dict()) == list(model.state_dict())
 
 
+def test_an_exported_program_is_left_as_it_is() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 3))).eval()
+    x = noise(2, 4)
+    exported = torch.export.export(model, (x,), strict=False)
+    before = str(exported.graph)
+    hybrids = [ffebm.convert(exported, x) for _ in range(2)]
+    assert str(exported.graph) == before
+    torch.testing.assert_close(exported.module()(x), model(x))
+    assert hybrids[0].plan == hybrids[1].plan
+
+
 # -- names and state -----------------------------------------------------------------------------
 
 

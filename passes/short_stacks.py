@@ -1,7 +1,8 @@
 """Short stacks: the lines of the user's code that the exporter notes for every operation, without all that called them.
 
 The exporter symbolises the whole stack and reads the source line of each of its frames, a tenth of its time, and then
-keeps those from the outermost `forward` on.
+keeps those from the outermost `forward` on. Most frames are torch's own and stand at the same instruction for every
+operation, so that each is described once.
 
 Promise: the same text stands on every node. `torch.fx` is left as it was found.
 """
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import FrameSummary, StackSummary
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch.fx import proxy
@@ -22,30 +23,45 @@ __all__ = ["short_stacks"]
 _NAME = "CapturedTraceback"
 
 
-class _Stack:
-    """The running frames, in the place of `torch.utils._traceback.CapturedTraceback`."""
+class _Stacks:
+    """Describes running frames, in the place of the class `torch.utils._traceback.CapturedTraceback`."""
 
-    def __init__(self, frame: FrameType | None) -> None:
-        self._frame = frame
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[CodeType, FrameSummary]] = {}
+        """(id of code, index of its instruction) -> the code, kept so that its id stays its own, and its line."""
 
-    @staticmethod
-    def extract() -> _Stack:
+    def extract(self) -> _Stack:
         """The frames of the caller."""
-        return _Stack(sys._getframe(1))
+        return _Stack(sys._getframe(1), self)
+
+    def line(self, frame: FrameType) -> FrameSummary:
+        """Where a frame stands. Its source line is read when it is printed."""
+        code = frame.f_code
+        key = (id(code), frame.f_lasti)
+        known = self._known.get(key)
+        if known is None:
+            line = FrameSummary(code.co_filename, frame.f_lineno, code.co_name, lookup_line=False)
+            known = self._known[key] = (code, line)
+        return known[1]
+
+
+class _Stack:
+    """The running frames of one operation."""
+
+    def __init__(self, frame: FrameType | None, stacks: _Stacks) -> None:
+        self._frame = frame
+        self._stacks = stacks
 
     def summary(self) -> StackSummary:
-        """The frames from the outermost `forward` on, outermost first. Source lines are read when they are printed."""
-        found: list[tuple[FrameType, int]] = []
+        """The frames from the outermost `forward` on, outermost first."""
+        found: list[FrameType] = []
         outermost, frame = 0, self._frame
         while frame is not None:
-            found.append((frame, frame.f_lineno))
+            found.append(frame)
             if frame.f_code.co_name == "forward":
                 outermost = len(found)
             frame = frame.f_back
-        summary = StackSummary()
-        for frame, line in reversed(found[:outermost]):
-            summary.append(FrameSummary(frame.f_code.co_filename, line, frame.f_code.co_name, lookup_line=False))
-        return summary
+        return StackSummary(map(self._stacks.line, reversed(found[:outermost])))
 
 
 @contextmanager
@@ -55,7 +71,7 @@ def short_stacks() -> Iterator[None]:
     if before is None:
         yield
         return
-    setattr(proxy, _NAME, _Stack)
+    setattr(proxy, _NAME, _Stacks())
     try:
         yield
     finally:

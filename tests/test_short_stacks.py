@@ -18,9 +18,12 @@ class Model(nn.Module):
         self.layers = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 
     def helper(self, x: Tensor) -> Tensor:
-        return torch.cat([x, x], 1)[:, :3]
+        return torch.cat([x, x], 1)[:, :4]
 
     def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = self.helper(x)
+            x = self.helper(x).cos()
         return self.helper(self.layers(x)).sin() + x.shape[0]
 
 
@@ -37,6 +40,7 @@ def test_the_text_is_the_exporters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert short == stacks()
     assert "return self.helper(self.layers(x)).sin()" in short["sin"]
     assert "linear.py" in short["linear"]
+    assert short["cat"] == short["cat_2"] != short["cat_1"] == short["cat_3"] != short["cat_4"]
 
 
 def test_torch_is_as_before() -> None:

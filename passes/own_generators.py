@@ -29,21 +29,16 @@ class OwnGenerators:
         kinds: tuple[type, ...] = (torch.Generator, random.Random)
         if numpy is not None:
             kinds += (numpy.random.Generator, numpy.random.RandomState)
-        names = {
-            id(value): f"{path}.{key}" if path else key
-            for path, module in source.named_modules()
-            for key, value in vars(module).items()
-        }
         shared = [torch.default_generator, getattr(random.random, "__self__", None)]
         shared += [] if numpy is None else [numpy.random.random.__self__]
+        found = reachable(source) if reached is None else reached
+        own = [value for value in found if isinstance(value, kinds) and not any(value is known for known in shared)]
+        names = _attributes_that_hold(source, own)
         self.found: dict[str, Any] = {}
-        for value in reachable(source) if reached is None else reached:
-            if isinstance(value, kinds) and not any(value is known for known in shared):
-                kind = (
-                    f"a {type(value).__module__.removesuffix('._C').removesuffix('._generator')}.{type(value).__name__}"
-                )
-                name = f"{kind} ({names[id(value)]!r})" if id(value) in names else f"{kind} of the model's code"
-                self.found[f"{name}, {len(self.found)}" if name in self.found else name] = value
+        for value in own:
+            kind = f"a {type(value).__module__.removesuffix('._C').removesuffix('._generator')}.{type(value).__name__}"
+            name = f"{kind} ({names[id(value)]!r})" if id(value) in names else f"{kind} of the model's code"
+            self.found[f"{name}, {len(self.found)}" if name in self.found else name] = value
         self.states = {name: _state_of(value) for name, value in self.found.items()}
 
     def drawn(self) -> Iterator[str]:
@@ -58,6 +53,17 @@ class OwnGenerators:
         """Give every generator its former state."""
         for name, value in self.found.items():
             _set_state(value, self.states[name])
+
+
+def _attributes_that_hold(source: nn.Module, values: list[Any]) -> dict[int, str]:
+    """Id of each of these values that an attribute of a module holds -> the last such attribute's name."""
+    wanted = {id(value) for value in values}
+    return {
+        id(value): f"{path}.{key}" if path else key
+        for path, module in (source.named_modules() if wanted else ())
+        for key, value in vars(module).items()
+        if id(value) in wanted
+    }
 
 
 @contextmanager

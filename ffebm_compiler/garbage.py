@@ -1,7 +1,9 @@
 """Garbage: Python's collector of reference cycles runs rarely while a network is compiled.
 
 A compiler makes many objects that live on, nodes and their metadata above all. The collector walks all of them again
-and again, an eighth of the time that `torch.export` takes, and finds next to nothing.
+and again, an eighth of the time that `torch.export` takes, and finds next to nothing. Young objects are still collected
+in small numbers, while they are in the processor's caches. What survives that is walked after a million new objects,
+and what survives that too is left to the caller's next collection.
 """
 
 from __future__ import annotations
@@ -12,19 +14,22 @@ from contextlib import contextmanager
 
 __all__ = ["collected_rarely"]
 
-_OBJECTS = 100_000
-"""Number of new objects between two collections; Python's own is 700 to 2 000."""
+_THRESHOLDS = (2_000, 500, 1_000)
+"""New objects between two collections, and collections of one generation between two of the next.
+
+Python's own are 700 to 2 000, 10 and 10.
+"""
 
 
 @contextmanager
 def collected_rarely() -> Iterator[None]:
-    """While the context is open, collect reference cycles after every 100 000 new objects, not after a thousand.
+    """While the context is open, look for reference cycles among older objects after a million new ones.
 
-    Collections stay off if the caller has turned them off, and a higher threshold of the caller's stays.
+    Collections stay off if the caller has turned them off, and higher thresholds of the caller's stay.
     """
     before = gc.get_threshold()
-    if 0 < before[0] < _OBJECTS:
-        gc.set_threshold(_OBJECTS, *before[1:])
+    if before[0]:
+        gc.set_threshold(*map(max, before, _THRESHOLDS))
     try:
         yield
     finally:

@@ -65,7 +65,7 @@ def test_the_currents_of_a_tile(sizes: list[tuple[int, int]], exponents: list[fl
 
 
 def test_what_wires_take_from_a_large_tile() -> None:
-    """128×128 devices of up to 25 µS, 1 Ω a segment: the fast weights are off by a tenth of what the wires take, at most."""
+    """128×128 devices of up to 25 µS, 1 Ω a segment: fast weights miss at most a tenth of what the wires take."""
     g = 0.01 + 0.99 * noise(128, 128).double().abs().clamp_max(1)
     volts = torch.linspace(-0.2, 0.2, 128, dtype=torch.float64)
     (found,) = solved([((1 / (25e-6 * g)).tolist(), 1.0, volts[:, None].tolist())])

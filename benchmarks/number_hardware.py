@@ -25,7 +25,7 @@ from number_targets import (
 RESISTIVE, ANALOG = "Resistive networks", "Analog devices and planning"
 STRICT = "Strict circuits have no controlled sources, so that ngspice needs half the time; half of ours is overhead."
 READS = "At κ 0.1 the first layer's error current is below the noise of 16 reads; β 10 with 64 reads meets it."
-SAME = "Where all layers fit, or one layer decides, both orders end at the same mapping: docs/planning.md."
+SAME = "Where no larger mapping passes the same devices, both orders end at the largest that does: docs/planning.md."
 SIZES = (("32-24-10", 150), ("128-64-10", 1500), ("200-256-10", 10_000))
 
 

@@ -204,7 +204,7 @@ def _ladder(mappings: Mappings, free: Sequence[int], losses: Sequence[float]) ->
 
 
 def _by_macs(mappings: Mappings, free: Sequence[int], fixed: Mapping, within: Callable[[Mapping], bool]) -> None:
-    """Measure how parts become analog one after the other, those with the most multiply-accumulates first, within the budget."""
+    """Measure how parts become analog one by one within the budget, those with the most multiply-accumulates first."""
     mapping = fixed
     for index in sorted(free, key=lambda index: -mappings.parts[index].macs):
         if within(mapping | {index}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import statistics
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -294,3 +295,17 @@ def test_a_process_pool_gives_the_same_result() -> None:
         assert ffebm.sensitivity(hybrid, mean_of_outputs, DEVICES, draws=2, executor=pool) == expected
         with pytest.raises(ffebm.InputError, match="cannot send the work of sensitivity to its workers"):
             ffebm.sensitivity(hybrid, lambda net: mean_of_outputs(net), DEVICES, executor=pool)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_how_far_it_is(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    ffebm.sensitivity(hybrid_of(), score, DEVICES, draws=1)
+    shown = capsys.readouterr().err
+    assert ("sensitivity" in shown) == terminal, shown
+    found = re.findall(r"(\d+)/(\d+)", shown)
+    assert bool(found) == terminal
+    assert not terminal or found[-1][0] == found[-1][1]

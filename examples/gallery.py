@@ -2,14 +2,15 @@
 
     .venv/bin/python examples/gallery.py [NAME...] [--out docs]
 
-For each network it writes gallery/NAME.json (its plan, from which `make docs` makes its page), NAME.txt (the same in
-words) and NAME.png; when it draws all networks, also gallery.md with all figures. Without names: all.
+For each network it writes gallery/NAME.json (its plan on one line, from which `make docs` makes its page), NAME.txt
+(the same in words) and NAME.png; when it draws all networks, also gallery.md with all figures. Without names: all.
 Needs Chromium, its driver, selenium, torchvision, timm and transformers. Prints the files.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -245,7 +246,8 @@ def main() -> None:
         for name in names:
             network = NETWORKS[name]
             plan, parameters = planned(network)
-            plan.to_json(pictures / f"{name}.json")
+            compact = json.dumps(plan.to_dict(), separators=(",", ":"))
+            write_whole(pictures / f"{name}.json", compact + "\n")
             page = Path(folder) / f"{name}.html"
             save_html(plan, page, what_if=True, source=network.model)
             write_whole(pictures / f"{name}.txt", f"$ {network.command}\n{plan}\n")

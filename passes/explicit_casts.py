@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ffebm_compiler.ir import Pass, Program
+from ffebm_compiler.passes.emit import on_fakes
 from ffebm_compiler.passes.inline_regions import AUTOCAST, Autocast
 from ffebm_compiler.runtime.feedforward.casts import autocast_to, under_autocast
 
@@ -54,7 +55,7 @@ def _cast_operands(graph: fx.Graph, node: fx.Node, region: Autocast) -> None:
         for operand, dtype in casts.items():
             cast = graph.call_function(autocast_to, (operand, dtype))
             cast.meta = dict(node.meta)
-            with operand.meta["val"].fake_mode:
+            with on_fakes(operand.meta["val"].fake_mode):
                 cast.meta["val"] = operand.meta["val"].to(dtype)
             fresh[operand] = cast
     node.args = fx.map_arg(node.args, lambda operand: fresh.get(operand, operand))
@@ -100,7 +101,7 @@ def _copies(node: fx.Node, region: Autocast, enabled: bool) -> list[tuple[torch.
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: operand.meta.get("val"))
     values = [operand.meta.get("val") for operand in node.all_input_nodes]
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-    with mode, torch.no_grad(), torch.autocast(region.device, region.dtype, enabled), _Copies() as copies:
+    with on_fakes(mode), torch.no_grad(), torch.autocast(region.device, region.dtype, enabled), _Copies() as copies:
         try:
             node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:

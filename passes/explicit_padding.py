@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import Program, ensures
+from ffebm_compiler.passes.emit import on_fakes
 
 __all__ = ["explicit_padding"]
 
@@ -46,7 +47,7 @@ def explicit_padding(program: Program) -> Program:
         with graph.inserting_before(node):
             padded = graph.call_function(aten.constant_pad_nd.default, (value, sides))
             padded.meta = dict(node.meta)
-            with value.meta["val"].fake_mode:
+            with on_fakes(value.meta["val"].fake_mode):
                 padded.meta["val"] = aten.constant_pad_nd.default(value.meta["val"], sides)
             plain = graph.call_function(
                 _PLAIN[node.target],

@@ -16,6 +16,7 @@ from torch import fx
 
 from ffebm_compiler.ir import Pass, Program, module_path
 from ffebm_compiler.passes.dead_code import erase_dead
+from ffebm_compiler.passes.emit import on_fakes
 from ffebm_compiler.runtime.feedforward.blocks import ReboundBatchNorm
 
 __all__ = ["fold_batchnorm"]
@@ -98,7 +99,7 @@ def _fold(program: Program, node: fx.Node) -> None:
         fresh = graph.call_function(target, args)  # type: ignore[arg-type]
         fresh.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
         values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
-        with weight.meta["val"].fake_mode:
+        with on_fakes(weight.meta["val"].fake_mode):
             fresh.meta["val"] = target(*values)  # type: ignore[operator]
         return fresh
 

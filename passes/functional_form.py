@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ffebm_compiler.passes.emit import on_fakes
 from ffebm_compiler.runtime.feedforward.in_place import copied, filled
 
 __all__ = ["FunctionalForm", "functional_form", "is_random", "moves_no_data", "writes"]
@@ -50,7 +51,7 @@ class FunctionalForm:
         if mode is None:
             return None
         try:
-            with mode, torch.no_grad():
+            with on_fakes(mode), torch.no_grad():
                 return self.target(*args, **kwargs)
         except Exception:  # some sizes are known only at run time
             return None

@@ -24,6 +24,7 @@ from ffebm_compiler.hardware.layers import matches
 from ffebm_compiler.ir import Operation, OperationGraph, Program, Role
 from ffebm_compiler.passes.dead_code import erase_dead
 from ffebm_compiler.passes.dialect import WEIGHTS
+from ffebm_compiler.passes.emit import emit_like
 from ffebm_compiler.passes.partition.decide import too_large
 from ffebm_compiler.runtime.program.contraction import letters_of
 
@@ -278,11 +279,4 @@ class _Splitting:
         return self.slices[key]
 
     def _emit(self, target: object, *args: object, keywords: dict[str, object] | None = None) -> fx.Node:
-        fresh = self.graph.call_function(target, args, keywords or {})  # type: ignore[arg-type]
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in self.node.meta:
-                fresh.meta[key] = self.node.meta[key]
-        values: tuple[object, ...] = fx.map_arg(args, lambda node: node.meta["val"])  # type: ignore[type-var]
-        with self.weight.meta["val"].fake_mode:
-            fresh.meta["val"] = target(*values, **(keywords or {}))  # type: ignore[operator]
-        return fresh
+        return emit_like(self.graph, self.node, target, *args, keywords=keywords)  # type: ignore[arg-type]

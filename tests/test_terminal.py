@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import ffebm_compiler as ffebm
 import ffebm_compiler.cli.doctor as doctor
-from ffebm_compiler.cli.completion import models
+from ffebm_compiler.cli.completion import models, whole_words
 from ffebm_compiler.cli.main import main
 from ffebm_compiler.demo.models import DigitsCNN
 from ffebm_compiler.reports.checks import Agreement, GradientReport
@@ -189,6 +190,7 @@ def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
 def test_other_files_are_refused_with_a_way_forward(tmp_path: Path) -> None:
     (tmp_path / "broken.pt2").write_bytes(b"no archive")
     assert "cannot be read as an exported program" in refused("plan", str(tmp_path / "broken.pt2"))
+    assert "there is no file missing.pt2: name one that torch.export.save wrote" in refused("plan", "missing.pt2")
     assert "save it by torch.export.save" in refused("plan", "model.onnx")
     assert "name the model, and give this file by --weights" in refused("plan", "model.safetensors")
 
@@ -203,13 +205,52 @@ def test_names_of_models_are_completed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models("timm:res") == []
 
 
+# Words as bash has them in COMP_WORDS, the words that typer gets, and what stands before the last one.
+DIVIDED = {
+    "a model": (["ffebm", "plan", "timm", ":", "res"], ["ffebm", "plan", "res"], "timm:"),
+    "behind the colon": (["ffebm", "plan", "timm", ":"], ["ffebm", "plan", ""], "timm:"),
+    "behind a model": (["ffebm", "plan", "a.b", ":", "c", "--inp"], ["ffebm", "plan", "a.b:c", "--inp"], ""),
+    "two colons": (["ffebm", "plan", "m", ":", "f", "--input", "x", "=", "2", ":", "int"], None, "x=2:"),
+    "a value": (["ffebm", "plan", "--hardware", "=", "cr"], ["ffebm", "plan", "--hardware", "cr"], ""),
+    "behind the sign": (["ffebm", "plan", "--hardware", "="], ["ffebm", "plan", "--hardware", ""], ""),
+    "quoted": (["ffebm", "plan", "'timm:res"], ["ffebm", "plan", "'timm:res"], ""),
+    "nothing yet": (["ffebm", ""], ["ffebm", ""], ""),
+}
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_what_bash_divides_is_joined(case: str) -> None:
+    given, joined, before = DIVIDED[case]
+    environment = {"_FFEBM_COMPLETE": "complete_bash", "COMP_WORDS": "\n".join([*given, "later"])}
+    environment["COMP_CWORD"] = str(len(given) - 1)
+    whole_words(environment)
+    joined = joined or ["ffebm", "plan", "m:f", "--input", "int"]
+    assert environment["COMP_WORDS"].split("\n") == joined
+    assert environment["COMP_CWORD"] == str(len(joined) - 1)
+    assert environment.get("_FFEBM_BASH_BEFORE", "") == before
+
+
+def test_other_shells_divide_nothing() -> None:
+    environment = {"_FFEBM_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "ffebm plan timm:res"}
+    whole_words(environment)
+    assert list(environment) == ["_FFEBM_COMPLETE", "_TYPER_COMPLETE_ARGS"]
+
+
 @pytest.mark.slow
-def test_the_shell_completes_options() -> None:
-    environment = {**os.environ, "_FFEBM_COMPLETE": "complete_bash", "COMP_CWORD": "3"}
-    environment["COMP_WORDS"] = "ffebm plan --hardware cross"
-    ffebm_command = str(Path(sys.executable).with_name("ffebm"))
-    found = subprocess.run([ffebm_command], env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert found.stdout.split() == ["crossbar-256", "crossbar-64"]
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes() -> None:
+    script = """
+        source <(_FFEBM_COMPLETE=source_bash ffebm)
+        offers() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ffebm_completion ffebm; echo "${COMPREPLY[*]}"; }
+        offers ffebm plan transformers : gpt2
+        offers ffebm plan mine : model --hardware = cross
+    """
+    folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    found = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=240
+    )
+    assert found.stdout.splitlines() == ["gpt2", "crossbar-256 crossbar-64"]
 
 
 # -- doctor ----------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, TextIO
 
 import typer
 from typer.core import TyperGroup
 
+from ffebm_compiler.cli.completion import whole_words
 from ffebm_compiler.errors import FFEBMError
 
 __all__ = ["Commands", "show_warning"]
@@ -17,6 +19,11 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 class Commands(TyperGroup):
     """The commands. Every error that is raised on purpose becomes one line on stderr and exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line, or complete one for a shell."""
+        whole_words(os.environ)
+        return super().main(*args, **kwargs)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options before the command."""

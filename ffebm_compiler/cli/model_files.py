@@ -41,6 +41,8 @@ def model_of_file(path: Path) -> NamedModel:
     suffix = path.suffix.lower()
     if suffix != ".pt2":
         raise InputError((_ONNX if suffix == ".onnx" else _WEIGHTS).format(name=path))
+    if not path.is_file():
+        raise InputError(f"there is no file {path}: name one that torch.export.save wrote, or package.module:callable")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

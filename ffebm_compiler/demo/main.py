@@ -130,7 +130,8 @@ def _run(settings: DemoSettings, console: Console, quiet: bool) -> bool:
         with steps.working(f"export and run, batch norm {variant.name}"):
             exported[variant.name] = onnx_deviations(variant.hybrid, folder, data.x_test[:32])
         count = len(exported[variant.name].parts)
-        steps.say(f"batch norm {variant.name}: {count} digital parts in {folder}, the whole hybrid in {folder}.onnx")
+        parts_of = f"{count} digital part{'' if count == 1 else 's'}"
+        steps.say(f"batch norm {variant.name}: {parts_of} in {folder}, the whole hybrid in {folder}.onnx")
     parts = [deviation for found in exported.values() for deviation in found.parts.values()]
     whole = max(found.whole for found in exported.values())
 

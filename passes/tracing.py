@@ -131,7 +131,9 @@ class UsersCalls(TorchFunctionMode):
         if torch.is_grad_enabled():
             result = func(*args, **kwargs)
         else:
-            with traceback.preserve_node_meta(), traceback.annotate({WITHOUT_GRADIENT: True}):
+            with traceback.preserve_node_meta():  # which restores the dictionary afterwards
+                marks = traceback.get_current_meta()
+                marks["custom"] = {**marks.get("custom", {}), WITHOUT_GRADIENT: True}
                 result = func(*args, **kwargs)
         self.known.computed(func, args, kwargs, result)
         self.drawn.computed(func, args, kwargs, result)

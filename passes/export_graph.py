@@ -121,7 +121,7 @@ def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
     quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the exporter logs whole graphs before it raises what we explain below
+    logging.disable(logging.ERROR)  # the exporter logs graphs and tracebacks before it raises what we explain below
     try:
         with _as_before(source), tracing(source) as calls, _silent():
             with keep_custom_functions() as functions:

@@ -287,6 +287,7 @@ def test_wrong_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (("plan", "resnet"), "expected package.module:callable"),
         (("plan", "their_models:"), "expected package.module:callable"),
         (("plan", "no.such.module:x", "-i", "1x4"), "'no.such.module' cannot be imported (ModuleNotFoundError"),
+        (("plan", "their_models.py:x", "-i", "1x4"), "): name it without .py, their_models:x"),
         (("plan", "broken:x", "-i", "1x4"), "'broken' cannot be imported (SyntaxError"),
         (("plan", "their_models:nothing", "-i", "1x4"), "their_models has no 'nothing'"),
         (("plan", "their_models:number", "-i", "1x4"), "is of type int; expected a callable"),

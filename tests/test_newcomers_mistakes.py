@@ -45,6 +45,17 @@ def test_example_inputs(inputs: Any, message: str) -> None:
             call(network(), inputs)
 
 
+def test_torch_logs_nothing_beside_the_error() -> None:
+    code = (
+        "import torch, ffebm_compiler as ffebm\n"
+        "try: ffebm.convert(torch.nn.Linear(6, 3), torch.randn(4, 7))\n"
+        "except ffebm.InputError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("the model itself rejects the example inputs [(4, 7)]")
+    assert ran.stderr == ""
+
+
 @pytest.mark.parametrize("argument", ["force_digital", "force_analog", "block_ops"])
 @pytest.mark.parametrize(
     ("value", "named"),

@@ -149,7 +149,8 @@ def _callable(module_name: str, attribute: str) -> NamedModel:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # the module runs its own code
-        raise InputError(f"the module {module_name!r} cannot be imported ({first_line(error)})") from error
+        hint = f": name it without .py, {module_name[:-3]}:{attribute}" if module_name.endswith(".py") else ""
+        raise InputError(f"the module {module_name!r} cannot be imported ({first_line(error)}){hint}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise InputError(

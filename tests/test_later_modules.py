@@ -164,3 +164,34 @@ def test_what_takes_a_place_below_a_successor_is_seen_too() -> None:
     hybrid.body[1] = nn.ReLU()
     with pytest.raises(ffebm.UnsupportedError, match=r"module 'body\.1' of the hybrid was Tanh\(\)"):
         hybrid(X)
+
+
+class Adapted(nn.Linear):
+    """A layer with an adapter of rank 2, which `eval` merges into the weight and `train` takes out again."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.down.T @ self.up.T
+
+
+def test_adapters_that_train_takes_out_of_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Adapted(6, 8), nn.LayerNorm(8), Adapted(8, 3))
+    hybrid = ffebm.convert(model, X)
+    for mode in (False, True):
+        assert torch.allclose(hybrid.train(mode)(X), model.train(mode)(X), atol=1e-5)
+    hybrid(X).square().sum().backward()
+    model(X).square().sum().backward()
+    for (name, found), expected in zip(hybrid.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(found.grad, expected.grad, atol=1e-4), name

@@ -50,7 +50,7 @@ _NOISY = ("dynamic", "preset pcm", "preset reram")
 _HELD = ("contrastive", "coupled, positive", "coupled, negative", "coupled, centered")
 _COST = ("cost-nudged, positive", "cost-nudged, negative", "cost-nudged, centered")
 _BEYOND = ("ep, holomorphic", "implicit", "unrolled", "truncated", "recurrent", *_COST)
-_BITS = ("8 bits", "8 bits, quantised")
+_PARTS = ("zeroth-order", "8 bits", "8 bits, quantised")
 _ONNX = ("ONNX", "ONNX parts")
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -62,7 +62,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "holds max pooling",
     ),
     Refusal(
-        {"network": ("CNN",), "fold_batchnorm": ("yes",), "block_ops": ("all",), "digital parts": _BITS},
+        {"network": ("CNN",), "fold_batchnorm": ("yes",), "block_ops": ("all",), "digital parts": _PARTS},
         "the plan has no digital part",
     ),
     Refusal({"estimator": ("ep, holomorphic",), "activation": ("ReLU", "hard tanh")}, "no holomorphic extension"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ffebm_compiler.digital_bits import check_quantised, quantised_backprop, set_quantised_backprop
+from ffebm_compiler.digital_bits import check_quantised, digital_parts, quantised_backprop, set_quantised_backprop
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.estimators.base import Estimator
-from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch
 from ffebm_compiler.runtime.feedforward.quantised_backprop import QuantisedBackprop
 from ffebm_compiler.runtime.feedforward.state import WriteState
@@ -130,14 +129,19 @@ def check_digital(hybrid: HybridParts, settings: ZerothOrder | QuantisedBackprop
     """Refuse perturbed gradients if a digital part writes state of the source, and quantised ones of exact parts.
 
     Raises:
-        InputError: gradients are to be quantised, and the digital parts are not.
+        InputError: there is no digital part, or gradients are to be quantised, and the digital parts are not.
         UnsupportedError: there is a part that writes state; names the first one.
     """
+    if settings is not None and not digital_parts(hybrid):
+        raise InputError(
+            f"feedforward is {settings.name!r}, and the plan has no digital part, whose gradient it would be: leave "
+            "`feedforward` out, or keep a layer digital (force_digital)"
+        )
     if isinstance(settings, QuantisedBackprop):
         check_quantised(hybrid)
     if not isinstance(settings, ZerothOrder):
         return
-    for name, part in _parts(hybrid):
+    for name, part in digital_parts(hybrid).items():
         for module in part.modules():
             if isinstance(module, WriteState) or (isinstance(module, ModeSwitch) and module.writes):
                 raise UnsupportedError(
@@ -151,19 +155,14 @@ def assign_digital(hybrid: HybridParts, settings: ZerothOrder | QuantisedBackpro
     """Give the digital parts perturbed or quantised gradients, or backpropagation if `settings` is None.
 
     Raises:
-        InputError: gradients are to be quantised, and the digital parts are not.
+        InputError: there is no digital part, or gradients are to be quantised, and the digital parts are not.
         UnsupportedError: a part writes state of the source, which a second evaluation would read; names the first one.
     """
     check_digital(hybrid, settings)
     perturbed = settings if isinstance(settings, ZerothOrder) else None
     set_quantised_backprop(hybrid, settings if isinstance(settings, QuantisedBackprop) else None)
-    for place, (_, part) in enumerate(_parts(hybrid)):
+    for place, part in enumerate(digital_parts(hybrid).values()):
         part.zeroth_order, part.place, part.calls = perturbed, place, 0
-
-
-def _parts(hybrid: HybridParts) -> Iterator[tuple[str, FeedforwardBlock]]:
-    """The digital parts by name."""
-    return ((name, part) for name, part in hybrid.feedforward_blocks.items() if isinstance(part, FeedforwardBlock))
 
 
 def own_gradient(hybrid: HybridParts) -> str:
@@ -176,13 +175,13 @@ def own_gradient(hybrid: HybridParts) -> str:
 
 def digital_gradient(hybrid: HybridParts) -> ZerothOrder | None:
     """How the gradient of digital parts is estimated; None for backpropagation."""
-    return next((part.zeroth_order for _, part in _parts(hybrid)), None)
+    return next((part.zeroth_order for part in digital_parts(hybrid).values()), None)
 
 
 def stored_gradient(hybrid: HybridParts) -> dict[str, Any]:
     """How digital parts are differentiated, as numbers, and how often each was called for a perturbed gradient."""
     perturbed, quantised = digital_gradient(hybrid), quantised_backprop(hybrid)
-    calls = {name: part.calls for name, part in _parts(hybrid)}
+    calls = {name: part.calls for name, part in digital_parts(hybrid).items()}
     return {
         "digital": None if perturbed is None else {**asdict(perturbed), "calls": calls},
         "quantised": None if quantised is None else asdict(quantised),
@@ -197,7 +196,7 @@ def restore_gradient(
     calls = fields.pop("calls", {})
     backprop = None if quantised is None else QuantisedBackprop(**quantised)
     assign_digital(hybrid, backprop if perturbed is None else ZerothOrder(**fields))
-    for name, part in _parts(hybrid):
+    for name, part in digital_parts(hybrid).items():
         part.calls = int(calls.get(name, 0))
 
 

@@ -471,8 +471,8 @@ class HybridCore(HybridParts):
                 are if `blocks` is given.
 
         Raises:
-            InputError: an estimator's name or object is unknown, a name is no block's, or gradients are to be
-                quantised where digital parts are not.
+            InputError: an estimator's name or object is unknown, a name is no block's, `feedforward` is given where
+                there is no digital part, or gradients are to be quantised where digital parts are not.
             UnsupportedError: the estimator is not defined in a block given by name, or in any block with feedback, or a
                 digital part writes state and so has no zeroth-order gradient.
         """

@@ -266,3 +266,13 @@ def test_the_check_names_it() -> None:
 def test_settings_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ffebm.InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize("feedforward", ["zeroth-order", "quantised"])
+def test_a_choice_for_digital_parts_is_refused_where_there_are_none(feedforward: str) -> None:
+    hybrid = copy.deepcopy(converted("mlp", nn.Tanh)[0])
+    match = f"feedforward is {feedforward!r}, and the plan has no digital part.* leave `feedforward` out"
+    with pytest.raises(ffebm.InputError, match=match):
+        hybrid.set_gradient("implicit", feedforward=feedforward)
+    assert {block.module.estimator.name for block in hybrid.blocks} == {"ep"}  # nothing was set
+    hybrid.set_gradient("implicit", feedforward="backprop")

@@ -18,6 +18,7 @@ from ffebm_compiler.runtime.devices.arrays import Arrays
 from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
+from ffebm_compiler.runtime.estimators.equilibrium_propagation import for_reads
 from ffebm_compiler.runtime.finite import check_feedback, check_inputs, check_range, check_weights
 from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
@@ -99,8 +100,7 @@ class EnergyBlock(nn.Module):
     @property
     def active_estimator(self) -> Estimator:
         """The estimator that was given. Where states are read inexactly, EP of the default β has a large nudge."""
-        given = self.estimator
-        return given.for_reads() if self._reads_states and isinstance(given, EquilibriumPropagation) else given
+        return for_reads(self.estimator) if self._reads_states else self.estimator
 
     @property
     def _reads_states(self) -> bool:

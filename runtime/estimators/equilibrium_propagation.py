@@ -31,7 +31,7 @@ from ffebm_compiler.runtime.estimators.nudge import (
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
 
-__all__ = ["HARDWARE", "EquilibriumPropagation"]
+__all__ = ["HARDWARE", "EquilibriumPropagation", "for_reads"]
 
 
 LARGEST = 100
@@ -97,13 +97,6 @@ class EquilibriumPropagation(Estimator):
     def compares_states(self) -> bool:
         """It does, except in the holomorphic variant."""
         return self.variant != "holomorphic"
-
-    def for_reads(self) -> EquilibriumPropagation:
-        """The settings for states that are read with noise or through ADCs: a large nudge where β is the default."""
-        if (self.beta, self.reads) != (EquilibriumPropagation.beta, EquilibriumPropagation.reads):
-            return self
-        variant = HARDWARE.variant if self.variant == "positive" else self.variant
-        return replace(self, beta=HARDWARE.beta, variant=variant, reads=HARDWARE.reads)
 
     def _strength(self, at: Situation, errors: Sequence[Tensor | None]) -> float:
         """β in this block."""
@@ -230,6 +223,15 @@ class EquilibriumPropagation(Estimator):
 
 HARDWARE = EquilibriumPropagation(beta=None, variant="centered", reads=16)
 """The form in which states that are read with noise or through ADCs still tell a gradient."""
+
+
+def for_reads(given: Estimator) -> Estimator:
+    """The estimator of states that are read with noise or through ADCs: EP of the default β gets a large nudge."""
+    default = EquilibriumPropagation()
+    if not isinstance(given, EquilibriumPropagation) or (given.beta, given.reads) != (default.beta, default.reads):
+        return given
+    variant = HARDWARE.variant if given.variant == default.variant else given.variant
+    return replace(given, beta=HARDWARE.beta, variant=variant, reads=HARDWARE.reads)
 
 
 def _second_order(

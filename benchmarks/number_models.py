@@ -160,7 +160,7 @@ NUMBERS: list[Number] = [
         GRADIENTS,
         "tolerance",
         (
-            "13 kinds of block × 14 activations, κ 0.03 to 0.9: worst cosine in training",
+            "14 kinds of block × 14 activations, κ 0.03 to 0.9: worst cosine in training",
             least(0.9999, ".6f"),
             largest("cosine", -1),
             KINK,

@@ -30,7 +30,7 @@ from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.program.light import ROUNDING, full_sweeps
 from ffebm_compiler.runtime.program.reads import Reads
-from ffebm_compiler.runtime.solvers.base import Solver, typical_contraction
+from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.choice import Choice, choose
 from ffebm_compiler.runtime.solvers.measured import Measured
 from ffebm_compiler.runtime.solvers.pace import Paces
@@ -274,7 +274,8 @@ class EnergyBlock(nn.Module):
 
     def error_rtol(self, dtype: torch.dtype, training: bool = False) -> float:
         """Relative error at which nudged phases and adjoint systems stop."""
-        return self.active_solver.rtol or error_rtol(dtype, self.contraction is not None, training)
+        coherent = self.energy_function.coherent
+        return self.active_solver.rtol or error_rtol(dtype, self.contraction is not None, training, coherent)
 
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]:
         """Settle the free phase of a frame.
@@ -315,7 +316,7 @@ class EnergyBlock(nn.Module):
         if frame.light and not frame.training:  # the error has to be bounded, with that of roundings
             phase.full_sweeps, phase.rounding = full_sweeps((1 - rate) * rtol, rate), ROUNDING
         else:
-            phase.full_sweeps = full_sweeps(rtol, typical_contraction(rate))
+            phase.full_sweeps = full_sweeps(rtol, self.energy_function.typical * rate)
         return phase, run(phase, solver, rtol, contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:

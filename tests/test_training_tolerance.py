@@ -45,6 +45,27 @@ def test_gradients_in_training_at_the_default_tolerances(case: str, activation: 
             assert cosine >= 0.9999, f"κ = {kappa}: {name}"
 
 
+@pytest.mark.parametrize("case", ["mlp", "residual", "cnn"])
+@pytest.mark.parametrize(("energy", "feedback"), [("resistive", 1.0), ("unamplified", 0.1), ("drn", "symmetric")])
+def test_gradients_of_conductances_in_training(case: str, energy: str, feedback: float | str) -> None:
+    """Weights of one sign, where errors have one sign too, and batch norm that subtracts most of them."""
+    made = CASES[case]
+    model, x = made.make(nn.ReLU)
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.dim() > 1):
+            weight.abs_()
+    options = {"digital_drive": True} if case == "cnn" else made.options
+    hybrid = ffebm.convert(model, x, energy=energy, feedback=feedback, gradient="implicit", **options).train()
+    assert any(block.module.program.coupled for block in hybrid.blocks)
+    exact = copy.deepcopy(hybrid).double()
+    found, expected = gradients(hybrid, x), gradients(exact, x.double())
+    size = max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        if gradient.norm() > 1e-9 * size:
+            cosine = float((found[name] * gradient).sum() / (found[name].norm() * gradient.norm()))
+            assert cosine >= 0.9999, name
+
+
 @pytest.mark.parametrize("kappa", [0.5, 0.9])
 def test_training_takes_no_more_sweeps_than_evaluation(kappa: float) -> None:
     hybrid, x = converted("mlp", nn.ReLU)

@@ -106,7 +106,12 @@ class _Builder:
             self.main.weight_shapes[name] = tuple(tensor.shape)
         self.settling = settling_of(self.block, self.dtype)
         shares = self.block.gain.error_shares if self.settling["schedule"] == "forward" else None
-        self.stopping = Stopping(self.main, self.settling["contraction"], None if shares is None else shares.numpy())
+        self.stopping = Stopping(
+            self.main,
+            self.settling["contraction"],
+            self.block.energy_function.typical,
+            None if shares is None else shares.numpy(),
+        )
         self.relaxed = self.settling["relaxation"] != 1
         self.coupled = self.program.coupled and self.block.enabled
         self.gammas = {

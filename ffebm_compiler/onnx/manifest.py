@@ -43,7 +43,8 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
-    omega = solver.omega(contraction) if isinstance(solver, GaussSeidel) else 1.0
+    expected = None if contraction is None else block.energy_function.typical * contraction
+    omega = solver.omega(expected) if isinstance(solver, GaussSeidel) else 1.0
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"

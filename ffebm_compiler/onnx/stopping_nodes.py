@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ffebm_compiler.onnx.emit import Writer
-from ffebm_compiler.runtime.solvers.base import typical_contraction
 from ffebm_compiler.runtime.solvers.relaxation import SAFETY
 
 __all__ = ["Progress", "Stopping"]
@@ -44,6 +43,8 @@ class Stopping:
     main: Writer
     contraction: float | None
     """κ if a sweep is certified to contract."""
+    typical: float
+    """What a sweep is expected to contract by, in units of κ (`Energy.typical`)."""
     shares: np.ndarray | None
     """W of `Energy.error_shares`."""
 
@@ -106,7 +107,7 @@ class Stopping:
         size = body.op("Add", size, body.number(float(np.finfo(body.dtype).tiny)))
         factor = body.number(1.0)
         if self.contraction:
-            rate = typical_contraction(self.contraction)
+            rate = self.typical * self.contraction
             beyond = body.scaled(body.op("Sub", now.omega, factor), (1 - rate) / rate)
             factor = body.op("Add", factor, beyond)
         largest = body.op("ReduceMax", body.op("Mul", body.op("Div", moved, size), factor), keepdims=0)
@@ -124,7 +125,7 @@ class Stopping:
             return change
         one, certified = body.number(1.0), self.main.setting("contraction", "float")
         seen = body.scaled(rate, SAFETY)
-        expected = self.main.scaled(certified, typical_contraction(1.0))
+        expected = self.main.scaled(certified, self.typical)
         seen = body.op("Where", relaxed, body.op("Max", seen, expected), seen)
         better = body.op("And", falling, body.op("Less", seen, certified))
         rate = body.op("Where", better, seen, certified)

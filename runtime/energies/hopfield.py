@@ -50,6 +50,7 @@ class Hopfield(Energy):
 
     name = "hopfield"
     by_loop_gain = True
+    coherent = False
     amplified = False
     default_feedback = 0.1
 

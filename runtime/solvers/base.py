@@ -23,12 +23,10 @@ from torch import Tensor
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
-__all__ = ["GaussSeidel", "Solver", "sweep_layers", "typical_contraction"]
+__all__ = ["GaussSeidel", "Solver", "sweep_layers"]
 
 _WORTHWHILE = 2 / (1 + math.sqrt(0.9))
 """ω for a contraction of 0.1. A lower one saves no sweep at a loose tolerance, and costs a pass over each layer."""
-_TYPICAL = 0.6
-"""What a sweep of a block is seen to contract by, in units of what it is certified to: slopes vanish."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,6 @@ class Solver(ABC):
         return residual <= rtol
 
 
-def typical_contraction(certified: float) -> float:
-    """What a sweep is expected to contract by where it is certified to contract by κ; well below κ, as slopes vanish.
-
-    Measured on the networks of `tests/networks.py` and of `benchmarks/training_step.py`.
-    """
-    return _TYPICAL * certified
-
-
 def _plain(value: Any) -> Any:
     """A value without its gradient history."""
     return value.detach() if value is not None and value.requires_grad else value
@@ -147,8 +137,8 @@ def _norms(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: boo
 def _largest_change(problem: FixedPoint, forward: bool, changes: list[Tensor], sizes: list[Tensor]) -> Tensor:
     """The largest relative change of a layer, or what it amounts to by the bounds of the layers (`shares`)."""
     too_far = 0.0
-    if problem.relaxation != 1 and problem.contraction and not problem.training:
-        rate = typical_contraction(problem.contraction)
+    rate = problem.expected
+    if problem.relaxation != 1 and rate and not problem.training:
         too_far = (problem.relaxation - 1) * (1 - rate) / rate
     shares = problem.shares
     if shares is not None and not (forward and len(changes) == len(shares)):
@@ -223,8 +213,8 @@ class GaussSeidel(Solver):
 
     schedule: Literal["auto", "forward", "backward", "even_odd"] = "auto"
     relaxation: float | None = None
-    """ω, from 1 to below 2. None: the best ω for what a certified block is seen to contract by
-    (`typical_contraction`), and 1 without a certificate."""
+    """ω, from 1 to below 2. None: the best ω for what a certified block is expected to contract by
+    (`Energy.typical`), and 1 without a certificate."""
     steady = True
 
     def __post_init__(self) -> None:
@@ -244,17 +234,16 @@ class GaussSeidel(Solver):
         }
         if self.schedule not in orders:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
-        problem.relaxation = self.omega(problem.contraction)
+        problem.relaxation = self.omega(problem.expected)
         if self.relaxation is None and problem.loose and problem.training and problem.relaxation < _WORTHWHILE:
             problem.relaxation = 1.0
         return orders[self.schedule]
 
     def omega(self, contraction: float | None) -> float:
-        """ω at the start of a relaxation whose plain sweeps are certified to contract by κ (None: not certified)."""
+        """ω at the start of a relaxation whose plain sweeps are expected to contract by so much (None: not known)."""
         if self.relaxation is not None:
             return self.relaxation
-        rate = 0.0 if contraction is None else typical_contraction(contraction)
-        return 2 / (1 + math.sqrt(1 - rate))
+        return 2 / (1 + math.sqrt(1 - (contraction or 0.0)))
 
     def step(
         self, problem: FixedPoint, memory: object, measure: bool = True, per_sample: bool = False

@@ -32,6 +32,8 @@ class FixedPoint(ABC):
     """Whether its tolerance in training is reached in as many plain sweeps, if they contract well."""
     contraction: float | None = None
     """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
+    typical: float = 1.0
+    """What a plain sweep is expected to contract by, in units of κ. It is the energy's."""
     shares: Tensor | None = None
     """W, where κ/(1 − κ) Σ_k W_lk ‖Δx_k‖ bounds the error that a plain forward sweep leaves in layer l; or None."""
     rounding: float = 0.0
@@ -45,6 +47,11 @@ class FixedPoint(ABC):
 
     parts: int = 1
     """Number of rows of a value for each of those samples. The rows come in parts, each with all samples."""
+
+    @property
+    def expected(self) -> float | None:
+        """What a plain sweep is expected to contract by; None without a certificate."""
+        return None if self.contraction is None else self.typical * self.contraction
 
     @abstractmethod
     def update(self, index: int) -> Tensor | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
-from ffebm_compiler.runtime.solvers.base import Solver, typical_contraction
+from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 from ffebm_compiler.runtime.solvers.pace import Pace
 
@@ -62,19 +62,19 @@ class Settled:
 
 
 def stopping_rule(
-    rtol: float, contraction: float | None, training: bool = False, omega: float = 1.0
+    rtol: float, contraction: float | None, training: bool = False, omega: float = 1.0, typical: float = 1.0
 ) -> tuple[int, float]:
     """(first sweep whose change is measured, factor from the change to the error that is left).
 
     If a sweep contracts by κ, the error after it is at most κ/(1 − κ) times its change. The certificate is
     a worst case, and blocks settle in about half of the sweeps that it predicts. A measurement long before
     that is wasted and waits for the device. One in the sweep before shows how fast the changes fall, and saves a sweep.
-    In training an estimate is enough: κ is then what sweeps are expected to contract by. In evaluation to a tight
-    tolerance, sweeps that are over-relaxed by ω > 1 are not measured before the last three that they are expected to
-    take. At a loose one the first sweeps, which contract better, may be enough.
+    In training an estimate is enough: `typical` times κ, what sweeps are expected to contract by, takes the place of κ.
+    In evaluation to a tight tolerance, sweeps that are over-relaxed by ω > 1 are not measured before the last three
+    that they are expected to take. At a loose one the first sweeps, which contract better, may be enough.
     """
     if training and contraction is not None:
-        contraction = typical_contraction(contraction)
+        contraction *= typical
     if contraction is None:
         return 1, 1.0
     if not contraction:
@@ -148,7 +148,7 @@ def _paced(problem: FixedPoint, solver: Solver, rtol: float, contraction: float,
     for sweep in range(1, sweeps + 1):
         change = solver.step(problem, memory, measure=sweep == sweeps)
     assert change is not None
-    pace.post(change, rtol, typical_contraction(contraction))
+    pace.post(change, rtol, problem.typical * contraction)
     return Settled(sweeps, pace.residual, True, "")
 
 
@@ -228,7 +228,9 @@ class _Relaxation:
         self.rows: Tensor | None = None
         """Indices of the samples that are still running; None if all are."""
         self.memory = solver.init(problem)
-        self.earliest, self.left = stopping_rule(rtol, contraction, problem.training, problem.relaxation)
+        self.earliest, self.left = stopping_rule(
+            rtol, contraction, problem.training, problem.relaxation, problem.typical
+        )
         self.sweep = 0
         late = self.coarse is None and not self.rounding and solver.start == "feedforward" and not solver.at_once
         unreached = all(value is None for value in problem.values)  # their first change says nothing
@@ -282,8 +284,8 @@ class _Relaxation:
         if self.measured and 0 < change < self.previous:
             self.rate = (change / self.previous) ** (1 / (self.sweep - self.measured))
             seen = SAFETY * self.rate
-            if bounded and self.contraction is not None:
-                seen = max(seen, typical_contraction(self.contraction))
+            if bounded and self.running.expected is not None:
+                seen = max(seen, self.running.expected)
             if self.solver.steady and self.contraction is not None and seen < self.contraction:
                 left = seen / (1 - seen)
         return left / omega if bounded else left

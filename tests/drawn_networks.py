@@ -6,7 +6,7 @@ A network is a list of steps, so that hypothesis can shrink one that fails, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -36,8 +36,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp": lambda v: v.clamp(-0.5, 0.7),
 }
 
-SMOOTH = ("tanh", "sigmoid", "softplus", "gelu", "silu", "mish", "softsign")
-"""Activations without kinks."""
+_PROJECTIONS = ("relu", "hardtanh", "relu6", "clamp")
+DIODES = {
+    "resistive": (*_PROJECTIONS, "leaky_relu", "hardsigmoid"),
+    "unamplified": _PROJECTIONS,
+    "drn": _PROJECTIONS,
+}
+"""The activations that the circuit of an energy makes; every other energy has all of them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class DrawnNetwork(nn.Module):
 
     def __init__(self, shape: Shape, steps: list[Step], seed: int) -> None:
         super().__init__()
-        self.steps = steps
+        self.shape, self.steps, self.seed = shape, steps, seed
         self.layers = nn.ModuleDict()
         shapes = [shape]
         with torch.random.fork_rng():
@@ -67,12 +72,19 @@ class DrawnNetwork(nn.Module):
         used = {value for step in steps for value in step.reads}
         self.results = [value for value in range(1, len(shapes)) if value not in used]
 
-    @property
-    def has_kinks(self) -> bool:
-        """Whether an operation is not differentiable everywhere."""
-        kinds = {step.kind for step in self.steps}
-        functions = {step.settings[0] for step in self.steps if step.kind == "activation"}
-        return bool(kinds & {"maximum", "prelu"}) or not functions <= set(SMOOTH)
+    def for_energy(self, energy: str) -> DrawnNetwork:
+        """The same network with what a circuit of this energy is made of: its diodes, else ReLU, and conductances."""
+        made = DIODES.get(energy, tuple(ACTIVATIONS))
+        steps = [
+            replace(step, settings=("relu",)) if step.kind == "activation" and step.settings[0] not in made else step
+            for step in self.steps
+        ]
+        network = DrawnNetwork(self.shape, steps, self.seed)
+        if energy == "drn":
+            with torch.no_grad():
+                for weight in (p for p in network.parameters() if p.dim() > 1):
+                    weight.abs_()
+        return network
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Diverged(ffebm.FFEBMError):
-    """A run whose loss or states are not finite any more."""
+    """A run whose loss or states are not finite any more, or in which a layer has died out."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
 
     Raises:
         InputError: the loss is no scalar, or a batch is larger than the data.
-        Diverged: the loss is not finite, a block does not settle, or its weights are too large; names the block.
+        Diverged: the loss is not finite, a block does not settle, its weights are too large, or a layer's gradient was
+            zero in a whole epoch; names the block.
     """
     optimizer = torch.optim.Adam(model.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
     x, y = data.training
@@ -87,11 +88,12 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
     kept = Checkpoint(checkpoint, model, {"optimizer": optimizer, "schedule": schedule}, generator)
     for epoch in range(kept.resume(), recipe.epochs + 1):
         model.train()
-        losses, sweeps, started = [], [], seconds(data.device)
+        losses, sweeps, silent, started = [], [], _weights(model), seconds(data.device)
         for rows in torch.randperm(len(x), generator=generator)[: count * recipe.batch].split(recipe.batch):
             optimizer.zero_grad()
             at = rows.to(data.device)
             losses.append(_step(model, data.scaled(x[at]), y[at], recipe, f"epoch {epoch}"))
+            silent = [name for name in silent if not _has_gradient(model, name)]
             optimizer.step()
             schedule.step()
             sweeps += [one.sweeps for one in _settled(model)]
@@ -100,6 +102,8 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
             gains = [block.loop_gain for block in model.blocks if block.certificate is not None]
             row |= {"sweeps": statistics.mean(sweeps) if sweeps else 0, "loop_gain": max(gains, default=0.0)}
         yield row
+        if silent:
+            raise Diverged(f"stopped in epoch {epoch}: {_silent(model, silent)}")
         kept.save(epoch)  # now that its row is in the file
 
 
@@ -167,6 +171,29 @@ def _not_finite(model: nn.Module) -> str:
             return f", and states of {block.name} ({', '.join(block.layers)}) are not finite"
     bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     return f", and {bad[0]} is not finite" if bad else ""
+
+
+def _weights(model: nn.Module) -> list[str]:
+    """The weights that learn from the loss: of a hybrid, those of the source."""
+    own = model.feedback_names if isinstance(model, ffebm.HybridModel) else ()
+    named = model.named_parameters()
+    return [name for name, p in named if p.requires_grad and p.dim() > 1 and name not in own]
+
+
+def _has_gradient(model: nn.Module, name: str) -> bool:
+    """Not one that is zero. A weight that the loss does not depend on has none, and is not looked at again."""
+    gradient = model.get_parameter(name).grad
+    return gradient is None or bool(gradient.any())
+
+
+def _silent(model: nn.Module, names: Sequence[str]) -> str:
+    """What is told of weights without a gradient, with the block of the first one."""
+    blocks = model.blocks if isinstance(model, ffebm.HybridModel) else ()
+    home = [f" of {block.name}" for block in blocks if any(names[0].startswith(layer) for layer in block.layers)]
+    return (
+        f"the gradient of {', '.join(names)}{home[0] if home else ''} was zero in every step, since no unit after it "
+        "answers any more. A smaller rate or a smaller nudge may keep them"
+    )
 
 
 def _settled(model: nn.Module) -> list[Any]:

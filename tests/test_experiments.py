@@ -32,13 +32,16 @@ from experiment_training import (  # noqa: E402
 )
 
 
-def hybrid(data: Data, seed: int = 0, **settings: Any) -> ffebm.HybridModel:
+def source(data: Data, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     width = data.training[0][0].numel()
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Flatten(), nn.Linear(width, 16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
     )
-    return ffebm.convert(model, data.training[0][:2], **settings)
+
+
+def hybrid(data: Data, seed: int = 0, **settings: Any) -> ffebm.HybridModel:
+    return ffebm.convert(source(data, seed), data.training[0][:2], **settings)
 
 
 def curve(path: Path) -> list[dict[str, str]]:
@@ -124,11 +127,39 @@ def test_a_loss_that_is_not_finite_names_the_block(tmp_path: Path) -> None:
 
     with pytest.raises(Diverged, match=r"stopped in epoch 1: the loss is nan$"):
         list(training(model, data, Recipe(1, 1e-3, loss=broken), 0, tmp_path / "run.pt"))
-    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with torch.no_grad():
-        source[1].bias.fill_(torch.nan)
+        linear[1].bias.fill_(torch.nan)
     with pytest.raises(Diverged, match=r"the loss is nan, and 1\.bias is not finite"):
-        list(training(source, data, Recipe(1, 1e-3), 0, tmp_path / "run.pt"))
+        list(training(linear, data, Recipe(1, 1e-3), 0, tmp_path / "run.pt"))
+
+
+@pytest.mark.parametrize("kind", ["source", "hybrid"])
+def test_a_layer_that_has_died_out_stops_the_run(kind: str, tmp_path: Path) -> None:
+    """Its units are silent for every input, so that the layers before it and its own weights get no gradient."""
+    data = load("digits").first(64, 50)
+    model = hybrid(data, feedback=0.5) if kind == "hybrid" else source(data)
+    with torch.no_grad():
+        model.get_parameter("4.bias").fill_(-100)
+    experiment = Experiment(tmp_path, "test")
+    experiment.run([{"seed": 0}], lambda _, path: training_and_accuracy(model, data, Recipe(3, 1e-3), 0, path))
+    (found,) = experiment.rows("runs")
+    of = " of block_1" if kind == "hybrid" else ""
+    assert found["failed"].startswith(f"stopped in epoch 1: the gradient of 1.weight, 4.weight, 6.weight{of} was zero")
+    assert found["test"], "what it had reached is kept"
+
+
+def test_a_layer_that_is_silent_for_some_steps_trains_on(tmp_path: Path) -> None:
+    data = load("digits").first(64, 50)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    steps = 0
+
+    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return F.cross_entropy(scores, labels) * (steps % 2)
+
+    assert len(list(training(model, data, Recipe(2, 1e-3, loss=loss), 0, tmp_path / "run.pt"))) == 2
 
 
 @pytest.mark.slow

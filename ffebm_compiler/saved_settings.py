@@ -249,11 +249,11 @@ def check_tracks(path: Path, tensors: Mapping[str, Tensor], settings: Settings, 
             image, vectors = (tensors.get(name) for name in both)
             if image is None or vectors is None:
                 continue
-            fit = image.dim() == vectors.dim() == 2 and len(image) == 1 and image.shape[1] == vectors.shape[1]
+            fit = image.dim() == vectors.dim() == 2 and len(image) == 1
             if not fit or image.dtype not in _FLOATING or vectors.dtype != image.dtype:
                 raise InputError(
                     f"{path} is malformed ({both[0]!r} is {image.dtype} of shape {tuple(image.shape)} and {both[1]!r} "
-                    f"{vectors.dtype} of shape {tuple(vectors.shape)}, expected rows of one length): {REMEDY}"
+                    f"{vectors.dtype} of shape {tuple(vectors.shape)}, expected a row and rows of one dtype): {REMEDY}"
                 )
     for name in sorted({*tensors} ^ expected):
         what = "is no vector of a loop gain" if name in tensors else "is missing"

@@ -176,6 +176,27 @@ def test_a_jump_is_measured_to_convergence() -> None:
             assert true_gain(hybrid, index, x) == pytest.approx(KAPPA / MARGIN**2, rel=5e-3)
 
 
+@pytest.mark.parametrize("name", ["image", "vectors"])
+def test_kept_vectors_of_another_size_are_measured_anew(name: str) -> None:
+    """Files of earlier versions have images of another kind."""
+    model, x, _ = small()
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    for change in (1.0, 1.05):
+        with torch.no_grad():
+            for parameter in hybrid.parameters():
+                parameter.mul_(change)
+        for block in hybrid.blocks:
+            kept = block.module.gain.gauge.state()
+            for edge in kept.values():
+                edge[name] = torch.ones(len(edge[name]), 3)
+            block.module.gain.gauge.restore(kept)
+        hybrid(x)
+    for index, block in enumerate(hybrid.blocks):
+        if block.certificate is not None:
+            assert block.module.gain.gauge.state()
+            assert true_gain(hybrid, index, x) == pytest.approx(KAPPA, rel=0.02)
+
+
 def test_a_phase_that_does_not_settle_measures_and_settles_once_more(caplog: pytest.LogCaptureFixture) -> None:
     """Weights that changed unseen: the free phase diverges, and γ is set for them."""
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))

@@ -28,9 +28,9 @@ class Track:
     norm: float
     """Largest singular value at the last measurement."""
     vectors: Tensor
-    """U, with one vector in each row and its entries in the order of memory."""
+    """U, with one left vector in each row and its entries in the order of memory."""
     image: Tensor
-    """J p at the last measurement, as one row."""
+    """Jᵀ q at the last measurement, as one row."""
 
 
 class LinearMap(Protocol):
@@ -39,11 +39,11 @@ class LinearMap(Protocol):
     def forward(self, rows: Tensor) -> Tensor | None:
         """J x for every row x; None where J is zero."""
 
-    def transpose(self, rows: Tensor) -> Tensor:
-        """Jᵀ y for every row y."""
+    def transpose(self, rows: Tensor) -> Tensor | None:
+        """Jᵀ y for every row y; None where J is zero."""
 
     def probe(self, seed: int) -> Tensor:
-        """A random row whose mean squared length is one."""
+        """A random row y whose mean squared length is one."""
 
     def here(self, rows: Tensor) -> Tensor:
         """Kept rows, moved to the present device and dtype."""
@@ -67,17 +67,22 @@ class Following:
         self.edge = edge
         self.probe = probe  # captured kernels read it
         self.track = track
-        self.image = edge.forward(probe)
-        """J p; None if the map is zero."""
+        self.image: Tensor | None = None
+        """Jᵀ q; None if the map is zero."""
         self.ritz: _Ritz | None = None
         self.known = False
         """Whether the edge was measured before."""
-        if self.image is not None:
-            self.known = track is not None and track.image.shape == self.image.shape and math.isfinite(track.norm)
-            rows = self.image
-            if track is not None and self.known:
-                rows = torch.cat([edge.here(track.vectors), self.image - edge.here(track.image)])
-            self.ritz = _Ritz(edge, rows)
+        fits = track is not None and track.vectors.shape[1] == probe.shape[1] and math.isfinite(track.norm)
+        rows = torch.cat([edge.here(track.vectors), probe]) if track is not None and fits else probe
+        basis = edge.transpose(rows)
+        if basis is None:
+            return
+        self.image = basis[-1:]
+        self.known = track is not None and fits and track.image.shape == self.image.shape
+        if track is not None and self.known:
+            basis = torch.cat([basis[:-1], self.image - edge.here(track.image)])
+            self.image = self.image.clone()  # the other rows are not kept
+        self.ritz = _Ritz(edge, basis)
 
     def result(self, products: np.ndarray) -> Track:
         """The track, from the inner products of the pass. Passes follow until the norm rests if it has jumped."""
@@ -142,27 +147,24 @@ def _converge(edge: LinearMap, norm: float, vectors: Tensor) -> tuple[float, Ten
     for index in range(_MOST_PASSES):
         if not math.isfinite(norm):
             break
-        fresh = edge.forward(edge.probe(seed=1 + index))
+        fresh = edge.transpose(edge.probe(seed=1 + index))
         assert fresh is not None
-        before = norm
-        norm, vectors = _rayleigh_ritz(edge, torch.cat([vectors, fresh]))
+        fresh = edge.forward(fresh)
+        assert fresh is not None
+        basis = edge.transpose(torch.cat([vectors, fresh]))
+        assert basis is not None
+        ritz, before = _Ritz(edge, basis), norm
+        norm, vectors = ritz.result(ritz.products.cpu().numpy())
         resting = resting + 1 if abs(norm - before) <= _RESTS_BELOW * norm else 0
         if resting == 2:
             break
     return norm, vectors
 
 
-def _rayleigh_ritz(edge: LinearMap, left: Tensor) -> tuple[float, Tensor]:
-    """(largest singular value, leading left vectors) of J in the span of Jᵀ y for the rows y. The rows need no norm."""
-    ritz = _Ritz(edge, left)
-    return ritz.result(ritz.products.cpu().numpy())
-
-
 class _Ritz:
-    """Rayleigh–Ritz of J in the span of Jᵀ y for the rows y."""
+    """Rayleigh–Ritz of J in the span of some rows, which need no norm."""
 
-    def __init__(self, edge: LinearMap, left: Tensor) -> None:
-        basis = edge.transpose(left)
+    def __init__(self, edge: LinearMap, basis: Tensor) -> None:
         images = edge.forward(basis)
         assert images is not None
         self.images = images

@@ -1,15 +1,15 @@
 """Operator norms of a block's edges, followed while the weights move.
 
 The operator J of an edge is the Jacobian of a later layer's drive by an earlier layer's state. From one measurement to
-the next, a few left vectors U and the image J p of a fixed random probe p are kept. One pass:
+the next, a few left vectors U and the image Jᵀ q of a fixed random probe q are kept. One pass takes two products:
 
-    1.  d = J p − (J p at the measurement before)
-    2.  Z = Jᵀ [U, d]
-    3.  Rayleigh–Ritz in span Z gives singular values of J. The leading left vectors are the new U.
+    1.  Jᵀ [U, q]
+    2.  Z = [Jᵀ U, Jᵀ q − (Jᵀ q at the measurement before)]
+    3.  J Z, and Rayleigh–Ritz in span Z gives singular values of J. The leading left vectors are the new U.
 
 Most columns of Z are a step of block power iteration. The last one comes from the *change* ΔJ of the operator, applied
 to the probe. An optimizer's step has few large singular directions. If ΔJ = τ u vᵀ with a singular pair (u, v) of J,
-then the column Jᵀ ΔJ p is parallel to v, however small its part in the kept vectors, and in any number of dimensions.
+then the column ΔJᵀ q is parallel to v, however small its part in the kept vectors, and in any number of dimensions.
 Without this column, a direction that overtakes the kept ones is seen late. In 1 024 dimensions, one that grew by 0.1 a
 step drove the true loop gain to twice the reported one (`benchmarks/loop_gain.py`).
 
@@ -63,10 +63,10 @@ class TrackedNorms:
                 place, edge = (start, end), _Edge(view, min(start, end), max(start, end))
                 places.append(place)
                 known = self.tracks.get(place)
-                if known is not None and edge.constant and known.image.shape[1] == edge.outer.numel():
+                if known is not None and edge.constant and known.vectors.shape[1] == edge.outer.numel():
                     continue
                 probe = self._probes.get(place)
-                if probe is None or probe.shape[1] != edge.inner.numel():
+                if probe is None or probe.shape[1] != edge.outer.numel():
                     probe = edge.probe(seed=0)
                 probe = self._probes[place] = edge.here(probe)
                 begun[place] = Following(edge, probe, known)
@@ -117,6 +117,7 @@ class _Edge:
         self.device = torch.device("cpu") if weight is None else weight.device
         self.last = program.convolutional and self.device.type == "cpu"
         """Whether four-dimensional values are in channels-last memory."""
+        self._copies: dict[int, Frame] = {}
 
     @property
     def constant(self) -> bool:
@@ -136,7 +137,7 @@ class _Edge:
         slots: list[Tensor | None] = [None] * len(program.layers)
         if program.resizable:
             slots[self.earlier] = self._shaped(rows, self.inner)
-            image = self.frame.repeated(len(rows)).tangent(self.later, slots)
+            image = self._repeated(len(rows)).tangent(self.later, slots)
             return None if image is None else self._flat(image, len(rows))
         images = []
         for row in rows:
@@ -147,13 +148,25 @@ class _Edge:
             images.append(self._flat(image, 1))
         return torch.cat(images)
 
-    def transpose(self, rows: Tensor) -> Tensor:
-        """Jᵀ y for every row y."""
+    def transpose(self, rows: Tensor) -> Tensor | None:
+        """Jᵀ y for every row y; None where J is zero."""
         if self.frame.program.resizable:
-            frame, given = self.frame.repeated(len(rows)), self._shaped(rows, self.outer)
-            return self._flat(frame.pullback(self.later, given, states=True)[self.register], len(rows))
-        parts = [self.frame.pullback(self.later, self._shaped(row[None], self.outer), states=True) for row in rows]
-        return torch.cat([self._flat(part[self.register], 1) for part in parts])
+            given = self._shaped(rows, self.outer)
+            found = self._repeated(len(rows)).pullback(self.later, given, states=True).get(self.register)
+            return None if found is None else self._flat(found, len(rows))
+        parts = []
+        for row in rows:
+            found = self.frame.pullback(self.later, self._shaped(row[None], self.outer), states=True).get(self.register)
+            if found is None:
+                return None
+            parts.append(self._flat(found, 1))
+        return torch.cat(parts)
+
+    def _repeated(self, copies: int) -> Frame:
+        """The frame of so many samples, which the two products of a pass share."""
+        if copies not in self._copies:
+            self._copies[copies] = self.frame.repeated(copies)
+        return self._copies[copies]
 
     def _shaped(self, rows: Tensor, shape: torch.Size) -> Tensor:
         if self.frame.program.resizable:  # one sample a row
@@ -168,8 +181,8 @@ class _Edge:
         return value.reshape(rows, -1)
 
     def probe(self, seed: int) -> Tensor:
-        """A random state whose mean squared length is one. It depends on the seed, but not on the device or rank."""
-        return drawn_probe(self.inner.numel(), seed).to(self.device, self.dtype)
+        """A random field whose mean squared length is one. It depends on the seed, but not on the device or rank."""
+        return drawn_probe(self.outer.numel(), seed).to(self.device, self.dtype)
 
     def here(self, rows: Tensor) -> Tensor:
         """Kept rows, moved to the present device and dtype of the weights."""

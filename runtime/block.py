@@ -20,6 +20,7 @@ from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY
 from ffebm_compiler.runtime.estimators.choice import EquilibriumPropagation, Estimator
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import for_reads
 from ffebm_compiler.runtime.finite import check_feedback, check_inputs, check_range, check_weights
+from ffebm_compiler.runtime.freed_memory import keep_freed_memory
 from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
@@ -66,6 +67,7 @@ class EnergyBlock(nn.Module):
 
     def __init__(self, program: BlockProgram, estimator: Estimator | None = None) -> None:
         super().__init__()
+        keep_freed_memory()
         self.program = program
         """What the block runs. With devices whose feedback differs it has weights for that (`Arrays.program`)."""
         self.arrays: Arrays | None = None

@@ -195,6 +195,14 @@ def test_derivative_is_autograds_also_at_kinks(activation: Activation) -> None:
 
 
 @every_activation
+def test_tangent_is_the_product_with_the_derivative(activation: Activation) -> None:
+    kinks = torch.tensor([0, -1, 1, 6, 0.5, -3, 3], dtype=torch.float64)
+    h = torch.cat([torch.linspace(-12, 12, 401, dtype=torch.float64), kinks])
+    k = torch.linspace(-2, 3, len(h), dtype=torch.float64)
+    torch.testing.assert_close(activation.tangent(h)(k), activation.derivative(h) * k, rtol=1e-14, atol=0)
+
+
+@every_activation
 def test_lipschitz_bounds_the_derivative_tightly(activation: Activation) -> None:
     h = torch.linspace(-40, 40, 800_001, dtype=torch.float64)
     steepest = activation.derivative(h).abs().max().item()

@@ -122,6 +122,11 @@ class Activation(ABC):
     def derivative(self, h: Tensor) -> Tensor:
         """σ'(h); at a kink, what torch's autograd returns."""
 
+    def tangent(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        """k ↦ σ'(h) k, the limit t → 0 of `stepper`."""
+        slope = self.derivative(h)
+        return lambda k: slope * k
+
     @abstractmethod
     def primitive(self, h: Tensor) -> Tensor:
         """Λ(h), Λ' = σ. Its constant is free, but `potential` uses the same one."""

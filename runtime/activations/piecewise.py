@@ -58,6 +58,9 @@ class Identity(Activation):
     def derivative(self, h: Tensor) -> Tensor:
         return torch.ones_like(h)
 
+    def tangent(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        return torch.clone
+
     def primitive(self, h: Tensor) -> Tensor:
         return 0.5 * h * h
 
@@ -116,6 +119,10 @@ class ReLU(_Clamp):
     def derivative(self, h: Tensor) -> Tensor:
         return (h > 0).to(h.dtype)
 
+    def tangent(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        """One pass, where a comparison, its dtype and a product are three."""
+        return lambda k: torch.ops.aten.threshold_backward(k, h, 0)
+
 
 @dataclass(frozen=True)
 class Hardtanh(_Clamp):
@@ -136,6 +143,10 @@ class Hardtanh(_Clamp):
 
     def derivative(self, h: Tensor) -> Tensor:
         return ((h > self.lo) & (h < self.hi)).to(h.dtype)
+
+    def tangent(self, h: Tensor) -> Callable[[Tensor], Tensor]:
+        """One pass, as in `ReLU`."""
+        return lambda k: torch.ops.aten.hardtanh_backward(k, h, self.lo, self.hi)
 
 
 def _closed() -> bool:

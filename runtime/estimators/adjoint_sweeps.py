@@ -66,7 +66,7 @@ class TruncatedBackprop(Estimator):
             for index in phase.order():
                 force = forces[index] = phase.force(index)
                 if force is not None:
-                    phase.store(index, phase.slopes[index] * force)
+                    phase.store(index, phase.responded(index, force))
         gradients = contract(at, phase.values, at.states, errors, True, forces, self.through_feedback)
         gradients.sweeps = self.sweeps
         return times(gradients, size)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ffebm_compiler as ffebm
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.base import Setting
+from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.frame import Frame
 
@@ -331,6 +332,59 @@ def test_changes_of_a_sweep_bound_the_errors_it_leaves(case: str, kappa: float) 
                 errors = torch.stack([(a - b).norm() for a, b in zip(after, exact, strict=True)])
                 bound = rate / (1 - rate) * shares @ changes
                 assert (errors <= bound * (1 + 1e-9) + 1e-12).all()
+
+
+@pytest.mark.parametrize("kappa", [0.1, 0.7])
+@pytest.mark.parametrize("activation", [nn.LeakyReLU, nn.Hardsigmoid, nn.Tanh])
+def test_the_change_of_the_first_layer_bounds_the_errors_of_a_backward_sweep(
+    activation: type[nn.Module], kappa: float
+) -> None:
+    """‖e_l‖ ≤ κ/(1 − κ) Σ_k W_lk ‖Δu_k‖ for error currents in two layers, in float64."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(12, 16), activation(), nn.Linear(16, 9), activation()))
+    x = noise(6, 12).double()
+    hybrid = ffebm.convert(model.double(), x, feedback=kappa).eval()
+    (found,) = hybrid.blocks
+    block = found.module
+    frame = Frame(block.program, *operands_of(hybrid, block, x))
+    with torch.no_grad():
+        _, fields = FreePhase(frame, block.setting).settled()
+        phases = [AdjointPhase(frame, block.setting, fields, [None, noise(6, 9, seed=5).double()]) for _ in range(2)]
+        phase, exact = phases
+        for _ in range(400):
+            for index in exact.order():
+                exact.store(index, exact.update(index))
+        phase.contraction = rate = block.contraction
+        assert rate is not None
+        for _ in range(4):
+            before = list(phase.values)
+            for index in phase.order():
+                phase.store(index, phase.update(index))
+            after = [value for value in phase.values if value is not None]
+            changes = [a if b is None else a - b for a, b in zip(after, before, strict=True)]
+            errors = torch.stack([(a - b).norm() for a, b in zip(after, exact.values, strict=True) if b is not None])
+            assert phase.shares is not None
+            assert float(phase.shares[:, 1].abs().max()) == 0
+            bound = rate / (1 - rate) * phase.shares @ torch.stack([change.norm() for change in changes])
+            assert (errors <= bound * (1 + 1e-9) + 1e-12).all()
+
+
+def test_a_layer_that_is_almost_zero_is_measured_itself() -> None:
+    """A bound by the other layers says nothing about it, since its norm is small. The phase ends all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Softplus(), nn.Linear(8, 6))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+        model[0].bias.fill_(-12.0)
+    x = noise(5, 6)
+    hybrid = ffebm.convert(model, x, feedback=0.1).eval()
+    with torch.no_grad():
+        hybrid(x)
+    (block,) = hybrid.blocks
+    assert block.module.last is not None
+    assert block.module.last.converged
+    assert block.module.last.sweeps <= 5
+    first, second = (float(state.norm()) for state in block.module.states)
+    assert first < 1e-3 * second
 
 
 def operands_of(hybrid: ffebm.HybridModel, block: EnergyBlock, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:

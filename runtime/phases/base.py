@@ -82,7 +82,7 @@ class Phase(FixedPoint):
     ) -> dict[int, Tensor]:
         """J_{ml}ᵀ x_m from what was pulled back before, and a light product of the change of x_m since."""
         _, parts, before = known
-        moved = self.moved(before, value)
+        moved = self.moved(before, value, alone=True)
         with self.frame.lightly():
             change = self._pull_back(later, moved)
         own = len(change) == 1  # several parts may share memory

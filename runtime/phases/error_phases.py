@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -37,6 +38,24 @@ class _ErrorPhase(Phase):
         self._drive = tuple(drives)
         self._arrived: dict[int, tuple[list[Tensor | None], Tensor | None]] = {}
         """For each layer, the values that light products have carried to it so far, and their sum."""
+
+    @property
+    def shares(self) -> Tensor | None:
+        """The bound of a backward sweep in two layers, by the change of the first one, which it updates last.
+
+        With u and e in the norms ‖u_l‖/√(c_l Lip σ_l), in which both directions of the edge have √κ, the errors that
+        it leaves are at most κ/(1 − κ) and √κ/(1 − κ) of that change.
+        """
+        layers, rate = self.frame.program.layers, self.contraction
+        simple = len(layers) == 2 and self.frame.program.symmetric and self.setting.energy.by_loop_gain
+        if not simple or not rate or self.relaxation != 1 or any(layer.parameters for layer in layers):
+            return None
+        first, second = (scale * layer.activation.lipschitz for scale, layer in zip(self.scales, layers, strict=True))
+        return torch.tensor([[1.0, 0.0], [math.sqrt(second / first / rate), 0.0]], dtype=torch.float64)
+
+    @shares.setter
+    def shares(self, shares: Tensor | None) -> None:
+        """The bound of free states says nothing here."""
 
     def order(self) -> list[int]:
         """Backward, so that the nudge reaches the first layer in one sweep."""
@@ -124,11 +143,29 @@ class AdjointPhase(_ErrorPhase):
         super().__init__(frame, setting, preactivations, drives)
         self.pace = frame.pace("adjoint")
         self.transposed = transposed and not frame.program.symmetric
-        self.slopes = (
-            [sigma.derivative(h) for sigma, h in zip(setting.activations(frame), preactivations, strict=True)]
-            if slopes is None
-            else list(slopes)
-        )
+        self._slopes = None if slopes is None else list(slopes)
+        self._tangents: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    @property
+    def slopes(self) -> list[Tensor]:
+        """σ_l'(h_l)."""
+        if self._slopes is None:
+            activations = self.setting.activations(self.frame)
+            self._slopes = [sigma.derivative(h) for sigma, h in zip(activations, self.preactivations, strict=True)]
+        return self._slopes
+
+    @slopes.setter
+    def slopes(self, slopes: Sequence[Tensor]) -> None:
+        self._slopes = list(slopes)
+
+    def responded(self, index: int, force: Tensor) -> Tensor:
+        """σ_l'(h_l) K_l."""
+        if self._slopes is not None:
+            return self._slopes[index] * force
+        if index not in self._tangents:
+            sigma = self.setting.activations(self.frame)[index]
+            self._tangents[index] = sigma.tangent(self.preactivations[index])
+        return self._tangents[index](force)
 
     @property
     def _arriving_frame(self) -> Frame:
@@ -141,7 +178,7 @@ class AdjointPhase(_ErrorPhase):
     def update(self, index: int) -> Tensor | None:
         """u_l from the derivative of σ_l."""
         force = self.force(index)
-        return None if force is None else self.slopes[index] * force
+        return None if force is None else self.responded(index, force)
 
     def response(self) -> AdjointPhase:
         """The same system without its drive."""
@@ -151,7 +188,7 @@ class AdjointPhase(_ErrorPhase):
     def narrowed(self, rows: Tensor) -> AdjointPhase:
         """The phase of some of the samples, at their present error currents."""
         fields = [take_rows(value, rows) for value in self.preactivations]
-        slopes = [take_rows(slope, rows) for slope in self.slopes]
+        slopes = None if self._slopes is None else [take_rows(slope, rows) for slope in self._slopes]
         drives = narrow(self._drive, rows)
         phase = AdjointPhase(self.frame.narrowed(rows), self.setting, fields, drives, slopes, self.transposed)
         phase.values = narrow(self.values, rows)

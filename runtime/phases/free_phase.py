@@ -97,14 +97,15 @@ class FreePhase(Phase):
         """The drive d_l from the one at the states before, by a light product of their changes."""
         moved: list[Tensor | None] = [None] * len(before)
         last: Tensor | None = None
-        for other in self.frame.program.upstream[index]:
+        upstream = self.frame.program.upstream[index]
+        for other in upstream:
             value, known = self.values[other], before[other]
             assert value is not None
             assert known is not None
-            last = moved[other] = self.moved(known, value)
+            last = moved[other] = self.moved(known, value, alone=len(upstream) == 1)
         with self.frame.lightly():
             change = self.frame.tangent(index, moved)
-        alone = last if len(self.frame.program.upstream[index]) == 1 else None
+        alone = last if len(upstream) == 1 else None
         return drive if change is None else onto(change, drive, alone)
 
     def update(self, index: int) -> Tensor:

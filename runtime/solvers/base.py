@@ -27,6 +27,12 @@ __all__ = ["GaussSeidel", "Solver", "sweep_layers"]
 
 _WORTHWHILE = 2 / (1 + math.sqrt(0.9))
 """ω for a contraction of 0.1. A lower one saves no sweep at a loose tolerance, and costs a pass over each layer."""
+_FAR_ABOVE = 8
+"""Up to so many times the largest relative change that is measured, a bound by it is taken for all layers."""
+_HARDLY = 0.02
+"""A relative error up to which the norm of a state is taken for that of later sweeps, less twice that error."""
+_LEAST = 1.005
+"""The smallest ω that is worth a pass over each layer in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -120,28 +126,65 @@ def _plain(value: Any) -> Any:
     return value.detach() if value is not None and value.requires_grad else value
 
 
-def _norms(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """(‖new − old‖, ‖new‖). A value that was not reached before has changed as a whole."""
-    dims = tuple(range(1, new.dim())) if per_sample else None
-    size = torch.linalg.vector_norm(new, dim=dims)
+def _norm(value: Tensor, per_sample: bool) -> Tensor:
+    return torch.linalg.vector_norm(value, dim=tuple(range(1, value.dim())) if per_sample else None)
+
+
+def _change(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> Tensor:
+    """‖new − old‖. A value that was not reached before has changed as a whole."""
     if old is None:
-        return size, size
-    key = (new.shape, new.stride())
-    if key not in problem.scratch:
-        problem.scratch[key] = torch.empty_like(new)
-    difference = torch.sub(new, old, out=problem.scratch[key])
-    problem.difference = old, new, difference
-    return torch.linalg.vector_norm(difference, dim=dims), size
+        return _norm(new, per_sample)
+    return _norm(problem.subtracted(old, new), per_sample)
 
 
-def _largest_change(problem: FixedPoint, forward: bool, changes: list[Tensor], sizes: list[Tensor]) -> Tensor:
+def _deciding(problem: FixedPoint, order: Sequence[int], per_sample: bool) -> list[int] | None:
+    """The layers whose changes bound the errors of all, by `shares`; None if no such bound holds, or if all are needed.
+
+    The others are measured only if the bound says too little.
+    """
+    shares = problem.shares
+    if shares is None or per_sample or not problem.decided or list(order) != problem.order():
+        return None
+    if any(value is None or value.device.type != "cpu" for value in problem.values):
+        return None
+    if problem.relaxation != 1 and not (problem.training or problem.provisional):
+        return None
+    needed = [index for index, column in enumerate(shares.t().tolist()) if any(column)]
+    return needed if 0 < len(needed) < len(shares) else None
+
+
+def _decided(problem: FixedPoint, moved: dict[int, Tensor], norms: dict[int, Tensor]) -> float:
+    """What the largest relative change of a layer amounts to, by the layers whose changes bound all errors.
+
+    A layer that is almost zero has a large relative bound, but may not change at all. So if a bound is far above the
+    changes that were measured, the next sweeps measure all.
+    """
+    assert problem.shares is not None
+    assert problem.contraction is not None
+    changes = {index: change.item() for index, change in moved.items()}
+    sizes = {index: norm.item() + torch.finfo(norm.dtype).tiny for index, norm in norms.items()}
+    if not all(map(math.isfinite, (*changes.values(), *sizes.values()))):
+        return math.nan if any(map(math.isnan, (*changes.values(), *sizes.values()))) else math.inf
+    sizes = {**problem.sizes, **sizes}
+    bound = max(
+        sum(row[k] * change for k, change in changes.items()) / sizes[index]
+        for index, row in enumerate(problem.shares.tolist())
+    )
+    problem.decided = bound <= _FAR_ABOVE * max(change / sizes[k] for k, change in changes.items())
+    left = bound * problem.contraction / (1 - problem.contraction)
+    if not problem.sizes and left <= _HARDLY:  # no later state is farther away than twice the error that is left
+        problem.sizes = {index: size * (1 - 2 * left) for index, size in sizes.items()}
+    return bound
+
+
+def _largest_change(problem: FixedPoint, ordered: bool, changes: list[Tensor], sizes: list[Tensor]) -> Tensor:
     """The largest relative change of a layer, or what it amounts to by the bounds of the layers (`shares`)."""
     too_far = 0.0
     rate = problem.expected
-    if problem.relaxation != 1 and rate and not problem.training:
+    if problem.relaxation != 1 and rate and not (problem.training or problem.provisional):
         too_far = (problem.relaxation - 1) * (1 - rate) / rate
     shares = problem.shares
-    if shares is not None and not (forward and len(changes) == len(shares)):
+    if shares is not None and not (ordered and len(changes) == len(shares)):
         shares = None
     if changes[0].dim() == 0 and changes[0].device.type == "cpu":  # numbers are faster than operations on scalars
         tiny = torch.finfo(changes[0].dtype).tiny
@@ -181,22 +224,30 @@ def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_s
     An over-relaxed layer goes (ω − 1) times its change too far. Where the error has to be bounded, that is added as
     the change that a bound of κ/(1 − κ) would give it, with κ no larger than blocks are expected to contract by.
     """
-    changes, sizes = [], []
+    deciding = _deciding(problem, order, per_sample) if measure else None
+    changes: dict[int, Tensor] = {}
+    sizes: dict[int, Tensor] = {}
+    reached = False
     for index in order:
         new = problem.advance(index)
         if new is None:
             continue
+        reached = True
         if measure:
-            old = problem.values[index]
-            change, size = _norms(problem, _plain(old), _plain(new), per_sample)
-            changes.append(change)
-            sizes.append(size)
+            if deciding is None or index in deciding:
+                changes[index] = _change(problem, _plain(problem.values[index]), _plain(new), per_sample)
+            if deciding is None or index not in problem.sizes:
+                sizes[index] = _norm(_plain(new), per_sample)
         problem.store(index, new)
     if not measure:
         return None
-    if changes:
-        return _largest_change(problem, list(order) == sorted(order), changes, sizes)
-    return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
+    if not reached:
+        return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
+    if deciding is not None:
+        return torch.tensor(_decided(problem, changes, sizes), dtype=torch.float64)
+    layers = sorted(changes)
+    found_changes, found_sizes = [changes[index] for index in layers], [sizes[index] for index in layers]
+    return _largest_change(problem, list(order) == problem.order(), found_changes, found_sizes)
 
 
 @dataclass(frozen=True)
@@ -235,8 +286,12 @@ class GaussSeidel(Solver):
         if self.schedule not in orders:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
         problem.relaxation = self.omega(problem.expected)
-        if self.relaxation is None and problem.loose and problem.training and problem.relaxation < _WORTHWHILE:
+        little = self.relaxation is None and problem.relaxation < _WORTHWHILE
+        if little and problem.training and problem.loose:
             problem.relaxation = 1.0
+        problem.provisional = little and not problem.training and not problem.tight and problem.relaxation > 1
+        if problem.provisional and problem.relaxation < _LEAST:
+            problem.provisional, problem.relaxation = False, 1.0
         return orders[self.schedule]
 
     def omega(self, contraction: float | None) -> float:
@@ -253,6 +308,8 @@ class GaussSeidel(Solver):
         change = sweep_layers(problem, memory, measure, per_sample)
         if self.relaxation is None and problem.training and problem.relaxation < _WORTHWHILE:
             problem.relaxation = 1.0  # a first sweep that goes so little farther is worth a pass, later ones are not
+        if problem.provisional:
+            problem.provisional, problem.relaxation = False, 1.0
         return change
 
 

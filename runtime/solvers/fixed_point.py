@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import UnsupportedError
@@ -19,7 +21,7 @@ class FixedPoint(ABC):
 
     values: list[Tensor | None]
     """Present value of each layer. None stands for zero, before a value is reached."""
-    scratch: dict[object, Tensor]
+    scratch: dict[tuple[torch.Size, tuple[int, ...]], Tensor]
     """Buffers for differences, kept over the sweeps."""
     difference: tuple[Tensor, Tensor, Tensor] | None = None
     """(before, after, after − before) of the change that was measured last. The next measurement writes over it."""
@@ -40,6 +42,14 @@ class FixedPoint(ABC):
     """Relative error of the products that carry changes on, where the error that they leave has to be bounded too."""
     full_sweeps: int = 1
     """Number of sweeps before the first whose products may be rounded."""
+    tight: bool = False
+    """Whether the tolerance is so small that many sweeps are expected."""
+    sizes: Mapping[int, float] = MappingProxyType({})
+    """Lower bounds of the norms of all layers from here on; empty as long as none are known."""
+    decided: bool = True
+    """Whether the layers that bound the errors of all, by `shares`, are measured alone."""
+    provisional: bool = False
+    """Whether the next sweep is over-relaxed to prepare plain ones, so that its change bounds no error."""
     relaxation: float = 1.0
     """ω of over-relaxed sweeps, the factor on the change of a layer."""
     pace: Pace | None = None
@@ -61,10 +71,24 @@ class FixedPoint(ABC):
         """The next value of a layer in a sweep: f_l, over-relaxed by ω."""
         return self.update(index)
 
-    def moved(self, before: Tensor, after: Tensor) -> Tensor:
-        """after − before, which may be known from a measurement. It must not be changed."""
+    def moved(self, before: Tensor, after: Tensor, alone: bool = False) -> Tensor:
+        """after − before, which may be known from a measurement. It must not be changed.
+
+        With `alone` it is written to the buffer of measurements, which the next one writes over.
+        """
         known = self.difference
-        return known[2] if known is not None and known[0] is before and known[1] is after else after - before
+        if known is not None and known[0] is before and known[1] is after:
+            return known[2]
+        return self.subtracted(before, after) if alone else after - before
+
+    def subtracted(self, before: Tensor, after: Tensor) -> Tensor:
+        """after − before, in a buffer that is used again, so that no memory has to be fetched from the system."""
+        key = (after.shape, after.stride())
+        if key not in self.scratch:
+            self.scratch[key] = torch.empty_like(after)
+        difference = torch.sub(after, before, out=self.scratch[key])
+        self.difference = before, after, difference
+        return difference
 
     def store(self, index: int, value: Tensor | None) -> None:
         """Make `value` the present one of a layer."""

@@ -43,7 +43,7 @@ from vector_fields import data, network
 
 BATCH = 64
 ALGORITHMS: dict[str, Any] = {
-    "ep, β = 1e-4": ffebm.EquilibriumPropagation(),
+    "ep, β = 1e-4": ffebm.EquilibriumPropagation(1e-4),
     "ep, β = 0.3": ffebm.EquilibriumPropagation(0.3),
     "ep centered, β = 0.3": ffebm.EquilibriumPropagation(0.3, "centered"),
     "ep holomorphic, β = 0.3": ffebm.EquilibriumPropagation(0.3, "holomorphic"),

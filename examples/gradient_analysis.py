@@ -81,7 +81,7 @@ def estimator(key: Row) -> Estimator:
     if key["method"] == "truncated":
         return ffebm.TruncatedBackprop(int(key["at"]))
     if key["method"] in STOPPED:
-        return ffebm.EquilibriumPropagation()
+        return ffebm.EquilibriumPropagation(1e-4)
     return ffebm.EquilibriumPropagation(float(key["at"]), key["method"].split(", ")[1])
 
 

@@ -34,6 +34,7 @@ class _ErrorPhase(Phase):
         drives: Sequence[Tensor | None],
     ) -> None:
         super().__init__(frame, setting, [None] * len(preactivations))
+        self._shares: tuple[float, Tensor | None] | None = None
         self.preactivations = tuple(preactivations)
         self._drive = tuple(drives)
         self._arrived: dict[int, tuple[list[Tensor | None], Tensor | None]] = {}
@@ -46,9 +47,16 @@ class _ErrorPhase(Phase):
         With u and e in the norms ‖u_l‖/√(c_l Lip σ_l), in which both directions of the edge have √κ, the errors that
         it leaves are at most κ/(1 − κ) and √κ/(1 − κ) of that change.
         """
-        layers, rate = self.frame.program.layers, self.contraction
+        if self.relaxation != 1 or not self.contraction:
+            return None
+        if self._shares is None or self._shares[0] != self.contraction:
+            self._shares = self.contraction, self._backward_shares(self.contraction)
+        return self._shares[1]
+
+    def _backward_shares(self, rate: float) -> Tensor | None:
+        layers = self.frame.program.layers
         simple = len(layers) == 2 and self.frame.program.symmetric and self.setting.energy.by_loop_gain
-        if not simple or not rate or self.relaxation != 1 or any(layer.parameters for layer in layers):
+        if not simple or any(layer.parameters for layer in layers):
             return None
         first, second = (scale * layer.activation.lipschitz for scale, layer in zip(self.scales, layers, strict=True))
         return torch.tensor([[1.0, 0.0], [math.sqrt(second / first / rate), 0.0]], dtype=torch.float64)

@@ -149,8 +149,9 @@ def _deciding(problem: FixedPoint, order: Sequence[int], per_sample: bool) -> li
         return None
     if problem.relaxation != 1 and not (problem.training or problem.provisional):
         return None
-    needed = [index for index, column in enumerate(shares.t().tolist()) if any(column)]
-    return needed if 0 < len(needed) < len(shares) else None
+    if problem.deciding is None:
+        problem.deciding = [index for index, column in enumerate(shares.t().tolist()) if any(column)]
+    return problem.deciding if 0 < len(problem.deciding) < len(shares) else None
 
 
 def _decided(problem: FixedPoint, moved: dict[int, Tensor], norms: dict[int, Tensor]) -> float:

@@ -46,8 +46,10 @@ class FixedPoint(ABC):
     """Whether the tolerance is so small that many sweeps are expected."""
     sizes: Mapping[int, float] = MappingProxyType({})
     """Lower bounds of the norms of all layers from here on; empty as long as none are known."""
+    deciding: list[int] | None = None
+    """The layers whose changes bound the errors of all, by `shares`, once they are looked for."""
     decided: bool = True
-    """Whether the layers that bound the errors of all, by `shares`, are measured alone."""
+    """Whether those layers are measured alone."""
     provisional: bool = False
     """Whether the next sweep is over-relaxed to prepare plain ones, so that its change bounds no error."""
     relaxation: float = 1.0

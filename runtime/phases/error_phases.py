@@ -53,6 +53,10 @@ class _ErrorPhase(Phase):
             self._shares = self.contraction, self._backward_shares(self.contraction)
         return self._shares[1]
 
+    @shares.setter
+    def shares(self, shares: Tensor | None) -> None:
+        """The bound of free states says nothing here."""
+
     def _backward_shares(self, rate: float) -> Tensor | None:
         layers = self.frame.program.layers
         simple = len(layers) == 2 and self.frame.program.symmetric and self.setting.energy.by_loop_gain
@@ -60,10 +64,6 @@ class _ErrorPhase(Phase):
             return None
         first, second = (scale * layer.activation.lipschitz for scale, layer in zip(self.scales, layers, strict=True))
         return torch.tensor([[1.0, 0.0], [math.sqrt(second / first / rate), 0.0]], dtype=torch.float64)
-
-    @shares.setter
-    def shares(self, shares: Tensor | None) -> None:
-        """The bound of free states says nothing here."""
 
     def order(self) -> list[int]:
         """Backward, so that the nudge reaches the first layer in one sweep."""

@@ -15,22 +15,26 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.solvers.changes import (
+    change_of,
+    decided_change,
+    deciding_layers,
+    largest_change,
+    norm_of,
+    plain,
+)
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
 __all__ = ["GaussSeidel", "Solver", "sweep_layers"]
 
 _WORTHWHILE = 2 / (1 + math.sqrt(0.9))
 """ω for a contraction of 0.1. A lower one saves no sweep at a loose tolerance, and costs a pass over each layer."""
-_FAR_ABOVE = 8
-"""Up to so many times the largest relative change that is measured, a bound by it is taken for all layers."""
-_HARDLY = 0.02
-"""A relative error up to which the norm of a state is taken for that of later sweeps, less twice that error."""
 _LEAST = 1.005
 """The smallest ω that is worth a pass over each layer in evaluation."""
 
@@ -121,111 +125,13 @@ class Solver(ABC):
         return residual <= rtol
 
 
-def _plain(value: Any) -> Any:
-    """A value without its gradient history."""
-    return value.detach() if value is not None and value.requires_grad else value
-
-
-def _norm(value: Tensor, per_sample: bool) -> Tensor:
-    return torch.linalg.vector_norm(value, dim=tuple(range(1, value.dim())) if per_sample else None)
-
-
-def _change(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: bool) -> Tensor:
-    """‖new − old‖. A value that was not reached before has changed as a whole."""
-    if old is None:
-        return _norm(new, per_sample)
-    return _norm(problem.subtracted(old, new), per_sample)
-
-
-def _deciding(problem: FixedPoint, order: Sequence[int], per_sample: bool) -> list[int] | None:
-    """The layers whose changes bound the errors of all, by `shares`; None if no such bound holds, or if all are needed.
-
-    The others are measured only if the bound says too little.
-    """
-    shares = problem.shares
-    if shares is None or per_sample or not problem.decided or list(order) != problem.order():
-        return None
-    if any(value is None or value.device.type != "cpu" for value in problem.values):
-        return None
-    if problem.relaxation != 1 and not (problem.training or problem.provisional):
-        return None
-    if problem.deciding is None:
-        problem.deciding = [index for index, column in enumerate(shares.t().tolist()) if any(column)]
-    return problem.deciding if 0 < len(problem.deciding) < len(shares) else None
-
-
-def _decided(problem: FixedPoint, moved: dict[int, Tensor], norms: dict[int, Tensor]) -> float:
-    """What the largest relative change of a layer amounts to, by the layers whose changes bound all errors.
-
-    A layer that is almost zero has a large relative bound, but may not change at all. So if a bound is far above the
-    changes that were measured, the next sweeps measure all.
-    """
-    assert problem.shares is not None
-    assert problem.contraction is not None
-    changes = {index: change.item() for index, change in moved.items()}
-    sizes = {index: norm.item() + torch.finfo(norm.dtype).tiny for index, norm in norms.items()}
-    if not all(map(math.isfinite, (*changes.values(), *sizes.values()))):
-        return math.nan if any(map(math.isnan, (*changes.values(), *sizes.values()))) else math.inf
-    sizes = {**problem.sizes, **sizes}
-    bound = max(
-        sum(row[k] * change for k, change in changes.items()) / sizes[index]
-        for index, row in enumerate(problem.shares.tolist())
-    )
-    problem.decided = bound <= _FAR_ABOVE * max(change / sizes[k] for k, change in changes.items())
-    left = bound * problem.contraction / (1 - problem.contraction)
-    if not problem.sizes and left <= _HARDLY:  # no later state is farther away than twice the error that is left
-        problem.sizes = {index: size * (1 - 2 * left) for index, size in sizes.items()}
-    return bound
-
-
-def _largest_change(problem: FixedPoint, ordered: bool, changes: list[Tensor], sizes: list[Tensor]) -> Tensor:
-    """The largest relative change of a layer, or what it amounts to by the bounds of the layers (`shares`)."""
-    too_far = 0.0
-    rate = problem.expected
-    if problem.relaxation != 1 and rate and not (problem.training or problem.provisional):
-        too_far = (problem.relaxation - 1) * (1 - rate) / rate
-    shares = problem.shares
-    if shares is not None and not (ordered and len(changes) == len(shares)):
-        shares = None
-    if changes[0].dim() == 0 and changes[0].device.type == "cpu":  # numbers are faster than operations on scalars
-        tiny = torch.finfo(changes[0].dtype).tiny
-        moves, norms = [change.item() for change in changes], [size.item() + tiny for size in sizes]
-        value = _largest_number(moves, norms, None if shares is None else shares.tolist(), too_far)
-        return torch.tensor(value, dtype=torch.float64)
-    moved = torch.stack(changes)
-    size = torch.stack(sizes) + torch.finfo(moved.dtype).tiny
-    largest = (1 + too_far) * (moved / size).amax(0)
-    if shares is None or (moved.device.type != "cpu" and problem.training):  # a captured graph can't read the host
-        return largest
-    shares = shares.to(moved)
-    shared = (shares.reshape(*shares.shape, *[1] * (moved.dim() - 1)) * moved).sum(1)
-    # A layer that is almost zero has a large relative bound, but may not change at all.
-    return torch.minimum(largest, ((shared + too_far * moved) / size).amax(0))
-
-
-def _largest_number(
-    moved: Sequence[float], size: Sequence[float], shares: Sequence[Sequence[float]] | None, too_far: float
-) -> float:
-    """`_largest_change` of numbers that the host has. It is NaN if one of them is."""
-    if not all(map(math.isfinite, (*moved, *size))):
-        return math.nan if any(map(math.isnan, (*moved, *size))) else math.inf
-    largest = (1 + too_far) * max(m / n for m, n in zip(moved, size, strict=True))
-    if shares is None:
-        return largest
-    bounds = (
-        (sum(w * m for w, m in zip(row, moved, strict=True)) + too_far * own) / n
-        for row, own, n in zip(shares, moved, size, strict=True)
-    )
-    return min(largest, max(bounds))
-
-
 def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_sample: bool = False) -> Tensor | None:
     """Do one Gauss–Seidel sweep in this order. If `measure`, return the largest relative change of a layer.
 
     An over-relaxed layer goes (ω − 1) times its change too far. Where the error has to be bounded, that is added as
     the change that a bound of κ/(1 − κ) would give it, with κ no larger than blocks are expected to contract by.
     """
-    deciding = _deciding(problem, order, per_sample) if measure else None
+    deciding = deciding_layers(problem, order, per_sample) if measure else None
     changes: dict[int, Tensor] = {}
     sizes: dict[int, Tensor] = {}
     reached = False
@@ -236,19 +142,19 @@ def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_s
         reached = True
         if measure:
             if deciding is None or index in deciding:
-                changes[index] = _change(problem, _plain(problem.values[index]), _plain(new), per_sample)
+                changes[index] = change_of(problem, plain(problem.values[index]), plain(new), per_sample)
             if deciding is None or index not in problem.sizes:
-                sizes[index] = _norm(_plain(new), per_sample)
+                sizes[index] = norm_of(plain(new), per_sample)
         problem.store(index, new)
     if not measure:
         return None
     if not reached:
         return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
     if deciding is not None:
-        return torch.tensor(_decided(problem, changes, sizes), dtype=torch.float64)
+        return torch.tensor(decided_change(problem, changes, sizes), dtype=torch.float64)
     layers = sorted(changes)
     found_changes, found_sizes = [changes[index] for index in layers], [sizes[index] for index in layers]
-    return _largest_change(problem, list(order) == problem.order(), found_changes, found_sizes)
+    return largest_change(problem, list(order) == problem.order(), found_changes, found_sizes)
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,8 @@ class _Relaxation:
         self.memory = solver.init(problem)
         self.omega, self.over, self.provisional = 1.0, False, False
         """ω of the present sweep, whether any was over-relaxed, and whether this one only prepares plain ones."""
+        self.decided = True
+        """Whether the changes of a few layers bound those of all so far."""
         self.ahead, self.slowest = 0.0, 0.0
         """By how much the last measured sweep contracted better than a plain one does, and the rate that follows."""
         self.earliest, self.left = stopping_rule(
@@ -335,6 +337,8 @@ class _Relaxation:
             self.running.relaxation = 1.0  # not what this block needs
         self.next = self.sweep + self._stride(worst)
         self.measured, self.previous = self.sweep, change
+        if self.decided and not self.running.decided:  # the next change is measured in another way
+            self.decided, self.measured, self.previous = False, 0, math.inf
         self.ahead = 2 * (self.omega - 1) if self.provisional else 0.0
         return False
 

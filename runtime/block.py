@@ -33,6 +33,7 @@ from ffebm_compiler.runtime.program.light import ROUNDING, full_sweeps
 from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.choice import Choice, choose
+from ffebm_compiler.runtime.solvers.fixed_point import expected_contraction
 from ffebm_compiler.runtime.solvers.measured import Measured
 from ffebm_compiler.runtime.solvers.pace import Paces
 from ffebm_compiler.runtime.solvers.relaxation import Settled, concluded, run
@@ -318,7 +319,7 @@ class EnergyBlock(nn.Module):
         if frame.light and not frame.training:  # the error has to be bounded, with that of roundings
             phase.full_sweeps, phase.rounding = full_sweeps((1 - rate) * rtol, rate), ROUNDING
         else:
-            phase.full_sweeps = full_sweeps(rtol, self.energy_function.typical * rate)
+            phase.full_sweeps = full_sweeps(rtol, expected_contraction(rate, self.energy_function.typical))
         return phase, run(phase, solver, rtol, contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:

@@ -446,3 +446,24 @@ def test_the_example_of_the_page_runs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "resistive.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     exec(compile(code, "docs/resistive.md", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nodes_that_hardly_reach_a_source_settle(training: bool) -> None:
+    """Such a part of a block is certified to contract by hardly less than 1. Sweeps are not over-relaxed for that."""
+    model = nn.Sequential(
+        *(nn.Linear(3, 1), nn.Hardtanh(-0.5, 0.7), nn.Linear(1, 4, bias=False), nn.Hardtanh(-0.5, 0.7)),
+        *(nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)),
+    ).double()
+    with torch.no_grad():
+        model[0].weight.fill_(1e-9)
+        model[0].bias.fill_(-0.0791)
+        model[2].weight.copy_(torch.tensor([[0.4685], [0.8706], [0.7873], [0.4105]]))
+        model[4].weight.copy_(torch.tensor([[0.0392, 0.4266, 0.1638, 0.4168], [0.3475, 0.2941, 0.2241, 0.0993]]))
+        model[5].weight.copy_(torch.tensor([[0.3759, 0.5355], [0.1208, 0.0387], [0.5569, 0.0972]]))
+    hybrid = ffebm.convert(model, noise(1, 3).double(), energy="drn").train(training)
+    certificate = hybrid.blocks[0].certificate
+    assert certificate is not None
+    assert 0.999 < certificate.radius < 1
+    states = hybrid.blocks[0].settle(noise(1, 3).double()).states
+    assert all(float((state + 0.5).abs().max()) < 1e-6 for state in states)  # the current pulls all to the bound

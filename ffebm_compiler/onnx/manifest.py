@@ -19,6 +19,7 @@ from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
+from ffebm_compiler.runtime.solvers.fixed_point import expected_contraction
 from ffebm_compiler.runtime.solvers.relaxation import stopping_rule
 
 __all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "energy_name", "manifest_of", "seal", "settling_of"]
@@ -43,7 +44,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
-    expected = None if contraction is None else block.energy_function.typical * contraction
+    expected = None if contraction is None else expected_contraction(contraction, block.energy_function.typical)
     omega = solver.omega(expected) if isinstance(solver, GaussSeidel) else 1.0
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate

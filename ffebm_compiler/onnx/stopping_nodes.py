@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ffebm_compiler.onnx.emit import Writer
+from ffebm_compiler.runtime.solvers.fixed_point import MOST, expected_contraction
 from ffebm_compiler.runtime.solvers.relaxation import SAFETY
 
 __all__ = ["Progress", "Stopping"]
@@ -107,7 +108,7 @@ class Stopping:
         size = body.op("Add", size, body.number(float(np.finfo(body.dtype).tiny)))
         factor = body.number(1.0)
         if self.contraction:
-            rate = self.typical * self.contraction
+            rate = expected_contraction(self.contraction, self.typical)
             beyond = body.scaled(body.op("Sub", now.omega, factor), (1 - rate) / rate)
             factor = body.op("Add", factor, beyond)
         largest = body.op("ReduceMax", body.op("Mul", body.op("Div", moved, size), factor), keepdims=0)
@@ -125,7 +126,7 @@ class Stopping:
             return change
         one, certified = body.number(1.0), self.main.setting("contraction", "float")
         seen = body.scaled(rate, SAFETY)
-        expected = self.main.scaled(certified, self.typical)
+        expected = self.main.op("Min", self.main.scaled(certified, self.typical), self.main.number(MOST))
         seen = body.op("Where", relaxed, body.op("Max", seen, expected), seen)
         better = body.op("And", falling, body.op("Less", seen, certified))
         rate = body.op("Where", better, seen, certified)

@@ -13,7 +13,19 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.runtime.solvers.fabric import Question
 from ffebm_compiler.runtime.solvers.pace import Pace
 
-__all__ = ["FixedPoint"]
+__all__ = ["MOST", "FixedPoint", "expected_contraction"]
+
+MOST = 0.9
+"""The largest factor that a sweep is expected to contract by.
+
+A part of a circuit that hardly reaches an input is certified to contract by nearly 1. ω would then be 2, with which
+nothing settles, and no measured change would be small enough.
+"""
+
+
+def expected_contraction(certified: float, typical: float) -> float:
+    """What a sweep is expected to contract by where it is certified to contract by κ: `typical` κ, and at most 0.9."""
+    return min(typical * certified, MOST)
 
 
 class FixedPoint(ABC):
@@ -63,7 +75,7 @@ class FixedPoint(ABC):
     @property
     def expected(self) -> float | None:
         """What a plain sweep is expected to contract by; None without a certificate."""
-        return None if self.contraction is None else self.typical * self.contraction
+        return None if self.contraction is None else expected_contraction(self.contraction, self.typical)
 
     @abstractmethod
     def update(self, index: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
 from ffebm_compiler.runtime.solvers.base import Solver
-from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
+from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint, expected_contraction
 from ffebm_compiler.runtime.solvers.pace import Pace
 
 __all__ = ["LOST", "SAFETY", "Settled", "concluded", "may_be_late", "relax", "run", "stopping_rule"]
@@ -74,7 +74,7 @@ def stopping_rule(
     that they are expected to take. At a loose one the first sweeps, which contract better, may be enough.
     """
     if training and contraction is not None:
-        contraction *= typical
+        contraction = expected_contraction(contraction, typical)
     if contraction is None:
         return 1, 1.0
     if not contraction:
@@ -148,7 +148,7 @@ def _paced(problem: FixedPoint, solver: Solver, rtol: float, contraction: float,
     for sweep in range(1, sweeps + 1):
         change = solver.step(problem, memory, measure=sweep == sweeps)
     assert change is not None
-    pace.post(change, rtol, problem.typical * contraction)
+    pace.post(change, rtol, expected_contraction(contraction, problem.typical))
     return Settled(sweeps, pace.residual, True, "")
 
 

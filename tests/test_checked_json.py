@@ -212,8 +212,8 @@ def test_settings_that_are_refused(saved: Path, edit: Callable[[dict[str, Any]],
         ("loop_gain", lambda t: t.update(ghost=torch.zeros(1)), "'ghost' is no vector of a loop gain"),
         (
             "loop_gain",
-            lambda t: t.update({"block_1/0-1/image": torch.zeros(1, 3)}),
-            r"image' is .*\(1, 3\) and .*rows of one",
+            lambda t: t.update({"block_1/0-1/image": torch.zeros(2, 3)}),
+            r"image' is .*\(2, 3\) and .*a row and rows of one dtype",
         ),
     ],
 )

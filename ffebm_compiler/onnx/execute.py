@@ -137,7 +137,7 @@ class Exported:
             max_sweeps=settling["max_sweeps"],
             on_failure=settling["on_failure"],
             schedule=settling["schedule"],
-            relaxation=settling.get("relaxation", 1.0),
+            relaxation=None if settling.get("relaxed_sweeps") else settling.get("relaxation", 1.0),
         )
         return block
 

@@ -111,8 +111,10 @@ class _Builder:
             self.settling["contraction"],
             self.block.energy_function.typical,
             None if shares is None else shares.numpy(),
+            relaxed=self.settling["relaxation"] != 1,
+            first_alone=self.settling["relaxed_sweeps"] == 1,
         )
-        self.relaxed = self.settling["relaxation"] != 1
+        self.relaxed = self.stopping.relaxed
         self.coupled = self.program.coupled and self.block.enabled
         self.gammas = {
             (index, later): f"gamma_{index}_{later}"
@@ -194,7 +196,7 @@ class _Builder:
             self.coupled,
             self.settling["schedule"],
             self.settling["on_failure"],
-            [self.relaxed, bool(self.stopping.contraction), self.stopping.shares is not None],
+            self.stopping.structure(),
             *([] if self.energy is None else [self.energy.name]),
         ]
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
@@ -267,7 +269,9 @@ class _Builder:
         sweep = names.fresh("sweep")
         loaded = {} if self.energy is None else self._loaded(states, gammas, amplified=self.energy.amplified)
         carried, relaxed = ([names.fresh(stem) for _ in kept] for stem, kept in (("s", states), ("h", fields)))
-        now = Progress(*(names.fresh(name) for name in ("omega", "previous", "measured", "next", "residual")))
+        now = Progress(
+            *(names.fresh(name) for name in ("omega", "previous", "measured", "next", "slowest", "residual"))
+        )
         present, potentials = list(carried), list(relaxed)
         pulled: dict[str, dict[int, str]] = {}
         changes: dict[int, tuple[str, str]] = {}
@@ -297,7 +301,7 @@ class _Builder:
             for value in (*present, *potentials)
         ]
         kind, info = self.main.elem_type, onnx.helper.make_tensor_value_info
-        kinds = [kind, kind, onnx.TensorProto.INT64, onnx.TensorProto.INT64, kind]
+        kinds = [kind, kind, onnx.TensorProto.INT64, onnx.TensorProto.INT64, kind, kind]
         progress = [astuple(part) for part in (now, after, start)]
         graph = onnx.helper.make_graph(
             body.nodes,

@@ -20,7 +20,7 @@ from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
 from ffebm_compiler.runtime.solvers.fixed_point import expected_contraction
-from ffebm_compiler.runtime.solvers.relaxation import stopping_rule
+from ffebm_compiler.runtime.solvers.relaxation import TIGHT, stopping_rule
 
 __all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "energy_name", "manifest_of", "seal", "settling_of"]
 
@@ -41,11 +41,13 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     It stops at the latest after a sweep in which no layer changed by more than `largest_change` (relative), but not
     before the sweep `min_sweeps`. `largest_change` is `rtol` over the factor of
     `runtime.solvers.relaxation.stopping_rule`. The changes seen so far and the norms of the edges may end it earlier.
+    The first `relaxed_sweeps` are over-relaxed by ω, or all where it is null.
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
     expected = None if contraction is None else expected_contraction(contraction, block.energy_function.typical)
-    omega = solver.omega(expected) if isinstance(solver, GaussSeidel) else 1.0
+    plain = (1.0, False)
+    omega, first_alone = solver.in_evaluation(expected, rtol <= TIGHT) if isinstance(solver, GaussSeidel) else plain
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
@@ -58,6 +60,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
         "schedule": "forward" if schedule == "auto" else schedule,
         "on_failure": solver.on_failure,
         "relaxation": omega,
+        "relaxed_sweeps": 1 if first_alone else None,
         "norms": [] if certificate is None or contraction is None else [_edge(*edge) for edge in certificate.norms],
     }
 

@@ -47,6 +47,7 @@ class _Settling:
     schedule: Literal["auto", "forward", "backward", "even_odd"]
     on_failure: Literal["isolate", "error", "warn"]
     relaxation: Annotated[float, AtLeast(1, most=2)] = 1.0
+    relaxed_sweeps: Literal[1] | None = None
     norms: tuple[_Edge, ...] = ()
 
 

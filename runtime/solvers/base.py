@@ -192,14 +192,25 @@ class GaussSeidel(Solver):
         }
         if self.schedule not in orders:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
-        problem.relaxation = self.omega(problem.expected)
-        little = self.relaxation is None and problem.relaxation < _WORTHWHILE
-        if little and problem.training and problem.loose:
-            problem.relaxation = 1.0
-        problem.provisional = little and not problem.training and not problem.tight and problem.relaxation > 1
-        if problem.provisional and problem.relaxation < _LEAST:
-            problem.provisional, problem.relaxation = False, 1.0
+        if problem.training:
+            problem.relaxation, problem.provisional = self.omega(problem.expected), False
+            if self.relaxation is None and problem.loose and problem.relaxation < _WORTHWHILE:
+                problem.relaxation = 1.0
+        else:
+            problem.relaxation, problem.provisional = self.in_evaluation(problem.expected, problem.tight)
         return orders[self.schedule]
+
+    def in_evaluation(self, contraction: float | None, tight: bool) -> tuple[float, bool]:
+        """(ω, whether the first sweep alone is over-relaxed) in evaluation.
+
+        Args:
+            contraction: what plain sweeps are expected to contract by, None where it is not known.
+            tight: whether the tolerance is so small that many sweeps are expected.
+        """
+        omega = self.omega(contraction)
+        if self.relaxation is not None or tight or omega >= _WORTHWHILE:
+            return omega, False
+        return (omega, True) if omega >= _LEAST else (1.0, False)
 
     def omega(self, contraction: float | None) -> float:
         """ω at the start of a relaxation whose plain sweeps are expected to contract by so much (None: not known)."""

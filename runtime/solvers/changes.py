@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
-__all__ = ["change_of", "decided_change", "deciding_layers", "largest_change", "norm_of", "plain"]
+__all__ = ["FAR_ABOVE", "change_of", "decided_change", "deciding_layers", "largest_change", "norm_of", "plain"]
 
-_FAR_ABOVE = 8
+FAR_ABOVE = 8
 """Up to so many times the largest relative change that is measured, a bound by it is taken for all layers."""
 _HARDLY = 0.02
 """A relative error up to which the norm of a state is taken for that of later sweeps, less twice that error."""
@@ -74,7 +74,7 @@ def decided_change(problem: FixedPoint, moved: dict[int, Tensor], norms: dict[in
         sum(row[k] * change for k, change in changes.items()) / sizes[index]
         for index, row in enumerate(problem.shares.tolist())
     )
-    problem.decided = bound <= _FAR_ABOVE * max(change / sizes[k] for k, change in changes.items())
+    problem.decided = bound <= FAR_ABOVE * max(change / sizes[k] for k, change in changes.items())
     left = bound * problem.contraction / (1 - problem.contraction)
     if not problem.sizes and left <= _HARDLY:  # no later state is farther away than twice the error that is left
         problem.sizes = {index: size * (1 - 2 * left) for index, size in sizes.items()}

@@ -24,7 +24,7 @@ from ffebm_compiler.runtime.solvers.base import Solver
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint, expected_contraction
 from ffebm_compiler.runtime.solvers.pace import Pace
 
-__all__ = ["LOST", "SAFETY", "Settled", "concluded", "may_be_late", "relax", "run", "stopping_rule"]
+__all__ = ["LOST", "SAFETY", "TIGHT", "Settled", "concluded", "may_be_late", "relax", "run", "stopping_rule"]
 
 _STALL = 100
 """A relaxation ends if its residual falls by less than a tenth in so many sweeps (more for large `max_sweeps`)."""
@@ -36,7 +36,8 @@ LOST = (
     "a state of the step before is not finite, so that its gradient has no meaning. This step waits for its result, "
     "and names the block if it happens again"
 )
-_TIGHT = 1e-5
+TIGHT = 1e-5
+"""Largest relative error that counts as a tight tolerance, one that takes many sweeps."""
 _COARSE = 4e-3
 """Largest relative error of a product in bfloat16: 2⁻⁹ for the rounding of each factor, times two."""
 
@@ -81,7 +82,7 @@ def stopping_rule(
         return 1, 0.0
     predicted = math.log(rtol) / math.log(contraction)
     latest = 2
-    if not training and omega > 1 and rtol <= _TIGHT:  # sweeps that are over-relaxed by the best ω contract by ω − 1
+    if not training and omega > 1 and rtol <= TIGHT:  # sweeps that are over-relaxed by the best ω contract by ω − 1
         latest = max(latest, math.ceil(math.log(rtol) / math.log(omega - 1)) - 2)
     return max(1, min(math.floor(0.45 * predicted), latest)), contraction / (1 - contraction)
 
@@ -215,7 +216,7 @@ class _Relaxation:
         self.solver = solver
         self.rtol = rtol
         self.contraction = contraction
-        problem.contraction, problem.tight, problem.sizes = contraction, rtol <= _TIGHT, {}
+        problem.contraction, problem.tight, problem.sizes = contraction, rtol <= TIGHT, {}
         self.rounding = 0.0 if contraction is None else problem.rounding * contraction / (1 - contraction)
         """From the changes so far to the error that rounding what they add has left."""
         self.moved = 0.0

@@ -135,8 +135,8 @@ class Stopping:
         )
         size = body.op("Add", size, body.number(float(np.finfo(body.dtype).tiny)))
         factor = body.number(1.0)
-        too_far = bool(self.contraction) and not self.first_alone
-        if too_far:
+        beyond = None
+        if self.contraction and not self.first_alone:
             rate = expected_contraction(self.contraction, self.typical)
             beyond = body.scaled(body.op("Sub", now.omega, factor), (1 - rate) / rate)
             factor = body.op("Add", factor, beyond)
@@ -146,7 +146,7 @@ class Stopping:
         shape = self.main.ints(list(self.shares.shape))
         shares = self.main.op("Reshape", self.main.setting("error_shares", "floats"), shape)
         total = body.op("MatMul", shares, moved)
-        if too_far:
+        if beyond is not None:
             total = body.op("Add", total, body.op("Mul", moved, beyond))
         bound = body.op("ReduceMax", body.op("Div", total, size), keepdims=0)
         deciding, least = self._deciding(), body.op("Min", largest, bound)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The distributed example runs under torchrun, in test_distributed.
 SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "train_distributed.py"]
-SHARED = ("digit_tables.py", "experiment_training.py")
+SHARED = ("command_line.py", "digit_tables.py", "experiment_training.py")
 """What other examples import, and nobody runs."""
 EXAMPLES = [path for path in SCRIPTS if path.name not in SHARED]
 

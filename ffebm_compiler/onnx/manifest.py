@@ -18,7 +18,7 @@ from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
-from ffebm_compiler.runtime.solvers.base import GaussSeidel
+from ffebm_compiler.runtime.solvers.base import GaussSeidel, evaluation_omega
 from ffebm_compiler.runtime.solvers.fixed_point import expected_contraction
 from ffebm_compiler.runtime.solvers.relaxation import TIGHT, stopping_rule
 
@@ -46,8 +46,9 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
     expected = None if contraction is None else expected_contraction(contraction, block.energy_function.typical)
-    plain = (1.0, False)
-    omega, first_alone = solver.in_evaluation(expected, rtol <= TIGHT) if isinstance(solver, GaussSeidel) else plain
+    omega, first_alone = 1.0, False
+    if isinstance(solver, GaussSeidel):
+        omega, first_alone = evaluation_omega(solver, expected, rtol <= TIGHT)
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"

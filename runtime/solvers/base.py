@@ -31,7 +31,7 @@ from ffebm_compiler.runtime.solvers.changes import (
 )
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
-__all__ = ["GaussSeidel", "Solver", "sweep_layers"]
+__all__ = ["GaussSeidel", "Solver", "evaluation_omega", "sweep_layers"]
 
 _WORTHWHILE = 2 / (1 + math.sqrt(0.9))
 """ω for a contraction of 0.1. A lower one saves no sweep at a loose tolerance, and costs a pass over each layer."""
@@ -197,20 +197,8 @@ class GaussSeidel(Solver):
             if self.relaxation is None and problem.loose and problem.relaxation < _WORTHWHILE:
                 problem.relaxation = 1.0
         else:
-            problem.relaxation, problem.provisional = self.in_evaluation(problem.expected, problem.tight)
+            problem.relaxation, problem.provisional = evaluation_omega(self, problem.expected, problem.tight)
         return orders[self.schedule]
-
-    def in_evaluation(self, contraction: float | None, tight: bool) -> tuple[float, bool]:
-        """(ω, whether the first sweep alone is over-relaxed) in evaluation.
-
-        Args:
-            contraction: what plain sweeps are expected to contract by, None where it is not known.
-            tight: whether the tolerance is so small that many sweeps are expected.
-        """
-        omega = self.omega(contraction)
-        if self.relaxation is not None or tight or omega >= _WORTHWHILE:
-            return omega, False
-        return (omega, True) if omega >= _LEAST else (1.0, False)
 
     def omega(self, contraction: float | None) -> float:
         """ω at the start of a relaxation whose plain sweeps are expected to contract by so much (None: not known)."""
@@ -241,3 +229,17 @@ def checked_solver(solver: object) -> Solver | None:
         return solver
     given = f"the class {solver.__name__} itself" if isinstance(solver, type) else f"a {type(solver).__name__}"
     raise InputError(f"solver is {given}; expected a Solver such as GaussSeidel(), or None")
+
+
+def evaluation_omega(solver: GaussSeidel, contraction: float | None, tight: bool) -> tuple[float, bool]:
+    """(ω, whether the first sweep alone is over-relaxed) in evaluation.
+
+    Args:
+        solver: the solver, whose own ω, if it has one, holds for every sweep.
+        contraction: what plain sweeps are expected to contract by, None where it is not known.
+        tight: whether the tolerance is so small that many sweeps are expected.
+    """
+    omega = solver.omega(contraction)
+    if solver.relaxation is not None or tight or omega >= _WORTHWHILE:
+        return omega, False
+    return (omega, True) if omega >= _LEAST else (1.0, False)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ffebm_compiler.onnx.emit import Writer
-from ffebm_compiler.runtime.solvers.changes import FAR_ABOVE
+from ffebm_compiler.runtime.solvers.changes import FAR_ABOVE, bounding_layers
 from ffebm_compiler.runtime.solvers.fixed_point import MOST, expected_contraction
 from ffebm_compiler.runtime.solvers.relaxation import SAFETY
 
@@ -66,7 +66,7 @@ class Stopping:
         """The layers whose changes bound the errors of all; None if all are needed."""
         if self.shares is None or (self.relaxed and not self.first_alone):
             return None
-        needed = [index for index, column in enumerate(self.shares.T) if column.any()]
+        needed = bounding_layers(self.shares.tolist())
         return needed if 0 < len(needed) < len(self.shares) else None
 
     def attributes(self) -> dict[str, float | list[float]]:
@@ -100,7 +100,6 @@ class Stopping:
         one, whole = body.number(1.0), body.constant(np.array(1, dtype=np.int64))
         count = body.op("Add", sweep, whole)
         measured = body.op("Or", body.op("GreaterOrEqual", count, now.following), body.op("Equal", count, last))
-        relaxed = body.op("Greater", now.omega, one)
         change = self._change(body, now, changes)
         known = body.op("Greater", now.measured, body.constant(np.array(0, dtype=np.int64)))
         falling = body.op("And", known, body.op("Less", change, now.previous))
@@ -112,10 +111,11 @@ class Stopping:
         if self.first_alone:
             finished = body.op("And", finished, body.op("Greater", count, whole))
         stride = self._stride(body, residual, limit, falling, rate)
-        growing = body.op("And", relaxed, body.op("Greater", change, now.previous))
         if self.first_alone:
             omega = body.op("Identity", one, stem="omega")
         else:
+            relaxed = body.op("Greater", now.omega, one)
+            growing = body.op("And", relaxed, body.op("Greater", change, now.previous))
             omega = body.op("Where", body.op("And", measured, growing), one, now.omega, stem="omega")
         new = Progress(
             omega,

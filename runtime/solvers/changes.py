@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
-__all__ = ["FAR_ABOVE", "change_of", "decided_change", "deciding_layers", "largest_change", "norm_of", "plain"]
+__all__ = [
+    "FAR_ABOVE",
+    "bounding_layers",
+    "change_of",
+    "decided_change",
+    "deciding_layers",
+    "largest_change",
+    "norm_of",
+    "plain",
+]
 
 FAR_ABOVE = 8
 """Up to so many times the largest relative change that is measured, a bound by it is taken for all layers."""
@@ -40,6 +49,11 @@ def change_of(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: 
     return norm_of(problem.subtracted(old, new), per_sample)
 
 
+def bounding_layers(shares: Sequence[Sequence[float]]) -> list[int]:
+    """The layers whose changes are in a bound of any error, by W row by row."""
+    return [index for index, column in enumerate(zip(*shares, strict=True)) if any(column)]
+
+
 def deciding_layers(problem: FixedPoint, order: Sequence[int], per_sample: bool) -> list[int] | None:
     """The layers whose changes bound the errors of all, by `shares`; None if no such bound holds, or if all are needed.
 
@@ -53,7 +67,7 @@ def deciding_layers(problem: FixedPoint, order: Sequence[int], per_sample: bool)
     if problem.relaxation != 1 and not (problem.training or problem.provisional):
         return None
     if problem.deciding is None:
-        problem.deciding = [index for index, column in enumerate(shares.t().tolist()) if any(column)]
+        problem.deciding = bounding_layers(shares.tolist())
     return problem.deciding if 0 < len(problem.deciding) < len(shares) else None
 
 

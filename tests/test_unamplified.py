@@ -121,3 +121,56 @@ def test_softshrink_and_other_seeds() -> None:
             assert hybrid.blocks[0].settle(noise(3, 6)).converged
     with pytest.raises(ffebm.UnsupportedError, match=r"activation softshrink of layer 'layers.0' is not made by ideal"):
         ffebm.convert(MLP(activation=lambda: nn.Softshrink(0.1)), noise(3, 8), energy="unamplified")
+
+
+class WithSilentUnits(nn.Module):
+    """Two hidden layers, and units beside them that no conductance reaches."""
+
+    def __init__(self, silent: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.unreached = nn.Linear(8, 5), nn.Linear(5, 3, bias=False), nn.Linear(8, 2)
+        self.silent = silent
+        with torch.no_grad():
+            self.unreached.weight.zero_()
+            for weight in (self.first.weight, self.second.weight):
+                weight.abs_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).clamp(-0.5, 0.7)
+        return torch.cat((self.second(hidden).clamp(-0.5, 0.7), self.silent(self.unreached(x))), -1)
+
+
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+@pytest.mark.parametrize(
+    "silent",
+    [nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), nn.Hardtanh(0.2, 0.7), nn.Hardtanh(-0.7, -0.2)],
+    ids=str,
+)
+def test_no_gradient_moves_a_unit_that_no_conductance_reaches(energy: str, silent: nn.Module) -> None:
+    """Its response would be the reciprocal of what a step made of its conductances: 1e30 after one of 1e-30."""
+    model, x = seeded(lambda: WithSilentUnits(silent)), noise(4, 8)
+    gamma: Any = "symmetric" if energy == "drn" else 0.1
+    hybrid = ffebm.convert(model, x, energy=energy, feedback=gamma)
+    exact = ffebm.convert(model, x, energy=energy, feedback=gamma).double()
+    exact.set_solver(EXACT)
+    exact.set_gradient("unrolled")
+    held = silent(torch.zeros(4, 2, dtype=torch.float64))
+    optimizer = torch.optim.Adam(hybrid.parameters(), 0.01)
+    for _ in range(3):
+        exact.load_state_dict({name: value.double() for name, value in hybrid.state_dict().items()})
+        for one, data in ((exact, x.double()), (hybrid, x)):
+            one.zero_grad()
+            output = one(data)
+            assert torch.equal(output[:, 3:], held.to(output.dtype))
+            loss_of(output).backward()
+        for name, parameter in hybrid.named_parameters():
+            expected = exact.get_parameter(name).grad
+            assert parameter.grad is not None
+            assert expected is not None
+            if name.startswith("unreached"):
+                assert float(parameter.grad.abs().max()) == float(expected.abs().max()) == 0
+            else:
+                torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-3, atol=1e-5)
+        optimizer.step()
+    block = hybrid.blocks[0]
+    assert math.isfinite(float(block.energy(x, states=block.settle(x).states).detach()))

@@ -354,7 +354,8 @@ class _Builder:
         for index, terms in parts.items():
             diagonal = self.main.added([*terms, one] if amplified else terms)
             if not amplified:
-                reached = self.main.op("Greater", diagonal, self.main.number(0.0))
+                least = self.main.number(float(np.finfo(self.main.dtype).tiny))
+                reached = self.main.op("GreaterOrEqual", diagonal, least)
                 diagonal = self.main.op("Where", reached, diagonal, self.main.number(GROUNDED))
             loaded[index] = LoadedActivation(self.main, self.program.layers[index].activation, diagonal)
         return loaded

@@ -31,7 +31,7 @@ class Loaded(Activation):
     activation: Activation
     """σ, which is monotone and made of straight lines."""
     diagonal: Tensor = field(compare=False, repr=False)
-    """D, in a shape that broadcasts over h. 1 is no load."""
+    """D, in a shape that broadcasts over h. 1 is no load, and ∞ holds a state at σ(0) with slope 0."""
 
     @property
     def name(self) -> str:
@@ -85,12 +85,13 @@ class Loaded(Activation):
     def _knots(self) -> tuple[tuple[Bound, float], ...]:
         """(h_i − s_i + D s_i, s_i) of every knot."""
         lines, value = self._lines, self._lines.start
+        most = torch.finfo(self.diagonal.dtype).max  # knots are subtracted from each other
         found: list[tuple[Bound, float]] = []
         for index, knot in enumerate(lines.knots):
             if index:
                 value += lines.slopes[index] * (knot - lines.knots[index - 1])
             inside = knot - value
-            moved = value * self.diagonal
+            moved = (value * self.diagonal).clamp(-most, most)
             found.append(((moved + inside if inside else moved) if value else knot, value))
         return tuple(found)
 
@@ -141,7 +142,8 @@ class Loaded(Activation):
         """G(s) + ½ (D − 1) s²."""
         inside = self.activation.potential(s)
         if self.activation.projects:
-            return torch.where(inside.isinf(), inside, 0.5 * self.diagonal * s * s)  # nothing cancels for a small D
+            load = self.diagonal.masked_fill(self.diagonal.isinf(), 0.0)
+            return torch.where(inside.isinf(), inside, 0.5 * load * s * s)  # nothing cancels for a small D
         return inside + 0.5 * (self.diagonal - 1) * s * s
 
     def primitive(self, h: Tensor) -> Tensor:

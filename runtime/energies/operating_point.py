@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ffebm_compiler.runtime.energies.circuit import Circuit
 from ffebm_compiler.runtime.energies.loaded import Loaded
-from ffebm_compiler.runtime.energies.passive import GROUNDED
+from ffebm_compiler.runtime.energies.passive import grounded
 
 __all__ = ["settled"]
 
@@ -28,7 +28,7 @@ def settled(circuit: Circuit, currents: Mapping[str, Tensor]) -> list[Tensor]:
                 below[part.source].append((index, (part.plus - part.minus).T, part.reflection / stage.gain))
                 diagonals[part.source] = diagonals[part.source] + part.reflection * (part.plus + part.minus).sum(0)
     sigmas = [
-        Loaded(stage.activation, torch.where(diagonal > 0, diagonal, GROUNDED).reshape(stage.shape))
+        Loaded(stage.activation, grounded(diagonal).reshape(stage.shape))
         for stage, diagonal in zip(stages, diagonals, strict=True)
     ]
     for _ in range(_SWEEPS):

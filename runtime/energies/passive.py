@@ -8,11 +8,12 @@ not on the bias, which is a current source and loads nothing),
 
 A state is the mean of its neighbours, weighted by conductances, and moved by the bias and the diodes: s_l =
 σ_l(h_l/D^l) with a projection σ_l. D follows the weights, and nothing is set or held. A unit that no conductance
-reaches is held at 0. E is convex for every γ.
+reaches is held at 0, and no gradient moves it. E is convex for every γ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ from ffebm_compiler.runtime.energies.row_sums import RowSums
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Layer
 from ffebm_compiler.runtime.program.frame import Frame
 
-__all__ = ["DRN", "GROUNDED", "Unamplified"]
+__all__ = ["DRN", "GROUNDED", "Unamplified", "grounded"]
 
 _NEAREST = {
     "tanh": "hard tanh",
@@ -45,8 +46,13 @@ _NEAREST = {
 }
 """The projection that is nearest to an activation, by name; ReLU for all others."""
 
-GROUNDED = 1e30
-"""D of a unit that no conductance reaches. Its state is 0 to every digit, and so is its slope."""
+GROUNDED = math.inf
+"""D of a unit that no conductance reaches. Its state does not move, so that its slope and its gradients are 0."""
+
+
+def grounded(total: Tensor) -> Tensor:
+    """D from the conductance of every unit, one that has no reciprocal in the dtype counting as none."""
+    return total.masked_fill(total < torch.finfo(total.dtype).tiny, GROUNDED)
 
 
 class _Passive(Conductive):
@@ -70,8 +76,7 @@ class _Passive(Conductive):
         magnitudes = magnitudes_of(frame, self.nonnegative)
         found: list[Tensor | None] = []
         for own, load in zip(own_loads(magnitudes), loads_of(magnitudes, setting), strict=True):
-            total = own if load is None else own + load
-            found.append(total.masked_fill(total <= 0, GROUNDED))
+            found.append(grounded(own if load is None else own + load))
         return found
 
     def value(

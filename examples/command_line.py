@@ -15,6 +15,7 @@ import ffebm_compiler as ffebm
 
 __all__ = [
     "add_options",
+    "add_places",
     "chosen",
     "device_of",
     "feedback_of",
@@ -26,12 +27,17 @@ __all__ = [
 
 
 def add_options(parser: argparse.ArgumentParser, out: str, epochs: int, seeds: int = 3) -> None:
-    """Options that the experiments share."""
-    parser.add_argument("--data", default="digits", help="name of a data set of experiment_data.py")
-    parser.add_argument("--folder", type=Path, help="folder with the files of the data set")
+    """Options of the experiments that train."""
+    add_places(parser, out)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--epochs", type=positive, default=epochs or None)
     parser.add_argument("--seeds", type=positive, default=seeds)
+
+
+def add_places(parser: argparse.ArgumentParser, out: str) -> None:
+    """Where the data and the results are, and a quick look."""
+    parser.add_argument("--data", default="digits", help="name of a data set of experiment_data.py")
+    parser.add_argument("--folder", type=Path, help="folder with the files of the data set")
     parser.add_argument("--quick", action="store_true", help="one seed, few epochs, a small network, where not given")
     parser.add_argument("--out", type=Path, default=Path(out))
 

@@ -130,7 +130,7 @@ def main() -> None:
         data = load(options.data, options.folder).to(device_of(options))
         if options.quick:
             data = data.first(256, 64)
-        shared = chosen(options, "data", "device", "width", "batch")
+        shared = chosen(options, "data", "folder", "device", "width", "batch")
         kinds = [
             {"activation": activation, "blocks": blocks, "feedback": feedback, "gradient": gradient}
             for activation, blocks, feedback, gradient in product(

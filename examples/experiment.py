@@ -73,10 +73,11 @@ class Experiment:
         """Do the runs that are not done, and that no other process is doing.
 
         Args:
-            keys: one for each run, with the same names in each.
+            keys: one for each run, with the same names in each. They are columns of the files that are there.
             one: yields a row for each epoch of a run. It gets the run's key and the file of its checkpoint, which is
                 deleted when it ends. A `Diverged` ends the run and is written into its line.
         """
+        self._check_columns(keys)
         console = Console(stderr=True)
         elsewhere = 0
         with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -88,6 +89,16 @@ class Experiment:
                 progress.advance(bar)
         if elsewhere:
             console.print(f"{self.name}: other processes are at {elsewhere} of the {len(keys)} runs")
+
+    def _check_columns(self, keys: Sequence[Row]) -> None:
+        for name in ("runs", "curves"):
+            for row in self.rows(name)[:1]:
+                missing = [column for key in keys[:1] for column in key if column not in row]
+                if missing:
+                    raise ffebm.InputError(
+                        f"{self.folder / name}.csv has no column {missing[0]!r}, so it is of another version of this "
+                        "script: give another folder with --out, or delete it"
+                    )
 
     def _is_done(self, key: Row) -> bool:
         return any(_text(row, key) == _text(key, key) for row in self.rows("runs"))
@@ -164,16 +175,9 @@ class Experiment:
             lines: a key; one line for each of its values.
             values: column of `curves` -> label of its axis.
         """
-        import matplotlib as mpl
-
-        mpl.use("svg")
-        mpl.rcParams["svg.hashsalt"] = self.name  # the same picture every time
-        import matplotlib.pyplot as plt
-
         curves, names = self.rows("curves"), _names(panels)
         wide = list(dict.fromkeys(_text(row, names) for row in curves))
-        size = (4 * max(1, len(wide)), 2.8 * len(values))
-        figure, axes = plt.subplots(len(values), max(1, len(wide)), figsize=size, squeeze=False)
+        figure, axes = self.panels(len(values), max(1, len(wide)))
         for column, panel in enumerate(wide):
             for row, (value, label) in enumerate(values.items()):
                 axis = axes[row][column]
@@ -189,6 +193,22 @@ class Experiment:
                 axis.grid(alpha=0.3)
         if curves:
             axes[0][0].legend()
+        return self.drawn(figure, name)
+
+    def panels(self, rows: int, columns: int) -> tuple[Any, Any]:
+        """A figure with so many panels, and its axes, for `drawn`."""
+        import matplotlib as mpl
+
+        mpl.use("svg")
+        mpl.rcParams["svg.hashsalt"] = self.name  # the same picture every time
+        import matplotlib.pyplot as plt
+
+        return plt.subplots(rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False)
+
+    def drawn(self, figure: Any, name: str = "curves.svg") -> Path:
+        """Write a figure into the folder, whole or not at all."""
+        import matplotlib.pyplot as plt
+
         figure.tight_layout()
         drawn = io.BytesIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})  # into memory
@@ -225,7 +245,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with told(parser):
         data = load(options.data, options.folder).to(device_of(options))
-        experiment = Experiment(options.out, "an example", chosen(options, "data", "device", "epochs"))
+        experiment = Experiment(options.out, "an example", chosen(options, "data", "folder", "device", "epochs"))
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:
             torch.manual_seed(key["seed"])

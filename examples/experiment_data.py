@@ -28,6 +28,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def load(name: str, folder: str | Path | None = None) -> Data:
 
     Raises:
         InputError: there is no such data set; a file is missing, truncated or of another format; labels do not belong
-            to the images.
+            to the images; a package that reads them is not installed.
     """
     if name not in _LOADERS:
         raise ffebm.InputError(f"there is no data set {name!r}: choose one of {', '.join(_LOADERS)}")
     if name in _INSIDE:
-        return _checked(_INSIDE[name]())
+        return _checked(_with_packages(name, _INSIDE[name]))
     if folder is None:
         raise ffebm.InputError(
             f"{name} is read from a folder, and none is given: download its files and name the folder"
@@ -96,7 +97,7 @@ def load(name: str, folder: str | Path | None = None) -> Data:
     place = Path(folder)
     if not place.is_dir():
         raise ffebm.InputError(f"{place} is no folder; {name} is read from a folder with its files")
-    return _checked(_LOADERS[name](place))
+    return _checked(_with_packages(name, partial(_LOADERS[name], place)))
 
 
 def load_text(place: str | Path | None = None) -> Text:
@@ -302,6 +303,15 @@ def _text_of(path: Path) -> str:
 
 
 # -- checks --------------------------------------------------------------------------------------
+
+
+def _with_packages(name: str, read: Callable[[], Data]) -> Data:
+    try:
+        return read()
+    except ModuleNotFoundError as error:
+        raise ffebm.InputError(
+            f"{name} needs the package {str(error.name).split('.')[0]}, which is not installed"
+        ) from None
 
 
 def _found(folder: Path, *names: str) -> Path:

@@ -15,7 +15,7 @@ by EP with that loop gain held. Test accuracy before and after, beside the sourc
                         many and mixed (Beyer et al. 2021, arXiv 2106.05237; Asano & Saeed 2021, arXiv 2112.00725)
 
 `make trained` installs the packages. The pictures are those that scikit-learn and matplotlib ship, and scikit-image
-where it is installed, or --pictures DIR. Half an hour on one thread, most of it for efficientnet-lite0.
+where it is installed, or --pictures DIR. An hour on one thread, most of it for efficientnet-lite0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--held", type=positive, default=600, help="views of other pictures")
     options = read_options(parser, network=["digits"], feedback=["0.3"], seeds=1, epochs=1)
     torch.set_num_threads(1)
-    names = ("data", "device", "epochs", "rate", "batch", "side", "views", "held", "quick")
+    names = ("data", "folder", "device", "epochs", "rate", "batch", "pictures", "side", "views", "held", "quick")
     with told(parser):
         experiment = Experiment(options.out, "fine-tuning", chosen(options, *names))
         for name in options.network:
@@ -253,10 +254,10 @@ def main() -> None:
                 given = {name: getattr(options, name) for name in ("epochs", "rate", "batch") if getattr(options, name)}
                 yield from fine_tuned(task, key, replace(task.recipe, **given), checkpoint)
 
-            seeds = range(options.seeds if name != "efficientnet-lite0" else 1)
             gains = [g for g in options.feedback if g != "backprop" or name != "efficientnet-lite0"]
             try:
-                experiment.run([{"network": name, "feedback": gain, "seed": s} for gain in gains for s in seeds], one)
+                keys = product([name], gains, range(options.seeds))
+                experiment.run([dict(zip(("network", "feedback", "seed"), key, strict=True)) for key in keys], one)
             except MissingPackage as missing:
                 print(f"{name}: {missing}")
         for column, text in (("source", "source"), ("before", "converted"), ("test", "fine-tuned")):

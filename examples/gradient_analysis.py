@@ -12,7 +12,9 @@ The exact gradient is autograd through 200 sweeps in float64. Beside it, in floa
   backpropagation through the last T sweeps: they are equal where the free phase has settled and β is small, sweep by
   sweep (Ernoult et al. 2019, arXiv 1905.13633).
 
-`runs.csv` has the cosine of every layer's weights. A minute on one thread.
+`runs.csv` has the cosine of every layer's weights, and the part of the exact gradient g that a gradient e has found,
+⟨e, g⟩/⟨g, g⟩. The picture draws, for each layer, that part by the number of sweeps and 1 − cosine by β. A minute on one
+thread.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from command_line import add_options, positive, read_options, told
+from command_line import add_places, chosen, positive, read_options, told
 from experiment import Experiment
 from experiment_data import load
 from experiment_training import Row
@@ -85,10 +87,43 @@ def estimator(key: Row) -> Estimator:
     return ffebm.EquilibriumPropagation(float(key["at"]), key["method"].split(", ")[1])
 
 
+def part(found: Tensor, exact: Tensor) -> str:
+    """⟨e, g⟩/⟨g, g⟩ of a gradient e and the exact one g."""
+    return f"{float((found * exact).sum() / exact.square().sum()):.8f}"
+
+
+def picture(experiment: Experiment, layers: list[str]) -> Path:
+    """Two panels for each layer: the part of the gradient that so many sweeps have found, and 1 − cosine by β."""
+    figure, axes = experiment.panels(2, len(layers))
+    runs = experiment.rows("runs")
+    for column, layer in enumerate(layers):
+        for method, value, line, label in (
+            (STOPPED[1], "part by BPTT", "-", "backprop through the last T sweeps"),
+            (STOPPED[1], "part", "o--", STOPPED[1]),
+            (STOPPED[0], "part", "s:", STOPPED[0]),
+        ):
+            own = [run for run in runs if run["method"] == method]
+            y = [float(run[f"{layer}, {value}"]) for run in own]
+            axes[0][column].plot([float(run["at"]) for run in own], y, line, mfc="none", label=label)
+        for method, line in (("EP, positive", "o-"), ("EP, centered", "s-")):
+            own = [run for run in runs if run["method"] == method]
+            y = [1 - float(run[layer]) for run in own]
+            axes[1][column].plot([float(run["at"]) for run in own], y, line, mfc="none", label=method)
+        axes[0][column].set(title=layer, xlabel="sweeps T", ylabel="part of the gradient")
+        axes[1][column].set(xlabel="β", ylabel="1 − cosine", xscale="log")
+        axes[1][column].set_yscale("symlog", linthresh=1e-8)
+        axes[1][column].set_ylim(bottom=0)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    for row in axes:
+        row[0].legend(fontsize="small")
+    return experiment.drawn(figure)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "results/gradient_analysis", epochs=1, seeds=1)
+    add_places(parser, "results/gradient_analysis")
     parser.add_argument("--feedback", type=float, default=0.5)
     parser.add_argument("--width", type=positive, default=16)
     parser.add_argument("--batch", type=positive, default=32)
@@ -97,8 +132,8 @@ def main() -> None:
     with told(parser):
         data = scaled(load(options.data, options.folder))
         x, y = data.scaled(data.training[0][: options.batch]), data.training[1][: options.batch]
-        names = ("data", "feedback", "width", "batch", "quick")
-        experiment = Experiment(options.out, "gradients", {name: getattr(options, name) for name in names})
+        names = ("data", "folder", "feedback", "width", "batch", "quick")
+        experiment = Experiment(options.out, "gradients", chosen(options, *names))
         torch.manual_seed(0)
         source = six_layers(6, options.width, classes=data.classes)
         plan = papers_plan(source, x[:2])
@@ -124,10 +159,12 @@ def main() -> None:
             row: Row = {"epoch": key["at"]}
             for name, expected in truth.items():
                 row[name] = f"{float(F.cosine_similarity(found[name].flatten(), expected.flatten(), 0)):.8f}"
+                row[f"{name}, part"] = part(found[name], expected)
             if alone:
                 exact.set_solver(settled)
                 exact.set_gradient(ffebm.TruncatedBackprop(int(key["at"])))
                 through_time = gradients(exact, *given)
+                row |= {f"{name}, part by BPTT": part(through_time[name], g) for name, g in truth.items()}
                 far = max(float((found[n] - t).norm() / t.norm()) for n, t in through_time.items())
                 row["from BPTT"] = f"{far:.1e}"
             yield row
@@ -139,6 +176,7 @@ def main() -> None:
             worst = min(float(run[name]) for name in layers)
             ends = f"{worst:10.6f} {float(run[layers[0]]):12.6f} {run.get('from BPTT', ''):>10}"
             print(f"{run['method']:24} {float(run['at']):8g} {ends}".rstrip())
+        print(f"curves: {picture(experiment, layers)}")
 
 
 if __name__ == "__main__":

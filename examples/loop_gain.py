@@ -65,7 +65,7 @@ def main() -> None:
         options.variance = options.variance or 8.4e-5 * 128 / options.width
     with told(parser):
         data = load(options.data, options.folder).to(device_of(options))
-        settings = chosen(options, "data", "device", "epochs", "width", "rate", "initialisation", "variance")
+        settings = chosen(options, "data", "folder", "device", "epochs", "width", "rate", "initialisation", "variance")
         experiment = Experiment(options.out, "loop gain", settings)
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:

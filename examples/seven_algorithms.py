@@ -137,8 +137,9 @@ def main() -> None:
         data = scaled(data) if data.training[0].dim() == 4 else data
         if options.quick:
             data = data.first(128, 64)
-        names = ("data", "device", "nudge", "beta", "feedback", "bits", "epochs", "width", "rate", "batch", "quick")
-        experiment = Experiment(options.out, "algorithms", chosen(options, *names))
+        settings = chosen(options, "data", "folder", "device", "nudge", "beta", "feedback", "bits")
+        settings |= chosen(options, "epochs", "width", "rate", "batch", "quick")
+        experiment = Experiment(options.out, "algorithms", settings)
         dtype = torch.bfloat16 if options.bits == 16 else None
         recipe = Recipe(options.epochs, options.rate, options.batch, loss=squared, autocast=dtype)
 

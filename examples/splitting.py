@@ -94,7 +94,7 @@ def main() -> None:
         data = scaled(load(options.data, options.folder).to(device_of(options)))
         if options.quick:
             data = data.first(128, 64)
-        names = ("data", "device", "layers", "epochs", "width", "slope", "rtol", "quick")
+        names = ("data", "folder", "device", "layers", "epochs", "width", "slope", "rtol", "quick")
         experiment = Experiment(options.out, "splitting", chosen(options, *names))
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:

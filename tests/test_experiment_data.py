@@ -242,6 +242,16 @@ def test_bad_requests(tmp_path: Path) -> None:
         datasets.load_text(tmp_path / "short.txt")
 
 
+@pytest.mark.parametrize(("name", "package"), [("mnist1d", "mnist1d"), ("digits", "sklearn"), ("svhn", "scipy")])
+def test_a_package_that_is_not_installed(
+    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [package, *(found for found in sys.modules if found.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ffebm.InputError, match=f"^{name} needs the package {package}, which is not installed$"):
+        datasets.load(name, tmp_path)
+
+
 def test_its_command_line(tmp_path: Path) -> None:
     def run(name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(EXAMPLES / "experiment_data.py"), name, str(tmp_path)]

@@ -55,7 +55,8 @@ def script(name: str) -> ModuleType:
 
 def run(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
     module = script(name)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--quick", "--out", str(out), *SCRIPTS[name], *options])
+    given = ["--quick", "--out", str(out), *SCRIPTS.get(name, []), *options]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *given])
     module.main()
 
 
@@ -200,6 +201,22 @@ def test_bad_data_to_fine_tune_on_is_told_in_one_line(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, "gradient_analysis", "experiment"])
+def test_the_same_data_of_another_folder_need_another_folder_of_results(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(script(name).Experiment, "run", stop)
+    for option in ("--folder", *["--pictures"] * (name == "fine_tuning")):
+        with pytest.raises(Stopped):
+            run(name, tmp_path / option, monkeypatch, option, "first")
+        with pytest.raises(SystemExit, match="2"):
+            run(name, tmp_path / option, monkeypatch, option, "second")
+        assert "holds runs with other settings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["depth", "fine_tuning"])
 def test_data_that_are_no_images(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -264,6 +281,24 @@ def test_the_gradients_of_a_deep_network(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(name.endswith("weight to implicit") for name in far) == 5
     through = module.cosines(data, {**key, "feedback": "0.5", "gradient": "through"}, 4, 32)
     assert float(through["to the one through γ"]) > 0.9999
+
+
+def test_step_by_step_ep_is_backprop_through_the_last_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every layer, after so many nudged sweeps; both curves are in the picture."""
+    run("gradient_analysis", tmp_path, monkeypatch)
+    assert (tmp_path / "curves.svg").read_text(encoding="utf-8").count("backprop through the last T sweeps") == 1
+    found = {(row["method"], row["at"]): row for row in rows(tmp_path, "runs")}
+    parts = [name for name in found["implicit", "0.0"] if name.endswith("weight, part")]
+    assert len(parts) == 7
+    for part in parts:
+        assert float(found["implicit", "0.0"][part]) == pytest.approx(1, abs=1e-3)
+        for count in ("1", "2"):
+            row = found["EP, T nudged sweeps", count]
+            assert float(row[part]) == pytest.approx(float(row[f"{part} by BPTT"]), abs=1e-4)
+    missing = [part for part in parts if float(found["EP, T nudged sweeps", "1"][part]) < 0.99]
+    assert missing, "one sweep has not the whole gradient"
 
 
 # -- characters ------------------------------------------------------------------------------------
@@ -340,17 +375,25 @@ class Tiny(nn.Module):
 def test_a_network_learns_the_source_from_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = script("fine_tuning")
     write_pictures(tmp_path, 6)
-    torch.manual_seed(0)
-    monkeypatch.setattr(module, "efficientnet_lite0", lambda: Tiny().eval())
+
+    def tiny() -> nn.Module:
+        torch.manual_seed(0)
+        return Tiny().eval()
+
+    monkeypatch.setattr(module, "efficientnet_lite0", tiny)
     options = ["--network", "efficientnet-lite0", "--feedback", "backprop", "0.9", "--pictures", str(tmp_path)]
-    size = ["--side", "32", "--views", "24", "--held", "16", "--epochs", "2", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["fine_tuning.py", *options, *size])
+    size = ["--side", "32", "--views", "24", "--held", "16", "--epochs", "2", "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ["fine_tuning.py", *options, *size, "--out", str(tmp_path / "out")])
     module.main()
-    (found,) = rows(tmp_path / "out", "runs")
-    assert found["feedback"] == "0.9", "the source has nothing to learn from itself"
-    assert float(found["source"]) == 100
-    assert float(found["away"]) > 0
-    assert [row["epoch"] for row in rows(tmp_path / "out", "curves")] == ["0", "1", "2"]
+    first, second = rows(tmp_path / "out", "runs")
+    for seed, found in enumerate((first, second)):
+        assert found["feedback"] == "0.9", "the source has nothing to learn from itself"
+        assert int(found["seed"]) == seed
+        assert float(found["source"]) == 100
+        assert float(found["away"]) > 0
+    assert first["loss"] != second["loss"], "each seed has its own views to train on"
+    assert first["away"] == second["away"], "and all have the same ones held out"
+    assert [row["epoch"] for row in rows(tmp_path / "out", "curves")] == ["0", "1", "2"] * 2
 
 
 def test_pictures_that_cannot_be_used(tmp_path: Path) -> None:

@@ -221,6 +221,14 @@ def test_other_settings_need_another_folder(tmp_path: Path) -> None:
         Experiment(tmp_path, "test", {"width": 16})
 
 
+@pytest.mark.parametrize("name", ["runs", "curves"])
+def test_files_of_another_version_need_another_folder(name: str, tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path, "test")
+    (tmp_path / f"{name}.csv").write_text("method,seed,epoch\nep,0,1\n", encoding="utf-8")
+    with pytest.raises(ffebm.InputError, match=rf"{name}.csv has no column 'rate', so it is of another version"):
+        experiment.run([{"method": "ep", "rate": 1e-3, "seed": 0}], lambda *_: iter([{"epoch": 1}]))
+
+
 def test_a_script_tells_its_users_errors_in_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-P", str(EXAMPLES / "loop_gain.py"), "--data", "mnist1d", "--quick", "--out"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)

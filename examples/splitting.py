@@ -4,8 +4,9 @@
 
 The papers' networks of 6 or 12 layers (Nest & Ernoult 2024, arXiv 2409.03306), cut into blocks of several sizes and
 trained by EP, with images scaled to 32 × 32 pixels. Their poster has CIFAR-10 at full width and symmetric feedback:
-`--data cifar10 --folder DIR --width 128 --feedback symmetric --device cuda`. Of several feedbacks, rates and variances
-every combination is trained, so that each split can be read at its own. Five minutes on one thread.
+`--data cifar10 --folder DIR --width 128 --feedback symmetric --device cuda`. The one of 15 layers, for CIFAR-100 and
+ImageNet32, comes in blocks of 2: `--layers 15 --data imagenet32 --folder DIR --width 64`. Of several feedbacks, rates
+and variances every combination is trained, so that each split can be read at its own. Five minutes on one thread.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from command_line import add_options, chosen, device_of, feedback_of, positive, 
 from experiment import Experiment
 from experiment_data import Data, load
 from experiment_training import Recipe, Row, training_and_accuracy
-from papers_networks import goe_, papers_hybrid, six_layers, twelve_layers
+from papers_networks import FeedforwardTied, fifteen_layers, goe_, papers_hybrid, six_layers, twelve_layers
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 
-SIZES = {6: (6, 3, 2), 12: (4, 3, 2)}
+SIZES = {6: (6, 3, 2), 12: (4, 3, 2), 15: (2,)}
+VARIANCES = {6: 8.4e-5 * 128, 12: 5.9e-5 * 128, 15: 4.9e-5 * 64}
+"""Layers -> the papers' V of the GOE initialisation, times their width."""
 SIDE = 32
 
 
@@ -51,11 +54,18 @@ def scaled(data: Data) -> Data:
     return replace(data, training=part(*data.training), test=part(*data.test))
 
 
+def papers_source(layers: int, block: int, width: int, classes: int, slope: float) -> FeedforwardTied:
+    """The papers' network of so many layers."""
+    if layers == 15:
+        return fifteen_layers(width, classes, slope=slope)
+    build = six_layers if layers == 6 else twelve_layers
+    return build(block, width, classes=classes, slope=slope)
+
+
 def network(data: Data, key: Row, options: argparse.Namespace) -> nn.Module:
     """The network of a run, with GOE initialisation by the seed."""
     torch.manual_seed(key["seed"])
-    build = {6: six_layers, 12: twelve_layers}[options.layers]
-    source = build(key["block"], options.width, classes=data.classes, slope=options.slope)
+    source = papers_source(options.layers, key["block"], options.width, data.classes, options.slope)
     goe_(source, key["variance"])
     source = source.to(data.device)
     if key["feedback"] == "backprop":
@@ -75,7 +85,7 @@ def main() -> None:
         "--variance",
         nargs="+",
         type=positive_number,
-        help="V of the GOE initialisation; 8.4e-5 at the papers' width of 128",
+        help="V of the GOE initialisation; by default the papers', scaled by the width",
     )
     parser.add_argument("--slope", type=positive_number, default=0.5, help="a of the states clamp(a h, 0, 1)")
     parser.add_argument(
@@ -84,7 +94,7 @@ def main() -> None:
     parser.add_argument("--width", type=positive, default=16)
     options = read_options(parser, epochs=1, seeds=1, width=2)
     torch.set_num_threads(1)
-    options.variance = options.variance or [8.4e-5 * 128 / options.width]
+    options.variance = options.variance or [VARIANCES[options.layers] / options.width]
     sizes = options.block or SIZES[options.layers]
     with told(parser):
         if not set(sizes) <= set(SIZES[options.layers]):

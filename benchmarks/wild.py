@@ -12,8 +12,8 @@ train, train and eval mode: the same inputs, the same seed before each forward, 
 - wrong: something deviates and nothing was said. A defect.
 - unusable: the source itself fails or is not a function of its inputs and the seed. Says nothing about the compiler.
 
-Every case runs in a process of its own with a time limit. The results are written after each case, and a second call
-goes on where the first stopped. Exit status 1 where a case is raw or wrong.
+Every case runs in a process of its own with a time limit, `--workers` of them at a time. The results are written after
+each case, and a second call goes on where the first stopped. Exit status 1 where a case is raw or wrong.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,50 @@ def _work(name: str, pipe: Connection) -> None:
         pipe.send(compare(wild_models.CASES[name]))
 
 
-def measure(name: str, limit: float) -> dict[str, Any]:
-    """One case in a process of its own, forked so that the imports are paid for once."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=_work, args=(name, sender), daemon=True)
-    started = time.perf_counter()
-    worker.start()
-    sender.close()
-    row = {"verdict": "raw", "stage": "time limit", "text": f"no result after {limit:.0f} s"}
-    try:
-        if receiver.poll(limit):
-            row = receiver.recv()
-    except EOFError:
-        worker.join()
-        row = {"verdict": "raw", "stage": "crash", "text": f"the process ended with exit status {worker.exitcode}"}
-    worker.kill()
-    worker.join()
-    return {**row, "seconds": round(time.perf_counter() - started, 1)}
+class Running:
+    """A case in a process of its own, forked so that the imports are paid for once."""
+
+    def __init__(self, name: str, limit: float) -> None:
+        context = multiprocessing.get_context("fork")
+        self.name, self.limit = name, limit
+        self.pipe, sender = context.Pipe(duplex=False)
+        self._worker = context.Process(target=_work, args=(name, sender), daemon=True)
+        self._started = time.perf_counter()
+        self._worker.start()
+        sender.close()
+
+    def left(self) -> float:
+        """Seconds until its time limit."""
+        return max(0.0, self._started + self.limit - time.perf_counter())
+
+    def row(self) -> dict[str, Any]:
+        """What came of it: its process has sent something, has ended, or ends here."""
+        row = {"verdict": "raw", "stage": "time limit", "text": f"no result after {self.limit:.0f} s"}
+        try:
+            if self.pipe.poll():
+                row = self.pipe.recv()
+        except EOFError:
+            self._worker.join()
+            status = self._worker.exitcode
+            row = {"verdict": "raw", "stage": "crash", "text": f"the process ended with exit status {status}"}
+        self._worker.kill()
+        self._worker.join()
+        self.pipe.close()
+        return {**row, "seconds": round(time.perf_counter() - self._started, 1)}
+
+
+def measured(names: Sequence[str], limit: float, workers: int = 1) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each case and what came of it, so many at a time, as they end."""
+    waiting, running = list(names), list[Running]()
+    while waiting or running:
+        while waiting and len(running) < workers:
+            wild_models.load(waiting[0])
+            running.append(Running(waiting.pop(0), limit))
+        ready = wait([case.pipe for case in running], min(case.left() for case in running))
+        for case in list(running):
+            if case.pipe in ready or not case.left():
+                running.remove(case)
+                yield case.name, case.row()
 
 
 def _short(text: str) -> str:
@@ -114,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns of case names, such as 'timm:*'")
     parser.add_argument("--again", nargs="*", default=[], choices=VERDICTS, help="also rerun cases of these verdicts")
     parser.add_argument("--limit", type=float, default=300, help="seconds that a case may take")
+    parser.add_argument("--workers", type=int, default=1, help="cases that run at a time")
     parser.add_argument("--out", type=Path, default=Path("build/wild.json"))
     parser.add_argument("--table", type=Path, help="also write the table as Markdown")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
@@ -126,21 +153,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no case matches {options.only}; --list prints the names")
     torch.set_num_threads(1)
     rows = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    for name in names:
-        if name in rows and rows[name]["verdict"] not in options.again:
-            continue
-        wild_models.load(name)
-        rows[name] = measure(name, options.limit)
-        print(
-            f"{rows[name]['seconds']:6.1f} s  {rows[name]['verdict']:8}  {name}  {rows[name]['text'][:200]}", flush=True
-        )
+    asked = [name for name in names if name not in rows or rows[name]["verdict"] in options.again]
+    for name, row in measured(asked, options.limit, options.workers):
+        rows[name] = row
+        print(f"{row['seconds']:6.1f} s  {row['verdict']:8}  {name}  {row['text'][:200]}", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.out, json.dumps(rows, indent=1) + "\n")
-    asked = {name: rows[name] for name in names}
-    print(table(asked))
+    found = {name: rows[name] for name in names}
+    print(table(found))
     if options.table:
         write_whole(options.table, markdown({name: rows[name] for name in wild_models.CASES if name in rows}))
-    return int(any(row["verdict"] in ("raw", "wrong") for row in asked.values()))
+    return int(any(row["verdict"] in ("raw", "wrong") for row in found.values()))
 
 
 if __name__ == "__main__":

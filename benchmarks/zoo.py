@@ -9,6 +9,9 @@ parameter that the source trains. Exit status 1 where any of it fails.
 
 How the free phase settles is measured twice: with default settings, and with the batch norm folded
 and every kind of wiring allowed inside blocks, which makes more and larger blocks settle.
+
+With `--workers 2` two models are measured at a time, each in a process of its own; then the slowest `convert` is timed
+again with nothing beside it, until the slowest of all is a figure of a quiet process.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +131,7 @@ def measure(name: str) -> dict[str, Any]:
     model, args, kwargs = MODELS[name]()
     model.eval()
     trained = _trained(model, args, kwargs)
-    started = time.perf_counter()
-    hybrid = ffebm.convert(model, args, kwargs)
-    seconds = time.perf_counter() - started
+    hybrid, seconds = _converted(model, args, kwargs)
     plan = hybrid.plan
     matrices = [n for n, p in model.named_parameters() if p.dim() >= 2]
     with torch.no_grad():
@@ -163,6 +168,54 @@ def measure(name: str) -> dict[str, Any]:
     folded = ffebm.convert(model, args, kwargs, **SETTINGS["folded"])
     row["settling"]["folded"] = settling(folded, args, kwargs)
     return row
+
+
+def attempt(name: str, trace: bool = False) -> dict[str, Any]:
+    """The zoo's row of one model, or the exception that it raised."""
+    torch.set_num_threads(1)
+    load_torchvision()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return measure(name)
+    except Exception as error:
+        if trace:
+            traceback.print_exc()
+        return {"model": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def attempts(names: list[str], workers: int, trace: bool) -> Iterator[dict[str, Any]]:
+    """The rows of some models, in their order."""
+    if workers == 1:
+        yield from (attempt(name, trace) for name in names)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(partial(attempt, trace=trace), names)
+
+
+def time_the_slowest_again(rows: list[dict[str, Any]]) -> None:
+    """Time the slowest `convert` with nothing beside it, and so on until the slowest of all was timed so."""
+    timed = [row for row in rows if "error" not in row]
+    again: set[str] = set()
+    while timed and (slowest := max(timed, key=lambda row: row["seconds"]))["model"] not in again:
+        again.add(slowest["model"])
+        slowest["seconds"] = convert_again(slowest["model"])
+        print(f"{slowest['model']:44} {slowest['seconds']:.1f} s to convert with nothing beside it", flush=True)
+
+
+def convert_again(name: str) -> float:
+    """The seconds of a model's `convert`."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, args, kwargs = MODELS[name]()
+        return _converted(model.eval(), args, kwargs)[1]
+
+
+def _converted(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[HybridModel, float]:
+    started = time.perf_counter()
+    hybrid = ffebm.convert(model, args, kwargs)
+    return hybrid, time.perf_counter() - started
 
 
 def failures(row: dict[str, Any]) -> list[str]:
@@ -298,6 +351,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=["*"], help="glob patterns of model names")
     add_out(parser)
     parser.add_argument("--table", type=Path, help="also write the table as Markdown")
+    parser.add_argument("--workers", type=int, default=1, help="models that are measured at a time")
     parser.add_argument("--trace", action="store_true", help="print tracebacks")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -307,23 +361,17 @@ def main() -> int:
         f"{'model':44} {'placed':>9} {'MACs':>7} {'blocks':>9} {'compile':>8} {'single':>8} "
         f"{'default':>8} {'settling, sweeps, residual':26} folded"
     )
-    for name in MODELS:
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in options.only):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                row = measure(name)
-        except Exception as error:
-            row = {"model": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-            if options.trace:
-                traceback.print_exc()
+    names = [name for name in MODELS if any(fnmatch.fnmatch(name, pattern) for pattern in options.only)]
+    for row in attempts(names, options.workers, options.trace):
         rows.append(row)
         missed = failures(row)
         if "error" not in row:
             print(line(row), flush=True)
         for sentence in missed:
-            print(f"  MISSED {name}: {sentence}", flush=True)
+            print(f"  MISSED {row['model']}: {sentence}", flush=True)
+        keep(rows, options.out)
+    if options.workers > 1:
+        time_the_slowest_again(rows)
         keep(rows, options.out)
     if options.table:
         write_whole(options.table, markdown(rows))

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from drawn_networks import DrawnNetwork, networks
 from hypothesis import event, given, note
 from hypothesis import strategies as st
-from many_examples import often
+from many_examples import in_slices, often
 from same_as_source import assert_same, deviation
 from torch import Tensor
 
@@ -26,6 +27,12 @@ import ffebm_compiler as ffebm
 from ffebm_compiler.passes.dialect import WIRING_KINDS
 
 NETWORKS = int(os.environ.get("FFEBM_NETWORKS", "0"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    in_slices(metafunc, NETWORKS)
+
+
 SMALL = ffebm.Hardware(tile_rows=6, tile_cols=6, layers_per_block=2)
 
 VARIANTS = {name: ffebm.EquilibriumPropagation(variant=name) for name in ("positive", "negative", "centered")}

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from many_examples import often
+from many_examples import in_slices, often
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -35,6 +35,10 @@ ODD = (
     "builtins.eval", '[1, {"type": "builtins.dict", "context": "[[]]", "children_spec": []}]', [[[[[[[[[[1]]]]]]]]]],
 )  # fmt: skip
 """Values that somebody could write."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    in_slices(metafunc, MUTATIONS)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

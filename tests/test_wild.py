@@ -167,15 +167,16 @@ wild_models.CASES.clear()
 wild_models.CASES.update(cases)
 wild_models.load = lambda name: None
 out = sys.argv[1]
-print("FIRST", wild.main(["--limit", "1", "--out", out, "--table", out + ".md"]))
+print("FIRST", wild.main(["--workers", {workers!r}, "--limit", "1", "--out", out, "--table", out + ".md"]))
 print("SECOND", wild.main(["--out", out]))
 print("THIRD", wild.main(["--out", out, "--only", "t:crash", "--again", "raw"]))
 """
 
 
-def test_a_case_can_neither_crash_nor_hang_the_run_and_a_second_call_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_case_can_neither_crash_nor_hang_the_run_and_a_second_call_goes_on(tmp_path: Path, workers: str) -> None:
     out = tmp_path / "rows.json"
-    command = [sys.executable, "-P", "-c", SCRIPT.format(folder=str(FOLDER)), str(out)]
+    command = [sys.executable, "-P", "-c", SCRIPT.format(folder=str(FOLDER), workers=workers), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text(encoding="utf-8"))

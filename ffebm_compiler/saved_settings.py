@@ -56,6 +56,7 @@ class _BlockState:
     gradient: Mapping[str, Any]
     solver: Mapping[str, Any] | None
     amplifiers: tuple[_Magnitude, ...] = ()
+    coherent: bool = False
 
 
 @dataclass(frozen=True)

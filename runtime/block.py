@@ -277,7 +277,7 @@ class EnergyBlock(nn.Module):
 
     def error_rtol(self, dtype: torch.dtype, training: bool = False) -> float:
         """Relative error at which nudged phases and adjoint systems stop."""
-        coherent = self.energy_function.coherent
+        coherent = self.gain.setting.coherent
         return self.active_solver.rtol or error_rtol(dtype, self.contraction is not None, training, coherent)
 
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]:
@@ -319,7 +319,7 @@ class EnergyBlock(nn.Module):
         if frame.light and not frame.training:  # the error has to be bounded, with that of roundings
             phase.full_sweeps, phase.rounding = full_sweeps((1 - rate) * rtol, rate), ROUNDING
         else:
-            phase.full_sweeps = full_sweeps(rtol, expected_contraction(rate, self.energy_function.typical))
+            phase.full_sweeps = full_sweeps(rtol, expected_contraction(rate, self.gain.setting.typical))
         return phase, run(phase, solver, rtol, contraction)
 
     def _read(self, frame: Frame) -> tuple[FreePhase, Settled]:

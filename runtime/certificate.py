@@ -23,6 +23,8 @@ class Certificate:
 
     amplifiers: tuple[float, ...] = ()
     """A_l, the gain of the amplifier behind each layer; empty if the energy has no amplifiers."""
+    coherent: bool = False
+    """Whether the errors of all units may have one sign at these weights (`EdgeNorms.coherent`)."""
 
     @property
     def contraction(self) -> float:

@@ -110,14 +110,17 @@ class HeldGain:
         if kept is None or kept[0] is not certificate or kept[1] != self.feedback:
             amplifiers: tuple[float, ...] = ()
             contraction = None
+            coherent = self.energy.coherent
             if certificate is not None:
                 amplifiers = certificate.amplifiers
+                coherent = coherent or certificate.coherent
                 contraction = self.energy.contraction(self.program, certificate, self.feedback)
             shares = None
             if certificate is not None and contraction is not None:
                 found = self.energy.error_shares(self.program, certificate)
                 shares = None if found is None else torch.from_numpy(found)
-            kept = certificate, self.feedback, (Setting(self.energy, self.scales, amplifiers), contraction, shares)
+            setting = Setting(self.energy, self.scales, amplifiers, coherent)
+            kept = certificate, self.feedback, (setting, contraction, shares)
             self._cached_setting = kept
         return kept[2]
 
@@ -331,6 +334,7 @@ class HeldGain:
             "scales": list(self.scales),
             "radius": None if certificate is None else _or_none(certificate.radius),
             "contraction": None if certificate is None else _or_none(certificate.contraction),
+            "coherent": certificate is not None and certificate.coherent,
             "tracks": self.gauge.state(),
             **(
                 {}
@@ -364,7 +368,12 @@ class HeldGain:
         if self.certificate is not None:
             scales = tuple(float(scale) for scale in state["scales"])
             self.certificate = Certificate(
-                tuple(norms), scales, _number(state["radius"]), _number(state["contraction"]), amplifiers
+                tuple(norms),
+                scales,
+                _number(state["radius"]),
+                _number(state["contraction"]),
+                amplifiers,
+                bool(state.get("coherent", False)),
             )
         self.gauge.restore(state["tracks"])
 

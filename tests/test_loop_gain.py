@@ -16,7 +16,7 @@ from networks import CASES, converted, mlp, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-from ffebm_compiler.runtime.energies.edge_norms import MARGIN, edge_norms, edge_norms_of_each
+from ffebm_compiler.runtime.energies.edge_norms import COHERENT, MARGIN, edge_norms, edge_norms_of_each
 from ffebm_compiler.runtime.energies.loop_gain import certify, gain_for, scales_for
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.frame import Frame
@@ -36,14 +36,25 @@ def frame_of(hybrid: ffebm.HybridModel, index: int, *inputs: Tensor) -> tuple[Fr
         return frame, frame.feedforward()
 
 
-def dense_norm(frame: Frame, states: list[Tensor], earlier: int, later: int) -> float:
-    """The largest singular value of the dense Jacobian of a drive by a state, by numpy."""
+def dense(frame: Frame, states: list[Tensor], earlier: int, later: int) -> np.ndarray:
+    """The Jacobian of a drive by a state."""
 
     def drive(state: Tensor) -> Tensor:
         return frame.drive(later, [state if i == earlier else s for i, s in enumerate(states)]).flatten()
 
-    jacobian = torch.autograd.functional.jacobian(drive, states[earlier])
-    return float(np.linalg.norm(jacobian.flatten(1).detach().numpy(), 2))
+    jacobian: np.ndarray = torch.autograd.functional.jacobian(drive, states[earlier]).flatten(1).detach().numpy()
+    return jacobian
+
+
+def dense_norm(frame: Frame, states: list[Tensor], earlier: int, later: int) -> float:
+    """The largest singular value of the dense Jacobian of a drive by a state, by numpy."""
+    return float(np.linalg.norm(dense(frame, states, earlier, later), 2))
+
+
+def exact_cosine(matrix: np.ndarray) -> tuple[float, float]:
+    """(cosine between the leading left singular vector and equal entries, second over largest singular value)."""
+    left, sizes, _ = np.linalg.svd(matrix)
+    return abs(left[:, 0].sum()) / math.sqrt(len(left)), sizes[1] / sizes[0] if len(sizes) > 1 else 0.0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,7 +65,7 @@ def test_edge_norms_are_those_of_the_dense_jacobian(case: str) -> None:
         if not block.module.program.coupled:
             continue
         frame, states = frame_of(hybrid, index, x[:1].double())
-        norms = edge_norms(frame, states)
+        norms = edge_norms(frame, states).norms
         assert {(k, m) for k, m, _ in norms} == {
             (k, m) for m, above in enumerate(block.module.program.upstream) for k in above
         }
@@ -78,9 +89,54 @@ def test_norm_of_random_convolutions(seed: int, kernel: int, stride: int, size: 
     x = noise(1, 1, size, size).double()
     hybrid = ffebm.convert(model, x)
     frame, states = frame_of(hybrid, 0, x)
-    ((earlier, later, norm),) = edge_norms(frame, states)
+    ((earlier, later, norm),) = edge_norms(frame, states).norms
     exact = dense_norm(frame, states, earlier, later)
     assert exact <= norm <= exact * MARGIN * (1 + 1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(["linear", "convolution"]), st.floats(0, 3))
+def test_errors_add_up_where_the_leading_direction_has_one_sign(seed: int, kind: str, mean: float) -> None:
+    """From weights of random signs to weights above 0, as their mean grows beside their spread."""
+    first, second, x = (
+        (nn.Linear(6, 24), nn.Linear(24, 30), noise(1, 6).double())
+        if kind == "linear"
+        else (nn.Conv2d(2, 5, 1), nn.Conv2d(5, 6, 3, padding=1), noise(1, 2, 5, 5).double())
+    )
+    model = seeded(lambda: nn.Sequential(first, nn.Tanh(), second, nn.Tanh()).double(), seed)
+    with torch.no_grad():
+        second.weight.normal_(mean, 1, generator=torch.Generator().manual_seed(seed))
+    hybrid = ffebm.convert(model, x).train()
+    frame, states = frame_of(hybrid, 0, x)
+    cosine, gap = exact_cosine(dense(frame, states, 0, 1))
+    if abs(cosine - COHERENT) < 0.05 or gap > 0.9:
+        return
+    expected = cosine > COHERENT
+    assert edge_norms(frame, states).coherent == expected
+    block = hybrid.blocks[0].module
+    assert block.gain.setting.coherent == expected
+    assert block.gain.setting.typical == (1.0 if expected else 0.6)
+    hybrid(x)
+    with torch.no_grad():  # beyond the slack of the amplifiers
+        hybrid.get_parameter("2.weight").mul_(1.05)
+    hybrid(x)
+    assert block.gain.setting.coherent == expected
+
+
+def test_errors_add_up_once_training_has_made_the_weights_nonnegative() -> None:
+    hybrid, x = converted("mlp", nn.ReLU)
+    hybrid = copy.deepcopy(hybrid).train()
+    block = hybrid.blocks[0].module
+    hybrid(x)
+    assert not block.gain.setting.coherent
+    with torch.no_grad():
+        for weight in (p for p in hybrid.parameters() if p.dim() > 1):
+            weight.abs_()
+    hybrid(x)
+    assert block.gain.setting.coherent
+    again = ffebm.convert(CASES["mlp"].make(nn.ReLU)[0], x)
+    again.load_state_dict(hybrid.state_dict())
+    assert again.blocks[0].module.gain.setting.coherent
 
 
 def test_norms_of_blocks_that_are_alike_are_those_of_each_alone() -> None:
@@ -93,16 +149,17 @@ def test_norms_of_blocks_that_are_alike_are_those_of_each_alone() -> None:
     with torch.no_grad():
         second.zero_()
         third[0, 0] = math.inf
+        frames[3][0].weights[1].abs_()
         together = edge_norms_of_each(frames)
-        for number, ((frame, states), found) in enumerate(zip(frames, together, strict=True)):
+        for number, ((frame, states), found) in enumerate(zip(frames, (one.norms for one in together), strict=True)):
             assert [edge[:2] for edge in found] == [(0, 1), (1, 2), (2, 3)]
-            alone = edge_norms(frame, states)
+            alone = edge_norms(frame, states).norms
             assert [edge[2] for edge in found] == pytest.approx([edge[2] for edge in alone], rel=1e-9)
             for earlier, later, norm in found[: 2 if number in (1, 2) else 3]:
                 exact = dense_norm(frame, states, earlier, later)  # of all three tokens
                 assert exact <= norm <= exact * MARGIN * (1 + 1e-6)
-    assert together[1][2][2] == 0
-    assert together[2][2][2] == math.inf
+    assert together[1].norms[2][2] == 0
+    assert together[2].norms[2][2] == math.inf
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -131,7 +131,8 @@ class Exported:
         norms = tuple((edge["start"], edge["end"], float(edge["norm"])) for edge in settling.get("norms", ()))
         if any(index >= len(program.layers) for edge in norms for index in edge[:2]):
             raise ValueError(f"{step['name']} has the norm of an edge between layers that it does not have")
-        block.gain.certificate = Certificate(norms, scales, radius, settling["contraction"], amplifiers)
+        coherent = bool(settling.get("coherent", False))
+        block.gain.certificate = Certificate(norms, scales, radius, settling["contraction"], amplifiers, coherent)
         block.solver = GaussSeidel(
             rtol=settling["rtol"],
             max_sweeps=settling["max_sweeps"],

@@ -109,7 +109,7 @@ class _Builder:
         self.stopping = Stopping(
             self.main,
             self.settling["contraction"],
-            self.block.energy_function.typical,
+            self.block.gain.setting.typical,
             None if shares is None else shares.numpy(),
             relaxed=self.settling["relaxation"] != 1,
             first_alone=self.settling["relaxed_sweeps"] == 1,

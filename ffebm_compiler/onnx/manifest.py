@@ -45,7 +45,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     """
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
-    expected = None if contraction is None else expected_contraction(contraction, block.energy_function.typical)
+    expected = None if contraction is None else expected_contraction(contraction, block.gain.setting.typical)
     omega, first_alone = 1.0, False
     if isinstance(solver, GaussSeidel):
         omega, first_alone = evaluation_omega(solver, expected, rtol <= TIGHT)
@@ -62,6 +62,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
         "on_failure": solver.on_failure,
         "relaxation": omega,
         "relaxed_sweeps": 1 if first_alone else None,
+        "coherent": certificate is not None and certificate.coherent,
         "norms": [] if certificate is None or contraction is None else [_edge(*edge) for edge in certificate.norms],
     }
 

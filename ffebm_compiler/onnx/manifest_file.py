@@ -48,6 +48,7 @@ class _Settling:
     on_failure: Literal["isolate", "error", "warn"]
     relaxation: Annotated[float, AtLeast(1, most=2)] = 1.0
     relaxed_sweeps: Literal[1] | None = None
+    coherent: bool = False
     norms: tuple[_Edge, ...] = ()
 
 

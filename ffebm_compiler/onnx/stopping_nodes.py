@@ -49,7 +49,7 @@ class Stopping:
     contraction: float | None
     """κ if a sweep is certified to contract."""
     typical: float
-    """What a sweep is expected to contract by, in units of κ (`Energy.typical`)."""
+    """What a sweep is expected to contract by, in units of κ (`Setting.typical`)."""
     shares: np.ndarray | None
     """W of `Energy.error_shares`."""
     relaxed: bool

@@ -52,17 +52,9 @@ class Energy(ABC):
     by_loop_gain: ClassVar[bool] = False
     """Whether feedback is set by the loop gain κ, by which a nudge of the outputs moves the other states."""
     coherent: ClassVar[bool] = True
-    """Whether the errors of all units may have one sign, as where weights are conductances and states are above 0.
-
-    A sweep then contracts as it is certified to, and a norm behind the block subtracts most of the error currents.
-    """
+    """Whether the errors of all units may have one sign at any weights, as where these are conductances."""
     nonnegative: ClassVar[bool] = False
     """Whether weights are conductances themselves, so that none is negative."""
-
-    @property
-    def typical(self) -> float:
-        """What a sweep is expected to contract by, in units of what it is certified to: less where slopes vanish."""
-        return 1.0 if self.coherent else 0.6  # measured on the networks of tests/networks.py, and of training_step.py
 
     @abstractmethod
     def check_feedback(self, feedback: object) -> float | str:
@@ -203,6 +195,16 @@ class Setting:
     """c_l, with γ_{l,m} = c_m/c_l."""
     amplifiers: tuple[float, ...] = ()
     """A_l, the gain of the amplifier behind each layer; empty if the energy has no amplifiers."""
+    coherent: bool = True
+    """Whether the errors of all units may have one sign.
+
+    A sweep then contracts as it is certified to, and a norm behind the block subtracts most of the error currents.
+    """
+
+    @property
+    def typical(self) -> float:
+        """What a sweep is expected to contract by, in units of what it is certified to: less where slopes vanish."""
+        return 1.0 if self.coherent else 0.6  # measured on the networks of tests/networks.py, and of training_step.py
 
     def activations(self, frame: Frame) -> tuple[Activation, ...]:
         """σ_l of every layer of an evaluated frame."""

@@ -1,11 +1,8 @@
 """Edge norms: ‖J_{ml}‖₂ of every edge of a block, measured to convergence, and of the edges of many blocks together.
 
 Norms are measured on the actual operator (the convolution with its padding and stride) by
-Golub–Kahan–Lanczos bidiagonalisation. It approaches the largest singular value from below, and
-`MARGIN` is added for the rest. If its random start has almost no part in the largest singular vector,
-it may rest for a few steps. So it stops only after `_PATIENCE` steps without progress. On 150 random
-matrices and convolutions, no norm was then short by more than 0.1 %. With one step without progress, 8 %
-were short by more than the margin, the worst by 2 %.
+Golub–Kahan–Lanczos bidiagonalisation (`lanczos.py`). It approaches the largest singular value from below, and
+`MARGIN` is added for the rest.
 
 Edges of different blocks with the same operators and shapes, as a deep network has them, take their steps together:
 their weights are stacked, and `torch.func.vmap` runs each product once for all of them.
@@ -16,56 +13,79 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ffebm_compiler.runtime.energies.lanczos import Product, largest_singular_values
 from ffebm_compiler.runtime.program.block_program import Instruction
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.operators import Linear, Scale, Sum
 
-__all__ = ["MARGIN", "directions", "edge_gain", "edge_norms", "edge_norms_of_each", "without_tokens"]
+__all__ = [
+    "COHERENT",
+    "MARGIN",
+    "EdgeNorms",
+    "directions",
+    "edge_gain",
+    "edge_norms",
+    "edge_norms_of_each",
+    "without_tokens",
+]
 
 MARGIN = 1.005
-"""Factor on every measured norm. The iteration stops when `_PATIENCE` steps change the norm by less than 0.1 %."""
+"""Factor on every measured norm. The iteration stops when several steps change the norm by less than 0.1 %."""
 
-_STEPS = 40
-_TOLERANCE = 1e-3
-_PATIENCE = 8
+COHERENT = 0.5
+"""From this cosine between the leading left singular vector of an edge and equal entries on, errors add up.
+
+It is 1/√n for n random signs. For weights of one sign the vector has one sign too (Perron 1907), and its cosine is
+below 1 only as far as its entries differ.
+"""
+
 _STACKED = 1 << 22
 """How many values of weights are stacked at most. Larger products cost more than launching them one by one."""
 
-_Product = Callable[[Tensor], Tensor]
+
+class EdgeNorms(NamedTuple):
+    """What is measured of the edges of a block."""
+
+    norms: tuple[tuple[int, int, float], ...]
+    """(k, m, norm) of every edge, times its `edge_gain`."""
+    coherent: bool
+    """Whether the leading left singular vector of some edge is aligned with equal entries (`COHERENT`)."""
 
 
-def edge_norms(frame: Frame, like: Sequence[Tensor]) -> tuple[tuple[int, int, float], ...]:
-    """(k, m, norm) of every edge of a block, on states shaped like `like`, times its `edge_gain`.
+def edge_norms(frame: Frame, like: Sequence[Tensor]) -> EdgeNorms:
+    """The norms of all edges of a block, on states shaped like `like`.
 
-    The norm is ‖J_{mk}‖₂, that of the map from the state of layer k into the field of a later layer m, whose feedback
-    is its transpose. Where the feedback has weights of its own, (m, k, norm) is there too, of the map back.
+    The norm of (k, m) is ‖J_{mk}‖₂, that of the map from the state of layer k into the field of a later layer m, whose
+    feedback is its transpose. Where the feedback has weights of its own, (m, k, norm) is there too, of the map back.
     """
     return edge_norms_of_each([(frame, like)])[0]
 
 
 def edge_norms_of_each(
     blocks: Sequence[tuple[Frame, Sequence[Tensor]]],
-) -> list[tuple[tuple[int, int, float], ...]]:
+) -> list[EdgeNorms]:
     """The result of `edge_norms` for each block, measured together where blocks are alike."""
     edges = [
         (number, start, end, _Edge.of(view, min(start, end), max(start, end), like[min(start, end)]))
         for number, (frame, like) in enumerate(blocks)
         for start, end, view in directions(frame)
     ]
-    norms: dict[int, float] = {}
+    norms: dict[int, tuple[float, float]] = {}
     for group in _alike([edge for *_, edge in edges]):
-        found = _largest_singular_values(*_products(group), group[0].start(), len(group))
-        norms.update((id(edge), norm) for edge, norm in zip(group, found, strict=True))
+        found = largest_singular_values(*_products(group), group[0].start(), len(group))
+        norms.update((id(edge), pair) for edge, pair in zip(group, found, strict=True))
     measured: list[list[tuple[int, int, float]]] = [[] for _ in blocks]
+    coherent = [False for _ in blocks]
     for number, start, end, edge in edges:
-        gain = edge_gain(blocks[number][0], start, end)
-        measured[number].append((start, end, gain * norms[id(edge)] * MARGIN))
-    return [tuple(found) for found in measured]
+        norm, cosine = norms[id(edge)]
+        measured[number].append((start, end, edge_gain(blocks[number][0], start, end) * norm * MARGIN))
+        coherent[number] |= cosine >= COHERENT
+    return [EdgeNorms(tuple(found), together) for found, together in zip(measured, coherent, strict=True)]
 
 
 def directions(frame: Frame) -> list[tuple[int, int, Frame]]:
@@ -197,7 +217,7 @@ def _alike(edges: Sequence[_Edge]) -> Iterator[list[_Edge]]:
         yield from (group[place : place + most] for place in range(0, len(group), most))
 
 
-def _products(group: Sequence[_Edge]) -> tuple[_Product, _Product]:
+def _products(group: Sequence[_Edge]) -> tuple[Product, Product]:
     """J and Jᵀ of all edges of a group, on their states and fields along a new leading dimension."""
     first, frame = group[0], group[0].frame
     if len(group) == 1:
@@ -205,7 +225,7 @@ def _products(group: Sequence[_Edge]) -> tuple[_Product, _Product]:
     each_has = [edge.weights for edge in group]
     stacked = {index: torch.stack([weights[index] for weights in each_has]) for index in first.weights}
 
-    def each(product: Callable[[Frame, Tensor], Tensor]) -> _Product:
+    def each(product: Callable[[Frame, Tensor], Tensor]) -> Product:
         def of_one(weights: dict[int, Tensor], value: Tensor) -> Tensor:
             own = [weights.get(index, weight) for index, weight in enumerate(frame.weights)]
             return product(Frame(frame.program, (), own, dict(frame.drawn), dict(frame.shapes), frozen=True), value)
@@ -214,62 +234,3 @@ def _products(group: Sequence[_Edge]) -> tuple[_Product, _Product]:
         return lambda values: mapped(stacked, values)
 
     return each(first.forward), each(first.transpose)
-
-
-def _largest_singular_values(forward: _Product, transpose: _Product, start: Tensor, count: int) -> list[float]:
-    """The largest singular values of `count` maps, by Golub–Kahan–Lanczos, all from the same start of length one."""
-    right = start.expand(count, *start.shape)
-    left: Tensor | None = None
-    beta = torch.zeros(count)
-    diagonals: list[np.ndarray] = []
-    above: list[np.ndarray] = []
-    history = np.zeros((0, count))
-    going = np.ones(count, dtype=bool)
-    found = np.zeros(count)
-    with torch.no_grad():
-        for _ in range(_STEPS):
-            image = forward(right)
-            if left is not None:
-                image = image - _each(beta, image) * left
-            alpha = _lengths(image)
-            diagonals.append(alpha.double().cpu().numpy())
-            history = np.vstack([history, np.where(going, _norms(diagonals, above, going), found)])
-            found = history[-1]
-            going &= (diagonals[-1] != 0) & np.isfinite(found)
-            if len(history) > _PATIENCE:
-                grown = np.where(going, found, 0.0) - np.where(going, history[-1 - _PATIENCE], 0.0)
-                going &= grown > _TOLERANCE * np.where(going, found, 0.0)
-            if not going.any():
-                break
-            left = image / _each(alpha, image, nonzero=True)
-            back = transpose(left) - _each(alpha, right) * right
-            beta = _lengths(back)
-            above.append(beta.double().cpu().numpy())
-            going &= above[-1] != 0
-            if not going.any():
-                break
-            right = back / _each(beta, back, nonzero=True)
-    return [float(norm) for norm in found]
-
-
-def _norms(diagonals: Sequence[np.ndarray], above: Sequence[np.ndarray], going: np.ndarray) -> np.ndarray:
-    """The largest singular value of each bidiagonal matrix that still grows; infinite if it is not finite."""
-    steps = np.arange(len(diagonals))
-    matrices = np.zeros((len(going), len(diagonals), len(diagonals)))
-    matrices[:, steps, steps] = np.stack(diagonals, 1)
-    if above:
-        matrices[:, steps[:-1], steps[1:]] = np.stack(above, 1)
-    norms = np.full(len(going), math.inf)
-    wanted = going & np.isfinite(matrices).all((1, 2))
-    norms[wanted] = np.linalg.svd(matrices[wanted], compute_uv=False)[:, 0]
-    return norms
-
-
-def _lengths(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values.flatten(1), dim=1)
-
-
-def _each(factors: Tensor, values: Tensor, nonzero: bool = False) -> Tensor:
-    """One factor for each leading index of values; with `nonzero`, 1 in the place of 0."""
-    factors = factors.to(values).reshape(-1, *[1] * (values.dim() - 1))
-    return torch.where(factors == 0, torch.ones_like(factors), factors) if nonzero else factors

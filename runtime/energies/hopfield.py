@@ -176,17 +176,22 @@ class _EdgeNorms(Gauge):
 
     def certify(self, frame: Frame, states: Sequence[Tensor], feedback: float | str) -> Certificate:
         """Norms from Lanczos iteration, and the γ that holds κ."""
-        return certify(self.program, edge_norms(frame, states), feedback)
+        found = edge_norms(frame, states)
+        return certify(self.program, found.norms, feedback, found.coherent)
 
     @classmethod
     def certify_each(cls, blocks: Sequence[Uncertified]) -> list[Certificate]:
         """Norms from Lanczos iterations that blocks of one kind take together."""
-        norms = edge_norms_of_each([(block.frame, block.states) for block in blocks])
-        return [certify(b.frame.program, found, b.feedback) for b, found in zip(blocks, norms, strict=True)]
+        measured = edge_norms_of_each([(block.frame, block.states) for block in blocks])
+        return [
+            certify(b.frame.program, found.norms, b.feedback, found.coherent)
+            for b, found in zip(blocks, measured, strict=True)
+        ]
 
     def at(self, frame: Frame, states: Sequence[Tensor], present: Certificate) -> Certificate:
         """Norms from Lanczos iteration, at the present γ."""
-        return certificate_at(self.program, edge_norms(frame, states), present.scales)
+        found = edge_norms(frame, states)
+        return certificate_at(self.program, found.norms, present.scales, found.coherent)
 
     def needed(self, evaluated: Evaluated, present: Certificate, feedback: float | str) -> Certificate | None:
         """None if the loop gain is still κ, and at symmetric feedback."""
@@ -195,7 +200,7 @@ class _EdgeNorms(Gauge):
         found = self.at(*evaluated(), present)
         if abs(found.loop_gain / feedback - 1) <= _SLACK:
             return None
-        return certify(self.program, found.norms, feedback)
+        return certify(self.program, found.norms, feedback, found.coherent)
 
     def follow(self, change: Change) -> Certificate:
         """Norms followed from step to step. γ is set again if the loop gain has left κ."""
@@ -203,11 +208,12 @@ class _EdgeNorms(Gauge):
         measured = self.tracked.measure(frame) if change.read is None else self.tracked.finish(*change.read)
         norms = [(k, m, norm * edge_gain(frame, k, m) * MARGIN) for k, m, norm in measured]
         if change.converge:  # both methods approach the norm from below, so that the larger value is better
-            lanczos = edge_norms(*change.evaluated())
+            lanczos = edge_norms(*change.evaluated()).norms
             norms = [(k, m, max(a, b)) for (k, m, a), (_, _, b) in zip(norms, lanczos, strict=True)]
-        found = certificate_at(self.program, norms, change.present.scales)
+        coherent = self.tracked.coherent if change.converge else change.present.coherent
+        found = certificate_at(self.program, norms, change.present.scales, coherent)
         if not isinstance(feedback, str) and abs(found.loop_gain - feedback) > (change.slack or _SLACK) * feedback:
-            found = certify(self.program, norms, feedback)
+            found = certify(self.program, norms, feedback, self.tracked.coherent)
             _log.debug("%s: γ set anew for a loop gain of %.3g", self.program.name, feedback)
         return found
 
@@ -226,11 +232,11 @@ class _EdgeNorms(Gauge):
 
     def with_feedback(self, found: Certificate, feedback: float | str) -> Certificate | None:
         """The measurement stays valid, since the norms do not depend on γ."""
-        return certify(self.program, found.norms, feedback)
+        return certify(self.program, found.norms, feedback, found.coherent)
 
     def with_setting(self, found: Certificate, present: Certificate) -> Certificate | None:
         """The measurement stays valid, since the norms do not depend on γ."""
-        return certificate_at(self.program, found.norms, present.scales)
+        return certificate_at(self.program, found.norms, present.scales, found.coherent)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The vectors of every edge."""

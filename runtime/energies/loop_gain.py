@@ -107,12 +107,12 @@ def gain_for(program: BlockProgram, norms: Sequence[tuple[int, int, float]], loo
 
 
 def certificate_at(
-    program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float]
+    program: BlockProgram, norms: Sequence[tuple[int, int, float]], scales: Sequence[float], coherent: bool = False
 ) -> Certificate:
-    """The certificate of edge norms at given scales."""
+    """The certificate of edge norms at given scales. `coherent` is what `EdgeNorms.coherent` says."""
     matrix = matrix_of(program, norms, scales)
     largest = radius(program, norms, scales)
-    return Certificate(tuple(norms), tuple(scales), largest, _sweep_radius(matrix, largest))
+    return Certificate(tuple(norms), tuple(scales), largest, _sweep_radius(matrix, largest), coherent=coherent)
 
 
 def _sweep_radius(matrix: np.ndarray, largest: float) -> float:
@@ -156,7 +156,9 @@ def _summed_sweeps(matrix: np.ndarray) -> np.ndarray:
     return sweep @ np.linalg.inv(one - sweep)
 
 
-def certify(program: BlockProgram, norms: Sequence[tuple[int, int, float]], feedback: float | str) -> Certificate:
+def certify(
+    program: BlockProgram, norms: Sequence[tuple[int, int, float]], feedback: float | str, coherent: bool = False
+) -> Certificate:
     """Scales and spectral radius for a loop gain κ, or for `"symmetric"` (γ = 1)."""
     gain = 1.0 if isinstance(feedback, str) else gain_for(program, norms, feedback)
-    return certificate_at(program, norms, scales_for(program, gain))
+    return certificate_at(program, norms, scales_for(program, gain), coherent)

@@ -21,6 +21,7 @@ If the estimate jumps, passes with fresh probes are repeated until it rests. (Go
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffebm_compiler.runtime.energies.edge_norms import directions, without_tokens
+from ffebm_compiler.runtime.energies.edge_norms import COHERENT, directions, without_tokens
 from ffebm_compiler.runtime.energies.followed_norm import Following, Launched, Track, drawn_probe
 from ffebm_compiler.runtime.program.frame import Frame
 
@@ -83,6 +84,15 @@ class TrackedNorms:
             for place in self._places
         }
         return [(*place, 0.0 if track is None else track.norm) for place, track in norms.items()]
+
+    @property
+    def coherent(self) -> bool:
+        """Whether the leading left vector of some edge is aligned with equal entries, as `EdgeNorms.coherent`."""
+        leading = [track.vectors[0].double() for track in self.tracks.values()]
+        if not leading:
+            return False
+        cosines = [u.sum().abs() / (u.norm() * math.sqrt(u.numel())).clamp(min=1e-300) for u in leading]
+        return bool((torch.stack(cosines) >= COHERENT).any())
 
     def own_tracks(self) -> None:
         """Give every track memory of its own, which captured kernels may read in every later step."""

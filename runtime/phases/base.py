@@ -38,7 +38,7 @@ class Phase(FixedPoint):
         self.frame = frame
         self.setting = setting
         self.scales = setting.scales
-        self.typical = setting.energy.typical
+        self.typical = setting.typical
         self.values = values
         self.scratch = {}
         self.samples = frame.samples

@@ -26,7 +26,7 @@ of every network of `tests/networks.py`, fourteen activations and κ from 0.03 t
 (`benchmarks/training_tolerance.py`).
 """
 _COHERENT_ERROR = 1e-4
-"""The tolerance of error currents that may all have one sign (`Energy.coherent`).
+"""The tolerance of error currents that may all have one sign (`Setting.coherent`).
 
 Batch norm behind a block subtracts their mean, which is most of them. At 3e-3 a deep resistive network had a gradient
 with a cosine of 0.991 (`benchmarks/training_tolerance.py --energy drn`).

@@ -172,7 +172,7 @@ class GaussSeidel(Solver):
     schedule: Literal["auto", "forward", "backward", "even_odd"] = "auto"
     relaxation: float | None = None
     """ω, from 1 to below 2. None: the best ω for what a certified block is expected to contract by
-    (`Energy.typical`), and 1 without a certificate."""
+    (`Setting.typical`), and 1 without a certificate."""
     steady = True
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ class _ErrorPhase(Phase):
     """Error currents u at a settled state, driven by −δ. The adjoint phase is linear, so that δ drives −u."""
 
     loose = True
+    direct = True
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ class FixedPoint(ABC):
     """Whether the result only serves a gradient, so that an estimate of the remaining error is enough."""
     loose: bool = False
     """Whether its tolerance in training is reached in as many plain sweeps, if they contract well."""
+    direct: bool = False
+    """Whether its relative error in training is one of the gradient, and not of the states that it is taken at."""
     contraction: float | None = None
     """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
     typical: float = 1.0

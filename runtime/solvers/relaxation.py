@@ -286,12 +286,13 @@ class _Relaxation:
         over-relaxed sweeps fall faster at first than they go on. So in evaluation, where the error has to be bounded,
         theirs is taken for no less than what blocks are expected to contract by. A sweep that is over-relaxed by a
         small ω − 1 contracts by 2(ω − 1) less than a plain one (Young 1954), which is added for the plain ones that
-        follow it.
+        follow it. In training κ is what blocks are expected to contract by, until a block is measured to contract no
+        better than certified. Then it is κ itself for error currents, whose error is that of the gradient.
         """
         self.rate = 0.0
         omega = self.running.relaxation
         bounded = self.over and not self.problem.training
-        left = self.left
+        left, seen = self.left, math.inf
         if self.measured and 0 < change < self.previous:
             self.rate = (change / self.previous) ** (1 / (self.sweep - self.measured))
             seen = SAFETY * (self.rate + self.ahead)
@@ -300,8 +301,12 @@ class _Relaxation:
             seen = max(seen, self.slowest)
             if bounded and self.running.expected is not None:
                 seen = max(seen, self.running.expected)
-            if self.solver.steady and self.contraction is not None and seen < self.contraction:
+        if self.measured and self.solver.steady and self.contraction is not None:
+            if seen < self.contraction:
                 left = seen / (1 - seen)
+            elif self.problem.training and self.problem.direct:
+                most = expected_contraction(self.contraction, 1.0)
+                left = most / (1 - most)
         return left / omega if bounded else left
 
     def _has_ended(self, changes: Tensor) -> bool:

@@ -157,7 +157,7 @@ COMMANDS: dict[str, Command] = {
     "experiment-1-torch": Command(f"{LOOP_GAIN} --initialisation torch", 8, "runs.csv"),
     "experiment-1-goe": Command(LOOP_GAIN, 8, "runs.csv"),
     "experiment-2": Command(
-        "python examples/splitting.py --slope 1 --variance 6.72e-2 --rate 4e-3 2e-3 1e-3", 12, "runs.csv"
+        "python examples/splitting.py --slope 1 --variance 6.72e-2 --rate 2e-3 1e-3 --epochs 24", 12, "runs.csv"
     ),
     "experiment-2-time": Command(
         "python examples/splitting.py --feedback symmetric --rtol 1e-6 --rate 5e-4 --epochs 2 --seeds 1",

@@ -23,10 +23,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
+import math
 import pickle
+import pickletools
 import sysconfig
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -164,17 +166,15 @@ def _idx(path: Path, dims: int) -> np.ndarray:
     """The bytes of an idx file: two zeros, 8 (bytes), the number of dimensions, their sizes, the values."""
     raw = path.read_bytes()
     if path.suffix == ".gz":
-        try:
+        with _whole(path, "gzip file"):
             raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ffebm.InputError(f"{path} is no complete gzip file ({error}): download it again") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or raw[3] != dims or len(raw) < 4 + 4 * dims:
         raise ffebm.InputError(f"{path} is no idx file of bytes with {dims} dimensions: download it again")
     sizes = [int(size) for size in np.frombuffer(raw, ">u4", dims, 4)]
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
-    if len(values) != int(np.prod(sizes)):
+    if len(values) != math.prod(sizes):
         raise ffebm.InputError(
-            f"{path} is truncated: it holds {len(values)} of the {int(np.prod(sizes))} values that its head says. "
+            f"{path} is truncated: it holds {len(values)} of the {math.prod(sizes)} values that its head says. "
             "Download it again"
         )
     return values.reshape(sizes).copy()
@@ -182,19 +182,16 @@ def _idx(path: Path, dims: int) -> np.ndarray:
 
 def _svhn(folder: Path) -> Data:
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     def part(name: str) -> tuple[Tensor, Tensor]:
         path = _found(folder, name)
-        try:
+        with _whole(path, "file of SVHN"):
             found = loadmat(path)
-            images, labels = found["X"], found["y"]
-        except (MatReadError, KeyError, ValueError, TypeError, OSError, EOFError, zlib.error) as error:
-            raise ffebm.InputError(f"{path} is no complete file of SVHN ({error}): download it again") from None
+            images, labels = np.asarray(found["X"], np.uint8), found["y"].ravel().astype(np.int64)
         if images.ndim != 4:
             raise ffebm.InputError(f"{path} holds X of shape {images.shape}; expected (32, 32, 3, images)")
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
-        return x, torch.from_numpy(labels.ravel().astype(np.int64)) % 10  # 10 stands for the digit 0
+        return x, torch.from_numpy(labels) % 10  # 10 stands for the digit 0
 
     return Data("svhn", part("train_32x32.mat"), part("test_32x32.mat"), 10)
 
@@ -227,17 +224,32 @@ class _OnlyArrays(pickle.Unpickler):
 
 
 def _batch(path: Path, names: tuple[str, ...], first: int) -> tuple[Tensor, Tensor]:
-    try:
-        found = _OnlyArrays(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    raw = path.read_bytes()
+    with _whole(path, "batch of images"):
+        _check_memo(raw)
+        found = _OnlyArrays(io.BytesIO(raw), encoding="bytes").load()
         given = {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
         rows = np.asarray(given["data"], dtype=np.uint8)
         labels = np.asarray(next(given[name] for name in names if name in given), dtype=np.int64)
         images = rows.reshape(len(rows), 3, 32, 32)
-    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, ValueError, StopIteration, IndexError) as error:
-        raise ffebm.InputError(
-            f"{path} is no complete batch of images ({error or type(error).__name__}): download it again"
-        ) from None
     return torch.from_numpy(images.copy()), torch.from_numpy(labels - first)
+
+
+def _check_memo(raw: bytes) -> None:
+    """That the lengths and the places of the memo in a pickle are within it. Unpickling makes room for any."""
+    for operation, argument, _ in pickletools.genops(raw):
+        if operation.name in ("PUT", "LONG_BINPUT") and argument > len(raw):
+            raise pickle.UnpicklingError(f"it names place {argument} of its memo")
+
+
+@contextmanager
+def _whole(path: Path, what: str) -> Iterator[None]:
+    """Name a file that cannot be read. What readers raise at damaged files is anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ffebm.InputError(f"{path} is no complete {what} ({reason}): download it again") from None
 
 
 def _pictures(name: str, folder: Path) -> Data:

@@ -92,6 +92,7 @@ def main() -> None:
         "--rtol", type=positive_number, help="relative change at which every phase stops; 1e-6 in the papers"
     )
     parser.add_argument("--width", type=positive, default=16)
+    parser.add_argument("--batch", type=positive, default=32)
     options = read_options(parser, epochs=1, seeds=1, width=2)
     torch.set_num_threads(1)
     options.variance = options.variance or [VARIANCES[options.layers] / options.width]
@@ -104,11 +105,11 @@ def main() -> None:
         data = scaled(load(options.data, options.folder).to(device_of(options)))
         if options.quick:
             data = data.first(128, 64)
-        names = ("data", "folder", "device", "layers", "epochs", "width", "slope", "rtol", "quick")
+        names = ("data", "folder", "device", "layers", "epochs", "width", "slope", "rtol", "batch", "quick")
         experiment = Experiment(options.out, "splitting", chosen(options, *names))
 
         def one(key: Row, checkpoint: Path) -> Iterator[Row]:
-            recipe = Recipe(options.epochs, key["rate"])
+            recipe = Recipe(options.epochs, key["rate"], options.batch)
             yield from training_and_accuracy(network(data, key, options), data, recipe, key["seed"], checkpoint)
 
         names = ("feedback", "variance", "rate", "block", "seed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import pickle
 import subprocess
@@ -191,6 +192,14 @@ def add_class(folder: Path) -> None:
     (folder / "val" / "n09").mkdir()
 
 
+def pickled(raw: bytes) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        write_cifar10(folder)
+        (folder / "data_batch_3").write_bytes(raw)
+
+    return spoil
+
+
 def mixed_labels(folder: Path) -> None:
     write_mnist(folder, zipped=False)
     (folder / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(7)))
@@ -203,6 +212,14 @@ def mixed_labels(folder: Path) -> None:
         ("cifar10", truncate("data_batch_2", write_cifar10), r"data_batch_2 is no complete batch of images"),
         ("cifar10", spoil_pickle, r"data_batch_3 is no complete batch of images \(it holds a builtins.print\)"),
         ("cifar10", spoil_labels, r"cifar10 has test labels from 0 to 11; expected labels of 10 classes"),
+        ("cifar10", pickled(batch(20, "labels", 10).replace(b"latin1", b"lati31")), r"\(unknown encoding: lati31\)"),
+        ("cifar10", pickled(b"\x80\x02}r\xff\xff\xff\x7f."), r"\(it names place 2147483647 of its memo\)"),
+        ("cifar10", pickled(b"\x80\x05\x96" + bytes(5) + b"\1\0\0."), r"bytes in a bytearray8, but only 1 remain\)"),
+        (
+            "cifar10",
+            pickled(pickle.dumps({"data": None, "labels": [1]})),
+            r"data_batch_3 is no complete batch of images",
+        ),
         ("mnist", lambda _: None, r"has no file train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
         (
             "mnist",
@@ -224,6 +241,30 @@ def test_bad_files_are_named(name: str, spoil: Callable[[Path], None], message: 
     spoil(tmp_path)
     with pytest.raises(ffebm.InputError, match=message):
         datasets.load(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "file"),
+    [
+        ("cifar10", write_cifar10, "data_batch_1"),
+        ("svhn", write_svhn, "train_32x32.mat"),
+        ("mnist", lambda folder: write_mnist(folder, zipped=False), "train-images-idx3-ubyte"),
+        ("mnist", lambda folder: write_mnist(folder, zipped=True), "train-images-idx3-ubyte.gz"),
+        ("imagenet32", write_pictures, "train/n02/1.png"),
+    ],
+)
+def test_damaged_files_are_read_or_named(name: str, write: Callable[[Path], None], file: str, tmp_path: Path) -> None:
+    """A file with some other bytes, most of them in its head, or cut anywhere."""
+    write(tmp_path)
+    path, random = tmp_path / file, np.random.default_rng(1)
+    raw = path.read_bytes()
+    for _ in range(100):
+        damaged = np.frombuffer(raw, np.uint8).copy()
+        for at in random.integers(0, [min(400, len(raw)), len(raw)], (random.integers(1, 4), 2)).ravel():
+            damaged[at] = random.integers(256)
+        path.write_bytes(damaged.tobytes()[: random.choice([len(raw), random.integers(len(raw))])])
+        with contextlib.suppress(ffebm.InputError):
+            datasets.load(name, tmp_path)
 
 
 def test_bad_requests(tmp_path: Path) -> None:

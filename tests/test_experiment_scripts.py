@@ -175,7 +175,7 @@ BAD_DATA = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "fine_tuning"])
+@pytest.mark.parametrize("name", [*(name for name in SCRIPTS if name != "fine_tuning"), "gradient_analysis"])
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_is_told_in_one_line(
     name: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

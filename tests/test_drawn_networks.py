@@ -114,6 +114,10 @@ def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options
     except ffebm.UnsupportedError:  # an estimator that a block of this network does not take
         event(f"refused by a step: {options['gradient']}")
         return
+    except ffebm.ConvergenceError as error:
+        if not undetermined(hybrid, error):
+            raise
+        return
     with folder() as path:
         hybrid.save(path)
         again = ffebm.load(path, copy.deepcopy(model))
@@ -125,6 +129,12 @@ def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options
     assert torch.equal(mine, other), "the loaded hybrid computes something else"
     for key, value in state.items():
         assert torch.equal(state_again[key], value), f"{key} is another after a step"
+
+
+def undetermined(hybrid: ffebm.HybridModel, error: ffebm.ConvergenceError) -> bool:
+    """Whether a step is refused since no source reaches some units of a circuit, so that they have no equilibrium."""
+    gains = [block.module.loop_gain for block in hybrid.blocks if block.module.program.coupled]
+    return "nothing sets the potentials" in str(error) and max(gains) > 1 - 1e-6
 
 
 def far_from_kinks(block: Any) -> bool:
@@ -155,11 +165,16 @@ def test_gradients_are_those_of_the_unrolled_relaxation(
         hybrid.set_gradient(VARIANTS.get(name, name))
         hybrid.zero_grad()
         torch.manual_seed(3)
-        output = hybrid(x)
-        if not output.requires_grad:
+        try:
+            output = hybrid(x)
+            if not output.requires_grad:
+                return
+            torch.manual_seed(4)
+            (output * torch.randn_like(output)).mean().backward()
+        except ffebm.ConvergenceError as error:
+            if not undetermined(hybrid, error):
+                raise
             return
-        torch.manual_seed(4)
-        (output * torch.randn_like(output)).mean().backward()
         gradients[name] = torch.cat([p.grad.flatten() for p in hybrid.parameters() if p.grad is not None])
     if gradients["unrolled"].norm() < 1e-9:
         return

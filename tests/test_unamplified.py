@@ -174,3 +174,56 @@ def test_no_gradient_moves_a_unit_that_no_conductance_reaches(energy: str, silen
         optimizer.step()
     block = hybrid.blocks[0]
     assert math.isfinite(float(block.energy(x, states=block.settle(x).states).detach()))
+
+
+class Island(nn.Module):
+    """Two layers with resistors between them, and none to the inputs. An activation holds their potentials, or not."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.activation = activation
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.abs_()
+            self.layers[1].weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.activation(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("gradient", ["ep", "implicit", "unrolled", "recurrent"])
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_units_that_no_source_reaches_have_no_gradient(energy: str, gradient: str, dtype: torch.dtype) -> None:
+    """Any potentials of the two layers that agree are an equilibrium."""
+    model, x = seeded(lambda: Island(nn.Identity()).to(dtype)), noise(3, 4).to(dtype)
+    gamma: Any = "symmetric" if energy == "drn" else 0.1
+    hybrid = ffebm.convert(model, x, energy=energy, feedback=gamma, gradient=gradient)
+    assert hybrid.blocks[0].loop_gain == pytest.approx(1, abs=1e-6)
+    assert not hybrid(x).detach().any()
+    told = r"block_1: nothing sets the potentials of units of layers\.1, layers\.2, since no path of conductances leads"
+    with pytest.raises(ffebm.ConvergenceError, match=told):
+        loss_of(hybrid(x)).backward()
+    with torch.no_grad():
+        hybrid.get_parameter("layers.1.weight").fill_(0.1)
+    loss_of(hybrid(x)).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in hybrid.parameters())
+
+
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+def test_diodes_hold_units_that_no_source_reaches(energy: str) -> None:
+    """At 0 the diodes of ReLUs block, so that no potential can move, although the loop gain is 1 where they conduct."""
+    model, x = seeded(lambda: Island(nn.ReLU()).double()), noise(3, 4).double()
+    gamma: Any = "symmetric" if energy == "drn" else 0.1
+    found = []
+    for gradient in ("implicit", "unrolled"):
+        hybrid = ffebm.convert(model, x, energy=energy, feedback=gamma, gradient=gradient)
+        loss_of(hybrid(x)).backward()
+        found.append([p.grad for p in hybrid.parameters()])
+    assert hybrid.blocks[0].loop_gain == pytest.approx(1, abs=1e-9)
+    for mine, other in zip(*found, strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)

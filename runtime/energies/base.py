@@ -53,6 +53,8 @@ class Energy(ABC):
     """Whether feedback is set by the loop gain κ, by which a nudge of the outputs moves the other states."""
     coherent: ClassVar[bool] = True
     """Whether the errors of all units may have one sign at any weights, as where these are conductances."""
+    floating: ClassVar[bool] = False
+    """Whether nothing but conductances sets a state, so that units which no source reaches have none of their own."""
     nonnegative: ClassVar[bool] = False
     """Whether weights are conductances themselves, so that none is negative."""
 
@@ -196,10 +198,8 @@ class Setting:
     amplifiers: tuple[float, ...] = ()
     """A_l, the gain of the amplifier behind each layer; empty if the energy has no amplifiers."""
     coherent: bool = True
-    """Whether the errors of all units may have one sign.
-
-    A sweep then contracts as it is certified to, and a norm behind the block subtracts most of the error currents.
-    """
+    """Whether the errors of all units may have one sign, so that a sweep contracts as it is certified to, and a norm
+    behind the block subtracts most of the error currents."""
 
     @property
     def typical(self) -> float:

@@ -60,6 +60,7 @@ class _Passive(Conductive):
 
     amplified = False
     starts_loaded = True
+    floating = True
 
     def check_activation(self, program: BlockProgram, layer: Layer) -> None:
         """Admit projections: ReLU, split ReLU and clamps of slope 1."""

@@ -35,6 +35,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring import add_out, keep
 
+from ffebm_compiler.files.whole_files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 WORDS, CHARACTERS = 200, 200
 """Read and typed in a minute."""
@@ -182,7 +184,7 @@ def clocked(steps: Guide, source: Path, torch_first: bool) -> list[dict[str, Any
         shell = Shell(folder)
         try:
             rows += [row("wait", command, shell.seconds(command)) for command in clone(source)]
-            (folder / CLONE / "mine.py").write_text(MODEL, encoding="utf-8")
+            write_whole(folder / CLONE / "mine.py", MODEL)
             for command in (*steps.before, steps.draw, *steps.after):
                 if torch_first and command.startswith("pip install"):
                     torch_first = False

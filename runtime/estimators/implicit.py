@@ -128,13 +128,15 @@ class Unrolled(Estimator):
             frame.training, frame.autocast = at.frame.training, at.frame.autocast
             # Zeros that are added to the fields. The derivative by them is e_l, summed over the sweeps.
             offsets = [torch.zeros_like(s).requires_grad_() for s in at.states] if self.through_feedback else []
-            phase = _OffsetPhase(frame, at.setting, offsets) if offsets else FreePhase(frame, at.setting)
-            phase.contraction = at.contraction
-            if isinstance(at.solver, GaussSeidel) and at.solver.start == "feedforward":
-                sweeps, memory = at.free_sweeps, at.solver.init(phase)
-                for _ in range(sweeps):
-                    at.solver.step(phase, memory, measure=False)
-            else:  # the sweeps that are known belong to another method
+
+            def begun() -> FreePhase:
+                phase = _OffsetPhase(frame, at.setting, offsets) if offsets else FreePhase(frame, at.setting)
+                phase.contraction = at.contraction
+                return phase
+
+            phase, sweeps = begun(), at.free_sweeps
+            if not _repeats(phase, at):
+                phase = begun()
                 plain = GaussSeidel(max_sweeps=at.solver.max_sweeps, on_failure=at.solver.on_failure)
                 subject = f"unrolled free phase of {at.name}"
                 sweeps = relax(phase, plain, at.free_rtol, subject, at.hint, at.contraction).sweeps
@@ -153,6 +155,20 @@ class Unrolled(Estimator):
         if offsets and any(at.weights_needed):
             add_amplifier_terms(at, list(found), at.states, gradients.weights)
         return gradients
+
+
+def _repeats(phase: FreePhase, at: Situation) -> bool:
+    """Run as many sweeps as the free phase took. False if those were of another method, or gave up their ω."""
+    if not isinstance(at.solver, GaussSeidel) or at.solver.start != "feedforward":
+        return False
+    memory = at.solver.init(phase)
+    for _ in range(at.free_sweeps):
+        at.solver.step(phase, memory, measure=False)
+    with torch.no_grad():
+        return all(
+            value is not None and bool((value - state).norm() <= 10 * at.free_rtol * state.norm())
+            for value, state in zip(phase.values, at.states, strict=True)
+        )
 
 
 class _OffsetPhase(FreePhase):

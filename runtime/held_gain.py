@@ -113,7 +113,7 @@ class HeldGain:
             coherent = self.energy.coherent
             if certificate is not None:
                 amplifiers = certificate.amplifiers
-                coherent = coherent or certificate.coherent
+                coherent = coherent or (certificate.coherent and self.program.symmetric)
                 contraction = self.energy.contraction(self.program, certificate, self.feedback)
             shares = None
             if certificate is not None and contraction is not None:

@@ -237,9 +237,9 @@ def test_copies_of_the_weights_are_tied_feedback(case: str) -> None:
     """The same states; and both local gradients together are the tied one."""
     model, x = CASES[case].make(nn.Tanh)
     model, x, options = model.double(), x.double(), CASES[case].options
-    plain = ffebm.GaussSeidel(relaxation=1.0)  # as vector fields are swept in any case
+    plain = ffebm.GaussSeidel(relaxation=1.0)  # ω may differ: errors do not add up through weights of their own
     tied = ffebm.convert(model, x, gradient=_LOCAL, solver=plain, **options)
-    own = ffebm.convert(model, x, gradient=_LOCAL, feedback_weights="free", **options)
+    own = ffebm.convert(model, x, gradient=_LOCAL, feedback_weights="free", solver=plain, **options)
     assert torch.equal(tied(x), own(x))
     assert [b.loop_gain for b in own.blocks] == pytest.approx([b.loop_gain for b in tied.blocks], rel=1e-12)
     expected, found = _gradients(tied, x, _squares), _gradients(own, x, _squares)
@@ -512,3 +512,19 @@ def test_homeostasis_refuses() -> None:
     curved(other)
     with pytest.raises(ffebm.UnsupportedError, match=r"activation gelu of layer layers\.0 is not monotone"):
         ffebm.jacobian_homeostasis(curved)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_unrelated_feedback_weights_of_one_sign(training: bool) -> None:
+    """Errors do not add up through unrelated weights, and far over-relaxed sweeps would diverge."""
+    model, x = CASES["mlp"].make(nn.Tanh)
+    model, x = model.double(), x.double()
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.dim() > 1):
+            weight.abs_()
+    for seed in range(3):
+        own = ffebm.FeedbackWeights(start="random", seed=seed)
+        hybrid = ffebm.convert(model, x, feedback=0.9, feedback_weights=own).train(training)
+        assert not hybrid.blocks[0].module.gain.setting.coherent
+        report = ffebm.check_gradients(hybrid, x, lambda output: output.square().sum())
+        assert report.worst("implicit")[1].relative_error <= 1e-9

@@ -48,7 +48,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     expected = None if contraction is None else expected_contraction(contraction, block.gain.setting.typical)
     omega, first_alone = 1.0, False
     if isinstance(solver, GaussSeidel):
-        omega, first_alone = evaluation_omega(solver, expected if block.program.symmetric else None, rtol <= TIGHT)
+        omega, first_alone = evaluation_omega(solver, expected, rtol <= TIGHT)
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate
     schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"

@@ -39,7 +39,6 @@ class Phase(FixedPoint):
         self.setting = setting
         self.scales = setting.scales
         self.typical = setting.typical
-        self.symmetric = frame.program.symmetric
         self.values = values
         self.scratch = {}
         self.samples = frame.samples

@@ -193,17 +193,15 @@ class GaussSeidel(Solver):
         if self.schedule not in orders:
             raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
         if problem.training:
-            problem.relaxation, problem.provisional = self.omega(problem.expected if problem.symmetric else None), False
+            problem.relaxation, problem.provisional = self.omega(problem.expected), False
             if self.relaxation is None and problem.loose and problem.relaxation < _WORTHWHILE:
                 problem.relaxation = 1.0
         else:
-            problem.relaxation, problem.provisional = evaluation_omega(
-                self, problem.expected if problem.symmetric else None, problem.tight
-            )
+            problem.relaxation, problem.provisional = evaluation_omega(self, problem.expected, problem.tight)
         return orders[self.schedule]
 
     def omega(self, contraction: float | None) -> float:
-        """ω at the start of a relaxation whose plain sweeps are expected to contract by so much (None: ω is 1)."""
+        """ω at the start of a relaxation whose plain sweeps are expected to contract by so much (None: not known)."""
         if self.relaxation is not None:
             return self.relaxation
         return 2 / (1 + math.sqrt(1 - (contraction or 0.0)))
@@ -238,7 +236,7 @@ def evaluation_omega(solver: GaussSeidel, contraction: float | None, tight: bool
 
     Args:
         solver: the solver, whose own ω, if it has one, holds for every sweep.
-        contraction: what plain sweeps are expected to contract by, None where over-relaxation does not help.
+        contraction: what plain sweeps are expected to contract by, None where it is not known.
         tight: whether the tolerance is so small that many sweeps are expected.
     """
     omega = solver.omega(contraction)

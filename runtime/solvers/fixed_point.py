@@ -48,8 +48,6 @@ class FixedPoint(ABC):
     """Whether its relative error in training is one of the gradient, and not of the states that it is taken at."""
     contraction: float | None = None
     """κ, a factor by which a plain sweep is certified to contract; None without a certificate."""
-    symmetric: bool = True
-    """Whether the coupling is symmetric. If not, eigenvalues may be complex, and over-relaxed sweeps may diverge."""
     typical: float = 1.0
     """What a plain sweep is expected to contract by, in units of κ. It is the energy's."""
     shares: Tensor | None = None

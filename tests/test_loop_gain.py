@@ -149,17 +149,20 @@ def test_norms_of_blocks_that_are_alike_are_those_of_each_alone() -> None:
     with torch.no_grad():
         second.zero_()
         third[0, 0] = math.inf
-        frames[3][0].weights[1].abs_()
+        for weight in (w for w in frames[3][0].weights if w.dim() == 2):
+            weight.abs_()
         together = edge_norms_of_each(frames)
-        for number, ((frame, states), found) in enumerate(zip(frames, (one.norms for one in together), strict=True)):
+        for number, ((frame, states), (found, coherent)) in enumerate(zip(frames, together, strict=True)):
             assert [edge[:2] for edge in found] == [(0, 1), (1, 2), (2, 3)]
-            alone = edge_norms(frame, states).norms
-            assert [edge[2] for edge in found] == pytest.approx([edge[2] for edge in alone], rel=1e-9)
+            alone = edge_norms(frame, states)
+            assert [edge[2] for edge in found] == pytest.approx([edge[2] for edge in alone.norms], rel=1e-9)
+            assert coherent == alone.coherent
             for earlier, later, norm in found[: 2 if number in (1, 2) else 3]:
                 exact = dense_norm(frame, states, earlier, later)  # of all three tokens
                 assert exact <= norm <= exact * MARGIN * (1 + 1e-6)
     assert together[1].norms[2][2] == 0
     assert together[2].norms[2][2] == math.inf
+    assert together[3].coherent
 
 
 @pytest.mark.parametrize("case", CASES)

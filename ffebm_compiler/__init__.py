@@ -65,7 +65,7 @@ from ffebm_compiler.runtime.solvers.base import GaussSeidel
 from ffebm_compiler.runtime.solvers.measured import Measured
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 __all__ = [
     "AccuracyPlan",

@@ -400,7 +400,10 @@ class EnergyBlock(nn.Module):
         """Raise an error if the block diverged because its inputs or weights are not finite."""
         check_inputs(self.name, frame.inputs)
         check_weights(self.name, frame.weights)
-        check_range(self.name, Frame(self.program, frame.inputs, frame.weights).feedforward)
+        with torch.no_grad():
+            unloaded = Frame(self.program, frame.inputs, frame.weights)
+            states, diagonals = unloaded.feedforward(), self.energy_function.diagonals(unloaded, self.setting)
+        check_range(self.name, states, diagonals, [layer.name for layer in self.program.layers])
 
     def laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The tensors in the memory layout in which this block's sweeps are fastest."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,17 +33,33 @@ def check_weights(name: str, weights: Sequence[Tensor | None]) -> None:
             )
 
 
-def check_range(name: str, feedforward: Callable[[], Sequence[Tensor]]) -> None:
-    """Refuse inputs and weights with which the squares of a block's states overflow already without feedback."""
-    with torch.no_grad():
-        states = feedforward()
-    for index, state in enumerate(states):
-        if not bool(torch.isfinite(torch.linalg.vector_norm(state))):
+def check_range(name: str, states: Sequence[Tensor], diagonals: Sequence[Tensor | None], layers: Sequence[str]) -> None:
+    """Refuse inputs and weights with which the squares of a block's states overflow already without feedback.
+
+    Args:
+        name: the block.
+        states: its states without feedback and without loads.
+        diagonals: D^l, by which they are divided; None for 1.
+        layers: the names of its layers.
+    """
+    for index, (state, diagonal) in enumerate(zip(states, diagonals, strict=True)):
+        if not _has_norm(state):
             raise InputError(
                 f"state {index} of {name} reaches {float(state.abs().amax()):.2g} without any feedback, so that its "
                 f"norm overflows {state.dtype}: scale the weights or the inputs, put a norm before the block, or use "
                 "hybrid.double()"
             )
+        potential = state if diagonal is None else state / diagonal
+        if diagonal is not None and not _has_norm(potential):
+            raise InputError(
+                f"{name}: the conductances at a unit of {layers[index]} sum to {float(diagonal.min()):.2g}, and its "
+                f"potential is a current divided by that sum. It reaches {float(potential.abs().amax()):.2g}, so that "
+                f"its norm overflows {state.dtype}: give this unit larger weights, or set them and its bias to 0"
+            )
+
+
+def _has_norm(values: Tensor) -> bool:
+    return bool(torch.isfinite(torch.linalg.vector_norm(values)))
 
 
 def check_feedback(name: str, scales: Sequence[float], dtype: torch.dtype) -> None:

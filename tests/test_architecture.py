@@ -36,6 +36,7 @@ LONG: dict[str, str] = {
     "runtime/block.py": "one class: an energy block and all that is asked of it",
     "runtime/phases/error_phases.py": "one equation and its limit: the nudged and the adjoint phase share their forces",
     "runtime/program/frame.py": "one class: values, tangents and pullbacks share what is cached",
+    "runtime/energies/base.py": "one interface: what an energy is, how a block's is set, how it is measured",
     "runtime/held_gain.py": "one class: what is kept of a loop gain from step to step",
     "runtime/program/operators.py": "one small class for each operator",
     "runtime/solvers/relaxation.py": "one loop for every phase and solver",

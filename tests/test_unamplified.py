@@ -227,3 +227,19 @@ def test_diodes_hold_units_that_no_source_reaches(energy: str) -> None:
     for mine, other in zip(*found, strict=True):
         assert mine is not None
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+def test_a_potential_that_overflows_is_told_by_its_conductances(energy: str) -> None:
+    """A current of 1 into conductances of 1e-30 makes a potential whose square float32 does not hold."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.abs_()
+        model[0].weight[1], model[2].weight[:, 1], model[0].bias[1] = 1e-30, 1e-30, 1
+    x, gamma = noise(2, 4), "symmetric" if energy == "drn" else 0.1
+    told = r"block_1: the conductances at a unit of 0 sum to \d(\.\d)?e-30.*give this unit larger weights"
+    with pytest.raises(ffebm.InputError, match=told):
+        ffebm.convert(model, x, energy=energy, feedback=gamma)(x)
+    wide = ffebm.convert(model.double(), x.double(), energy=energy, feedback=gamma)
+    assert bool(wide(x.double()).isfinite().all())

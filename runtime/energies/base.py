@@ -83,6 +83,10 @@ class Energy(ABC):
             setting: the settings of the block's amplifiers.
         """
 
+    def diagonals(self, frame: Frame, setting: Setting) -> list[Tensor | None]:
+        """D^l of every layer, the conductance by which its field is divided; None for 1, as of every layer here."""
+        return [None] * len(frame.program.layers)
+
     @abstractmethod
     def value(
         self,

@@ -8,9 +8,10 @@
 
 What was measured is in `build/numbers`, and a second call goes on where the first was stopped, the experiments in the
 middle. A result counts as long as the package's files, the files of its command, the command itself, torch and the
-processor are those that it was measured with; otherwise it is measured again. `--keep` counts older results too. The
-page says of each command at which commit and when it was measured, and in how many calls all of them were. A number
-without a result is "not measured"; no figure of an earlier page is taken over. `--again` measures anew whatever counts.
+processor are those that it was measured with; otherwise it is measured again. By the same rule the figures in
+docs/numbers.json count, so that a run goes on in another checkout. `--keep` counts older results too. The page says of
+each command at which commit and when it was measured, and in how many calls all of them were. A number without a
+result is "not measured". `--again` measures anew whatever counts.
 
 Commands run with one thread, the shortest first. With `--jobs` so many run at a time; those that measure times or
 memory, or keep two cores busy themselves, come after them, one by one. Times are worth something on a quiet machine
@@ -58,6 +59,8 @@ PAGE = ROOT / "docs" / "numbers.md"
 PACKAGE = ("ffebm_compiler", "passes", "runtime")
 IMPORTS = re.compile(r"^\s*(?:from|import) ([a-z_0-9]+)", re.MULTILINE)
 MOMENT = "%Y-%m-%d %H:%M UTC"
+TOLD = ("minutes", "load", "commit", "date", "call", "machine", "fingerprint")
+"""What docs/numbers.json tells of a run."""
 QUICK = 2.0
 """Minutes of the commands that `--quick` runs."""
 
@@ -139,15 +142,28 @@ def results(command: Command, folder: Path) -> Any:
 
 
 def done(name: str) -> dict[str, Any]:
-    """What is known of a command's last run; nothing if there was none."""
+    """What is known of a command's last run in this checkout; nothing if there was none."""
     path = FOLDER / name / "done.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def counts(name: str, keep_older: bool) -> bool:
-    """Whether a command has a result that counts in this run."""
-    known = done(name)
+def told(name: str) -> dict[str, Any]:
+    """What docs/numbers.json tells of a command's run; nothing if that lacks one of its numbers."""
+    path = PAGE.with_suffix(".json")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commands": {}, "values": {}}
+    state = dict(found["commands"].get(name, {}))
+    values = {number.what: found["values"].get(number.what) for number in NUMBERS if number.command == name}
+    return {} if "fingerprint" not in state or None in values.values() else {"state": state, "values": values}
+
+
+def current(name: str, known: dict[str, Any], keep_older: bool) -> bool:
+    """Whether what is known of a run counts in this one."""
     return bool(known) and (keep_older or known["fingerprint"] == fingerprint(COMMANDS[name]))
+
+
+def counts(name: str, keep_older: bool) -> bool:
+    """Whether a command has a result that counts in this run, of this checkout or from docs/numbers.json."""
+    return current(name, done(name), keep_older) or current(name, told(name).get("state", {}), keep_older)
 
 
 def crashed(code: int, log: str) -> str:
@@ -211,8 +227,8 @@ def finish(running: Running, code: int) -> str:
     if not why and fingerprint(command) != running.fingerprint:
         why = "the sources changed while it ran"
     if not why:
-        told = {**running.state, "fingerprint": running.fingerprint, "minutes": running.minutes()}
-        keep({**told, "date": datetime.now(UTC).strftime(MOMENT)}, folder / "done.json")
+        known = {**running.state, "fingerprint": running.fingerprint, "minutes": running.minutes()}
+        keep({**known, "date": datetime.now(UTC).strftime(MOMENT)}, folder / "done.json")
     return why
 
 
@@ -222,11 +238,13 @@ def gather(keep_older: bool, failed: dict[str, str]) -> dict[str, Any]:
     for name, command in COMMANDS.items():
         missing = command.missing()
         state: dict[str, Any] = {"why": failed.get(name) or (f"needs {', '.join(missing)}" if missing else "")}
-        found = None
-        if counts(name, keep_older):
-            known = done(name)
+        found, known, earlier = None, done(name), told(name)
+        if current(name, known, keep_older):
             found = results(command, FOLDER / name)
-            state = {key: known[key] for key in ("minutes", "load", "commit", "date", "call", "machine")}
+            state = {key: known[key] for key in TOLD}
+        elif earlier and current(name, earlier["state"], keep_older):
+            state = earlier["state"]
+            values.update(earlier["values"])
         commands[name] = state
         for number in (number for number in NUMBERS if number.command == name):
             if found is not None:
@@ -281,8 +299,8 @@ def run(names: Sequence[str], options: argparse.Namespace, failed: dict[str, str
                     if code is not None:
                         running.remove(each)
                         why = finish(each, code)
-                        told = f"no result: {why}" if why else duration(done(each.name)["minutes"])
-                        print(f"    {each.name}: {told}", flush=True)
+                        end = f"no result: {why}" if why else duration(done(each.name)["minutes"])
+                        print(f"    {each.name}: {end}", flush=True)
                         if why:
                             failed[each.name] = why
         finally:

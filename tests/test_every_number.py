@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,26 @@ def test_a_run_counts_only_its_own_results(run: Path, capsys: pytest.CaptureFixt
     assert f"| a step | ≤ 2 s | {NOT_MEASURED} |" in (run / "docs" / "numbers.md").read_text(encoding="utf-8")
     assert every_number.main(["--page", "--keep"]) == 0
     assert "| a step | ≤ 2 s | 3.0 s | **missed** |" in (run / "docs" / "numbers.md").read_text(encoding="utf-8")
+
+
+def test_a_run_goes_on_from_the_page_in_another_checkout(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every_number.main([])
+    shutil.rmtree(run / "build")
+    capsys.readouterr()
+    assert every_number.main(["--only", "works"]) == 0
+    assert "[1/" not in capsys.readouterr().out
+    page_of_now = (run / "docs" / "numbers.md").read_text(encoding="utf-8")
+    assert "| a step | ≤ 2 s | 3.0 s | **missed** |" in page_of_now
+    assert "1 of 3 commands were measured, in one call, from 2" in page_of_now
+
+    script = run / "script.py"
+    script.write_text(SCRIPT + "\n# other sources\n", encoding="utf-8")
+    assert every_number.main(["--page", "--keep"]) == 0
+    assert "| a step | ≤ 2 s | 3.0 s | **missed** |" in (run / "docs" / "numbers.md").read_text(encoding="utf-8")
+    assert every_number.main(["--page"]) == 0
+    assert f"| a step | ≤ 2 s | {NOT_MEASURED} |" in (run / "docs" / "numbers.md").read_text(encoding="utf-8")
+    assert every_number.main(["--only", "works"]) == 0
+    assert "[1/1] works" in capsys.readouterr().out
 
 
 def test_sources_that_change_while_a_command_runs_give_no_result(run: Path) -> None:

@@ -62,9 +62,7 @@ def add_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="only the rows that match, and the row of the ratios")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     add_out(parser)
-    parser.add_argument(
-        "--memory-of", nargs=2, metavar=("TABLE", "ROW"), help="one figure, as the script asks itself for it"
-    )
+    parser.add_argument("--memory-of", nargs=2, metavar=("TABLE", "ROW"), help=argparse.SUPPRESS)
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:

@@ -168,7 +168,7 @@ def main() -> None:
     add_out(parser)
     options = parser.parse_args()
     if shutil.which("ngspice") is None:
-        sys.exit("ngspice is not installed (a Debian package)")
+        sys.exit("ngspice is not installed: apt-get install ngspice (Debian, Ubuntu), brew install ngspice (macOS)")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if options.settle:

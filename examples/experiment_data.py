@@ -94,7 +94,7 @@ def load(name: str, folder: str | Path | None = None) -> Data:
         return _checked(_with_packages(name, _INSIDE[name]))
     if folder is None:
         raise ffebm.InputError(
-            f"{name} is read from a folder, and none is given: download its files and name the folder"
+            f"{name} is read from a folder, and none is given: download its files and name it by --folder"
         )
     place = Path(folder)
     if not place.is_dir():
@@ -269,7 +269,7 @@ def _classes(folder: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
 
     unknown = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
     if unknown:
-        raise ffebm.InputError(f"{folder} has the class {unknown[0]!r}, which the training pictures have not")
+        raise ffebm.InputError(f"{folder} has the class {unknown[0]!r}, which the training pictures do not have")
     images, labels = [], []
     for label, name in enumerate(classes):
         for path in sorted((folder / name).glob("*.png")):
@@ -321,8 +321,10 @@ def _with_packages(name: str, read: Callable[[], Data]) -> Data:
     try:
         return read()
     except ModuleNotFoundError as error:
+        module = str(error.name).split(".")[0]
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(module, module)
         raise ffebm.InputError(
-            f"{name} needs the package {str(error.name).split('.')[0]}, which is not installed"
+            f"{name} needs the package {package}, which is not installed: pip install {package}"
         ) from None
 
 

@@ -82,7 +82,9 @@ def training(model: nn.Module, data: Data, recipe: Recipe, seed: int, checkpoint
     x, y = data.training
     count = len(x) // recipe.batch
     if not count:
-        raise ffebm.InputError(f"{data.name} has {len(x)} training inputs, fewer than a batch of {recipe.batch}")
+        raise ffebm.InputError(
+            f"{data.name} has {len(x)} training inputs, fewer than a batch of {recipe.batch}: take smaller batches"
+        )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, recipe.epochs * count))
     generator = torch.Generator().manual_seed(seed)
     kept = Checkpoint(checkpoint, model, {"optimizer": optimizer, "schedule": schedule}, generator)

@@ -137,7 +137,9 @@ def efficientnet(options: argparse.Namespace, seed: int) -> Task:
         soft, answers = (torch.cat([source(part).softmax(1) for part in inputs.split(32)]) for inputs in (x, test))
     sure = answers.amax(1) >= SURE
     if not sure.any():
-        raise ffebm.InputError(f"the source is sure of none of {len(test)} held-out views: give --held more, or others")
+        raise ffebm.InputError(
+            f"the source network is sure of its answer for none of {len(test)} held-out views: raise --held"
+        )
     data = Data("pictures", (x, soft), (test[sure], answers[sure].argmax(1)), CLASSES)
     return Task(source, data, Recipe(1, 2e-5, batch=8), {"fold_batchnorm": True}, labelled=False)
 

@@ -121,6 +121,29 @@ def _refuse_empty_batch(inputs: object) -> None:
         )
 
 
+def _options(
+    block_ops: str | Sequence[str],
+    fold_batchnorm: bool,
+    force_digital: str | Sequence[str],
+    force_analog: str | Sequence[str],
+    digital_drive: bool,
+    objective: Literal["conversions", "energy"],
+    for_: Literal["inference", "training"],
+    loop_gain: float,
+) -> PlanOptions:
+    """The options of a plan, with names checked."""
+    return PlanOptions(
+        _names("block_ops", block_ops, "avg_pool"),
+        fold_batchnorm,
+        _names("force_digital", force_digital, "layer4.*"),
+        _names("force_analog", force_analog, "layer4.*"),
+        digital_drive=digital_drive,
+        objective=objective,
+        for_=for_,
+        loop_gain=loop_gain,
+    )
+
+
 def _names(argument: str, value: object, example: str) -> tuple[str, ...]:
     """One name, or a sequence of them, as a tuple."""
     names = (value,) if isinstance(value, str) else value
@@ -156,15 +179,8 @@ def plan(
     Arguments and errors are those of `convert`. `feedback` is read with `objective="energy"` alone: the loop gain κ
     from which sweeps are predicted.
     """
-    options = PlanOptions(
-        _names("block_ops", block_ops, "avg_pool"),
-        fold_batchnorm,
-        _names("force_digital", force_digital, "layer4.*"),
-        _names("force_analog", force_analog, "layer4.*"),
-        digital_drive=digital_drive,
-        objective=objective,
-        for_=for_,
-        loop_gain=feedback,
+    options = _options(
+        block_ops, fold_batchnorm, force_digital, force_analog, digital_drive, objective, for_, loop_gain=feedback
     )
     fabric = resolve_hardware(hardware)
     front = _front(model, example_inputs, kwargs, options, dynamic_shapes, fabric)
@@ -245,15 +261,9 @@ def convert(
     chosen_devices = devices_of(devices)
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan is a {type(plan).__name__}; expected a Plan, from ffebm.plan() or Plan.from_json()")
-    options = PlanOptions(
-        _names("block_ops", block_ops, "avg_pool"),
-        fold_batchnorm,
-        _names("force_digital", force_digital, "layer4.*"),
-        _names("force_analog", force_analog, "layer4.*"),
-        digital_drive=digital_drive,
-        objective=objective,
-        for_=for_,
-        loop_gain=feedback if isinstance(feedback, float) and feedback < 1 else 0.1,
+    gain = feedback if isinstance(feedback, float) and feedback < 1 else 0.1
+    options = _options(
+        block_ops, fold_batchnorm, force_digital, force_analog, digital_drive, objective, for_, loop_gain=gain
     )
     if plan is not None:
         options = plan.options

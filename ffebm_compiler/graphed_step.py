@@ -108,8 +108,9 @@ class GraphedStep:
             )
         if digital_gradient(hybrid) is not None:
             raise UnsupportedError(
-                "gradients of digital parts that are estimated by perturbation cannot be captured in a graph: call "
-                "hybrid.set_gradient('ep', feedforward='backprop')"
+                "the gradients of the digital parts are estimated by perturbation, which a CUDA graph cannot "
+                "capture: call hybrid.set_gradient(..., feedforward='backprop') with the gradient of the blocks, "
+                "such as 'ep'"
             )
         device = next((p.device for p in hybrid.parameters()), torch.device("cpu"))
         if device.type != "cuda":

@@ -223,9 +223,9 @@ def fill_arriving(hybrid: HybridParts, state_dict: dict[str, Any], prefix: str) 
         present, arriving = hybrid._tensor(name), state_dict.get(prefix + name)
         if isinstance(arriving, Tensor) and arriving.shape != present.shape:
             raise InputError(
-                f"the feedback weights {prefix + name!r} in the state dict have the shape {tuple(arriving.shape)}, and "
-                f"the forward weights that they go with {tuple(present.shape)}: both have the same shape, the feedback "
-                "is the transpose of such a weight"
+                f"the feedback weights {prefix + name!r} in the state dict have the shape {tuple(arriving.shape)}; "
+                f"expected {tuple(present.shape)}, that of the forward weights they go with. Store them in that shape: "
+                "the block transposes them itself"
             )
 
 

@@ -49,8 +49,8 @@ class LaterHooks:
             path, _, kind = place
             warnings.warn(
                 f"module {path!r} of the hybrid has a {kind[1:-1].replace('_', ' ')} that was set after conversion. It "
-                "is never called, since a hybrid runs blocks in place of modules; set forward hooks on the source and "
-                "convert again",
+                "is never called, since a hybrid runs blocks in place of modules. Set a forward hook on the source and "
+                "convert again; in place of a backward hook use Tensor.register_hook in forward",
                 FFEBMWarning,
                 stacklevel=4,
             )

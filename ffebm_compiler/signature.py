@@ -149,7 +149,8 @@ def _check(value: Any, leaf: _Leaf) -> None:
         )
     if not isinstance(value, Tensor):
         raise InputError(
-            f"input {leaf.name!r} must be a tensor of shape {_shape(leaf.shape)}, got {type(value).__name__}"
+            f"input {leaf.name!r} must be a tensor of shape {_shape(leaf.shape)}, got {type(value).__name__}: make it "
+            "one by torch.as_tensor"
         )
     fits = value.dim() == len(leaf.shape) and all(
         want is None or want == have for want, have in zip(leaf.shape, value.shape, strict=True)
@@ -161,7 +162,10 @@ def _check(value: Any, leaf: _Leaf) -> None:
         )
     if value.is_floating_point() != leaf.floating:
         kind = "floating-point" if leaf.floating else "integer or boolean"
-        raise InputError(f"input {leaf.name!r} has dtype {value.dtype}, expected a {kind} one")
+        raise InputError(
+            f"input {leaf.name!r} has dtype {value.dtype}, expected a {kind} one: call "
+            f".{'float' if leaf.floating else 'long'}() on it"
+        )
     if leaf.floating and value.device.type == "cpu" and bool(torch.isnan(value).any()):
         raise InputError(
             f"input {leaf.name!r} of shape {tuple(value.shape)} holds NaN: check the data{in_a_pipeline()}"

@@ -37,7 +37,9 @@ def circuit_of_block(hybrid: HybridCore, block: str, inputs: tuple[Tensor, ...])
         raise InputError("inputs is empty, so that nothing drives the circuit. Pass the inputs of the network")
     names = [found.name for found in hybrid.blocks]
     if block not in names:
-        raise InputError(f"there is no block {block!r}; expected one of {', '.join(map(repr, names)) or 'no block'}")
+        if not names:
+            raise InputError("the plan has no energy block, since every layer is digital: print(hybrid.plan) says why")
+        raise InputError(f"there is no block {block!r}; expected one of {', '.join(map(repr, names))}")
     module = hybrid.blocks[names.index(block)].module
     if not module.program.coupled:
         raise InputError(

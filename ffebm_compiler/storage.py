@@ -45,8 +45,9 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
     conversion = hybrid.conversion
     if conversion is None or conversion.dynamic_shapes == "custom":
         raise ExportError(
-            "a hybrid converted with custom dynamic_shapes cannot be saved: save hybrid.plan.to_json() and "
-            "hybrid.state_dict(), and call convert(..., plan=...) again"
+            "a hybrid converted with custom dynamic_shapes cannot be saved: write the plan with "
+            "hybrid.plan.to_json('plan.json') and the weights with torch.save(hybrid.state_dict(), 'weights.pt'). "
+            "Later call convert(..., plan=ffebm.Plan.from_json('plan.json')) and load_state_dict"
         )
     with saying(target, "the hybrid cannot be saved", ExportError):
         if target.exists() and not (target.is_dir() and {f.name for f in target.iterdir()} <= set(FILES)):
@@ -78,7 +79,9 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
             f"an example input cannot be written as JSON ({error}): pass tensors, numbers or texts"
         ) from error
     except Malformed as error:
-        raise ExportError(f"the example inputs cannot be stored ({error}): convert with others") from error
+        raise ExportError(
+            f"the example inputs cannot be stored ({error}): convert with plain tensors, in a tuple or a dict"
+        ) from error
     weights = hybrid.plain_state_dict(keep_vars=True)
     for name, value in weights.items():
         if not isinstance(value, Tensor):
@@ -114,8 +117,9 @@ def _unique(state: dict[str, Any]) -> dict[str, Tensor]:
 def _check_storable(state: Mapping[str, Any]) -> None:
     if state["energy"] is None:
         raise ExportError(
-            "the energy of the blocks is of a class of your own, which cannot be stored: save hybrid.plan.to_json() "
-            "and hybrid.state_dict(), and call convert(..., energy=..., plan=...) again"
+            "the energy of the blocks is of a class of your own, which cannot be stored: write the plan with "
+            "hybrid.plan.to_json('plan.json') and the weights with torch.save(hybrid.state_dict(), 'weights.pt'). "
+            "Later call convert(..., energy=..., plan=ffebm.Plan.from_json('plan.json')) and load_state_dict"
         )
     for name, block in state["blocks"].items():
         for what, known in (("gradient", "gradient estimator"), ("solver", "solver")):

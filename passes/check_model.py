@@ -17,6 +17,7 @@ from ffebm_compiler.errors import InputError, UnsupportedError
 __all__ = ["check_finite", "check_model", "has_no_memory"]
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+_FLOAT = "pass the float model. convert(..., devices=ffebm.Devices(weight_bits=8)) simulates weights of few bits"
 
 
 def check_model(model: object) -> None:
@@ -41,7 +42,7 @@ def check_model(model: object) -> None:
                 "as to_sparse_coo(), or dense"
             )
         if tensor.is_quantized:
-            raise InputError(f"parameter {name!r} is quantised: pass the float model (`Hardware` has the bits)")
+            raise InputError(f"{name!r} is quantised: {_FLOAT}")
     for kind in ("forward", "forward_pre", "backward", "backward_pre"):
         if getattr(torch.nn.modules.module, f"_global_{kind}_hooks"):
             raise UnsupportedError(
@@ -55,7 +56,7 @@ def check_model(model: object) -> None:
                 "its place"
             )
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-            raise InputError(f"module {name!r} is quantised: pass the float model (`Hardware` has the bits)")
+            raise InputError(f"module {name!r} is quantised: {_FLOAT}")
         if module._backward_hooks or module._backward_pre_hooks:
             raise UnsupportedError(
                 f"module {name!r} has a backward hook (register_full_backward_hook), which is never called, since "

@@ -20,6 +20,7 @@ from torch import fx
 
 from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.dead_code import erase_dead
+from ffebm_compiler.passes.dialect import all_arguments
 from ffebm_compiler.passes.products import Products, Term, shape_of
 
 __all__ = ["contractions"]
@@ -37,21 +38,12 @@ def contractions(program: Program) -> Program:
             continue
         with program.graph.inserting_before(node):
             products.like = node
-            result = rewrite(products, node, *_arguments(node))
+            result = rewrite(products, node, *all_arguments(node))
         if result is not None:
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
     erase_dead(program)  # copies and reshapes that only a rewritten product read
     return program
-
-
-def _arguments(node: fx.Node) -> list[object]:
-    """All arguments of an operation, with defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    return [
-        node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        for index, argument in enumerate(schema)
-    ]
 
 
 def _name_dimensions(node: fx.Node, names: Sequence[object]) -> tuple[object, ...]:

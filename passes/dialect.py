@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ __all__ = [
     "WeightForm",
     "WiringForm",
     "activation_of",
+    "all_arguments",
     "target_name",
 ]
 
@@ -82,6 +84,15 @@ class WeightForm:
         weight = node.args[self.weight]
         assert isinstance(weight, fx.Node)
         return self.matrix_of(node, weight.meta["val"].shape)
+
+
+def all_arguments(node: fx.Node) -> list[Any]:
+    """All arguments of an operation, with defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    return [
+        node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        for index, argument in enumerate(schema)
+    ]
 
 
 def _argument(node: fx.Node, index: int, name: str, default: object = None) -> object:

@@ -19,8 +19,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program, ensures, module_path
-from ffebm_compiler.passes.source_line import source_line
+from ffebm_compiler.ir import Program, ensures
+from ffebm_compiler.passes.source_line import place_in_model, source_line
 
 __all__ = ["expand_vmap"]
 
@@ -97,7 +97,7 @@ def _expand(program: Program, stretch: list[fx.Node]) -> None:
             traced = make_fx(fx.GraphModule(program.graph_module, body), _allow_non_fake_inputs=True)(*values)
     except Exception as error:
         raise UnsupportedError(
-            f"module {module_path(first)!r} uses torch.vmap{source_line(first)} on something that cannot be written "
+            f"{place_in_model(first)} uses torch.vmap{source_line(first)} on something that cannot be written "
             f"for whole tensors ({type(error).__name__}, {str(error).splitlines()[0] if str(error) else ''}): write it "
             "without vmap"
         ) from error

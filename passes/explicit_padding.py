@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ffebm_compiler.ir import Program, ensures
+from ffebm_compiler.passes.dialect import all_arguments
 from ffebm_compiler.passes.emit import on_fakes
 
 __all__ = ["explicit_padding"]
@@ -26,7 +27,7 @@ _PLAIN = {
 
 
 def _is_lopsided(program: Program, node: fx.Node) -> bool:
-    return node.target in _PLAIN and _arguments(node)[4] == "same" and any(total % 2 for total in _totals(node))
+    return node.target in _PLAIN and all_arguments(node)[4] == "same" and any(total % 2 for total in _totals(node))
 
 
 @ensures("is a convolution whose padding is not symmetric", _is_lopsided)
@@ -36,7 +37,7 @@ def explicit_padding(program: Program) -> Program:
     for node in list(graph.nodes):
         if node.target not in _PLAIN:
             continue
-        value, weight, bias, stride, _, dilation, groups = _arguments(node)
+        value, weight, bias, stride, _, dilation, groups = all_arguments(node)
         assert isinstance(value, fx.Node)
         assert isinstance(weight, fx.Node)
         if not _is_lopsided(program, node):
@@ -62,17 +63,8 @@ def explicit_padding(program: Program) -> Program:
 
 def _totals(node: fx.Node) -> list[int]:
     """For each dimension, how much a convolution with `"same"` padding pads on both sides together."""
-    weight, dilation = node.args[1], _arguments(node)[5]
+    weight, dilation = node.args[1], all_arguments(node)[5]
     assert isinstance(weight, fx.Node)
     kernel = [int(size) for size in weight.meta["val"].shape[2:]]
     steps = [int(d) for d in dilation] * (len(kernel) if len(dilation) == 1 else 1)
     return [step * (size - 1) for step, size in zip(steps, kernel, strict=True)]
-
-
-def _arguments(node: fx.Node) -> list:  # type: ignore[type-arg]
-    """All arguments of a convolution, with defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    return [
-        node.args[index] if index < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        for index, argument in enumerate(schema)
-    ]

@@ -68,7 +68,10 @@ def program_of(
         elif spec.kind == InputKind.USER_INPUT:
             names.append(name)
         else:
-            raise CaptureError(f"the captured graph needs {spec.kind.name.lower()} {name!r}, which is not supported")
+            raise CaptureError(
+                f"the captured graph takes {name!r} of kind {spec.kind.name.lower()}, and only tensors and plain "
+                "values can be converted: take it out of forward, or convert the submodules around it"
+            )
     symbol, hint = batch_of(graph_module, names)
     graph = _copy_of(graph_module.graph) if copied else graph_module.graph
     program = Program(

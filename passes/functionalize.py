@@ -24,11 +24,11 @@ import torch
 from torch import fx
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program, ensures, module_path
+from ffebm_compiler.ir import Program, ensures
 from ffebm_compiler.passes.functional_form import FunctionalForm, functional_form, is_random, moves_no_data, writes
 from ffebm_compiler.passes.inline_regions import without_gradient
 from ffebm_compiler.passes.put_back import Step, put_back
-from ffebm_compiler.passes.source_line import source_line
+from ffebm_compiler.passes.source_line import place_in_model, source_line
 from ffebm_compiler.runtime.feedforward.in_place import written_without_gradient
 from ffebm_compiler.runtime.feedforward.state import WriteState
 
@@ -280,4 +280,4 @@ def _viewed_operand(node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
 
 
 def _refusal(node: fx.Node, what: str) -> UnsupportedError:
-    return UnsupportedError(f"module {module_path(node)!r} {what}: write it out of place{source_line(node)}")
+    return UnsupportedError(f"{place_in_model(node)} {what}: write it out of place{source_line(node)}")

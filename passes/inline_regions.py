@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 from ffebm_compiler.errors import UnsupportedError
-from ffebm_compiler.ir import Program, ensures, module_path
-from ffebm_compiler.passes.source_line import source_line
+from ffebm_compiler.ir import Program, ensures
+from ffebm_compiler.passes.source_line import place_in_model, source_line
 from ffebm_compiler.passes.tracing import WITHOUT_GRADIENT
 from ffebm_compiler.runtime.feedforward.flex_attention import FlexAttention
 
@@ -68,7 +68,7 @@ def inline_regions(program: Program) -> Program:
             places = [place for inner in (user, *inside) if (place := source_line(inner))]
             line = places[0] if places else ""
             raise UnsupportedError(
-                f"module {module_path(user)!r} uses torch's {user.target}{line}, control flow that depends on data, "
+                f"{place_in_model(user)} uses torch's {user.target}{line}, control flow that depends on data, "
                 "which cannot be compiled; convert the submodules around it"
             )
     program.graph.lint()

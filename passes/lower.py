@@ -33,7 +33,6 @@ from ffebm_compiler.runtime.program.block_program import BlockProgram
 __all__ = ["FeedbackPlace", "Lowered", "lower"]
 
 aten = torch.ops.aten
-_FIXED = (Role.LIFTED, Role.STATIC)
 _SAFE: dict[object, Callable[..., torch.Tensor]] = {
     aten.conv2d.default: pointwise.conv2d,
     aten.conv2d.padding: pointwise.conv2d,

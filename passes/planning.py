@@ -21,7 +21,7 @@ from ffebm_compiler.passes.partition.prices import middle, prices_for
 from ffebm_compiler.passes.partition.rules import driven_states
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
-__all__ = ["best_plan", "describe", "describe_block", "make_plan", "matches", "plan_notes"]
+__all__ = ["best_plan", "describe", "describe_block", "make_plan", "plan_notes"]
 
 FORCED = "force_digital asks for it"
 _COPIED = "it is copied to every sample, not multiplied: no matrix product"
@@ -70,7 +70,11 @@ def make_plan(
                 raise InputError(f"layer {op.path!r} matches both force_digital and force_analog: remove one")
             reason = too_large(op, hardware)
             if reason:
-                raise UnsupportedError(f"force_analog asks for {op.path!r}, but {reason}: use a larger core")
+                size = "tiles_per_core" if "tiles" in reason else "neurons_per_block"
+                raise UnsupportedError(
+                    f"force_analog asks for {op.path!r}, but {reason}: raise {size} of the hardware, or leave the "
+                    "layer out of force_analog"
+                )
     for op in graph.operations:
         if op.kind == "weight" and matches(op.path, options.force_analog):
             raise UnsupportedError(f"force_analog asks for {op.path!r}, but {op.reason}")

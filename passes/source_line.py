@@ -1,4 +1,4 @@
-"""Find the line of the user's own code that ran a node, or that is running now."""
+"""Find the place in the user's own code that ran a node, or that is running now."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import sys
 
 from torch import fx
 
-__all__ = ["running_line", "source_line"]
+from ffebm_compiler.ir import module_path
+
+__all__ = ["place_in_model", "running_line", "source_line"]
 
 
 def source_line(node: fx.Node) -> str:
@@ -19,6 +21,12 @@ def source_line(node: fx.Node) -> str:
         return ""
     file, number, *_ = own[-1].removeprefix('File "').split('", line ')
     return f" ({file}, line {number.split(',')[0]})"
+
+
+def place_in_model(node: fx.Node) -> str:
+    """The node's module, or the model's own forward, as the subject of a sentence."""
+    path = module_path(node)
+    return f"module {path!r}" if path else "the model's forward"
 
 
 def running_line() -> str:

@@ -335,8 +335,8 @@ class EnergyBlock(nn.Module):
         assert self.arrays is not None
         if isinstance(self.active_solver, Measured):
             raise UnsupportedError(
-                f"{self.name}: a fabric measures its equilibria, and has noise and converters of its own. Leave "
-                "read_noise, and converters between tiles, out of the devices, or call set_solver(None)"
+                f"{self.name}: a fabric measures its equilibria, and has noise and converters of its own. Use "
+                "devices without read_noise and Hardware(row_sums='analog'), or call hybrid.set_solver(None)"
             )
         certificate, rtol = self.certificate, self.free_rtol(frame.inputs[0].dtype, frame.training)
         sweeps = None if certificate is None or self.contraction is None else certificate.sweeps(rtol)
@@ -370,10 +370,8 @@ class EnergyBlock(nn.Module):
                 self.gain.certificate = before
                 _log.warning(
                     "%s did not settle in evaluation: its weights have changed since its feedback was set. It was "
-                    "settled once more with the feedback that a loop gain of %.3g needs now; call hybrid.recertify() "
-                    "to set that",
+                    "settled once more with the feedback that they need now. Call hybrid.recertify() to keep that",
                     self.name,
-                    self.feedback,
                 )
 
     def _rtol(self, phase: FreePhase) -> float:
@@ -389,8 +387,9 @@ class EnergyBlock(nn.Module):
             self._warned_of_held_winners = True
             _log.warning(
                 "%s settled with the winners of its max pooling held after %d sweeps (relative residual %.1e with "
-                "winners chosen anew): near a tie the feedback makes the winner lose, and a hard choice has no "
-                "equilibrium there. Leave 'max_pool' out of block_ops, or pool averages",
+                "winners chosen anew). So this is no exact equilibrium: two values of a window are almost equal, and "
+                "the feedback of the larger one makes it the smaller. Leave 'max_pool' out of block_ops, or pool "
+                "averages",
                 self.name,
                 HOLD,
                 residual,

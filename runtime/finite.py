@@ -65,11 +65,19 @@ def _has_norm(values: Tensor) -> bool:
 def check_feedback(name: str, scales: Sequence[float], dtype: torch.dtype) -> None:
     """Refuse a feedback gain γ = c_m/c_l that the dtype of the states cannot hold."""
     largest, end = max(scales) / min(scales), torch.finfo(dtype).max
-    if largest > end:
+    if largest <= end:
+        return
+    wider = "use a dtype with a larger range (bfloat16 or float32, beyond them float64)"
+    if max(scales) > 1:  # that of the last layer is 1
         raise InputError(
-            f"the feedback gain γ of {name} is {largest:.2g}, since the weights between its states are small, and "
-            f"{dtype} ends at {end:.2g}: use bfloat16, float32 or float64, or a smaller feedback"
+            f"the feedback of {name} to its first layer is {largest:.2g} times smaller than to its last, and {dtype} "
+            f"ends at {end:.2g}: {wider}, a larger feedback, or fewer layers in a block "
+            "(hardware=Hardware(layers_per_block=...))"
         )
+    raise InputError(
+        f"the feedback gain γ of {name} is {largest:.2g}, since the weights between its states are small, and "
+        f"{dtype} ends at {end:.2g}: {wider}, or a smaller feedback"
+    )
 
 
 def in_a_pipeline() -> str:

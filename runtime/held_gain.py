@@ -247,8 +247,8 @@ class HeldGain:
             self._warned = True
             warnings.warn(
                 f"{self.program.name}: its loop gain at symmetric feedback has grown to {self.loop_gain:.3g}, and "
-                "above 1 nothing certifies that it settles. Give `feedback` as a number such as 0.1, or keep the "
-                "weights small with hybrid.project_to = 0.9",
+                "above 1 it is not certain to settle. Call hybrid.set_feedback(0.1), or keep the weights small with "
+                "hybrid.project_to = 0.9",
                 FFEBMWarning,
                 stacklevel=2,
             )

@@ -314,7 +314,7 @@ def test_contradicting_and_impossible_placements() -> None:
     small = ffebm.Hardware(tile_rows=4, tile_cols=8, tiles_per_core=2)  # 9 rows of one 3×3 kernel fit no core
     fails(
         ffebm.UnsupportedError,
-        r"force_analog asks for 'block1\.conv1', but it needs 9 tiles and a core has 2: use a larger core",
+        r"force_analog asks for 'block1\.conv1', but it needs 9 tiles and a core has 2: raise tiles_per_core",
         ffebm.convert,
         model,
         x,
@@ -421,8 +421,10 @@ def test_settle_and_energy_check_what_they_get() -> None:
 def test_check_gradients_needs_a_scalar_loss_and_a_parameter() -> None:
     model, x = mlp()
     hybrid = ffebm.convert(model, x)
-    fails(ffebm.InputError, r"loss_fn must return a finite scalar", ffebm.check_gradients, hybrid, x, lambda y: y)
-    fails(ffebm.InputError, r"finite scalar", ffebm.check_gradients, hybrid, x, lambda y: y.sum() * float("nan"))
+    told = r"loss_fn must return a finite scalar tensor, got "
+    fails(ffebm.InputError, told + r"a tensor of shape \(\d+, \d+\)", ffebm.check_gradients, hybrid, x, lambda y: y)
+    fails(ffebm.InputError, told + "nan", ffebm.check_gradients, hybrid, x, lambda y: y.sum() * float("nan"))
+    fails(ffebm.InputError, told + "float", ffebm.check_gradients, hybrid, x, lambda y: float(y.detach().sum()))
     report = ffebm.check_gradients(hybrid, x, lambda y: y.sum())
     fails(
         ffebm.InputError, r"estimator is 'backprop'; expected one of ep, implicit, unrolled", report.worst, "backprop"

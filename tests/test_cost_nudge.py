@@ -145,7 +145,7 @@ def test_inner_blocks_use_equilibrium_propagation() -> None:
     ("settings", "message"),
     [
         ({"variant": "holomorphic"}, "variant is 'holomorphic'; expected 'positive', 'negative' or 'centered'"),
-        ({"beta": 1.0}, r"beta is 1.0; expected a positive number, below 10, and below 1 where"),
+        ({"beta": 1.0}, r"beta is 1.0; expected a positive number below 10, or below 1 if"),
         ({"beta": 10.0, "variant": "positive"}, "beta is 10.0; expected a positive number"),
         ({"beta": True}, "beta is True; expected a positive number"),
         ({"cost": "hinge"}, "cost is 'hinge'; expected 'squared' or 'cross-entropy'"),
@@ -180,5 +180,24 @@ def test_a_scale_that_is_not_the_batch_s_is_told_by_a_cross_entropy() -> None:
     F.cross_entropy(hybrid(x), labels, reduction="sum").backward()
     F.cross_entropy(hybrid(x), labels).backward()  # a weaker target, of which no more can be known
     hybrid.set_gradient(ffebm.CostNudge(0.1, cost="cross-entropy", scale=8.0))
-    with pytest.raises(ffebm.InputError, match=r"with scale 8: its targets would be -.* The classes must be in dim"):
+    with pytest.raises(
+        ffebm.InputError, match=r"with scale 8: its targets would be as small as -.* The classes must be in dim"
+    ):
         F.cross_entropy(hybrid(x), labels).backward()
+
+
+class OneValue(nn.Module):
+    """A sample's output is one number, without a dimension of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.first(x)) @ self.last
+
+
+def test_a_cross_entropy_needs_classes() -> None:
+    hybrid = ffebm.convert(seeded(OneValue), noise(4, 6), gradient=ffebm.CostNudge(0.1, cost="cross-entropy"))
+    with pytest.raises(ffebm.InputError, match=r"block_1: the output .*, of shape \(4,\), has no classes"):
+        hybrid(noise(4, 6)).sum().backward()

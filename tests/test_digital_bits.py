@@ -535,7 +535,7 @@ def test_bad_input_is_refused() -> None:
         hybrid.calibrate_digital([])
     hybrid.calibrate_digital([x])
     del quantisers(hybrid)["digital_1"].ranges["relu"]
-    with pytest.raises(InputError, match="no data came to its value 'relu' then"):
+    with pytest.raises(InputError, match="no data of that calibration came to its operation 'relu'"):
         hybrid(x)
     hybrid.set_gradient("ep", feedforward="quantised")
     with pytest.raises(InputError, match="have no digital_bits, which the quantised gradients"):

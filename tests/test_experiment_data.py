@@ -235,7 +235,7 @@ def mixed_labels(folder: Path) -> None:
         ("mnist", mixed_labels, r"mnist has 12 training inputs and 7 labels; expected one for each"),
         ("svhn", truncate("test_32x32.mat", write_svhn), r"test_32x32.mat is no complete file of SVHN"),
         ("imagenet32", spoil_picture, r"1.png is no complete picture"),
-        ("imagenet32", add_class, r"val has the class 'n09', which the training pictures have not"),
+        ("imagenet32", add_class, r"val has the class 'n09', which the training pictures do not have"),
     ],
 )
 def test_bad_files_are_named(name: str, spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
@@ -289,7 +289,9 @@ def test_a_package_that_is_not_installed(
 ) -> None:
     for module in [package, *(found for found in sys.modules if found.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ffebm.InputError, match=f"^{name} needs the package {package}, which is not installed$"):
+    asked = {"sklearn": "scikit-learn"}.get(package, package)
+    told = f"^{name} needs the package {asked}, which is not installed: pip install {asked}$"
+    with pytest.raises(ffebm.InputError, match=told):
         datasets.load(name, tmp_path)
 
 

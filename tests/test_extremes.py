@@ -92,6 +92,16 @@ def test_a_feedback_gain_beyond_the_dtype() -> None:
         ffebm.convert(scaled(1e-20), noise(3, 4))(noise(3, 4))
 
 
+def test_a_feedback_that_fades_beyond_the_dtype() -> None:
+    """γ = 0.01 from each layer to the one before it, three times, and float16 ends at 6.6e4."""
+    layers = [module for _ in range(3) for module in (nn.Linear(4, 4), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.Linear(4, 4)), noise(3, 4)
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback=0.01, hardware=ffebm.Hardware(layers_per_block=4))
+    with pytest.raises(ffebm.InputError, match=r"feedback of block_1 to its first layer is 1e\+06 times smaller"):
+        hybrid.half()(x.half())
+    assert hybrid.bfloat16()(x.bfloat16()).isfinite().all()
+
+
 def test_modules_deeper_than_python_calls() -> None:
     model: nn.Module = nn.Linear(4, 4)
     for _ in range(300):

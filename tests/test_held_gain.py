@@ -197,6 +197,17 @@ def test_kept_vectors_of_another_size_are_measured_anew(name: str) -> None:
             assert true_gain(hybrid, index, x) == pytest.approx(KAPPA, rel=0.02)
 
 
+def test_amplifiers_at_symmetric_feedback_are_set_anew_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = seeded(lambda: nn.Sequential(*[module for _ in range(3) for module in (nn.Linear(16, 16), nn.ReLU())]))
+    x, few = noise(4, 16), ffebm.GaussSeidel(max_sweeps=8)
+    hybrid = ffebm.convert(model, x, energy="resistive", feedback="symmetric", solver=few).eval()
+    with torch.no_grad():
+        hybrid.get_parameter("2.weight").mul_(40)
+    with caplog.at_level("WARNING", logger="ffebm_compiler"):
+        assert bool(hybrid(x).isfinite().all())
+    assert "block_1 did not settle in evaluation" in caplog.records[0].getMessage()
+
+
 def test_a_phase_that_does_not_settle_measures_and_settles_once_more(caplog: pytest.LogCaptureFixture) -> None:
     """Weights that changed unseen: the free phase diverges, and γ is set for them."""
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -217,7 +228,7 @@ def test_a_phase_that_does_not_settle_measures_and_settles_once_more(caplog: pyt
     with caplog.at_level("WARNING", logger="ffebm_compiler"):
         output = hybrid(x)
     assert "block_1 did not settle in evaluation" in caplog.text
-    assert "call hybrid.recertify() to set that" in caplog.text
+    assert "Call hybrid.recertify() to keep that" in caplog.text
     assert hybrid.blocks[0].module.scales == scales
     output.sum().backward()  # at the γ of that relaxation
     found = [parameter.grad.clone() for parameter in hybrid.parameters()]

@@ -157,7 +157,9 @@ def test_check_gradients(hybrid: ffebm.HybridModel) -> None:
     with pytest.raises(ffebm.InputError, match="loss_fn is a Tensor; expected a function of the hybrid's output"):
         ffebm.check_gradients(hybrid, X, X)  # type: ignore[arg-type]
     frozen = ffebm.convert(network().requires_grad_(False), X)
-    with pytest.raises(ffebm.GradientError, match="no parameter of the hybrid receives a gradient: does any require"):
+    with pytest.raises(
+        ffebm.GradientError, match="no parameter of the hybrid receives a gradient: set requires_grad=True"
+    ):
         ffebm.check_gradients(frozen, X, torch.sum)
 
 

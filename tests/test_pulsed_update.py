@@ -200,9 +200,12 @@ def _sgd() -> Optimizer:
         (lambda: PulseResponse(bound=0), "bound is 0"),
         (lambda: Devices(update=0.1), "update is 0.1; expected a PulseResponse or None"),
         (lambda: PulsedUpdate("SGD", "reram"), "optimizer is a str; expected one of torch's"),  # type: ignore[arg-type]
-        (lambda: PulsedUpdate(_sgd(), "pcm"), "devices are 'pcm', which have no law for pulses"),
-        (lambda: PulsedUpdate(_sgd(), "reram", [torch.zeros(2, 2)]), "does not have all of the parameters"),
-        (lambda: PulsedUpdate(_sgd(), "reram", []), "has no parameter of two dimensions or more"),
+        (lambda: PulsedUpdate(_sgd(), "pcm"), "devices are 'pcm', which do not say how a pulse changes them"),
+        (
+            lambda: PulsedUpdate(_sgd(), "reram", [torch.zeros(2, 2)]),
+            "`parameters` holds a tensor that the optimizer does not step",
+        ),
+        (lambda: PulsedUpdate(_sgd(), "reram", []), "`parameters` is empty: pass those of its parameters"),
         (lambda: TikiTaka(_sgd(), "reram", every=0), "every is 0; expected a number of steps"),
         (lambda: TikiTaka(_sgd(), "reram", rate=0.0), "rate is 0.0"),
         (lambda: PulsedUpdate(_sgd(), "reram").load_state_dict({}), "this one has none: load what its own"),

@@ -95,7 +95,10 @@ def sensitivity(
         raise InputError(f"evaluate is a {type(evaluate).__name__}; expected a function of a network")
     parts = parts_of(hybrid.plan)
     if not parts:
-        raise InputError("the plan has no analog block, so that there is no layer to measure: convert it with others")
+        raise InputError(
+            "the plan has no analog block, so that there is no layer to measure: print(hybrid.plan) says why each "
+            "layer is digital. Convert with other hardware, or without force_digital"
+        )
     whole_number("draws", draws, 1)
     checked_number("age", age, remedy="seconds since the devices were programmed")
     check_executor(executor)

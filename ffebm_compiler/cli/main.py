@@ -124,7 +124,8 @@ def convert(
 def check(
     settings: Settings,
     min_cosine: Annotated[
-        float | None, typer.Option("--min-cosine", help="Exit with 1 where its cosine is below this anywhere.")
+        float | None,
+        typer.Option("--min-cosine", help="Exit with 1 if the cosine of --gradient is below this anywhere."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +149,7 @@ def check(
 @main.command()
 @with_settings(
     model=Annotated[
-        str, typer.Argument(metavar="MODEL", help="As for plan; or a plan's .json file, of ffebm plan --out, alone.")
+        str, typer.Argument(metavar="MODEL", help="As for plan; or a .json file of ffebm plan --out, alone.")
     ]
 )
 def draw(
@@ -230,7 +231,10 @@ def spice(
     check_free(out, force)
     hybrid, args, kwargs = settings.converted()
     if kwargs:
-        raise ffebm.InputError("ffebm spice takes inputs by position: name none of them with --input")
+        raise ffebm.InputError(
+            f"ffebm spice takes inputs by position, and {', '.join(kwargs)} has a name: give every input by --input "
+            "SHAPE without a name, in the order of forward"
+        )
     hybrid.export_spice(out, block=block, inputs=args, emission=emission, volts=volts, siemens=siemens)
     if as_json:
         say_json({"wrote": str(out), "block": block})

@@ -35,7 +35,7 @@ Model = Annotated[
     ),
 ]
 NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not run what was written in onnxruntime beside the hybrid.")
+    bool, typer.Option("--no-verify", help="Do not compare the written files in onnxruntime with the hybrid.")
 ]
 Tolerance = Annotated[
     float, typer.Option("--tolerance", help="Largest relative deviation of outputs; more is an error.", min=0.0)
@@ -67,7 +67,7 @@ class Settings:
             "--hardware",
             "-w",
             autocompletion=completion.hardware,
-            help="ideal, crossbar-64, crossbar-256, pcm-64, neurram, isaac, or a file (.toml, .json).",
+            help="ideal, crossbar-64, crossbar-256, pcm-64, pcm-64-one-phase, neurram, isaac, a .toml or a .json file.",
         ),
     ] = "crossbar-256"
     energy: Annotated[
@@ -83,8 +83,8 @@ class Settings:
         typer.Option(
             "--feedback",
             "-f",
-            help="Loop gain between 0 and 1 (of a resistive energy its gain, above 0), or symmetric; 0.1 (0.01; drn: "
-            "symmetric alone) where it is left out.",
+            help="Loop gain between 0 and 1, or symmetric; 0.1 if left out. With --energy resistive or unamplified a "
+            "gain above 0; 0.01 if left out. drn takes symmetric alone.",
         ),
     ] = None
     gradient: Annotated[
@@ -114,7 +114,9 @@ class Settings:
     ] = "add,reshape"
     digital_drive: Annotated[
         bool,
-        typer.Option("--digital-drive", help="An activation of a digital value (behind batch norm) may be a state."),
+        typer.Option(
+            "--digital-drive", help="Let a block hold activations of digital values, as a ReLU behind batch norm."
+        ),
     ] = False
     objective: Annotated[
         str,
@@ -136,7 +138,8 @@ class Settings:
         list[str] | None, typer.Option("--force-digital", help="Keep modules of this pattern digital, e.g. 'layer4.*'.")
     ] = None
     force_analog: Annotated[
-        list[str] | None, typer.Option("--force-analog", help="Insist on modules of this pattern.")
+        list[str] | None,
+        typer.Option("--force-analog", help="Layers of this pattern must be analog: an error if one is too large."),
     ] = None
     on_unsupported: Annotated[
         str,

@@ -29,6 +29,6 @@ class DemoSettings:
     def __post_init__(self) -> None:
         """Check the settings."""
         if self.epochs < 1 or self.ep_epochs < 1:
-            raise InputError(f"epochs are {self.epochs} and {self.ep_epochs}; expected at least 1 of each kind")
+            raise InputError(f"epochs is {self.epochs} and ep_epochs is {self.ep_epochs}; expected at least 1 of each")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}; expected 0 or more")

@@ -69,13 +69,13 @@ def deviation_overlay(plan: PlanData, comparison: Comparison) -> Overlay:
     return Overlay("deviation", sentence, dict(comparison.blocks))
 
 
-def gradient_overlay(plan: PlanData, report: GradientReport, estimator: str = "ep") -> Overlay:
-    """Each block's largest 1 − cos(gradient, float64 unrolled), from `check_gradients`.
+def gradient_overlay(plan: PlanData, report: GradientReport) -> Overlay:
+    """Each block's largest 1 − cos(gradient, float64 unrolled) by its own estimator, from `check_gradients`.
 
     Raises:
-        InputError: where the report holds no parameter of the plan's blocks, or not the estimator.
+        InputError: where the report holds no parameter of the plan's blocks.
     """
-    report.worst(estimator)
+    estimator = report.own
     values = {}
     for block in plan.blocks:
         cosines = [report[name][estimator].cosine for name in block.weights if name in report.agreements]

@@ -82,7 +82,7 @@ def _layout_library() -> str:
     if file is None or not file.is_file():
         raise ExportError(
             "the interactive picture takes its layout from the package netron, which is not installed or lacks "
-            "dagre.js: pip install 'netron>=8.4', or use save_svg()"
+            "dagre.js: pip install 'netron>=8.4,<10', or use save_svg()"
         )
     source = file.read_text(encoding="utf-8")
     if not re.search(r"^export const \{[^}]*\blayout\b", source, re.MULTILINE) or re.search(

@@ -53,7 +53,7 @@ def activation_nodes(
         return writer.op("PRelu", h, writer.op("Reshape", parameters[0], shape))
     write = _TABLE.get(type(activation))
     if write is None:
-        raise ExportError(f"activation {activation!r} has no ONNX form: force its layer digital")
+        raise ExportError(f"activation {activation!r} has no ONNX form: convert again with its layer in force_digital")
     return write(writer, activation, h)
 
 

@@ -102,7 +102,10 @@ class _Builder:
         for name, operand in zip(self.weights, self.step.operands[self.program.inputs :], strict=True):
             tensor: Tensor | None = operand.tensor
             if tensor is None:
-                raise ExportError(f"a weight of {self.step.name} depends on the network's input: force it digital")
+                raise ExportError(
+                    f"a weight of {self.step.name} depends on the network's input, and the file holds constant "
+                    "weights: convert again with its layer in force_digital"
+                )
             self.main.weight_shapes[name] = tuple(tensor.shape)
         self.settling = settling_of(self.block, self.dtype)
         shares = self.block.gain.error_shares if self.settling["schedule"] == "forward" else None

@@ -31,7 +31,10 @@ class LoadedActivation:
             return
         lines = activation.lines
         if lines is None:
-            raise ExportError(f"activation {activation!r} under a load has no ONNX form: force its layer digital")
+            raise ExportError(
+                f"activation {activation!r} under a load has no ONNX form: convert again with its layer in "
+                "force_digital"
+            )
         self.lines = lines
         values = [lines.start]
         for slope, (before, after) in zip(lines.slopes[1:-1], pairwise(lines.knots), strict=True):

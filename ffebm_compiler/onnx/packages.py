@@ -29,7 +29,8 @@ def package(name: str) -> Any:
         module = importlib.import_module(name)
     except ImportError as error:
         raise ExportError(
-            f"the ONNX export needs the package {name!r}, which is not installed: pip install ffebm-compiler[onnx]"
+            f"the ONNX export needs the package {name!r}, which cannot be imported ({error}): pip install "
+            "'ffebm-compiler[onnx]'"
         ) from error
     oldest = OLDEST.get(name)
     found = str(getattr(module, "__version__", ""))

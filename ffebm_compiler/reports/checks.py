@@ -181,7 +181,10 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
         )
     reference = _gradients(hybrid, inputs, loss_fn, "unrolled", torch.float64, quiet=True)
     if not reference:
-        raise GradientError("no parameter of the hybrid receives a gradient: does any require one (requires_grad)?")
+        raise GradientError(
+            "no parameter of the hybrid receives a gradient: set requires_grad=True on one, and let loss_fn depend on "
+            "the output without detach() or no_grad()"
+        )
     own = _dtype(hybrid)
     kind = own_gradient(hybrid)
     names = dict.fromkeys((*ESTIMATORS, kind))
@@ -240,10 +243,20 @@ def _gradients(
             output = model(*cast) if isinstance(cast, tuple | list) else model(cast)
         loss = loss_fn(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
-            raise InputError("loss_fn must return a finite scalar tensor, e.g. cross_entropy(output, labels)")
+            raise InputError(
+                f"loss_fn must return a finite scalar tensor, got {_shown(loss)}: reduce it by mean() or sum(), as "
+                "cross_entropy(output, labels) does"
+            )
         if loss.requires_grad:
             loss.backward()
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _shown(loss: object) -> str:
+    """A loss that is no finite scalar, in few words."""
+    if not isinstance(loss, Tensor):
+        return type(loss).__name__
+    return f"{float(loss.detach())}" if loss.numel() == 1 else f"a tensor of shape {tuple(loss.shape)}"
 
 
 def _agreements(

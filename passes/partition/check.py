@@ -78,10 +78,11 @@ def _check_members(plan: PlanData, block: BlockPlan, users: Mapping[str, list[st
     for op in (op for op in plan.graph.operations if op.name in inside):
         what = f"{block.name} holds {op.name!r} of {op.path!r}"
         if op.role is Role.DIGITAL:
-            raise PlanError(f"{what}, which must be digital: {op.reason}")
+            raise PlanError(f"{what}, which must be digital: {op.reason}. Move it to a digital part of the plan")
         if op.role is Role.WIRING and op.kind not in joins:
             raise PlanError(
-                f"{what}, wiring of kind {op.kind!r}, which block_ops {plan.options.block_ops} does not list"
+                f"{what}, wiring of kind {op.kind!r}, which block_ops {plan.options.block_ops} does not list: "
+                f"move it to a digital part of the plan, or plan again with {op.kind!r} in block_ops"
             )
         if matches(op.path, plan.options.force_digital):
             raise PlanError(
@@ -162,7 +163,10 @@ def _check_reasons(plan: PlanData) -> None:
             if path not in plan.rejected:
                 raise PlanError(f"layer {path!r} is in no block and rejected gives no reason for it: {_REMEDY}")
             if matches(op.path, plan.options.force_analog):
-                raise PlanError(f"layer {path!r} is digital and force_analog={plan.options.force_analog} asks for it")
+                raise PlanError(
+                    f"layer {path!r} is digital and force_analog={plan.options.force_analog} asks for it: change one "
+                    "of the two"
+                )
             continue
         for weight in op.weights:
             homes.setdefault(weight, set()).add(home[op.name])

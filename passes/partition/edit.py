@@ -66,8 +66,8 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
             if state.attempt([*changes, *((w, later) for w in _dependents(state, v, changes))], slack=_ANY):
                 continue
         raise PlanError(
-            f"{path!r} cannot move to {where}, since a value would leave a block and come back into it: move "
-            "the operations in between too, or choose another block"
+            f"{path!r} cannot move to {where}, since a value would leave a block and come back into it: first move "
+            "the layers in between by plan.move(path, where), or choose another place"
         )
     for op in layers:
         make_driven_before(state, number[op.name])
@@ -143,7 +143,10 @@ def _no_layer(plan: PlanData, path: str) -> str:
 def _refuse(plan: PlanData, path: str, where: str, layers: list[Operation], too_big: dict[str, str]) -> None:
     for op in layers:
         if where != "digital" and too_big[op.name]:
-            raise PlanError(f"{op.path!r} cannot be analog on {plan.hardware.name}: {too_big[op.name]}")
+            raise PlanError(
+                f"{op.path!r} cannot be analog on {plan.hardware.name}: {too_big[op.name]}. Plan "
+                "with larger hardware, or leave the layer digital"
+            )
         option, patterns = (
             ("force_analog", plan.options.force_analog)
             if where == "digital"

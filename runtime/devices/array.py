@@ -48,7 +48,7 @@ class Array:
         if tiling.devices > 1 and tiling.devices % 2 and not conductances:
             raise UnsupportedError(
                 f"{name}: devices_per_weight is {tiling.devices}, and a weight is the difference of two devices, or of "
-                "two equal groups of devices: use 1 or an even number"
+                "two equal groups of devices: use Hardware(devices_per_weight=1), or an even number"
             )
         self._drawn: dict[str, Tensor] = {}
 

@@ -31,7 +31,6 @@ from ffebm_compiler.runtime.program.block_program import BlockProgram, Instructi
 
 __all__ = ["ArrayConverters", "RowPart"]
 
-Weights = Sequence[Tensor | None]
 Phase = Literal["free", "nudged", "error"]
 
 

@@ -114,7 +114,7 @@ class Devices:
         if self.update is not None and not isinstance(self.update, PulseResponse):
             raise InputError(f"update is {self.update!r}; expected a PulseResponse or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed!r}; expected an integer of at least 0")
+            raise InputError(f"seed is {self.seed!r}; expected an integer of at least 0 and below 2**63")
         for field in ("stuck_off", "stuck_on"):
             self._set(field, checked_number(field, getattr(self, field), most=1, remedy="the share of the devices"))
         if self.stuck_off + self.stuck_on > 1:

@@ -36,9 +36,9 @@ def checked_number(
         or not (value > least if above else value >= least)  # type: ignore[operator]
         or value > most  # type: ignore[operator]
     ):
-        bound = f"above {least:g}" if above else f"of at least {least:g}"
+        bound = "" if least == -math.inf else f" above {least:g}" if above else f" of at least {least:g}"
         limit = "" if most == math.inf else f" and at most {most:g}"
-        raise InputError(f"{what} is {value!r}; expected a finite number {bound}{limit}{remedy and ', ' + remedy}")
+        raise InputError(f"{what} is {value!r}; expected a finite number{bound}{limit}{remedy and ', ' + remedy}")
     return float(value)  # type: ignore[arg-type]
 
 
@@ -168,7 +168,8 @@ class Relaxation:
             )
         if not self.times or len(self.times) != len(self.sigmas):
             raise InputError(
-                f"sigmas has {len(self.sigmas)} entries for {len(self.times)} times; expected one for each"
+                f"sigmas has {len(self.sigmas)} entries for {len(self.times)} times; expected one for each, and at "
+                "least one"
             )
         sigmas = tuple(checked_polynomial(f"sigmas[{index}]", each) for index, each in enumerate(self.sigmas))
         object.__setattr__(self, "sigmas", sigmas)

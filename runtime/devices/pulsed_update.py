@@ -49,8 +49,9 @@ class PulsedUpdate(Optimizer):
         response = None if chosen is None else chosen.update
         if chosen is None or not isinstance(response, PulseResponse):
             raise InputError(
-                f"devices are {devices if chosen is None else chosen.name!r}, which have no law for pulses: give "
-                "ffebm.Devices(update=ffebm.PulseResponse(...)), or use the optimizer itself, whose steps are exact"
+                f"devices are {devices if chosen is None else chosen.name!r}, which do not say how a pulse changes "
+                "them (`update`): give 'reram' or ffebm.Devices(update=ffebm.PulseResponse(...)), or use the "
+                "optimizer itself, whose steps are exact"
             )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
@@ -60,8 +61,12 @@ class PulsedUpdate(Optimizer):
         wanted = [p for p in own if p.dim() > 1] if parameters is None else list(parameters)
         known = {id(parameter) for parameter in own}
         if not wanted or any(id(parameter) not in known for parameter in wanted):
-            why = "has no parameter of two dimensions or more" if not wanted else "does not have all of the parameters"
-            raise InputError(f"the optimizer {why} that are to be on devices: pass `parameters` that it steps")
+            why = "`parameters` holds a tensor that the optimizer does not step"
+            if not wanted:
+                why = "`parameters` is empty"
+            if parameters is None:
+                why = "the optimizer has no parameter of two dimensions or more"
+            raise InputError(f"{why}: pass those of its parameters that are on devices")
         self.pulsed = wanted
         self.weights = [PulsedWeights(response, p, self.seed, index) for index, p in enumerate(wanted)]
 
@@ -177,7 +182,9 @@ class TikiTaka(PulsedUpdate):
         """
         super().load_state_dict(state_dict)
         if "auxiliary" not in state_dict:
-            raise InputError("the state of a TikiTaka is expected, and this is that of a PulsedUpdate")
+            raise InputError(
+                "the state of a TikiTaka is expected, and this is that of a PulsedUpdate: load it into a PulsedUpdate"
+            )
         self.fast = [
             PulsedWeights(self.response, p, self.seed, len(self.pulsed) + index, weights.mean_bound)
             for index, (p, weights) in enumerate(zip(self.pulsed, self.weights, strict=True))

@@ -41,9 +41,10 @@ def circuit_of(frame: Frame, setting: Setting) -> Circuit:
         pads = gain - rows if setting.amplifiers else torch.zeros_like(rows)
         if not gain > 0 or float(pads.min()) < -1e-5 * gain:
             raise UnsupportedError(
-                f"{program.name}: the amplifier of layer {layer.name!r} has a gain of {gain:.4g} and a row sum of "
-                f"{float(rows.max()):.4g}, so that a pad would be negative. Call hybrid.recertify() where the weights "
-                "have changed since the gains were measured. A layer whose weights are all 0 has no circuit"
+                f"{program.name}: the amplifier of layer {layer.name!r} has a gain of {gain:.4g}, and the "
+                f"conductances of one of its units sum to {float(rows.max()):.4g}. A resistor to ground makes up the "
+                "difference, and would be negative. Call hybrid.recertify() if the weights have changed since the "
+                "gains were measured. A layer whose weights are all 0 has no circuit"
             )
         bias = still.drive(index, rest).flatten()
         shape = frame.shapes[layer.drive]

@@ -53,8 +53,9 @@ class Conductive(Energy):
         """Admit tied feedback and activations that diodes make, but no max pooling."""
         if not program.symmetric:
             raise UnsupportedError(
-                f"{program.name}: a resistive energy is a circuit whose conductances carry both directions, so that "
-                "its feedback has no weights of its own: use feedback_weights='tied', or energy='hopfield'"
+                f"{program.name}: a resistive energy is a circuit whose conductances carry both directions, and its "
+                "feedback has weights of its own here, by feedback_weights or by devices with mismatch: use "
+                "feedback_weights='tied' and mismatch=0, or energy='hopfield'"
             )
         for layer in program.layers:
             self.check_activation(program, layer)

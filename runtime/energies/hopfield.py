@@ -82,9 +82,9 @@ class Hopfield(Energy):
         """Σ_l c_l [G_l(s_l) − ⟨s_l, d_l⟩]."""
         if not frame.program.symmetric:
             raise UnsupportedError(
-                f"{frame.program.name} has no energy, since its feedback goes through weights of its own: its field is "
-                "no gradient. Use residual() to see whether states are settled, or convert with "
-                "feedback_weights='tied'"
+                f"{frame.program.name} has no energy, since its feedback goes through weights of its own, by "
+                "feedback_weights or by devices with mismatch. Use residual() to see whether states are settled, or "
+                "feedback_weights='tied' and mismatch=0"
             )
         total: Tensor | None = None
         for index, activation in enumerate(frame.activations):

@@ -199,7 +199,7 @@ class DRN(_Passive):
                 if instruction.operator.absolute() != instruction.operator:
                     raise UnsupportedError(
                         f"{program.name}: layer {layer.name!r} subtracts a value or multiplies one by a negative "
-                        f"number, and a resistor has no negative conductance ({instruction.operator!r}). Use "
+                        f"number, and a resistor has no negative conductance. Use "
                         "energy='unamplified' or 'resistive', which have differential lines, or keep the layer digital "
                         f"(force_digital={layer.name!r})"
                     )

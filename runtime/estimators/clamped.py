@@ -16,7 +16,7 @@ from torch import Tensor
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
-from ffebm_compiler.runtime.estimators.nudge import amplitudes, midpoint, scaled, settled_currents, weighted
+from ffebm_compiler.runtime.estimators.nudge import SHARES, amplitudes, midpoint, scaled, settled_currents, weighted
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.clamped_phase import ClampedPhase
 
@@ -85,10 +85,8 @@ class CoupledLearning(Estimator):
         amplitude = amplitudes(at, errors)
         if amplitude is None:
             return Gradients.none(at.frame.program)
-        signs = {"positive": [(1, 1.0)], "negative": [(-1, 1.0)], "centered": [(1, 0.5), (-1, 0.5)]}[self.variant]
-        return _contrast(
-            at, errors, amplitude, [(sign * self.beta, share) for sign, share in signs], self.through_feedback
-        )
+        betas = [(sign * self.beta, share) for sign, share in SHARES[self.variant]]
+        return _contrast(at, errors, amplitude, betas, self.through_feedback)
 
 
 @dataclass(frozen=True)
@@ -161,9 +159,9 @@ def _contrast(
     """Σ_j share_j [∂E(s^{β_j}) − ∂E(s*)]/(β_j a), with the visible states held at s* − β_j a δ."""
     if not at.frame.program.symmetric:
         raise UnsupportedError(
-            f"{at.name} has no energy, since its feedback goes through weights of its own, and contrastive and coupled "
-            "learning compare energies: use 'ep' (local) or 'implicit' (exact), or convert with "
-            "feedback_weights='tied'"
+            f"{at.name} has no energy, since its feedback goes through weights of its own, by feedback_weights or by "
+            "devices with mismatch, and contrastive and coupled learning compare energies: use 'ep' (local) or "
+            "'implicit' (exact), or feedback_weights='tied' and mismatch=0"
         )
     moves = scaled(errors, -amplitude)
     activations = at.setting.activations(at.frame)

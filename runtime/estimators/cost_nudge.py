@@ -13,13 +13,11 @@ from torch import Tensor
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
-from ffebm_compiler.runtime.estimators.nudge import midpoint, scaled, settled_currents, weighted
+from ffebm_compiler.runtime.estimators.nudge import SHARES, midpoint, scaled, settled_currents, weighted
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.cost_nudged_phase import COSTS, Cost, CostNudgedPhase, CrossEntropy, solved_at_once
 
 __all__ = ["CostNudge"]
-
-_SHARES = {"positive": ((1, 1.0),), "negative": ((-1, 1.0),), "centered": ((1, 0.5), (-1, 0.5))}
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,14 @@ class CostNudge(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.variant not in _SHARES:
+        if self.variant not in SHARES:
             raise InputError(f"variant is {self.variant!r}; expected 'positive', 'negative' or 'centered'")
         if self.cost not in COSTS:
             raise InputError(f"cost is {self.cost!r}; expected {' or '.join(map(repr, COSTS))}")
         if not _is_number(self.beta) or not 0 < self.beta < (10 if self.variant == "positive" else 1):
             raise InputError(
-                f"beta is {self.beta!r}; expected a positive number, below 10, and below 1 where the nudge is by −β: "
-                "E − βC would have no minimum"
+                f"beta is {self.beta!r}; expected a positive number below 10, or below 1 if the variant nudges by −β: "
+                "E − βC has no minimum beyond"
             )
         if not _is_number(self.scale) or not 0 < self.scale < math.inf:
             raise InputError(
@@ -105,7 +103,7 @@ class CostNudge(Estimator):
         size = present.new_full((), self.scale, dtype=torch.promote_types(present.dtype, torch.float32))
         drives = scaled(errors, -size)
         _check(at, drives, cost, self.scale)
-        betas = [(sign * self.beta, share) for sign, share in _SHARES[self.variant]]
+        betas = [(sign * self.beta, share) for sign, share in SHARES[self.variant]]
 
         def phase_of(group: Sequence[complex]) -> CostNudgedPhase:
             strengths = [beta.real for beta in group]
@@ -153,13 +151,18 @@ def _check(at: Situation, drives: Sequence[Tensor | None], cost: Cost, scale: fl
 
 def _check_targets(at: Situation, layer: str, cost: Cost, drive: Tensor, state: Tensor, scale: float) -> None:
     """Refuse an error that is not softmax(s) − y for some y with 0 ≤ y ≤ 1 and the sum 1. It waits for the device."""
+    needs = (
+        "The classes must be in dimension 1, scale is 1 for a sum over the batch and the batch size for a mean, and "
+        "nothing may lie between the output and the loss"
+    )
+    if state.dim() < 2:
+        raise InputError(f"{at.name}: the output {layer}, of shape {tuple(state.shape)}, has no classes. {needs}")
     tolerance = 100 * torch.finfo(drive.dtype).eps * max(1.0, scale)
     target = cost.prediction(state.detach()) + drive
     away = float(drive.sum(1).abs().amax()), float(-target.amin())
-    if state.dim() < 2 or not max(away) <= tolerance:
+    if not max(away) <= tolerance:
         raise InputError(
             f"{at.name}: the error of the output {layer}, of shape {tuple(state.shape)}, is not that of a "
-            f"cross-entropy over dimension 1 with scale {scale:g}: its targets would be {float(target.amin()):.3g} and "
-            f"more, and their sum {away[0]:.2g} from 1. The classes must be in dimension 1, scale is 1 for a sum over "
-            "the batch and the batch size for a mean, and nothing may lie between the output and the loss"
+            f"cross-entropy over dimension 1 with scale {scale:g}: its targets would be as small as "
+            f"{float(target.amin()):.3g} with sums as far as {away[0]:.2g} from 1, and not probabilities. {needs}"
         )

@@ -11,8 +11,10 @@ from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
 from ffebm_compiler.runtime.solvers.relaxation import relax
 
-__all__ = ["amplitudes", "imaginary", "midpoint", "real", "scaled", "settled_currents", "weighted"]
+__all__ = ["SHARES", "amplitudes", "imaginary", "midpoint", "real", "scaled", "settled_currents", "weighted"]
 
+SHARES = {"positive": ((1, 1.0),), "negative": ((-1, 1.0),), "centered": ((1, 0.5), (-1, 0.5))}
+"""Variant -> the sign of each nudge, and the share of its phase in the gradient."""
 _UNSEEN = 1 / 32
 """Share of the tolerance of error currents, up to which a relative change of the gradient is left out."""
 

@@ -78,7 +78,11 @@ class Quantiser:
             self._observe(name, value)
             return value
         if name not in self.ranges:
-            what = "it has never been calibrated" if not self.ranges else f"no data came to its value {name!r} then"
+            what = (
+                "it has never been calibrated"
+                if not self.ranges
+                else f"no data of that calibration came to its operation {name!r}"
+            )
             raise InputError(
                 f"{self.name} computes with {self.bits} bits, and {what}: call hybrid.calibrate_digital(batches) with "
                 "representative inputs"

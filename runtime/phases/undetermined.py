@@ -49,6 +49,6 @@ def check_determined(frame: Frame, setting: Setting, preactivations: Sequence[Te
     moving = [layer.name for layer, size in zip(frame.program.layers, sizes, strict=True) if size > 1e-3 * max(sizes)]
     raise ConvergenceError(
         f"{frame.program.name}: nothing sets the potentials of units of {', '.join(moving)}, since no path of "
-        "conductances leads to them from an input or a bias, or next to none. So they have no equilibrium of their "
-        "own. Give the layers a bias, or weights that are not zero"
+        "conductances leads to them from an input or a bias, or only almost none. So the equilibrium is not unique. "
+        "Give the layers a bias, or weights that are not zero"
     )

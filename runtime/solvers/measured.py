@@ -204,8 +204,8 @@ class Measured(Solver):
         except Exception as error:
             why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise FabricError(
-                f"{name}: {method} of the fabric {_name(self.fabric)} failed ({why}). No weight was changed. It is "
-                "programmed again before the next measurement"
+                f"{name}: {method} of the fabric {_name(self.fabric)} failed ({why}). No weight was changed. Mend the "
+                "cause and call the hybrid again: the fabric is programmed anew before it is measured"
             ) from error
 
 

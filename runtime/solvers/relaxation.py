@@ -33,8 +33,8 @@ SAFETY = 4 / 3
 """Factor on the contraction between two measured sweeps, so that it is not taken for too good."""
 
 LOST = (
-    "a state of the step before is not finite, so that its gradient has no meaning. This step waits for its result, "
-    "and names the block if it happens again"
+    "a state of the step before is not finite, so that its gradient has no meaning: lower the learning rate, or "
+    "go back to a checkpoint. This step waits for its result, and names the block if it happens again"
 )
 TIGHT = 1e-5
 """Largest relative error that counts as a tight tolerance, one that takes many sweeps."""

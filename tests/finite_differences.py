@@ -1,4 +1,4 @@
-"""Gradients of a hybrid in float64, and finite differences of its loss beside them."""
+"""A loss, its gradients in a hybrid, how two gradients compare, and finite differences beside them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,42 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from networks import noise
+from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 
-__all__ = ["Named", "gradients_by", "slope_along"]
+__all__ = [
+    "Named",
+    "assert_finite_differences",
+    "cosine",
+    "gradients_by",
+    "parameter_gradients",
+    "slope_along",
+    "squared_error",
+]
 
 Named = dict[str, Tensor]
 Loss = Callable[[Tensor], Tensor]
+
+
+def squared_error(output: Tensor) -> Tensor:
+    """The mean squared distance to a fixed target."""
+    return (output - noise(*output.shape, seed=9).to(output)).square().mean()
+
+
+def parameter_gradients(hybrid: nn.Module, x: Tensor) -> Named:
+    """Of the squared error by every parameter, in float64."""
+    hybrid.zero_grad(set_to_none=True)
+    squared_error(hybrid(x)).backward()
+    return {name: p.grad.double().clone() for name, p in hybrid.named_parameters() if p.grad is not None}
+
+
+def cosine(found: Tensor, expected: Tensor) -> float:
+    """Of two gradients."""
+    return float((found * expected).sum() / (found.norm() * expected.norm()))
 
 
 def gradients_by(
@@ -69,3 +96,28 @@ def slope_along(
         if best[0] <= 1e-7 * size:
             break
     return best[1]
+
+
+def assert_finite_differences(
+    estimators: Sequence[Any],
+    hybrid: ffebm.HybridModel,
+    x: Tensor,
+    movable: Callable[[str, Tensor], Tensor] | None = None,
+) -> tuple[dict[str, Named], dict[str, float]]:
+    """(estimator -> its gradients of the squared error, parameter or x -> the largest norm among them).
+
+    Each of them has its finite difference along a random direction, to 1e-7, which moves what is `movable` only.
+    """
+    tensors, gradients = gradients_by(estimators, hybrid, x, squared_error)
+    sizes: dict[str, float] = {}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        direction = noise(*tensor.shape, seed=100 + index).double()
+        if movable is not None:
+            direction = torch.where(movable(name, tensor.detach()), direction, 0)
+        direction /= direction.norm()
+        size = sizes[name] = max(float(found[name].norm()) for found in gradients.values())
+        slope = slope_along(direction, name, tensors, hybrid, x, squared_error, size)
+        for estimator, found in gradients.items():
+            along = float((found[name] * direction).sum())
+            assert along == pytest.approx(slope, rel=1e-7, abs=1e-7 * size), f"{name}: {estimator} {along}, not {slope}"
+    return gradients, sizes

@@ -33,6 +33,8 @@ __all__ = [
     "Skip",
     "Slopes",
     "Tied",
+    "TwoBlocks",
+    "TwoLayers",
     "converted",
     "dchn",
     "dchn_reference",
@@ -79,6 +81,30 @@ class Between(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.function(self.first(x)))
+
+
+class TwoLayers(nn.Module):
+    """Two linears, and a forward from outside."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class TwoBlocks(nn.Module):
+    """Two MLPs with a layer norm between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(6, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.c, self.d = nn.Linear(8, 7), nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.norm(self.b(self.a(x).tanh()))).tanh())
 
 
 class ConvBlock(nn.Module):

@@ -9,7 +9,7 @@ import networkx
 
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition.decide import Partition, tiles_of
+from ffebm_compiler.passes.partition.decide import Partition, conversions, tiles_of
 
 SIZES = (4, 8, 16, 32, 64)
 
@@ -97,6 +97,12 @@ def chain(layers: int, branch_every: int = 0) -> OperationGraph:
             made.append(Operation(f"pool{index}", Role.DIGITAL, f"p{index}", "max_pool", (source,), 64))
             source = skip = f"pool{index}"
     return OperationGraph({"x": 64}, tuple(made), (source,))
+
+
+def total_conversions(graph: OperationGraph, blocks: list[list[str]]) -> int:
+    """Of all blocks, inputs and outputs."""
+    users = graph.users()
+    return sum(sum(conversions(graph, block, users)) for block in blocks)
 
 
 def with_neurons(hardware: Hardware, neurons: int | None) -> Hardware:

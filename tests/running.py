@@ -1,7 +1,11 @@
-"""Run a captured program as it is after any pass."""
+"""Run a captured program as it is after any pass, or a script in several processes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,3 +32,20 @@ def run(program: Program, *inputs: Tensor) -> Any:
 
 def targets(program: Program) -> list[Any]:
     return [node.target for node in program.graph.nodes if node.op in ("call_function", "call_module")]
+
+
+def torchrun(processes: int, script: str | Path, *arguments: str, timeout: float, cwd: Path | None = None) -> str:
+    """What a script prints in several processes of one thread each; it succeeds."""
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [*command, str(script), *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    return printed

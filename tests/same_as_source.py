@@ -14,6 +14,11 @@ import ffebm_compiler as ffebm
 ONE_LAYER = ffebm.Hardware(layers_per_block=1)
 
 
+def relative(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖/‖expected‖ in their own dtype; NaN, which is within no bound, where both are 0."""
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
 def deviation(found: Tensor, wanted: Tensor) -> float:
     """‖found − wanted‖/‖wanted‖."""
     found, wanted = found.detach().double(), wanted.detach().double()

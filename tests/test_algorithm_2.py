@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from by_hand import ByHand, relative
+from finite_differences import squared_error
 from networks import noise, seeded
 from torch import Tensor, nn
 
@@ -85,10 +86,6 @@ class Graph(Chain):
         return y + self.skip(states[0]).square() if index == 2 else y
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).double()).square().mean()
-
-
 @dataclass
 class Algorithm2:
     """Algorithm 2 for a network of `Layers` and the maps before them."""
@@ -106,7 +103,7 @@ class Algorithm2:
                 free.append(block.settle(clamped))
         output = free[-1][-1].clone().requires_grad_()
         errors: list[Tensor | None] = [None] * len(free)
-        (errors[-1],) = torch.autograd.grad(loss_of(output), output)
+        (errors[-1],) = torch.autograd.grad(squared_error(output), output)
         parameters = dict(self.model.named_parameters())
         found = {name: torch.zeros_like(p) for name, p in parameters.items()} | {"x": torch.zeros_like(x)}
         for index in reversed(range(len(self.blocks))):
@@ -161,7 +158,7 @@ def test_the_runtime_is_algorithm_2_at_the_same_beta(kind: type[Chain], kappa: f
     assert [len(block.module.program.layers) for block in hybrid.blocks] == [3, 2, 3]
     assert [block.layers[0] for block in hybrid.blocks] == [f"blocks.{k}.linears.0" for k in range(3)]
     given = x.clone().requires_grad_()
-    loss_of(hybrid(given)).backward()
+    squared_error(hybrid(given)).backward()
     model.train()
     blocks = [part.by_hand(b.module.scales) for part, b in zip(model.blocks, hybrid.blocks, strict=True)]
     expected = Algorithm2(model, blocks, model.before, beta).gradients(x)
@@ -177,7 +174,7 @@ def test_the_runtime_is_algorithm_2_at_the_same_beta(kind: type[Chain], kappa: f
     # The nudging strength is seen: in the limit it is another gradient.
     hybrid.set_gradient("implicit")
     hybrid.zero_grad()
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x)).backward()
     first = hybrid.get_parameter("blocks.0.linears.0.weight").grad
     assert first is not None
     assert 1e-5 * beta**2 < relative(first, expected["blocks.0.linears.0.weight"]) < 0.1

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from by_hand import BY_HAND, ByHand, relative
-from networks import CASES, noise, seeded
+from finite_differences import squared_error
+from networks import CASES, TwoBlocks, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -30,15 +31,11 @@ def both(case: str, activation: Callable[[], nn.Module], kappa: float = 0.3) -> 
     return hybrid, model, x
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).double()).square().mean()
-
-
 def of_runtime(hybrid: ffebm.HybridModel, x: Tensor, gradient: Any) -> dict[str, Tensor]:
     hybrid.set_gradient(gradient)
     hybrid.zero_grad()
     x = x.clone().requires_grad_()
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x)).backward()
     assert x.grad is not None
     return {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None} | {"x": x.grad}
 
@@ -54,7 +51,7 @@ class Reference:
         with torch.no_grad():
             self.free = self.block.settle(x)
         output = self.free[-1].detach().requires_grad_()
-        (self.delta,) = torch.autograd.grad(loss_of(output), output)
+        (self.delta,) = torch.autograd.grad(squared_error(output), output)
         self.a = self.free[-1].norm(dim=1) / self.delta.norm(dim=1)
         self.by = [*model.parameters(), self.x]
         self.names = [*(name for name, _ in model.named_parameters()), "x"]
@@ -208,7 +205,7 @@ def test_truncated_backprop_is_autograd_through_the_last_sweeps(case: str, activ
     for _ in range(sweeps):
         for index in range(len(states)):
             states[index] = at.block.update(index, states, at.x)
-    expected = at.named(torch.autograd.grad(loss_of(states[-1]), at.by))
+    expected = at.named(torch.autograd.grad(squared_error(states[-1]), at.by))
     agree(of_runtime(hybrid, x, ffebm.TruncatedBackprop(sweeps)), expected)
 
 
@@ -246,25 +243,13 @@ def test_truncated_backprop_has_the_gradients_of_learned_slopes() -> None:
     for _ in range(2):
         for index in range(2):
             states[index] = block.update(index, states, x)
-    grads = torch.autograd.grad(loss_of(states[-1]), list(model.parameters()))
+    grads = torch.autograd.grad(squared_error(states[-1]), list(model.parameters()))
     expected = dict(zip((name for name, _ in model.named_parameters()), grads, strict=True))
     found = of_runtime(hybrid, x, ffebm.TruncatedBackprop(2))
     agree({name: found[name] for name in expected}, expected)
 
 
 # -- which block uses what -----------------------------------------------------------------------
-
-
-class TwoBlocks(nn.Module):
-    """Two MLPs with a layer norm between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.norm = nn.Linear(6, 8), nn.Linear(8, 8), nn.LayerNorm(8)
-        self.c, self.d = nn.Linear(8, 7), nn.Linear(7, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.d(self.c(self.norm(self.b(self.a(x).tanh()))).tanh())
 
 
 def two_blocks(**options: Any) -> tuple[ffebm.HybridModel, Tensor]:

@@ -12,16 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import CASES, MLP, DigitsCNN, digits_cnn, mlp, noise, seeded, transformer, warmed
+from same_as_source import relative
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 
 SINGLE = ffebm.Hardware(layers_per_block=1)
 ALL_WIRING = ("add", "reshape", "concat", "scale", "avg_pool")
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 # -- networks in every way that PyTorch lets one write them --------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drn_networks import made
+from finite_differences import cosine
 from networks import CASES, noise, seeded
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -42,13 +43,18 @@ def _held(hybrid: ffebm.HybridModel) -> list[Tensor | None]:
     return [None if value is None else value.detach() for value in hybrid.blocks[0].weights]
 
 
-def _cosine(found: Tensor, expected: Tensor) -> float:
-    return float((found * expected).sum() / (found.norm() * expected.norm()))
-
-
 def _cosines(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     assert found.keys() == expected.keys()
-    return {name: _cosine(found[name], value) for name, value in expected.items()}
+    return {name: cosine(found[name], value) for name, value in expected.items()}
+
+
+def _case(case: str, energy: str, feedback: dict[str, float]) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """A case in float64 with activations that the energy has, its inputs, and the options to convert it."""
+    model, x = CASES[case].make(nn.Hardtanh if energy == "resistive" else nn.Tanh)
+    options: dict[str, Any] = {**CASES[case].options, "energy": energy, "feedback": feedback[energy]}
+    if energy == "resistive" and "max_pool" in options.get("block_ops", ()):
+        pytest.skip("a resistive energy has no max pooling")
+    return model.double(), x.double(), options
 
 
 @cache
@@ -112,19 +118,12 @@ def test_states_are_those_of_the_held_weights() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_has_the_exact_gradient_of_its_devices(case: str, energy: str) -> None:
     """EP, implicit and unrolled gradients agree, and are those of the held weights taken as parameters."""
-    model, x = CASES[case].make(nn.Hardtanh if energy == "resistive" else nn.Tanh)
-    options: dict[str, Any] = {
-        **CASES[case].options,
-        "energy": energy,
-        "feedback": 0.3 if energy == "hopfield" else 0.01,
-    }
-    if energy == "resistive" and "max_pool" in options.get("block_ops", ()):
-        pytest.skip("a resistive energy has no max pooling")
-    hybrid = ffebm.convert(model.double(), x.double(), **options, devices=replace(STATIC, programming=0.2))
+    model, x, options = _case(case, energy, {"hopfield": 0.3, "resistive": 0.01})
+    hybrid = ffebm.convert(model, x, **options, devices=replace(STATIC, programming=0.2))
     hybrid.set_gradient(EquilibriumPropagation(1e-4, variant="centered"))
-    found = _gradients(hybrid, x.double())
+    found = _gradients(hybrid, x)
     hybrid.set_gradient("unrolled")
-    expected = _gradients(hybrid, x.double())
+    expected = _gradients(hybrid, x)
     assert min(_cosines(found, expected).values()) > 0.9999
 
 
@@ -397,15 +396,7 @@ def test_noise_averages_out() -> None:
 @pytest.mark.parametrize("energy", ["hopfield", "resistive"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_runs_with_noise_and_converters(case: str, energy: str) -> None:
-    model, x = CASES[case].make(nn.Hardtanh if energy == "resistive" else nn.Tanh)
-    options: dict[str, Any] = {
-        **CASES[case].options,
-        "energy": energy,
-        "feedback": 0.3 if energy == "hopfield" else 0.1,
-    }
-    if energy == "resistive" and "max_pool" in options.get("block_ops", ()):
-        pytest.skip("a resistive energy has no max pooling")
-    model, x = model.double(), x.double()
+    model, x, options = _case(case, energy, {"hopfield": 0.3, "resistive": 0.1})
     exact = ffebm.convert(model, x, **options)
     quiet = ffebm.convert(model, x, **options, devices=Devices(read_noise=1e-14))
     for hybrid in (exact, quiet):

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import digits_cnn, noise, seeded, transformer, warmed
 from onnxruntime.quantization.quant_utils import compute_scale_zp
+from same_as_source import relative
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -51,10 +52,6 @@ def calibrated(hybrid: ffebm.HybridModel, *batches: Any, devices: Devices = INT8
     hybrid.set_devices(devices)
     hybrid.calibrate_digital(batches)
     return hybrid
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 # -- the law ------------------------------------------------------------------------------------

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from running import torchrun
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one() -> None:
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "examples/train_distributed.py", "--epochs", "2", "--check"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    printed = done.stdout + done.stderr
-    assert done.returncode == 0, printed
+    printed = torchrun(2, "examples/train_distributed.py", "--epochs", "2", "--check", timeout=240, cwd=ROOT)
     difference = re.search(r"gradients: (\S+) from one process's", printed)
     assert difference is not None, printed
     assert float(difference[1]) < 1e-3
@@ -67,17 +54,4 @@ dist.destroy_process_group()
 def test_all_ranks_hold_the_loop_gain_with_one_feedback(tmp_path: Path) -> None:
     script = tmp_path / "same_feedback.py"
     script.write_text(SAME_FEEDBACK)
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun(2, script, timeout=240)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import noise, seeded
+from networks import TwoLayers, noise, seeded
 from running import targets
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -20,16 +20,6 @@ from ffebm_compiler.passes.inline_regions import inline_regions
 from ffebm_compiler.runtime.feedforward.flex_attention import FlexAttention
 
 ONE = ffebm.Hardware(layers_per_block=1)
-
-
-class Layers(nn.Module):
-    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def rows(self: nn.Module, x: Tensor) -> Tensor:
@@ -52,7 +42,7 @@ def several(self: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward", [rows, levels, weights, several], ids=lambda f: f.__name__)
 def test_values_and_gradients_are_those_of_the_source(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    model = seeded(lambda: Layers(forward))
+    model = seeded(lambda: TwoLayers(forward))
     program = expand_vmap(inline_regions(capture(model, (noise(6, 8),), {})))
     assert not any("vmap" in str(target) or "batch_dim" in str(target) for target in targets(program))
     hybrid = ffebm.convert(model, noise(6, 8), hardware=ONE)
@@ -69,7 +59,7 @@ def test_values_and_gradients_are_those_of_the_source(forward: Callable[[nn.Modu
 
 
 def test_vmap_that_torch_cannot_run_on_whole_tensors_is_refused() -> None:
-    program = inline_regions(capture(seeded(lambda: Layers(rows)), (noise(6, 8),), {}))
+    program = inline_regions(capture(seeded(lambda: TwoLayers(rows)), (noise(6, 8),), {}))
     linear = next(node for node in program.graph.nodes if node.target is torch.ops.aten.tanh.default)
     linear.target = torch.ops.aten.nonzero.default  # its result has another size for each row
     with pytest.raises(UnsupportedError, match=r"uses torch\.vmap \(.*line \d+\) on something that cannot be written"):
@@ -96,7 +86,7 @@ def causal(self: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [attention, score, causal], ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_a_digital_part(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    model = seeded(lambda: Layers(forward)).requires_grad_(False)
+    model = seeded(lambda: TwoLayers(forward)).requires_grad_(False)
     hybrid = ffebm.convert(model, noise(6, 8), hardware=ONE)
     x = noise(6, 8, seed=1)
     torch.testing.assert_close(hybrid(x), model(x), rtol=1e-5, atol=1e-6)

@@ -8,23 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from networks import noise, seeded
+from networks import TwoLayers, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import CaptureError, FFEBMError, InputError, UnsupportedError
-
-
-class Inner(nn.Module):
-    """A layer, and a forward from the table."""
-
-    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def branch(self: nn.Module, x: Tensor) -> Tensor:
@@ -120,7 +108,7 @@ CASES = {
 
 @pytest.mark.parametrize("forward", CASES, ids=lambda f: f.__name__)
 def test_a_refusal_names_module_line_cause_and_remedy(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), Inner(forward)))
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), TwoLayers(forward)))
     with pytest.raises(CaptureError, match=CASES[forward]) as caught:
         ffebm.convert(model, noise(6, 8))
     code = forward.__code__
@@ -133,11 +121,11 @@ def test_torch_cond_is_named_with_its_line() -> None:
         return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: -self.a(x), (x,))
 
     with pytest.raises(UnsupportedError, match=r"torch's cond \(.*line \d+\), control flow that depends on data"):
-        ffebm.convert(seeded(lambda: Inner(forward)), noise(6, 8))
+        ffebm.convert(seeded(lambda: TwoLayers(forward)), noise(6, 8))
 
 
 def test_layers_may_be_moved_to_where_they_are() -> None:
-    model = seeded(lambda: Inner(lambda self, x: self.b.to(x.dtype)(self.a.to(x.device)(x))))
+    model = seeded(lambda: TwoLayers(lambda self, x: self.b.to(x.dtype)(self.a.to(x.device)(x))))
     x = noise(6, 8)
     hybrid = ffebm.convert(model, x, hardware=ffebm.Hardware(layers_per_block=1))
     torch.testing.assert_close(hybrid(x), model(x), rtol=1e-5, atol=1e-6)
@@ -157,6 +145,6 @@ def test_a_model_that_holds_a_hybrid_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("inputs", [(torch.zeros(0, 8),), ({"x": torch.zeros(0, 8)},)])
 def test_an_empty_batch_is_no_example(inputs: tuple[object, ...]) -> None:
-    model = seeded(lambda: Inner(lambda self, x: self.a(x["x"] if isinstance(x, dict) else x)))
+    model = seeded(lambda: TwoLayers(lambda self, x: self.a(x["x"] if isinstance(x, dict) else x)))
     with pytest.raises(FFEBMError, match=r"example inputs are an empty batch \(shape \(0, 8\)\): pass an example with"):
         ffebm.convert(model, inputs)

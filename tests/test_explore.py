@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_name import interrupted_at, minus_distance
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -31,9 +32,7 @@ def task() -> tuple[Tensor, nn.Module]:
 
 
 def score(net: Callable[[Tensor], Tensor]) -> float:
-    x, model = task()
-    with torch.no_grad():
-        return -float((net(x) - model(x)).square().mean().double())
+    return minus_distance(net, *task())
 
 
 def explored(evaluate: Any = score, **options: Any) -> Exploration:
@@ -136,14 +135,9 @@ def test_what_is_not_possible_is_listed() -> None:
 
 
 def test_an_interrupted_exploration_goes_on(tmp_path: Path) -> None:
-    file, calls = tmp_path / "exploration.json", []
-
-    def interrupted(net: Any) -> float:
-        calls.append(1)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        return score(net)
-
+    file = tmp_path / "exploration.json"
+    calls: list[int] = []
+    interrupted = interrupted_at(9, score, calls)
     with pytest.raises(KeyboardInterrupt):
         explored(interrupted, file=file)
     kept = json.loads(file.read_text())["results"]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from finite_differences import squared_error
 from networks import CASES, Branches, Residual, converted, noise, seeded
 from torch import Tensor, nn
 
@@ -28,11 +29,6 @@ def double(case: str, activation: type[nn.Module], feedback: float | None = None
     if feedback is not None:
         hybrid.set_feedback(feedback)
     return hybrid, x.double()
-
-
-def squared_error(output: Tensor) -> Tensor:
-    """Mean squared distance to a fixed target."""
-    return (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean()
 
 
 def gradients(hybrid: ffebm.HybridModel, x: Tensor, loss: Loss = squared_error) -> dict[str, Tensor]:

@@ -9,24 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import noise, seeded
+from networks import TwoLayers, noise, seeded
 from same_as_source import assert_same
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.errors import CaptureError
-
-
-class Inner(nn.Module):
-    """Two layers, and a forward from outside."""
-
-    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 class Flags(nn.Module):
@@ -175,7 +163,7 @@ def beside(self: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("forward", [pyramid, repeated, padded, filled, beside], ids=lambda f: f.__name__)
 def test_tensors_of_python_numbers_have_their_values(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    hybrid = assert_same(seeded(lambda: Inner(forward)), noise(3, 8))
+    hybrid = assert_same(seeded(lambda: TwoLayers(forward)), noise(3, 8))
     assert not hybrid.plan.notes
     x = noise(5, 8, seed=1)
     torch.testing.assert_close(hybrid.eval()(x), forward(hybrid, x), rtol=1e-5, atol=1e-6)
@@ -219,7 +207,7 @@ def test_a_constant_that_was_written_is_unknown(write: Callable[[Tensor, Tensor]
         return self.a(x) if table.sum() > 0 else self.b(x)
 
     with pytest.raises(CaptureError, match="depends on the values of a tensor"):
-        ffebm.convert(seeded(lambda: Inner(forward)), noise(6, 8))
+        ffebm.convert(seeded(lambda: TwoLayers(forward)), noise(6, 8))
 
 
 def test_what_is_drawn_from_constants_is_unknown() -> None:
@@ -228,7 +216,7 @@ def test_what_is_drawn_from_constants_is_unknown() -> None:
         return self.a(x) if kept.sum() > 4 else self.b(x)
 
     with pytest.raises(CaptureError, match="depends on the values of a tensor"):
-        ffebm.convert(seeded(lambda: Inner(forward)), noise(6, 8))
+        ffebm.convert(seeded(lambda: TwoLayers(forward)), noise(6, 8))
 
 
 def test_a_buffer_stays_as_it_was_when_its_value_is_followed() -> None:

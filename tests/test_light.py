@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from finite_differences import cosine, parameter_gradients
 from networks import CASES, converted, noise
 from torch import nn
 
@@ -24,13 +25,6 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(light, "_multiplies_bfloat16", lambda: True)
 
 
-def gradients(hybrid: ffebm.HybridModel, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    hybrid.zero_grad(set_to_none=True)
-    output = hybrid(x)
-    (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean().backward()
-    return {name: p.grad.double() for name, p in hybrid.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("estimator", ["ep", "implicit"])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Hardsigmoid])
@@ -45,12 +39,11 @@ def test_gradients_are_as_exact(case: str, activation: type[nn.Module], estimato
     for kappa in (0.1, 0.5):
         hybrid.set_feedback(kappa)
         exact.set_feedback(kappa)
-        found, expected = gradients(hybrid, x), gradients(exact, x.double())
+        found, expected = parameter_gradients(hybrid, x), parameter_gradients(exact, x.double())
         largest = max(float(gradient.norm()) for gradient in expected.values())
         for name, gradient in expected.items():
             if gradient.norm() > 1e-9 * largest:
-                cosine = float((found[name] * gradient).sum() / (found[name].norm() * gradient.norm()))
-                assert cosine >= 0.9999, f"κ = {kappa}: {name}"
+                assert cosine(found[name], gradient) >= 0.9999, f"κ = {kappa}: {name}"
 
 
 @pytest.mark.usefixtures("everywhere")

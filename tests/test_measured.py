@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fabrics import Bench, Boards
+from finite_differences import parameter_gradients, squared_error
 from networks import CASES, MLP, noise, seeded
 from torch import Tensor, nn
 
@@ -30,16 +31,6 @@ def made(case: str = "mlp", dtype: torch.dtype = torch.float64, **options: Any) 
     return ffebm.convert(model, x, **settings), x
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).to(output)).square().mean()
-
-
-def gradients(hybrid: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    hybrid.zero_grad()
-    loss_of(hybrid(x)).backward()
-    return {name: p.grad.double().clone() for name, p in hybrid.named_parameters() if p.grad is not None}
-
-
 def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     assert found.keys() == expected.keys()
     return max(float((found[name] - value).norm() / value.norm()) for name, value in expected.items())
@@ -51,15 +42,15 @@ def test_the_contrast_of_measured_states_is_the_gradient(case: str, variant: Any
     """That of computed states, in deviation coordinates, at the same β; and centered at a small β the exact one."""
     hybrid, x = made(case, solver=ffebm.GaussSeidel(rtol=1e-13))
     hybrid.set_gradient(ffebm.EquilibriumPropagation(1e-2, variant))
-    output, same = hybrid(x).detach(), gradients(hybrid, x)
+    output, same = hybrid(x).detach(), parameter_gradients(hybrid, x)
     hybrid.set_gradient("unrolled")
-    exact = gradients(hybrid, x)
+    exact = parameter_gradients(hybrid, x)
     hybrid.set_gradient(ffebm.EquilibriumPropagation(1e-2, variant))
     hybrid.set_solver(ffebm.Measured(Bench()))
-    assert error(gradients(hybrid, x), same) <= 1e-8
+    assert error(parameter_gradients(hybrid, x), same) <= 1e-8
     if variant == "centered":
         hybrid.set_gradient(ffebm.EquilibriumPropagation(1e-4, variant))
-        assert error(gradients(hybrid, x), exact) <= 1e-6
+        assert error(parameter_gradients(hybrid, x), exact) <= 1e-6
     torch.testing.assert_close(hybrid(x).detach(), output, rtol=1e-9, atol=1e-10)
     hybrid.eval()
     with torch.no_grad():
@@ -72,19 +63,19 @@ def test_circuits_without_amplifiers(kind: str, energy: str) -> None:
     model, x, options = drn_networks.made(kind)
     solver = ffebm.GaussSeidel(rtol=1e-13)
     hybrid = ffebm.convert(model, x, energy=energy, gradient=CENTERED, solver=solver, **options)
-    output, expected = hybrid(x).detach(), gradients(hybrid, x)
+    output, expected = hybrid(x).detach(), parameter_gradients(hybrid, x)
     hybrid.set_solver(ffebm.Measured(Bench()))
-    assert error(gradients(hybrid, x), expected) <= 1e-6
+    assert error(parameter_gradients(hybrid, x), expected) <= 1e-6
     torch.testing.assert_close(hybrid(x).detach(), output, rtol=1e-9, atol=1e-10)
 
 
 def test_the_contrast_loses_no_digits_in_a_float32_network() -> None:
     """s⁺ − s⁻ of a nudge of 1e-4 would keep three digits in float32. It is formed from what was measured."""
     exact, x = made(gradient="unrolled", solver=ffebm.GaussSeidel(rtol=1e-13))
-    expected = gradients(exact, x)
+    expected = parameter_gradients(exact, x)
     hybrid, x = made(dtype=torch.float32, gradient=ffebm.EquilibriumPropagation(1e-4, "centered"))
     hybrid.set_solver(ffebm.Measured(Bench()))
-    assert error(gradients(hybrid, x.float()), expected) <= 1e-5
+    assert error(parameter_gradients(hybrid, x.float()), expected) <= 1e-5
 
 
 def test_a_fabric_of_a_hopfield_block() -> None:
@@ -108,10 +99,10 @@ def test_a_fabric_of_a_hopfield_block() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))).double()
     x = noise(5, 6).double()
     hybrid = ffebm.convert(model, x, feedback=0.3, gradient="unrolled", solver=ffebm.GaussSeidel(rtol=1e-13))
-    expected = gradients(hybrid, x)
+    expected = parameter_gradients(hybrid, x)
     hybrid.set_gradient(CENTERED)
     hybrid.set_solver(ffebm.Measured(Hopfield()))
-    assert error(gradients(hybrid, x), expected) <= 1e-6
+    assert error(parameter_gradients(hybrid, x), expected) <= 1e-6
     hybrid.set_solver(ffebm.Measured(Bench()))
     with pytest.raises(ffebm.UnsupportedError, match="block_1: its energy, 'hopfield', is not that of a circuit"):
         hybrid(x)
@@ -124,9 +115,9 @@ def test_a_fabric_of_a_hopfield_block() -> None:
 )
 def test_states_that_are_held(estimator: Estimator) -> None:
     hybrid, x = made(gradient=estimator, solver=ffebm.GaussSeidel(rtol=1e-13))
-    expected, bench = gradients(hybrid, x), Bench()
+    expected, bench = parameter_gradients(hybrid, x), Bench()
     hybrid.set_solver(ffebm.Measured(bench))
-    assert error(gradients(hybrid, x), expected) <= 1e-7
+    assert error(parameter_gradients(hybrid, x), expected) <= 1e-7
     assert "hold" in bench.calls
 
 
@@ -139,7 +130,7 @@ def test_coupled_learning_needs_a_fabric_that_holds_states() -> None:
     hybrid, x = made(gradient="coupled", solver=ffebm.Measured(Free()))
     output = hybrid(x)
     with pytest.raises(ffebm.UnsupportedError, match=r"block_1: the fabric Free holds no states.*method hold"):
-        loss_of(output).backward()
+        squared_error(output).backward()
 
 
 def test_it_is_programmed_when_weights_or_gains_have_changed_and_only_then() -> None:
@@ -151,7 +142,7 @@ def test_it_is_programmed_when_weights_or_gains_have_changed_and_only_then() -> 
     def asked(changed: bool) -> None:
         nonlocal programs
         programs += changed
-        gradients(hybrid, x)
+        parameter_gradients(hybrid, x)
         assert bench.calls.count("program") == programs, bench.calls
 
     asked(True)
@@ -198,15 +189,15 @@ def test_a_convolution_of_another_size_is_another_circuit() -> None:
 def test_several_blocks() -> None:
     hybrid, x = made(hardware=TWO_BLOCKS, gradient="unrolled", solver=ffebm.GaussSeidel(rtol=1e-13))
     assert len(hybrid.blocks) == 2
-    expected = gradients(hybrid, x)
+    expected = parameter_gradients(hybrid, x)
     hybrid.set_gradient(ffebm.EquilibriumPropagation(1e-6, "centered"))
     bench, boards = Bench(), Boards()
     hybrid.set_solver(ffebm.Measured(bench))  # one chip, programmed in turn
-    assert error(gradients(hybrid, x), expected) <= 1e-6
+    assert error(parameter_gradients(hybrid, x), expected) <= 1e-6
     assert bench.calls.count("program") == 3  # block_1, block_2, and block_1 again in backward
     hybrid.set_solver(ffebm.Measured(boards))  # a chip a block
     for _ in range(2):
-        assert error(gradients(hybrid, x), expected) <= 1e-6
+        assert error(parameter_gradients(hybrid, x), expected) <= 1e-6
     assert [board.block.name for board in boards.benches] == ["block_1", "block_2"]
     hybrid.train()  # which sets the amplifiers for the new weights
     torch.optim.SGD(hybrid.parameters(), 1e-3).step()
@@ -231,7 +222,7 @@ def test_blocks_of_one_layer_are_not_measured() -> None:
     bench = Bench()
     hybrid, x = made(hardware=ffebm.Hardware(layers_per_block=1), solver=ffebm.Measured(bench))
     source = CASES["mlp"].make(nn.ReLU)[0].double()
-    assert error(gradients(hybrid, x), gradients(source, x)) <= 1e-12
+    assert error(parameter_gradients(hybrid, x), parameter_gradients(source, x)) <= 1e-12
     assert bench.calls == []
 
 
@@ -287,17 +278,17 @@ def test_a_fault_is_an_error_and_changes_nothing(fault: str, when: str) -> None:
     hybrid, x = made()
     bench = Bench(at)
     hybrid.set_solver(ffebm.Measured(bench, timeout=0.5 if fault == "hangs" else None))
-    expected = gradients(hybrid, x)  # which stay in the parameters
+    expected = parameter_gradients(hybrid, x)  # which stay in the parameters
     before = {name: value.clone() for name, value in hybrid.state_dict().items()}
     faulty = True
     with pytest.raises(ffebm.FabricError, match=message) as raised:
-        loss_of(hybrid(x)).backward()
+        squared_error(hybrid(x)).backward()
     assert str(raised.value).startswith("block_1: settle of the fabric Bench ")
     assert all(torch.equal(value, before[name]) for name, value in hybrid.state_dict().items())
     assert error({n: p.grad for n, p in hybrid.named_parameters() if p.grad is not None}, expected) == 0
     faulty = False
     programs = bench.calls.count("program")
-    assert error(gradients(hybrid, x), expected) <= 1e-9
+    assert error(parameter_gradients(hybrid, x), expected) <= 1e-9
     assert bench.calls.count("program") == programs + 1  # nobody knew what it held
 
 
@@ -323,12 +314,12 @@ def test_no_gradient_is_added_by_a_backward_that_fails(accumulated: bool) -> Non
     hybrid, x = made(hardware=TWO_BLOCKS)
     bench = Bench(at)
     hybrid.set_solver(ffebm.Measured(bench))
-    expected = gradients(hybrid, x)
+    expected = parameter_gradients(hybrid, x)
     if not accumulated:
         hybrid.zero_grad()
     places = [p.grad for p in hybrid.parameters()]
     faulty = True
-    loss = loss_of(hybrid(x))
+    loss = squared_error(hybrid(x))
     with pytest.raises(ffebm.FabricError, match="block_1"):
         loss.backward()
     assert all(p.grad is place for p, place in zip(hybrid.parameters(), places, strict=True))
@@ -354,9 +345,9 @@ def test_what_a_fabric_keeps_or_overwrites_is_its_own_matter() -> None:
             return self.buffers
 
     hybrid, x = made(solver=ffebm.Measured(Bench()))
-    expected = gradients(hybrid, x)
+    expected = parameter_gradients(hybrid, x)
     hybrid.set_solver(ffebm.Measured(Careless()))
-    assert error(gradients(hybrid, x), expected) <= 1e-12
+    assert error(parameter_gradients(hybrid, x), expected) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -483,7 +474,7 @@ def test_reports() -> None:
     hybrid(x)
     assert "block_1: Measured: by Bench, outside" in hybrid.summary()
     assert "Measured" in hybrid.summary()
-    report = ffebm.check_gradients(hybrid, x, loss_of)  # measured EP, and computed references
+    report = ffebm.check_gradients(hybrid, x, squared_error)  # measured EP, and computed references
     assert report.worst("ep")[1].cosine > 0.99999
     assert report.worst("implicit")[1].cosine > 0.99999
     assert hybrid.blocks[0].settle(x).sweeps == 1
@@ -510,13 +501,13 @@ def test_the_mean_of_several_reads() -> None:
         return [state + 1e-3 * torch.randn(state.shape, generator=generator).double() for state in found]
 
     hybrid, x = made(solver=ffebm.Measured(Bench()))
-    expected, bench = gradients(hybrid, x), Bench(noisy)
+    expected, bench = parameter_gradients(hybrid, x), Bench(noisy)
     hybrid.set_solver(ffebm.Measured(bench))
     errors = []
     for reads in (1, 64):
         hybrid.set_gradient(ffebm.EquilibriumPropagation(0.5, "centered", reads=reads))
         bench.calls.clear()
-        errors.append(error(gradients(hybrid, x), expected))
+        errors.append(error(parameter_gradients(hybrid, x), expected))
         assert bench.calls == ["program"] * (reads == 1) + ["settle"] + ["nudge"] * 2 * reads
     assert errors[1] < 0.3 * errors[0]
 

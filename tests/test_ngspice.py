@@ -17,6 +17,7 @@ import drn_networks
 import pytest
 import torch
 from fabrics import Bench
+from finite_differences import parameter_gradients, squared_error
 from networks import CASES, noise, seeded
 from torch import Tensor, nn
 
@@ -31,16 +32,6 @@ def made(case: str = "mlp", **options: Any) -> tuple[ffebm.HybridModel, Tensor]:
     model, x = CASES[case].make(nn.ReLU)
     settings = {"energy": "resistive", "feedback": 0.3, "gradient": CENTERED, **CASES[case].options, **options}
     return ffebm.convert(model.double(), x.double(), **settings), x.double()
-
-
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).to(output)).square().mean()
-
-
-def gradients(hybrid: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    hybrid.zero_grad()
-    loss_of(hybrid(x)).backward()
-    return {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None}
 
 
 @needs_ngspice
@@ -80,7 +71,7 @@ def test_the_gradient_of_a_circuit_with_silicon_diodes(case: str, energy: str, v
     hybrid.set_solver(ffebm.Measured(ffebm.Ngspice(volts=volts)))
     x = x[:1]
     far = hybrid(x).detach()
-    found = gradients(hybrid, x)
+    found = parameter_gradients(hybrid, x)
     generator = torch.Generator().manual_seed(0)
     for name, weight in hybrid.named_parameters():
         flat, gradient = weight.data.view(-1), found[name].view(-1)
@@ -96,7 +87,7 @@ def test_the_gradient_of_a_circuit_with_silicon_diodes(case: str, energy: str, v
                 continue  # |w|, the conductance, has a kink at 0
             for sign in (1, -1):
                 flat[place] = before + sign * 1e-5
-                losses.append(float(loss_of(hybrid(x).detach())))
+                losses.append(float(squared_error(hybrid(x).detach())))
             flat[place] = before
             expected.append((losses[0] - losses[1]) / 2e-5)
             own.append(float(gradient[place]))
@@ -109,9 +100,9 @@ def test_the_gradient_of_a_circuit_with_silicon_diodes(case: str, energy: str, v
 @needs_ngspice
 def test_coupled_learning_holds_nodes() -> None:
     hybrid, x = made(gradient=ffebm.CoupledLearning(1e-2, "centered"), solver=ffebm.Measured(Bench()))
-    expected = gradients(hybrid, x)
+    expected = parameter_gradients(hybrid, x)
     hybrid.set_solver(ffebm.Measured(ffebm.Ngspice(1e-4, volts=20.0)))
-    for name, gradient in gradients(hybrid, x).items():
+    for name, gradient in parameter_gradients(hybrid, x).items():
         assert (gradient - expected[name]).norm() <= 5e-3 * expected[name].norm(), name
 
 
@@ -146,12 +137,12 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 def test_an_executor_gives_the_same_states(pool: ProcessPoolExecutor, caplog: pytest.LogCaptureFixture) -> None:
     hybrid, x = made(solver=ffebm.Measured(ffebm.Ngspice(volts=10.0)))
     x = torch.cat([x, noise(7, 8, seed=3).double()])
-    output, expected = hybrid(x).detach(), gradients(hybrid, x)
+    output, expected = hybrid(x).detach(), parameter_gradients(hybrid, x)
 
     def same(executor: Executor, parts: int) -> None:
         hybrid.set_solver(ffebm.Measured(ffebm.Ngspice(volts=10.0, executor=executor, parts=parts)))
         torch.testing.assert_close(hybrid(x).detach(), output, rtol=0, atol=0)
-        for name, gradient in gradients(hybrid, x).items():
+        for name, gradient in parameter_gradients(hybrid, x).items():
             torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
 
     caplog.set_level(logging.WARNING)

@@ -8,20 +8,15 @@ import networkx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from partition_cases import chain, faults, random_graph, random_hardware
+from partition_cases import chain, faults, random_graph, random_hardware, total_conversions
 
 from ffebm_compiler.errors import PlanError
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, Operation, OperationGraph, Role
-from ffebm_compiler.passes.partition.decide import conversions, partition, quotient_order
+from ffebm_compiler.passes.partition.decide import partition, quotient_order
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
 ALWAYS = frozenset(ALWAYS_JOIN)
-
-
-def total(graph: OperationGraph, blocks: list[list[str]]) -> int:
-    users = graph.users()
-    return sum(sum(conversions(graph, block, users)) for block in blocks)
 
 
 def layer(name: str, *inputs: str, values: int = 8, rows: int = 8, cols: int = 8) -> Operation:
@@ -94,7 +89,7 @@ def test_a_residual_block_is_one_energy_block() -> None:
     )
     result = partition(graph, Hardware())
     assert result.blocks == [["a", "ra", "b", "sum", "rs"]]
-    assert total(graph, result.blocks) == 16
+    assert total_conversions(graph, result.blocks) == 16
 
 
 def test_layers_that_read_one_value_share_its_converters() -> None:
@@ -104,7 +99,7 @@ def test_layers_that_read_one_value_share_its_converters() -> None:
     )
     result = partition(graph, Hardware())
     assert result.blocks == [["q", "k", "v"]]
-    assert total(graph, result.blocks) == 8 + 24
+    assert total_conversions(graph, result.blocks) == 8 + 24
 
 
 def test_pairwise_sound_merges_do_not_make_a_cycle() -> None:
@@ -177,7 +172,7 @@ def test_unlimited_capacities_put_a_chain_into_one_block() -> None:
     graph = chain(200)
     result = partition(graph, Hardware(tiles_per_core=None, layers_per_block=None))
     assert len(result.blocks) == 1
-    assert total(graph, result.blocks) == 128
+    assert total_conversions(graph, result.blocks) == 128
 
 
 def test_a_chain_fills_its_blocks() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from partition_cases import chain, faults, random_graph, random_hardware
+from partition_cases import chain, faults, random_graph, random_hardware, total_conversions
 
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import ALWAYS_JOIN, OperationGraph, Role
-from ffebm_compiler.passes.partition.decide import conversions, partition
+from ffebm_compiler.passes.partition.decide import partition
 
 KINDS = ("add", "reshape", "concat", "avg_pool")
 ALL_KINDS = frozenset((*KINDS, *ALWAYS_JOIN))
@@ -27,11 +27,6 @@ def benchmark(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def total(graph: OperationGraph, blocks: list[list[str]]) -> int:
-    users = graph.users()
-    return sum(sum(conversions(graph, block, users)) for block in blocks)
 
 
 def by_enumeration(graph: OperationGraph, hardware: Hardware, digital_drive: bool = False) -> tuple[int, int]:
@@ -58,7 +53,7 @@ def by_enumeration(graph: OperationGraph, hardware: Hardware, digital_drive: boo
             if home >= 0:
                 blocks.setdefault(home, []).append(op.name)
         found = list(blocks.values())
-        value = (total(graph, found), len(found))
+        value = (total_conversions(graph, found), len(found))
         if best is not None and value >= best:
             continue
         inside = {name for block in found for name in block}
@@ -92,7 +87,7 @@ def test_conversions_are_optimal_on_nearly_all_small_graphs(digital_drive: bool)
         if best is None:
             continue
         known += 1
-        found = total(graph, partition(graph, hardware, KINDS, digital_drive=digital_drive).blocks)
+        found = total_conversions(graph, partition(graph, hardware, KINDS, digital_drive=digital_drive).blocks)
         assert best[0] <= found <= 1.2 * best[0], seed
         equal += found == best[0]
     assert known >= 50

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_name import minus_distance
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -36,9 +37,7 @@ def task() -> tuple[Tensor, nn.Module]:
 
 
 def score(net: Callable[[Tensor], Tensor]) -> float:
-    x, model = task()
-    with torch.no_grad():
-        return -float((net(x) - model(x)).square().mean().double())
+    return minus_distance(net, *task())
 
 
 def planned(max_drop: float, **options: Any) -> ffebm.AccuracyPlan:

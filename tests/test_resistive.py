@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from finite_differences import gradients_by, slope_along
+from finite_differences import assert_finite_differences, squared_error
 from networks import CASES, MLP, Branches, Projections, noise, seeded
 from torch import Tensor, nn
 
@@ -268,10 +268,6 @@ def test_states_are_stationary_in_the_energy_by_hand(case: str, kind: str, gamma
         assert (slope[at_high] <= 1e-10).all()
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean()
-
-
 GRADIENTS = [(case, kind) for case in [*BLOCKS, "tied", "gains"] for kind in [*ACTIVATIONS, "sloped"]]
 GRADIENTS += [(case, "leaky") for case in ("cnn", "convolutions", "residual", "skip", "joined", "experts")]
 GRADIENTS += [("cnn", "relu"), ("convolutions", "hardsigmoid")]
@@ -288,15 +284,7 @@ def test_gradients_are_finite_differences_with_gamma_and_amplifiers_held(case: s
     x = x.double()
     # β so small that no unit crosses a kink; the midpoint makes the quadratic part exact at any β.
     estimators = (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled")
-    tensors, gradients = gradients_by(estimators, hybrid, x, loss_of)
-    for index, (name, tensor) in enumerate(tensors.items()):
-        direction = noise(*tensor.shape, seed=100 + index).double()
-        direction /= direction.norm()
-        size = max(float(found[name].norm()) for found in gradients.values())
-        slope = slope_along(direction, name, tensors, hybrid, x, loss_of, size)
-        for found in gradients.values():
-            expected = pytest.approx(slope, rel=1e-7, abs=1e-7 * size)
-            assert float((found[name] * direction).sum()) == expected, name
+    assert_finite_differences(estimators, hybrid, x)
     assert [block.module.setting for block in hybrid.blocks] == before
 
 
@@ -304,7 +292,7 @@ def test_a_gradient_without_the_loads_or_with_free_amplifiers_is_another(monkeyp
     """What the extra term is worth, and why A is held: both were measured in the prototype as well."""
     hybrid, _, x = resistive("mlp", nn.ReLU, 0.4)
     hybrid.set_gradient("implicit")
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x)).backward()
     weight = hybrid.get_parameter("layers.2.weight")
     assert weight.grad is not None
     found, direction = weight.grad.clone(), noise(*weight.shape, seed=5).double()
@@ -314,12 +302,12 @@ def test_a_gradient_without_the_loads_or_with_free_amplifiers_is_another(monkeyp
         with torch.no_grad():
             moved.get_parameter("layers.2.weight").add_(sign * 1e-5 * direction)
         moved.recertify()
-        ends.append(float(loss_of(moved(x)).detach()))
+        ends.append(float(squared_error(moved(x)).detach()))
     free = (ends[0] - ends[1]) / 2e-5
     assert abs(float((found * direction).sum()) / free - 1) > 1e-3
     monkeypatch.setattr(Resistive, "add_weight_terms", lambda *_, **__: None)
     hybrid.zero_grad()
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x)).backward()
     assert (weight.grad - found).norm() > 0.01 * found.norm()
 
 
@@ -412,7 +400,7 @@ def test_training_measures_the_amplifiers_and_evaluation_leaves_them() -> None:
     hybrid.train()
     for _ in range(3):
         optimizer.zero_grad()
-        loss_of(hybrid(x)).backward()
+        squared_error(hybrid(x)).backward()
         optimizer.step()
     held = block.module.setting
     assert held.amplifiers != pytest.approx(row_sums(hybrid), rel=1e-4)  # of the weights before the last step
@@ -460,7 +448,7 @@ def test_told_and_true_contraction_agree_after_any_step(case: str, rate: float) 
     optimizer = torch.optim.Adam(hybrid.parameters(), rate)
     for _ in range(40):
         optimizer.zero_grad()
-        loss_of(hybrid(x)).backward()
+        squared_error(hybrid(x)).backward()
         layers = make(hybrid.to_digital().double())
         amplifiers, loads, scales = by_hand(layers, depths, 0.5)
         true = float(np.abs(np.linalg.eigvalsh(dense(layers, loads, scales, 1.0))).max())
@@ -476,7 +464,7 @@ def test_resumed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def steps(hybrid: ffebm.HybridModel, optimizer: torch.optim.Optimizer, count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad()
-            loss_of(hybrid(x)).backward()
+            squared_error(hybrid(x)).backward()
             optimizer.step()
 
     hybrid, x = small()
@@ -500,7 +488,7 @@ def test_training_moves_downhill() -> None:
     losses = []
     for _ in range(60):
         optimizer.zero_grad()
-        loss = loss_of(hybrid(x))
+        loss = squared_error(hybrid(x))
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -514,7 +502,7 @@ def test_files_copies_and_state_dicts_keep_it(tmp_path: Path) -> None:
     hybrid, x = small()
     hybrid.set_feedback(2.5)
     hybrid.train()
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x)).backward()
     torch.optim.SGD(hybrid.parameters(), 0.1).step()
     hybrid.eval()  # the amplifiers are of the weights before
     (block,) = hybrid.blocks
@@ -575,7 +563,7 @@ def test_reports_know_it() -> None:
     hybrid.set_feedback("symmetric")
     assert hybrid.blocks[0].module.scales == (1.0,) * 4
     assert hybrid.project() == {}
-    report = ffebm.check_gradients(hybrid, x, loss_of)
+    report = ffebm.check_gradients(hybrid, x, squared_error)
     assert report.worst("ep")[1].cosine > 0.9999
     assert report.worst("implicit")[1].cosine > 0.9999
     assert "block_1" in str(hybrid.cost_report())
@@ -632,7 +620,7 @@ def test_every_solver_finds_the_same_states_and_gradients(name: str) -> None:
         hybrid = ffebm.convert(model, x, energy="resistive", feedback=2.0, solver=solver, **options).eval()
         if name == "warm":
             hybrid(1.01 * x)
-        loss_of(hybrid(x)).backward()
+        squared_error(hybrid(x)).backward()
         gradients = {key: p.grad for key, p in hybrid.named_parameters() if p.grad is not None}
         found.append((hybrid.blocks[0].states, gradients))
     for ours, theirs in zip(found[0][0], found[1][0], strict=True):
@@ -669,7 +657,7 @@ def test_tokens_masks_and_fixed_batches(shapes: Any, rate: float) -> None:
         hybrid.zero_grad()
         with torch.random.fork_rng():
             torch.manual_seed(7)
-            loss_of(hybrid(x)).backward()
+            squared_error(hybrid(x)).backward()
         found[name] = {key: p.grad.clone() for key, p in hybrid.named_parameters() if p.grad is not None}
     for name, gradient in found["unrolled"].items():
         for other in ("ep", "implicit"):
@@ -684,7 +672,7 @@ def test_complex_nudges_of_linear_layers() -> None:
     for estimator in ("unrolled", ffebm.EquilibriumPropagation(0.3, "holomorphic", points=3)):
         hybrid.set_gradient(estimator)
         hybrid.zero_grad()
-        loss_of(hybrid(x)).backward()
+        squared_error(hybrid(x)).backward()
         found.append({name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from by_name import mean_of_outputs
+from by_name import interrupted_at, mean_of_outputs, minus_distance
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -34,10 +34,7 @@ def task() -> tuple[Tensor, nn.Module]:
 
 
 def score(net: Callable[[Tensor], Tensor]) -> float:
-    """Minus the distance from the source, so that every error counts."""
-    x, model = task()
-    with torch.no_grad():
-        return -float((net(x) - model(x)).square().mean().double())
+    return minus_distance(net, *task())
 
 
 @cache
@@ -226,13 +223,7 @@ def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:
     hybrid, file = hybrid_of(), tmp_path / "sensitivity.json"
     expected = ffebm.sensitivity(hybrid, score, DEVICES, draws=2)
     calls: list[int] = []
-
-    def interrupted(net: Any) -> float:
-        calls.append(1)
-        if len(calls) == 9:
-            raise KeyboardInterrupt
-        return score(net)
-
+    interrupted = interrupted_at(9, score, calls)
     with pytest.raises(KeyboardInterrupt):
         ffebm.sensitivity(hybrid, interrupted, DEVICES, draws=2, file=file)
     kept = json.loads(file.read_text())["results"]

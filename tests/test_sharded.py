@@ -5,13 +5,11 @@ Each test starts real processes with torchrun, which compare themselves with the
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from running import torchrun
 from torch import nn
 
 import ffebm_compiler as ffebm
@@ -21,16 +19,7 @@ TESTS = Path(__file__).parent
 
 
 def launch(processes: int, script: str, *arguments: str) -> None:
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*command, str(TESTS / script), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun(processes, TESTS / script, *arguments, timeout=280)
 
 
 @pytest.mark.slow

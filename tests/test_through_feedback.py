@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from by_hand import BY_HAND, ByHand, relative
+from finite_differences import squared_error
 from networks import CASES, MLP, converted, noise, seeded
 from torch import Tensor, nn
 
@@ -31,10 +32,6 @@ ESTIMATORS = (
 )
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).double()).square().mean()
-
-
 def make(case: str, kappa: float, **options: Any) -> tuple[ffebm.HybridModel, Any, Tensor]:
     if case == "two":
         model, x = seeded(lambda: MLP((6, 7, 4), nn.Tanh)).double(), noise(5, 6).double()
@@ -48,7 +45,7 @@ def make(case: str, kappa: float, **options: Any) -> tuple[ffebm.HybridModel, An
 def gradients(hybrid: ffebm.HybridModel, x: Tensor, gradient: Any) -> dict[str, Tensor]:
     hybrid.set_gradient(gradient)
     hybrid.zero_grad()
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x).double()).backward()
     return {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None}
 
 
@@ -97,7 +94,7 @@ def test_the_total_gradient_is_the_finite_difference_with_the_loop_gain_held(cas
                 parameter.add_(direction, alpha=factor * step)
                 layers = layers_of(case, model)
                 block = ByHand(layers, scales_holding(layers, depths, wanted))
-                losses.append(float(loss_of(block.settle(x)[-1])))
+                losses.append(float(squared_error(block.settle(x)[-1])))
                 parameter.sub_(direction, alpha=factor * step)
             expected = (losses[0] - 8 * losses[1] + 8 * losses[2] - losses[3]) / (12 * step)
             slope = float((found[name] * direction).sum())
@@ -136,7 +133,7 @@ def test_in_a_two_layer_block_it_is_the_rank_one_term_of_the_top_singular_pair()
         shifted[1] = block.drive(1, shifted, x)
         shifted[0] = (block.drive(0, shifted, x) + shift + gamma * shifted[1] @ second.weight).tanh()
     shifted[1] = block.drive(1, shifted, x)
-    (current,) = torch.autograd.grad(loss_of(shifted[1]), shift)
+    (current,) = torch.autograd.grad(squared_error(shifted[1]), shift)
     u, sigma, vt = torch.linalg.svd(second.weight.detach())
     slope = (current * (given[1] @ second.weight.detach())).sum()
     term = slope * (-2 * gamma / sigma[0]) * torch.outer(u[:, 0], vt[0])
@@ -155,7 +152,7 @@ def by_recertifying(hybrid: ffebm.HybridModel, x: Tensor, found: dict[str, Tenso
             for factor in (-2, -1, 1, 2):
                 parameter.add_(direction, alpha=factor * step)
                 hybrid.recertify()
-                losses.append(float(loss_of(hybrid(x))))
+                losses.append(float(squared_error(hybrid(x))))
                 parameter.sub_(direction, alpha=factor * step)
             hybrid.recertify()
             expected = (losses[0] - 8 * losses[1] + 8 * losses[2] - losses[3]) / (12 * step)
@@ -209,9 +206,9 @@ def test_feedback_weights_of_their_own_count_in_both_directions() -> None:
 
 def test_the_check_compares_total_gradients_with_each_other() -> None:
     hybrid, _, x = make("two", 0.6)
-    held = ffebm.check_gradients(hybrid, x, loss_of)
+    held = ffebm.check_gradients(hybrid, x, squared_error)
     hybrid.set_gradient(ffebm.Implicit(through_feedback=True))
-    total = ffebm.check_gradients(hybrid, x, loss_of)
+    total = ffebm.check_gradients(hybrid, x, squared_error)
     assert total.own == "implicit"
     for report in (held, total):
         assert report.worst("implicit")[1].relative_error <= 1e-8

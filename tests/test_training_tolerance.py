@@ -6,23 +6,11 @@ import copy
 
 import pytest
 import torch
+from finite_differences import cosine, parameter_gradients
 from networks import CASES, converted, noise, seeded, warmed
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
-
-
-def gradients(hybrid: ffebm.HybridModel, x: Tensor) -> dict[str, Tensor]:
-    """Of the mean squared distance to a fixed target, by every parameter."""
-    hybrid.zero_grad(set_to_none=True)
-    output = hybrid(x)
-    (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean().backward()
-    return {name: p.grad.double() for name, p in hybrid.named_parameters() if p.grad is not None}
-
-
-def cosine(found: Tensor, expected: Tensor) -> float:
-    """Of two gradients."""
-    return float((found * expected).sum() / (found.norm() * expected.norm()))
 
 
 def assert_gradients_at(
@@ -32,7 +20,7 @@ def assert_gradients_at(
     for kappa in feedbacks:
         hybrid.set_feedback(kappa)
         exact.set_feedback(kappa)
-        found, expected = gradients(hybrid, x), gradients(exact, x.double())
+        found, expected = parameter_gradients(hybrid, x), parameter_gradients(exact, x.double())
         for name, gradient in expected.items():
             assert cosine(found[name], gradient) >= 0.9999, f"κ = {kappa}: {name}"
 
@@ -67,7 +55,7 @@ def test_gradients_of_conductances_in_training(case: str, energy: str, feedback:
     hybrid = ffebm.convert(model, x, energy=energy, feedback=feedback, gradient="implicit", **options).train()
     assert any(block.module.program.coupled for block in hybrid.blocks)
     exact = copy.deepcopy(hybrid).double()
-    found, expected = gradients(hybrid, x), gradients(exact, x.double())
+    found, expected = parameter_gradients(hybrid, x), parameter_gradients(exact, x.double())
     size = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
         if gradient.norm() > 1e-9 * size:
@@ -132,7 +120,7 @@ def test_over_relaxed_sweeps_end_at_the_same_equilibrium_sooner(case: str, estim
     found, taken = [], []
     for relaxation in (1.0, 1.15):
         hybrid.set_solver(ffebm.GaussSeidel(rtol=1e-10, relaxation=relaxation))
-        found.append(gradients(hybrid, x.double()))
+        found.append(parameter_gradients(hybrid, x.double()))
         taken.append(sum(sweeps(hybrid)))
     assert taken[1] <= taken[0]
     for name, gradient in found[0].items():
@@ -146,12 +134,12 @@ def test_over_relaxation_that_does_not_pay_is_given_up() -> None:
     exact = copy.deepcopy(hybrid).double()
     state = exact(x.double())
     exact.set_gradient("implicit")
-    expected = gradients(exact, x.double())
+    expected = parameter_gradients(exact, x.double())
     hybrid.set_solver(ffebm.GaussSeidel(relaxation=1.999))
     assert (hybrid(x) - state).norm() <= 1e-3 * state.norm()
     exact.set_solver(ffebm.GaussSeidel(relaxation=1.999))
     exact.set_gradient("unrolled")  # it has to give up where the phase did
-    for name, gradient in gradients(exact, x.double()).items():
+    for name, gradient in parameter_gradients(exact, x.double()).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-8 * float(gradient.abs().max()))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from finite_differences import gradients_by, slope_along
+from finite_differences import assert_finite_differences, squared_error
 from networks import CASES, MLP, noise, seeded
 from torch import Tensor, nn
 
@@ -23,10 +23,6 @@ def made(case: str, kind: Any = nn.ReLU, gamma: float = 0.4) -> tuple[ffebm.Hybr
     model, x = model.double(), x.double()
     options = {"block_ops": ("add", "reshape", "scale"), **CASES[case].options}
     return ffebm.convert(model, x, energy="unamplified", feedback=gamma, solver=EXACT, **options), model, x
-
-
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).to(output.dtype)).square().mean()
 
 
 def by_hand(model: MLP, x: Tensor, states: list[Tensor], gamma: float) -> Tensor:
@@ -66,14 +62,7 @@ def test_gradients_are_finite_differences(case: str) -> None:
     hybrid, _, x = made(case)
     assert any(block.module.program.coupled for block in hybrid.blocks)
     estimators = (ffebm.EquilibriumPropagation(1e-6, "centered"), "implicit", "unrolled")
-    tensors, gradients = gradients_by(estimators, hybrid, x, loss_of)
-    for index, (name, tensor) in enumerate(tensors.items()):
-        direction = noise(*tensor.shape, seed=100 + index).double()
-        direction /= direction.norm()
-        size = max(float(found[name].norm()) for found in gradients.values())
-        slope = slope_along(direction, name, tensors, hybrid, x, loss_of, size)
-        for found in gradients.values():
-            assert float((found[name] * direction).sum()) == pytest.approx(slope, rel=1e-7, abs=1e-7 * size), name
+    assert_finite_differences(estimators, hybrid, x)
 
 
 def test_nothing_is_set_so_that_weights_may_move_without_measuring() -> None:
@@ -162,7 +151,7 @@ def test_no_gradient_moves_a_unit_that_no_conductance_reaches(energy: str, silen
             one.zero_grad()
             output = one(data)
             assert torch.equal(output[:, 3:], held.to(output.dtype))
-            loss_of(output).backward()
+            squared_error(output).backward()
         for name, parameter in hybrid.named_parameters():
             expected = exact.get_parameter(name).grad
             assert parameter.grad is not None
@@ -206,10 +195,10 @@ def test_units_that_no_source_reaches_have_no_gradient(energy: str, gradient: st
     assert not hybrid(x).detach().any()
     told = r"block_1: nothing sets the potentials of units of layers\.1, layers\.2, since no path of conductances leads"
     with pytest.raises(ffebm.ConvergenceError, match=told):
-        loss_of(hybrid(x)).backward()
+        squared_error(hybrid(x)).backward()
     with torch.no_grad():
         hybrid.get_parameter("layers.1.weight").fill_(0.1)
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x)).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in hybrid.parameters())
 
 
@@ -221,7 +210,7 @@ def test_diodes_hold_units_that_no_source_reaches(energy: str) -> None:
     found = []
     for gradient in ("implicit", "unrolled"):
         hybrid = ffebm.convert(model, x, energy=energy, feedback=gamma, gradient=gradient)
-        loss_of(hybrid(x)).backward()
+        squared_error(hybrid(x)).backward()
         found.append([p.grad for p in hybrid.parameters()])
     assert hybrid.blocks[0].loop_gain == pytest.approx(1, abs=1e-9)
     for mine, other in zip(*found, strict=True):

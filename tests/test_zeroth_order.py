@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from by_hand import relative
-from networks import converted, noise, seeded
+from finite_differences import squared_error
+from networks import TwoBlocks, converted, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -42,15 +43,11 @@ def part_of(hybrid: ffebm.HybridModel) -> FeedforwardBlock:
     return part
 
 
-def loss_of(output: Tensor) -> Tensor:
-    return (output - noise(*output.shape, seed=9).to(output)).square().mean()
-
-
 def run(hybrid: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     hybrid.zero_grad()
     x = x.clone().requires_grad_()
     torch.manual_seed(3)  # the dropout masks
-    loss_of(hybrid(x)).backward()
+    squared_error(hybrid(x)).backward()
     assert x.grad is not None
     return {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None}, x.grad
 
@@ -81,7 +78,7 @@ def test_it_is_its_equation_with_the_same_masks_and_frozen_statistics() -> None:
             return model(x + shifts.get("x", torch.zeros(())))
 
     centre = output({}).requires_grad_()
-    (delta,) = torch.autograd.grad(loss_of(centre), centre)
+    (delta,) = torch.autograd.grad(squared_error(centre), centre)
     expected = {name: torch.zeros_like(value) for name, value in zip(order, moved, strict=True)}
     for signs in directions(settings, 0, 0, moved):
         assert all(bool((sign.abs() == 1).all()) for sign in signs)
@@ -111,7 +108,7 @@ def test_the_mean_over_all_signs_is_the_gradient() -> None:
     assert relative(found_x, exact_x) < 0.1
     # Every pattern of signs, from the definition.
     weight, output = model[0].weight.detach(), model(x).detach().requires_grad_()
-    (delta,) = torch.autograd.grad(loss_of(output), output)
+    (delta,) = torch.autograd.grad(squared_error(output), output)
     total, step = torch.zeros(2, 2, dtype=torch.float64), 1e-5
     for pattern in product((-1.0, 1.0), repeat=6):
         signs = torch.tensor(pattern, dtype=torch.float64)
@@ -133,13 +130,8 @@ class OneWay(torch.autograd.Function):
         raise RuntimeError("backpropagated")
 
 
-class Between(nn.Module):
+class Between(TwoBlocks):
     """Two blocks with a digital part between them that has no backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.norm = nn.Linear(6, 8), nn.Linear(8, 8), nn.LayerNorm(8)
-        self.c, self.d = nn.Linear(8, 7), nn.Linear(7, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = OneWay.apply(self.norm(self.b(self.a(x).tanh())))
@@ -200,7 +192,7 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(tmp_path: Path) -> N
 def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
     hybrid, _, x = digital()
     hybrid.set_gradient("ep", feedforward="zeroth-order")
-    loss = loss_of(hybrid(x))
+    loss = squared_error(hybrid(x))
     loss.backward(retain_graph=True)
     first = {name: p.grad.clone() for name, p in hybrid.named_parameters() if p.grad is not None}
     loss.backward()
@@ -245,7 +237,7 @@ def test_a_compiled_hybrid_perturbs_too() -> None:
 def test_the_check_names_it() -> None:
     hybrid, _, x = digital()
     hybrid.set_gradient("ep", feedforward=ffebm.ZerothOrder(samples=200))
-    report = ffebm.check_gradients(hybrid, x, loss_of)
+    report = ffebm.check_gradients(hybrid, x, squared_error)
     assert report.own == "ep, zeroth-order"
     assert report.worst("ep")[1].cosine > 0.999999
     assert 0.2 < report["second.bias"]["ep, zeroth-order"].cosine < 0.999999

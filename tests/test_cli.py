@@ -386,6 +386,6 @@ def test_every_command_that_takes_a_model_has_the_options_of_one_dataclass() -> 
         if field.name in ("energy", "feedback", "gradient", "feedback_weights"):  # a plan has none of them
             assert described.pop("plan") is None
         if field.name == "model":  # a stored plan may be drawn
-            assert "plan's .json file" in str(described.pop("draw"))
+            assert ".json file of ffebm plan" in str(described.pop("draw"))
         assert None not in described.values()
         assert len({str(value) for value in described.values()}) == 1, field.name

@@ -292,7 +292,7 @@ def test_a_missing_package_names_the_extra(
     cnn: tuple[ffebm.HybridModel, Tensor, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ffebm.ExportError, match=rf"package '{name}'.*pip install ffebm-compiler\[onnx\]"):
+    with pytest.raises(ffebm.ExportError, match=rf"package '{name}'.*pip install 'ffebm-compiler\[onnx\]'"):
         cnn[0].export_onnx(tmp_path / "out", parts="digital")
 
 

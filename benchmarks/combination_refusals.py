@@ -54,8 +54,8 @@ _PARTS = ("zeroth-order", "8 bits", "8 bits, quantised")
 _ONNX = ("ONNX", "ONNX parts")
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal({"energy": _CIRCUITS, "feedback weights": _OWN}, "its feedback has no weights of its own"),
-    Refusal({"energy": _CIRCUITS, "devices": ("mismatched",)}, "its feedback has no weights of its own"),
+    Refusal({"energy": _CIRCUITS, "feedback weights": _OWN}, "its feedback has weights of its own"),
+    Refusal({"energy": _CIRCUITS, "devices": ("mismatched",)}, "its feedback has weights of its own"),
     Refusal({"energy": _CIRCUITS, "activation": ("tanh", "GELU")}, "is not made"),
     Refusal(
         {"energy": _CIRCUITS, "network": ("CNN",), "block_ops": ("all",), "fold_batchnorm": ("yes",)},

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import noise, seeded
-from test_partition import digital, layer, relu, total, wiring
+from partition_cases import total_conversions
+from test_partition import digital, layer, relu, wiring
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -120,8 +121,8 @@ def test_a_state_that_is_read_elsewhere_too_would_cost_converters() -> None:
     assert drawn(graph).blocks == [["a"]]
     saving = OperationGraph({"x": 8}, (relu("r", "x"), layer("a", "r"), layer("b", "x")), ("a", "b"))
     assert drawn(saving).blocks == [["r", "a", "b"]]
-    assert total(saving, [["r", "a", "b"]]) == 24
-    assert total(saving, partition(saving, Hardware()).blocks) == 32
+    assert total_conversions(saving, [["r", "a", "b"]]) == 24
+    assert total_conversions(saving, partition(saving, Hardware()).blocks) == 32
 
 
 def test_driven_states_are_neurons() -> None:

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from partition_cases import total_conversions
 from random_networks import RandomNetwork, Several
-from test_partition import digital, layer, relu, total, wiring
+from test_partition import digital, layer, relu, wiring
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -124,7 +125,7 @@ def test_a_sum_of_states_is_activated_digitally_and_one_with_a_layer_is_a_state(
     assert result.digital[-1] == ["r"]
     owned = OperationGraph({"x": 8}, (*states[:2], layer("b", "x"), wiring("sum", "ra", "b"), relu("r", "sum")), ("r",))
     result = partition(owned, Hardware())
-    assert total(owned, result.blocks) == 16
+    assert total_conversions(owned, result.blocks) == 16
     assert len(result.blocks) == 1
 
 

@@ -26,7 +26,7 @@ from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.phases.free_phase import HOLD, FreePhase
 from ffebm_compiler.runtime.phases.read_phase import ReadPhase
 from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
-from ffebm_compiler.runtime.phases.undetermined import check_determined
+from ffebm_compiler.runtime.phases.undetermined import check_currents, check_determined
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.program.layout import laid_out
@@ -295,8 +295,8 @@ class EnergyBlock(nn.Module):
         needed = None if settled.converged else self.gain.needed(frame.weights)
         if needed is not None:
             phase, settled = self._settled_anew(frame, needed)
-        if not settled.converged:
-            check_determined(phase.frame, phase.setting, phase.settled()[1], self.loop_gain)
+        check = check_currents if settled.converged else check_determined
+        check(phase.frame, phase.setting, phase.settled()[1], self.loop_gain)
         settled = concluded(
             settled,
             phase,

@@ -169,8 +169,7 @@ class Settle(torch.autograd.Function):
             weights_needed=tuple(needed[program.inputs :]),
             analog=block.analog(ctx.reads, ctx.last.sweeps),
         )
-        if situation.contraction is None:
-            check_determined(frame, ctx.setting, preactivations, block.gain.loop_gain)
+        check_determined(frame, ctx.setting, preactivations, block.gain.loop_gain)
         if ctx.last.lost:
             gradients = ctx.estimator.gradients(*situation.without(ctx.last.lost, errors))
             found = situation.spread(gradients.inputs, ctx.last.lost)

@@ -126,7 +126,12 @@ def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options
     assert again.training == train
     for key, value in hybrid.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
-    (mine, state), (other, state_again) = (stepped(one, x, directions, 2) for one in (hybrid, again))
+    try:
+        (mine, state), (other, state_again) = (stepped(one, x, directions, 2) for one in (hybrid, again))
+    except ffebm.ConvergenceError as error:  # the step has left conductances of 0
+        if not undetermined(hybrid, error):
+            raise
+        return
     assert bool(torch.isfinite(mine).all())
     assert torch.equal(mine, other), "the loaded hybrid computes something else"
     for key, value in state.items():

@@ -232,3 +232,17 @@ def test_a_potential_that_overflows_is_told_by_its_conductances(energy: str) -> 
         ffebm.convert(model, x, energy=energy, feedback=gamma)(x)
     wide = ffebm.convert(model.double(), x.double(), energy=energy, feedback=gamma)
     assert bool(wide(x.double()).isfinite().all())
+
+
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+def test_currents_into_units_that_no_source_reaches(energy: str) -> None:
+    """Nothing takes the bias of the second layer's first unit away. Its other unit settles, if slowly."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2), nn.Linear(2, 2, bias=False)))
+    with torch.no_grad():
+        for layer, weights in zip(model, ([0.0, 0.9], [0.1, 57.3], [0.0, 0.6]), strict=True):
+            layer.weight.copy_(torch.diag(torch.tensor(weights)))
+        model[1].bias.copy_(torch.tensor([2.0, -5.0]))
+    gamma: Any = "symmetric" if energy == "drn" else 0.1
+    hybrid = ffebm.convert(model, noise(3, 2), energy=energy, feedback=gamma)
+    with pytest.raises(ffebm.ConvergenceError, match=r"nothing sets the potentials of units of 0, 1, since"):
+        hybrid(noise(3, 2))

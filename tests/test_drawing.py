@@ -254,6 +254,17 @@ def test_overlays_show_what_was_measured(tmp_path: Path) -> None:
     assert measured["sweeps in the last forward"] == str(comparison.sweeps[block.name])
 
 
+def test_the_gradients_on_a_page_are_those_of_the_hybrid_s_own_estimator() -> None:
+    model, inputs = mlp()
+    hybrid = ffebm.convert(model, inputs, gradient="implicit").eval()
+    gradients = ffebm.check_gradients(hybrid, inputs, lambda y: y.square().mean())
+    overlay = drawing.gradient_overlay(hybrid.plan, gradients)
+    (block,) = (block for block in hybrid.blocks if block.name in overlay.values)
+    assert overlay.name == "1 − cos implicit"
+    worst = max(1 - gradients[name]["implicit"].cosine for name in block.plan.weights)
+    assert overlay.values[block.name] == max(0.0, worst)
+
+
 def test_overlay_bars_are_shares_of_the_largest_value() -> None:
     linear = drawing.Overlay("x", "", {"a": 1.0, "b": 0.25, "c": float("nan")}).to_dict()["values"]
     assert [linear[name]["share"] for name in "abc"] == [1.0, 0.25, 1.0]

@@ -81,6 +81,11 @@ def _tests(line: str, minutes: float = 1, *needs: str, alone: bool = False) -> C
     return Command(f"pytest {line}", minutes, "junit.xml", needs, alone)
 
 
+def _drawn(test: str, minutes: float) -> Command:
+    words = f"tests/test_drawn_networks.py -k {test} -n 2 --dist worksteal"
+    return Command(f"FFEBM_NETWORKS=10000 pytest {words}", minutes, "junit.xml", alone=True)
+
+
 STEP = "python benchmarks/training_step.py --held --no-memory"
 ROWS = "'single-layer*' 'ep, default' 'implicit, default' 'ep, feedback 0.5' 'ep, feedback 0.9'"
 
@@ -105,9 +110,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "survey": _tests("tests/test_survey.py", 4),
     "one-layer": _tests("tests/test_split_relus.py tests/test_layers.py tests/test_convert.py"),
-    "drawn": Command(
-        "FFEBM_NETWORKS=10000 pytest tests/test_drawn_networks.py -n 2 --dist worksteal", 75, "junit.xml", alone=True
-    ),
+    "drawn": _drawn("a_hybrid_steps_and_is_saved", 25),
+    "drawn-one-layer": _drawn("a_hybrid_of_one_layer_blocks_is_its_source", 15),
+    "drawn-gradients": _drawn("gradients_are_those_of_the_unrolled_relaxation", 25),
     "combinations": Command("python benchmarks/combinations.py", 15, needs=("import covertable",), alone=True),
     "trained": Command(
         "python benchmarks/trained_networks.py",

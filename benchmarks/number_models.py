@@ -133,6 +133,8 @@ NUMBERS: list[Number] = [
         ),
     ),
     *numbers(CONVERSION, "drawn", ("10 000 networks that hypothesis draws: convert, step, save, load", FAILED, tests)),
+    *numbers(CONVERSION, "drawn-one-layer", ("10 000 others: blocks of one layer are their layer", FAILED, tests)),
+    *numbers(GRADIENTS, "drawn-gradients", ("10 000 others: gradients are those of unrolled sweeps", FAILED, tests)),
     *numbers(
         CONVERSION,
         "trained",

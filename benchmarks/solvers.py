@@ -54,6 +54,16 @@ def hopfield(scale: float, pooling: str) -> nn.Module:
     return model
 
 
+def resistors(scale: float) -> nn.Module:
+    """A deep resistive network. The smaller its first layer's conductances, the nearer its gain is to one."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.abs_()
+        model[0].weight.mul_(scale)
+    return model
+
+
 Case = tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]
 
 
@@ -76,6 +86,12 @@ def cases() -> dict[str, Case]:
                 lambda: torch.rand(16, 3, 32, 32),
                 options,
             )
+    for scale in (1.0, 0.2, 0.05, 0.02):
+        found[f"DRN, first layer x{scale:g}"] = (
+            lambda scale=scale: resistors(scale),
+            lambda: torch.randn(64, 32),
+            {"hardware": WHOLE, "energy": "drn"},
+        )
     return found
 
 

@@ -226,7 +226,8 @@ class EnergyBlock(nn.Module):
     @property
     def chosen(self) -> Choice:
         """The solver of this block, and why it was chosen."""
-        found, known = (self.program, self.contraction, self.solver), self._chosen
+        coherent = self.gain.setting.coherent
+        found, known = (self.program, self.contraction, self.solver, coherent), self._chosen
         if known is None or any(a is not b for a, b in zip(found, known[0], strict=True)):
             self._chosen = known = found, choose(*found)
         return known[1]

@@ -115,7 +115,7 @@ def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options
         event(f"refused by a step: {options['gradient']}")
         return
     except ffebm.ConvergenceError as error:
-        if not undetermined(hybrid, error):
+        if not has_no_such_gradient(hybrid, error):
             raise
         return
     if not train:
@@ -129,7 +129,7 @@ def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options
     try:
         (mine, state), (other, state_again) = (stepped(one, x, directions, 2) for one in (hybrid, again))
     except ffebm.ConvergenceError as error:  # the step has left conductances of 0
-        if not undetermined(hybrid, error):
+        if not has_no_such_gradient(hybrid, error):
             raise
         return
     assert bool(torch.isfinite(mine).all())
@@ -138,10 +138,15 @@ def test_a_hybrid_steps_and_is_saved(drawn: tuple[DrawnNetwork, Tensor], options
         assert torch.equal(state_again[key], value), f"{key} is another after a step"
 
 
-def undetermined(hybrid: ffebm.HybridModel, error: ffebm.ConvergenceError) -> bool:
-    """Whether a step is refused since no source reaches some units of a circuit, so that they have no equilibrium."""
-    gains = [block.module.loop_gain for block in hybrid.blocks if block.module.program.coupled]
-    return "nothing sets the potentials" in str(error) and max(gains) > 1 - 1e-6
+def has_no_such_gradient(hybrid: ffebm.HybridModel, error: ffebm.ConvergenceError) -> bool:
+    """Whether a step is refused since no source reaches some units of a circuit, so that they have no equilibrium.
+
+    Or since plain sweeps, which are what an unrolled gradient differentiates, take more than 2 000 to settle.
+    """
+    gain = max(block.module.loop_gain for block in hybrid.blocks if block.module.program.coupled)
+    if "nothing sets the potentials" in str(error):
+        return gain > 1 - 1e-6
+    return str(error).startswith("unrolled") and "did not settle in 2000 sweeps" in str(error) and gain > 0.98
 
 
 def far_from_kinks(block: Any) -> bool:
@@ -179,7 +184,7 @@ def test_gradients_are_those_of_the_unrolled_relaxation(
             torch.manual_seed(4)
             (output * torch.randn_like(output)).mean().backward()
         except ffebm.ConvergenceError as error:
-            if not undetermined(hybrid, error):
+            if not has_no_such_gradient(hybrid, error):
                 raise
             return
         gradients[name] = torch.cat([p.grad.flatten() for p in hybrid.parameters() if p.grad is not None])

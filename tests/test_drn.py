@@ -460,3 +460,40 @@ def test_nodes_that_hardly_reach_a_source_settle(training: bool) -> None:
     assert 0.999 < certificate.radius < 1
     states = hybrid.blocks[0].settle(noise(1, 3).double()).states
     assert all(float((state + 0.5).abs().max()) < 1e-6 for state in states)  # the current pulls all to the bound
+
+
+def hardly_driven() -> nn.Module:
+    """κ = 0.999. The error of the outputs adds up to 0, so that next to nothing of it is in the slow direction."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 8), nn.LayerNorm(8), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight.fill_(0.0063)
+        model[1].weight.copy_(torch.tensor([0.62, 0.23, 0.23, 0.96, 0.03, 0.13, 0.39, 0.37])[:, None])
+        model[1].bias.copy_(torch.tensor([0.66, -0.66, 0.78, -0.54, -0.24, -0.81, 0.89, -0.62]))
+    return model
+
+
+@pytest.mark.parametrize("gradient", ["ep", "implicit"])
+@pytest.mark.parametrize("solver", [None, ffebm.GaussSeidel(max_sweeps=20000)], ids=["chosen", "sweeps"])
+def test_a_block_that_is_hardly_driven_settles_in_float32(gradient: str, solver: Any) -> None:
+    """What a change says of the error is estimated anew in each sweep. So only the changes themselves can stall."""
+    found = {}
+    for dtype, by in ((torch.float32, solver), (torch.float64, ffebm.NewtonCG())):
+        x = noise(4, 1).to(dtype)
+        hybrid = ffebm.convert(hardly_driven().to(dtype), x, energy="drn", gradient=gradient, solver=by).eval()
+        assert 0.998 < hybrid.blocks[0].loop_gain < 1
+        for seed in range(3):
+            hybrid.zero_grad()
+            (hybrid(x) * noise(4, 8, seed=seed).to(dtype)).sum().backward()
+            found[dtype, seed] = torch.cat(
+                [p.grad.double().flatten() for p in hybrid.parameters() if p.grad is not None]
+            )
+    for seed in range(3):
+        exact = found[torch.float64, seed]
+        assert float((found[torch.float32, seed] - exact).norm()) < 0.01 * float(exact.norm())
+
+
+def test_slow_circuits_are_accelerated() -> None:
+    hybrid = ffebm.convert(hardly_driven(), noise(4, 1), energy="drn")
+    assert "Anderson: a sweep leaves up to 0.99" in str(hybrid.summary())
+    hybrid(noise(4, 1))
+    assert hybrid.blocks[0].module.last.sweeps < 20

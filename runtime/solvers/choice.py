@@ -26,17 +26,22 @@ class Choice:
         return f"{type(self.solver).__name__}: {self.reason}"
 
 
-def choose(program: BlockProgram, contraction: float | None, given: Solver | None) -> Choice:
+_SLOW = 0.98
+"""From this contraction on acceleration is faster than the sweeps it saves (`benchmarks/solvers.py`)."""
+
+
+def choose(program: BlockProgram, contraction: float | None, given: Solver | None, coherent: bool = False) -> Choice:
     """The solver of a block: the one given, or the one that is fastest at its loop gain.
 
     This follows the measurements of `benchmarks/solvers.py`. Blocks that are certified to contract get plain sweeps,
-    which contract far better than certified. Blocks without a certificate (`feedback="symmetric"`) get Anderson
-    acceleration.
+    which contract far better than certified. Anderson acceleration is for blocks without a certificate
+    (`feedback="symmetric"`), and for slow ones whose errors have one sign, which contract no better than certified.
 
     Args:
         program: the block.
         contraction: κ if it is certified below one, else None.
         given: the solver that the user asked for.
+        coherent: whether the errors of all units may have one sign, as where all weights are conductances.
     """
     if given is not None:
         if isinstance(given, Measured):
@@ -55,4 +60,6 @@ def choose(program: BlockProgram, contraction: float | None, given: Solver | Non
         )
     if contraction is None:
         return Choice(Anderson(), "how fast sweeps contract is not certified")
+    if coherent and contraction > _SLOW:
+        return Choice(Anderson(), f"a sweep leaves up to {contraction:.4g} of an error")
     return Choice(GaussSeidel(), f"a sweep is certified to leave {contraction:.2g} of the error")

@@ -27,7 +27,8 @@ from ffebm_compiler.runtime.solvers.pace import Pace
 __all__ = ["LOST", "SAFETY", "TIGHT", "Settled", "concluded", "may_be_late", "relax", "run", "stopping_rule"]
 
 _STALL = 100
-"""A relaxation ends if its residual falls by less than a tenth in so many sweeps (more for large `max_sweeps`)."""
+"""A relaxation ends if its changes fall by less than a tenth in so many sweeps (more for large `max_sweeps`, and where
+the certified contraction takes more)."""
 
 SAFETY = 4 / 3
 """Factor on the contraction between two measured sweeps, so that it is not taken for too good."""
@@ -208,6 +209,12 @@ def _listed(rows: list[int] | tuple[int, ...]) -> str:
     return f"sample {shown}" if len(rows) == 1 else f"samples {shown}"
 
 
+def _patience(max_sweeps: int, contraction: float | None) -> int:
+    """In how many sweeps the changes must fall by a tenth: twice as many as the certified contraction needs for it."""
+    certified = 0.0 if contraction is None or not 0 < contraction < 1 else 2 * math.log(0.9) / math.log(contraction)
+    return max(_STALL, max_sweeps // 20, math.ceil(min(certified, max_sweeps)))
+
+
 class _Relaxation:
     """One relaxation: the problem, the samples that are still running, and the results of the others."""
 
@@ -247,7 +254,7 @@ class _Relaxation:
         self.worst = math.inf
         self.factor = 1.0
         """From the last measured change to the error that is left."""
-        self.patience = max(_STALL, solver.max_sweeps // 20)
+        self.patience = _patience(solver.max_sweeps, contraction)
         self.best, self.since = math.inf, 0
         self.halfway: Tensor | None = None
         self.settled = False
@@ -333,7 +340,7 @@ class _Relaxation:
             errors = self._errors_of_diverged()
         if errors is not None and errors.dim() and self._retire(errors):
             return self.rows is not None and not len(self.rows)
-        if self._has_stalled(worst):
+        if self._has_stalled(change):
             if self.problem.samples is None or self.per_sample:
                 self._give_up(worst)
                 return True
@@ -386,9 +393,10 @@ class _Relaxation:
             self.worst = float(errors[staying].max())
         return True
 
-    def _has_stalled(self, residual: float) -> bool:
-        if residual < 0.9 * self.best:
-            self.best, self.since, self.halfway = residual, self.sweep, None
+    def _has_stalled(self, change: float) -> bool:
+        """Whether the change of a sweep falls no further. What it says of the error is estimated anew at each."""
+        if change < 0.9 * self.best:
+            self.best, self.since, self.halfway = change, self.sweep, None
             return False
         if self.halfway is None and self.sweep - self.since >= self.patience // 2:
             self.halfway = self._norms()

@@ -93,7 +93,7 @@ class EnergyBlock(nn.Module):
         self.last: Settled | None = None
         """How the last forward's free phase ended."""
         self._warned_of_held_winners = False
-        self._chosen: tuple[tuple[BlockProgram, float | None, Solver | None], Choice] | None = None
+        self._chosen: tuple[tuple[BlockProgram, float | None, Solver | None, bool], Choice] | None = None
         self._coupled = program.coupled  # a copy of the flag, since torch.compile would guard on the whole program
         self._states: tuple[Tensor, ...] = ()
         self._preactivations: tuple[Tensor, ...] = ()

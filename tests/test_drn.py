@@ -497,3 +497,10 @@ def test_slow_circuits_are_accelerated() -> None:
     assert "Anderson: a sweep leaves up to 0.99" in str(hybrid.summary())
     hybrid(noise(4, 1))
     assert hybrid.blocks[0].module.last.sweeps < 20
+
+
+def test_a_slow_circuit_settles_in_onnxruntime_too(tmp_path: Path) -> None:
+    """A file has sweeps alone, as many as the certified contraction takes."""
+    hybrid = ffebm.convert(hardly_driven(), noise(4, 1), energy="drn").eval()
+    hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    assert max(verify(hybrid, tmp_path / "hybrid.onnx", (noise(4, 1),)).values()) < 1e-5

@@ -46,19 +46,20 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     solver = block.active_solver
     rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
     expected = None if contraction is None else expected_contraction(contraction, block.gain.setting.typical)
-    omega, first_alone = 1.0, False
-    if isinstance(solver, GaussSeidel):
-        omega, first_alone = evaluation_omega(solver, expected, rtol <= TIGHT)
+    sweeps = solver if isinstance(solver, GaussSeidel) else GaussSeidel()  # a file has no acceleration
+    omega, first_alone = evaluation_omega(sweeps, expected, rtol <= TIGHT)
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate
-    schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
+    most = solver.max_sweeps
+    if solver is not sweeps and contraction is not None:
+        most = max(most, math.ceil(math.log(rtol / 10) / math.log(contraction)))
     return {
         "rtol": rtol,
         "contraction": contraction,
         "largest_change": rtol / factor if factor else rtol,
         "min_sweeps": max(1, min(earliest, solver.max_sweeps)),
-        "max_sweeps": solver.max_sweeps,
-        "schedule": "forward" if schedule == "auto" else schedule,
+        "max_sweeps": most,
+        "schedule": "forward" if sweeps.schedule == "auto" else sweeps.schedule,
         "on_failure": solver.on_failure,
         "relaxation": omega,
         "relaxed_sweeps": 1 if first_alone else None,

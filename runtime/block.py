@@ -296,8 +296,10 @@ class EnergyBlock(nn.Module):
         needed = None if settled.converged else self.gain.needed(frame.weights)
         if needed is not None:
             phase, settled = self._settled_anew(frame, needed)
-        check = check_currents if settled.converged else check_determined
-        check(phase.frame, phase.setting, phase.settled()[1], self.loop_gain)
+        check, fields = check_currents if settled.converged else check_determined, phase.settled()[1]
+        if settled.lost:  # as where all diodes conduct
+            fields = tuple(torch.full_like(field, torch.finfo(field.dtype).eps) for field in fields)
+        check(phase.frame, phase.setting, fields, self.loop_gain)
         settled = concluded(
             settled,
             phase,

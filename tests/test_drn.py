@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from drn_networks import Dense, made, split
 from finite_differences import assert_finite_differences, squared_error
-from networks import noise
+from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -504,3 +504,17 @@ def test_a_slow_circuit_settles_in_onnxruntime_too(tmp_path: Path) -> None:
     hybrid = ffebm.convert(hardly_driven(), noise(4, 1), energy="drn").eval()
     hybrid.export_onnx(tmp_path / "hybrid.onnx")
     assert max(verify(hybrid, tmp_path / "hybrid.onnx", (noise(4, 1),)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_diodes_that_conduct_into_units_that_no_source_reaches(training: bool) -> None:
+    """The bias lifts the potentials of both layers without end, past what float32 holds."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(2, 4, 1, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(4, 2, 3, 1, 1)))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.abs_()
+            layer.bias.abs_()
+        model[0].weight.zero_()
+    hybrid = ffebm.convert(model, noise(4, 2, 5, 2), energy="drn").train(training)
+    with pytest.raises(ffebm.ConvergenceError, match=r"nothing sets the potentials of units of 0, 2, since"):
+        hybrid(noise(4, 2, 5, 2))

@@ -297,7 +297,7 @@ class EnergyBlock(nn.Module):
         if needed is not None:
             phase, settled = self._settled_anew(frame, needed)
         check, fields = check_currents if settled.converged else check_determined, phase.settled()[1]
-        if settled.lost:  # as where all diodes conduct
+        if len(settled.lost) == (phase.samples or 1):  # no states are left to judge by: as where all diodes conduct
             fields = tuple(torch.full_like(field, torch.finfo(field.dtype).eps) for field in fields)
         check(phase.frame, phase.setting, fields, self.loop_gain)
         settled = concluded(

@@ -518,3 +518,13 @@ def test_diodes_that_conduct_into_units_that_no_source_reaches(training: bool) -
     hybrid = ffebm.convert(model, noise(4, 2, 5, 2), energy="drn").train(training)
     with pytest.raises(ffebm.ConvergenceError, match=r"nothing sets the potentials of units of 0, 2, since"):
         hybrid(noise(4, 2, 5, 2))
+
+
+def test_accelerated_blocks_without_any_coupling_are_exported(tmp_path: Path) -> None:
+    """Their certified contraction is 0."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    nn.init.zeros_(model[2].weight)
+    hybrid = ffebm.convert(model, noise(4, 3), solver=ffebm.Anderson()).eval()
+    assert hybrid.blocks[0].module.contraction == 0
+    hybrid.export_onnx(tmp_path / "hybrid.onnx")
+    assert max(verify(hybrid, tmp_path / "hybrid.onnx", (noise(4, 3),)).values()) < 1e-6

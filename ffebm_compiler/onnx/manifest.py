@@ -51,8 +51,8 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
     certificate = block.certificate
     most = solver.max_sweeps
-    if solver is not sweeps and contraction is not None:
-        most = max(most, math.ceil(math.log(rtol / 10) / math.log(contraction)))
+    if solver is not sweeps and contraction is not None and certificate is not None:
+        most = max(most, certificate.sweeps(rtol / 10) or most)
     return {
         "rtol": rtol,
         "contraction": contraction,

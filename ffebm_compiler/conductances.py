@@ -3,50 +3,38 @@
 A weight of a block with feedback is a conductance if the block's energy says so (`Energy.nonnegative`). Given weights
 that are negative are refused by name. An optimizer moves them freely, and right after its step, those that it left
 below 0 are set to 0. Evaluation changes nothing.
+
+A weight may be a parameter, a view of one, a multiple of one (by a folded batch norm, or a mask), or computed
+otherwise. The values of a multiple that are below 0 are set to 0 in its parameter. A weight that is computed otherwise
+is only checked.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from ffebm_compiler.block_operands import fetched
+from ffebm_compiler.block_operands import fetched, names_behind
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.runtime.energies.loads import multiplying_weights
 from ffebm_compiler.runtime.weight_stamp import WeightStamp
+from ffebm_compiler.static_values import static_value
+from ffebm_compiler.weight_origins import Origin, origin_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
 
 __all__ = ["KEPT", "check_conductances", "clamp_after_steps", "clamp_conductances", "conductances_of"]
 
-aten = torch.ops.aten
-
-KEPT = frozenset(("_conductance_hook", "_conductance_names", "_conductance_stamp"))
+KEPT = frozenset(("_conductance_hook", "_conductance_places", "_conductance_stamp"))
 """Attributes of a hybrid that belong to the object and not to its copies."""
-
-_VIEWS = {
-    aten.t.default,
-    aten.numpy_T.default,
-    aten.mT.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.squeeze.dim,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.narrow.default,
-    aten.clone.default,
-    aten.alias.default,
-}
-"""Operations between a parameter and a weight that keep every value as it is."""
 
 
 def is_strict(hybrid: HybridParts) -> bool:
@@ -54,19 +42,32 @@ def is_strict(hybrid: HybridParts) -> bool:
     return hybrid.energy_function.nonnegative
 
 
-def conductances_of(hybrid: HybridParts) -> tuple[str, ...]:
-    """Names of the parameters and buffers whose values are conductances."""
+class _Place(NamedTuple):
+    """A weight between the states of a block."""
+
+    block: str
+    layer: str
+    node: Any
+    origin: Origin | None
+    """What the weight is a view or a multiple of; None if it is computed otherwise."""
+    sources: tuple[str, ...]
+    """Names of the parameters and buffers that it is made of."""
+
+
+def _places_of(hybrid: HybridParts) -> tuple[_Place, ...]:
+    """The weights that are conductances, each once."""
     if not is_strict(hybrid):
         return ()
-    known: tuple[str, ...] | None = hybrid.__dict__.get("_conductance_names")
+    known: tuple[_Place, ...] | None = hybrid.__dict__.get("_conductance_places")
     if known is None:
-        known = hybrid.__dict__["_conductance_names"] = _names(hybrid)
+        known = hybrid.__dict__["_conductance_places"] = tuple(_found(hybrid))
     return known
 
 
-def _names(hybrid: HybridParts) -> tuple[str, ...]:
+def _found(hybrid: HybridParts) -> Iterator[_Place]:
     names = fetched(hybrid.lowered)
-    found: dict[str, None] = {}
+    parameters = frozenset(name for name, _ in hybrid.named_parameters(remove_duplicate=False))
+    seen: set[Any] = set()
     for name, block in hybrid.energy_blocks.items():
         program = block.program if block.arrays is None else block.arrays.source
         if not program.coupled:
@@ -74,53 +75,108 @@ def _names(hybrid: HybridParts) -> tuple[str, ...]:
         operands = hybrid._call_of(name).args[program.inputs :]
         for place in sorted(multiplying_weights(program)):
             node = operands[place]
-            while isinstance(node, fx.Node) and node not in names and node.target in _VIEWS:
-                node = node.args[0]
-            if node in names:
-                found[names[node]] = None
-    return tuple(found)
+            origin = origin_of(node, names, parameters)
+            key = node if origin is None or origin.scaled else origin.name
+            if key not in seen:
+                seen.add(key)
+                layer = next(la.name for la in program.layers for i in la.instructions if place in i.weights)
+                yield _Place(name, layer, node, origin, names_behind([node], names))
+
+
+def conductances_of(hybrid: HybridParts) -> tuple[str, ...]:
+    """Names of the parameters and buffers whose values are conductances, or are multiplied to be some."""
+    return tuple(dict.fromkeys(place.origin.name for place in _places_of(hybrid) if place.origin is not None))
 
 
 def clamp_conductances(hybrid: HybridParts) -> tuple[str, ...]:
     """Set negative conductances to 0, and return the names of the tensors that had some."""
-    changed = []
-    with torch.no_grad():
-        for name in conductances_of(hybrid):
-            if _clamp(hybrid._tensor(name)):
-                changed.append(name)
+    changed: dict[str, None] = {}
+    for place in _places_of(hybrid):
+        if place.origin is not None:
+            negative = _negative(hybrid, place, place.origin)
+            if bool(negative.any()):
+                _set_to_0(hybrid._tensor(place.origin.name), negative)
+                changed[place.origin.name] = None
     return tuple(changed)
 
 
-def _clamp(tensor: Tensor) -> bool:
-    negative = bool((tensor < 0).any())
-    if negative:
-        tensor.clamp_(min=0)
-    return negative
+def _negative(hybrid: HybridParts, place: _Place, origin: Origin) -> Tensor:
+    """Where the tensor behind a weight makes it negative."""
+    if not origin.scaled:
+        return hybrid._tensor(origin.name).detach() < 0
+    with _static(hybrid, place) as value_of:
+        return origin.opposed(hybrid._tensor(origin.name), value_of)
+
+
+def _set_to_0(tensor: Any, where: Any) -> None:
+    """Set values to 0, also of a tensor that is sharded where the mask is whole."""
+    if hasattr(tensor, "device_mesh"):
+        if not hasattr(where, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            where = distribute_tensor(where, tensor.device_mesh, tensor.placements)
+        tensor, where = tensor.to_local(), where.to_local()
+    with torch.no_grad():
+        tensor.masked_fill_(where, 0)
+
+
+@contextmanager
+def _static(hybrid: HybridParts, place: _Place) -> Iterator[Callable[[Any], Tensor | None]]:
+    """Values of nodes of the lowered graph that a weight is made of, whole where they are sharded."""
+    known: dict[Any, Tensor | None] = {}
+    with hybrid.whole(place.sources), generators_unchanged(), tensors_unchanged(hybrid.written_state()):
+        yield lambda node: static_value(hybrid.lowered, node, known)
 
 
 def check_conductances(hybrid: HybridParts) -> None:
     """Refuse negative conductances. It looks at tensors that have changed since the last look.
 
     Raises:
-        InputError: names the parameter and its least value.
+        InputError: names the parameter, or the layer whose weight is computed, and the least value.
     """
     if not is_strict(hybrid):
         return
-    names = conductances_of(hybrid)
-    tensors = [hybrid._tensor(name) for name in names]
+    places = _places_of(hybrid)
+    tensors = [hybrid._tensor(name) for name in dict.fromkeys(name for place in places for name in place.sources)]
     stamp: WeightStamp | None = hybrid.__dict__.get("_conductance_stamp")
     present = WeightStamp.of(tensors)
     if stamp is not None and stamp.equals(present):
         return
-    for name, tensor in zip(names, tensors, strict=True):
-        if not tensor.is_meta and bool((tensor < 0).any()):
-            raise InputError(
-                f"{name!r} holds negative values (the least is {float(tensor.detach().min()):.3g}), and a conductance "
-                "of a deep resistive network is 0 or more. Initialise it with ffebm.init.conductances_(weight), or set "
-                "negative values to 0 with hybrid.clamp_conductances(). energy='unamplified' and energy='resistive' "
-                "have signed weights"
-            )
+    if not any(tensor.is_meta for tensor in tensors):
+        for place in places:
+            _check(hybrid, place)
     hybrid.__dict__["_conductance_stamp"] = present
+
+
+def _check(hybrid: HybridParts, place: _Place) -> None:
+    origin = place.origin
+    if origin is not None and not origin.scaled:
+        value: Tensor | None = hybrid._tensor(origin.name)
+    else:
+        with torch.no_grad(), _static(hybrid, place) as value_of:
+            value = value_of(place.node)
+    if value is None or not bool((value < 0).any()):
+        return
+    factors = ", ".join(repr(name) for name in place.sources if origin is None or name != origin.name)
+    if origin is None:
+        what = f"the weight of layer {place.layer!r}, which is computed from {factors},"
+        remedy = "Compute it so that it is 0 or more, as by a softplus."
+    elif origin.scaled:
+        what = f"{origin.name!r}, multiplied by {factors or 'a factor'},"
+        remedy = (
+            "Set negative products to 0 with hybrid.clamp_conductances(), or leave batch norms digital "
+            "(fold_batchnorm=False) if one of them has the factor."
+        )
+    else:
+        what = repr(origin.name)
+        remedy = (
+            "Initialise it with ffebm.init.conductances_(weight), or set negative values to 0 with "
+            "hybrid.clamp_conductances()."
+        )
+    raise InputError(
+        f"{what} holds negative values (the least is {float(value.detach().min()):.3g}), and a conductance of a deep "
+        f"resistive network is 0 or more. {remedy} energy='unamplified' and energy='resistive' have signed weights"
+    )
 
 
 def clamp_after_steps(hybrid: HybridParts) -> None:
@@ -141,8 +197,7 @@ def clamp_after_steps(hybrid: HybridParts) -> None:
 
 def _clamp_moved(hybrid: HybridParts, optimizer: Optimizer) -> None:
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    with torch.no_grad():
-        for name in conductances_of(hybrid):
-            tensor = hybrid._tensor(name)
-            if id(tensor) in moved:
-                tensor.clamp_(min=0)
+    for place in _places_of(hybrid):
+        if place.origin is not None and any(id(hybrid._tensor(name)) in moved for name in place.sources):
+            # No number is read here, so that the host does not wait for the device.
+            _set_to_0(hybrid._tensor(place.origin.name), _negative(hybrid, place, place.origin))

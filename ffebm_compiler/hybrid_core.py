@@ -53,6 +53,7 @@ from ffebm_compiler.runtime.held_gain import recertify_each
 from ffebm_compiler.runtime.solvers.base import Solver, checked_solver
 from ffebm_compiler.sharded import ShardedRun
 from ffebm_compiler.source_view import bind_forward, separate_tied, without_bound_forward
+from ffebm_compiler.weight_origins import origin_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.ir import Program
@@ -440,15 +441,15 @@ class HybridCore(HybridParts):
 
     def _parameter_behind(self, name: str, index: int) -> Tensor:
         """The parameter behind a block's weight, which may be a view or a multiple of it (by a folded batch norm)."""
-        names = fetched(self.lowered)
-        call = self._call_of(name)
-        node = call.args[self._energy[name].program.inputs + index]
-        while node not in names:
-            if not node.all_input_nodes:
-                raise UnsupportedError(f"weight {index} of {name} is a constant of the source, which is not scaled")
-            # The first operand is the weight. Dimensions and factors come after it.
-            node = node.all_input_nodes[0]
-        return self._tensor(names[node])
+        node = self._call_of(name).args[self._energy[name].program.inputs + index]
+        parameters = (path for path, _ in self.named_parameters(remove_duplicate=False))
+        origin = origin_of(node, fetched(self.lowered), parameters)
+        if origin is None:
+            raise UnsupportedError(
+                f"weight {index} of {name} is no parameter, nor a view or a multiple of one, so that it cannot be "
+                "scaled: keep its loop gain with `feedback` as a number, or compute it from a parameter by a factor"
+            )
+        return self._tensor(origin.name)
 
     def set_gradient(
         self,

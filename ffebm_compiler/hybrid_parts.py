@@ -6,7 +6,8 @@ trains and stores them, and `HybridModel` adds the other methods that people cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -231,11 +232,18 @@ class HybridParts(nn.Module):
     def _operands_of(self, names: Sequence[str]) -> Iterator[tuple[str, Operands]]:
         if not names:
             return iter(())
+        return operands_of_each(self.lowered, self._energy, names, self.written_state(), self._gathering())
+
+    def _gathering(self) -> Callable[[Sequence[str]], AbstractContextManager[None]] | None:
+        """What holds whole tensors of some names while it is open; None if no tensor is sharded."""
         self._later_hooks.look()
         units = self._later_hooks.units
-        sharded = bool(units) or hasattr(self, "unshard")
-        whole = partial(gathered, self, units) if sharded else None
-        return operands_of_each(self.lowered, self._energy, names, self.written_state(), whole)
+        return partial(gathered, self, units) if units or hasattr(self, "unshard") else None
+
+    def whole(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """Hold the whole tensors of these names, where they are sharded, while the context is open."""
+        gathering = self._gathering()
+        return nullcontext() if gathering is None else gathering(names)
 
     def weight_at(self, place: FeedbackPlace) -> Tensor:
         """The forward weight that feedback weights belong to, computed from the present parameters."""

@@ -185,12 +185,45 @@ def checkpoints(folder: str) -> None:
         assert torch.equal(whole(a), whole(b)), name
 
 
+def conductances() -> None:
+    """Optimizers leave none below 0, be it a parameter or the product of one with a folded batch norm."""
+    torch.manual_seed(0)
+    parts = (
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.Flatten(),
+        nn.ReLU(),
+        nn.Linear(16, 2),
+    )
+    for layer in (parts[0], parts[3], parts[6]):
+        layer.weight.data.abs_()
+    rank, count = dist.get_rank(), dist.get_world_size()
+    (x, *_) = batches(count)
+    alone = ffebm.convert(nn.Sequential(*parts).double(), x[:2], energy="drn", fold_batchnorm=True).train()
+    hybrid = copy.deepcopy(alone)
+    fully_shard(hybrid.get_submodule("0"))
+    fully_shard(hybrid.get_submodule("3"))
+    fully_shard(hybrid)
+    mine, theirs = (torch.optim.SGD(model.parameters(), 20.0) for model in (hybrid, alone))
+    for _ in range(2):
+        step(hybrid, mine, x.chunk(count)[rank])
+        step(alone, theirs, x)
+    agree(hybrid, alone, "conductances")
+    first = alone.get_parameter("0.weight")
+    assert 0 < int((first == 0).sum()) < first.numel()
+    for weight in (w for model in (hybrid, alone) for w in model.operands_of("block_1")[1] if w is not None):
+        assert weight.dim() == 1 or float(weight.detach().min()) >= 0
+
+
 def main() -> None:
     warnings.simplefilter("error", ffebm.FFEBMWarning)
     dist.init_process_group("gloo")
     training("ep")
     training("implicit")
     units_alone()
+    conductances()
     checkpoints(sys.argv[1])
     dist.destroy_process_group()
     sys.stdout.flush()

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from drn_networks import Dense, made, split
 from finite_differences import assert_finite_differences, squared_error
-from networks import noise, seeded
+from networks import noise, seeded, warmed
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -294,6 +295,104 @@ def test_negative_conductances_are_refused_by_name() -> None:
     hybrid(x)
     with pytest.raises(ffebm.InputError, match=message):
         hybrid.load_state_dict(model.state_dict())
+
+
+class Factors(nn.Module):
+    """Two layers whose weights are multiples of parameters, or other functions of them."""
+
+    def __init__(self, weight: Callable[[Factors, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.rand(8, 6) / 6)
+        self.second = nn.Parameter(torch.rand(3, 8) / 8)
+        self.scale = nn.Parameter(torch.rand(3, 1) + 0.5)
+        self.register_buffer("mask", (torch.arange(24).reshape(3, 8) % 3 > 0).float())
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = split(F.linear(torch.cat((x, -x), -1), self.first))
+        return F.linear(value, self.weight(self, self.second))
+
+
+MULTIPLES: dict[str, Callable[[Factors, Tensor], Tensor]] = {
+    "a mask before it": lambda net, w: net.mask * w,
+    "a mask behind it": lambda net, w: w * net.mask,
+    "a trained scale": lambda net, w: w * net.scale,
+    "a quotient": lambda net, w: w / net.scale / 2,
+    "the negative of a view": lambda net, w: -(w.t() * -3.0).t(),
+}
+
+
+@pytest.mark.parametrize("kind", MULTIPLES)
+def test_a_step_leaves_no_multiple_below_0(kind: str) -> None:
+    model, x = seeded(lambda: Factors(MULTIPLES[kind])).double(), noise(5, 3).double()
+    hybrid = ffebm.convert(model, x, energy="drn", solver=EXACT).train()
+    weight, scale = hybrid.get_parameter("second"), hybrid.get_parameter("scale")
+    steps = torch.optim.SGD(hybrid.parameters(), 3.0)
+    below = 0
+    for _ in range(3):
+        steps.zero_grad()
+        squared_error(hybrid(x)).backward()
+        before = weight.detach() - 3.0 * weight.grad
+        steps.step()
+        negative = (before * scale.detach() < 0) if kind in ("a trained scale", "a quotient") else before < 0
+        if kind.startswith("a mask"):
+            negative = negative & (model.get_buffer("mask") > 0)
+        torch.testing.assert_close(weight.detach(), before.masked_fill(negative, 0))
+        below += int(negative.sum())
+        (_, (_, product)) = hybrid.operands_of("block_1")
+        assert float(product.detach().min()) >= 0
+    assert below > 0
+    with torch.no_grad():
+        weight[1, 2] = -0.5 * scale.sign()[1, 0]
+    with pytest.raises(
+        ffebm.InputError, match=r"'second', multiplied by .* holds negative values .*clamp_conductances"
+    ):
+        hybrid(x)
+    assert hybrid.clamp_conductances() == ("second",)
+    hybrid(x)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_folded_batch_norm_leaves_no_conductance_below_0(affine: bool) -> None:
+    def build() -> nn.Module:
+        layers = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4, affine=affine), nn.ReLU(), nn.Conv2d(4, 2, 3)
+        for layer in layers[::3]:
+            layer.weight.data.abs_()
+        return nn.Sequential(*layers)
+
+    x = noise(4, 2, 5, 5)
+    model = warmed(seeded(build), x).double()
+    x = x.double()
+    hybrid = ffebm.convert(model, x, energy="drn", solver=EXACT, fold_batchnorm=True)
+    steps = torch.optim.SGD(hybrid.parameters(), 20.0)
+    for _ in range(2):
+        squared_error(hybrid(x)).backward()
+        steps.step()
+        for weight in (w for w in hybrid.operands_of("block_1")[1] if w is not None and w.dim() == 4):
+            assert float(weight.detach().min()) >= 0
+    assert int((hybrid.get_parameter("0.weight") == 0).sum()) > 0
+    if affine:
+        with torch.no_grad():
+            model.get_parameter("1.weight")[2] = -0.25
+        message = r"'0.weight', multiplied by '1.running_var', '1.weight', holds negative values .*fold_batchnorm=False"
+        with pytest.raises(ffebm.InputError, match=message):
+            ffebm.convert(model, x, energy="drn", fold_batchnorm=True)
+
+
+def test_a_computed_weight_is_0_or_more_or_refused() -> None:
+    x = noise(5, 3).double()
+    made_of = seeded(lambda: Factors(lambda net, w: F.softplus(w - 3) * net.scale.exp())).double()
+    hybrid = ffebm.convert(made_of, x, energy="drn", solver=EXACT).train()
+    assert_finite_differences(["implicit"], hybrid, x)
+    with torch.no_grad():
+        hybrid.get_parameter("second").fill_(-0.5)  # what it is computed from has any sign
+    squared_error(hybrid(x)).backward()
+    torch.optim.SGD(hybrid.parameters(), 0.1).step()
+    assert float(hybrid.get_parameter("second").detach().max()) < 0
+    assert hybrid.clamp_conductances() == ()
+    message = r"the weight of layer .* is computed from 'second', holds negative values .* softplus"
+    with pytest.raises(ffebm.InputError, match=message):
+        ffebm.convert(seeded(lambda: Factors(lambda net, w: torch.tanh(w - 0.06))).double(), x, energy="drn")
 
 
 def test_copies_clamp_their_own_conductances() -> None:

@@ -120,3 +120,19 @@ def test_guards() -> None:
     for limit in (0, 1, 1.5, True, "0.9"):
         with pytest.raises(ffebm.InputError, match=r"limit is .*; expected a loop gain strictly between 0 and 1"):
             hybrid.project(limit)
+
+
+def test_a_weight_that_is_no_multiple_of_a_parameter_is_not_scaled() -> None:
+    class Squashed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 8)
+            self.weight = nn.Parameter(torch.eye(8) * 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(torch.tanh(self.first(x)), torch.sinh(self.weight))
+
+    hybrid = ffebm.convert(seeded(Squashed), noise(4, 6), feedback="symmetric")
+    with pytest.raises(ffebm.UnsupportedError, match="no parameter, nor a view or a multiple of one"):
+        hybrid.project(0.9)
+    assert torch.equal(hybrid.get_parameter("weight"), torch.eye(8) * 3)

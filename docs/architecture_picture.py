@@ -31,7 +31,8 @@ FLOORS: dict[str, str] = {
     "calls": "pipeline static_values plan_file signature call_arguments source_view written_state stored_containers "
     "example_inputs conversion",
     "hybrid": "feedback_weights sharded block_operands weight_origins later_hooks later_modules conductances "
-    "hybrid_parts bound_block digital_bits device_state hybrid_state gradient_choice kept_gradients recast failed_calls hybrid_core",
+    "hybrid_parts bound_block digital_bits device_state hybrid_state gradient_choice kept_gradients recast "
+    "failed_calls hybrid_core",
     "reports": "reports field_penalties saved_settings storage",
     "pictures and ONNX": "drawing onnx circuit_elements circuit_power spice ngspice_runs ngspice",
     "what people hold": "plan hybrid",

@@ -124,7 +124,7 @@ def _set_to_0(tensor: Any, where: Any) -> None:
 def _static(hybrid: HybridParts, place: _Place) -> Iterator[Callable[[Any], Tensor | None]]:
     """Values of nodes of the lowered graph that a weight is made of, whole where they are sharded."""
     known: dict[Any, Tensor | None] = {}
-    with hybrid.whole(place.sources), generators_unchanged(), tensors_unchanged(hybrid.written_state()):
+    with hybrid._whole(place.sources), generators_unchanged(), tensors_unchanged(hybrid.written_state()):
         yield lambda node: static_value(hybrid.lowered, node, known)
 
 

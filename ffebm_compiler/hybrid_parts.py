@@ -240,7 +240,7 @@ class HybridParts(nn.Module):
         units = self._later_hooks.units
         return partial(gathered, self, units) if units or hasattr(self, "unshard") else None
 
-    def whole(self, names: Sequence[str]) -> AbstractContextManager[None]:
+    def _whole(self, names: Sequence[str]) -> AbstractContextManager[None]:
         """Hold the whole tensors of these names, where they are sharded, while the context is open."""
         gathering = self._gathering()
         return nullcontext() if gathering is None else gathering(names)

@@ -169,7 +169,7 @@ class Settle(torch.autograd.Function):
             weights_needed=tuple(needed[program.inputs :]),
             analog=block.analog(ctx.reads, ctx.last.sweeps),
         )
-        check_determined(frame, ctx.setting, preactivations, block.gain.loop_gain)
+        check_determined(frame, ctx.setting, preactivations, block.gain.loop_gain, ctx.estimator.pushes)
         if ctx.last.lost:
             gradients = ctx.estimator.gradients(*situation.without(ctx.last.lost, errors))
             found = situation.spread(gradients.inputs, ctx.last.lost)

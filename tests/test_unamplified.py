@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,10 @@ def test_units_that_no_source_reaches_have_no_gradient(energy: str, gradient: st
 
 @pytest.mark.parametrize("energy", ["unamplified", "drn"])
 def test_diodes_hold_units_that_no_source_reaches(energy: str) -> None:
-    """At 0 the diodes of ReLUs block, so that no potential can move, although the loop gain is 1 where they conduct."""
+    """At 0 the diodes of ReLUs block, so that no potential can move, although the loop gain is 1 where they conduct.
+
+    A nudge may turn them on, and then nothing holds the potentials.
+    """
     model, x = seeded(lambda: Island(nn.ReLU()).double()), noise(3, 4).double()
     gamma: Any = "symmetric" if energy == "drn" else 0.1
     found = []
@@ -216,6 +220,30 @@ def test_diodes_hold_units_that_no_source_reaches(energy: str) -> None:
     for mine, other in zip(*found, strict=True):
         assert mine is not None
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+    hybrid.set_gradient("ep")
+    with pytest.raises(ffebm.ConvergenceError, match=r"nothing sets the potentials of units of layers\.1, layers\.2"):
+        squared_error(hybrid(x)).backward()
+
+
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_units_that_no_source_reaches(energy: str, dtype: torch.dtype) -> None:
+    """Their potentials take many sweeps to agree, and their loop gain is measured as hardly below 1."""
+    widths = (8, 40, 40, 6)
+    model = seeded(lambda: nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        for layer in model[1:]:
+            layer.weight.pow_(8).div_(layer.weight.max())
+            layer.bias.abs_()
+    gamma: Any = "symmetric" if energy == "drn" else 0.1
+    hybrid = ffebm.convert(model.to(dtype), noise(3, 8).to(dtype), energy=energy, feedback=gamma)
+    assert 0.99 < hybrid.blocks[0].loop_gain <= 1
+    with pytest.raises(ffebm.ConvergenceError, match=r"nothing sets the potentials of units of 0, 1, 2, since"):
+        hybrid(noise(3, 8).to(dtype))
+    with torch.no_grad():  # one path to an input, far from most units
+        hybrid.get_parameter("0.weight")[3, 2] = 0.1
+    assert bool(hybrid(noise(3, 8).to(dtype)).isfinite().all())
 
 
 @pytest.mark.parametrize("energy", ["unamplified", "drn"])

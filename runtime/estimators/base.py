@@ -65,6 +65,8 @@ class Estimator(ABC):
     """Whether the gradient goes through what the amplifiers are set to, which follows the weights."""
     output_blocks_only: ClassVar[bool] = False
     """Whether the method is defined only in blocks whose outputs reach the loss through no other block."""
+    pushes: ClassVar[bool] = False
+    """Whether it nudges states by currents of a finite size, which stay the same however far the states go."""
 
     @property
     def compares_states(self) -> bool:

@@ -10,7 +10,7 @@ import cmath
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class EquilibriumPropagation(Estimator):
     """Reads of a nudged state whose mean is taken, where devices are read with noise (`docs/analog.md`), or where a
     fabric measures it."""
     name = "ep"
+    pushes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the settings."""

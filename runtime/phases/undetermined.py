@@ -8,33 +8,41 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError
+from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.frame import Frame
 
 __all__ = ["check_currents", "check_determined"]
 
-_SWEEPS = 30
+_FROM = 0.99
+"""The loop gain from which units are looked for that nothing sets. With some it is 1, but is measured from below."""
+_SWEEPS = (30, 300)
+"""After so many sweeps units are looked at: all of them, and those that seemed to float."""
 _STEADY = 5
 """Over so many of the last sweeps a potential that nothing sets stays as it is."""
 
 
-def check_determined(frame: Frame, setting: Setting, preactivations: Sequence[Tensor], loop_gain: float) -> None:
+def check_determined(
+    frame: Frame, setting: Setting, preactivations: Sequence[Tensor], loop_gain: float, pushed: bool = False
+) -> None:
     """Refuse an equilibrium if some potentials may move together without a change of the energy.
 
     A loop gain of 1 says that this is so where all diodes conduct. Whether they do at these states is told by the
-    linear response without a drive: sweeps leave the potentials of such units as they are, and shrink all others.
+    linear response without a drive: sweeps leave equal potentials of such units as they are, and shrink all others.
 
     Args:
         frame: the block with its inputs and weights.
         setting: the settings of its amplifiers.
         preactivations: h_l of its states.
-        loop_gain: its κ. Nothing is computed if it is below 1.
+        loop_gain: its κ. Nothing is computed if it is well below 1.
+        pushed: whether currents are to nudge the states. They may turn on a diode that is at its kink, so that it
+            counts as conducting. It does not where the gradient is the derivative alone.
 
     Raises:
         ConvergenceError: the states are not determined; names the block and the layers.
     """
-    floating = _floating(frame, setting, preactivations, loop_gain)
+    floating = _floating(frame, setting, preactivations, loop_gain, pushed)
     if floating:
         raise _refusal(frame, floating, "So they have no equilibrium, or more than one")
 
@@ -45,9 +53,9 @@ def check_currents(frame: Frame, setting: Setting, preactivations: Sequence[Tens
     Their potentials grow without end, so slowly beside their size that sweeps seem to have settled. Without a current
     they stay where they are, as good an equilibrium as any other.
 
-    Args and errors are those of `check_determined`.
+    The arguments and errors are those of `check_determined`.
     """
-    floating = _floating(frame, setting, preactivations, loop_gain)
+    floating = _floating(frame, setting, preactivations, loop_gain, False)
     if not floating:
         return
     still = Frame(frame.program, frame.inputs, frame.weights, dict(frame.drawn))
@@ -65,28 +73,92 @@ def _rounding(values: Sequence[Tensor]) -> float:
     return 64 * torch.finfo(values[0].dtype).eps
 
 
-def _floating(frame: Frame, setting: Setting, preactivations: Sequence[Tensor], loop_gain: float) -> dict[int, Tensor]:
+def _floating(
+    frame: Frame, setting: Setting, preactivations: Sequence[Tensor], loop_gain: float, kinks_conduct: bool
+) -> dict[int, Tensor]:
     """Layer -> the same moves of the potentials that nothing sets, with 0 for all others; only layers that have any."""
-    rounding = _rounding(preactivations)
-    if not setting.energy.floating or loop_gain < 1 - rounding:
+    if not setting.energy.floating or loop_gain < _FROM:
         return {}
-    phase = AdjointPhase(frame, setting, preactivations, [None] * len(preactivations))
+    rounding = _rounding(preactivations)
+    slopes = [
+        _slope(sigma, field, kinks_conduct)
+        for sigma, field in zip(setting.activations(frame), preactivations, strict=True)
+    ]
+    floating = _without_a_source(frame, setting, preactivations, slopes)
+    if not any(bool(units.any()) for units in floating):
+        return {}
+    # They move together in some proportion. It is that of what is left of random moves.
     generator = torch.Generator().manual_seed(0)
-    for index, field in enumerate(preactivations):
-        phase.store(index, torch.randn(field.shape, generator=generator).to(field))
-    for sweep in range(_SWEEPS):
-        if sweep == _SWEEPS - _STEADY:
-            before = [None if value is None else value.clone() for value in phase.values]
-        for index in phase.order():
-            phase.store(index, phase.update(index))
+    drawn = [torch.randn(field.shape, generator=generator).to(field) for field in preactivations]
+    among = [value * units for value, units in zip(drawn, floating, strict=True)]
+    phase = _response(frame, setting, preactivations, among, slopes)
+    _sweep(phase, _SWEEPS[-1] - _STEADY)
+    before = list(phase.values)
+    _sweep(phase, _STEADY)
     least = 1e-3 * max(0.0 if value is None else float(value.abs().amax()) for value in phase.values)
     found = {}
-    for index, (old, new) in enumerate(zip(before, phase.values, strict=True)):
+    for index, (old, new, units) in enumerate(zip(before, phase.values, floating, strict=True)):
         if old is not None and new is not None:
-            steady = (new.abs() > least) & ((new - old).abs() <= _STEADY * rounding * new.abs())
+            steady = units & (new.abs() > least) & ((new - old).abs() <= _STEADY * rounding * new.abs())
             if bool(steady.any()):
                 found[index] = new * steady
     return found
+
+
+def _slope(sigma: Activation, field: Tensor, kinks_conduct: bool) -> Tensor:
+    """σ'(h), or the larger of those on both sides of h."""
+    if not kinks_conduct:
+        return sigma.derivative(field)
+    limits = torch.finfo(field.dtype)
+    near = limits.eps * field.abs() + limits.tiny / limits.eps
+    return torch.maximum(sigma.derivative(field + near), sigma.derivative(field - near))
+
+
+def _without_a_source(
+    frame: Frame, setting: Setting, preactivations: Sequence[Tensor], slopes: Sequence[Tensor]
+) -> list[Tensor]:
+    """The units that no path of conductances connects with an input, as a mask for each layer.
+
+    All potentials begin at 1. Units that are connected with each other alone keep it, and those of all others fall.
+    Signs are left out: lines of both signs are connected by the same conductances.
+    """
+    rounding = _rounding(preactivations)
+    sizes = [None if weight is None else weight.abs() for weight in frame.weights]
+    plain = Frame(frame.program.absolute, (), sizes, dict(frame.drawn), dict(frame.shapes), frozen=True)
+    even = [torch.full_like(field, scale) for field, scale in zip(preactivations, setting.scales, strict=True)]
+    phase = _response(plain, setting, preactivations, even, slopes)
+    done = 0
+    floating: list[Tensor] = []
+    for sweeps in _SWEEPS:
+        _sweep(phase, sweeps - done)
+        done = sweeps
+        floating = [
+            torch.zeros_like(field, dtype=torch.bool) if value is None else value >= scale * (1 - done * rounding)
+            for field, value, scale in zip(preactivations, phase.values, setting.scales, strict=True)
+        ]
+        if not any(bool(units.any()) for units in floating):
+            break
+    return floating
+
+
+def _response(
+    frame: Frame,
+    setting: Setting,
+    preactivations: Sequence[Tensor],
+    values: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+) -> AdjointPhase:
+    """The linear response without a drive, at these values."""
+    phase = AdjointPhase(frame, setting, preactivations, [None] * len(preactivations), slopes)
+    for index, value in enumerate(values):
+        phase.store(index, value)
+    return phase
+
+
+def _sweep(phase: AdjointPhase, sweeps: int) -> None:
+    for _ in range(sweeps):
+        for index in phase.order():
+            phase.store(index, phase.update(index))
 
 
 def _refusal(frame: Frame, floating: dict[int, Tensor], so: str) -> ConvergenceError:

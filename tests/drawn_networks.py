@@ -67,7 +67,7 @@ class DrawnNetwork(nn.Module):
             for index, step in enumerate(steps):
                 layer = _layer(step, shapes[step.reads[0]])
                 if layer is not None:
-                    self.layers[str(index)] = layer
+                    self.layers[str(index)] = _as_trained(layer)
                 shapes.append(shape_after(step, shapes))
         used = {value for step in steps for value in step.reads}
         self.results = [value for value in range(1, len(shapes)) if value not in used]
@@ -82,7 +82,7 @@ class DrawnNetwork(nn.Module):
         network = DrawnNetwork(self.shape, steps, self.seed)
         if energy == "drn":
             with torch.no_grad():
-                for weight in (p for p in network.parameters() if p.dim() > 1):
+                for weight in (p for name, p in network.named_parameters() if name.endswith("weight")):
                     weight.abs_()
         return network
 
@@ -122,6 +122,18 @@ def _layer(step: Step, shape: Shape) -> nn.Module | None:
         "upsample": lambda: nn.Upsample(scale_factor=2),
     }
     return simple[kind]() if kind in simple else None
+
+
+def _as_trained(layer: nn.Module) -> nn.Module:
+    """The layer; a norm has factors, shifts and statistics as training leaves them, negative factors among them."""
+    if isinstance(layer, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d):
+        with torch.no_grad():
+            for name, value in (*layer.named_parameters(), *layer.named_buffers()):
+                if name == "running_var":
+                    value.uniform_(0.3, 2)
+                elif value.is_floating_point():
+                    value.normal_(1.0 if name == "weight" else 0.0, 0.5)
+    return layer
 
 
 def _zeroed(layer: nn.Module, zero: bool) -> nn.Module:

@@ -53,6 +53,44 @@ def test_both_methods_agree_with_unrolled(feedback: float) -> None:
             assert float((found - want).norm() / want.norm()) < 1e-8, method
 
 
+def at_rest() -> nn.Module:
+    """States of 0, which is where they begin: only their derivatives need sweeps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        for layer in model[::2]:
+            layer.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("feedback", [0.1, 0.8])
+@pytest.mark.parametrize("solver", [None, ffebm.Anderson()], ids=["sweeps", "anderson"])
+def test_derivatives_of_states_that_are_settled_from_the_start(feedback: float, solver: Any) -> None:
+    model = at_rest()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    hybrid = ffebm.convert(model, x, feedback=feedback, solver=solver, gradient="unrolled")
+    found = {}
+    for gradient in ("unrolled", "implicit"):
+        hybrid.set_gradient(gradient)
+        hybrid.zero_grad()
+        (hybrid(x) - 1).square().mean().backward()
+        found[gradient] = torch.cat([p.grad.flatten() for p in hybrid.parameters() if p.grad is not None])
+    assert hybrid.blocks[0].module.last.sweeps <= 4
+    assert float((found["unrolled"] - found["implicit"]).norm() / found["implicit"].norm()) < 1e-7
+
+
+def test_unrolled_gradients_that_need_more_sweeps_than_allowed() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    message = r"unrolled gradient of block_1 did not settle in 6 sweeps \(the states at the start make up .* of it"
+    for failure, kind in (("error", ffebm.ConvergenceError), ("warn", ffebm.ConvergenceWarning)):
+        solver = ffebm.GaussSeidel(max_sweeps=6, on_failure=failure)  # type: ignore[arg-type]
+        hybrid = ffebm.convert(at_rest(), x, feedback=0.9, solver=solver, gradient="unrolled")
+        expected = pytest.raises(kind, match=message) if failure == "error" else pytest.warns(kind, match=message)
+        with expected:
+            (hybrid(x) - 1).square().mean().backward()
+
+
 def test_conjugate_gradients_need_fewer_steps_at_high_gain() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)

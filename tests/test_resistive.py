@@ -100,6 +100,11 @@ def test_slope_and_potential_of_a_loaded_state(activation: Any) -> None:
     (slope,) = torch.autograd.grad(value.sum(), h)
     torch.testing.assert_close(sigma.derivative(h.detach()), slope)
     assert (slope <= sigma.steepest + 1e-12).all()
+    torch.testing.assert_close(value.detach(), sigma.value(h.detach()), rtol=1e-14, atol=1e-14)
+    for knot in [0.0] if activation.cone else [place for place, _ in sigma._knots]:  # the same one of two slopes there
+        at = torch.as_tensor(knot, dtype=torch.float64).expand(2).clone().requires_grad_()
+        (slope,) = torch.autograd.grad(sigma.value(at).sum(), at)
+        torch.testing.assert_close(sigma.derivative(at.detach()), slope)
     # F(s) = G(s) + ½ e s², and Λ' = σ.
     torch.testing.assert_close(sigma.potential(value), activation.potential(value) + 0.5 * load * value**2)
     (again,) = torch.autograd.grad(sigma.primitive(h).sum(), h)

@@ -117,13 +117,19 @@ class Loaded(Activation):
             slope, knots = lines.slopes[index], self._knots
             offset = lines.start / slope - (lines.knots[max(index - 1, 0)] if knots else 0.0)
             line = (h + offset if offset else h) * self._pieces[0][0]
-            lo = knots[index - 1][1] if index else None
-            hi = knots[index][1] if index < len(knots) else None
-            return line if lo is None and hi is None else line.clamp(lo, hi)
+            lo = knots[index - 1] if index else None
+            hi = knots[index] if index < len(knots) else None
+            if torch.is_grad_enabled():
+                line = line if lo is None else torch.where(h <= lo[0], lo[1], line)
+                return line if hi is None else torch.where(h > hi[0], hi[1], line)
+            if lo is None and hi is None:
+                return line
+            return line.clamp(None if lo is None else lo[1], None if hi is None else hi[1])
         total = torch.full_like(h, lines.start)
+        clip = _cut if torch.is_grad_enabled() else _clip
         for steepness, least, most in self._pieces:
             first = most if isinstance(least, float) and least == -inf else least
-            total = total + steepness * (_clip(h, least, most) - first)
+            total = total + steepness * (clip(h, least, most) - first)
         return total
 
     def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:
@@ -173,6 +179,15 @@ class Loaded(Activation):
 
     def complex_quotient(self, h: Tensor, k: Tensor, t: complex) -> Tensor:
         return super().complex_quotient(h, k, t) if not self.holomorphic else self.steepest * k
+
+
+def _cut(h: Tensor, lo: Bound, hi: Bound) -> Tensor:
+    """`_clip`, whose derivative by h is 1 in (lo, hi] alone, as that of `Loaded.derivative`."""
+    if not isinstance(lo, float) or lo > -inf:
+        h = torch.where(h <= lo, lo, h)
+    if not isinstance(hi, float) or hi < inf:
+        h = torch.where(h > hi, hi, h)
+    return h
 
 
 def _clip(h: Tensor, lo: Bound, hi: Bound) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ffebm_compiler.errors import InputError
+from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning, InputError
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.estimators.base import (
     Estimator,
@@ -104,7 +106,9 @@ class Unrolled(Estimator):
     """Autograd through the relaxation. It is the reference for tests, never the default.
 
     The free phase is run again under autograd, with as many forward sweeps as it took. If it was solved by another
-    method, sweeps run until they settle. Memory grows with their number.
+    method, sweeps run until they settle. States that begin at their equilibrium, such as those of weights of zero, take
+    fewer sweeps than their derivatives. So more follow until the derivative by the states at the start, which is what
+    is left out, is below ten times the tolerance of the free phase. Memory grows with the number of sweeps.
     """
 
     through_feedback: bool = False
@@ -129,24 +133,21 @@ class Unrolled(Estimator):
             # Zeros that are added to the fields. The derivative by them is e_l, summed over the sweeps.
             offsets = [torch.zeros_like(s).requires_grad_() for s in at.states] if self.through_feedback else []
 
-            def begun() -> FreePhase:
+            def begun() -> tuple[FreePhase, list[Tensor]]:
                 phase = _OffsetPhase(frame, at.setting, offsets) if offsets else FreePhase(frame, at.setting)
                 phase.contraction = at.contraction
-                return phase
+                return phase, _marked(phase)
 
-            phase, sweeps = begun(), at.free_sweeps
+            (phase, marks), sweeps = begun(), at.free_sweeps
+            plain = GaussSeidel(max_sweeps=at.solver.max_sweeps, on_failure=at.solver.on_failure)
+            subject = f"unrolled free phase of {at.name}"
             if not _repeats(phase, at):
-                phase = begun()
-                plain = GaussSeidel(max_sweeps=at.solver.max_sweeps, on_failure=at.solver.on_failure)
-                subject = f"unrolled free phase of {at.name}"
+                phase, marks = begun()
                 sweeps = relax(phase, plain, at.free_rtol, subject, at.hint, at.contraction).sweeps
-        outputs = [(s, e) for s, e in zip(phase.values, errors, strict=True) if e is not None and s is not None]
-        leaves = [t for t, n in zip((*inputs, *weights), needed, strict=True) if n and t is not None]
-        if not outputs or not leaves:
+            leaves = [t for t, n in zip((*inputs, *weights), needed, strict=True) if n and t is not None]
+            grads, sweeps = _differentiated(phase, [*leaves, *offsets], marks, errors, plain, sweeps, at)
+        if not grads:
             return Gradients.none(at.frame.program)
-        (*grads,) = torch.autograd.grad(
-            [s for s, _ in outputs], [*leaves, *offsets], [e for _, e in outputs], allow_unused=True
-        )
         found = iter(grads)
         result = [
             next(found) if n and t is not None else None for t, n in zip((*inputs, *weights), needed, strict=True)
@@ -155,6 +156,62 @@ class Unrolled(Estimator):
         if offsets and any(at.weights_needed):
             add_amplifier_terms(at, list(found), at.states, gradients.weights)
         return gradients
+
+
+def _marked(phase: FreePhase) -> list[Tensor]:
+    """Zeros that are added to the states at the start. The derivative by them is what later sweeps have left of it."""
+    marks = []
+    for index, value in enumerate(phase.values):
+        if value is not None:
+            marks.append(torch.zeros_like(value).requires_grad_())
+            phase.store(index, value + marks[-1])
+    return marks
+
+
+def _differentiated(
+    phase: FreePhase,
+    leaves: Sequence[Tensor],
+    marks: Sequence[Tensor],
+    errors: Sequence[Tensor | None],
+    plain: GaussSeidel,
+    sweeps: int,
+    at: Situation,
+) -> tuple[list[Tensor | None], int]:
+    """(derivatives by the leaves, number of sweeps), after as many more sweeps as the derivatives need.
+
+    Raises:
+        ConvergenceError: as `on_failure` says, if the derivatives need more sweeps than the solver allows.
+    """
+    memory, goal = plain.init(phase), 10 * at.free_rtol
+    while True:
+        outputs = [(s, e) for s, e in zip(phase.values, errors, strict=True) if e is not None and s is not None]
+        if not outputs or not leaves:
+            return [], sweeps
+        grads = torch.autograd.grad(
+            [s for s, _ in outputs],
+            [*leaves, *marks],
+            [e for _, e in outputs],
+            allow_unused=True,
+            retain_graph=True,
+        )
+        left = [grad for grad in grads[len(leaves) :] if grad is not None]
+        size = max((float(e.norm()) for _, e in outputs), default=0.0)
+        share = max((float(grad.norm()) for grad in left), default=0.0) / size if size else 0.0
+        if not share > goal:
+            return list(grads[: len(leaves)]), sweeps
+        more = sweeps if share >= 1 else math.ceil(sweeps * (math.log(goal) / math.log(share) - 1))
+        if sweeps >= plain.max_sweeps:
+            reason = (
+                f"unrolled gradient of {at.name} did not settle in {sweeps} sweeps (the states at the start make up "
+                f"{share:.2g} of it, {goal:.2g} are asked for); {at.hint()}"
+            )
+            if plain.on_failure == "error":
+                raise ConvergenceError(reason)
+            warnings.warn(reason, ConvergenceWarning, stacklevel=2)
+            return list(grads[: len(leaves)]), sweeps
+        for _ in range(max(1, min(more, plain.max_sweeps - sweeps))):
+            plain.step(phase, memory, measure=False)
+            sweeps += 1
 
 
 def _repeats(phase: FreePhase, at: Situation) -> bool:

@@ -490,7 +490,7 @@ def test_warning_instead_on_request() -> None:
         output = hybrid(x)
     assert output.isfinite().all()
     assert not hybrid.blocks[0].module.last.converged
-    with pytest.warns(ffebm.ConvergenceWarning, match=r"nudged phase \(β = \+1e-06\) of block_1"):
+    with pytest.warns(ffebm.ConvergenceWarning, match=r"nudged phase \(β = \+1e-08\) of block_1"):
         output.sum().backward()
     # What is not finite stays an error: there is nothing to go on with.
     model, x = expansive()
@@ -500,7 +500,7 @@ def test_warning_instead_on_request() -> None:
 
 @pytest.mark.parametrize(
     ("estimator", "phase"),
-    [("ep", r"nudged phase \(β = \+1e-06\) of block_1"), ("implicit", "adjoint system of block_1")],
+    [("ep", r"nudged phase \(β = \+1e-08\) of block_1"), ("implicit", "adjoint system of block_1")],
 )
 def test_backward_phase_that_does_not_settle_is_named(estimator: str, phase: str) -> None:
     model, x = mlp()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning, InputError
+from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.estimators.base import (
     Estimator,
@@ -29,7 +28,7 @@ from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
 from ffebm_compiler.runtime.solvers.conjugate import solve_adjoint
-from ffebm_compiler.runtime.solvers.relaxation import relax
+from ffebm_compiler.runtime.solvers.relaxation import Settled, concluded, relax
 
 __all__ = ["ImplicitDifferentiation", "Unrolled"]
 
@@ -201,13 +200,9 @@ def _differentiated(
             return list(grads[: len(leaves)]), sweeps
         more = sweeps if share >= 1 else math.ceil(sweeps * (math.log(goal) / math.log(share) - 1))
         if sweeps >= plain.max_sweeps:
-            reason = (
-                f"unrolled gradient of {at.name} did not settle in {sweeps} sweeps (the states at the start make up "
-                f"{share:.2g} of it, {goal:.2g} are asked for); {at.hint()}"
-            )
-            if plain.on_failure == "error":
-                raise ConvergenceError(reason)
-            warnings.warn(reason, ConvergenceWarning, stacklevel=2)
+            why = f"did not settle in {sweeps} sweeps (the states at the start make up {share:.2g} of it)"
+            settled = Settled(sweeps, share, False, why, unsettled=tuple(range(phase.samples or 1)))
+            concluded(settled, phase, plain, goal, f"unrolled gradient of {at.name}", at.hint)
             return list(grads[: len(leaves)]), sweeps
         for _ in range(max(1, min(more, plain.max_sweeps - sweeps))):
             plain.step(phase, memory, measure=False)

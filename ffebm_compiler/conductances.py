@@ -31,7 +31,7 @@ from ffebm_compiler.weight_origins import Origin, origin_of
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
 
-__all__ = ["KEPT", "check_conductances", "clamp_after_steps", "clamp_conductances", "conductances_of"]
+__all__ = ["KEPT", "check_conductances", "clamp_after_steps", "clamp_conductances"]
 
 KEPT = frozenset(("_conductance_hook", "_conductance_places", "_conductance_stamp"))
 """Attributes of a hybrid that belong to the object and not to its copies."""
@@ -66,7 +66,7 @@ def _places_of(hybrid: HybridParts) -> tuple[_Place, ...]:
 
 def _found(hybrid: HybridParts) -> Iterator[_Place]:
     names = fetched(hybrid.lowered)
-    parameters = frozenset(name for name, _ in hybrid.named_parameters(remove_duplicate=False))
+    parameters = dict(hybrid.named_parameters(remove_duplicate=False)).keys()
     seen: set[Any] = set()
     for name, block in hybrid.energy_blocks.items():
         program = block.program if block.arrays is None else block.arrays.source
@@ -81,11 +81,6 @@ def _found(hybrid: HybridParts) -> Iterator[_Place]:
                 seen.add(key)
                 layer = next(la.name for la in program.layers for i in la.instructions if place in i.weights)
                 yield _Place(name, layer, node, origin, names_behind([node], names))
-
-
-def conductances_of(hybrid: HybridParts) -> tuple[str, ...]:
-    """Names of the parameters and buffers whose values are conductances, or are multiplied to be some."""
-    return tuple(dict.fromkeys(place.origin.name for place in _places_of(hybrid) if place.origin is not None))
 
 
 def clamp_conductances(hybrid: HybridParts) -> tuple[str, ...]:

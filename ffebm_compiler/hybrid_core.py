@@ -442,8 +442,8 @@ class HybridCore(HybridParts):
     def _parameter_behind(self, name: str, index: int) -> Tensor:
         """The parameter behind a block's weight, which may be a view or a multiple of it (by a folded batch norm)."""
         node = self._call_of(name).args[self._energy[name].program.inputs + index]
-        parameters = (path for path, _ in self.named_parameters(remove_duplicate=False))
-        origin = origin_of(node, fetched(self.lowered), parameters)
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        origin = origin_of(node, fetched(self.lowered), parameters.keys())
         if origin is None:
             raise UnsupportedError(
                 f"weight {index} of {name} is no parameter, nor a view or a multiple of one, so that it cannot be "

@@ -7,7 +7,7 @@ computation, such as a softplus, allows neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ class Origin(NamedTuple):
         return leaf.detach() * factors < 0
 
 
-def origin_of(node: Any, fetched: Mapping[fx.Node, str], parameters: Iterable[str]) -> Origin | None:
+def origin_of(node: Any, fetched: Mapping[fx.Node, str], parameters: Set[str]) -> Origin | None:
     """What a weight is a view or a multiple of; None if it is computed otherwise.
 
     Args:
@@ -98,7 +98,6 @@ def origin_of(node: Any, fetched: Mapping[fx.Node, str], parameters: Iterable[st
         operands = [a for a in node.args if isinstance(a, fx.Node) and a.meta["val"].numel() == size]
     else:
         return None
-    names = frozenset(parameters)
-    found = [origin for origin in (origin_of(operand, fetched, names) for operand in operands) if origin is not None]
-    found.sort(key=lambda origin: origin.name not in names)
+    origins = (origin_of(operand, fetched, parameters) for operand in operands)
+    found = sorted((o for o in origins if o is not None), key=lambda origin: origin.name not in parameters)
     return Origin(found[0].name, (*found[0].path, node)) if found else None

@@ -32,10 +32,11 @@ def multiplying_weights(program: BlockProgram) -> frozenset[int]:
     )
 
 
-def magnitudes_of(frame: Frame, nonnegative: bool = False) -> Frame:
-    """The block at |θ| without biases, with operators of absolute values. One sample is enough without random masks.
+def magnitudes_of(frame: Frame, nonnegative: bool = False, every_sample: bool = False) -> Frame:
+    """The block at |θ| without biases, with operators of absolute values.
 
-    Weights that are `nonnegative` are taken as they are, so that their derivative at 0 is that from above.
+    It has one sample, which is enough without random masks, unless `every_sample` is asked for. Weights that are
+    `nonnegative` are taken as they are, so that their derivative at 0 is that from above.
     """
     multiplying = multiplying_weights(frame.program)
     weights = [
@@ -43,7 +44,7 @@ def magnitudes_of(frame: Frame, nonnegative: bool = False) -> Frame:
         for place, w in enumerate(frame.weights)
     ]
     shapes = dict(frame.shapes)
-    if frame.program.resizable and all(mask is None for mask in frame.drawn.values()):
+    if not every_sample and frame.program.resizable and all(mask is None for mask in frame.drawn.values()):
         shapes = {register: torch.Size((1, *shape[1:])) for register, shape in shapes.items()}
     return Frame(frame.program.absolute, (), weights, dict(frame.drawn), shapes, frozen=True)
 

@@ -135,8 +135,7 @@ class RowSums(Gauge):
             phase.store(index, value)
         sizes = []
         for _ in range(_SWEEPS):
-            for index in phase.order():
-                phase.store(index, phase.update(index))
+            phase.sweep()
             size = math.sqrt(sum(float(v.double().square().sum()) for v in phase.values if v is not None))
             if not 0 < size < math.inf:
                 return size

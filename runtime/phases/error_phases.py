@@ -189,6 +189,11 @@ class AdjointPhase(_ErrorPhase):
         force = self.force(index)
         return None if force is None else self.responded(index, force)
 
+    def sweep(self) -> None:
+        """One sweep over all layers, without over-relaxation."""
+        for index in self.order():
+            self.store(index, self.update(index))
+
     def response(self) -> AdjointPhase:
         """The same system without its drive."""
         nothing: list[Tensor | None] = [None] * len(self.values)

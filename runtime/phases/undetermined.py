@@ -10,6 +10,7 @@ from torch import Tensor
 from ffebm_compiler.errors import ConvergenceError
 from ffebm_compiler.runtime.activations.base import Activation
 from ffebm_compiler.runtime.energies.base import Setting
+from ffebm_compiler.runtime.energies.loads import magnitudes_of
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.frame import Frame
 
@@ -123,8 +124,7 @@ def _without_a_source(
     Signs are left out: lines of both signs are connected by the same conductances.
     """
     rounding = _rounding(preactivations)
-    sizes = [None if weight is None else weight.abs() for weight in frame.weights]
-    plain = Frame(frame.program.absolute, (), sizes, dict(frame.drawn), dict(frame.shapes), frozen=True)
+    plain = magnitudes_of(frame, every_sample=True)
     even = [torch.full_like(field, scale) for field, scale in zip(preactivations, setting.scales, strict=True)]
     phase = _response(plain, setting, preactivations, even, slopes)
     done = 0
@@ -157,8 +157,7 @@ def _response(
 
 def _sweep(phase: AdjointPhase, sweeps: int) -> None:
     for _ in range(sweeps):
-        for index in phase.order():
-            phase.store(index, phase.update(index))
+        phase.sweep()
 
 
 def _refusal(frame: Frame, floating: dict[int, Tensor], so: str) -> ConvergenceError:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", str(ROOT / script), "--quick", *arguments]
+    command = [sys.executable, "-P", "-W", "error::UserWarning", str(ROOT / script), "--quick", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
 
 

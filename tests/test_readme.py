@@ -16,8 +16,13 @@ from ffebm_compiler.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# The distributed example runs under torchrun, in test_distributed.
-SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "train_distributed.py"]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+RUN_ELSEWHERE = {
+    "circuit_in_the_loop.py": "test_circuit_in_the_loop.py",
+    "train_distributed.py": "test_distributed.py",
+    "which_layers.py": "test_planning_scripts.py",
+}
+"""Examples that another file of tests runs in the same way, and what they print and write there."""
 SHARED = ("command_line.py", "digit_tables.py", "experiment_training.py")
 """What other examples import, and nobody runs."""
 EXAMPLES = [path for path in SCRIPTS if path.name not in SHARED]
@@ -51,10 +56,23 @@ def test_shared_files_are_imported_by_examples_and_do_nothing_alone(name: str) -
     assert any(f"from {name.removesuffix('.py')} import" in path.read_text(encoding="utf-8") for path in EXAMPLES)
 
 
+@pytest.mark.parametrize(("name", "test"), RUN_ELSEWHERE.items())
+def test_examples_are_run_elsewhere(name: str, test: str) -> None:
+    assert f"examples/{name}" in (ROOT / "tests" / test).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_commands_stand_on_top_of_examples(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    launcher = "torchrun" if path.name == "train_distributed.py" else ".venv/bin/python"
+    assert re.search(rf"{re.escape(launcher)} .*examples/{path.name}", text)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in EXAMPLES if path.name not in RUN_ELSEWHERE], ids=lambda path: path.name
+)
 def test_examples_run(path: Path, tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert f".venv/bin/python examples/{path.name}" in text, "its command stands on top"
     arguments = ["--quick", "--out", str(tmp_path / "results")] if "[--quick]" in text else []
     if path.name == "draw_demo.py":
         arguments = [str(tmp_path / "pictures")]

@@ -236,12 +236,14 @@ def check_training(case: Case) -> None:
     hybrid = case.hybrid
     before = {name: p.detach().clone() for name, p in hybrid.named_parameters()}
     optimizer = torch.optim.SGD(hybrid.parameters(), 1e-2)
+    pushes = dict.fromkeys(before, 0.0)
     for _ in range(2):
         _, gradients = step(case, hybrid, hybrid)
+        for name, gradient in gradients.items():  # noise over a small β may end in a step after which a layer is silent
+            pushes[name] = max(pushes[name], float(gradient.abs().max()))
         optimizer.step()
     for name, p in hybrid.named_parameters():
-        moved = not torch.equal(before[name], p)
-        pushed = float(gradients[name].abs().max()) if name in gradients else 0.0
+        moved, pushed = not torch.equal(before[name], p), pushes[name]
         expect(moved or pushed < 1e-5, f"{name} does not move")
         expect(not moved or pushed > 0, f"{name} moves without a gradient")
     if hybrid.training and case.row["energy"] == "hopfield" and case.row["feedback"] == "number":

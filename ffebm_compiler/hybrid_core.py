@@ -264,7 +264,7 @@ class HybridCore(HybridParts):
             weights = [None if weight is None else self._tensor(weight) for weight in names]
             plain = (weight is None or type(weight) in (Tensor, nn.Parameter) for weight in weights)
             if all(plain) and all(weight is None or weight.device.type == "cpu" for weight in weights):
-                block.check_weights(weights)
+                block.program.check_weights(weights)
                 block.gain.hold(weights)
 
     def changed_gains(self) -> list[str]:

@@ -481,7 +481,7 @@ class EnergyBlock(nn.Module):
             present, weights, reads = self._on_devices(present, weights)
         if len(present) != program.inputs or len(weights) != program.weights:
             raise FFEBMError(f"{self.name} takes {program.inputs} inputs and {program.weights} weights")
-        self.check_weights(weights)
+        program.check_weights(weights)
         kind = present[0].device.type
         if torch.is_autocast_enabled(kind):
             widest = torch.promote_types(
@@ -509,20 +509,6 @@ class EnergyBlock(nn.Module):
         if self.arrays is None or not self.enabled or self.quiet:
             return outputs
         return tuple(self.arrays.converters.leave(index, value) for index, value in enumerate(outputs))
-
-    def check_weights(self, weights: Sequence[Tensor | None]) -> None:
-        """Refuse feedback weights that have another shape than the forward weights that they go with.
-
-        Raises:
-            InputError: the shapes differ.
-        """
-        for first, second in self.program.feedback_weights:
-            forward, backward = weights[first], weights[second]
-            if forward is not None and backward is not None and forward.shape != backward.shape:
-                raise InputError(
-                    f"{self.name}: feedback weights of shape {tuple(backward.shape)} go with forward weights of shape "
-                    f"{tuple(forward.shape)}. Give both one shape, since the feedback is the transpose of such a weight"
-                )
 
     def _forward(
         self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool, reads: Reads | None

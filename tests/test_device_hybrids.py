@@ -533,9 +533,10 @@ def test_a_malformed_file_of_devices_is_refused(tmp_path: Path) -> None:
         ffebm.load(tmp_path / "saved", _digits()[0])
 
 
-def test_a_source_computes_without_devices() -> None:
+@pytest.mark.parametrize("mismatch", [0.0, 0.1])
+def test_a_source_computes_without_devices(mismatch: float) -> None:
     """Reports that compare with the source, and the digital network, know nothing of devices."""
-    hybrid, x, _ = _on_digits(replace(STATIC, read_noise=0.01))
+    hybrid, x, _ = _on_digits(replace(STATIC, read_noise=0.01, mismatch=mismatch))
     model = _digits()[0]
     assert torch.allclose(hybrid.to_digital()(x), model(x))
     with hybrid.feedforward_mode():

@@ -11,10 +11,13 @@ deviation coordinates and the gradients rely on that. `runtime/program/frame.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from torch import Tensor
+
+from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.activations.table import Activation
 from ffebm_compiler.runtime.program.operators import Convolution, Operator
 
@@ -131,6 +134,20 @@ class BlockProgram:
     def symmetric(self) -> bool:
         """Whether the feedback is the transpose of the drives, so that the block has an energy."""
         return not self.feedback_weights
+
+    def check_weights(self, weights: Sequence[Tensor | None]) -> None:
+        """Refuse feedback weights that have another shape than the forward weights that they go with.
+
+        Raises:
+            InputError: the shapes differ.
+        """
+        for first, second in self.feedback_weights:
+            forward, backward = weights[first], weights[second]
+            if forward is not None and backward is not None and forward.shape != backward.shape:
+                raise InputError(
+                    f"{self.name}: feedback weights of shape {tuple(backward.shape)} go with forward weights of shape "
+                    f"{tuple(forward.shape)}. Give both one shape, since the feedback is the transpose of such a weight"
+                )
 
     @cached_property
     def back(self) -> BlockProgram:

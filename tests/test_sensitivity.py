@@ -190,6 +190,8 @@ def test_an_evaluate_that_fails() -> None:
         (lambda net: "0.9", "of type str"),
         (lambda net: float("nan"), "returned nan"),
         (lambda net: True, "bool"),
+        (lambda net: -1e308, r"returned -1e\+308 with .*of at most 1e\+100 in size"),
+        (lambda net: 10**400, "returned inf"),
     ):
         with pytest.raises(ffebm.InputError, match=said):
             ffebm.sensitivity(hybrid, wrong, DEVICES)
@@ -240,6 +242,11 @@ def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:
         ffebm.sensitivity(hybrid, score, "pcm", file=file)
     with pytest.raises(ffebm.InputError, match=r"another sensitivity: its value of the source is '-0\.0'"):
         ffebm.sensitivity(hybrid, lambda net: 1 + score(net), DEVICES, file=file)
+    damaged = json.loads(file.read_text())
+    next(value for key, value in damaged["results"].items() if key.startswith("weight"))["value"] = -1e308
+    file.write_text(json.dumps(damaged))
+    with pytest.raises(ffebm.InputError, match=r"value of 'weight .*' is -1e\+308; expected a number of at most 1e"):
+        ffebm.sensitivity(hybrid, score, DEVICES, file=file)
     file.write_text('{"schema": 1}')
     with pytest.raises(ffebm.InputError, match=r"sensitivity.json is no sensitivity \(it has no 'kind'\)"):
         ffebm.sensitivity(hybrid, score, DEVICES, file=file)

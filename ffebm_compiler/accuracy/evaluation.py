@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffebm_compiler.accuracy.journal import digest_of
+from ffebm_compiler.accuracy.journal import LARGEST, digest_of, is_moderate
 from ffebm_compiler.accuracy.outputs import deviation, recorded
 from ffebm_compiler.device_state import observed_ranges, put_on_devices
 from ffebm_compiler.errors import FFEBMError, InputError
@@ -77,9 +78,15 @@ def value_of(evaluate: Evaluate, model: nn.Module, told: str) -> float:
             f"evaluate returned an object of type {type(found).__name__} with {told}; expected a number such as an "
             "accuracy"
         )
-    number = float(found)
-    if number != number or number in (float("inf"), float("-inf")):
-        raise InputError(f"evaluate returned {number} with {told}; expected a finite number such as an accuracy")
+    try:
+        number = float(found)
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
+    if not is_moderate(number):
+        raise InputError(
+            f"evaluate returned {number} with {told}; expected a finite number such as an accuracy, of at most "
+            f"{LARGEST:g} in size"
+        )
     return number
 
 

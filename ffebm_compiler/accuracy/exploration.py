@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ffebm_compiler.accuracy.journal import is_moderate
 from ffebm_compiler.drawing.files import write_picture
 from ffebm_compiler.drawing.scatter import Axis, scatter_page
 from ffebm_compiler.errors import InputError
@@ -58,7 +58,7 @@ class Point:
 
         def number(name: str) -> float:
             value = found[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_moderate(value):
                 raise ValueError(f"{name} is {clipped(ascii(value))}")
             return float(value)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.files.checked_json import Malformed, clipped, read_json, typed
 from ffebm_compiler.files.whole_files import write_whole
 
-__all__ = ["Journal", "JournalFile", "digest_of"]
+__all__ = ["LARGEST", "Journal", "JournalFile", "digest_of", "is_moderate"]
 
 _SCHEMA = 1
 _SECONDS = 1.0
 """The file is written at most so often, and at the end."""
+LARGEST = 1e100
+"""No measured number is larger, so that sums, squares and ratios of them stay finite."""
 
 Found = Mapping[str, float | str | None]
 
@@ -84,10 +86,10 @@ class Journal:
             InputError: the file holds something else there.
         """
         found = self.results[key].get(name)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        if not is_moderate(found):
             raise InputError(
                 f"{self.path} is damaged: {name} of {clipped(ascii(key))} is {clipped(ascii(found))}; expected a "
-                "finite number: delete the file"
+                f"number of at most {LARGEST:g} in size: delete the file"
             )
         return float(found)
 
@@ -105,6 +107,11 @@ class Journal:
         content = asdict(JournalFile(_SCHEMA, self.kind, dict(self.of), self.results))
         write_whole(self.path, json.dumps(content, indent=1) + "\n", failure=f"the {self.kind} cannot be written")
         self._written, self._pending = time.monotonic(), False
+
+
+def is_moderate(value: object) -> TypeGuard[float]:
+    """Whether it is a number of at most `LARGEST` in size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def digest_of(model: nn.Module) -> str:

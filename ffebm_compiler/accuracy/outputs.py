@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ffebm_compiler.accuracy.journal import is_moderate
+
 __all__ = ["deviation", "recorded"]
 
 _MOST = 1 << 16
@@ -64,4 +66,4 @@ def deviation(outputs: Sequence[Tensor], source: Sequence[Tensor]) -> float | No
     error = sum(float((a - b).double().square().sum()) for a, b in zip(outputs, source, strict=True))
     varied = sum(float((b - b.mean()).double().square().sum()) for b in source)
     found = error / varied if varied > 0 else float("inf")
-    return found if found < float("inf") else None
+    return found if is_moderate(found) else None

@@ -74,5 +74,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal({"solver": ("Measured",), "devices": _NOISY}, "a fabric measures its equilibria"),
     Refusal({"done": _ONNX, "devices": _NOISY}, "an ONNX file does not hold"),
     Refusal({"done": _ONNX, "network": ("CNN",), "dtype": ("float64",)}, "many operators have no float64"),
+    Refusal({"done": ("ONNX",), "activation": ("GELU",), "dtype": ("float64",)}, "many operators have no float64"),
     Refusal({"done": ("SPICE", "power_report"), "energy": ("hopfield",)}, "is not that of a circuit"),
 )

@@ -270,6 +270,8 @@ def test_inner_blocks_use_equilibrium_propagation_and_the_summary_says_so() -> N
     # The inner block's gradient is the exact one for the error that the outer block hands back.
     found = of_runtime(hybrid, x, "contrastive")
     assert hybrid.blocks[0].module.estimator == ffebm.EquilibriumPropagation()
+    hybrid.set_gradient(ffebm.CoupledLearning(variant="centered"))  # β is the default: that of each
+    assert hybrid.blocks[0].module.estimator == ffebm.EquilibriumPropagation(variant="centered")
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
     hybrid.set_gradient("ep")
     assert "learning in" not in hybrid.summary()

@@ -423,6 +423,27 @@ def test_every_estimator_and_solver_runs_on_devices(gradient: str, solver: Any) 
         assert found["0.weight"] > 0.5
 
 
+@pytest.mark.parametrize("variant", ["positive", "negative", "centered"])
+def test_blocks_beside_coupled_learning_take_the_nudge_that_noisy_reads_need(variant: Any) -> None:
+    """It is defined in the output's block. The others use EP, whose tiny default β would divide the noise."""
+    model = seeded(
+        lambda: nn.Sequential(
+            *(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6), nn.LayerNorm(6), nn.Linear(6, 9), nn.Tanh()),
+            nn.Linear(9, 3),
+        )
+    ).double()
+    x = noise(16, 8).double()
+    noisy = Devices(read_noise=1e-3, adc_bits=10, dac_bits=10)
+    hybrid, exact = (ffebm.convert(model, x, feedback=0.3, devices=devices) for devices in (noisy, None))
+    for each in (hybrid, exact):
+        each.set_gradient(ffebm.CoupledLearning(variant=variant))
+    used = [block.module.active_estimator for block in hybrid.blocks]
+    assert [each.name for each in used] == ["ep", "coupled"]
+    assert used[0] == EquilibriumPropagation(None, "negative" if variant == "negative" else "centered", reads=16)
+    found = _cosines(_gradients(hybrid, x), _gradients(exact, x))
+    assert min(found.values()) > (0.5 if variant == "negative" else 0.9)  # a large nudge to one side sees curvature
+
+
 def test_holomorphic_nudges_need_exact_states() -> None:
     hybrid, x, loss = _on_digits(Devices(read_noise=1e-3))
     hybrid.set_gradient(EquilibriumPropagation(0.1, variant="holomorphic"))

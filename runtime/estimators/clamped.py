@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -43,6 +43,9 @@ class CoupledLearning(Estimator):
     blocks equilibrium propagation with the same β and variant, and `summary()` says which. A block of one layer has no
     other states, so that its gradient stays exact.
 
+    With β at its default these other blocks have the default β of equilibrium propagation. So they take a large nudge
+    where devices read states with noise (`docs/analog.md`).
+
     Raises:
         InputError: a setting is out of range.
         UnsupportedError: a held state has an activation with parameters, or it is defined in no block of a hybrid.
@@ -72,8 +75,9 @@ class CoupledLearning(Estimator):
         return True
 
     def within(self) -> EquilibriumPropagation:
-        """Equilibrium propagation with the same β and variant."""
-        return EquilibriumPropagation(self.beta, self.variant, through_feedback=self.through_feedback)
+        """Equilibrium propagation with the same variant and β; with its own default β if this one is the default."""
+        propagation = EquilibriumPropagation(variant=self.variant, through_feedback=self.through_feedback)
+        return propagation if self.beta == type(self).beta else replace(propagation, beta=self.beta)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         """Settle with the visible states held, and contract.

@@ -127,6 +127,15 @@ def test_it_settles_under_a_strong_negative_nudge() -> None:
         model.float()
 
 
+def test_a_negative_nudge_that_leaves_no_minimum_says_so() -> None:
+    """At β = −0.9 an output answers ten times as strongly, so that a loop gain of 0.9 is one of about 9."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)))
+    hybrid = ffebm.convert(model, noise(5, 6), feedback=0.9)
+    with pytest.raises(ffebm.ConvergenceError, match=r"give CostNudge a beta below 0.9, or variant='positive'"):
+        gradients(hybrid, noise(5, 6), ffebm.CostNudge(0.9, "negative", scale=5.0))
+    assert gradients(hybrid, noise(5, 6), ffebm.CostNudge(0.9, "positive", scale=5.0))
+
+
 def test_inner_blocks_use_equilibrium_propagation() -> None:
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh())
     hybrid = ffebm.convert(model.append(nn.Linear(6, 3)), noise(4, 5), gradient=ffebm.CostNudge(0.2))

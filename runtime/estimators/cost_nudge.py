@@ -109,13 +109,22 @@ class CostNudge(Estimator):
             strengths = [beta.real for beta in group]
             return CostNudgedPhase(at.frame, at.setting, at.preactivations, drives, strengths, at.states, cost)
 
-        certified = replace(at, contraction=self._contraction(at, drives, cost))
+        certified = replace(at, contraction=self._contraction(at, drives, cost), hint=lambda: self._hint(at))
         found, sweeps = settled_currents(certified, betas, None, phase_of)
         currents = scaled([weighted(parts, betas) for parts in zip(*found, strict=True)], -1 / size)
         middle = midpoint(at, found, betas)
         gradients = contract(at, currents, middle, errors, through_feedback=self.through_feedback)
         gradients.sweeps = sweeps
         return gradients
+
+    def _hint(self, at: Situation) -> str:
+        """Advice for a phase that does not settle."""
+        if self.variant == "positive":
+            return at.hint()
+        return (
+            f"{at.hint()}. A negative nudge subtracts the cost from the energy, which may leave it without a minimum: "
+            f"give CostNudge a beta below {self.beta:g}, or variant='positive'"
+        )
 
     def _contraction(self, at: Situation, drives: Sequence[Tensor | None], cost: Cost) -> float | None:
         """What a sweep is certified to contract by: under −β an output answers 1/(1 − β/c) times as strongly."""

@@ -172,8 +172,8 @@ def check_step(case: Case) -> None:
         wanted = reference(case, _quiet_copy(hybrid), None)
         read = step(case, case.hybrid, case.hybrid)
         expect(all(bool(torch.isfinite(g).all()) for g in read[1].values()), "a gradient is not finite")
-        sizes = [math.hypot(*(float(g.norm()) for g in gradients.values())) for gradients in (read[1], found[1])]
-        expect(sizes[0] < 10 * sizes[1], f"with noise the gradient is {sizes[0] / sizes[1]:.1e} times as large")
+        noisy_size, size = (math.hypot(*(float(g.norm()) for g in each.values())) for each in (read[1], found[1]))
+        expect(noisy_size < 10 * size, f"with noise the gradient has a size of {noisy_size:.1e}, without {size:.1e}")
         if hybrid.blocks:
             expect(not torch.equal(read[0], found[0]), "read noise changes nothing")
     else:

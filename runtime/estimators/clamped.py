@@ -40,11 +40,9 @@ class CoupledLearning(Estimator):
     states by δ. Equilibrium propagation takes the displacement that the force δ causes.
 
     It is defined only in blocks whose outputs reach the loss through no other block. `set_gradient` gives the other
-    blocks equilibrium propagation with the same β and variant, and `summary()` says which. A block of one layer has no
-    other states, so that its gradient stays exact.
-
-    With β at its default these other blocks have the default β of equilibrium propagation. So they take a large nudge
-    where devices read states with noise (`docs/analog.md`).
+    blocks equilibrium propagation with the same variant and β, and `summary()` says which. If β is the default, theirs
+    is the default of equilibrium propagation, so that they take a large nudge where devices read states with noise
+    (`docs/analog.md`). A block of one layer has no other states, so that its gradient stays exact.
 
     Raises:
         InputError: a setting is out of range.

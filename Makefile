@@ -61,10 +61,10 @@ demo: $(STAMP)
 
 # -P: without it the repository root is on the path, and `import passes` finds a second copy of ffebm_compiler.passes.
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu" -n $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal
 
 test-fast: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu and not slow" -n $(WORKERS)
+	$(ONE_THREAD) $(BIN)/python -P -m pytest -m "not gpu and not slow" -n $(WORKERS) --dist worksteal
 
 pages: $(STAMP)
 	FFEBM_PAGES=all $(ONE_THREAD) $(BIN)/python -P -m pytest tests/test_drawing_facts.py tests/test_site.py -o timeout=1800 -n 0

@@ -233,7 +233,7 @@ COMMANDS: dict[str, Command] = {
     "page": Command("python benchmarks/drawing.py", 0.5, needs=("chromedriver", "import selenium"), alone=True),
     "facts": Command("FFEBM_PAGES=all pytest tests/test_drawing_facts.py", 1.5, "junit.xml", ("chromedriver",)),
     "controls": _tests("tests/test_drawing_page.py tests/test_site.py", 1, "chromedriver"),
-    "suite": Command("pytest tests -m 'not gpu' -n 2", 20, "junit.xml", alone=True),
+    "suite": Command("pytest tests -m 'not gpu' -n 2 --dist worksteal", 20, "junit.xml", alone=True),
     "docs": _tests("tests/test_docs.py", 1),
     "first-picture": Command("python benchmarks/first_picture.py", 1.5, needs=("bash", "git"), alone=True),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -318,6 +319,31 @@ def test_read_noise_of_the_prototype() -> None:
     assert first[1.0, 16] >= 0.9
     assert first[1.0, 1] < first[1.0, 16] - 0.02
     assert first[0.1, 16] < first[1.0, 16] - 0.02
+
+
+def test_a_block_in_which_noise_covers_an_error_is_named_and_smaller_blocks_are_the_way_out() -> None:
+    """Four layers, κ = 0.1, 1e-2 of noise: the first layer's gradient is noise, and it is not with two in a block."""
+    _, x, y = _digits()
+    x, y = x[:100], y[:100]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        sizes = (64, 32, 32, 32, 10)
+        layers = [[nn.Linear(a, b), nn.ReLU()] for a, b in itertools.pairwise(sizes)]
+        model = nn.Sequential(*[each for pair in layers for each in pair][:-1]).double()
+    cosines = {}
+    for most in (4, 2):
+        hybrid = ffebm.convert(
+            model, x, feedback=0.1, devices=Devices(read_noise=1e-2), hardware=Hardware(layers_per_block=most)
+        )
+        report = ffebm.check_gradients(hybrid, x, lambda output: F.cross_entropy(output, y))
+        cosines[most] = report.agreements["0.weight"]["ep"].cosine
+        named = "block_1: an error passes 3 layers, and each leaves about κ = 0.1 of it" in hybrid.summary()
+        assert named == (most == 4)
+        assert "an error passes" in hybrid.summary() or most == 2
+        hybrid.set_gradient(ImplicitDifferentiation())  # reads no error
+        assert "an error passes" not in hybrid.summary()
+    assert abs(cosines[4]) < 0.3
+    assert cosines[2] > 0.8
 
 
 def test_the_default_gradient_is_hardware_sized_where_states_are_read_inexactly() -> None:

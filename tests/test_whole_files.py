@@ -26,6 +26,7 @@ from ffebm_compiler.files.whole_folders import recover_folder, whole_folder
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks and signals")
 RUNNER = Path(__file__).with_name("interrupted_writers.py")
 LIGHT = ("plan", "measured page", "demo", "save")
+EXPORTS = (("onnx", "large onnx"), ("digital", "large digital", "quantised"))
 PICTURES = ("html", "svg", "png", "pdf", "dot", "two plans")
 
 
@@ -54,12 +55,12 @@ def test_pictures_interrupted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", ["onnx", "large onnx", "digital", "large digital", "quantised"])
-def test_exports_interrupted(tmp_path: Path, writer: str) -> None:
+@pytest.mark.parametrize("writers", EXPORTS, ids=" and ".join)
+def test_exports_interrupted(tmp_path: Path, writers: tuple[str, ...]) -> None:
     pytest.importorskip("onnxruntime")
-    (found,) = interrupted(tmp_path, 2, writer).values()
-    assert found["problems"] == []
-    assert found["tried"] >= 6
+    found = interrupted(tmp_path, 2, *writers)
+    assert {name: writer["problems"] for name, writer in found.items()} == {name: [] for name in writers}
+    assert all(writer["tried"] >= 6 for writer in found.values())
 
 
 @pytest.fixture(params=["nameless", "named", "no /proc"])

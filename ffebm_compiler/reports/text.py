@@ -265,6 +265,13 @@ def _device_lines(hybrid: HybridCore) -> list[str]:
     if devices.noisy or devices.adc_bits is not None:
         used = dict.fromkeys(str(block.module.active_estimator) for block in hybrid.blocks if block.loop_gain)
         lines += [f"  states are read in literal form: {each}" for each in used]
+        lines += [
+            f"  {block.name}: an error passes {block.module.program.distance} layers, and each leaves about κ = "
+            f"{block.loop_gain:.3g} of it: ffebm.check_gradients tells what of it is still read. A larger feedback, or "
+            "fewer layers in a block, leave more"
+            for block in hybrid.blocks
+            if block.loop_gain and block.module.program.distance > 1 and block.module.active_estimator.compares_states
+        ]
     return lines
 
 

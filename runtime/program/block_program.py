@@ -226,6 +226,15 @@ class BlockProgram:
         registers = set(self.outputs).union(*(i.operands for i in self.readout))
         return tuple(index for index, layer in enumerate(self.layers) if layer.state in registers)
 
+    @property
+    def distance(self) -> int:
+        """The most layers that an error must pass from the block's outputs to a state, by the shortest path to each."""
+        reached, front, steps = set(self.visible), set(self.visible), 0
+        while front := {k for index in front for k in self.upstream[index]} - reached:
+            reached |= front
+            steps += 1
+        return steps
+
 
 def _operand_instructions(layer: Layer) -> tuple[Instruction, ...]:
     needed: set[int] = set()

@@ -165,8 +165,11 @@ class HybridModel(HybridCore):
         from ffebm_compiler.onnx import export_digital, export_whole
 
         check_exportable_devices(self)
-        if parts not in (None, "digital"):
-            raise InputError(f"parts is {parts!r}; expected 'digital', or nothing for the whole hybrid")
+        if parts is not None and not (isinstance(parts, str) and parts == "digital"):
+            given = repr(parts) if isinstance(parts, str) else f"a {type(parts).__name__}"
+            raise InputError(
+                f"parts is {given}; expected 'digital', or nothing for the whole hybrid, which knows its inputs"
+            )
         export = export_whole if parts is None else export_digital
         return export(self, Path(path), fuse_batchnorm=fuse_batchnorm)
 

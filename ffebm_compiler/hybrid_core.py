@@ -232,7 +232,7 @@ class HybridCore(HybridParts):
             self._look_at_weights()
         if self._call_form.refused_in_training:
             self._refuse_train_mode()
-        return self._call_form.leaves(args, kwargs)
+        return self._call_form.leaves(args, kwargs, self.training)
 
     @torch.compiler.disable(reason="loop gains are measured eagerly")  # type: ignore[untyped-decorator]
     def _look_at_weights(self) -> None:

@@ -286,6 +286,10 @@ class Program:
     out_spec_in_training: Any = None
     refused_in_training: str = ""
     """Why the model could not be captured in train mode, or an empty text."""
+    decisions: tuple[Any, ...] = ()
+    """What the forward decided by sizes that are free (`passes.size_decisions`)."""
+    decisions_in_training: tuple[Any, ...] = ()
+    """The same in train mode."""
     folded: set[str] = field(default_factory=set)
     """Paths of the modules whose batch norm is folded. They stay as in eval mode."""
     notes: list[str] = field(default_factory=list)

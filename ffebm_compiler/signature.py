@@ -15,6 +15,7 @@ from ffebm_compiler.call_arguments import as_captured
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.passes.containers import Form
 from ffebm_compiler.passes.order_of_draws import draws
+from ffebm_compiler.passes.size_decisions import SizeDecision
 from ffebm_compiler.runtime.finite import in_a_pipeline
 from ffebm_compiler.source_view import signature_of
 
@@ -51,6 +52,9 @@ class CallForm:
     out_spec_in_training: Form | None = None
     refused_in_training: str = ""
     """Why the model could not be captured in train mode, or an empty text."""
+    decisions: tuple[SizeDecision, ...] = ()
+    """What the source's forward decided by sizes that are free."""
+    decisions_in_training: tuple[SizeDecision, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> CallForm:
         """Itself, since it never changes."""
@@ -79,6 +83,8 @@ class CallForm:
             program.outputs,
             program.out_spec_in_training,
             program.refused_in_training,
+            program.decisions,
+            program.decisions_in_training,
         )
 
     @property
@@ -92,11 +98,12 @@ class CallForm:
         captured = pytree.tree_unflatten([None] * self.in_spec.num_leaves, self.in_spec.spec)
         return tuple(captured[1])
 
-    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool = False) -> list[Any]:
         """The flat inputs of a call.
 
         Raises:
-            InputError: structure, rank, a fixed size or the kind of dtype differs, or a tensor holds NaN.
+            InputError: structure, rank, a fixed size or the kind of dtype differs, a tensor holds NaN, or the source's
+                forward would do something else for these sizes.
         """
         flat, form = Form.of((tuple(args), dict(kwargs)))
         if not form.matches(self.in_spec) and self.signature is not None:
@@ -111,6 +118,13 @@ class CallForm:
             )
         for value, leaf in zip(flat, self.inputs, strict=True):
             _check(value, leaf)
+        for decision in self.decisions_in_training if training else self.decisions:
+            if not decision.is_kept([value.shape if isinstance(value, Tensor) else () for value in flat]):
+                raise InputError(
+                    f"the inputs have shapes {_describe(args, kwargs)}, for which the forward does something else than "
+                    f"for the example: there {decision.described(self.names)}. Convert again with an example of these "
+                    "sizes, or write the forward without a decision by a size"
+                )
         return flat
 
     def result(self, outputs: Any, training: bool) -> Any:

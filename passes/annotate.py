@@ -148,6 +148,9 @@ def _classify_weight(program: Program, node: fx.Node, path: str) -> NodeInfo:
         return NodeInfo(Role.DIGITAL, owner, f"its values are {kind} and energy blocks are real numbers", "weight")
     if _sized_at_run_time(node):
         return NodeInfo(Role.DIGITAL, owner, _AT_RUN_TIME, "weight")
+    if _computed_sizes(node):
+        reason = "its stride, padding or dilation is computed from the input's shape"
+        return NodeInfo(Role.DIGITAL, owner, reason, "weight")
     return NodeInfo(Role.WEIGHT, owner, f"{layer.kind} with a static weight", layer.kind)
 
 

@@ -30,6 +30,7 @@ from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
 from ffebm_compiler.passes.set_up import same_in_evaluation, set_up
+from ffebm_compiler.passes.size_decisions import SizeDecision
 from ffebm_compiler.passes.training_reads import is_rebound, set_by_mode, training_reads
 from ffebm_compiler.passes.without_cache import without_cache
 
@@ -101,6 +102,7 @@ def _in_both_modes(
     asks = {module for module in reads.asks | changing if module in names}
     training: Program | None = None
     refused = ""
+    decisions_in_training: tuple[SizeDecision, ...] = ()
     if asks:
         source.train()
         try:
@@ -118,6 +120,7 @@ def _in_both_modes(
                 trained = export_graph(source, args, kwargs, None)
             asks |= {module for module in reads.asks if module in names}
             _refuse_outside(trained, model)
+            decisions_in_training = trained.decisions
             training = _wrapped(replace(trained, note=""), source)
         except (CaptureError, InputError) as error:
             refused = str(error)
@@ -128,9 +131,17 @@ def _in_both_modes(
             refused = str(error)
     program = _wrapped(exported, source)
     program.training, program.refused_in_training = training, refused
+    program.decisions = exported.decisions
+    program.decisions_in_training = exported.decisions if training is None else decisions_in_training
     program.asks = frozenset(names[module] for module in asks)
     for sentence in filter(None, kept):
         program.note(sentence)
+    for decision in dict.fromkeys((*program.decisions, *program.decisions_in_training)):
+        if decision.varies:
+            program.note(
+                f"the forward decides by a size: {decision.described(program.inputs)}. Calls with sizes that decide "
+                "otherwise are refused, and ONNX files do not check it"
+            )
     if refused:
         program.note(f"the model has no capture in train mode, and the hybrid none: {refused}")
     return program

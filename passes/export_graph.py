@@ -29,6 +29,7 @@ from ffebm_compiler.passes.hidden_compiler import hidden_compiler
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.plain_call import plain_call
 from ffebm_compiler.passes.process import process_unchanged, reachable
+from ffebm_compiler.passes.size_decisions import SizeDecision
 from ffebm_compiler.passes.tracing import tracing
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 
@@ -51,6 +52,8 @@ class Exported:
     """A note for the plan about the batch size, or an empty text."""
     outside: tuple[torch.Tensor, ...] = ()
     """Tensors with `requires_grad` that the forward reads and no module registers."""
+    decisions: tuple[SizeDecision, ...] = ()
+    """What the forward decided by sizes that are free."""
 
 
 def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
@@ -78,7 +81,7 @@ def _export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         except Exception as error:  # the forward does not take these arguments
             raise explained(source, args, kwargs, error) from error
         exported = _try_export(source, wide_args, wide_kwargs, spec)
-        if _batch_is_free(exported.program):
+        if _batch_is_free(exported.program) and _decides_as(exported, size):
             return exported
     except CaptureError:
         pass
@@ -91,6 +94,11 @@ def _batch_is_free(exported: ExportedProgram) -> bool:
     inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     symbol, _ = batch_of(exported.graph_module, inputs)
     return symbol is not None
+
+
+def _decides_as(exported: Exported, size: int) -> bool:
+    """Whether the example's own batch size decides what the size did with which it was traced."""
+    return all(decision.is_kept_at((size,) * len(decision.sizes)) for decision in exported.decisions)
 
 
 def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,7 +136,9 @@ def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             calls.known.check()
         found, outside = calls.notes(), tuple(calls.outside)
-        return Exported(program, functions, Recipe(), Recipe(), settings=found, outside=outside)
+        return Exported(
+            program, functions, Recipe(), Recipe(), settings=found, outside=outside, decisions=calls.sizes.of(program)
+        )
     except Exception as error:
         with _as_before(source), tensors_unchanged(held_tensors(source)):
             raise explained(source, args, kwargs, error) from error

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ffebm_compiler.passes.dialect import WEIGHTS
+from ffebm_compiler.passes.dialect import WEIGHTS, WeightForm
 from ffebm_compiler.runtime.feedforward.blocks import ReboundAttention
 
 __all__ = ["product_macs"]
@@ -78,8 +78,16 @@ def _layer(node: fx.Node, size: Callable[[Any], int]) -> int:
     value, weight, _ = form.operands(node)
     if node.target is aten.matmul.default and len(_shape(weight, size)) != 2:  # every sample has a matrix of its own
         return _matrix_product(node, 0, size)
-    rows, cols, _ = form.matrix(node)
-    return math.prod(_shape(value, size)) * cols if form.transposed else math.prod(_shape(node, size)) * rows
+    each = value if form.transposed else node
+    return math.prod(_shape(each, size)) * _terms(node, form, torch.Size(_shape(weight, size)))
+
+
+def _terms(node: fx.Node, form: WeightForm, shape: torch.Size) -> int:
+    """Products of each value, of the input where the layer is transposed, else of the output."""
+    if form.kind in ("conv", "conv_transpose"):  # the groups may be a size, where every sample has kernels of its own
+        return math.prod(shape[1:])
+    rows, cols, _ = form.matrix_of(node, shape)
+    return cols if form.transposed else rows
 
 
 def _einsum(node: fx.Node, size: Callable[[Any], int]) -> int:

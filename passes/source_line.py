@@ -35,7 +35,8 @@ def running_line() -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         module = str(frame.f_globals.get("__name__", ""))
-        if not module.startswith(("torch.", "ffebm_compiler.")) and not file.startswith("<"):
+        own = module not in ("torch", "contextlib") and not module.startswith(("torch.", "ffebm_compiler."))
+        if own and not file.startswith("<"):
             return f" ({file}, line {frame.f_lineno})"
         frame = frame.f_back  # type: ignore[assignment]
     return ""

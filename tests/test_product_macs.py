@@ -71,6 +71,40 @@ def test_a_kernel_that_depends_on_the_input() -> None:
     assert plan.total_macs == counted(model, x)
 
 
+class OwnKernels(nn.Module):
+    """Kernels of every sample's own, made from it or mixed from the layer's, applied as groups of one convolution."""
+
+    def __init__(self, rank: int, transposed: bool, mixed: bool) -> None:
+        super().__init__()
+        self.rank, self.transposed = rank, transposed
+        count = 4 * 2 * 3**rank  # from 4 channels to 4, in 2 groups
+        self.make = nn.Linear(4, 3 if mixed else count)
+        self.kernels = nn.Parameter(torch.randn(3, count)) if mixed else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernels = self.make(x.flatten(2).mean(-1))
+        if self.kernels is not None:
+            kernels = kernels.softmax(-1) @ self.kernels
+        kernels = kernels.view(4 * x.shape[0], 2, *[3] * self.rank)
+        names = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d") if self.transposed else (
+            "conv1d", "conv2d", "conv3d"
+        )  # fmt: skip
+        y = getattr(F, names[self.rank - 1])(x.reshape(1, -1, *x.shape[2:]), kernels, padding=1, groups=2 * x.shape[0])
+        return y.view(x.shape[0], 4, *y.shape[2:])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_groups_that_are_as_many_as_samples(rank: int, transposed: bool, mixed: bool) -> None:
+    model = seeded(lambda: OwnKernels(rank, transposed, mixed))
+    x = torch.randn(2, 4, *[5] * rank)
+    hybrid = ffebm.convert(model, x)
+    assert hybrid.plan.total_macs == counted(model, x)
+    other = torch.randn(3, 4, *[5] * rank)
+    torch.testing.assert_close(hybrid(other), model(other))
+
+
 class GroupedQueries(nn.Module):
     """Attention in which two heads of queries share one of keys and values, under a mask."""
 

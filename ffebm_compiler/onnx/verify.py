@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ffebm_compiler.errors import ExportError
+from ffebm_compiler.errors import ExportError, InputError
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.execute import load, session_of
 from ffebm_compiler.onnx.steps import Steps, Value
@@ -111,10 +112,13 @@ def _batches(
     sizes = [leaf.shape[dim] for value, leaf in pairs for dim, name in enumerate(value.shape) if name == "batch"]
     if not sizes or not all(_has_plain_sizes(value) for value, _ in pairs):
         return {(sizes or [leaf.shape[0] if leaf.dim() else 1 for leaf in leaves] or [1])[0]: (args, kwargs)}
-    other = sizes[0] + 3
-    resized = {id(leaf): _resized(value, leaf, other) for value, leaf in pairs}
-    others = pytree.tree_map(lambda leaf: resized.get(id(leaf), leaf), (args, kwargs))
-    return {sizes[0]: (args, kwargs), other: others}
+    for other in (sizes[0] + 3, 2 * sizes[0], sizes[0] + 2, sizes[0] + 1):
+        resized = {id(leaf): _resized(value, leaf, other) for value, leaf in pairs}
+        others = pytree.tree_map(lambda leaf, found=resized: found.get(id(leaf), leaf), (args, kwargs))
+        with contextlib.suppress(InputError):  # the source would do something else at this size
+            hybrid._call_form.leaves(*others)
+            return {sizes[0]: (args, kwargs), other: others}
+    return {sizes[0]: (args, kwargs)}
 
 
 def _has_plain_sizes(value: Value) -> bool:

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
 from ffebm_compiler.errors import CaptureError
+from ffebm_compiler.passes.check_model import has_no_memory
 from ffebm_compiler.passes.containers import Recipe
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
 from ffebm_compiler.passes.explain_capture import NotTraceable, explained
@@ -80,7 +81,7 @@ def _export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             spec = shapes.dynamic_shapes(source, wide_args, wide_kwargs)
         except Exception as error:  # the forward does not take these arguments
             raise explained(source, args, kwargs, error) from error
-        exported = _try_export(source, wide_args, wide_kwargs, spec)
+        exported = _with_one_sample_tried(_try_export(source, wide_args, wide_kwargs, spec), source, (args, kwargs))
         if _batch_is_free(exported.program) and _decides_as(exported, size):
             return exported
     except CaptureError:
@@ -94,6 +95,48 @@ def _batch_is_free(exported: ExportedProgram) -> bool:
     inputs = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     symbol, _ = batch_of(exported.graph_module, inputs)
     return symbol is not None
+
+
+def _with_one_sample_tried(exported: Exported, source: nn.Module, given: Any) -> Exported:
+    """The same, where decisions that one sample makes otherwise are accepted for it if they make no difference.
+
+    `if batch != ids.shape[0]: ids = ids.expand(batch, -1)` is such a decision. The exporter takes no batch of one.
+    """
+    otherwise = [decision for decision in exported.decisions if not decision.is_kept_at((1,) * len(decision.sizes))]
+    if not otherwise or not _computes_one_sample(exported, source, given):
+        return exported
+    accepted = (replace(each, tried=each.tried | {(1,) * len(each.sizes)}) for each in otherwise)
+    kept = tuple(decision for decision in exported.decisions if decision not in otherwise)
+    return replace(exported, decisions=(*kept, *accepted))
+
+
+def _computes_one_sample(exported: Exported, source: nn.Module, given: Any) -> bool:
+    """Whether the graph gives the forward's values for the first sample alone."""
+    if has_no_memory(source):
+        return True  # nothing will be computed
+    leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    size = leaves[0].shape[0]
+
+    def first(leaf: Any) -> Any:
+        batched = isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == size
+        return leaf[:1].clone() if batched else leaf
+
+    args, kwargs = pytree.tree_map(first, given)
+    found = []
+    for make in (lambda: source, lambda: exported.program.module(check_guards=False)):
+        with _as_before(source), tensors_unchanged(held_tensors(source)), _silent(), torch.no_grad():
+            torch.manual_seed(0)
+            try:
+                found.append(pytree.tree_leaves(make()(*args, **kwargs)))
+            except Exception:  # what the source refuses, the hybrid refuses
+                return False
+    return len(found[0]) == len(found[1]) and all(map(_same, *found))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return bool(one == other)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _decides_as(exported: Exported, size: int) -> bool:

@@ -48,6 +48,8 @@ class SizeDecision:
     """(symbol, place among the flat inputs, dimension)."""
     line: str
     """` (FILE, line N)` in the model's code."""
+    tried: frozenset[tuple[int, ...]] = frozenset()
+    """Sizes that decide otherwise, and for which the graph computes what the forward does all the same."""
 
     def is_kept(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Whether inputs of these shapes decide the same."""
@@ -55,7 +57,9 @@ class SizeDecision:
 
     @lru_cache(maxsize=4096)  # noqa: B019 (few, and they live as long as the hybrid)
     def is_kept_at(self, sizes: tuple[int, ...]) -> bool:
-        """Whether these sizes, in the order of `sizes`, decide the same."""
+        """Whether these sizes, in the order of `sizes`, decide the same, or what makes no difference."""
+        if sizes in self.tried:
+            return True
         symbols = (symbol for symbol, _, _ in self.sizes)
         try:
             return bool(self.expression.subs(dict(zip(symbols, sizes, strict=True))) == self.value)

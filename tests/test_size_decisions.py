@@ -163,6 +163,36 @@ def test_an_example_of_one_sample_that_decides_by_it_fixes_the_batch() -> None:
         hybrid(torch.randn(2, 3, 8, 8))
 
 
+class Positions(nn.Module):
+    """Expands one row of positions to the batch, and not for a batch of one, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 6), nn.Embedding(5, 6)
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(6, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1])[None]
+        if ids.shape[0] != places.shape[0]:
+            places = places.expand(ids.shape[0], -1)
+        return self.head(self.drop(self.words(ids) + self.places(places)))
+
+
+@pytest.mark.parametrize("example", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_sample_for_which_the_decision_makes_no_difference_is_accepted(example: int, training: bool) -> None:
+    model = networks.seeded(Positions).train(training)
+    hybrid = ffebm.convert(model, torch.randint(11, (example, 5)), hardware=ffebm.Hardware(layers_per_block=1))
+    assert not any("by a size" in note or "batch size" in note for note in hybrid.plan.notes)
+    hybrid.train(training)
+    for size in (1, 2, 7):
+        ids = torch.randint(11, (size, 5))
+        torch.manual_seed(0)
+        found = hybrid(ids)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, model(ids))
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,7 +123,8 @@ def _computes_one_sample(exported: Exported, source: nn.Module, given: Any) -> b
 
     args, kwargs = pytree.tree_map(first, given)
     found = []
-    for make in (lambda: source, lambda: exported.program.module(check_guards=False)):
+    made: tuple[Callable[[], nn.Module], ...] = (lambda: source, lambda: exported.program.module(check_guards=False))
+    for make in made:
         with _as_before(source), tensors_unchanged(held_tensors(source)), _silent(), torch.no_grad():
             torch.manual_seed(0)
             try:

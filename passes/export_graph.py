@@ -30,7 +30,7 @@ from ffebm_compiler.passes.hidden_compiler import hidden_compiler
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
 from ffebm_compiler.passes.plain_call import plain_call
 from ffebm_compiler.passes.process import process_unchanged, reachable
-from ffebm_compiler.passes.size_decisions import SizeDecision
+from ffebm_compiler.passes.size_decisions import SizeDecision, SizeDecisions
 from ffebm_compiler.passes.tracing import tracing
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 
@@ -175,13 +175,14 @@ def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     quiet = logging.root.manager.disable
     logging.disable(logging.ERROR)  # the exporter logs graphs and tracebacks before it raises what we explain below
     try:
-        with _as_before(source), tracing(source) as calls, _silent():
+        decided = SizeDecisions()
+        with _as_before(source), tracing(source) as calls, decided.noted(), _silent():
             with keep_custom_functions() as functions:
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             calls.known.check()
         found, outside = calls.notes(), tuple(calls.outside)
         return Exported(
-            program, functions, Recipe(), Recipe(), settings=found, outside=outside, decisions=calls.sizes.of(program)
+            program, functions, Recipe(), Recipe(), settings=found, outside=outside, decisions=decided.of(program)
         )
     except Exception as error:
         with _as_before(source), tensors_unchanged(held_tensors(source)):

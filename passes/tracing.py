@@ -6,7 +6,6 @@
 - `layer.to(device)` in the forward does nothing if the layer is there already.
 - A branch on a buffer or a constant is decided by its value (`known_values`).
 - A branch on random numbers is refused (`drawn_values`).
-- Branches and numbers that depend on a free size are noted (`size_decisions`).
 - A check that raises for some values of the data is passed (`data_checks`).
 - Values are taken for finite (`finite_values`).
 - Random numbers come from torch's default generator, which the forward does not seed.
@@ -48,7 +47,6 @@ from ffebm_compiler.passes.known_values import KnownValues
 from ffebm_compiler.passes.mode_below import mode_below
 from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
 from ffebm_compiler.passes.short_stacks import short_stacks
-from ffebm_compiler.passes.size_decisions import SizeDecisions
 from ffebm_compiler.runtime.feedforward.casts import without_autocast
 
 __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
@@ -86,7 +84,6 @@ class UsersCalls(TorchFunctionMode):
         self.drawn = DrawnValues(self.known.knows)
         self.checks = DataChecks()
         self.finite = FiniteValues()
-        self.sizes = SizeDecisions()
         self.outside: list[torch.Tensor] = []
         """Tensors with `requires_grad` that no module registers. The tracer has no fake tensors for them."""
 
@@ -297,6 +294,5 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
         ):
             stack.enter_context(context())
         calls = UsersCalls(source)
-        stack.enter_context(calls.sizes.noted())
         stack.enter_context(_seeing_the_forward(calls, source))
         yield calls

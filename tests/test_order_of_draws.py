@@ -64,7 +64,7 @@ class Shared(nn.Module):
         return late * self.c(first) + F.dropout(self.b(first), 0.3, self.training)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32), operations=st.integers(2, 40), fabric=st.integers(0, 2**32))
 def test_a_partition_leaves_an_order_in_which_the_source_draws(seed: int, operations: int, fabric: int) -> None:
     graph, hardware, draw = random_graph(seed, operations), random_hardware(fabric), random.Random(seed)
@@ -92,7 +92,7 @@ def test_a_partition_leaves_an_order_in_which_the_source_draws(seed: int, operat
 dropping = st.lists(st.tuples(st.just("drop"), st.integers(0, 3), st.integers(0, 5), st.just(4)), max_size=5)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(described=steps, drops=dropping, hardware=hardwares, order=st.randoms(use_true_random=False))
 def test_one_seed_gives_the_sources_masks_in_random_networks(
     described: list[Step], drops: list[Step], hardware: Hardware, order: random.Random

@@ -35,7 +35,7 @@ def digital(name: str, *inputs: str, values: int = 8) -> Operation:
     return Operation(name, Role.DIGITAL, name, "softmax", inputs, values)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     operations=st.integers(1, 40),
@@ -54,7 +54,7 @@ def test_partitions_of_random_graphs_are_sound(
     assert (again.blocks, again.digital, again.rejected) == (result.blocks, result.digital, result.rejected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32), fabric=st.integers(0, 2**32), cores=st.integers(1, 4))
 def test_a_budget_of_cores_holds(seed: int, fabric: int, cores: int) -> None:
     graph = random_graph(seed, 30)
@@ -68,7 +68,7 @@ def test_a_budget_of_cores_holds(seed: int, fabric: int, cores: int) -> None:
         assert used <= cores * hardware.tiles_per_core
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**32), fabric=st.integers(0, 2**32))
 def test_the_reported_order_is_topological(seed: int, fabric: int) -> None:
     graph, hardware = random_graph(seed, 25), random_hardware(fabric)

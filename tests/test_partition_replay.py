@@ -113,7 +113,7 @@ def run_layers(model: nn.Module, x: torch.Tensor) -> tuple[Any, set[str]]:
     return out, ran
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     described=steps,
     hardware=hardwares,

@@ -26,6 +26,7 @@ DOZEN = [
     "timm:mobilenetv3_small_050",
     "timm:resnetv2_50x1_bit",  # standardised weights: the weight itself is computed
     "timm:vit_tiny_patch16_224",
+    "timm:ghostnet_050",
     "torchvision:swin_t",  # writes through views
     "torchvision:shufflenet_v2_x0_5",
     "torchvision:squeezenet1_0",

@@ -165,7 +165,7 @@ class HybridModel(HybridCore):
         from ffebm_compiler.onnx import export_digital, export_whole
 
         check_exportable_devices(self)
-        if parts is not None and not (isinstance(parts, str) and parts == "digital"):
+        if parts not in (None, "digital"):
             given = repr(parts) if isinstance(parts, str) else f"a {type(parts).__name__}"
             raise InputError(
                 f"parts is {given}; expected 'digital', or nothing for the whole hybrid, which knows its inputs"

@@ -30,7 +30,6 @@ from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
 from ffebm_compiler.passes.set_up import same_in_evaluation, set_up
-from ffebm_compiler.passes.size_decisions import SizeDecision
 from ffebm_compiler.passes.training_reads import is_rebound, set_by_mode, training_reads
 from ffebm_compiler.passes.without_cache import without_cache
 
@@ -102,7 +101,6 @@ def _in_both_modes(
     asks = {module for module in reads.asks | changing if module in names}
     training: Program | None = None
     refused = ""
-    decisions_in_training: tuple[SizeDecision, ...] = ()
     if asks:
         source.train()
         try:
@@ -120,7 +118,6 @@ def _in_both_modes(
                 trained = export_graph(source, args, kwargs, None)
             asks |= {module for module in reads.asks if module in names}
             _refuse_outside(trained, model)
-            decisions_in_training = trained.decisions
             training = _wrapped(replace(trained, note=""), source)
         except (CaptureError, InputError) as error:
             refused = str(error)
@@ -131,8 +128,7 @@ def _in_both_modes(
             refused = str(error)
     program = _wrapped(exported, source)
     program.training, program.refused_in_training = training, refused
-    program.decisions = exported.decisions
-    program.decisions_in_training = exported.decisions if training is None else decisions_in_training
+    program.decisions_in_training = (training or program).decisions
     program.asks = frozenset(names[module] for module in asks)
     for sentence in filter(None, kept):
         program.note(sentence)
@@ -159,7 +155,7 @@ def _refuse_outside(exported: Exported, model: nn.Module) -> None:
 
 def _wrapped(exported: Exported, source: nn.Module) -> Program:
     program = program_of(exported.program, source, exported.note, exported.inputs, exported.outputs, exported.outside)
-    program.functions = exported.functions
+    program.functions, program.decisions = exported.functions, exported.decisions
     for sentence in exported.settings:
         program.note(sentence)
     return program

@@ -314,6 +314,8 @@ def test_an_operation_without_onnx_form_is_named(tmp_path: Path) -> None:
 def test_parts_takes_digital_or_nothing(cnn: tuple[ffebm.HybridModel, Tensor, Path], tmp_path: Path) -> None:
     with pytest.raises(ffebm.FFEBMError, match="parts is 'analog'; expected 'digital'"):
         cnn[0].export_onnx(tmp_path / "out", parts="analog")
+    with pytest.raises(ffebm.FFEBMError, match=r"^parts is a Tensor; expected 'digital', or nothing"):
+        cnn[0].export_onnx(tmp_path / "out", cnn[1])
 
 
 def test_a_changed_manifest_is_refused(folder: Path) -> None:

@@ -1,11 +1,11 @@
 """Decisions by sizes: what the forward decided, while it was traced, by a size that stays free.
 
-`if h.shape[0] % 2`, `range(h.shape[0] // 2)` or a pool whose kernel is a size of its input: the graph holds what the
-example's sizes decided. So each such decision is kept as an expression of the sizes, and a call for whose sizes it
-would be another is refused. Torch's own code asks for sizes too, to choose layouts. What it finds changes no value, and
-is not kept.
+`if h.shape[0] % 2`, `range(h.shape[0] // 2)`, the pieces of `h.split(2)` or a pool whose kernel is a size of its input:
+the graph holds what the example's sizes decided. So each such decision is kept as an expression of the sizes, and a
+call for whose sizes it would be another is refused. Torch's own code branches by sizes too, to choose layouts. That
+changes no value, and is not kept.
 
-Promise: every branch of the forward, and every number that it or `torch.nn` makes of a size, is found.
+Promise: every branch of the forward is found, and every number that it or torch makes of a size.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class SizeDecisions:
             def ask(node: Any, *place: Any) -> Any:
                 expression = node.expr
                 answer = before[name](node, *place)
-                if getattr(expression, "free_symbols", None) and _is_the_forwards(isinstance(answer, bool)):
+                if getattr(expression, "free_symbols", None) and (not isinstance(answer, bool) or _is_the_forwards()):
                     self._found.setdefault((expression, answer), running_line())
                 return answer
 
@@ -139,15 +139,12 @@ def _places(program: ExportedProgram) -> Mapping[Any, tuple[int, int]]:
     return {**now, **first}
 
 
-def _is_the_forwards(branch: bool) -> bool:
-    """Whether the forward asks, or `torch.nn` for a number, and not a layout's computation inside of torch.
-
-    A branch inside of `torch.nn` chooses how to compute the same values.
-    """
+def _is_the_forwards() -> bool:
+    """Whether the forward asks, and not a layout's computation inside of torch."""
     frame = sys._getframe(2)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
         if name != "torch" and not name.startswith(_PASSED_ON):
-            return not name.startswith("torch.") or (not branch and name.startswith(("torch.nn.", "torch.functional")))
+            return not name.startswith("torch.")
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -37,6 +37,10 @@ class Net(nn.Module):
         return self.head(torch.relu(self.decide(self, h)).mean((2, 3)))
 
 
+def in_turn(pieces: tuple[Tensor, ...], dim: int) -> Tensor:
+    return torch.cat([(index + 1) * piece for index, piece in enumerate(pieces)], dim)
+
+
 def in_rounds(net: Net, h: Tensor) -> Tensor:
     total = h
     for index in range(h.shape[0] // 2):
@@ -49,6 +53,9 @@ DECISIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a batch of one": lambda net, h: 2 * h if h.shape[0] == 1 else h,
     "a loop over half the batch": in_rounds,
     "a root of the batch": lambda net, h: h * math.sqrt(h.shape[0] / 2),
+    "pieces of two samples": lambda net, h: in_turn(h.split(2), 0),
+    "three pieces of a batch": lambda net, h: in_turn(torch.chunk(h, 3), 0),
+    "pieces of a width": lambda net, h: in_turn(h.split(3, -1), -1),
     "a whole part": lambda net, h: h * int(h.shape[0] * 0.5),
     "a list of sizes": lambda net, h: 2 * h if h.shape[0] in (2, 4) else h,
     "an even width": lambda net, h: 2 * h if h.shape[-1] % 2 == 0 else h,
@@ -58,7 +65,14 @@ DECISIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "the kernel of a pool": lambda net, h: F.max_pool2d(h, h.shape[-1] // 4),
     "the kernel of an average": lambda net, h: F.avg_pool2d(net.second(h), h.shape[-2] // 3),
 }
-BY_THE_BATCH = ("an even batch", "a batch of one", "a loop over half the batch", "a whole part")
+BY_THE_BATCH = (
+    "an even batch",
+    "a batch of one",
+    "a loop over half the batch",
+    "a whole part",
+    "pieces of two samples",
+    "three pieces of a batch",
+)
 """Those that the default frees."""
 
 

@@ -1,11 +1,12 @@
 """Decisions by sizes: what the forward decided, while it was traced, by a size that stays free.
 
-`if h.shape[0] % 2`, `range(h.shape[0] // 2)`, the pieces of `h.split(2)` or a pool whose kernel is a size of its input:
-the graph holds what the example's sizes decided. So each such decision is kept as an expression of the sizes, and a
-call for whose sizes it would be another is refused. Torch's own code branches by sizes too, to choose layouts. That
-changes no value, and is not kept.
+`if h.shape[0] % 2`, `range(h.shape[0] // 2)`, the pieces of `h.split(2)`, the dimensions of `h.squeeze()`, or a pool
+whose kernel is a size of its input: the graph holds what the example's sizes decided. So each such decision is kept as
+an expression of the sizes, and a call for whose sizes it would be another is refused. Torch's own code branches by
+sizes too, to choose layouts. That changes no value, and is not kept.
 
-Promise: every branch of the forward is found, and every number that it or torch makes of a size.
+Promise: every branch of the forward is found, every number that it or torch makes of a size, and every size that
+decides about the number of dimensions.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.sym_node import SymNode
 from torch.utils._sympy.printers import PythonPrinter
 
-from ffebm_compiler.passes.source_line import running_line
+from ffebm_compiler.passes.source_line import running_line, source_line
 
 __all__ = ["SizeDecision", "SizeDecisions"]
 
@@ -34,6 +37,10 @@ _PASSED_ON = (
     "torch._export.non_strict_utils", "torch._jit_internal", "torch.utils._device",
 )  # fmt: skip
 """Modules whose frames stand between a call of the forward and torch's conversion of its arguments."""
+_SQUEEZES = (torch.ops.aten.squeeze, torch.ops.aten.squeeze_, torch.ops.aten.squeeze_copy)
+"""Operations whose result has as many dimensions as their input has sizes other than 1."""
+_OF_LAYOUTS = (torch.Tensor.contiguous,)
+"""Functions that ask for sizes in the forward's name, and give the same values whatever they find."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class SizeDecisions:
         """The decisions that depend on sizes that are free in the program."""
         places = _places(program)
         decisions = []
-        for (expression, value), line in self._found.items():
+        for (expression, value), line in (self._found | _squeezed(program)).items():
             symbols = sorted(expression.free_symbols, key=str)
             if all(symbol in places for symbol in symbols):
                 sizes = tuple((symbol, *places[symbol]) for symbol in symbols)
@@ -139,11 +146,29 @@ def _places(program: ExportedProgram) -> Mapping[Any, tuple[int, int]]:
     return {**now, **first}
 
 
+def _squeezed(program: ExportedProgram) -> dict[tuple[Any, bool | int | float], str]:
+    """Whether sizes are 1, as `squeeze` asks. The tracer takes free sizes for larger, and asks nothing."""
+    found: dict[tuple[Any, bool | int | float], str] = {}
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        if getattr(node.target, "overloadpacket", None) not in _SQUEEZES:
+            continue
+        shape = node.args[0].meta["val"].shape
+        asked = node.args[1] if len(node.args) > 1 else range(len(shape))
+        for dimension in [asked] if isinstance(asked, int) else asked:
+            size = shape[dimension]
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols:
+                found[(sympy.Eq(size.node.expr, 1), size.node.hint == 1)] = source_line(node)
+    return found
+
+
 def _is_the_forwards() -> bool:
     """Whether the forward asks, and not a layout's computation inside of torch."""
     frame = sys._getframe(2)
     while frame is not None:
         name = str(frame.f_globals.get("__name__", ""))
+        if frame.f_code.co_name == "__torch_function__" and frame.f_locals.get("func") in _OF_LAYOUTS:
+            return False
         if name != "torch" and not name.startswith(_PASSED_ON):
             return not name.startswith("torch.")
         frame = frame.f_back  # type: ignore[assignment]

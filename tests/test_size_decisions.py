@@ -41,6 +41,11 @@ def in_turn(pieces: tuple[Tensor, ...], dim: int) -> Tensor:
     return torch.cat([(index + 1) * piece for index, piece in enumerate(pieces)], dim)
 
 
+def of_one_sample(net: Net, h: Tensor) -> Tensor:
+    flat = net.second(h).mean((2, 3)).squeeze()
+    return (h * 2 if flat.dim() == 1 else h) + flat.sum()
+
+
 def in_rounds(net: Net, h: Tensor) -> Tensor:
     total = h
     for index in range(h.shape[0] // 2):
@@ -53,6 +58,7 @@ DECISIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "a batch of one": lambda net, h: 2 * h if h.shape[0] == 1 else h,
     "a loop over half the batch": in_rounds,
     "a root of the batch": lambda net, h: h * math.sqrt(h.shape[0] / 2),
+    "a squeezed batch": of_one_sample,
     "pieces of two samples": lambda net, h: in_turn(h.split(2), 0),
     "three pieces of a batch": lambda net, h: in_turn(torch.chunk(h, 3), 0),
     "pieces of a width": lambda net, h: in_turn(h.split(3, -1), -1),
@@ -72,6 +78,7 @@ BY_THE_BATCH = (
     "a whole part",
     "pieces of two samples",
     "three pieces of a batch",
+    "a squeezed batch",
 )
 """Those that the default frees."""
 
@@ -221,6 +228,12 @@ def test_one_sample_for_which_the_decision_makes_no_difference_is_accepted(examp
 def test_torchs_own_questions_are_no_decisions(make: Callable[[], tuple[nn.Module, Any]]) -> None:
     hybrid = ffebm.convert(*make())
     assert hybrid._call_form.decisions == hybrid._call_form.decisions_in_training == ()
+
+
+def test_a_change_of_layout_is_no_decision() -> None:
+    model = networks.seeded(lambda: Net(lambda net, h: h.transpose(1, 2).contiguous().transpose(1, 2))).eval()
+    hybrid = ffebm.convert(model, torch.randn(4, 3, 8, 8), dynamic_shapes=FREE)
+    assert hybrid._call_form.decisions == ()
 
 
 def test_an_export_is_verified_at_sizes_that_decide_the_same(tmp_path: Path) -> None:

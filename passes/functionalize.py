@@ -152,7 +152,7 @@ class _Functionalizer:
     def write_state(self, root: fx.Node, node: fx.Node) -> None:
         """Write the present value of a parameter or buffer into it, after every operation that read the old value."""
         value = self._present_node(_Place(root))
-        readers = [user for user in root.users if user < node and not writes(user) and not _leads_to(user, value)]
+        readers = [user for user in root.users if user < node and not writes(user) and not _is_done(user, value)]
         if root not in self.copies and readers:
             with self.graph.inserting_after(_last_placeholder(self.graph)):
                 self.copies[root] = self._new(torch.ops.aten.clone.default, (root,), root)
@@ -226,6 +226,13 @@ class _Functionalizer:
             fresh.meta = {**step.node.meta, "val": several.meta["val"][step.index]}
         self.present[place] = (version, fresh)
         return fresh
+
+
+def _is_done(reader: fx.Node, value: fx.Node) -> bool:
+    """Whether an operation needs the old value no more when the new value is known, not even for its gradient."""
+    result = reader.meta.get("val")
+    differentiable = isinstance(result, torch.Tensor) and result.is_floating_point() and not without_gradient(reader)
+    return not differentiable and _leads_to(reader, value)
 
 
 def _leads_to(node: fx.Node, value: fx.Node) -> bool:

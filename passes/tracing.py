@@ -3,7 +3,8 @@
 - Operations that run without gradient are marked, since the exporter forgets `no_grad` inside autocast regions.
 - `x.data` is `x.detach()`, and `x.data = y` is a write in place, which the exporter can record.
 - Autocast regions around the call of `convert` are off. The hybrid follows those around its own calls.
-- `layer.to(device)` in the forward does nothing if the layer is there already.
+- Modules stay where and what they are (`traced_modules`).
+- What the forward assigns to a buffer is written into it (`assigned_state`).
 - A branch on a buffer or a constant is decided by its value (`known_values`).
 - A branch on random numbers is refused (`drawn_values`).
 - A check that raises for some values of the data is passed (`data_checks`).
@@ -12,10 +13,8 @@
 - The forward does not read autograd's graph, and sets no hooks but those of `Tensor.register_hook` (`refused_hooks`).
 - Distributions do not check the values of their parameters.
 - Attention and encoders take their ordinary path, not the fused one of eval mode.
-- Modules are found by their names, even if a method has the same name (`type`, `train`).
 - Operations note the lines of the forward that made them, without all that called it (`short_stacks`).
 - Graphs make their code when they are run (`code_when_run`).
-- A module with two names stays itself. The exporter's stand-ins are other objects to the model's code.
 """
 
 from __future__ import annotations
@@ -33,11 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
-from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
-from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.assigned_state import assignments_are_writes, without_the_exporters_own
 from ffebm_compiler.passes.code_when_run import code_when_run
 from ffebm_compiler.passes.data_checks import DataChecks
 from ffebm_compiler.passes.drawn_values import DrawnValues
@@ -47,6 +44,7 @@ from ffebm_compiler.passes.known_values import KnownValues
 from ffebm_compiler.passes.mode_below import mode_below
 from ffebm_compiler.passes.refused_hooks import GRADIENT_FUNCTION, GradientFunction, no_refused_hooks
 from ffebm_compiler.passes.short_stacks import short_stacks
+from ffebm_compiler.passes.traced_modules import modules_as_they_are
 from ffebm_compiler.runtime.feedforward.casts import without_autocast
 
 __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
@@ -54,8 +52,6 @@ __all__ = ["WITHOUT_GRADIENT", "UsersCalls", "ordinary_paths", "tracing"]
 WITHOUT_GRADIENT = "ffebm_without_gradient"
 """Meta key of an operation that ran without gradient."""
 
-_STANDS_IN = "enable_attr_proxy"
-"""The exporter's attribute that says whether it makes stand-ins for modules."""
 _GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -102,6 +98,11 @@ class UsersCalls(TorchFunctionMode):
             func, args = torch.Tensor.detach, args[:1]
         if func == _SET_DATA:
             return _write_data(*args)
+        if func == torch.Tensor.random_ and (bounds := _bounds(*args, **kwargs)):
+            # The operation for two bounds is named `from`, which the exporter's code cannot say. This draws the same.
+            generator = {"generator": kwargs.get("generator")}
+            drawn = self.__torch_function__(func, types, (args[0], bounds[1] - bounds[0]), generator)
+            return self.__torch_function__(torch.Tensor.add_, types, (drawn, bounds[0]))
         if func == GRADIENT_FUNCTION:
             node = func(*args)
             return None if node is None else GradientFunction(node)
@@ -149,6 +150,12 @@ def _write_data(target: torch.Tensor, value: torch.Tensor) -> None:
             f"{target.dtype} of shape {tuple(target.shape)}; set it before the model is converted"
         )
     target.detach().copy_(value.detach())
+
+
+def _bounds(target: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
+    """Both bounds of `x.random_(low, high)`; None if it has one or none."""
+    given = dict(zip(("from", "to"), args, strict=False)) | kwargs
+    return None if given.get("to") is None or given.get("from") is None else (given["from"], given["to"])
 
 
 def _without_default_generator(argument: Any) -> Any:
@@ -208,43 +215,6 @@ def _unchecked_distributions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _modules_stay() -> Iterator[None]:
-    """Let `layer.to(x.device)` do nothing if the layer is there already, and refuse it otherwise."""
-    before = nn.Module._apply
-
-    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
-                probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                moved = fn(probe)
-            if (moved.dtype, moved.device) != (probe.dtype, probe.device):
-                raise NotTraceable(
-                    f"the forward moves {name!r} of a {type(self).__name__} to {moved.dtype} on {moved.device} while "
-                    "it runs; move the model before it is converted"
-                )
-        return self
-
-    nn.Module._apply = apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module._apply = before  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _modules_are_themselves() -> Iterator[None]:
-    """Turn off the exporter's stand-ins, which it makes for a module with two names to tell the names apart.
-
-    A stand-in is another object. `layer is self.layers[-1]` would be false, and reads of `training` would be missed.
-    """
-    setattr(_ModuleStackTracer, _STANDS_IN, property(lambda _: False, lambda _, __: None))
-    try:
-        yield
-    finally:
-        delattr(_ModuleStackTracer, _STANDS_IN)
-
-
-@contextlib.contextmanager
 def _seeing_the_forward(calls: UsersCalls, source: nn.Module) -> Iterator[None]:
     """Let `calls` see the forward and its hooks. Before them the exporter reads dozens of properties a parameter."""
     if isinstance(source, fx.GraphModule):  # the exporter runs its operations itself
@@ -254,7 +224,9 @@ def _seeing_the_forward(calls: UsersCalls, source: nn.Module) -> Iterator[None]:
     before = _ModuleStackTracer.call_module
 
     def call_module(self: Any, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        with mode_below(calls) if module is source else contextlib.nullcontext():
+        if module is not source:
+            return before(self, module, forward, args, kwargs)
+        with mode_below(calls), assignments_are_writes(source):
             return before(self, module, forward, args, kwargs)
 
     _ModuleStackTracer.call_module = call_module  # type: ignore[method-assign,assignment]
@@ -262,17 +234,6 @@ def _seeing_the_forward(calls: UsersCalls, source: nn.Module) -> Iterator[None]:
         yield
     finally:
         _ModuleStackTracer.call_module = before  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _modules_by_name() -> Iterator[None]:
-    """Let the exporter look modules up by name. It would find the method if the parent has one of that name."""
-    before = NamedMemberAccessor.get_submodule
-    NamedMemberAccessor.get_submodule = lambda self, name: module_at(self.module, name)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        NamedMemberAccessor.get_submodule = before  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -284,10 +245,9 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
         for context in (
             ordinary_paths,
             _unchecked_distributions,
-            _modules_stay,
-            _modules_are_themselves,
-            _modules_by_name,
+            modules_as_they_are,
             _unseeded,
+            without_the_exporters_own,
             no_refused_hooks,
             short_stacks,
             code_when_run,

@@ -228,6 +228,21 @@ def test_models_that_write_in_place_convert_and_train(forward: Callable[[nn.Modu
             torch.testing.assert_close(found, parameter.grad, rtol=2e-3, atol=1e-4)
 
 
+def test_whole_numbers_between_two_bounds_are_the_sources() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        h = self.a(x) + torch.empty(x.shape[0], 16).random_(2, 9)
+        return self.b(h * torch.empty(16, dtype=torch.long).random_(-5, to=x.shape[1]))
+
+    model = seeded(lambda: Layers(forward))
+    hybrid = ffebm.convert(model, noise(5, 8))
+    x = noise(7, 8, seed=1)
+    with hybrid.feedforward_mode():
+        torch.manual_seed(0)
+        found = hybrid(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, model(x))
+
+
 def test_a_write_to_what_relu_saved_trains_where_the_source_cannot() -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         y = F.relu(self.a(x))

@@ -244,7 +244,8 @@ def convert(
         force_digital, force_analog: glob patterns on module paths.
         on_unsupported: `"digital"` leaves a layer that cannot be analog digital, `"error"` raises.
         dynamic_shapes: `"batch"` frees the batch size, and None fixes all sizes. Other values are handed to
-            `torch.export`.
+            `torch.export`. Counts are per sample of the first input's leading dimension, or of the only one that is
+            free: `{"x": {1: torch.export.Dim("batch")}}` for a model that takes tokens first.
         plan: a plan that was made before for the same model.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -116,18 +117,40 @@ def place_of(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def batch_of(graph_module: fx.GraphModule, inputs: list[str]) -> tuple[str | None, int]:
-    """The batch size, which is the first input's leading dimension: its symbol, and its size in the example."""
+    """The batch size: its symbol, or None where it is fixed, and its size in the example.
+
+    It is the first input's leading dimension, or the only one that is free. Where the layers take the inputs of one
+    sample without a batch, it is 1.
+    """
     for node in graph_module.graph.nodes:
         if node.op != "placeholder" or node.name not in inputs:
             continue
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or not value.dim():
             continue
-        size = value.shape[0]
-        if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+        symbolic = [isinstance(size, torch.SymInt) and not size.node.expr.is_number for size in value.shape]
+        free = [dimension for dimension, is_free in enumerate(symbolic) if is_free]
+        if free[:1] == [0] or len(free) == 1:
+            size: Any = value.shape[free[0]]
             return str(size.node.expr), int(size.node.hint)
-        return None, int(size)
+        return None, 1 if _has_no_batch(graph_module.graph) else int(value.shape[0])
     return None, 1
+
+
+def _has_no_batch(graph: fx.Graph) -> bool:
+    """Whether the first layer takes one sample without a leading dimension, as `linear(features)` does."""
+    for node in graph.nodes:
+        name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+        wanted = _DIMENSIONS_OF_ONE_SAMPLE.get(name.removeprefix("aten::"))
+        if wanted is not None:
+            return bool(node.args[0].meta["val"].dim() == wanted)
+    return False
+
+
+_DIMENSIONS_OF_ONE_SAMPLE = {
+    "linear": 1,
+    **{f"{kind}{count}d": count + 1 for kind in ("conv", "conv_transpose") for count in (1, 2, 3)},
+}
 
 
 def module_of(exported: ExportedProgram) -> nn.Module:

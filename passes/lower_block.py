@@ -118,7 +118,7 @@ class _Builder:
             readout=tuple(readout),
             outputs=results,
             batched=batched,
-            resizable=batched and self.program.batch_symbol is not None,
+            resizable=batched and isinstance(states[0].meta["val"].shape[0], torch.SymInt),
             draws=tuple(_instructions_for(*self.drawn[node]) for node in self.nodes if node in self.drawn),
         )
         return LoweredBlock(block, tuple(self.inputs), tuple(self.weights), tuple(outputs))

@@ -210,3 +210,19 @@ def test_quantities() -> None:
     assert str(Quantity(5e9, 5e9, "ns")) == "5 s"
     with pytest.raises(HardwareError, match="cannot add ns to pJ"):
         _ = one + unknown("ns")
+
+
+def test_counts_are_per_sample_where_the_batch_is_another_dimension() -> None:
+    batch_first = ffebm.plan(network(), torch.randn(2, 7, 4))
+    tokens_first = ffebm.plan(network(), torch.randn(7, 2, 4), dynamic_shapes=({1: torch.export.Dim("batch")},))
+    counts = [[(b.dac, b.adc, b.macs) for b in plan.blocks] for plan in (batch_first, tokens_first)]
+    assert counts[0] == counts[1]
+    assert counts[0][0] == (7 * 4, 7 * 5, 7 * 54)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(6, 11), (6,)), (nn.Conv2d(6, 4, 3), (6, 9, 9)), (nn.Conv1d(6, 4, 3), (6, 9))]
+)
+def test_counts_of_a_sample_without_a_batch_are_its_own(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    alone, batched = (ffebm.plan(layer, torch.randn(size)).blocks[0] for size in (shape, (1, *shape)))
+    assert (alone.dac, alone.adc, alone.macs) == (batched.dac, batched.adc, batched.macs)

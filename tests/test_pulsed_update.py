@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +22,12 @@ from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.devices.pulses import PulsedWeights
 
 SIDE = 1000
+
+
+def _pickled(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
 def _many(response: PulseResponse) -> PulsedWeights:
@@ -145,6 +153,98 @@ def test_any_optimizer_is_wrapped_and_resumed(kind: Any, inner: Any) -> None:
         assert torch.equal(a, b)
     loss = resumed.step(lambda: torch.tensor(1.5))
     assert float(loss) == 1.5
+
+
+KINDS: list[Any] = [PulsedUpdate, TikiTaka]
+
+
+@pytest.mark.parametrize("kind", [PulsedUpdate, partial(TikiTaka, rate=5.0)])
+def test_a_group_that_is_added_later_trains_and_resumes(kind: Any) -> None:
+    """Gradual unfreezing: the layer that joins is stepped by pulses, its bias exactly; a state holds its devices."""
+    coarse = Devices(update=PulseResponse(step=0.003, cycle=0.3, step_spread=0.1, asymmetry_spread=0.1), seed=5)
+
+    def made() -> tuple[nn.Sequential, Any]:
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+        optimizer = kind(torch.optim.Adam(model[2].parameters(), 1e-2), coarse)
+        optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.02})
+        return model, optimizer
+
+    def step(model: nn.Module, optimizer: Optimizer) -> None:
+        optimizer.zero_grad()
+        model(noise(6, 4)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made()
+    before = [p.detach().clone() for p in model[0].parameters()]
+    for _ in range(3):
+        step(model, optimizer)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model[0].parameters(), strict=True))
+    assert optimizer.param_groups is optimizer.optimizer.param_groups
+    assert len(optimizer.param_groups) == 2
+    arrays = [*optimizer.weights, *getattr(optimizer, "fast", ())]
+    assert len({float(each.steps.sum()) for each in arrays}) == len(arrays)  # each has draws of its own
+    resumed = kind(torch.optim.Adam(model.parameters(), 1e-2), coarse)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        resumed.load_state_dict(optimizer.state_dict())
+    copied, resumed = made()
+    copied.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch's optimizers share what they load
+    for each, its in ((model, optimizer), (copied, resumed)):
+        torch.manual_seed(3)
+        step(each, its)
+        step(each, its)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+
+
+def test_a_group_that_is_added_beside_chosen_parameters_is_digital() -> None:
+    model, exact = (seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))) for _ in range(2))
+    optimizer: Optimizer = PulsedUpdate(torch.optim.SGD(model[1].parameters(), 0.1), "reram", [model[1].weight])
+    for network in (model, exact):
+        network(noise(6, 4)).square().sum().backward()
+    optimizer.add_param_group({"params": model[0].weight})
+    optimizer.step()
+    torch.optim.SGD([exact[0].weight], 0.1).step()
+    assert torch.equal(model[0].weight, exact[0].weight)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copied_or_pickled_update_goes_on_alike(kind: Any, copied: Callable[[Any], Any]) -> None:
+    model = seeded(lambda: nn.Linear(5, 4))
+    optimizer = kind(torch.optim.Adam(model.parameters(), 1e-2, foreach=True), "reram")
+    torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)  # puts a wrapper around step
+
+    def step(network: nn.Module, its: Optimizer) -> Any:
+        def closure() -> torch.Tensor:
+            its.zero_grad()
+            loss: torch.Tensor = network(noise(6, 5)).square().sum()
+            loss.backward()
+            return loss
+
+        return its.step(closure)
+
+    step(model, optimizer)
+    other, its = copied((model, optimizer))
+    losses = []
+    for network, each in ((model, optimizer), (other, its)):
+        torch.manual_seed(3)
+        step(network, each)
+        losses.append(step(network, each).item())
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert its.param_groups is its.optimizer.param_groups
+    assert its.state is its.optimizer.state
+
+
+def test_hooks_of_a_step_are_called_once() -> None:
+    """Also where both classes have been made, since torch puts its hooks around each class's `step`."""
+    calls: list[str] = []
+    for kind in (*KINDS, *KINDS):
+        optimizer = kind(_sgd(), "reram")
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        optimizer.step()
+    assert calls == ["before", "after"] * 4
 
 
 def test_only_matrices_are_pulsed_and_others_are_exact() -> None:

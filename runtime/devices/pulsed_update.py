@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ class PulsedUpdate(Optimizer):
     them by its device's law (`PulseResponse`): in steps, asymmetrically, with soft bounds and noise. Momentum and
     second moments stay digital and exact. Random numbers are torch's own.
 
-    Schedulers, `zero_grad` and gradient scalers see an ordinary optimizer. Its `state_dict` has the wrapped one's state
-    and the devices' bounds.
+    Schedulers, `zero_grad`, `add_param_group`, gradient scalers and copies see an ordinary optimizer. Its `state_dict`
+    has the wrapped one's state and the devices' bounds.
 
     Args:
         optimizer: the optimizer to wrap. It must not be stepped itself any more.
@@ -37,6 +37,9 @@ class PulsedUpdate(Optimizer):
     Raises:
         InputError: the devices have no law for pulses, a parameter is not the optimizer's, or there are none.
     """
+
+    ARRAYS: ClassVar[int] = 1
+    """Arrays of devices for each parameter."""
 
     def __init__(
         self, optimizer: Optimizer, devices: str | Devices, parameters: Iterable[Tensor] | None = None
@@ -55,9 +58,10 @@ class PulsedUpdate(Optimizer):
             )
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
-        self.state = optimizer.state
+        self._share()
         self.response, self.seed = response, chosen.seed
         own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.takes_matrices = parameters is None
         wanted = [p for p in own if p.dim() > 1] if parameters is None else list(parameters)
         known = {id(parameter) for parameter in own}
         if not wanted or any(id(parameter) not in known for parameter in wanted):
@@ -67,11 +71,42 @@ class PulsedUpdate(Optimizer):
             if parameters is None:
                 why = "the optimizer has no parameter of two dimensions or more"
             raise InputError(f"{why}: pass those of its parameters that are on devices")
-        self.pulsed = wanted
-        self.weights = [PulsedWeights(response, p, self.seed, index) for index, p in enumerate(wanted)]
+        self.pulsed: list[Tensor] = []
+        self.weights: list[PulsedWeights] = []
+        self.steps = 0
+        self._put_on_devices(wanted)
+
+    def _share(self) -> None:
+        """Have the wrapped optimizer's groups and state, so that what is changed in one is changed in both."""
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def _put_on_devices(self, parameters: list[Tensor]) -> None:
+        """Draw devices for parameters beside those that are on devices already."""
+        first = self.ARRAYS * len(self.pulsed)
+        self.pulsed += parameters
+        self.weights += [PulsedWeights(self.response, p, self.seed, first + i) for i, p in enumerate(parameters)]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Step the parameters of another group too.
+
+        If `parameters` was None at construction, those with two dimensions or more get devices, whose bounds follow
+        from their present values. Otherwise the new ones are digital.
+        """
+        if "optimizer" not in self.__dict__:  # torch's constructor adds the groups that the wrapped optimizer has
+            super().add_param_group(param_group)
+            return
+        self.optimizer.add_param_group(param_group)
+        if self.takes_matrices:
+            self._put_on_devices([p for p in self.optimizer.param_groups[-1]["params"] if p.dim() > 1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but hooks and what a scheduler put around `step`, as torch's optimizers are copied and pickled."""
+        own = {name: value for name, value in self.__dict__.items() if name != "step" and not name.startswith("_")}
+        return {**super().__getstate__(), **own}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, as pulses. Returns the closure's loss."""
+        self.steps += 1
         before = [parameter.detach().clone() for parameter in self.pulsed]
         result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         with torch.no_grad():
@@ -85,8 +120,12 @@ class PulsedUpdate(Optimizer):
         return weights.pulsed(old, weights.pulses_for(change))
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, and the bounds of the devices."""
-        return {"optimizer": self.optimizer.state_dict(), "bounds": [each.mean_bound for each in self.weights]}
+        """The wrapped optimizer's state, and the bounds of the devices and the numbers that they were drawn by."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "bounds": [each.mean_bound for each in self.weights],
+            "draws": [each.index for each in self.weights],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the result of `state_dict`.
@@ -101,10 +140,14 @@ class PulsedUpdate(Optimizer):
                 f"{'none' if bounds is None else len(bounds)}: load what its own state_dict() returned"
             )
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
-        self.weights = [
-            PulsedWeights(self.response, p, self.seed, index, bound)
-            for index, (p, bound) in enumerate(zip(self.pulsed, bounds, strict=True))
+        self._share()
+        self.weights = self._drawn_again(state_dict.get("draws", range(len(self.pulsed))), bounds)
+
+    def _drawn_again(self, draws: Iterable[int], bounds: Iterable[float]) -> list[PulsedWeights]:
+        """The devices of all parameters, by the numbers that they were drawn by."""
+        return [
+            PulsedWeights(self.response, p, self.seed, number, bound)
+            for p, number, bound in zip(self.pulsed, draws, bounds, strict=True)
         ]
 
 
@@ -132,6 +175,8 @@ class TikiTaka(PulsedUpdate):
     in Artificial Intelligence 4, 699148).
     """
 
+    ARRAYS = 2
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -141,22 +186,21 @@ class TikiTaka(PulsedUpdate):
         every: int = 1,
         rate: float = 0.1,
     ) -> None:
+        self.fast: list[PulsedWeights] = []
+        self.auxiliary: list[Tensor] = []
+        self.buffers: list[Tensor] = []
         super().__init__(optimizer, devices, parameters)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InputError(f"every is {every!r}; expected a number of steps of at least 1")
         self.every, self.rate = every, checked_number("rate", rate, above=True)
-        self.fast = [
-            PulsedWeights(self.response, p, self.seed, len(self.pulsed) + index, weights.mean_bound)
-            for index, (p, weights) in enumerate(zip(self.pulsed, self.weights, strict=True))
-        ]
-        self.auxiliary = [each.symmetry_points.clone() for each in self.fast]
-        self.buffers = [torch.zeros_like(p) for p in self.pulsed]
-        self.steps = 0
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step to the auxiliary arrays, and a transfer if it is time for one."""
-        self.steps += 1
-        return super().step(closure)
+    def _put_on_devices(self, parameters: list[Tensor]) -> None:
+        super()._put_on_devices(parameters)
+        new = list(zip(parameters, self.weights[len(self.fast) :], strict=True))
+        fast = [PulsedWeights(self.response, p, self.seed, w.index + len(new), w.mean_bound) for p, w in new]
+        self.fast += fast
+        self.auxiliary += [each.symmetry_points.clone() for each in fast]
+        self.buffers += [torch.zeros_like(p) for p in parameters]
 
     def _moved(self, index: int, old: Tensor, change: Tensor) -> Tensor:
         fast, weights, buffer = self.fast[index], self.weights[index], self.buffers[index]
@@ -172,7 +216,13 @@ class TikiTaka(PulsedUpdate):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of `PulsedUpdate`, the auxiliary arrays and the buffers."""
-        return {**super().state_dict(), "steps": self.steps, "auxiliary": self.auxiliary, "buffers": self.buffers}
+        return {
+            **super().state_dict(),
+            "steps": self.steps,
+            "auxiliary": list(self.auxiliary),
+            "auxiliary_draws": [each.index for each in self.fast],
+            "buffers": list(self.buffers),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the result of `state_dict`.
@@ -180,15 +230,14 @@ class TikiTaka(PulsedUpdate):
         Raises:
             InputError: it is that of another optimizer.
         """
-        super().load_state_dict(state_dict)
-        if "auxiliary" not in state_dict:
+        if "bounds" in state_dict and "auxiliary" not in state_dict:
             raise InputError(
                 "the state of a TikiTaka is expected, and this is that of a PulsedUpdate: load it into a PulsedUpdate"
             )
-        self.fast = [
-            PulsedWeights(self.response, p, self.seed, len(self.pulsed) + index, weights.mean_bound)
-            for index, (p, weights) in enumerate(zip(self.pulsed, self.weights, strict=True))
-        ]
+        super().load_state_dict(state_dict)
+        count = len(self.pulsed)
+        draws = state_dict.get("auxiliary_draws", range(count, 2 * count))
+        self.fast = self._drawn_again(draws, [each.mean_bound for each in self.weights])
         self.steps = int(state_dict["steps"])
-        self.auxiliary = [value.to(p) for value, p in zip(state_dict["auxiliary"], self.pulsed, strict=True)]
-        self.buffers = [value.to(p) for value, p in zip(state_dict["buffers"], self.pulsed, strict=True)]
+        self.auxiliary = [value.to(p, copy=True) for value, p in zip(state_dict["auxiliary"], self.pulsed, strict=True)]
+        self.buffers = [value.to(p, copy=True) for value, p in zip(state_dict["buffers"], self.pulsed, strict=True)]

@@ -76,7 +76,7 @@ class PulsedWeights:
     def __init__(
         self, response: PulseResponse, like: Tensor, seed: int, index: int, bound: float | None = None
     ) -> None:
-        self.softness, self.cycle = response.softness, response.cycle
+        self.softness, self.cycle, self.index = response.softness, response.cycle, index
         largest = float(like.detach().abs().max()) if like.numel() else 0.0
         self.mean_bound = bound if bound is not None else response.bound * (largest or 1.0)
         generator = torch.Generator().manual_seed((seed * 1000003 + index) % 2**63)

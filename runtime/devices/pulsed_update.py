@@ -38,7 +38,7 @@ class PulsedUpdate(Optimizer):
         InputError: the devices have no law for pulses, a parameter is not the optimizer's, or there are none.
     """
 
-    ARRAYS: ClassVar[int] = 1
+    _ARRAYS: ClassVar[int] = 1
     """Arrays of devices for each parameter."""
 
     def __init__(
@@ -82,7 +82,7 @@ class PulsedUpdate(Optimizer):
 
     def _put_on_devices(self, parameters: list[Tensor]) -> None:
         """Draw devices for parameters beside those that are on devices already."""
-        first = self.ARRAYS * len(self.pulsed)
+        first = self._ARRAYS * len(self.pulsed)
         self.pulsed += parameters
         self.weights += [PulsedWeights(self.response, p, self.seed, first + i) for i, p in enumerate(parameters)]
 
@@ -106,6 +106,10 @@ class PulsedUpdate(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, as pulses. Returns the closure's loss."""
+        return self._stepped(closure)
+
+    def _stepped(self, closure: Callable[[], Any] | None) -> Any:
+        """`step` without hooks, which torch puts around the `step` of every class."""
         self.steps += 1
         before = [parameter.detach().clone() for parameter in self.pulsed]
         result = self.optimizer.step() if closure is None else self.optimizer.step(closure)
@@ -175,7 +179,7 @@ class TikiTaka(PulsedUpdate):
     in Artificial Intelligence 4, 699148).
     """
 
-    ARRAYS = 2
+    _ARRAYS = 2
 
     def __init__(
         self,
@@ -201,6 +205,10 @@ class TikiTaka(PulsedUpdate):
         self.fast += fast
         self.auxiliary += [each.symmetry_points.clone() for each in fast]
         self.buffers += [torch.zeros_like(p) for p in parameters]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step to the auxiliary arrays, and a transfer if it is time for one."""
+        return self._stepped(closure)
 
     def _moved(self, index: int, old: Tensor, change: Tensor) -> Tensor:
         fast, weights, buffer = self.fast[index], self.weights[index], self.buffers[index]

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram, ShapesCollection
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import InputError, PlanError
 from ffebm_compiler.feedback_weights import FeedbackWeights, feedback_weights_of
-from ffebm_compiler.garbage import collected_rarely
+from ffebm_compiler.garbage import collected_rarely, forget_traced
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.presets import resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
@@ -282,6 +282,7 @@ def convert(
         plan.validate()
     casts = Casts.of(front.program)
     lowered = lower(front.program, plan, own_feedback is not None)
+    forget_traced(lowered.graph_module.graph)
     if not lowered.draws_in_order and _OTHER_ORDER not in plan.notes:
         plan = replace(plan, notes=(*plan.notes, _OTHER_ORDER))
     hybrid = HybridModel(front.program, plan, lowered, casts, own_feedback)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +25,17 @@ class WeightStamp:
     `.data` raise no counter. They are compared on the CPU only, since reading them on another device would wait for it.
     """
 
-    marks: tuple[tuple[weakref.ref[Tensor], int, int, Tensor | None], ...]
+    marks: tuple[tuple[dict[str, Any], int, int, Tensor | None], ...]
+    """(attributes, version, address, values) of each tensor.
+
+    The dictionary of a tensor's attributes stands for the object. It is no other one's while it is held here, it keeps
+    no memory of weights, and it follows the tensor in `torch.utils.swap_tensors`, which refuses weak references.
+    """
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> WeightStamp:
         """The stamp of these tensors now."""
-        return cls(tuple((weakref.ref(tensor), *_mark(tensor)) for tensor in tensors))
+        return cls(tuple((tensor.__dict__, *_mark(tensor)) for tensor in tensors))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the stamped tensors, unchanged."""
@@ -39,8 +46,7 @@ class WeightStamp:
         if len(other.marks) != len(self.marks):
             return False
         for (mine, *before, values), (theirs, *now, present) in zip(self.marks, other.marks, strict=True):
-            tensor = mine()
-            if tensor is None or theirs() is not tensor or before != now:
+            if theirs is not mine or before != now:
                 return False
             if values is not None and (present is None or not torch.equal(values, present)):
                 return False
@@ -56,4 +62,16 @@ def _mark(tensor: Tensor) -> tuple[int, int, Tensor | None]:
     if tensor.device.type != "cpu" or not in_memory.is_contiguous():
         return version, tensor.data_ptr(), None
     flat = in_memory.view(-1)
-    return version, tensor.data_ptr(), flat[:: max(1, flat.numel() // _SAMPLED)].clone()
+    return version, tensor.data_ptr(), torch.take(flat, torch.from_numpy(_places(flat.numel())))
+
+
+@lru_cache(maxsize=1024)
+def _places(size: int) -> np.ndarray:
+    """Where values are compared: one place in each of as many equal parts of the memory, drawn once for each size.
+
+    Places at a constant distance would all be of one column where the distance is a multiple of a row's length.
+    """
+    if size <= _SAMPLED:
+        return np.arange(size)
+    parts = np.arange(_SAMPLED) + np.random.default_rng(size).random(_SAMPLED)
+    return (parts * size / _SAMPLED).astype(np.int64)

@@ -240,6 +240,29 @@ def test_another_dtype_or_device_is_no_change_of_the_weights() -> None:
     assert all(block.module.gain.changes == 0 for block in hybrid.blocks)
 
 
+def test_tensors_may_be_swapped_by_conversions_and_loading() -> None:
+    """`torch.__future__` swaps the content of parameters, as sharded tensors need it."""
+    hybrid, x, _ = build()
+    hybrid.train()(x).sum().backward()
+    hybrid.zero_grad()
+    state, weight = copy.deepcopy(hybrid.state_dict()), hybrid.get_parameter("down.weight")
+    gains = [block.loop_gain for block in hybrid.blocks]
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        hybrid.double()
+        assert hybrid.get_parameter("down.weight") is weight
+        assert hybrid(x.double()).dtype is torch.float64
+        hybrid.float()
+        hybrid.load_state_dict(state)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert [block.loop_gain for block in hybrid.blocks] == gains
+    with torch.no_grad():
+        hybrid.get_parameter("down.weight").mul_(3)
+    hybrid(x)
+    assert hybrid.blocks[1].loop_gain == pytest.approx(0.3, rel=0.02)
+
+
 def test_a_setting_of_your_own_class_is_not_stored(tmp_path: Path) -> None:
     class Mine(ffebm.GaussSeidel):
         pass

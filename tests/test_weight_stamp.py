@@ -57,6 +57,31 @@ def test_a_change_is_seen(change: Callable[[Tensor], None], index: int) -> None:
     assert WeightStamp.of(tensors).fits(tensors)
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 10), (1024, 1024), (64, 16, 3, 3)])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_write_to_data_of_half_the_rows_or_columns_is_seen(
+    shape: tuple[int, ...], memory: torch.memory_format
+) -> None:
+    tensor = noise(*shape)
+    if len(shape) == 4:
+        tensor = tensor.to(memory_format=memory)
+    for dim, length in enumerate(shape):
+        for half in (slice(None, length // 2), slice(length // 2, None)):
+            stamp = WeightStamp.of([tensor])
+            part = tensor.data.movedim(dim, 0)[half]
+            part.mul_(4)
+            assert not stamp.fits([tensor])
+            part.div_(4)
+
+
+def test_stamped_tensors_can_be_swapped_and_their_stamps_follow() -> None:
+    first, second = nn.Parameter(noise(6, 5)), nn.Parameter(noise(6, 5, seed=1))
+    stamp = WeightStamp.of([first])
+    torch.utils.swap_tensors(first, second)
+    assert not stamp.fits([first])
+    assert stamp.fits([second])
+
+
 def test_a_tensor_that_is_gone_does_not_fit_its_successor() -> None:
     """Its address and its object's place may be taken by the next one."""
     for _ in range(20):

@@ -26,6 +26,7 @@ from ffebm_compiler.runtime.solvers.anderson import Anderson
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver
 from ffebm_compiler.runtime.solvers.measured import Measured, Unplugged
 from ffebm_compiler.runtime.solvers.newton import NewtonCG
+from ffebm_compiler.runtime.weight_digest import digests_of, have_digests
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
@@ -61,9 +62,11 @@ def state_of(hybrid: HybridParts) -> dict[str, Any]:
     """The state of a hybrid beside its tensors. Estimators and solvers of the user's classes are left out."""
     blocks = {}
     for name, module in hybrid.energy_blocks.items():
+        tensors = hybrid._made_of(name)
         blocks[name] = {
             **module.gain.state(),
-            "measured": module.gain.fits(hybrid._made_of(name)),
+            "measured": module.gain.fits(tensors),
+            "values": digests_of(tensors),
             "gradient": named(module.estimator),
             "solver": named(module.solver),
         }
@@ -131,6 +134,9 @@ def _made_from(stored: Mapping[str, Any] | None, kinds: Mapping[str, Any], prese
 def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
     """Restore the state that `state_of` returned. The weights must be there already.
 
+    Where they are others than those that the state was written for, as an average of state dicts is, the feedback is
+    set for them.
+
     Raises:
         InputError: the state is malformed or of another plan.
     """
@@ -142,6 +148,7 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
                 f"the stored state is of the blocks {', '.join(stored) or 'none'}, and this hybrid has "
                 f"{', '.join(blocks) or 'none'}: convert with the plan of the hybrid that was saved"
             )
+        others: list[str] = []
         assign_digital(hybrid, None)
         restore_devices(hybrid, state.get("devices"))
         for name, module in blocks.items():
@@ -149,8 +156,11 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
             solver = _made_from(stored[name]["solver"], SOLVERS, module.solver)
             module.gain.restore(stored[name])
             module.estimator, module.solver = estimator, solver
-            if stored[name]["measured"]:
-                module.gain.fitted(hybrid._made_of(name))
+            tensors = hybrid._made_of(name)
+            if not have_digests(tensors, stored[name].get("values") or [""] * len(tensors)):
+                others.append(name)
+            elif stored[name]["measured"]:
+                module.gain.fitted(tensors)
         restore_gradient(hybrid, state.get("digital"), state.get("quantised"))
         hybrid.recertify_every, hybrid.project_to = state["recertify_every"], state["project_to"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -159,6 +169,8 @@ def restore(hybrid: HybridParts, state: Mapping[str, Any]) -> None:
         raise InputError(
             f"the stored state of the blocks is malformed ({type(error).__name__}, {error}): save the hybrid again"
         ) from error
+    if others:
+        hybrid._recertify(*others)
 
 
 @dataclass(frozen=True)

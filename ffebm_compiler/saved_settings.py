@@ -57,6 +57,7 @@ class _BlockState:
     solver: Mapping[str, Any] | None
     amplifiers: tuple[_Magnitude, ...] = ()
     coherent: bool = False
+    values: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,52 @@ def test_another_dtype_or_device_is_no_change_of_the_weights() -> None:
     assert all(block.module.gain.changes == 0 for block in hybrid.blocks)
 
 
+def _scaled(state: Any) -> Any:
+    """As edited checkpoints are: a copy of the dictionary with its metadata, and other values."""
+    other = copy.deepcopy(state)
+    for name in ("conv1.weight", "conv2.weight", "up.weight", "down.weight"):
+        other[name] = other[name] * 2
+    return other
+
+
+def _averaged(state: Any) -> Any:
+    other = copy.deepcopy(state)
+    for name, value in seeded(Mixed, 3).state_dict().items():
+        if value.is_floating_point():
+            other[name] = (other[name] + value) / 2
+    return other
+
+
+@pytest.mark.parametrize("edit", [_scaled, _averaged])
+@pytest.mark.parametrize("as_value", [False, True])
+def test_weights_that_were_edited_have_their_feedback_set(edit: Callable[[Any], Any], as_value: bool) -> None:
+    """A state dict's metadata is of the values that it was written with."""
+    hybrid, x, _ = build()
+    hybrid.train()(x)
+    state, block_state = edit(hybrid.state_dict()), hybrid.block_state()
+    loaded = build()[0]
+    if as_value:
+        state = dict(state)
+    loaded.load_state_dict(state)
+    if as_value:
+        loaded.load_block_state(block_state)
+    for block in loaded.blocks:
+        block.module.gain.forget()
+        assert block.loop_gain == pytest.approx(0.3, rel=0.01)
+
+
+def test_a_state_dict_that_shares_its_tensors_has_the_feedback_of_their_later_values() -> None:
+    hybrid, x, _ = build()
+    hybrid.train()(x)
+    state = hybrid.state_dict()
+    train(hybrid, torch.optim.Adam(hybrid.parameters(), 0.03), range(5))
+    loaded = build()[0]
+    loaded.load_state_dict(state)
+    for block in loaded.blocks:
+        block.module.gain.forget()
+        assert block.loop_gain == pytest.approx(0.3, rel=0.01)
+
+
 def test_tensors_may_be_swapped_by_conversions_and_loading() -> None:
     """`torch.__future__` swaps the content of parameters, as sharded tensors need it."""
     hybrid, x, _ = build()

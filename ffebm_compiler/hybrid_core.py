@@ -126,10 +126,24 @@ class HybridCore(HybridParts):
         if metadata is not None:
             metadata.setdefault(prefix[:-1], {})[METADATA] = state_of(self)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        *others: Any,
+    ) -> None:
         self.__dict__["_arriving"] = Arrival.of(self, state_dict, prefix, local_metadata)
         fill_arriving(self, state_dict, prefix)
-        self._source._load_from_state_dict(state_dict, prefix, local_metadata, *others)  # with its hooks
+        known = len(unexpected)
+        self._source._load_from_state_dict(  # with its hooks
+            state_dict, prefix, local_metadata, strict, missing, unexpected, *others
+        )
+        own = self._modules.keys() - self._source._modules.keys()  # what the source lacks checks its keys itself
+        unexpected[known:] = [n for n in unexpected[known:] if n.removeprefix(prefix).split(".")[0] not in own]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: the attributes, and which blocks are measured at the present weights."""

@@ -19,7 +19,7 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights, register_feedback_weights
 from ffebm_compiler.later_hooks import LaterHooks
 from ffebm_compiler.later_modules import LaterModules, rebound_operations
-from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.module_paths import module_at, names_of_state
 from ffebm_compiler.passes.exported_program import place_of
 from ffebm_compiler.passes.held import plain_tensors
 from ffebm_compiler.plan_data import PlanData
@@ -50,6 +50,7 @@ _OWN = frozenset(
     (
         "_asks",
         "_call_form",
+        "_captured",
         "_casts",
         "_differs_in_training",
         "_direct",
@@ -135,6 +136,8 @@ class HybridParts(nn.Module):
         if feedback_weights is not None:
             weights = {name: self.weight_at(place) for name, place in self.feedback_names.items()}
             register_feedback_weights(self, weights, feedback_weights)
+        self._captured = frozenset(names_of_state(self, self._run))
+        """Names of the parameters and persistent buffers at conversion."""
         for energy_block in lowered.energy.values():
             energy_block.training = self.training
             energy_block.aligned = feedback_weights is not None and feedback_weights.update == "aligned"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
-__all__ = ["module_at"]
+__all__ = ["module_at", "names_of_state"]
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
@@ -20,3 +22,13 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
             raise AttributeError(f"the model has no module {path!r}")
         module = child
     return module
+
+
+def names_of_state(module: nn.Module, without: str) -> Iterator[str]:
+    """Names of a module's parameters and persistent buffers, but for those of one child."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        if path.split(".")[0] == without:
+            continue
+        for name, value in (*part._parameters.items(), *part._buffers.items()):
+            if value is not None and name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name

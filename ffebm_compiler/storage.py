@@ -22,6 +22,7 @@ from ffebm_compiler.files.checked_json import Malformed
 from ffebm_compiler.files.whole_files import saying
 from ffebm_compiler.files.whole_folders import whole_folder
 from ffebm_compiler.hybrid_state import state_of
+from ffebm_compiler.module_paths import names_of_state
 from ffebm_compiler.stored_containers import stored_recipe
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
             f"the example inputs cannot be stored ({error}): convert with plain tensors, in a tuple or a dict"
         ) from error
     weights = hybrid.plain_state_dict(keep_vars=True)
+    _check_captured(hybrid, weights)
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise ExportError(
@@ -112,6 +114,20 @@ def _unique(state: dict[str, Any]) -> dict[str, Tensor]:
         seen.add(key)
         kept[name] = tensor.detach().contiguous().clone()
     return kept
+
+
+def _check_captured(hybrid: HybridCore, weights: Mapping[str, object]) -> None:
+    """Refuse a hybrid whose tensors have other names than at conversion, since `load` makes it from the source."""
+    present = set(names_of_state(hybrid, hybrid._run))
+    added = [name for name in weights if name in present and name not in hybrid._captured]
+    gone = sorted(hybrid._captured - present - weights.keys())
+    if added or gone:
+        what = f"{added[0]!r} was added to" if added else f"{gone[0]!r} was taken from"
+        raise ExportError(
+            f"{what} the hybrid after conversion, and ffebm.load() makes the hybrid from its source, which "
+            f"{'lacks' if added else 'has'} it: change the source and convert it again, or write hybrid.state_dict() "
+            "with torch.save"
+        )
 
 
 def _check_storable(state: Mapping[str, Any]) -> None:

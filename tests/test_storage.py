@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,68 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ffebm.ExportError, match="custom dynamic_shapes"):
         free.save(tmp_path / "free")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "words"
+
+
+class Small(nn.Module):
+    """With a layer that the forward does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.spare = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+def _small() -> ffebm.HybridModel:
+    return ffebm.convert(seeded(Small), noise(2, 8))
+
+
+def _take_spare(hybrid: ffebm.HybridModel) -> None:
+    del hybrid.spare
+
+
+def _add_parameter(hybrid: ffebm.HybridModel) -> None:
+    hybrid.log_sigma = nn.Parameter(torch.zeros(1))  # a learned weight of a loss
+
+
+def _add_module(hybrid: ffebm.HybridModel) -> None:
+    hybrid.aux = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+def _add_inside(hybrid: ffebm.HybridModel) -> None:
+    hybrid.get_submodule("layers.1").slope = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_add_parameter, r"'log_sigma' was added to the hybrid after conversion, and ffebm.load\(\) makes"),
+        (_add_module, "'aux.0.weight' was added to the hybrid after conversion"),
+        (_add_inside, "'layers.1.slope' was added to the hybrid after conversion"),
+        (_take_spare, "'spare.bias' was taken from the hybrid"),
+    ],
+)
+def test_what_was_added_later_is_in_a_state_dict_and_not_in_a_folder(change: Any, message: str, tmp_path: Path) -> None:
+    hybrid = _small()
+    change(hybrid)
+    around = nn.ModuleDict({"hybrid": hybrid, "head": nn.Linear(3, 3)})
+    for module in (hybrid, around):
+        assert not any(module.load_state_dict(module.state_dict()))
+        with pytest.raises(RuntimeError, match=r'Unexpected key.*: "other.weight"'):
+            module.load_state_dict({**module.state_dict(), "other.weight": torch.ones(3)})
+    hybrid.register_buffer("cache", torch.ones(2), persistent=False)
+    with pytest.raises(ffebm.ExportError, match=message):
+        hybrid.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_buffer_that_is_not_stored_may_be_added_later(tmp_path: Path) -> None:
+    hybrid = _small()
+    hybrid.register_buffer("cache", torch.ones(2), persistent=False)
+    hybrid.save(tmp_path / "saved")
+    ffebm.load(tmp_path / "saved", Small())
 
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class HybridParts(nn.Module):
         self._direct = {k: v for k, v in direct_weights(self.lowered, self._energy).items() if k in self._sources}
         """Those of them whose weights are parameters and buffers themselves -> the names of these."""
         self.training = source.training
-        self._later_modules = LaterModules(source, self._modules, rebound_operations(lowered))
+        self._later_modules = LaterModules(source, self._modules, rebound_operations(lowered), self._folded)
         self._later_modules.follow(source, self)
         for module in lowered.graph_module.modules():
             if isinstance(module, Fetch):

@@ -5,6 +5,8 @@ the same type and settings, whose tensors and flags then count. Any other would 
 
 Settings of modules, such as `stride` or a number that the user's forward reads, were captured too. If one is set later,
 a warning says that the hybrid goes on with the former value. Rates of dropout and momentums of norms are followed.
+
+A folded batch norm gathers no statistics. If those that it has are reset, as to estimate them anew, a warning says so.
 """
 
 from __future__ import annotations
@@ -30,8 +32,14 @@ class LaterModules:
     """The modules of a hybrid at the places where they were last seen."""
 
     def __init__(
-        self, source: nn.Module, at_root: Mapping[str, nn.Module | None], operations: tuple[ReboundOperation, ...]
+        self,
+        source: nn.Module,
+        at_root: Mapping[str, nn.Module | None],
+        operations: tuple[ReboundOperation, ...],
+        folded: frozenset[str] = frozenset(),
     ) -> None:
+        self.folded = folded
+        """Paths of the batch norms that are folded into the weights before them."""
         self.operations = operations
         """The operations of the blocks that follow training flags of modules."""
         self.at_root = at_root
@@ -59,6 +67,8 @@ class LaterModules:
         ]
         """For each setting of a submodule: its path, the module and the name. The hybrid watches those of the root."""
         self.note_settings()
+        self.norms = {path: (table, name) for path, table, name in self.places if path in self.folded}
+        self.statistics = self._statistics()
 
     def note_settings(self) -> None:
         """Take the present settings for known."""
@@ -69,6 +79,30 @@ class LaterModules:
 
     def _settings(self) -> list[Any]:
         return [module.__dict__.get(name) for _, module, name in self.watched]
+
+    def _statistics(self) -> dict[str, tuple[int, int]]:
+        """(object, counter of in-place operations) of the running variance of each folded norm."""
+        found = {path: getattr(table.get(name), "running_var", None) for path, (table, name) in self.norms.items()}
+        return {p: (id(v), v._version) for p, v in found.items() if isinstance(v, Tensor) and not v.is_inference()}
+
+    def look_at_statistics(self) -> None:
+        """Warn of folded norms whose statistics were reset since the last call."""
+        now = self._statistics()
+        if now == self.statistics:
+            return
+        changed = [path for path, stamp in now.items() if self.statistics.get(path) != stamp]
+        self.statistics = now
+        reset = [path for path in changed if _is_reset(self.norms[path][0][self.norms[path][1]])]
+        if reset:
+            warnings.warn(
+                f"the running statistics of {', '.join(map(repr, reset[:4]))}{', ...' if len(reset) > 4 else ''} were "
+                "reset (mean 0, variance 1), and these batch norms are folded into the weights before them "
+                "(fold_batchnorm=True), so that no forward gathers new ones, and blocks run with those. Load the "
+                "former ones again (hybrid.load_state_dict). To estimate new ones, as torch.optim.swa_utils.update_bn does, "
+                "run it on the source and convert again, or convert with fold_batchnorm=False",
+                FFEBMWarning,
+                stacklevel=2,
+            )
 
     def follow(self, old: nn.Module, new: nn.Module) -> None:
         """Let the operations that read the flags of `old` read those of `new`."""
@@ -82,6 +116,7 @@ class LaterModules:
             UnsupportedError: one of them is of another type than its predecessor, or has other settings or submodules.
         """
         self.look_at_settings()
+        self.look_at_statistics()
         now = self._now()
         if all(map(is_, now, self.seen)):
             return
@@ -155,6 +190,14 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and not isinstance(value, Tensor)
     }
+
+
+def _is_reset(norm: Any) -> bool:
+    """Whether a norm has the statistics of one that has seen no data."""
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or mean.is_meta:
+        return False
+    return not bool(mean.any()) and bool((variance == 1).all())
 
 
 def _named(module: nn.Module | None) -> str:

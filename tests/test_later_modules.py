@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from networks import noise, seeded
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import ffebm_compiler as ffebm
 
@@ -195,3 +198,28 @@ def test_adapters_that_train_takes_out_of_the_weights() -> None:
     model(X).square().sum().backward()
     for (name, found), expected in zip(hybrid.named_parameters(), model.parameters(), strict=True):
         assert torch.allclose(found.grad, expected.grad, atol=1e-4), name
+
+
+def test_reset_statistics_of_a_folded_norm_are_warned_of() -> None:
+    """`update_bn` resets them, and no forward of a folded norm gathers new ones."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4)))
+    batches = [3 * noise(32, 8, seed=index) + 1 for index in range(3)]
+    for x in batches:
+        model(x)
+    model.eval()
+    kept = ffebm.convert(model, batches[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update_bn(batches, kept)
+    assert not torch.equal(kept.get_buffer("1.running_var"), torch.ones(16))
+    folded = ffebm.convert(model, batches[0], fold_batchnorm=True)
+    state = copy.deepcopy(folded.state_dict())
+    with pytest.warns(ffebm.FFEBMWarning) as seen:
+        update_bn(batches, folded)
+    assert sum("the running statistics of '1' were reset" in str(each.message) for each in seen) == 1
+    folded.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded(batches[0])
+        folded.load_state_dict({**state, "1.running_mean": state["1.running_mean"] + 1})
+        folded(batches[0])

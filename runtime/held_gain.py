@@ -306,7 +306,10 @@ class HeldGain:
         return Frame(self.program, (), operands, dict.fromkeys(self.program.masks), dict(self._shapes), frozen=True)
 
     def _evaluated(self, weights: Sequence[Tensor | None]) -> tuple[Frame, list[Tensor]]:
-        """The frame of `_frame`, evaluated once without feedback, and its states."""
+        """The frame of `_frame`, evaluated once without feedback, and its states.
+
+        Random masks are left out, so that a measurement draws nothing. Their gain is added as a bound to the norms.
+        """
         wide = _in_full_precision(weights)
         first = next((weight for weight in wide if weight is not None), None)
         examples = [
@@ -314,12 +317,10 @@ class HeldGain:
         ]
         operands = laid_out(self.program, [*examples, *wide])
         inputs = [value for value in operands[: len(examples)] if value is not None]
-        frame = Frame(self.program, inputs, operands[len(examples) :])
+        frame = Frame(self.program, inputs, operands[len(examples) :], dict.fromkeys(self.program.masks))
         states = frame.feedforward()
         shapes = {layer.state: state.shape for layer, state in zip(self.program.layers, states, strict=True)}
         self._shapes = {**frame.shapes, **shapes}
-        # Random masks are left out of the measured norm. Their gain is added as a bound.
-        frame.drawn.update(dict.fromkeys(self.program.masks))
         frame.frozen = True
         return frame, states
 

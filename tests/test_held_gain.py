@@ -536,3 +536,36 @@ def test_an_edge_without_weights_is_measured_once(monkeypatch: pytest.MonkeyPatc
     for start, end, norm in block.module.certificate.norms:
         weight = {(0, 1): hybrid.second.weight, (1, 2): hybrid.last.weight}.get((start, end), torch.eye(6))
         assert norm == pytest.approx(MARGIN * float(torch.linalg.matrix_norm(weight.detach(), 2)), rel=2e-3)
+
+
+def test_measuring_draws_no_dropout_masks() -> None:
+    """A seeded run has the source's masks whatever is measured, and what is measured depends on no generator."""
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4)]
+    model, x = nn.Sequential(*layers).train(), noise(4, 8)
+    hybrid = ffebm.convert(copy.deepcopy(model), x, feedback=KAPPA).train()
+    hybrid.recertify_every = 1
+    state = {name: 2 * value for name, value in model.state_dict().items()}
+    measuring: list[Callable[[], object]] = [
+        lambda: hybrid.blocks[0].loop_gain,
+        hybrid.summary,
+        hybrid.recertify,
+        lambda: hybrid.set_feedback(0.2),
+        hybrid.block_state,
+        lambda: hybrid.load_state_dict(state),
+    ]
+    for seed, measure in enumerate(measuring):
+        with torch.no_grad():
+            hybrid.get_parameter("0.weight").mul_(1.5)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        measure()
+        assert torch.equal(torch.get_rng_state(), before)
+    for size in (1.001, 1.5):
+        with torch.no_grad():
+            hybrid.get_parameter("0.weight").mul_(size)
+        torch.manual_seed(5)
+        hybrid(x)
+        drawn = torch.rand(3)
+        torch.manual_seed(5)
+        model(x)
+        assert torch.equal(torch.rand(3), drawn)

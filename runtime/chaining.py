@@ -6,17 +6,17 @@ returns the gradients that the block's estimator computes from it (Nest & Ernoul
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ffebm_compiler.errors import ConvergenceError, GradientError
 from ffebm_compiler.runtime.devices.analog import Analog
 from ffebm_compiler.runtime.estimators.base import Estimator, aligned
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.held_gain import HeldGain
+from ffebm_compiler.runtime.one_derivative import IN_A_BLOCK, refuse_batched, refuse_forward_mode, without_derivative
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.phases.undetermined import check_determined
 from ffebm_compiler.runtime.program.block_program import BlockProgram
@@ -110,8 +110,21 @@ class Settle(torch.autograd.Function):
         return tuple(states[index] for index in program.visible)
 
     @staticmethod
-    @once_differentiable
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        refuse_forward_mode(ctx.block.program.name, IN_A_BLOCK)
+
+    @staticmethod
     def backward(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
+        program = ctx.block.program
+        refuse_batched(program.name, IN_A_BLOCK, visible)
+        with torch.no_grad():
+            found = Settle._restoring(ctx, *(error if error is None else error.detach() for error in visible))
+        graph = torch.is_grad_enabled()
+        return without_derivative(program.name, IN_A_BLOCK, found, (*ctx.saved_tensors, *visible)) if graph else found
+
+    @staticmethod
+    def _restoring(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients. If they cannot be found, those that the backward has added are taken back."""
         try:
             return Settle._gradients(ctx, *visible)
         except BaseException as failure:

@@ -145,6 +145,71 @@ def test_transforms(hybrid: ffebm.HybridModel, call: Callable[[nn.Module], objec
         call(hybrid)
 
 
+def penalty(network: nn.Module) -> Tensor:
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
+    return (gradient.norm(dim=1) - 1).square().mean()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda hybrid: penalty(hybrid).backward(),
+        lambda hybrid: torch.autograd.grad(penalty(hybrid), hybrid.get_parameter("0.weight"), allow_unused=True),
+        lambda hybrid: torch.autograd.functional.hvp(lambda x: hybrid(x).sum(), X, X),
+        lambda hybrid: torch.autograd.functional.hessian(lambda x: hybrid(x).square().sum(), X),
+        lambda hybrid: torch.autograd.functional.jvp(hybrid, X, X),
+    ],
+)
+@pytest.mark.parametrize("gradient", ["ep", "implicit", "unrolled"])
+def test_second_derivatives(call: Callable[[nn.Module], object], gradient: str) -> None:
+    hybrid = ffebm.convert(network(), X, gradient=gradient)
+    with pytest.raises(ffebm.UnsupportedError, match=r"block_1 has no derivative.*feedforward_mode.*to_digital\(\)"):
+        call(hybrid)
+    with hybrid.feedforward_mode():  # the remedies
+        call(hybrid)
+    call(hybrid.to_digital())
+
+
+def test_second_derivatives_through_a_perturbed_part() -> None:
+    hybrid = ffebm.convert(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), torch.rand(2, 3))
+    hybrid.set_gradient("ep", feedforward="zeroth-order")
+    x = torch.rand(2, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(hybrid(x).sum(), x, create_graph=True)
+    with pytest.raises(ffebm.UnsupportedError, match=r"a digital part that is perturbed .* has no derivative"):
+        gradient.sum().backward()
+
+
+def test_a_graph_of_the_gradient_alone_is_no_mistake(hybrid: ffebm.HybridModel) -> None:
+    hybrid(X).square().sum().backward()
+    expected = [parameter.grad for parameter in hybrid.parameters()]
+    found = torch.autograd.grad(hybrid(X).square().sum(), list(hybrid.parameters()), create_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda hybrid: torch.autograd.functional.jacobian(hybrid, X, vectorize=True), "one error at a time"),
+        (
+            lambda hybrid: torch.autograd.functional.jacobian(
+                hybrid, X, vectorize=True, strategy="forward-mode", strict=False
+            ),
+            "gradients in reverse mode only",
+        ),
+    ],
+)
+def test_batched_and_forward_derivatives(
+    hybrid: ffebm.HybridModel, call: Callable[[nn.Module], Tensor], message: str
+) -> None:
+    with pytest.raises(ffebm.UnsupportedError, match=rf"block_1 .*{message}"):
+        call(hybrid)
+    with hybrid.feedforward_mode():  # the remedies
+        expected = call(hybrid)
+    assert torch.equal(call(hybrid.to_digital()), expected)
+
+
 def test_export(hybrid: ffebm.HybridModel) -> None:
     with pytest.raises(ffebm.UnsupportedError, match=r"torch\.export cannot take a hybrid.*export_onnx"):
         torch.export.export(hybrid, (X,))

@@ -6,16 +6,18 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.runtime.one_derivative import IN_A_PART, refuse_batched, refuse_forward_mode, without_derivative
 
 __all__ = ["Perturbed", "PerturbedPart", "ZerothOrder", "directions"]
+
+_PART = "a digital part that is perturbed (zeroth-order)"
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,19 @@ class Perturbed(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        refuse_forward_mode(_PART, IN_A_PART)
+
+    @staticmethod
     def backward(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batched(_PART, IN_A_PART, errors)
+        with torch.no_grad():
+            found = Perturbed._gradients(ctx, *errors)
+        graph = torch.is_grad_enabled()
+        return without_derivative(_PART, IN_A_PART, found, (*ctx.saved_tensors, *errors)) if graph else found
+
+    @staticmethod
+    def _gradients(ctx: Any, *errors: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = list(ctx.operands)
         for place, saved, written in zip(ctx.places, ctx.saved_tensors, ctx.written, strict=True):
             operands[place] = written if saved is None else saved

@@ -250,12 +250,17 @@ class HybridCore(HybridParts):
 
     @torch.compiler.disable(reason="loop gains are measured eagerly")  # type: ignore[untyped-decorator]
     def _look_at_weights(self) -> None:
-        """In training, find the blocks whose weights have changed. They measure their loop gain before they settle."""
+        """Find the blocks whose weights have changed. In training, they measure their loop gain before they settle.
+
+        In evaluation they only compare what their weights need with what their amplifiers are set to.
+        """
         self._later_modules.look()
         self._later_hooks.look()
         check_conductances(self)
         clamp_after_steps(self)
         if not self.training:
+            for name in self._sources:
+                self._energy[name].gain.glance(self._made_of(name))
             return
         changed = False
         for name in self._sources:

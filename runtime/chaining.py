@@ -89,6 +89,8 @@ class Settle(torch.autograd.Function):
         if block.training:
             frame.paces = block.paces_on(inputs[0].device)
             block.gain.hold(frame.weights)
+        else:
+            block.gain.compare(frame.weights)
         frame.light = block.may_be_light and light_pays(frame)
         phase, block.last = block.relax(frame)
         frame = phase.frame

@@ -33,6 +33,9 @@ __all__ = ["HeldGain", "recertify_each"]
 _TOGETHER = 1 << 24
 """How many values of weights are measured together."""
 
+_FAR = 2.0
+"""Factor by which amplifiers may be off in evaluation without a warning. One step in training is seldom so much."""
+
 
 class HeldGain:
     """The feedback and certificate of a block, and the values kept between two measurements of its loop gain."""
@@ -57,7 +60,13 @@ class HeldGain:
         """Stamp of changed weights, until they are measured."""
         self._converge_every: int | None = None
         self._measured_stamp: tuple[WeightStamp, Certificate] | None = None
+        self._evaluated_stamp: WeightStamp | None = None
+        """Stamp of other weights that an evaluation has compared with those that the feedback was set for."""
+        self._unlike_stamp: WeightStamp | None = None
+        """Stamp of such weights, until they are compared."""
+        self._aged = False
         self._warned = False
+        self._warned_in_evaluation = False
         self._cached_setting: (
             tuple[Certificate | None, float | str, tuple[Setting, float | None, Tensor | None]] | None
         ) = None
@@ -73,11 +82,12 @@ class HeldGain:
 
     def forget(self) -> None:
         """Note that the weights have changed by themselves, as devices age."""
-        self.stamp = self._changed_stamp = self._measured_stamp = None
+        self.stamp = self._changed_stamp = self._measured_stamp = self._evaluated_stamp = None
+        self._aged = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything without the stamps, which identify tensor objects. The hybrid stamps its copy's weights."""
-        return {**self.__dict__, "stamp": None, "_changed_stamp": None, "_measured_stamp": None}
+        return {name: None if name.endswith("stamp") else value for name, value in self.__dict__.items()}
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -160,6 +170,7 @@ class HeldGain:
     def fitted(self, sources: Sequence[Tensor]) -> None:
         """Note that the certificate belongs to the present values of these tensors."""
         self.stamp, self._changed_stamp = WeightStamp.of(sources), None
+        self._aged = self._warned_in_evaluation = False
 
     def at(self, weights: Sequence[Tensor | None], sources: Sequence[Tensor]) -> Certificate | None:
         """The certificate of these weights (computed from `sources`) at the present setting. Nothing is changed.
@@ -207,7 +218,7 @@ class HeldGain:
             every: number of changes after which the measurement always converges; None only after jumps.
         """
         self._converge_every = every or None
-        self._changed_stamp = None
+        self._changed_stamp = self._unlike_stamp = None
         if not self.locked:
             present = WeightStamp.of(sources)
             if self.stamp is None or not self.stamp.equals(present):
@@ -241,7 +252,7 @@ class HeldGain:
         before = self.loop_gain
         self.changes += 1
         converge = self._converge_every is not None and self.changes % self._converge_every == 0
-        self._measure(weights, converge, read)
+        self.certificate = self._followed(weights, converge, read)
         self.stamp, self._changed_stamp = self._changed_stamp, None
         if isinstance(self.feedback, str) and before <= 1 < self.loop_gain and not self._warned:
             self._warned = True
@@ -252,6 +263,54 @@ class HeldGain:
                 FFEBMWarning,
                 stacklevel=2,
             )
+
+    def glance(self, sources: Sequence[Tensor]) -> None:
+        """Note before a forward in evaluation whether its weights are others than those that the feedback was set for.
+
+        Devices that have aged are left out, since their amplifiers are meant to stay as they are.
+
+        Args:
+            sources: the tensors that the weights are computed from.
+        """
+        self._unlike_stamp = None
+        if self.locked or self.certificate is None or (self.stamp is None and self._aged):
+            return
+        present = WeightStamp.of(sources)
+        if not any(known is not None and known.equals(present) for known in (self.stamp, self._evaluated_stamp)):
+            self._unlike_stamp = present
+
+    def compare(self, weights: Sequence[Tensor | None]) -> None:
+        """Warn once if weights that `glance` noted need other amplifiers than there are. Nothing is changed.
+
+        Raises:
+            InputError: a weight holds NaN or infinite values.
+        """
+        if self._unlike_stamp is None:
+            return
+        self._evaluated_stamp, self._unlike_stamp = self._unlike_stamp, None
+        strength = self._strength(weights)
+        if not self._warned_in_evaluation and (strength > _FAR or (strength * _FAR < 1 and self.loop_gain > 0)):
+            self._warned_in_evaluation = True
+            warnings.warn(
+                f"{self.program.name}: its feedback was set for other weights, and evaluation leaves it as it is: at "
+                f"{strength:.3g} times what feedback={self.feedback!r} needs at these weights. Call recertify() on the "
+                "hybrid before it is evaluated (for averaged weights on the copy that has them, averaged.module)",
+                FFEBMWarning,
+                stacklevel=2,
+            )
+
+    def _strength(self, weights: Sequence[Tensor | None]) -> float:
+        """The setting of the amplifiers in units of what the feedback needs at these weights, where it is worst."""
+        present, kept = self.certificate, self.gauge.state()
+        if present is None or not self._examples:
+            return 1.0
+        if not kept:  # no vectors from training, which make a measurement cheap
+            needed = self.needed(weights)
+            return 1.0 if needed is None else _strength(self.program, present, needed)
+        try:
+            return _strength(self.program, present, self._followed(weights, False, None))
+        finally:
+            self.gauge.restore(kept)
 
     def needed(self, weights: Sequence[Tensor | None]) -> Certificate | None:
         """A new certificate, measured to convergence, if the feedback needs other amplifiers at these weights.
@@ -271,9 +330,10 @@ class HeldGain:
         with self._without_gradients():
             return self.gauge.needed(evaluated, self.certificate, self.feedback)
 
-    def _measure(
+    def _followed(
         self, weights: Sequence[Tensor | None], converge: bool, read: tuple[Launched, np.ndarray] | None
-    ) -> None:
+    ) -> Certificate:
+        """The certificate after a change of the weights, with the amplifiers that the feedback needs then."""
         assert self.certificate is not None
         with self._without_gradients():
             found = self.gauge.follow(
@@ -289,7 +349,7 @@ class HeldGain:
             )
         if not math.isfinite(found.radius):
             check_weights(self.program.name, weights)
-        self.certificate = found
+        return found
 
     def measured(self, weights: Sequence[Tensor | None]) -> Frame | None:
         """The block as it is measured at these weights, for one sample, without random masks; None without feedback."""
@@ -406,6 +466,17 @@ def _certify(found: dict[type[Gauge], list[tuple[HeldGain, Uncertified]]]) -> No
             certificates = kind.certify_each([block for _, block in several])
         for (gain, _), certificate in zip(several, certificates, strict=True):
             gain.certificate = certificate
+
+
+def _strength(program: BlockProgram, present: Certificate, needed: Certificate) -> float:
+    """The settings of the amplifiers in units of those that are needed: of γ from layer to layer, and of A."""
+    edges = [(k, m) for m, above in enumerate(program.upstream) for k in above if program.depths[k] < program.depths[m]]
+    ratios = [have / need for have, need in zip(present.amplifiers, needed.amplifiers, strict=True) if need]
+    for k, m in edges:
+        if all(c.scales[k] > 0 and c.scales[m] > 0 for c in (present, needed)):
+            have, need = (c.scales[m] / c.scales[k] for c in (present, needed))
+            ratios.append((have / need) ** (1 / (program.depths[m] - program.depths[k])))
+    return max(ratios, key=lambda ratio: abs(math.log(ratio)) if 0 < ratio < math.inf else math.inf, default=1.0)
 
 
 def _in_full_precision(weights: Sequence[Tensor | None]) -> list[Tensor | None]:

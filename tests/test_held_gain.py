@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -370,6 +371,50 @@ def test_functional_call_and_frozen_weights() -> None:
     for _ in range(3):
         hybrid(x)
     assert hybrid.blocks[index].module.gain.changes == changes
+
+
+@pytest.mark.parametrize("energy", ["hopfield", "resistive"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_evaluation_at_other_weights_says_so_once(energy: str, trained: bool) -> None:
+    """As of averaged weights: their feedback is that of the weights at which the copy was made."""
+    model, x = seeded(lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())), noise(6, 8)
+    hybrid = ffebm.convert(model, x, energy=energy, feedback=KAPPA).train()
+    if trained:
+        optimizer = torch.optim.Adam(hybrid.parameters(), 1e-2)
+        for _ in range(3):
+            step(hybrid, optimizer, x, torch.arange(6))
+    hybrid.eval()(x)  # a step further than the weights that were measured: no warning, which would be an error here
+    averaged = torch.optim.swa_utils.AveragedModel(hybrid).eval()
+    for parameter in averaged.parameters():
+        parameter.data *= 3
+    before, certificate = gains(averaged.module), averaged.module.blocks[0].module.certificate
+    with pytest.warns(ffebm.FFEBMWarning, match=r"block_1: its feedback was set for other weights.*times what.*=0\.3"):
+        output = averaged(x)
+    assert torch.equal(averaged(x), output)
+    assert equal(gains(averaged.module), before)
+    assert averaged.module.blocks[0].module.certificate is certificate
+    averaged.module.recertify()
+    assert not torch.equal(averaged(x), output)
+    with hybrid.feedforward_mode():
+        torch.func.functional_call(hybrid, dict(averaged.module.named_parameters()), (x,))
+    hybrid(x)
+    with pytest.warns(ffebm.FFEBMWarning, match="block_1: its feedback was set for other weights"):
+        torch.func.functional_call(hybrid, dict(averaged.module.named_parameters()), (x,))
+
+
+def test_evaluation_compares_only_what_is_held() -> None:
+    """Symmetric feedback, feedback that is held on purpose, and devices whose amplifiers stay as they are."""
+    x = noise(4, 16)
+    for settings in ({"feedback": "symmetric"}, {"feedback": 0.5, "energy": "unamplified"}, {}):
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        hybrid = ffebm.convert(model, x, **settings).eval()
+        with torch.no_grad():
+            hybrid.get_parameter("2.weight").mul_(0.1)
+        with hybrid.held_feedback() if not settings else contextlib.nullcontext():
+            hybrid(x)
+    hybrid.set_devices("pcm")
+    hybrid.age(1e9)
+    hybrid(x)
 
 
 def test_weights_folded_from_batch_norm_are_held_too() -> None:

@@ -29,7 +29,6 @@ from ffebm_compiler.runtime.phases.tolerances import error_rtol, free_rtol
 from ffebm_compiler.runtime.phases.undetermined import check_currents, check_determined
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
-from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.program.light import ROUNDING, full_sweeps
 from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.base import Solver
@@ -406,10 +405,6 @@ class EnergyBlock(nn.Module):
             unloaded = Frame(self.program, frame.inputs, frame.weights)
             states, diagonals = unloaded.feedforward(), self.energy_function.diagonals(unloaded, self.setting)
         check_range(self.name, states, diagonals, [layer.name for layer in self.program.layers])
-
-    def laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-        """The tensors in the memory layout in which this block's sweeps are fastest."""
-        return laid_out(self.program, tensors)
 
     def settle(self, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Equilibrium:
         """The equilibrium for given inputs and weights, without gradients."""

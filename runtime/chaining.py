@@ -6,6 +6,9 @@ returns the gradients that the block's estimator computes from it (Nest & Ernoul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, GradientError
 from ffebm_compiler.runtime.devices.analog import Analog
+from ffebm_compiler.runtime.energies.base import Energy, Setting
 from ffebm_compiler.runtime.estimators.base import Estimator, aligned
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.held_gain import HeldGain
@@ -21,6 +25,7 @@ from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.phases.undetermined import check_determined
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.program.layout import laid_out
 from ffebm_compiler.runtime.program.light import light_pays
 from ffebm_compiler.runtime.program.reads import Reads
 from ffebm_compiler.runtime.solvers.base import Solver
@@ -42,6 +47,7 @@ class Settling(Protocol):
     program: BlockProgram
     training: bool
     gain: HeldGain
+    energy_function: Energy
     last: Settled | None
     aligned: bool
     kept_gradients: Restoring | None
@@ -55,13 +61,55 @@ class Settling(Protocol):
     @property
     def may_be_light(self) -> bool: ...
     def paces_on(self, device: torch.device) -> Paces | None: ...
-    def laid_out(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]: ...
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]: ...
     def remember(self, phase: FreePhase) -> None: ...
     def error_rtol(self, dtype: torch.dtype, training: bool = False) -> float: ...
     def free_rtol(self, dtype: torch.dtype, training: bool = False) -> float: ...
-    def hint(self) -> str: ...
     def analog(self, reads: Reads | None, sweeps: int) -> Analog | None: ...
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a backward needs to know of the block as it was in its forward, whatever is set on the block in between."""
+
+    program: BlockProgram
+    gain: HeldGain
+    setting: Setting
+    feedback: float | str
+    loop_gain: float
+    contraction: float | None
+    solver: Solver
+    free_rtol: float
+    error_rtol: float
+    hint: Callable[[], str]
+    estimator: Estimator
+    aligned: bool
+    analog: Analog | None
+    settled: Settled
+    kept_gradients: Restoring | None
+
+    @classmethod
+    def of(cls, block: Settling, phase: FreePhase, settled: Settled, dtype: torch.dtype) -> _Known:
+        """That of a settled block whose states have this dtype."""
+        gain, energy, training = block.gain, block.energy_function, phase.frame.training
+        dtype = torch.bfloat16 if phase.frame.autocast else dtype
+        return cls(
+            program=block.program,
+            gain=gain,
+            setting=phase.setting,
+            feedback=gain.feedback,
+            loop_gain=gain.loop_gain,
+            contraction=block.contraction,
+            solver=block.active_solver,
+            free_rtol=block.free_rtol(dtype, training),
+            error_rtol=block.error_rtol(dtype, training),
+            hint=partial(energy.remedy, gain.feedback, gain.loop_gain),
+            estimator=block.active_estimator,
+            aligned=block.aligned,
+            analog=block.analog(phase.frame.reads, settled.sweeps),
+            settled=settled,
+            kept_gradients=block.kept_gradients,
+        )
 
 
 class Settle(torch.autograd.Function):
@@ -82,7 +130,7 @@ class Settle(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         program = block.program
-        tensors = block.laid_out(tensors)
+        tensors = laid_out(program, tensors)
         inputs = [value for value in tensors[: program.inputs] if value is not None]
         frame = Frame(program.quick, inputs, tensors[program.inputs :], drawn)
         frame.training, frame.autocast, frame.reads = block.training, autocast, reads
@@ -96,11 +144,9 @@ class Settle(torch.autograd.Function):
         frame = phase.frame
         states, preactivations = phase.settled()
         block.remember(phase)
-        ctx.block, ctx.last, ctx.training = block, block.last, frame.training
-        ctx.drawn, ctx.shapes = frame.drawn, frame.shapes
-        ctx.setting, ctx.feedback = phase.setting, block.gain.feedback
-        ctx.paces, ctx.autocast, ctx.reads, ctx.light = frame.paces, autocast, reads, frame.light and frame.training
-        ctx.estimator, ctx.aligned, ctx.kept_gradients = block.active_estimator, block.aligned, block.kept_gradients
+        ctx.known = _Known.of(block, phase, block.last, states[0].dtype)
+        ctx.drawn, ctx.shapes, ctx.training = frame.drawn, frame.shapes, frame.training
+        ctx.paces, ctx.autocast, ctx.light = frame.paces, autocast, frame.light and frame.training
         ctx.set_materialize_grads(False)
         wide = phase.literal if phase.literal and phase.literal[0] is not states[0] else ()
         ctx.measured = bool(phase.literal)
@@ -113,11 +159,11 @@ class Settle(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
-        refuse_forward_mode(ctx.block.program.name, IN_A_BLOCK)
+        refuse_forward_mode(ctx.known.program.name, IN_A_BLOCK)
 
     @staticmethod
     def backward(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
-        program = ctx.block.program
+        program = ctx.known.program
         refuse_batched(program.name, IN_A_BLOCK, visible)
         with torch.no_grad():
             found = Settle._restoring(ctx, *(error if error is None else error.detach() for error in visible))
@@ -130,12 +176,12 @@ class Settle(torch.autograd.Function):
         try:
             return Settle._gradients(ctx, *visible)
         except BaseException as failure:
-            if ctx.kept_gradients is not None:
-                ctx.kept_gradients.restore()
+            if ctx.known.kept_gradients is not None:
+                ctx.known.kept_gradients.restore()
             spoilt = any(error is not None and not bool(torch.isfinite(error).all()) for error in visible)
             if isinstance(failure, ConvergenceError) and spoilt:
                 raise GradientError(
-                    f"the gradient of the loss at the outputs of {ctx.block.program.name} holds NaN or infinite "
+                    f"the gradient of the loss at the outputs of {ctx.known.program.name} holds NaN or infinite "
                     "values: look at the loss and at the digital parts after the block (a logarithm of 0, an overflow "
                     "in half precision)"
                 ) from failure
@@ -143,8 +189,8 @@ class Settle(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
-        block: Settling = ctx.block
-        program = block.program
+        known: _Known = ctx.known
+        program = known.program
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
         count = program.inputs + program.weights
         if all(error is None for error in visible):
@@ -157,39 +203,38 @@ class Settle(torch.autograd.Function):
         states = tuple(
             sigma.value(field) if state is None else state
             for sigma, state, field in zip(
-                ctx.setting.activations(frame), saved[count : count + layers], preactivations, strict=True
+                known.setting.activations(frame), saved[count : count + layers], preactivations, strict=True
             )
         )
         wide = tuple(value for value in saved[count + 2 * layers :] if value is not None)
         errors: list[Tensor | None] = [None] * layers
-        for index, error in zip(program.visible, block.laid_out(visible), strict=True):
+        for index, error in zip(program.visible, laid_out(program, visible), strict=True):
             errors[index] = error
         needed = ctx.needs_input_grad[4:]
-        dtype = torch.bfloat16 if ctx.autocast else states[0].dtype
         situation = Situation(
             frame=frame,
-            setting=ctx.setting,
+            setting=known.setting,
             states=states,
             literal=(wide or states) if ctx.measured else (),
             preactivations=preactivations,
-            solver=block.active_solver,
-            rtol=block.error_rtol(dtype, frame.training),
-            contraction=block.contraction,
-            hint=block.hint,
-            free_sweeps=ctx.last.sweeps,
-            free_rtol=block.free_rtol(dtype, frame.training),
-            feedback=ctx.feedback,
-            measured=lambda: block.gain.measured(frame.weights),
+            solver=known.solver,
+            rtol=known.error_rtol,
+            contraction=known.contraction,
+            hint=known.hint,
+            free_sweeps=known.settled.sweeps,
+            free_rtol=known.free_rtol,
+            feedback=known.feedback,
+            measured=lambda: known.gain.measured(frame.weights),
             inputs_needed=tuple(needed[: program.inputs]),
             weights_needed=tuple(needed[program.inputs :]),
-            analog=block.analog(ctx.reads, ctx.last.sweeps),
+            analog=known.analog,
         )
-        check_determined(frame, ctx.setting, preactivations, block.gain.loop_gain, ctx.estimator.pushes)
-        if ctx.last.lost:
-            gradients = ctx.estimator.gradients(*situation.without(ctx.last.lost, errors))
-            found = situation.spread(gradients.inputs, ctx.last.lost)
+        check_determined(frame, known.setting, preactivations, known.loop_gain, known.estimator.pushes)
+        if known.settled.lost:
+            gradients = known.estimator.gradients(*situation.without(known.settled.lost, errors))
+            found = situation.spread(gradients.inputs, known.settled.lost)
         else:
-            gradients = ctx.estimator.gradients(situation, errors)
+            gradients = known.estimator.gradients(situation, errors)
             found = gradients.inputs
-        weights = aligned(program, gradients.weights, needed[program.inputs :]) if ctx.aligned else gradients.weights
+        weights = aligned(program, gradients.weights, needed[program.inputs :]) if known.aligned else gradients.weights
         return (None, None, None, None, *found, *weights)

@@ -614,3 +614,31 @@ def test_measuring_draws_no_dropout_masks() -> None:
         torch.manual_seed(5)
         model(x)
         assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize("gradient", ["ep", "implicit", "recurrent"])
+def test_a_gradient_is_of_its_forward_whatever_is_set_before_it(gradient: str) -> None:
+    model, x, y = seeded(lambda: mlp(16, 3)), noise(6, 16), torch.arange(6)
+    hybrid = ffebm.convert(model, x, feedback=0.9, gradient=gradient).train()
+    weight = hybrid.get_parameter("0.weight")
+    F.cross_entropy(hybrid(x), y).backward()
+    expected = weight.grad
+    changes: list[Callable[[], object]] = [
+        lambda: hybrid.set_feedback(0.001),
+        lambda: hybrid.set_feedback("symmetric"),
+        lambda: hybrid.set_solver(ffebm.GaussSeidel(rtol=0.5, max_sweeps=1)),
+        lambda: hybrid.set_gradient("unrolled"),
+        lambda: hybrid.set_devices("pcm"),
+        hybrid.eval,
+    ]
+    for change in changes:
+        fresh = copy.deepcopy(hybrid)
+        loss = F.cross_entropy(hybrid(x), y)
+        change()
+        hybrid.zero_grad()
+        loss.backward()
+        assert torch.equal(weight.grad, expected)
+        state = fresh.block_state()
+        hybrid.set_devices(None)
+        hybrid.load_block_state(state)
+        hybrid.train()

@@ -37,8 +37,8 @@ from ffebm_compiler.runtime.solvers.base import Solver, checked_solver
 __all__ = ["convert", "plan"]
 
 _OTHER_ORDER = (
-    "random numbers are drawn in another order than in the source, since blocks and digital parts hold draws of "
-    "several branches: their distribution is the same, but one seed gives other dropout masks"
+    "random numbers are drawn, or statistics that several norms share updated, in another order than in the source, "
+    "since blocks and digital parts hold operations of several branches: one seed gives other dropout masks"
 )
 
 DEFAULT_FEEDBACK = float(str(DEFAULT_ENERGY.default_feedback))

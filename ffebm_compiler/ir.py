@@ -173,7 +173,7 @@ class OperationGraph:
     operations: tuple[Operation, ...]
     outputs: tuple[str, ...]
     draws: tuple[str, ...] = ()
-    """Operations that draw random numbers in at least one mode, in the order in which the source draws."""
+    """Operations that draw random numbers in at least one mode, or share state, in the source's order."""
     _index: dict[str, Operation] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:

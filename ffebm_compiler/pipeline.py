@@ -26,6 +26,7 @@ from ffebm_compiler.passes.free_shapes import free_shapes
 from ffebm_compiler.passes.functionalize import functionalize
 from ffebm_compiler.passes.inline_regions import inline_regions
 from ffebm_compiler.passes.merge_modes import merge_modes
+from ffebm_compiler.passes.order_of_state import order_of_state
 from ffebm_compiler.passes.outside_parameters import outside_parameters
 from ffebm_compiler.passes.rebind import rebind
 from ffebm_compiler.passes.recognise_activations import recognise_activations
@@ -84,6 +85,7 @@ def passes_for(options: PlanOptions, hardware: Hardware) -> list[Pass]:
         split_relus,
         *([sloped_clamps] if options.digital_drive else []),
         *([fold_batchnorm] if options.fold_batchnorm else []),
+        order_of_state,
         annotated(options, hardware),
     ]
 

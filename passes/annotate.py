@@ -19,6 +19,7 @@ from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.dead_code import for_effects_alone
 from ffebm_compiler.passes.dialect import WEIGHTS, WIRING, activation_of, target_name
 from ffebm_compiler.passes.order_of_draws import draws
+from ffebm_compiler.passes.order_of_state import IN_ORDER
 from ffebm_compiler.passes.product_macs import product_macs
 from ffebm_compiler.passes.reasons import TWO_ACTIVATIONS, digital_reason
 from ffebm_compiler.passes.static import drawn_nodes, static_nodes
@@ -55,8 +56,12 @@ def annotate(program: Program) -> OperationGraph:
     outputs = tuple(
         dict.fromkeys(n.name for n in output.all_input_nodes if info(n).role in _DYNAMIC or n.name in inputs)
     )
-    random = tuple(operation.name for operation in operations if draws(program, nodes[operation.name]))
-    return OperationGraph(inputs, tuple(operations), outputs, random)
+    ordered = tuple(
+        operation.name
+        for operation in operations
+        if IN_ORDER in nodes[operation.name].meta or draws(program, nodes[operation.name])
+    )
+    return OperationGraph(inputs, tuple(operations), outputs, ordered)
 
 
 _DYNAMIC = (Role.WEIGHT, Role.ACTIVATION, Role.WIRING, Role.DIGITAL)

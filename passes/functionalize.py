@@ -153,6 +153,7 @@ class _Functionalizer:
         """Write the present value of a parameter or buffer into it, after every operation that read the old value."""
         value = self._present_node(_Place(root))
         readers = [user for user in root.users if user < node and not writes(user) and not _is_done(user, value)]
+        readers = [user for user in readers if not _updates(user, root)]
         if root not in self.copies and readers:
             with self.graph.inserting_after(_last_placeholder(self.graph)):
                 self.copies[root] = self._new(torch.ops.aten.clone.default, (root,), root)
@@ -246,6 +247,12 @@ def _leads_to(node: fx.Node, value: fx.Node) -> bool:
             seen.add(current)
             pending.extend(current.all_input_nodes)
     return False
+
+
+def _updates(node: fx.Node, state: fx.Node) -> bool:
+    """Whether a node is a norm that updates its running statistics, which `order_of_state` puts in order."""
+    norms = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
+    return node.target in norms and state in node.args[3:5]
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:

@@ -20,6 +20,7 @@ from ffebm_compiler.ir import Program, Role, info
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.lower_block import lower_block
 from ffebm_compiler.passes.order_of_draws import in_order_of_draws
+from ffebm_compiler.passes.order_of_state import RUNS_FIRST
 from ffebm_compiler.plan_data import BlockPlan, PlanData
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.block_graph import OPERANDS, BlockGraph
@@ -106,6 +107,9 @@ class _Lowering:
                 self.root.register_buffer(node.name, self.program.constants[node.name], persistent=False)
                 self.env[node] = self.graph.get_attr(node.name)
                 self.env[node].meta = dict(node.meta)
+        for node in self.program.graph.nodes:
+            if RUNS_FIRST in node.meta:
+                self._value(node)
         blocks = [list(block.operations) for block in self.plan.blocks]
         parts = [list(part.operations) for part in self.plan.digital_parts]
         order = in_order_of_draws(self.plan.graph, [*blocks, *parts])

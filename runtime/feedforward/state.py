@@ -1,4 +1,4 @@
-"""`WriteState`: state that a forward writes, such as counters, moving averages or renormalised weights."""
+"""State that a forward writes, such as counters, moving averages or renormalised weights, and reads afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WriteState"]
+__all__ = ["ReadState", "WriteState"]
 
 
 class WriteState(nn.Module):
@@ -34,3 +34,24 @@ class WriteState(nn.Module):
         with torch.no_grad():
             state.copy_(value)
         return state if state.requires_grad else value
+
+
+class ReadState(nn.Module):
+    """Read a buffer of the source after other operations have run, as its forward does."""
+
+    operation: ClassVar[str] = "read_state"
+
+    def __init__(self, name: str, live: bool) -> None:
+        super().__init__()
+        self.name = name
+        self.live = live
+        """Whether it hands on the buffer itself, so that it can be written to."""
+
+    @property
+    def reason(self) -> str:
+        """Why the operation is digital, as a sentence fragment."""
+        return f"it reads {self.name!r}, the model's own state, after it was updated"
+
+    def forward(self, state: Tensor, *after: Tensor) -> Tensor:
+        """The state once `after` is known."""
+        return state if self.live else state.clone()

@@ -278,6 +278,10 @@ class Program:
     """The capture in train mode, if the model may compute something else in it. `merge_modes` merges it."""
     asks: frozenset[str] | None = None
     """Paths of the modules whose code reads their `training` flag; None if that is unknown."""
+    flags: dict[str, str] = field(default_factory=dict)
+    """Path of a module whose code reads one flag, that of another module -> path of that module."""
+    in_one_mode: tuple[tuple[str, ...], ...] = ()
+    """Paths of modules that must be in one mode, since some code reads the flags of all of them."""
     outputs: int | None = None
     """Number of leading outputs that belong to eval mode, if train mode returns another structure; else None.
 
@@ -308,12 +312,16 @@ class Program:
             self.notes.append(sentence)
 
     def asked(self, path: str) -> str:
-        """Path of the innermost module at or around a path whose `training` flag is read; "" is the model itself."""
+        """Path of the module whose `training` flag the operations at a path follow; "" is the model itself.
+
+        It is the one whose flag is read by the code of the innermost module, at or around the path, that reads one.
+        """
         if self.asks is None:
             return path
         parts = path.split(".") if path else []
         paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-        return next((name for name in paths if name in self.asks), "")
+        name = next((name for name in paths if name in self.asks or name in self.flags), "")
+        return self.flags.get(name, name)
 
     def runner(self, node: fx.Node) -> nn.Module:
         """The module of the private copy that ran a node."""

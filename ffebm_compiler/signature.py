@@ -52,6 +52,8 @@ class CallForm:
     out_spec_in_training: Form | None = None
     refused_in_training: str = ""
     """Why the model could not be captured in train mode, or an empty text."""
+    in_one_mode: tuple[tuple[str, ...], ...] = ()
+    """Paths of modules that must be in one mode."""
     decisions: tuple[SizeDecision, ...] = ()
     """What the source's forward decided by sizes that are free."""
     decisions_in_training: tuple[SizeDecision, ...] = ()
@@ -83,6 +85,7 @@ class CallForm:
             program.outputs,
             program.out_spec_in_training,
             program.refused_in_training,
+            program.in_one_mode,
             program.decisions,
             program.decisions_in_training,
         )

@@ -81,7 +81,7 @@ def align(evaluation: Program, training: Program, twin: dict[fx.Node, fx.Node]) 
         candidates = [(ours[block.a + i], theirs[block.b + i]) for i in range(block.size)]
         _add_difference(differences, len(pairs), ours[done_ours : block.a], theirs[done_theirs : block.b])
         for our, their in candidates:
-            if _sizes_agree(our, their, twin):
+            if _sizes_agree(our, their, twin) and not _against_the_flag(our, their):
                 twin[their] = our
                 pairs.append((our, their))
             else:
@@ -109,6 +109,14 @@ def _sizes_agree(our: fx.Node, their: fx.Node, twin: dict[fx.Node, fx.Node]) -> 
     return all(
         twin.get(b) is a if strict or is_size(a) or is_size(b) else True
         for a, b in zip(operands(our), operands(their), strict=True)
+    )
+
+
+def _against_the_flag(our: fx.Node, their: fx.Node) -> bool:
+    """Whether an operation trains in eval mode alone, as in `dropout(x, p, not self.training)`: no flag says that."""
+    return any(
+        index < min(len(our.args), len(their.args)) and our.args[index] is True and their.args[index] is False
+        for index in FLAGS.get(our.target, ())
     )
 
 

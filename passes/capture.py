@@ -30,7 +30,7 @@ from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
 from ffebm_compiler.passes.private_copy import private_copy
 from ffebm_compiler.passes.set_up import same_in_evaluation, set_up
-from ffebm_compiler.passes.training_reads import is_rebound, set_by_mode, training_reads
+from ffebm_compiler.passes.training_reads import TrainingReads, is_rebound, set_by_mode, training_reads
 from ffebm_compiler.passes.without_cache import without_cache
 
 __all__ = ["capture"]
@@ -99,24 +99,23 @@ def _in_both_modes(
     _refuse_outside(exported, model)
     names = {module: name for name, module in source.named_modules()}
     asks = {module for module in reads.asks | changing if module in names}
+    others = reads.others()
     training: Program | None = None
     refused = ""
     if asks:
         source.train()
         try:
             kept.append(set_up(source, args, kwargs, evaluation).note)
-            for module in source.modules():
-                if is_rebound(module) and module not in asks:
-                    module.training = False  # `rebind` makes it follow its flag
-            with training_reads() as reads:
-                trained = export_graph(source, args, kwargs, dynamic_shapes)
+            trained, more = _in_train_mode(source, args, kwargs, dynamic_shapes, asks)
             if trained.note and not exported.note:
                 source.eval()
                 fixed = export_graph(source, args, kwargs, None)
                 exported = replace(fixed, note=trained.note.replace("the model", "in train mode the model"))
             elif exported.note and not trained.note:
                 trained = export_graph(source, args, kwargs, None)
-            asks |= {module for module in reads.asks if module in names}
+            asks |= {module for module in more.asks if module in names}
+            for reader, read in more.others().items():
+                others.setdefault(reader, set()).update(read)
             _refuse_outside(trained, model)
             training = _wrapped(replace(trained, note=""), source)
         except (CaptureError, InputError) as error:
@@ -130,6 +129,12 @@ def _in_both_modes(
     program.training, program.refused_in_training = training, refused
     program.decisions_in_training = (training or program).decisions
     program.asks = frozenset(names[module] for module in asks)
+    for reader, read in others.items():
+        paths = sorted(names[module] for module in read if module in names)
+        if len(paths) == 1 and reader in names:
+            program.flags[names[reader]] = paths[0]
+        elif len(paths) > 1:
+            program.in_one_mode += (tuple(paths),)
     for sentence in filter(None, kept):
         program.note(sentence)
     for decision in dict.fromkeys((*program.decisions, *program.decisions_in_training)):
@@ -141,6 +146,25 @@ def _in_both_modes(
     if refused:
         program.note(f"the model has no capture in train mode, and the hybrid none: {refused}")
     return program
+
+
+def _in_train_mode(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, asks: set[nn.Module]
+) -> tuple[Exported, TrainingReads]:
+    """The capture in train mode, and the flags that were read.
+
+    Dropout and norms whose flags no other code reads stay in eval mode, since `rebind` makes them follow their flags.
+    """
+    while True:
+        source.train()
+        for module in source.modules():
+            if is_rebound(module) and module not in asks:
+                module.training = False
+        with training_reads() as reads:
+            exported = export_graph(source, args, kwargs, dynamic_shapes)
+        if not any(is_rebound(module) for module in reads.asks - asks):
+            return exported, reads
+        asks = asks | reads.asks
 
 
 def _refuse_outside(exported: Exported, model: nn.Module) -> None:

@@ -4,6 +4,10 @@ While the model is traced, every read and write of a module's `training` flag is
 read by torch's own dropout or batch norm needs no second capture, since `rebind` follows their flags. A module
 whose own `train` sets other attributes, as one that merges adapters does, counts too.
 
+Code of one module may read the flag of another one. The captures, with all modules in one mode, do not show which of
+several flags decides. So operations follow the one flag that the code of their module reads, and where it reads
+several, these modules must be in one mode.
+
 Promise: if `asks` is empty, the model computes the same in both modes, except for operations
 that `rebind` handles. `nn.Module` is left as it was found.
 """
@@ -14,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, FrameType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -61,11 +65,31 @@ class TrainingReads:
     asks: set[nn.Module] = field(default_factory=set)
     """Modules whose flag was read by code that may do anything with it."""
 
-    def note(self, module: nn.Module, code: CodeType) -> None:
+    readers: dict[nn.Module, set[nn.Module]] = field(default_factory=dict)
+    """Module -> the modules whose flags its code reads, where the forward does not set them."""
+    written: set[nn.Module] = field(default_factory=set)
+
+    def note(self, module: nn.Module, frame: FrameType) -> None:
         """Note that a function reads a module's flag."""
-        rate = _NEED_NO_CAPTURE.get(code)
+        rate = _NEED_NO_CAPTURE.get(frame.f_code)
         if rate is None or (rate and bool(getattr(module, rate))):
             self.asks.add(module)
+            self.readers.setdefault(_running(frame) or module, set()).add(module)
+
+    def others(self) -> dict[nn.Module, set[nn.Module]]:
+        """Modules whose code reads the flags of other modules -> all modules whose flags it reads."""
+        kept = {reader: read - self.written for reader, read in self.readers.items()}
+        return {reader: read for reader, read in kept.items() if read - {reader}}
+
+
+def _running(frame: FrameType | None) -> nn.Module | None:
+    """The module whose method runs."""
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(frame.f_locals.get("self"), nn.Module):
+            running: nn.Module = frame.f_locals["self"]
+            return running
+        frame = frame.f_back
+    return None
 
 
 @contextmanager
@@ -75,11 +99,12 @@ def training_reads() -> Iterator[TrainingReads]:
 
     def read(module: nn.Module) -> bool:
         flag: bool = module.__dict__["training"]
-        reads.note(module, sys._getframe(1).f_code)
+        reads.note(module, sys._getframe(1))
         return flag
 
     def write(module: nn.Module, flag: bool) -> None:
         module.__dict__["training"] = flag
+        reads.written.add(module)
         reads.asks.add(module)  # a flag that the forward sets itself (`self.teacher.eval()`) is not the caller's
 
     nn.Module.training = property(read, write)  # type: ignore[assignment]

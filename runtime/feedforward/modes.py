@@ -14,7 +14,16 @@ from torch import Tensor, fx, nn
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
 
-__all__ = ["ModeSwitch", "TrainingMask"]
+__all__ = ["ModeSwitch", "TrainingMask", "other_modes"]
+
+
+def other_modes(first: str, training: bool, second: str) -> str:
+    """The sentence that refuses two modules in different modes. `training` is the flag of the first one."""
+    one, other = (f"module {path!r}" if path else "the model itself" for path in (first, second))
+    return (
+        f"{one} is in {'train' if training else 'eval'} mode and {other} is not, but what one of them computes in that "
+        "mode depends on the other: put both in one mode"
+    )
 
 
 class ModeSwitch(ReboundOperation):
@@ -77,10 +86,7 @@ class ModeSwitch(ReboundOperation):
             others += zip(self.joined_paths, self.joined, strict=True)
         for path, owner in others:
             if owner.training != active:
-                raise UnsupportedError(
-                    f"module {self.paths[0]!r} is in {'train' if active else 'eval'} mode and module {path!r} is not, "
-                    "but what the first one computes in that mode depends on the other: put both in one mode"
-                )
+                raise UnsupportedError(other_modes(self.paths[0], active, path))
         return (self.training_part if active else self.evaluation)(*operands)
 
 

@@ -47,6 +47,7 @@ from ffebm_compiler.runtime.devices.devices import Devices, devices_of
 from ffebm_compiler.runtime.energies.base import Energy
 from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
+from ffebm_compiler.runtime.feedforward.modes import other_modes
 from ffebm_compiler.runtime.feedforward.quantised_backprop import QuantisedBackprop
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.held_gain import recertify_each
@@ -246,6 +247,8 @@ class HybridCore(HybridParts):
             self._look_at_weights()
         if self._call_form.refused_in_training:
             self._refuse_train_mode()
+        if self._call_form.in_one_mode:
+            self._refuse_mixed_modes()
         return self._call_form.leaves(args, kwargs, self.training)
 
     @torch.compiler.disable(reason="loop gains are measured eagerly")  # type: ignore[untyped-decorator]
@@ -302,6 +305,14 @@ class HybridCore(HybridParts):
                 f"mode ({named})"
             )
 
+    def _refuse_mixed_modes(self) -> None:
+        """Refuse modes of modules that were not captured, where one module's code reads the flags of several."""
+        for paths in self._call_form.in_one_mode:
+            active = self.get_submodule(paths[0]).training
+            for path in paths[1:]:
+                if self.get_submodule(path).training != active:
+                    raise UnsupportedError(other_modes(paths[0], active, path))
+
     @contextmanager
     def feedforward_mode(self) -> Iterator[None]:
         """Run every block without feedback and without devices, which is the source's own function."""
@@ -353,6 +364,7 @@ class HybridCore(HybridParts):
         finally:
             for module, flag in flags.items():
                 module.training = flag
+            self._later_modules.note_settings()
 
     def _evaluating(self) -> AbstractContextManager[None]:
         return self.in_mode(False)

@@ -223,3 +223,16 @@ def test_reset_statistics_of_a_folded_norm_are_warned_of() -> None:
         folded(batches[0])
         folded.load_state_dict({**state, "1.running_mean": state["1.running_mean"] + 1})
         folded(batches[0])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_setting_that_changes_before_the_first_call_is_named_whatever_the_mode_at_conversion(train: bool) -> None:
+    hybrid = ffebm.convert(nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.1), nn.Linear(8, 3)).train(train), X)
+    hybrid.get_submodule("1").negative_slope = 0.5
+    with pytest.warns(ffebm.FFEBMWarning, match=r"'negative_slope' of '1' from 0\.1 to 0\.5"):
+        hybrid(X)
+    layer = hybrid.get_submodule("1")
+    hybrid.eval()
+    layer.negative_slope = 0.2
+    with pytest.warns(ffebm.FFEBMWarning, match=r"'negative_slope' of '1' from 0\.5 to 0\.2"):
+        hybrid(X)

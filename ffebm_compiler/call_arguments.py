@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.passes.containers import plain
+from ffebm_compiler.passes.keyword_order import gathered_keywords
 
-__all__ = ["as_captured"]
+__all__ = ["as_captured", "check_keys", "check_order"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -57,6 +60,46 @@ def as_captured(signature: inspect.Signature, captured: Call, args: tuple[Any, .
             "among the example inputs"
         )
     return tuple(positional), keywords
+
+
+def check_order(signature: inspect.Signature, captured: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Check that the keywords that fall into `**kwargs` come in the captured order.
+
+    Raises:
+        InputError: they do not, and the forward reads their order.
+    """
+    known, given = gathered_keywords(signature, captured), gathered_keywords(signature, kwargs)
+    common = [name for name in given if name in captured]
+    if common != [name for name in known if name in kwargs]:
+        raise InputError(
+            f"the keyword arguments {_listed(given)} were captured in the order {_listed(known)}, and the forward "
+            "computes something else for another order of them: pass them in the captured order, or convert again"
+        )
+
+
+def check_keys(given: Any, captured: Any) -> None:
+    """Check that the dictionaries of a call do not differ from the captured ones in the order of their keys alone.
+
+    Raises:
+        InputError: one of them does.
+    """
+    pending = [(plain(given)[0], captured)]
+    while pending:
+        one, other = pending.pop()
+        if isinstance(one, dict) and isinstance(other, dict):
+            if list(one) != list(other) and one.keys() == other.keys():
+                raise InputError(
+                    f"a dictionary among the inputs has the keys {_listed(one)}, and the captured one had them in the "
+                    f"order {_listed(other)}, which a forward may read: build it in the captured order, or convert "
+                    "again with example inputs in this order"
+                )
+            pending += [(one[key], other[key]) for key in one if key in other]
+        elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+            pending += zip(one, other, strict=False)
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

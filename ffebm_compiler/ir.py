@@ -282,6 +282,8 @@ class Program:
     """Path of a module whose code reads one flag, that of another module -> path of that module."""
     in_one_mode: tuple[tuple[str, ...], ...] = ()
     """Paths of modules that must be in one mode, since some code reads the flags of all of them."""
+    keywords_in_order: bool = False
+    """Whether the source's forward reads the order of the keywords in its `**kwargs`."""
     outputs: int | None = None
     """Number of leading outputs that belong to eval mode, if train mode returns another structure; else None.
 

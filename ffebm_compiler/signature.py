@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ffebm_compiler.call_arguments import as_captured
+from ffebm_compiler.call_arguments import as_captured, check_keys, check_order
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.passes.containers import Form
 from ffebm_compiler.passes.order_of_draws import draws
@@ -54,6 +54,8 @@ class CallForm:
     """Why the model could not be captured in train mode, or an empty text."""
     in_one_mode: tuple[tuple[str, ...], ...] = ()
     """Paths of modules that must be in one mode."""
+    keywords_in_order: bool = False
+    """Whether the source's forward reads the order of the keywords in its `**kwargs`."""
     decisions: tuple[SizeDecision, ...] = ()
     """What the source's forward decided by sizes that are free."""
     decisions_in_training: tuple[SizeDecision, ...] = ()
@@ -86,6 +88,7 @@ class CallForm:
             program.out_spec_in_training,
             program.refused_in_training,
             program.in_one_mode,
+            program.keywords_in_order,
             program.decisions,
             program.decisions_in_training,
         )
@@ -111,9 +114,12 @@ class CallForm:
         flat, form = Form.of((tuple(args), dict(kwargs)))
         if not form.matches(self.in_spec) and self.signature is not None:
             captured = pytree.tree_unflatten([leaf.constant for leaf in self.inputs], self.in_spec.spec)
+            if self.keywords_in_order:
+                check_order(self.signature, captured[1], dict(kwargs))
             args, kwargs = as_captured(self.signature, captured, tuple(args), dict(kwargs))
             flat, form = Form.of((args, kwargs))
         if not form.matches(self.in_spec) or len(flat) != len(self.inputs):
+            check_keys((args, kwargs), pytree.tree_unflatten([None] * self.in_spec.num_leaves, self.in_spec.spec))
             raise InputError(
                 f"the inputs do not have the captured structure: got {_describe(args, kwargs)}, expected "
                 f"{', '.join(f'{leaf.name} {_shape(leaf.shape)}' for leaf in self.inputs)}. Convert again with "
@@ -165,10 +171,11 @@ def _check(value: Any, leaf: _Leaf) -> None:
             "constant: convert again with this value as example input"
         )
     if not isinstance(value, Tensor):
-        raise InputError(
-            f"input {leaf.name!r} must be a tensor of shape {_shape(leaf.shape)}, got {type(value).__name__}: make it "
-            "one by torch.as_tensor"
-        )
+        given, remedy = type(value).__name__, "make it one by torch.as_tensor"
+        if not isinstance(value, int | float | complex) and not hasattr(value, "__array__"):
+            given = "None" if value is None else given
+            remedy = f"pass one, or convert again with {given} in its place" if value is None else "pass one"
+        raise InputError(f"input {leaf.name!r} must be a tensor of shape {_shape(leaf.shape)}, got {given}: {remedy}")
     fits = value.dim() == len(leaf.shape) and all(
         want is None or want == have for want, have in zip(leaf.shape, value.shape, strict=True)
     )

@@ -28,6 +28,7 @@ from ffebm_compiler.passes.copied_closures import parameters_outside
 from ffebm_compiler.passes.explain_capture import rejected, rejection_of
 from ffebm_compiler.passes.export_graph import Exported, export_graph
 from ffebm_compiler.passes.exported_program import module_of, program_of
+from ffebm_compiler.passes.keyword_order import reads_keyword_order
 from ffebm_compiler.passes.private_copy import private_copy
 from ffebm_compiler.passes.set_up import same_in_evaluation, set_up
 from ffebm_compiler.passes.training_reads import TrainingReads, is_rebound, set_by_mode, training_reads
@@ -96,6 +97,7 @@ def _in_both_modes(
         rejection = rejection_of(source, args, kwargs)
         if rejection is not None:
             raise rejected(source, args, kwargs, rejection)
+    keywords_in_order = reads_keyword_order(source, args, kwargs)
     _refuse_outside(exported, model)
     names = {module: name for name, module in source.named_modules()}
     asks = {module for module in reads.asks | changing if module in names}
@@ -127,6 +129,7 @@ def _in_both_modes(
             refused = str(error)
     program = _wrapped(exported, source)
     program.training, program.refused_in_training = training, refused
+    program.keywords_in_order = keywords_in_order
     program.decisions_in_training = (training or program).decisions
     program.asks = frozenset(names[module] for module in asks)
     for reader, read in others.items():

@@ -49,6 +49,7 @@ from ffebm_compiler.runtime.estimators.choice import Estimator, estimator_of
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.runtime.feedforward.modes import other_modes
 from ffebm_compiler.runtime.feedforward.quantised_backprop import QuantisedBackprop
+from ffebm_compiler.runtime.feedforward.state import WriteInput
 from ffebm_compiler.runtime.feedforward.zeroth_order import ZerothOrder
 from ffebm_compiler.runtime.held_gain import recertify_each
 from ffebm_compiler.runtime.solvers.base import Solver, checked_solver
@@ -353,17 +354,25 @@ class HybridCore(HybridParts):
 
     @contextmanager
     def in_mode(self, training: bool) -> Iterator[None]:
-        """Run in a mode, without gradients. Flags, written state and random generators are restored."""
+        """Run in a mode, without gradients and without writes to the inputs.
+
+        Flags, written state and random generators are restored.
+        """
         source = self.__dict__["_source"]
+        writes = {module: module.enabled for module in self.lowered.modules() if isinstance(module, WriteInput)}
         flags = {module: module.training for module in (*self.modules(), source)}
         try:
             self.train(training)
             source.training = self.training
+            for write in writes:
+                write.enabled = False
             with torch.no_grad(), generators_unchanged(), tensors_unchanged(self.written_state()):
                 yield
         finally:
             for module, flag in flags.items():
                 module.training = flag
+            for write, enabled in writes.items():
+                write.enabled = enabled
             self._later_modules.note_settings()
 
     def _evaluating(self) -> AbstractContextManager[None]:

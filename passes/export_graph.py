@@ -19,7 +19,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 
-from ffebm_compiler.errors import CaptureError
+from ffebm_compiler.errors import CaptureError, UnsupportedError
 from ffebm_compiler.passes.check_model import has_no_memory
 from ffebm_compiler.passes.containers import Recipe
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
@@ -61,6 +61,11 @@ def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Export with a free batch size if that is asked for and possible."""
     with plain_call(source, args, kwargs) as call:
         exported = _export_graph(source, call.args, call.kwargs, dynamic_shapes)
+        if call.changed:
+            raise UnsupportedError(
+                f"the forward changes {call.changed}, which a hybrid does not: return the value, or write it in place "
+                "into a tensor among the inputs"
+            )
         return replace(exported, inputs=call.inputs, outputs=call.outputs)
 
 

@@ -10,7 +10,9 @@ A write to a parameter or a buffer (a counter, a moving average, a renormalised 
 `WriteState`, which the hybrid keeps. It takes the whole new value, and later operations read its
 result. Earlier operations read a copy of the old value, so that the order of the graph does not matter.
 
-Promise: no node but `WriteState` mutates a value, and the order of nodes is that of their operands.
+What a forward writes into its inputs is written back at its end (`passes/written_inputs.py`).
+
+Promise: no node but `WriteState` and `WriteInput` mutates a value, and the order of nodes is that of their operands.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ffebm_compiler.passes.functional_form import FunctionalForm, functional_for
 from ffebm_compiler.passes.inline_regions import without_gradient
 from ffebm_compiler.passes.put_back import Step, put_back
 from ffebm_compiler.passes.source_line import place_in_model, source_line
+from ffebm_compiler.passes.written_inputs import write_inputs
 from ffebm_compiler.runtime.feedforward.in_place import written_without_gradient
 from ffebm_compiler.runtime.feedforward.state import WriteState
 
@@ -91,6 +94,8 @@ class _Functionalizer:
                 self.track(node, *captured)
         for node in reversed(written):
             self.graph.erase_node(node)
+        inputs = [root for root, count in self.version.items() if count and root.name in self.program.inputs]
+        write_inputs(self.program, {root: self._present_node(_Place(root)) for root in inputs})
         self.graph.lint()
         return self.program
 

@@ -8,6 +8,7 @@ Promise: where the answer is no, the source gives the same values for the revers
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from typing import Any
@@ -68,6 +69,7 @@ def _values(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     ):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
+        args, kwargs = copy.deepcopy((args, kwargs))
         return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves_of(source(*args, **kwargs))]
 
 

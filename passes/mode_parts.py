@@ -19,7 +19,7 @@ from ffebm_compiler.ir import Program
 from ffebm_compiler.passes.align_modes import Difference, is_size, operands
 from ffebm_compiler.runtime.feedforward.block_graph import BlockGraph
 from ffebm_compiler.runtime.feedforward.blocks import ReboundOperation
-from ffebm_compiler.runtime.feedforward.state import WriteState
+from ffebm_compiler.runtime.feedforward.state import WriteInput, WriteState
 
 __all__ = ["Piece", "Side", "is_effect", "is_write", "pieces_of", "tensors_read"]
 
@@ -54,7 +54,7 @@ def is_effect(program: Program, node: fx.Node) -> bool:
         return torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
     if node.op != "call_module":
         return False
-    return isinstance(program.graph_module.get_submodule(str(node.target)), ReboundOperation | WriteState)
+    return isinstance(program.graph_module.get_submodule(str(node.target)), ReboundOperation | WriteInput | WriteState)
 
 
 def is_write(program: Program, node: fx.Node) -> bool:

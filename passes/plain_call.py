@@ -25,6 +25,38 @@ class PlainCall:
     inputs: Recipe
     outputs: Recipe
     """The form of the outputs of the last call."""
+    changed: str = ""
+    """The list or dictionary among the inputs that the last call changed, or an empty text."""
+
+
+def _positional(signature: inspect.Signature, count: int) -> list[str]:
+    """A name for each positional argument."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
+    return (names + [f"#{index}" for index in range(count)])[:count] if len(names) < count else names[:count]
+
+
+def _contents(given: dict[str, Any]) -> list[tuple[str, Any, list[Any]]]:
+    """The plain lists and dictionaries among named arguments: where each is, itself, and its items at present."""
+    found: list[tuple[str, Any, list[Any]]] = []
+    pending = [(f"argument {name!r}", ", at ", value) for name, value in given.items()]
+    while pending:
+        place, joint, value = pending.pop()
+        if type(value) in (list, dict):
+            found.append((f"a {type(value).__name__} among its inputs ({place})", value, _items(value)))
+        if type(value) in (list, tuple, dict):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [(f"{place}{joint}[{key!r}]", "", item) for key, item in items]
+    return found
+
+
+def _items(value: Any) -> list[Any]:
+    return [part for item in value.items() for part in item] if isinstance(value, dict) else list(value)
+
+
+def _are_same(value: Any, items: list[Any]) -> bool:
+    now = _items(value)
+    return len(now) == len(items) and all(one is other for one, other in zip(now, items, strict=True))
 
 
 def _with_names(signature: inspect.Signature, kwargs: dict[str, Any]) -> inspect.Signature:
@@ -49,9 +81,13 @@ def plain_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not inputs.trivial:
             args, kwargs = inputs.build((args, kwargs))
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        before = _contents(given)
         result, call.outputs = plain(original(*args, **kwargs))
+        call.changed = next((place for place, held, items in before if not _are_same(held, items)), "")
         return result
 
+    names = _positional(inspect.signature(original), len(plain_args))
     forward.__signature__ = _with_names(inspect.signature(original), plain_kwargs)  # type: ignore[attr-defined]
     source.__dict__["forward"] = forward
     try:

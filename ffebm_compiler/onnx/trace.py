@@ -24,6 +24,7 @@ from ffebm_compiler.onnx.packages import OPSET, package
 from ffebm_compiler.onnx.steps import Operand, Step, Value
 from ffebm_compiler.runtime.feedforward.blocks import ReboundDropout
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
+from ffebm_compiler.runtime.feedforward.state import WriteInput
 
 __all__ = ["MODULE_KEY", "Trace"]
 
@@ -86,6 +87,8 @@ class Trace:
                 return [known[node.args[0][index]] for index in step.present]
             if node.op == "placeholder":
                 continue
+            if node.op == "call_module" and isinstance(part.get_submodule(str(node.target)), WriteInput):
+                continue  # an ONNX model writes into no input, and nothing reads the result
             if node.op == "call_module" and isinstance(
                 part.get_submodule(str(node.target)), ReboundDropout | TrainingMask
             ):

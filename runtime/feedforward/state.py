@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ReadState", "WriteState"]
+__all__ = ["ReadState", "WriteInput", "WriteState"]
 
 
 class WriteState(nn.Module):
@@ -55,3 +55,28 @@ class ReadState(nn.Module):
     def forward(self, state: Tensor, *after: Tensor) -> Tensor:
         """The state once `after` is known."""
         return state if self.live else state.clone()
+
+
+class WriteInput(nn.Module):
+    """Write a value into an input, as the source's forward does."""
+
+    operation: ClassVar[str] = "write_input"
+    _is_impure = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.enabled = True
+        """Whether it writes. While a hybrid is measured or compared, its inputs stay as they are."""
+
+    @property
+    def reason(self) -> str:
+        """Why the operation is digital, as a sentence fragment."""
+        return f"it writes into the input {self.name!r}"
+
+    def forward(self, given: Tensor, value: Tensor, *before: Tensor) -> Tensor:
+        """Write `value` into `given`. `before` makes sure that a copy of what was given is taken first."""
+        if self.enabled:
+            with torch.no_grad():
+                given.copy_(value)
+        return given

@@ -12,7 +12,10 @@ need no folder. The others are read from the files that their authors publish:
 | `cifar10` | `data_batch_1` to `data_batch_5`, `test_batch` (python pickles), here or in `cifar-10-batches-py` |
 | `cifar100` | `train`, `test` (python pickles), here or in `cifar-100-python` |
 | `imagenet32` | `train_data_batch_1` to `train_data_batch_10`, `val_data` (python pickles) |
-| any of the last three | or pictures: `train/CLASS/*.png`, and `test/CLASS/*.png` or `val/CLASS/*.png` |
+| any of the last three | or pictures: `train/CLASS/*.png`, and `test/CLASS/*.png` or `val/CLASS/*.png`, of 8 bits a value |
+
+Values that are no bytes, labels that are no whole numbers, and classes without pictures are refused with the file's name.
+Hidden folders and files are no classes and no pictures.
 
 `text` gives characters: of the standard library's own source, or of `*train*` and `*valid*` files in a folder (Penn
 Treebank, WikiText), or of one plain text file, whose last tenth is then held out.
@@ -187,9 +190,12 @@ def _svhn(folder: Path) -> Data:
         path = _found(folder, name)
         with _whole(path, "file of SVHN"):
             found = loadmat(path)
-            images, labels = np.asarray(found["X"], np.uint8), found["y"].ravel().astype(np.int64)
-        if images.ndim != 4:
+            given, numbers = _array(found["X"]), _array(found["y"])
+        images, labels = _bytes(path, given), _labels(path, numbers)
+        if images.shape[:3] != (32, 32, 3) or images.ndim != 4:
             raise ffebm.InputError(f"{path} holds X of shape {images.shape}; expected (32, 32, 3, images)")
+        if ((labels < 0) | (labels > 10)).any():
+            raise ffebm.InputError(f"{path} has labels from {labels.min()} to {labels.max()}; expected 1 to 10")
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
         return x, torch.from_numpy(labels) % 10  # 10 stands for the digit 0
 
@@ -229,10 +235,59 @@ def _batch(path: Path, names: tuple[str, ...], first: int) -> tuple[Tensor, Tens
         _check_memo(raw)
         found = _OnlyArrays(io.BytesIO(raw), encoding="bytes").load()
         given = {key.decode() if isinstance(key, bytes) else key: value for key, value in found.items()}
-        rows = np.asarray(given["data"], dtype=np.uint8)
-        labels = np.asarray(next(given[name] for name in names if name in given), dtype=np.int64)
-        images = rows.reshape(len(rows), 3, 32, 32)
+        data, numbers = _array(given["data"]), _array(next(given[name] for name in names if name in given))
+    images, labels = _channels_first(path, _bytes(path, data)), _labels(path, numbers)
+    if len(images) != len(labels):
+        raise ffebm.InputError(f"{path} has {len(images)} images and {len(labels)} labels; expected one for each")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels - first)
+
+
+def _array(values: Any) -> np.ndarray:
+    found = np.asarray(values)
+    if found.dtype.kind not in "biuf" or not found.ndim:
+        raise TypeError(f"it holds {type(values).__name__} where numbers are expected")
+    return found
+
+
+def _bytes(path: Path, values: np.ndarray) -> np.ndarray:
+    """Whole numbers from 0 to 255, as bytes. The scale of others is not known."""
+    if values.dtype.kind not in "iu" or (values.size and (values.min() < 0 or values.max() > 255)):
+        reach = f" from {values.min():g} to {values.max():g}" if values.size and values.dtype.kind != "b" else ""
+        raise ffebm.InputError(
+            f"{path} has images of {values.dtype} values{reach}; expected whole numbers from 0 to 255, as the authors "
+            "publish them: undo what was done to them, or download the file again"
+        )
+    return values.astype(np.uint8)
+
+
+def _labels(path: Path, values: np.ndarray) -> np.ndarray:
+    """One whole number for each image, of any type and in a row or a column."""
+    flat = values.reshape(-1) if values.ndim == 2 and 1 in values.shape else values
+    if flat.ndim != 1:
+        raise ffebm.InputError(
+            f"{path} has labels of shape {values.shape}; expected one number for each image (of one-hot labels, the "
+            "position of the one)"
+        )
+    if flat.dtype.kind == "b" or not (np.isfinite(flat).all() and (flat == np.floor(flat)).all()):
+        raise ffebm.InputError(f"{path} has labels that are no whole numbers, such as {_odd_one(flat)}")
+    return flat.astype(np.int64)
+
+
+def _odd_one(labels: np.ndarray) -> Any:
+    odd = labels if labels.dtype.kind == "b" else labels[~np.isfinite(labels) | (labels != np.floor(labels))]
+    return odd[0]
+
+
+def _channels_first(path: Path, images: np.ndarray) -> np.ndarray:
+    """Images of shape (n, 3, 32, 32), of rows in this order or of images with their channels last."""
+    if images.shape[1:] == (32, 32, 3):
+        return images.transpose(0, 3, 1, 2)
+    if images.shape[1:] not in ((3072,), (3, 32, 32)):
+        raise ffebm.InputError(
+            f"{path} has images of shape {images.shape}; expected (images, 3072), (images, 3, 32, 32) or "
+            "(images, 32, 32, 3)"
+        )
+    return images.reshape(-1, 3, 32, 32)
 
 
 def _check_memo(raw: bytes) -> None:
@@ -254,7 +309,7 @@ def _whole(path: Path, what: str) -> Iterator[None]:
 
 def _pictures(name: str, folder: Path) -> Data:
     """Pictures in a folder for each class."""
-    classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    classes = _class_folders(folder / "train")
     held = folder / ("test" if (folder / "test").is_dir() else "val")
     if not held.is_dir():
         raise ffebm.InputError(f"{folder} has pictures to train on, but no folder 'test' or 'val' beside them")
@@ -264,28 +319,48 @@ def _pictures(name: str, folder: Path) -> Data:
     return Data(name, training, test, len(classes))
 
 
-def _classes(folder: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
-    from PIL import Image, UnidentifiedImageError
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
-    unknown = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
+
+def _classes(folder: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
+    found = _class_folders(folder)
+    unknown = [name for name in found if name not in classes]
     if unknown:
         raise ffebm.InputError(f"{folder} has the class {unknown[0]!r}, which the training pictures do not have")
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).glob("*.png")):
-            try:
-                with Image.open(path) as picture:
-                    images.append(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
-            except (UnidentifiedImageError, OSError, SyntaxError) as error:
-                raise ffebm.InputError(f"{path} is no complete picture ({error})") from None
-            labels.append(label)
+    images: list[np.ndarray] = []
+    labels = []
+    for name in found:
+        for path in _png_files(folder / name):
+            images.append(_picture(path))
+            labels.append(classes.index(name))
             if images[-1].shape != images[0].shape:
                 raise ffebm.InputError(
                     f"{path} has shape {images[-1].shape}, the first one {images[0].shape}: scale all to one size"
                 )
     if not images:
-        raise ffebm.InputError(f"{folder} has no .png in any of its folders")
+        raise ffebm.InputError(f"{folder} has no folder with pictures of any class")
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+def _png_files(folder: Path) -> list[Path]:
+    found = [path for path in folder.iterdir() if path.suffix.lower() == ".png" and not path.name.startswith(".")]
+    if not found:
+        raise ffebm.InputError(f"{folder} has no .png: put the pictures of this class there, or remove the folder")
+    return sorted(found)
+
+
+def _picture(path: Path) -> np.ndarray:
+    """The bytes of a picture, channels first."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):  # converting these clips what is above 255
+                raise ffebm.InputError(f"{path} has more than 8 bits a value (mode {picture.mode}): save it with 8")
+            return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ffebm.InputError(f"{path} is no complete picture ({error})") from None
 
 
 def _texts(place: str | Path | None) -> tuple[str, str]:

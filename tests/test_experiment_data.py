@@ -267,6 +267,96 @@ def test_damaged_files_are_read_or_named(name: str, write: Callable[[Path], None
             datasets.load(name, tmp_path)
 
 
+def with_batch(folder: Path, data: Any, labels: Any) -> datasets.Data:
+    """CIFAR-10 whose third file holds these."""
+    write_cifar10(folder)
+    (folder / "data_batch_3").write_bytes(pickle.dumps({"data": data, "labels": labels}))
+    return datasets.load("cifar10", folder)
+
+
+BYTES = np.arange(2 * 3072).reshape(2, 3, 32, 32) % 251
+PIXELS = BYTES.astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("data", "labels"),
+    [
+        (PIXELS.reshape(2, -1), [7, 2]),
+        (PIXELS.reshape(2, -1).tolist(), [7, 2]),
+        (PIXELS, np.array([[7], [2]])),
+        (PIXELS.transpose(0, 2, 3, 1), [7.0, 2.0]),
+        (BYTES.astype(np.int16).reshape(2, -1), np.array([7, 2], np.uint8)),
+    ],
+)
+def test_bytes_in_other_forms_are_read_right(data: Any, labels: Any, tmp_path: Path) -> None:
+    x, y = with_batch(tmp_path, data, labels).training
+    assert torch.equal(x[40:42], torch.from_numpy(PIXELS))
+    assert y[40:42].tolist() == [7, 2]
+
+
+@pytest.mark.parametrize(
+    ("data", "labels", "message"),
+    [
+        ((PIXELS / 255).astype(np.float32), [7, 2], "images of float32 values from 0 to 0.980392; expected whole"),
+        (BYTES - 128, [7, 2], "images of int64 values from -128 to 122; expected whole numbers from 0 to 255"),
+        (np.full((2, 3072), np.nan), [7, 2], "images of float64 values from nan to nan; expected whole numbers"),
+        (PIXELS > 100, [7, 2], "images of bool values; expected whole numbers"),
+        (PIXELS.reshape(2, 32, 96), [7, 2], r"images of shape \(2, 32, 96\); expected \(images, 3072\)"),
+        (PIXELS, [0.9, 2], "labels that are no whole numbers, such as 0.9"),
+        (PIXELS, [1.0, np.nan], "labels that are no whole numbers, such as nan"),
+        (PIXELS, [True, False], "labels that are no whole numbers, such as True"),
+        (PIXELS, np.eye(10)[[7, 2]], r"labels of shape \(2, 10\); expected one number for each image"),
+        (PIXELS, [7, 2, 3], "has 2 images and 3 labels; expected one for each"),
+        (PIXELS, [None, 2], "is no complete batch of images"),
+    ],
+)
+def test_values_of_another_scale_or_form_are_refused(data: Any, labels: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ffebm.InputError, match=f"data_batch_3 .*{message}|data_batch_3 {message}"):
+        with_batch(tmp_path, data, labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"X": np.full((32, 32, 3, 2), 0.5), "y": np.ones((2, 1))}, "images of float64 values from 0.5 to 0.5"),
+        ({"X": PIXELS, "y": np.ones((2, 1))}, r"holds X of shape \(2, 3, 32, 32\)"),
+        ({"X": PIXELS.transpose(2, 3, 1, 0), "y": np.array([[11], [1]])}, "has labels from 1 to 11; expected 1 to 10"),
+    ],
+)
+def test_odd_files_of_svhn_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_svhn(tmp_path)
+    savemat(tmp_path / "train_32x32.mat", values)
+    with pytest.raises(ffebm.InputError, match=f"train_32x32.mat {message}|train_32x32.mat has {message}"):
+        datasets.load("svhn", tmp_path)
+
+
+def test_upper_case_pictures_are_read_and_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    expected = datasets.load("cifar10", tmp_path)
+    for part in ("train", "val"):
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+        (tmp_path / part / "n01" / "._0.png").write_bytes(b"of another system")
+    for index in range(3):
+        (tmp_path / "train" / "n02" / f"{index}.png").rename(tmp_path / "train" / "n02" / f"{index}.PNG")
+    found = datasets.load("cifar10", tmp_path)
+    assert found.classes == 2
+    for (x, y), (images, labels) in zip((found.training, found.test), (expected.training, expected.test), strict=True):
+        assert torch.equal(x, images)
+        assert torch.equal(y, labels)
+
+
+def test_classes_without_pictures_and_pictures_of_16_bits_are_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    deep = tmp_path / "train" / "n01" / "0.png"
+    Image.fromarray(np.full((32, 32), 1000, np.uint16)).save(deep)
+    with pytest.raises(ffebm.InputError, match=r"n01/0\.png has more than 8 bits a value \(mode I;16\)"):
+        datasets.load("cifar10", tmp_path)
+    deep.unlink()
+    (tmp_path / "train" / "n00").mkdir()
+    with pytest.raises(ffebm.InputError, match=r"train/n00 has no \.png: put the pictures of this class there"):
+        datasets.load("cifar10", tmp_path)
+
+
 def test_bad_requests(tmp_path: Path) -> None:
     with pytest.raises(ffebm.InputError, match=r"there is no data set 'mnst': choose one of digits, mnist1d, mnist"):
         datasets.load("mnst")

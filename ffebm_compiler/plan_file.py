@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from ffebm_compiler.errors import HardwareError, PlanError
 from ffebm_compiler.files.checked_json import Malformed, short, typed, typed_fields
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.ir import OperationGraph
-from ffebm_compiler.passes.planning import describe_block
+from ffebm_compiler.passes.plan_notes import other_notes, plan_notes
+from ffebm_compiler.passes.planning import describe_block, placements
 from ffebm_compiler.plan_data import SCHEMA, BlockPlan, DigitalPart, Placement, PlanData, PlanOptions
 
 __all__ = ["plan_from"]
@@ -47,15 +48,17 @@ def plan_from(data: Any) -> PlanData:
     try:
         file = typed(_PlanFile, data)
         hardware = Hardware.from_dict(file.hardware)
+        blocks, edited = _blocks(file.blocks, file.graph, hardware)
+        notes = (*other_notes(file.notes), *plan_notes(blocks, file.graph, hardware)) if edited else file.notes
         return PlanData(
             model=file.model,
             hardware=hardware,
             options=file.options,
-            blocks=_blocks(file.blocks, file.graph, hardware),
+            blocks=blocks,
             digital_parts=file.digital_parts,
-            weights=file.weights,
+            weights=_places(file, blocks) if edited else file.weights,
             rejected=file.rejected,
-            notes=_notes(file.notes, data),
+            notes=_notes(notes, data),
             modules=file.modules,
             graph=file.graph,
             fingerprint=file.fingerprint,
@@ -77,8 +80,18 @@ def _notes(notes: tuple[str, ...], data: Mapping[str, Any]) -> tuple[str, ...]:
     return notes if counted or _UNCOUNTED in notes else (*notes, _UNCOUNTED)
 
 
-def _blocks(items: tuple[Any, ...], graph: OperationGraph, hardware: Hardware) -> tuple[BlockPlan, ...]:
-    """The blocks of a file. A block that gives only its name and operations is completed."""
+def _places(file: _PlanFile, blocks: tuple[BlockPlan, ...]) -> Mapping[str, Placement]:
+    """The places of the weights in blocks that were edited, as they follow from the operations."""
+    reasons = {
+        op.name: file.rejected[path] for op in file.graph.operations if (path := op.path or op.name) in file.rejected
+    }
+    return placements(file.weights, file.graph, blocks, reasons)
+
+
+def _blocks(items: tuple[Any, ...], graph: OperationGraph, hardware: Hardware) -> tuple[tuple[BlockPlan, ...], bool]:
+    """The blocks of a file, and whether one was edited: one that gives its name and operations alone is completed."""
+    counted = {field.name for field in fields(BlockPlan) if field.default is MISSING}
+    edited = False
     users = graph.users()
     order = {op.name: index for index, op in enumerate(graph.operations)}
     blocks = []
@@ -92,4 +105,5 @@ def _blocks(items: tuple[Any, ...], graph: OperationGraph, hardware: Hardware) -
         except HardwareError as error:
             raise Malformed(f"a layer of blocks[{index}]: {error}") from error
         blocks.append(BlockPlan(**{**full, **given}))
-    return tuple(blocks)
+        edited = edited or not counted <= set(given)
+    return tuple(blocks), edited

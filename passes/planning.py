@@ -6,7 +6,7 @@ is in exactly one block or in `rejected`. Each operation is in exactly one block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ffebm_compiler.errors import HardwareError, InputError, UnsupportedError
@@ -19,9 +19,10 @@ from ffebm_compiler.passes.partition.decide import Partition, conversions, parti
 from ffebm_compiler.passes.partition.partial_sums import partial_sums
 from ffebm_compiler.passes.partition.prices import middle, prices_for
 from ffebm_compiler.passes.partition.rules import driven_states
+from ffebm_compiler.passes.plan_notes import plan_notes
 from ffebm_compiler.plan_data import BlockPlan, DigitalPart, Placement, PlanData, PlanOptions, fingerprint
 
-__all__ = ["best_plan", "describe", "describe_block", "make_plan", "plan_notes"]
+__all__ = ["best_plan", "describe", "describe_block", "make_plan", "placements"]
 
 FORCED = "force_digital asks for it"
 _COPIED = "it is copied to every sample, not multiplied: no matrix product"
@@ -200,39 +201,13 @@ def describe(
         options=options,
         blocks=blocks,
         digital_parts=parts,
-        weights=_placements(parameters, graph, blocks, result.rejected),
+        weights=placements(parameters, graph, blocks, result.rejected),
         rejected=rejected,
         notes=(*notes, *plan_notes(blocks, graph, hardware)),
         modules=tuple(modules),
         graph=graph,
         fingerprint=fingerprint(graph),
     )
-
-
-def plan_notes(blocks: Sequence[BlockPlan], graph: OperationGraph, hardware: Hardware) -> tuple[str, ...]:
-    """Notes about properties of the blocks."""
-    notes = []
-    convolutions = [
-        [op for name in block.operations if (op := graph[name]).kind.startswith("conv")] for block in blocks
-    ]
-    sharing = sum(
-        len(layers) > 1 and any(hardware.for_layer(op.path).conv_mapping == "im2col" for op in layers)
-        for layers in convolutions
-    )
-    if sharing:
-        notes.append(
-            f"{'1 block settles' if sharing == 1 else f'{sharing} blocks settle'} several convolutions together; with "
-            "conv_mapping='im2col' one set of tiles serves all output positions in turn, while settling needs every "
-            "position at once: conv_mapping='unrolled' counts the tiles for that"
-        )
-    pooling = [block.name for block in blocks if any(graph[name].kind == "max_pool" for name in block.operations)]
-    if pooling:
-        notes.append(
-            f"{', '.join(pooling[:4])}{', ...' if len(pooling) > 4 else ''} {'holds' if len(pooling) == 1 else 'hold'} "
-            "max pooling: its winners can switch under the nudge, and the certificate counts one choice of winners, so "
-            "that it is an estimate (docs/mathematics.md); 'avg_pool' instead has neither limit"
-        )
-    return tuple(notes)
 
 
 def describe_block(
@@ -273,15 +248,16 @@ def _reason_without_product(op: Operation, weight: str) -> str:
     return _UNMULTIPLIED.get(op.kind) or _UNMULTIPLIED.get(op.target) or op.reason
 
 
-def _placements(
-    parameters: Sequence[str], graph: OperationGraph, blocks: tuple[BlockPlan, ...], rejected: Mapping[str, str]
+def placements(
+    parameters: Iterable[str], graph: OperationGraph, blocks: Sequence[BlockPlan], rejected: Mapping[str, str]
 ) -> dict[str, Placement]:
+    """The place of each parameter. `rejected` has the reason of each operation that stayed digital."""
     home = {name: block.name for block in blocks for name in block.operations}
     readers: dict[str, list[Operation]] = {}
     for op in graph.operations:
         for weight in op.weights:
             readers.setdefault(weight, []).append(op)
-    placements = {}
+    found = {}
     for name in parameters:
         reading = readers.get(name, [])
         analog = [op for op in reading if op.name in home and op.role is Role.WEIGHT]
@@ -289,10 +265,10 @@ def _placements(
             places = ", ".join(dict.fromkeys(f"{op.path or op.name} in {home[op.name]}" for op in analog))
             others = len(reading) - len(analog)
             shared = f" and read by {others} digital operation{'s' if others > 1 else ''}" if others else ""
-            placements[name] = Placement(home[analog[0].name], f"the weight of {places}{shared}")
+            found[name] = Placement(home[analog[0].name], f"the weight of {places}{shared}")
         elif reading:
             op = reading[0]
-            placements[name] = Placement(None, rejected.get(op.name) or _reason_without_product(op, name))
+            found[name] = Placement(None, rejected.get(op.name) or _reason_without_product(op, name))
         else:
-            placements[name] = Placement(None, "no operation that the output depends on reads it")
-    return placements
+            found[name] = Placement(None, "no operation that the output depends on reads it")
+    return found

@@ -521,6 +521,28 @@ def test_edited_plans_are_refused(plan: Plan, edit: Callable[[dict[str, Any]], N
         Plan.from_dict(data)
 
 
+def test_a_block_of_a_file_may_be_split_and_renamed_by_its_operations(plan: Plan, tmp_path: Path) -> None:
+    data = json.loads(json.dumps(plan.to_dict()))
+    names = data["blocks"][0]["operations"]
+    split = next(index for index, name in enumerate(names) if plan.graph[name].path == "body.0")
+    parts = [{"name": "opening", "operations": names[:split]}, {"name": "rest", "operations": names[split:]}]
+    data["blocks"][0:1] = parts
+    (tmp_path / "plan.json").write_text(json.dumps(data), encoding="utf-8")
+    edited = Plan.from_json(tmp_path / "plan.json")
+    assert [block.layers for block in edited.blocks] == [("stem",), ("body.0", "body.2"), ("head.1", "head.3")]
+    assert {name: place.block for name, place in edited.weights.items()} == {
+        "stem.weight": "opening",
+        "body.0.weight": "rest",
+        "body.2.weight": "rest",
+        "head.1.weight": "block_2",
+        "head.3.weight": "block_2",
+        "scale": None,
+    }
+    assert edited.notes == plan.notes  # one block settles several convolutions, as before
+    assert edited.explain("stem.weight") == "analog, opening: the weight of stem in opening"
+    assert Plan.from_dict(edited.to_dict()) == edited
+
+
 def test_more_negative_edits() -> None:
     digital = residual_plan(force_digital="stem")
     data = json.loads(json.dumps(digital.to_dict()))

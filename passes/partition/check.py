@@ -21,6 +21,7 @@ from ffebm_compiler.plan_data import BlockPlan, DigitalPart, PlanData, fingerpri
 
 __all__ = ["check_plan"]
 
+_LEAVE_OUT = "leave everything but name and operations of an edited block out of the file, and it is computed"
 _REMEDY = "make the plan again with ffebm.plan(), or edit it with plan.move()"
 
 
@@ -134,8 +135,8 @@ def _check_derived(plan: PlanData, users: Mapping[str, list[str]]) -> None:
             said, found = getattr(block, field.name), getattr(right, field.name)
             if said != found:
                 raise PlanError(
-                    f"{block.name} says {field.name}={_short(said)}, but its operations make it {_short(found)}: leave "
-                    "everything but name and operations of an edited block out of the file, and it is computed"
+                    f"{block.name} says {field.name}={_short(said)}, but its operations make it {_short(found)}: "
+                    f"{_LEAVE_OUT}"
                 )
         _check_capacity(plan.hardware, right)
 
@@ -177,7 +178,7 @@ def _check_reasons(plan: PlanData) -> None:
         said = placement.block or "digital"
         raise PlanError(
             f"weight {weight!r} is said to be {said}, but its layers are in {', '.join(sorted(found)) or 'no block'}: "
-            f"{_REMEDY}"
+            f"{_LEAVE_OUT}"
         )
 
 

@@ -10,7 +10,8 @@ from ffebm_compiler.ir import ALWAYS_JOIN, Operation, Role
 from ffebm_compiler.passes.partition.decide import Partition, digital_parts, tiles_of, too_large
 from ffebm_compiler.passes.partition.drive import driven_with, make_driven_before
 from ffebm_compiler.passes.partition.state import DIGITAL, State
-from ffebm_compiler.passes.planning import describe, plan_notes
+from ffebm_compiler.passes.plan_notes import other_notes
+from ffebm_compiler.passes.planning import describe
 from ffebm_compiler.plan_data import PlanData
 
 __all__ = ["move"]
@@ -79,7 +80,6 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
         if op.role is Role.WEIGHT and op.name not in inside:
             new = op in layers and where == "digital"
             rejected[op.name] = "moved to the digital side" if new else plan.rejected[op.path or op.name]
-    generated = plan_notes(plan.blocks, graph, hardware)
     edited = describe(
         graph,
         hardware,
@@ -88,7 +88,7 @@ def move(plan: PlanData, path: str, where: str) -> PlanData:
         model=plan.model,
         modules=plan.modules,
         parameters=list(plan.weights),
-        notes=[note for note in plan.notes if note not in generated],
+        notes=other_notes(plan.notes),
         names=[names[block] for block in used],
     )
     return edited

@@ -55,6 +55,23 @@ def fails():
 
 def lacking():
     import no_such_package
+
+def leaves():
+    raise SystemExit("no data: give --data")
+
+class NoEval(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def train(self, mode=True):
+        raise ValueError("no eval for you")
+
+class Leaving(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        raise SystemExit(7)
 """
 
 
@@ -287,7 +304,20 @@ def test_wrong_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (("plan", "resnet"), "expected package.module:callable"),
         (("plan", "their_models:"), "expected package.module:callable"),
         (("plan", "no.such.module:x", "-i", "1x4"), "'no.such.module' cannot be imported (ModuleNotFoundError"),
-        (("plan", "their_models.py:x", "-i", "1x4"), "): name it without .py, their_models:x"),
+        (("plan", "their_models.py:x", "-i", "1x4"), "their_models.py has no 'x'"),
+        (("plan", "none.py:x", "-i", "1x4"), "there is no file none.py: name one that holds the model's function"),
+        (("plan", "package/relative.py:x", "-i", "1x4"), "name it as a module of its package, package.relative:x"),
+        (("plan", "package/alone:x", "-i", "1x4"), "cannot be imported (ModuleNotFoundError: No module named 'pack"),
+        (("plan", "package/alone:x", "-i", "1x4"), "): name the file, package/alone.py:x"),
+        (("plan", "leaving:x", "-i", "1x4"), "the module 'leaving' left the program while it was imported (sys.exit"),
+        (("plan", "leaving.py:x", "-i", "1x4"), "the file leaving.py left the program while it was imported (sys.exit"),
+        (("plan", "their_models:leaves", "-i", "1x4"), "was called (sys.exit with 'no data: give --data'): put what"),
+        (("plan", "their_models:NoEval", "-i", "1x4"), "failed in eval(), in which models are converted (ValueError:"),
+        (("plan", "their_models:Leaving", "-i", "1x4"), "the model's code left the program (SystemExit: 7)"),
+        (("plan", *MLP, "--seed", "9" * 30), "Invalid value for '--seed'"),
+        (("plan", *MLP[:2], "9" * 5000), "... (5002 letters); expected sizes of at least 1 and at most 2^30 values"),
+        (("plan", *MLP[:2], "x" * 5000), "... (5002 letters); expected sizes joined by x"),
+        (("plan", "transformers:GPT2Config(n_layer='x')"), "(n_layer='x') failed when its model was built ("),
         (("plan", "broken:x", "-i", "1x4"), "'broken' cannot be imported (SyntaxError"),
         (("plan", "their_models:nothing", "-i", "1x4"), "their_models has no 'nothing'"),
         (("plan", "their_models:number", "-i", "1x4"), "is of type int; expected a callable"),
@@ -306,7 +336,12 @@ def test_wrong_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (("plan", *MLP, "--explain", "nope"), "no module or weight 'nope'"),
         (("plan", *MLP, "--out", "their_models.py"), "their_models.py exists already"),
         (("plan", *MLP, "--weights", "none.pt"), "the weights none.pt cannot be loaded (FileNotFoundError"),
-        (("plan", *MLP, "--weights", "cnn.pt"), "the weights cnn.pt cannot be loaded (RuntimeError"),
+        (("plan", *MLP, "--weights", "cnn.pt"), 'weights cnn.pt cannot be loaded (Missing key(s) in state_dict: "1.w'),
+        (("plan", *MLP, "--weights", "parallel.pt"), "its names begin with 'module.', as those of a model inside of"),
+        (("plan", *MLP, "--weights", "nested.pt"), "a checkpoint of 'epoch', 'model', and the weights may be in 'mod"),
+        (("plan", *MLP, "--weights", "nested.pt"), "save them alone, torch.save(checkpoint['model'], FILE)"),
+        (("plan", *MLP, "--weights", "whole.pt"), "it holds an object, torch.nn.modules.linear.Linear, and not tens"),
+        (("plan", *MLP, "--weights", "list.pt"), "(it holds an object of type list): expected a state_dict"),
         (("convert", *MLP, "--feedback", "much"), "--feedback is 'much'"),
         (("convert", *MLP, "--feedback", "1"), "feedback is 1.0"),
         (("draw", *MLP, "--out", "picture.bmp"), "ends in .html (an interactive page), .svg"),
@@ -323,8 +358,43 @@ def test_wrong_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_refusals(tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     (tmp_path / "broken.py").write_text("def (", encoding="utf-8")
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit('no GPU')", encoding="utf-8")
+    (tmp_path / "package").mkdir()
+    for name, source in (("__init__", ""), ("alone", "x = 1"), ("relative", "from .alone import x")):
+        (tmp_path / "package" / f"{name}.py").write_text(source, encoding="utf-8")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "cnn.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 3, "model": digits_mlp().state_dict()}, tmp_path / "nested.pt")
+    torch.save(nn.DataParallel(digits_mlp()).state_dict(), tmp_path / "parallel.pt")
     assert message in refused(*args)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("args", [("plan", *MLP), ("plan", *MLP, "--json"), ("--help",), ("--version",)])
+def test_output_that_cannot_be_written_is_an_error_of_one_line(args: tuple[str, ...]) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        result = subprocess.run([str(FFEBM), *args], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: the output cannot be written (No space left on device)")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_pipe_that_is_closed_is_no_error() -> None:
+    with subprocess.Popen([str(FFEBM), "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.close()
+        assert command.stderr.read() == b""
+
+
+def test_a_model_of_a_file(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "neighbour.py").write_text("from torch import nn\n", encoding="utf-8")
+    (inner / "json.py").write_text("from neighbour import nn\ndef net(): return nn.Linear(4, 2)\n", encoding="utf-8")
+    for name in ("inner/json.py:net", f"{inner}/json.py:net", "their_models.py:Box.build"):
+        assert "Linear on crossbar-256" in done("plan", name, "--input", "1x4")
 
 
 def test_a_gradient_by_name() -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,35 @@ def test_an_exported_program_is_a_model(tmp_path: Path) -> None:
     assert torch.allclose(hybrid(x), model(x), atol=1e-4)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     assert "DigitsCNN" not in done("plan", str(path), "--weights", str(tmp_path / "w.safetensors"))
+
+
+class Nested(nn.Module):
+    """Takes a dictionary, a tensor without dimensions and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, given: dict[str, torch.Tensor], scale: torch.Tensor, power: float, *, mask: torch.Tensor) -> Any:
+        return {"y": self.second(torch.relu(self.first(given["a"] + given["b"]))) * scale * power * mask}
+
+
+def test_an_exported_program_keeps_the_structure_of_its_inputs(tmp_path: Path) -> None:
+    args = ({"a": torch.randn(2, 4), "b": torch.randn(2, 4)}, torch.tensor(2.0), 3.0)
+    path = tmp_path / "nested.pt2"
+    torch.export.save(torch.export.export(Nested().eval(), args, {"mask": torch.ones(2, 3)}), path)
+    assert "1 energy block" in done("convert", str(path))
+    assert "worst cosine of ep: 1.000000" in done("check", str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(100)])
+def test_broken_programs_are_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "broken.pt2").write_bytes(content)
+    command = [sys.executable, "-P", "-m", "ffebm_compiler", "plan", str(tmp_path / "broken.pt2")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 2
+    assert "cannot be read as an exported program" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_other_files_are_refused_with_a_way_forward(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx import export_digital, export_whole, verify
@@ -43,8 +43,8 @@ class Written:
 def write_onnx(
     hybrid: HybridModel,
     out: Path,
-    args: Sequence[Tensor],
-    kwargs: Mapping[str, Tensor],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
     tolerance: float | None,
 ) -> Written:
     """Export to a file that ends in .onnx or a folder.

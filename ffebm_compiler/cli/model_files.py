@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from ffebm_compiler.cli.named_model import NamedModel, first_line
 from ffebm_compiler.errors import InputError
@@ -44,8 +44,7 @@ def model_of_file(path: Path) -> NamedModel:
     if not path.is_file():
         raise InputError(f"there is no file {path}: name one that torch.export.save wrote, or package.module:callable")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quietly():
             program = torch.export.load(path)
             module: nn.Module = program.module()
     except Exception as error:  # torch raises many kinds
@@ -53,15 +52,17 @@ def model_of_file(path: Path) -> NamedModel:
             f"{path} cannot be read as an exported program ({first_line(error)}): write it by torch.export.save, with "
             f"a torch no newer than {torch.__version__}"
         ) from error
-    return NamedModel(module, tuple(_descriptions(program.example_inputs)))
+    return NamedModel(module, example=program.example_inputs)
 
 
-def _descriptions(example: Any) -> Iterable[str]:
-    if example is None:
-        return
-    args, kwargs = example
-    values = [("", value) for value in pytree.tree_leaves(args)]
-    values += [(f"{name}=", value) for name, value in kwargs.items()]
-    for name, value in values:
-        if isinstance(value, Tensor) and value.dim():
-            yield f"{name}{'x'.join(map(str, value.shape))}:{str(value.dtype).removeprefix('torch.')}"
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the log and the warnings of torch, which tries older formats after an error and logs a traceback."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

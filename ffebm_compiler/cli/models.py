@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffebm_compiler.cli.libraries import timm_model, torchvision_model, transformers_model
 from ffebm_compiler.cli.model_files import MODEL_FILES, model_of_file
-from ffebm_compiler.cli.named_model import NamedModel, built, first_line
+from ffebm_compiler.cli.named_code import named_object
+from ffebm_compiler.cli.named_model import NamedModel, built, evaluating
 from ffebm_compiler.convert import DEFAULT_FEEDBACK
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.files.checked_json import short
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.presets import resolve_hardware
 
-__all__ = ["feedback_of", "hardware_of", "load_model", "load_weights", "random_inputs"]
+__all__ = ["feedback_of", "hardware_of", "load_model", "random_inputs"]
 
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = {
@@ -34,50 +32,31 @@ _DTYPES = {
 def load_model(name: str) -> NamedModel:
     """The model with this name, in eval mode.
 
-    `package.module:callable` calls the callable. `timm:resnet18`, `torchvision:resnet18`, `transformers:bert` (a model
-    type), `transformers:BertModel` (a class) and `transformers:BertConfig(num_hidden_layers=2)` build the architecture
-    with random weights. Nothing is downloaded. A name that ends in .pt2 is a file of `torch.export.save`.
+    `package.module:callable` or `folder/file.py:callable` calls the callable. `timm:resnet18`, `torchvision:resnet18`,
+    `transformers:bert` (a model type), `transformers:BertModel` (a class) and
+    `transformers:BertConfig(num_hidden_layers=2)` build the architecture with random weights. Nothing is downloaded.
+    A name that ends in .pt2 is a file of `torch.export.save`.
 
     Raises:
         InputError: the name, the import, the call or its result is wrong.
     """
     if name.lower().endswith(MODEL_FILES) and (":" not in name or Path(name).exists()):
         return model_of_file(Path(name))
-    library, colon, attribute = name.partition(":")
+    file, of_file, attribute = name.partition(".py:")
+    library, colon, attribute = (f"{file}.py", ":", attribute) if of_file else name.partition(":")
     if not colon or not library or not attribute:
         raise InputError(
-            f"the model is named {name!r}; expected package.module:callable, timm:NAME, torchvision:NAME, "
-            "transformers:NAME or a .pt2 file"
+            f"the model is named {name!r}; expected package.module:callable, file.py:callable, timm:NAME, "
+            "torchvision:NAME, transformers:NAME or a .pt2 file"
         )
     with_library: Mapping[str, Callable[[str], NamedModel]] = {
         "timm": timm_model,
         "torchvision": torchvision_model,
         "transformers": transformers_model,
     }
-    model = with_library[library](attribute) if library in with_library else _callable(library, attribute)
-    model.module.eval()
-    return model
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a `state_dict` from a .safetensors file or one of `torch.save` (read without running code).
-
-    Raises:
-        InputError: where the file cannot be read or does not fit the model.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except Exception as error:  # every format has its own errors
-        raise InputError(
-            f"the weights {path} cannot be loaded ({first_line(error)}): expected a state_dict of this model, as "
-            ".safetensors or from torch.save"
-        ) from error
+    if library in with_library:
+        return evaluating(name, with_library[library](attribute))
+    return evaluating(name, NamedModel(built(name, named_object(library, attribute))))
 
 
 def random_inputs(texts: Sequence[str], seed: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -98,12 +77,15 @@ def random_inputs(texts: Sequence[str], seed: int) -> tuple[tuple[Tensor, ...], 
         dtype = _DTYPES.get(match["dtype"] or "float32") if match else None
         if match is None or dtype is None:
             raise InputError(
-                f"--input is {text!r}; expected sizes joined by x, e.g. 1x3x32x32, if need be with a dtype and the "
-                f"argument's name, e.g. mask=1x16:bool. The dtypes are {', '.join(_DTYPES)}"
+                f"--input is {short(text)}; expected sizes joined by x, e.g. 1x3x32x32, if need be with a dtype and "
+                f"the argument's name, e.g. mask=1x16:bool. The dtypes are {', '.join(_DTYPES)}"
             )
-        sizes = [int(size) for size in match["shape"].split("x")]
+        digits = [size.lstrip("0") for size in match["shape"].split("x")]
+        sizes = [
+            int(size[:20] or "0") for size in digits
+        ]  # int() refuses thousands of digits; 20 are too large as well
         if 0 in sizes or math.prod(sizes) > 1 << 30:
-            raise InputError(f"--input is {text!r}; expected sizes of at least 1 and at most 2^30 values")
+            raise InputError(f"--input is {short(text)}; expected sizes of at least 1 and at most 2^30 values")
         if dtype.is_floating_point:
             value = torch.randn(sizes, generator=generator).to(dtype)
         else:
@@ -140,22 +122,3 @@ def feedback_of(text: str | None) -> float | str:
         return float(text)
     except ValueError as error:
         raise InputError(f"--feedback is {text!r}; expected a number such as 0.1, or symmetric") from error
-
-
-def _callable(module_name: str, attribute: str) -> NamedModel:
-    folder = os.getcwd()
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)  # as `python -m` does
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module runs its own code
-        hint = f": name it without .py, {module_name[:-3]}:{attribute}" if module_name.endswith(".py") else ""
-        raise InputError(f"the module {module_name!r} cannot be imported ({first_line(error)}){hint}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise InputError(
-                f"{module_name} has no {attribute!r}: name a function or class that returns the model when it is "
-                "called without arguments"
-            )
-        found = getattr(found, part)
-    return NamedModel(built(f"{module_name}:{attribute}", found))

@@ -9,16 +9,19 @@ import torch
 from torch import nn
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.files.checked_json import short
 
-__all__ = ["NamedModel", "built", "first_line"]
+__all__ = ["NamedModel", "built", "evaluating", "first_line", "left_the_program"]
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model, and descriptions of the inputs to use if the command line gives none."""
+    """A model, and the inputs to use if the command line gives none: their descriptions, or the inputs themselves."""
 
     module: nn.Module
     inputs: tuple[str, ...] = ()
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """Inputs that come with the model, which are used as they are: (args, kwargs)."""
 
 
 def built(name: str, build: Any) -> nn.Module:
@@ -35,16 +38,41 @@ def built(name: str, build: Any) -> nn.Module:
         )
     try:
         model = build()
+    except SystemExit as error:
+        raise InputError(left_the_program(name, "when it was called", error)) from error
     except ImportError as error:  # such as transformers' models beside a torchvision that was built for another torch
         raise InputError(
             f"{name} needs a package that cannot be imported ({first_line(error)}): `ffebm doctor` shows which are "
             f"missing, and which broken because they were built for another torch than {torch.__version__}"
         ) from error
     except Exception as error:  # it runs the user's code
-        raise InputError(f"{name} failed when it was called without arguments ({first_line(error)})") from error
+        how = "when its model was built" if name.endswith(")") else "when it was called without arguments"
+        raise InputError(f"{name} failed {how} ({first_line(error)})") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} returned an object of type {type(model).__name__}; expected a torch.nn.Module")
     return model
+
+
+def evaluating(name: str, model: NamedModel) -> NamedModel:
+    """The model in eval mode.
+
+    Raises:
+        InputError: the model's own code for it fails.
+    """
+    try:
+        model.module.eval()
+    except (Exception, SystemExit) as error:  # it runs the user's code
+        raise InputError(f"{name} failed in eval(), in which models are converted ({first_line(error)})") from error
+    return model
+
+
+def left_the_program(name: str, when: str, error: SystemExit) -> str:
+    """The text of an error: user's code called `sys.exit`, as `parse_args` of argparse does."""
+    given = "" if error.code is None else f" with {short(error.code)}"
+    return (
+        f"{name} left the program {when} (sys.exit{given}): put what reads the command line or leaves the program "
+        'under if __name__ == "__main__":, so that the model can be built without it'
+    )
 
 
 def first_line(error: BaseException) -> str:

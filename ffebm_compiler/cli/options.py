@@ -15,11 +15,12 @@ from typing import Annotated, Any, get_type_hints
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.cli import completion
-from ffebm_compiler.cli.models import feedback_of, hardware_of, load_model, load_weights, random_inputs
+from ffebm_compiler.cli.models import feedback_of, hardware_of, load_model, random_inputs
+from ffebm_compiler.cli.weights import load_weights
 from ffebm_compiler.hardware.fabric import Hardware
 
 __all__ = ["Force", "NoVerify", "Settings", "Tolerance", "check_alone", "check_free", "with_settings"]
@@ -28,9 +29,9 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="package.module:callable, called without arguments, returns the nn.Module; or timm:NAME, "
-        "torchvision:NAME, transformers:NAME with random weights, e.g. 'transformers:GPT2Config(n_layer=2)'; or a .pt2 "
-        "file of torch.export.save, which can run code.",
+        help="package.module:callable or file.py:callable, called without arguments, returns the nn.Module; or "
+        "timm:NAME, torchvision:NAME, transformers:NAME with random weights, e.g. "
+        "'transformers:GPT2Config(n_layer=2)'; or a .pt2 file of torch.export.save, which can run code.",
         autocompletion=completion.models,
     ),
 ]
@@ -40,6 +41,8 @@ NoVerify = Annotated[
 Tolerance = Annotated[
     float, typer.Option("--tolerance", help="Largest relative deviation of outputs; more is an error.", min=0.0)
 ]
+LARGEST_SEED = 2**64 - 1
+"""torch takes no larger one."""
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 
@@ -149,18 +152,20 @@ class Settings:
             help="A layer that cannot be analog stays 'digital', or is an 'error'.",
         ),
     ] = "digital"
-    seed: Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.", min=0)] = 0
+    seed: Annotated[int, typer.Option("--seed", help="Seed of random weights and inputs.", min=0, max=LARGEST_SEED)] = 0
 
     def fabric(self) -> Hardware:
         """The hardware."""
         return hardware_of(self.hardware)
 
-    def source(self) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, Tensor]]:
-        """The model with its weights, and random inputs."""
+    def source(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """The model with its weights, and its own inputs or random ones."""
         torch.manual_seed(self.seed)
         named = load_model(self.model)
         if self.weights is not None:
             load_weights(named.module, self.weights)
+        if named.example is not None and not self.inputs:
+            return named.module, *named.example
         args, kwargs = random_inputs(self.inputs or named.inputs, self.seed)
         return named.module, args, kwargs
 
@@ -177,8 +182,8 @@ class Settings:
             "on_unsupported": self.on_unsupported,
         }
 
-    def converted(self) -> tuple[ffebm.HybridModel, tuple[Tensor, ...], dict[str, Tensor]]:
-        """The converted model, and the random inputs that it was converted with."""
+    def converted(self) -> tuple[ffebm.HybridModel, tuple[Any, ...], dict[str, Any]]:
+        """The converted model, and the inputs that it was converted with."""
         gain, fabric = feedback_of(self.feedback), self.fabric()
         module, args, kwargs = self.source()
         with Console(stderr=True).status(f"converting {self.model}"):

@@ -58,6 +58,9 @@ class Arrays:
         digital_sums: whether the results of the tiles of one layer are converted one by one.
     """
 
+    noise: torch.Generator | None = None
+    """What the noise of reads is drawn from; None for torch's own generator."""
+
     def __init__(
         self,
         program: BlockProgram,
@@ -169,7 +172,9 @@ class Arrays:
     def enter(self, weights: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Reads | None]:
         """The weights of the device's program, and how they are read; None if exactly, without converters."""
         held, variances = self._filled(weights)
-        return held, Reads(variances, self.between if self.converts else None) if self.inexact else None
+        if not self.inexact:
+            return held, None
+        return held, Reads(variances, self.between if self.converts else None, generator=self.noise)
 
     @property
     def converts(self) -> bool:

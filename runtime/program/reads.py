@@ -5,8 +5,8 @@ over a row is normal, so that a read is exactly
 
     W x + √(V x²) ξ   forward,      Wᵀ p + √(Vᵀ p²) ξ   backward,      ξ ~ N(0, 1) for every value of every sample.
 
-ξ comes from torch's own generator of the value's device. Where partial sums are converted (`ArrayConverters`), this is
-so for the rows, or backward the columns, of every tile.
+ξ comes from torch's own generator of the value's device, or from one that is given. Where partial sums are converted
+(`ArrayConverters`), this is so for the rows, or backward the columns, of every tile.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Reads:
         converters: between the arrays; None if nothing is converted.
         phase: whose ranges the converters have.
         average: number of reads whose mean a result is, where it is held: a digital drive of the inputs, and an error.
+        generator: what the noise is drawn from; None for torch's own.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Reads:
         converters: ArrayConverters | None = None,
         phase: Phase = "free",
         average: int = 1,
+        generator: torch.Generator | None = None,
     ) -> None:
         self.variances, self.converters, self.phase, self.average = variances, converters, phase, average
+        self.generator = generator
 
     def of(self, phase: Phase, average: int = 1) -> Reads:
         """The same reads in another phase."""
-        return Reads(self.variances, self.converters, phase, average)
+        return Reads(self.variances, self.converters, phase, average, self.generator)
 
     def of_rows(self, instruction: Instruction, part: RowPart) -> Reads:
         """The same reads with the noise of some rows of a product alone."""
@@ -58,7 +61,7 @@ class Reads:
         if index is None or noise is None:
             return self
         own = instruction.operator.only_rows(noise, part.start, part.end)
-        return Reads({**self.variances, index: own}, self.converters, self.phase, self.average)
+        return Reads({**self.variances, index: own}, self.converters, self.phase, self.average, self.generator)
 
     @property
     def inside(self) -> bool:
@@ -184,7 +187,8 @@ class Reads:
 
     def _noisy(self, result: Tensor, variance: Tensor) -> Tensor:
         spread = variance.clamp_min(0).sqrt_()
-        return torch.addcmul(result, spread.to(result.dtype), torch.randn_like(result))
+        noise = torch.empty_like(result).normal_(generator=self.generator)
+        return torch.addcmul(result, spread.to(result.dtype), noise)
 
 
 def _given(value: Tensor | None) -> Tensor:

@@ -243,10 +243,22 @@ def spice(
 
 
 def _random_loss(outputs: Any) -> Tensor:
-    """Mean of ⟨output, r⟩ over the outputs, with a fixed normal r."""
-    found = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    """Mean of ⟨output, r⟩ over the outputs, with a fixed normal r. Infinite values (masked scores) are left out."""
+    tensors = [leaf for leaf in leaves_of(outputs) if isinstance(leaf, Tensor)]
+    found = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in tensors]
+    found = [leaf for leaf in found if leaf.is_floating_point()]
     if not found:
         raise ffebm.InputError("the model returns no floating-point tensor, so that there is no gradient to check")
+    if all(bool(leaf.isinf().all()) for leaf in found):
+        raise ffebm.InputError("all outputs of the model are infinite, so that there is no gradient to check")
+    if any(bool(leaf.isnan().any()) for leaf in found):
+        raise ffebm.InputError(
+            "the model's outputs hold NaN on random input, so that there is no gradient to check: check its weights, "
+            "or call ffebm.check_gradients(hybrid, inputs, loss_fn) with inputs of your own"
+        )
     generator = torch.Generator().manual_seed(1)
-    terms = [(leaf * torch.randn(leaf.shape, generator=generator).to(leaf)).mean() for leaf in found]
+    terms = [
+        (leaf.masked_fill(leaf.isinf(), 0) * torch.randn(leaf.shape, generator=generator).to(leaf)).mean()
+        for leaf in found
+    ]
     return torch.stack(terms).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,10 @@ from torch import Tensor
 from ffebm_compiler.errors import GradientError, InputError
 from ffebm_compiler.gradient_choice import assign_digital, own_gradient
 from ffebm_compiler.hybrid_core import HybridCore
-from ffebm_compiler.passes.containers import leaves_of
+from ffebm_compiler.passes.unchanged import generators_unchanged
+from ffebm_compiler.reports.deviation import largest_deviation
+from ffebm_compiler.reports.loss import checked_loss
+from ffebm_compiler.reports.same_draws import DrawnIn, noise_apart
 from ffebm_compiler.reports.text import table_text
 from ffebm_compiler.runtime.estimators.choice import estimator_of
 from ffebm_compiler.runtime.solvers.measured import Measured
@@ -30,7 +34,11 @@ _ROUNDINGS = 16
 
 @dataclass(frozen=True)
 class Comparison:
-    """Deviation of a hybrid from its source, ‖hybrid − source‖/‖source‖."""
+    """Deviation of a hybrid from its source, ‖hybrid − source‖/‖source‖.
+
+    Of an output of integers or booleans, such as labels, it is the share of values that differ. It is infinite where
+    one of the two has NaN or an infinite value that the other does not have.
+    """
 
     blocks: Mapping[str, float]
     """Block name -> deviation at the block's outputs, with all feedback on."""
@@ -47,34 +55,27 @@ class Comparison:
             for name, error in self.blocks.items()
         ]
         rows.append(("output", "", f"{self.output:.2e}", ""))
-        return table_text("deviation from the source", ("block", "layers", "relative", "sweeps"), rows)
-
-
-def _relative(found: Any, expected: Any) -> float:
-    """‖found − expected‖/‖expected‖ over all floating-point leaves, the largest."""
-    worst = 0.0
-    for have, want in zip(leaves_of(found), leaves_of(expected), strict=True):
-        if isinstance(want, Tensor) and want.is_floating_point() and want.numel():
-            scale = float(want.double().norm())
-            error = float((have.double() - want.double()).norm())
-            worst = max(worst, error / scale if scale else error)
-    return worst
+        table = table_text("deviation from the source", ("block", "layers", "relative", "sweeps"), rows)
+        if all(math.isfinite(error) for error in (*self.blocks.values(), self.output)):
+            return table
+        return f"{table}\ninf: one of hybrid and source has NaN or an infinite value where the other does not"
 
 
 def compare(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Comparison:
     """Run a hybrid in eval mode with and without feedback on the same inputs.
 
-    Without feedback it computes its source's function, which `convert` has verified.
+    Without feedback it computes its source's function, which `convert` has verified. Both runs draw the same random
+    numbers and start from the same buffers. Afterwards the generators and the buffers are as they were.
     """
-    with hybrid._evaluating():
-        with hybrid.feedforward_mode(), hybrid.recording() as plain:
-            expected = hybrid(*args, **kwargs)
+    with hybrid._evaluating(), hybrid.feedforward_mode(), hybrid.recording() as plain:
+        expected = hybrid(*args, **kwargs)
+    with hybrid._evaluating(), noise_apart(hybrid):
         with hybrid.recording() as settled:  # this run comes last, so that the blocks keep its states and sweeps
             output = hybrid(*args, **kwargs)
         sweeps = {block.name: block.module.last.sweeps if block.module.last else 0 for block in hybrid.blocks}
     return Comparison(
-        blocks={name: _relative(settled[name][1], plain[name][1]) for name in settled},
-        output=_relative(output, expected),
+        blocks={name: largest_deviation(settled[name][1], plain[name][1]) for name in settled},
+        output=largest_deviation(output, expected),
         sweeps=sweeps,
         layers={block.name: block.layers for block in hybrid.blocks},
     )
@@ -85,7 +86,8 @@ class Agreement:
     """Agreement of a gradient with the reference.
 
     A gradient that is zero, such as that of a bias before batch norm in train mode, has no direction. Where the
-    reference is no more than its own rounding, both agree if the found one is no more than its rounding too.
+    reference is no more than its own rounding, both agree if the found one is no more than its rounding too. Where one
+    of the two has NaN or an infinite value, the cosine is 0 and the error infinite.
     """
 
     cosine: float
@@ -160,6 +162,7 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
     Where the hybrid's own goes through γ (`through_feedback`), all do: the reference is then the total gradient.
     Where equilibria are measured, EP's are, and those of the reference are computed.
     Contrastive and coupled learning do not estimate the gradient of the loss: their cosine says how far off they are.
+    All draw the same random numbers, in the hybrid's own precision.
 
     Args:
         hybrid: the hybrid. It is copied, so that its gradients and statistics do not change.
@@ -235,35 +238,28 @@ def _gradients(
         lambda leaf: leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
         inputs,
     )
-    with torch.random.fork_rng(), torch.enable_grad(), model.held_feedback():
+    draws = nullcontext() if dtype is _dtype(hybrid) else DrawnIn(_dtype(hybrid), dtype)
+    with generators_unchanged(), torch.enable_grad(), model.held_feedback():
         torch.manual_seed(0)
-        if isinstance(cast, dict):
-            output = model(**cast)
-        else:
-            output = model(*cast) if isinstance(cast, tuple | list) else model(cast)
-        loss = loss_fn(output)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not bool(torch.isfinite(loss)):
-            raise InputError(
-                f"loss_fn must return a finite scalar tensor, got {_shown(loss)}: reduce it by mean() or sum(), as "
-                "cross_entropy(output, labels) does"
-            )
-        if loss.requires_grad:
-            loss.backward()
+        with noise_apart(model):
+            with draws if model._call_form.random else nullcontext():
+                if isinstance(cast, dict):
+                    output = model(**cast)
+                else:
+                    output = model(*cast) if isinstance(cast, tuple | list) else model(cast)
+            with draws:
+                loss = checked_loss(loss_fn(output), output)
+            if loss.requires_grad:
+                loss.backward()
     return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _shown(loss: object) -> str:
-    """A loss that is no finite scalar, in few words."""
-    if not isinstance(loss, Tensor):
-        return type(loss).__name__
-    return f"{float(loss.detach())}" if loss.numel() == 1 else f"a tensor of shape {tuple(loss.shape)}"
 
 
 def _agreements(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Agreement]:
     """The agreement of every gradient, each computed in `dtype`, with its reference in float64."""
-    size = max(float(gradient.norm()) for gradient in expected.values())
+    norms = [float(gradient.norm()) for gradient in expected.values()]
+    size = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
     products = torch.bfloat16 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else dtype
     zero, rounding = (_ROUNDINGS * torch.finfo(each).eps * size for each in (torch.float64, products))
     return {name: _agreement(found.get(name), gradient, size, zero, rounding) for name, gradient in expected.items()}
@@ -273,6 +269,8 @@ def _agreement(found: Tensor | None, expected: Tensor, largest: float, zero: flo
     if found is None:
         return Agreement(0.0, 1.0)
     norm, size = float(expected.norm()), float(found.norm())
+    if not math.isfinite(norm) or not math.isfinite(size):
+        return Agreement(0.0, math.inf)
     if norm <= zero:
         return Agreement(1.0 if size <= rounding else 0.0, size / largest if largest else size)
     cosine = float((found * expected).sum()) / (norm * size) if size else 0.0

@@ -17,6 +17,7 @@ from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.held import held_tensors
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
+from ffebm_compiler.reports.deviation import deviation
 from ffebm_compiler.reports.mixed_modes import allow_mixed_modes
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ __all__ = ["verify_feedforward"]
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ALLOWED = 30
 """Allowed deviation of an output, in units of its change when round-off is added to the weights."""
+_FLOOR = 1e-12
+"""The smallest norm of an output that a deviation is relative to."""
 
 
 def verify_feedforward(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -118,19 +121,12 @@ def _deviation(found: list[Any], wanted: list[Any]) -> tuple[float, float]:
     """(deviation, limit) of the output whose relative deviation is largest compared with its limit."""
     worst, allowed = 0.0, 1.0
     for have, want in zip(found, wanted, strict=True):
-        if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
+        if not _is_compared(want):
             continue
-        error, limit = _relative(have, want), _LIMITS.get(want.dtype, 5e-2)
+        error, limit = deviation(have, want, _FLOOR), _LIMITS.get(want.dtype.to_real(), 5e-2)
         if not error / limit <= worst / allowed:
             worst, allowed = error, limit
     return worst, allowed
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖/‖wanted‖. Infinite values of both, such as masked scores, and NaN of both are no deviation."""
-    same = (found == wanted) | (found.isnan() & wanted.isnan())
-    difference, size = (found - wanted).masked_fill(same, 0), wanted.masked_fill(~wanted.isfinite(), 0)
-    return float(difference.double().norm() / size.double().norm().clamp_min(1e-12))
 
 
 def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
@@ -152,8 +148,12 @@ def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
                     parameter.mul_(1 + factor * 8 * torch.finfo(parameter.dtype).eps * noise)
         results.append(_of_source(copied, held_tensors(copied), args, kwargs))
     pairs = zip(*results, strict=True)
-    changes = [_relative(b, a) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.numel()]
-    return max(changes, default=0.0)
+    return max((deviation(b, a, _FLOOR) for a, b in pairs if _is_compared(a)), default=0.0)
+
+
+def _is_compared(output: Any) -> bool:
+    """Whether an output is compared. Round-off may change integers, such as the index of the larger of two values."""
+    return isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
 
 
 def _agree_with_gradients(

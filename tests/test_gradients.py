@@ -174,6 +174,41 @@ def test_gradients_do_not_depend_on_the_scale_of_the_loss(case: str, scale: floa
     assert worst({name: g / scale for name, g in scaled.items()}, plain) <= 1e-6
 
 
+@pytest.mark.parametrize("estimator", ["ep", "coupled", "implicit", "recurrent"])
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (torch.float16, (1e-5, 1e3)),
+        (torch.bfloat16, (1e-37, 1e37)),
+        (torch.float32, (1e-40, 1e20, 1e37)),
+        (torch.float64, (1e-310, 1e-200, 1e160, 1e307)),
+    ],
+)
+def test_errors_near_the_ends_of_their_dtype(estimator: str, dtype: torch.dtype, scales: tuple[float, ...]) -> None:
+    """Squares of such errors are 0 or infinite, and the gradient was 0 without a word."""
+    hybrid, x = converted("mlp", nn.Tanh)
+    hybrid = copy.deepcopy(hybrid).to(dtype)
+    hybrid.set_gradient(estimator)
+    direction = noise(*hybrid(x.to(dtype)).shape, seed=5).to(dtype)
+    plain = gradients(hybrid, x.to(dtype), lambda y: (y * direction).sum())
+    for scale in scales:
+        found = gradients(hybrid, x.to(dtype), lambda y, scale=scale: (y * (direction * scale)).sum())
+        parts = {name: g.double() / scale for name, g in found.items()}
+        assert worst(parts, {name: g.double() for name, g in plain.items()}) <= 0.05
+
+
+def test_errors_of_many_outputs_in_half_precision() -> None:
+    """Their norm is above 65504, the largest number of the dtype, while no gradient is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4096)).half()
+    hybrid = ffebm.convert(model, noise(2, 4).half())
+    hybrid(noise(2, 4).half()).backward(torch.full((2, 4096), 1100.0).half())
+    found = next(hybrid.parameters()).grad
+    assert found is not None
+    assert found.isfinite().all()
+    assert float(found.float().norm()) > 1e3
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_mean_and_sum_over_the_batch_agree(case: str) -> None:
     hybrid, x = double(case, nn.Tanh)

@@ -16,6 +16,7 @@ Nest & Ernoult 2024 (arXiv 2409.03306), Bai et al. 2019 (arXiv 1909.01377) for t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -208,17 +209,16 @@ def check_through_feedback(value: object) -> None:
 def of_unit_size(errors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
     """(errors / f, f) with f the power of two at their largest entry, so that norms stay in the range of the dtype.
 
-    The system is linear, so that the result can be multiplied by f afterwards. Errors below the smallest normal number
-    of their dtype become zero, and so does f.
+    The system is linear, so that the result can be multiplied by f afterwards. f is no smaller than the smallest normal
+    number of its dtype, which is float32 for errors in half precision.
     """
     present = [error for error in errors if error is not None]
     largest = torch.stack([error.detach().abs().amax() if error.numel() else error.new_zeros(()) for error in present])
-    peak = largest.amax()
-    size = torch.ldexp(torch.ones_like(peak), torch.frexp(peak)[1] - 1)
-    held = (peak >= torch.finfo(peak.dtype).tiny) & torch.isfinite(size)
-    factor = torch.where(held, 1 / size, torch.zeros_like(size))
-    size = torch.where(held, size, torch.zeros_like(size))
-    return [None if error is None else error * factor for error in errors], size
+    wide = torch.promote_types(largest.dtype, torch.float32)
+    peak = largest.amax().to(wide)
+    size = torch.ldexp(torch.ones_like(peak), torch.frexp(peak)[1] - 1).clamp_min(torch.finfo(wide).tiny)
+    factor = torch.where(torch.isfinite(peak), 1 / size, torch.full_like(size, math.nan))
+    return [None if error is None else (error.to(wide) * factor).to(error.dtype) for error in errors], size
 
 
 def times(gradients: Gradients, size: Tensor) -> Gradients:

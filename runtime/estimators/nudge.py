@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,8 @@ SHARES = {"positive": ((1, 1.0),), "negative": ((-1, 1.0),), "centered": ((1, 0.
 """Variant -> the sign of each nudge, and the share of its phase in the gradient."""
 _UNSEEN = 1 / 32
 """Share of the tolerance of error currents, up to which a relative change of the gradient is left out."""
+_SAFE = {torch.float64: 1e-150}
+"""Dtype -> the least norm whose squares are surely in its range; 1e-12 for narrower ones."""
 
 
 def settled_currents(
@@ -76,38 +79,55 @@ def amplitudes(at: Situation, errors: Sequence[Tensor | None]) -> Tensor | None:
     """rms(s_out)/rms(δ), per sample if samples are independent, else one number.
 
     The nudge is relative, so that the result does not depend on the scale of the loss, or on whether it is a mean or
-    a sum over the batch. It is 0 if δ is zero or so small (such as below 1e-37 in float32) that the
-    ratio or its inverse is out of range. The dtype could not hold the gradient of such an error.
+    a sum over the batch. It is 0 if δ is zero. A ratio that is out of the range of its dtype, or whose inverse is, is
+    the nearest one that is not: the gradient is divided by the same number.
     """
     pairs = [(state, error) for state, error in zip(at.states, errors, strict=True) if error is not None]
     if not pairs:
         return None
     batched = at.frame.program.batched
-    states = sum(_square(state, batched) for state, _ in pairs)
-    nudges = sum(_square(error, batched) for _, error in pairs)
-    assert isinstance(states, Tensor)
-    assert isinstance(nudges, Tensor)
-    ratio = torch.where(states > 0, torch.sqrt(states / nudges), torch.rsqrt(nudges))
+    states = _norm_of([state for state, _ in pairs], batched)
+    nudges = _norm_of([error for _, error in pairs], batched)
     wide = torch.promote_types(pairs[0][1].dtype, torch.float32)
-    held = (nudges > 0) & (ratio < 1 / torch.finfo(wide).tiny)
-    return torch.where(held, ratio, torch.zeros_like(ratio)).to(wide)
+    least = torch.finfo(wide).tiny
+    ratio = (torch.where(states > 0, states, torch.ones_like(states)) / nudges).clamp(least, 1 / least)
+    return torch.where(nudges > 0, ratio, torch.zeros_like(ratio)).to(wide)
 
 
-def _square(value: Tensor, batched: bool) -> Tensor:
-    """‖value‖², per sample or in total. It is in float64 if the device has it, since δ may be as small as 1e-20.
+def _norm_of(values: Sequence[Tensor], batched: bool) -> Tensor:
+    """The Euclidean norm of all values together, per sample or in total."""
+    first, *others = [_norm(value, batched) for value in values]
+    for other in others:
+        first = torch.hypot(first, other)
+    return first
+
+
+def _norm(value: Tensor, batched: bool) -> Tensor:
+    """‖value‖, per sample or in total. It is in float64 if the device has it, since δ may be as small as 1e-20.
 
     On a CPU the sums are faster in the value's own dtype. On a GPU, to look whether that is enough would wait for it.
     """
     wide = value.dtype if value.device.type == "mps" else torch.float64
     dims = tuple(range(1, value.dim())) if batched else tuple(range(value.dim()))
     if not dims:
-        return value.to(wide).square()
+        return value.abs().to(wide)
     if value.device.type == "cuda":
-        return torch.linalg.vector_norm(value, dim=dims, dtype=wide).square()
+        return _exact_norm(value, dims, wide)
     norm = torch.linalg.vector_norm(value, dim=dims)
-    if value.dtype != wide and bool((norm < 1e-12).any()):  # the squares may have underflowed
-        norm = torch.linalg.vector_norm(value, dim=dims, dtype=wide)
-    return norm.to(wide).square()
+    if norm.numel():
+        least, most = (bound.item() for bound in torch.aminmax(norm))
+        if not (_SAFE.get(value.dtype, 1e-12) <= least and most < math.inf):
+            norm = _exact_norm(value, dims, wide)
+    return norm.to(wide)
+
+
+def _exact_norm(value: Tensor, dims: tuple[int, ...], wide: torch.dtype) -> Tensor:
+    """‖value‖ along these dimensions, whose squares may leave the range of the value's dtype."""
+    if value.dtype != wide:
+        return torch.linalg.vector_norm(value, dim=dims, dtype=wide)
+    peak = value.abs().amax(dims, keepdim=True) if value.numel() else value.new_zeros([])
+    unit = torch.where((peak > 0) & torch.isfinite(peak), peak, torch.ones_like(peak))
+    return torch.linalg.vector_norm(value / unit, dim=dims) * unit.reshape(-1 if len(dims) < value.dim() else ())
 
 
 def scaled(errors: Sequence[Tensor | None], factor: Tensor, over: bool = False) -> list[Tensor | None]:

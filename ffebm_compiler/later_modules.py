@@ -98,8 +98,8 @@ class LaterModules:
                 f"the running statistics of {', '.join(map(repr, reset[:4]))}{', ...' if len(reset) > 4 else ''} were "
                 "reset (mean 0, variance 1), and these batch norms are folded into the weights before them "
                 "(fold_batchnorm=True), so that no forward gathers new ones, and blocks run with those. Load the "
-                "former ones again (hybrid.load_state_dict). To estimate new ones, as torch.optim.swa_utils.update_bn does, "
-                "run it on the source and convert again, or convert with fold_batchnorm=False",
+                "former ones again (hybrid.load_state_dict). To estimate new ones, as torch.optim.swa_utils.update_bn "
+                "does, run it on the source and convert again, or convert with fold_batchnorm=False",
                 FFEBMWarning,
                 stacklevel=2,
             )

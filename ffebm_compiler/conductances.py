@@ -2,7 +2,8 @@
 
 A weight of a block with feedback is a conductance if the block's energy says so (`Energy.nonnegative`). Given weights
 that are negative are refused by name. An optimizer moves them freely, and right after its step, those that it left
-below 0 are set to 0. Evaluation changes nothing.
+below 0 are set to 0. So are they where an optimizer that moves weights within a step (LBFGS) evaluates its closure
+again. Evaluation changes nothing.
 
 A weight may be a parameter, a view of one, a multiple of one (by a folded batch norm, or a mask), or computed
 otherwise. The values of a multiple that are below 0 are set to 0 in its parameter. A weight that is computed otherwise
@@ -18,7 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ffebm_compiler.block_operands import fetched, names_behind
 from ffebm_compiler.errors import InputError
@@ -132,7 +137,7 @@ def check_conductances(hybrid: HybridParts) -> None:
     if not is_strict(hybrid):
         return
     places = _places_of(hybrid)
-    tensors = [hybrid._tensor(name) for name in dict.fromkeys(name for place in places for name in place.sources)]
+    tensors = _tensors_behind(hybrid, places)
     stamp: WeightStamp | None = hybrid.__dict__.get("_conductance_stamp")
     present = WeightStamp.of(tensors)
     if stamp is not None and stamp.equals(present):
@@ -141,6 +146,10 @@ def check_conductances(hybrid: HybridParts) -> None:
         for place in places:
             _check(hybrid, place)
     hybrid.__dict__["_conductance_stamp"] = present
+
+
+def _tensors_behind(hybrid: HybridParts, places: tuple[_Place, ...]) -> list[Tensor]:
+    return [hybrid._tensor(name) for name in dict.fromkeys(name for place in places for name in place.sources)]
 
 
 def _check(hybrid: HybridParts, place: _Place) -> None:
@@ -180,19 +189,47 @@ def clamp_after_steps(hybrid: HybridParts) -> None:
         return
     reference = weakref.ref(hybrid)
 
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        alive = reference()
+        return None if alive is None else _with_clamped_closure(alive, optimizer, args, kwargs)
+
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         alive = reference()
         if alive is not None:
             _clamp_moved(alive, optimizer)
 
-    handle = register_optimizer_step_post_hook(after)
-    hybrid.__dict__["_conductance_hook"] = handle
-    weakref.finalize(hybrid, handle.remove)
+    handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+    hybrid.__dict__["_conductance_hook"] = handles
+    for handle in handles:
+        weakref.finalize(hybrid, handle.remove)
+
+
+def _with_clamped_closure(
+    hybrid: HybridParts, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any] | None:
+    """The arguments of a step, with a closure that clamps first where the step has moved weights; None without one."""
+    own = args[1] if len(args) > 1 else kwargs.get("closure")
+    places = _places_of(hybrid)
+    if not callable(own) or not any(_moves(hybrid, optimizer, place) for place in places):
+        return None
+    given = WeightStamp.of(_tensors_behind(hybrid, places))
+
+    def closure() -> Any:
+        if not given.fits(_tensors_behind(hybrid, places)):
+            _clamp_moved(hybrid, optimizer)
+        return own()
+
+    return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
+
+
+def _moves(hybrid: HybridParts, optimizer: Optimizer, place: _Place) -> bool:
+    """Whether an optimizer steps what a weight is made of."""
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return any(id(hybrid._tensor(name)) in moved for name in place.sources)
 
 
 def _clamp_moved(hybrid: HybridParts, optimizer: Optimizer) -> None:
-    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for place in _places_of(hybrid):
-        if place.origin is not None and any(id(hybrid._tensor(name)) in moved for name in place.sources):
+        if place.origin is not None and _moves(hybrid, optimizer, place):
             # No number is read here, so that the host does not wait for the device.
             _set_to_0(hybrid._tensor(place.origin.name), _negative(hybrid, place, place.origin))

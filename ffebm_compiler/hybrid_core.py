@@ -164,6 +164,7 @@ class HybridCore(HybridParts):
         if "forward" not in self.__dict__:
             bind_forward(self, self.__signature__)
         self._fit(current)
+        clamp_after_steps(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move to another device or dtype. That is no change of the weights, so that the feedback stays."""

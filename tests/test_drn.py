@@ -258,6 +258,35 @@ def test_a_step_leaves_no_conductance_below_0(kind: str, optimizer: Any) -> None
     hybrid.eval()(x)
 
 
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_within_a_step_finds_no_conductance_below_0(search: str | None, by_name: bool) -> None:
+    """LBFGS moves weights between two evaluations of one step. A copy has run no forward before its first step."""
+    hybrid = copy.deepcopy(strict("one hidden", solver=None)[0]).train()
+    x = strict("one hidden")[2]
+    steps = torch.optim.LBFGS(hybrid.parameters(), max_iter=6, line_search_fn=search)
+    losses = []
+
+    def closure() -> Tensor:
+        steps.zero_grad()
+        loss = squared_error(hybrid(x))
+        loss.backward()
+        losses.append(float(loss.detach()))
+        return loss
+
+    for _ in range(2):
+        assert float((steps.step(closure=closure) if by_name else steps.step(closure)).detach()) in losses
+    assert len(losses) > 4
+    assert min(losses) < losses[0]
+    weights = [parameter for name, parameter in hybrid.named_parameters() if name.endswith("weight")]
+    assert all(float(weight.detach().min()) >= 0 for weight in weights)
+    with torch.no_grad():
+        weights[0][0, 0] = -0.5
+    with pytest.raises(ffebm.InputError, match="holds negative values"):
+        steps.step(closure)  # given, and not moved by the step
+    assert weights[0][0, 0].tolist() == -0.5
+
+
 def test_biases_and_what_others_move_stay() -> None:
     hybrid, _, x = strict("one hidden", solver=None)
     squared_error(hybrid(x)).backward()

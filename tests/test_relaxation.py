@@ -538,3 +538,22 @@ def test_nan_on_the_way_is_the_sample_s_own(solver: Any) -> None:
     torch.testing.assert_close(output[[0, 2]], hybrid(x[[0, 2]]), rtol=1e-5, atol=1e-6)
     with pytest.raises(ffebm.ConvergenceError, match="free phase of block_1 diverged: its states are not finite"):
         hybrid(x[1:2])
+
+
+@pytest.mark.parametrize("kind", [ffebm.GaussSeidel, ffebm.Anderson, ffebm.NewtonCG])
+@pytest.mark.parametrize("termination", ["batch", "sample"])
+@pytest.mark.parametrize("max_sweeps", [1, 2000])
+def test_an_empty_batch_settles_and_has_no_gradient(kind: Any, termination: str, max_sweeps: int) -> None:
+    hybrid, x = copy.deepcopy(converted("cnn", nn.ReLU))
+    hybrid.set_solver(kind(termination=termination, max_sweeps=max_sweeps))
+    for gradient in ("ep", "implicit", "unrolled"):
+        hybrid.set_gradient(gradient)
+        for training in (True, False):
+            hybrid.train(training)
+            hybrid.zero_grad()
+            output = hybrid(x[:0])
+            assert output.shape == (0, 10)
+            output.sum().backward()
+            gradients = [parameter.grad for parameter in hybrid.parameters() if parameter.grad is not None]
+            assert gradients
+            assert not any(bool(found.any()) for found in gradients)

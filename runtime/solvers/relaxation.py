@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
-from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.base import Solver, sweep_layers
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint, expected_contraction
 from ffebm_compiler.runtime.solvers.pace import Pace
 
@@ -117,6 +117,9 @@ def relax(
 
 def run(problem: FixedPoint, solver: Solver, rtol: float, contraction: float | None = None) -> Settled:
     """Run a solver on a problem, without warnings or errors about the result. `concluded` issues them."""
+    if problem.samples == 0:  # one sweep gives values of the right shapes, and there is nothing to measure in them
+        sweep_layers(problem, problem.order(), measure=False)
+        return Settled(1, 0.0, True, "")
     pace = problem.pace
     if pace is None or contraction is None or not problem.training or not may_be_late(solver):
         return _Relaxation(problem, solver, rtol, contraction).run()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
+from ffebm_compiler.module_paths import state_of_module
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
 
-__all__ = ["explained_failure", "refuse_transforms"]
+__all__ = ["explained_failure", "explained_measurement", "refuse_transforms"]
 
 
 def refuse_transforms() -> None:
@@ -46,6 +47,9 @@ def explained_failure(hybrid: HybridParts, names: Sequence[str], leaves: Sequenc
     weight = next((tensor for tensor in hybrid.parameters() if tensor.is_floating_point()), None)
     if weight is None or isinstance(error, FFEBMError):
         return error
+    replaced = _replaced(hybrid)
+    if replaced is not None:
+        return replaced
     if weight.is_meta:
         return InputError(
             "the hybrid is on the meta device, where weights have no values to compute with: move it back with "
@@ -65,3 +69,32 @@ def explained_failure(hybrid: HybridParts, names: Sequence[str], leaves: Sequenc
                 f"mix: cast one of them, by {name}.to({weight.dtype}) or hybrid.to({value.dtype})"
             )
     return error
+
+
+def explained_measurement(hybrid: HybridParts, error: Exception) -> Exception:
+    """The error of weights that could not be looked at: an `UnsupportedError` if they are not as captured."""
+    return (None if isinstance(error, FFEBMError) else _replaced(hybrid)) or error
+
+
+def _replaced(hybrid: HybridParts) -> UnsupportedError | None:
+    """The error for a tensor that does not fit in the place of that at conversion; None if there is none.
+
+    It is asked for after a failure, since the shapes of sharded tensors differ where nothing is wrong.
+    """
+    if hybrid._later_hooks.units or hasattr(hybrid, "unshard"):
+        return None
+    dtypes: dict[torch.dtype, tuple[str, torch.dtype]] = {}
+    for name, tensor in state_of_module(hybrid, hybrid._run):
+        shape, dtype = hybrid._captured.get(name, (tuple(tensor.shape), tensor.dtype))
+        if tuple(tensor.shape) != shape:
+            return UnsupportedError(
+                f"{name!r} is of shape {tuple(tensor.shape)} and was {shape} at conversion, and a hybrid takes new "
+                "tensors of the same names and shapes only: change the source and convert it again"
+            )
+        other, expected = dtypes.setdefault(dtype, (name, tensor.dtype))
+        if tensor.dtype != expected:
+            return UnsupportedError(
+                f"{name!r} is {tensor.dtype} and {other!r} is {expected}, and both were {dtype} at conversion: cast "
+                f"one of them, as by hybrid.to({expected}), or change the source and convert it again"
+            )
+    return None

@@ -15,7 +15,7 @@ from ffebm_compiler.conductances import KEPT, check_conductances, clamp_after_st
 from ffebm_compiler.device_state import age_of, aged, observed_ranges, program_devices, put_on_devices
 from ffebm_compiler.digital_bits import calls_of, digital_parts, observed_values, quantisers
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.failed_calls import explained_failure, refuse_transforms
+from ffebm_compiler.failed_calls import explained_failure, explained_measurement, refuse_transforms
 from ffebm_compiler.feedback_weights import FeedbackWeights
 from ffebm_compiler.gradient_choice import (
     assign,
@@ -200,7 +200,10 @@ class HybridCore(HybridParts):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`forward` with its hooks. Weights are looked at before an engine that shards them gathers them."""
-        self._look_at_weights()
+        try:
+            self._look_at_weights()
+        except RuntimeError as error:
+            raise explained_measurement(self, error) from error
         self.__dict__["_looked"] = True
         return super().__call__(*args, **kwargs)
 

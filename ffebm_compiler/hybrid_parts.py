@@ -19,7 +19,7 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights, register_feedback_weights
 from ffebm_compiler.later_hooks import LaterHooks
 from ffebm_compiler.later_modules import LaterModules, rebound_operations
-from ffebm_compiler.module_paths import module_at, names_of_state
+from ffebm_compiler.module_paths import module_at, state_of_module
 from ffebm_compiler.passes.exported_program import place_of
 from ffebm_compiler.passes.held import plain_tensors
 from ffebm_compiler.plan_data import PlanData
@@ -136,8 +136,8 @@ class HybridParts(nn.Module):
         if feedback_weights is not None:
             weights = {name: self.weight_at(place) for name, place in self.feedback_names.items()}
             register_feedback_weights(self, weights, feedback_weights)
-        self._captured = frozenset(names_of_state(self, self._run))
-        """Names of the parameters and persistent buffers at conversion."""
+        self._captured = {name: (tuple(t.shape), t.dtype) for name, t in state_of_module(self, self._run)}
+        """Name of each parameter and persistent buffer at conversion -> its shape and dtype then."""
         for energy_block in lowered.energy.values():
             energy_block.training = self.training
             energy_block.aligned = feedback_weights is not None and feedback_weights.update == "aligned"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["module_at", "names_of_state"]
+__all__ = ["module_at", "state_of_module"]
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
@@ -24,11 +24,11 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def names_of_state(module: nn.Module, without: str) -> Iterator[str]:
-    """Names of a module's parameters and persistent buffers, but for those of one child."""
+def state_of_module(module: nn.Module, without: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a module's parameters and persistent buffers, but for those of one child."""
     for path, part in module.named_modules(remove_duplicate=False):
         if path.split(".")[0] == without:
             continue
         for name, value in (*part._parameters.items(), *part._buffers.items()):
             if value is not None and name not in part._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name
+                yield (f"{path}.{name}" if path else name), value

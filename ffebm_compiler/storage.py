@@ -22,7 +22,7 @@ from ffebm_compiler.files.checked_json import Malformed
 from ffebm_compiler.files.whole_files import saying
 from ffebm_compiler.files.whole_folders import whole_folder
 from ffebm_compiler.hybrid_state import state_of
-from ffebm_compiler.module_paths import names_of_state
+from ffebm_compiler.module_paths import state_of_module
 from ffebm_compiler.stored_containers import stored_recipe
 
 if TYPE_CHECKING:
@@ -118,9 +118,9 @@ def _unique(state: dict[str, Any]) -> dict[str, Tensor]:
 
 def _check_captured(hybrid: HybridCore, weights: Mapping[str, object]) -> None:
     """Refuse a hybrid whose tensors have other names than at conversion, since `load` makes it from the source."""
-    present = set(names_of_state(hybrid, hybrid._run))
+    present = dict(state_of_module(hybrid, hybrid._run)).keys()
     added = [name for name in weights if name in present and name not in hybrid._captured]
-    gone = sorted(hybrid._captured - present - weights.keys())
+    gone = sorted(hybrid._captured.keys() - present - weights.keys())
     if added or gone:
         what = f"{added[0]!r} was added to" if added else f"{gone[0]!r} was taken from"
         raise ExportError(

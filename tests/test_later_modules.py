@@ -236,3 +236,35 @@ def test_a_setting_that_changes_before_the_first_call_is_named_whatever_the_mode
     layer.negative_slope = 0.2
     with pytest.warns(ffebm.FFEBMWarning, match=r"'negative_slope' of '1' from 0\.5 to 0\.2"):
         hybrid(X)
+
+
+def _outputs(layer: nn.Module) -> None:
+    layer.weight, layer.bias = nn.Parameter(noise(6, 16)), nn.Parameter(torch.zeros(6))
+
+
+def _double(layer: nn.Module) -> None:
+    layer.weight, layer.bias = nn.Parameter(noise(4, 16).double()), nn.Parameter(torch.zeros(4).double())
+
+
+def _inputs(layer: nn.Module) -> None:
+    layer.weight = nn.Parameter(noise(4, 15))
+
+
+@pytest.mark.parametrize(
+    ("replace", "training", "message"),
+    [
+        (_outputs, True, r"'2.weight' is of shape \(6, 16\) and was \(4, 16\) at conversion"),
+        (_inputs, True, r"'2.weight' is of shape \(4, 15\) and was \(4, 16\) at conversion"),
+        (_inputs, False, r"'2.weight' is of shape \(4, 15\) and was \(4, 16\) at conversion"),
+        (_double, True, r"'2.weight' is torch.float64 and '0.weight' is torch.float32, and both were torch.float32"),
+        (_double, False, r"'2.weight' is torch.float64 and '0.weight' is torch.float32, and both were torch.float32"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_places_of_others_are_refused_by_name(
+    replace: Callable[[nn.Module], None], training: bool, message: str
+) -> None:
+    source = seeded(lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)))
+    hybrid = ffebm.convert(source, X).train(training)
+    replace(hybrid.get_submodule("2"))
+    with pytest.raises(ffebm.UnsupportedError, match=message):
+        hybrid(X)

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from ffebm_compiler.passes.exported_program import place_of
+from ffebm_compiler.passes.held import plain_tensors
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.fetch import Fetch
 from ffebm_compiler.static_values import static_value
 
-__all__ = ["Operands", "calls_of", "direct_weights", "fetched", "names_behind", "operands_of_each"]
+__all__ = [
+    "Operands",
+    "calls_of",
+    "constants",
+    "direct_weights",
+    "fetched",
+    "names_behind",
+    "operands_of_each",
+    "shared_constants",
+]
 
 Operands = tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]
 """(inputs, weights as devices hold them) of a block. An input that depends on the network's inputs is None."""
@@ -60,8 +71,13 @@ def fetched(lowered: fx.GraphModule) -> dict[fx.Node, str]:
     return {node: module.name for node, module in calls.items() if isinstance(module, Fetch)}
 
 
+def constants(lowered: fx.GraphModule) -> dict[fx.Node, str]:
+    """The nodes of a lowered graph that read a constant, and its name."""
+    return {node: str(node.target) for node in lowered.graph.nodes if node.op == "get_attr"}
+
+
 def names_behind(nodes: Iterable[fx.Node], names: Mapping[fx.Node, str]) -> tuple[str, ...]:
-    """Names of the parameters and buffers that these nodes are made of."""
+    """Those of the names (parameters and buffers, or constants) that these nodes are made of."""
     pending = list(nodes)
     seen: dict[fx.Node, None] = {}
     while pending:
@@ -82,3 +98,10 @@ def direct_weights(lowered: fx.GraphModule, blocks: Mapping[str, EnergyBlock]) -
             if all(weight is None or (isinstance(weight, fx.Node) and weight in names) for weight in weights):
                 found[name] = tuple(names[weight] if isinstance(weight, fx.Node) else None for weight in weights)
     return found
+
+
+def shared_constants(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:
+    """Name of a constant of the graph -> the tensor in the source's attributes that has the same memory."""
+    places = {place_of(tensor): tensor for tensor in plain_tensors(source)} if lowered._buffers else {}
+    found = ((name, places.get(place_of(value))) for name, value in lowered._buffers.items() if value is not None)
+    return {name: tensor for name, tensor in found if tensor is not None}

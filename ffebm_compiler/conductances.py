@@ -149,7 +149,7 @@ def check_conductances(hybrid: HybridParts) -> None:
 
 
 def _tensors_behind(hybrid: HybridParts, places: tuple[_Place, ...]) -> list[Tensor]:
-    return [hybrid._tensor(name) for name in dict.fromkeys(name for place in places for name in place.sources)]
+    return [tensor for block in dict.fromkeys(place.block for place in places) for tensor in hybrid._made_of(block)]
 
 
 def _check(hybrid: HybridParts, place: _Place) -> None:

@@ -13,15 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from ffebm_compiler.block_operands import Operands, calls_of, direct_weights, fetched, names_behind, operands_of_each
+from ffebm_compiler.block_operands import (
+    Operands,
+    calls_of,
+    constants,
+    direct_weights,
+    fetched,
+    names_behind,
+    operands_of_each,
+    shared_constants,
+)
 from ffebm_compiler.conversion import Conversion
 from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.feedback_weights import FeedbackWeights, register_feedback_weights
 from ffebm_compiler.later_hooks import LaterHooks
 from ffebm_compiler.later_modules import LaterModules, rebound_operations
 from ffebm_compiler.module_paths import module_at, state_of_module
-from ffebm_compiler.passes.exported_program import place_of
-from ffebm_compiler.passes.held import plain_tensors
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.certificate import Certificate
@@ -63,6 +70,7 @@ _OWN = frozenset(
         "_plan",
         "_run",
         "_shared",
+        "_shared_by",
         "_sources",
         "_source",
         "_written",
@@ -123,7 +131,7 @@ class HybridParts(nn.Module):
         """How feedback weights of their own are trained; None if the feedback is tied."""
         self.feedback_names: Mapping[str, FeedbackPlace] = {place.name: place for place in lowered.feedback}
         """Names of the parameters that are feedback weights; empty if the feedback is tied."""
-        self._sources = self._sources_of_blocks()
+        self._sources = self._sources_of_blocks(fetched(self.lowered))
         """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
         self._direct = {k: v for k, v in direct_weights(self.lowered, self._energy).items() if k in self._sources}
         """Those of them whose weights are parameters and buffers themselves -> the names of these."""
@@ -145,8 +153,11 @@ class HybridParts(nn.Module):
         self._state_dict_pre_hooks.update(source._state_dict_pre_hooks)
         self._load_state_dict_post_hooks.update(source._load_state_dict_post_hooks)
         self._later_hooks = LaterHooks(source)
-        self._shared = _shared(source, lowered.graph_module)
+        self._shared = shared_constants(source, self.lowered)
         """Constants of the graph that share their memory with tensors in attributes of the source."""
+        shared = {node: name for node, name in constants(self.lowered).items() if name in self._shared}
+        self._shared_by = self._sources_of_blocks(shared)
+        """Block with feedback -> names of those of them that its weights are computed from."""
         self.__signature__ = signature_of(source)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -193,9 +204,9 @@ class HybridParts(nn.Module):
         """A submodule by the source's path, even if the path starts with `blocks` or `plan`."""
         return module_at(self, target)
 
-    def _sources_of_blocks(self) -> dict[str, tuple[str, ...]]:
-        """Block with feedback -> names of the parameters and buffers that its weights are computed from."""
-        names, found = fetched(self.lowered), {}
+    def _sources_of_blocks(self, names: Mapping[fx.Node, str]) -> dict[str, tuple[str, ...]]:
+        """Block with feedback -> those of the names that its weights are computed from."""
+        found = {}
         for name, call in calls_of(self.lowered).items():
             block = self._energy.get(name)
             if block is not None and block.program.coupled:
@@ -221,8 +232,9 @@ class HybridParts(nn.Module):
         return found
 
     def _made_of(self, name: str) -> list[Tensor]:
-        """The parameters and buffers that the weights of a block with feedback are computed from."""
-        return [self._tensor(source) for source in self._sources.get(name, ())]
+        """The tensors of the source that the weights of a block with feedback are computed from."""
+        plain = [self._shared[constant] for constant in self._shared_by.get(name, ())]
+        return [*(self._tensor(source) for source in self._sources.get(name, ())), *plain]
 
     def operands_of(self, name: str) -> Operands:
         """(inputs, weights as devices hold them) of a block. An input that depends on the network's inputs is None."""
@@ -283,10 +295,3 @@ class HybridParts(nn.Module):
             recertify_each(some)
         for name, gain in gains.items():
             gain.fitted(self._made_of(name))
-
-
-def _shared(source: nn.Module, lowered: fx.GraphModule) -> dict[str, Tensor]:
-    """Name of a constant of the graph -> the tensor in the source's attributes that has the same memory."""
-    places = {place_of(tensor): tensor for tensor in plain_tensors(source)} if lowered._buffers else {}
-    constants = ((name, places.get(place_of(value))) for name, value in lowered._buffers.items() if value is not None)
-    return {name: tensor for name, tensor in constants if tensor is not None}

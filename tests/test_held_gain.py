@@ -642,3 +642,54 @@ def test_a_gradient_is_of_its_forward_whatever_is_set_before_it(gradient: str) -
         hybrid.set_devices(None)
         hybrid.load_block_state(state)
         hybrid.train()
+
+
+class Gated(nn.Module):
+    """A plain tensor among its attributes is a factor between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.gate = torch.ones(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)) * self.gate)))  # type: ignore[no-any-return]
+
+
+def copied(hybrid: ffebm.HybridModel) -> ffebm.HybridModel:
+    return copy.deepcopy(hybrid)
+
+
+@pytest.mark.parametrize("made", [lambda hybrid: hybrid, copied])
+def test_a_plain_tensor_that_changes_in_place_is_measured(made: Callable[[Any], Any]) -> None:
+    hybrid, x = made(ffebm.convert(seeded(Gated), noise(6, 8), feedback=KAPPA).train()), noise(6, 8)
+    hybrid(x)
+    hybrid.gate.mul_(3)
+    hybrid.eval()
+    assert hybrid.blocks[0].loop_gain > 2 * KAPPA  # evaluation leaves γ
+    hybrid.train()(x)
+    hybrid._energy["block_1"].gain.forget()
+    assert hybrid.blocks[0].loop_gain == pytest.approx(KAPPA, rel=0.011)
+    source = Gated()
+    source.load_state_dict(hybrid.state_dict())
+    source.gate.mul_(3)
+    with hybrid.feedforward_mode():
+        torch.testing.assert_close(hybrid(x), source(x))
+
+
+def test_a_conductance_of_a_plain_factor_that_turns_negative_is_refused() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.rand(8, 6) / 6), nn.Parameter(torch.rand(3, 4) / 8)
+            self.mask = torch.ones(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            value = F.hardtanh(F.linear(x, self.first[:4]), 0, 1)
+            return F.linear(value, self.second * self.mask)
+
+    hybrid, x = ffebm.convert(seeded(Masked), noise(5, 6), energy="drn", feedback="symmetric"), noise(5, 6)
+    hybrid(x)
+    hybrid.mask.neg_()
+    with pytest.raises(ffebm.InputError, match="'second', multiplied by a factor, holds negative values"):
+        hybrid(x)

@@ -69,6 +69,8 @@ class LaterModules:
         self.note_settings()
         self.norms = {path: (table, name) for path, table, name in self.places if path in self.folded}
         self.statistics = self._statistics()
+        self.without_data = {path for path in self.statistics if self._is_reset(path)}
+        """Paths of the folded norms whose statistics are those of one that has seen no data."""
 
     def note_settings(self) -> None:
         """Take the present settings for known."""
@@ -85,6 +87,14 @@ class LaterModules:
         found = {path: getattr(table.get(name), "running_var", None) for path, (table, name) in self.norms.items()}
         return {p: (id(v), v._version) for p, v in found.items() if isinstance(v, Tensor) and not v.is_inference()}
 
+    def _is_reset(self, path: str) -> bool:
+        """Whether a folded norm has mean 0 and variance 1."""
+        table, name = self.norms[path]
+        norm: Any = table.get(name)
+        if norm.running_mean is None or norm.running_mean.is_meta:
+            return False
+        return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
+
     def look_at_statistics(self) -> None:
         """Warn of folded norms whose statistics were reset since the last call."""
         now = self._statistics()
@@ -92,7 +102,9 @@ class LaterModules:
             return
         changed = [path for path, stamp in now.items() if self.statistics.get(path) != stamp]
         self.statistics = now
-        reset = [path for path in changed if _is_reset(self.norms[path][0][self.norms[path][1]])]
+        found = {path for path in changed if self._is_reset(path)}
+        reset = sorted(found - self.without_data)
+        self.without_data = self.without_data.difference(changed) | found
         if reset:
             warnings.warn(
                 f"the running statistics of {', '.join(map(repr, reset[:4]))}{', ...' if len(reset) > 4 else ''} were "
@@ -190,14 +202,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and not isinstance(value, Tensor)
     }
-
-
-def _is_reset(norm: Any) -> bool:
-    """Whether a norm has the statistics of one that has seen no data."""
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or mean.is_meta:
-        return False
-    return not bool(mean.any()) and bool((variance == 1).all())
 
 
 def _named(module: nn.Module | None) -> str:

@@ -223,6 +223,11 @@ def test_reset_statistics_of_a_folded_norm_are_warned_of() -> None:
         folded(batches[0])
         folded.load_state_dict({**state, "1.running_mean": state["1.running_mean"] + 1})
         folded(batches[0])
+        untrained = ffebm.convert(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)), batches[0], fold_batchnorm=True)
+        untrained.double()(batches[0].double())  # moved, and not reset
+    folded.get_submodule("1").reset_running_stats()
+    with pytest.warns(ffebm.FFEBMWarning, match="were reset"):
+        folded(batches[0])
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -32,7 +32,7 @@ FLOORS: dict[str, str] = {
     "example_inputs conversion",
     "hybrid": "feedback_weights sharded block_operands weight_origins later_hooks later_modules conductances "
     "hybrid_parts bound_block digital_bits device_state hybrid_state gradient_choice kept_gradients recast "
-    "failed_calls hybrid_core",
+    "failed_calls own_outputs hybrid_core",
     "reports": "reports field_penalties saved_settings storage",
     "pictures and ONNX": "drawing onnx circuit_elements circuit_power spice ngspice_runs ngspice",
     "what people hold": "plan hybrid",

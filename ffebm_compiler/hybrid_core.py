@@ -39,6 +39,7 @@ from ffebm_compiler.hybrid_state import (
     unpacked_state,
 )
 from ffebm_compiler.kept_gradients import keeping_gradients, measured_blocks
+from ffebm_compiler.own_outputs import own_outputs
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
@@ -232,9 +233,16 @@ class HybridCore(HybridParts):
                 outputs = self._sharded_run(units)(leaves) if units else self.lowered(*leaves)
         except RuntimeError as error:
             raise explained_failure(self, self._call_form.names, leaves, error) from error
+        if not torch.compiler.is_compiling() or self._sources:
+            outputs = self._own(outputs)
         if kept is not None:
             kept.watch(outputs)
         return self._call_form.result(outputs, self.training)
+
+    @torch.compiler.disable(reason="the memory of outputs is looked at eagerly")  # type: ignore[untyped-decorator]
+    def _own(self, outputs: Sequence[Any]) -> list[Any]:
+        """The outputs, in memory that no block needs."""
+        return own_outputs(outputs, self._energy.values())
 
     def _sharded_run(self, units: Mapping[str, nn.Module]) -> ShardedRun:
         """The graph with its weights gathered part by part, made once for these units."""

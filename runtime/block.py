@@ -99,6 +99,7 @@ class EnergyBlock(nn.Module):
         self._activations: tuple[Activation, ...] = ()
         self._shapes: dict[int, torch.Size] = {}
         self._drawn: dict[int, Tensor | None] = {}
+        self._settled_memory: frozenset[int] = frozenset()
 
     @property
     def active_estimator(self) -> Estimator:
@@ -173,8 +174,14 @@ class EnergyBlock(nn.Module):
             return self._states
         return tuple(sigma.value(field) for sigma, field in zip(self._activations, self._preactivations, strict=True))
 
+    @property
+    def memory_of_outputs(self) -> frozenset[int]:
+        """Addresses of the memory of the states that the last forward returned, which the block still needs."""
+        return self._settled_memory if self._preactivations else _memory_of(self._states)
+
     def remember(self, phase: FreePhase) -> None:
         """Keep the pre-activations of this forward, from which `states` follow, or the measured states."""
+        self._settled_memory = _memory_of([phase.settled()[0][index] for index in self.program.visible])
         if phase.literal:
             self._states, self._preactivations = tuple(state.detach() for state in phase.settled()[0]), ()
             return
@@ -522,3 +529,7 @@ class EnergyBlock(nn.Module):
             return self._leave(frame.read({index: states[index] for index in program.visible}))
         visible = Settle.apply(self, frame.drawn, autocast, reads, *inputs, *weights)  # type: ignore[no-untyped-call]
         return self._leave(frame.read(dict(zip(program.visible, visible, strict=True))))
+
+
+def _memory_of(tensors: Sequence[Tensor]) -> frozenset[int]:
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors if type(tensor) is Tensor)

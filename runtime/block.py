@@ -492,9 +492,11 @@ class EnergyBlock(nn.Module):
             cast = [value.to(widest) if value.is_floating_point() else value for value in present]
             # As in the source, autocast leaves products in float64 as they are.
             rounded = torch.get_autocast_dtype(kind) == torch.bfloat16 and widest is not torch.float64
+            scaled = torch.get_autocast_dtype(kind) == torch.float16
             with torch.autocast(kind, enabled=False):
-                return self._forward(cast, [None if w is None else w.to(widest) for w in weights], rounded, reads)
-        return self._forward(present, list(weights), False, reads)
+                wide = [None if w is None else w.to(widest) for w in weights]
+                return self._forward(cast, wide, rounded, scaled, reads)
+        return self._forward(present, list(weights), False, False, reads)
 
     def _on_devices(
         self, inputs: list[Tensor], weights: Sequence[Tensor | None]
@@ -513,7 +515,7 @@ class EnergyBlock(nn.Module):
         return tuple(self.arrays.converters.leave(index, value) for index, value in enumerate(outputs))
 
     def _forward(
-        self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool, reads: Reads | None
+        self, inputs: list[Tensor], weights: list[Tensor | None], autocast: bool, scaled: bool, reads: Reads | None
     ) -> tuple[Tensor, ...]:
         program = self.program if self.enabled or self.arrays is None else self.arrays.source
         settles = program.coupled and self.enabled
@@ -527,7 +529,7 @@ class EnergyBlock(nn.Module):
             states, _ = phase.settled()
             self._states, self._preactivations = tuple(state.detach() for state in states), ()
             return self._leave(frame.read({index: states[index] for index in program.visible}))
-        visible = Settle.apply(self, frame.drawn, autocast, reads, *inputs, *weights)  # type: ignore[no-untyped-call]
+        visible = Settle.apply(self, frame.drawn, autocast, scaled, reads, *inputs, *weights)  # type: ignore[no-untyped-call]
         return self._leave(frame.read(dict(zip(program.visible, visible, strict=True))))
 
 

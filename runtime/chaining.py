@@ -35,6 +35,10 @@ from ffebm_compiler.runtime.solvers.relaxation import Settled
 __all__ = ["Restoring", "Settle"]
 
 
+_SETTINGS = 5
+"""How many arguments of `Settle` are not operands."""
+
+
 class Restoring(Protocol):
     """Puts gradients back that a failed backward has added."""
 
@@ -118,6 +122,9 @@ class Settle(torch.autograd.Function):
     Pre-activations are saved. A state is saved only if σ costs more than a pass over memory, or if it is an output and
     so in memory in any case. For example, a hidden state of a clamp is computed again from its pre-activation. Measured
     states are all saved, since they are not exactly σ of anything.
+
+    `scaled` says that the loss may be scaled, as it is under autocast in float16. An error that overflows is then no
+    mistake, and all gradients are NaN.
     """
 
     @staticmethod
@@ -126,6 +133,7 @@ class Settle(torch.autograd.Function):
         block: Settling,
         drawn: dict[int, Any],
         autocast: bool,
+        scaled: bool,
         reads: Reads | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -146,6 +154,7 @@ class Settle(torch.autograd.Function):
         block.remember(phase)
         ctx.known = _Known.of(block, phase, block.last, states[0].dtype)
         ctx.drawn, ctx.shapes, ctx.training = frame.drawn, frame.shapes, frame.training
+        ctx.scaled = scaled
         ctx.paces, ctx.autocast, ctx.light = frame.paces, autocast, frame.light and frame.training
         ctx.set_materialize_grads(False)
         wide = phase.literal if phase.literal and phase.literal[0] is not states[0] else ()
@@ -179,13 +188,25 @@ class Settle(torch.autograd.Function):
             if ctx.known.kept_gradients is not None:
                 ctx.known.kept_gradients.restore()
             spoilt = any(error is not None and not bool(torch.isfinite(error).all()) for error in visible)
-            if isinstance(failure, ConvergenceError) and spoilt:
-                raise GradientError(
-                    f"the gradient of the loss at the outputs of {ctx.known.program.name} holds NaN or infinite "
-                    "values: look at the loss and at the digital parts after the block (a logarithm of 0, an overflow "
-                    "in half precision)"
-                ) from failure
-            raise
+            if not isinstance(failure, ConvergenceError) or not spoilt:
+                raise
+            if ctx.scaled:
+                return Settle._not_finite(ctx)
+            raise GradientError(
+                f"the gradient of the loss at the outputs of {ctx.known.program.name} holds NaN or infinite values: "
+                "look at the loss and at the digital parts after the block (a logarithm of 0, an overflow in half "
+                "precision). A torch.amp.GradScaler finds overflows, and skips their steps, under autocast in float16"
+            ) from failure
+
+    @staticmethod
+    def _not_finite(ctx: Any) -> tuple[Tensor | None, ...]:
+        """NaN for every gradient: the step is skipped by whatever scales the loss, and its scale lowered."""
+        operands = ctx.saved_tensors[: ctx.known.program.inputs + ctx.known.program.weights]
+        found = [
+            torch.full_like(value, torch.nan) if value is not None and wanted else None
+            for value, wanted in zip(operands, ctx.needs_input_grad[_SETTINGS:], strict=True)
+        ]
+        return (*(None,) * _SETTINGS, *found)
 
     @staticmethod
     def _gradients(ctx: Any, *visible: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -194,7 +215,7 @@ class Settle(torch.autograd.Function):
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
         count = program.inputs + program.weights
         if all(error is None for error in visible):
-            return (None,) * (count + 4)
+            return (None,) * (count + _SETTINGS)
         layers = len(program.layers)
         inputs = [value for value in saved[: program.inputs] if value is not None]
         frame = Frame(program.quick, inputs, saved[program.inputs : count], ctx.drawn, ctx.shapes, frozen=True)
@@ -210,7 +231,7 @@ class Settle(torch.autograd.Function):
         errors: list[Tensor | None] = [None] * layers
         for index, error in zip(program.visible, laid_out(program, visible), strict=True):
             errors[index] = error
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[_SETTINGS:]
         situation = Situation(
             frame=frame,
             setting=known.setting,
@@ -237,4 +258,4 @@ class Settle(torch.autograd.Function):
             gradients = known.estimator.gradients(situation, errors)
             found = gradients.inputs
         weights = aligned(program, gradients.weights, needed[program.inputs :]) if known.aligned else gradients.weights
-        return (None, None, None, None, *found, *weights)
+        return (*(None,) * _SETTINGS, *found, *weights)

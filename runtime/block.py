@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,10 @@ class EnergyBlock(nn.Module):
         self._shapes: dict[int, torch.Size] = {}
         self._drawn: dict[int, Tensor | None] = {}
         self._settled_memory: frozenset[int] = frozenset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are outside of the context that turns feedback off (`feedforward_mode`)."""
+        return {**self.__dict__, "enabled": True}
 
     @property
     def active_estimator(self) -> Estimator:

@@ -86,8 +86,12 @@ class HeldGain:
         self._aged = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything without the stamps, which identify tensor objects. The hybrid stamps its copy's weights."""
-        return {name: None if name.endswith("stamp") else value for name, value in self.__dict__.items()}
+        """Everything without the stamps, which identify tensor objects. The hybrid stamps its copy's weights.
+
+        A copy is outside of the context that holds the feedback (`HybridCore.held_feedback`).
+        """
+        kept = {name: None if name.endswith("stamp") else value for name, value in self.__dict__.items()}
+        return {**kept, "locked": False}
 
     @property
     def scales(self) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -581,6 +582,29 @@ def test_an_edge_without_weights_is_measured_once(monkeypatch: pytest.MonkeyPatc
     for start, end, norm in block.module.certificate.norms:
         weight = {(0, 1): hybrid.second.weight, (1, 2): hybrid.last.weight}.get((start, end), torch.eye(6))
         assert norm == pytest.approx(MARGIN * float(torch.linalg.matrix_norm(weight.detach(), 2)), rel=2e-3)
+
+
+def opened(hybrid: ffebm.HybridModel) -> ffebm.HybridModel:
+    file = io.BytesIO()
+    torch.save(hybrid, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, opened])
+def test_a_copy_is_outside_of_the_contexts_that_it_is_made_in(
+    copied: Callable[[ffebm.HybridModel], ffebm.HybridModel],
+) -> None:
+    model, x = seeded(lambda: mlp(16, 2)), noise(4, 16)
+    hybrid = ffebm.convert(model, x, feedback=KAPPA).train()
+    with hybrid.held_feedback(), hybrid.feedforward_mode():
+        twin = copied(hybrid)
+    assert torch.equal(twin(x), hybrid(x))
+    for network in (twin, hybrid):
+        with torch.no_grad():
+            network.get_parameter("2.weight").mul_(3)
+        network(x)
+        assert network.blocks[0].loop_gain == pytest.approx(KAPPA, rel=0.02)
 
 
 def test_measuring_draws_no_dropout_masks() -> None:

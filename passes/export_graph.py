@@ -25,6 +25,7 @@ from ffebm_compiler.passes.containers import Recipe
 from ffebm_compiler.passes.custom_functions import KeptFunctions, keep_custom_functions
 from ffebm_compiler.passes.explain_capture import NotTraceable, explained
 from ffebm_compiler.passes.exported_program import batch_of
+from ffebm_compiler.passes.forward_gradients import no_forward_gradients
 from ffebm_compiler.passes.held import held_tensors, plain_tensors
 from ffebm_compiler.passes.hidden_compiler import hidden_compiler
 from ffebm_compiler.passes.own_generators import own_generators_unchanged
@@ -182,7 +183,7 @@ def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dy
     try:
         decided = SizeDecisions()
         with _as_before(source), tracing(source) as calls, decided.noted(), _silent():
-            with keep_custom_functions() as functions:
+            with keep_custom_functions() as functions, no_forward_gradients():
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             calls.known.check()
         found, outside = calls.notes(), tuple(calls.outside)

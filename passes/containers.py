@@ -13,6 +13,7 @@ import dataclasses
 import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def _take_apart(value: Any) -> tuple[str, list[Any], list[Any]] | None:
 
 def _attributes(value: Any) -> Iterator[str]:
     """Names of the attributes that an object of a class written in Python holds."""
-    if type(value).__module__ in ("builtins", "functools", "types", "inspect"):
+    if type(value).__module__ in ("builtins", "functools", "types", "inspect") and type(value) is not SimpleNamespace:
         return
     yield from getattr(value, "__dict__", {})
     for kind in type(value).__mro__:

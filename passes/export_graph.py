@@ -62,6 +62,11 @@ def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Export with a free batch size if that is asked for and possible."""
     with plain_call(source, args, kwargs) as call:
         exported = _export_graph(source, call.args, call.kwargs, dynamic_shapes)
+        if call.opaque:
+            raise UnsupportedError(
+                f"the forward returns a tensor {call.opaque}, which a hybrid cannot build again: return it by itself, "
+                "or in a tuple, a list, a dictionary, a dataclass or an object with attributes"
+            )
         if call.changed:
             raise UnsupportedError(
                 f"the forward changes {call.changed}, which a hybrid does not: return the value, or write it in place "

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ffebm_compiler.passes.containers import Recipe, plain
+from ffebm_compiler.passes.opaque_outputs import opaque_output
 
 __all__ = ["PlainCall", "plain_call"]
 
@@ -25,6 +26,8 @@ class PlainCall:
     inputs: Recipe
     outputs: Recipe
     """The form of the outputs of the last call."""
+    opaque: str = ""
+    """Where the outputs of the last call hold a tensor that cannot be returned, or an empty text."""
     changed: str = ""
     """The list or dictionary among the inputs that the last call changed, or an empty text."""
 
@@ -84,6 +87,7 @@ def plain_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         before = _contents(given)
         result, call.outputs = plain(original(*args, **kwargs))
+        call.opaque = opaque_output(call.outputs)
         call.changed = next((place for place, held, items in before if not _are_same(held, items)), "")
         return result
 

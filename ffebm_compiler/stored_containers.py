@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from ffebm_compiler.errors import InputError
@@ -74,7 +75,8 @@ def _container_class(named: tuple[str, str], form: str, place: str) -> type:
         "sequence": issubclass(kind, list | tuple),
         "mapping": issubclass(kind, dict),
         "fields": is_dataclass(kind),
-        "attributes": not issubclass(kind, list | tuple | dict | type) and module not in ("builtins", "types"),
+        "attributes": kind is SimpleNamespace
+        or (not issubclass(kind, list | tuple | dict | type) and module not in ("builtins", "types")),
     }
     if not fits[form]:
         raise Malformed(f"{place}.class: {short(f'{module}.{name}')} is no container of the form {form!r}")

@@ -37,7 +37,8 @@ def opaque_output(recipe: Recipe) -> str:
 
 
 def _holds_tensor(value: Any) -> bool:
-    pending, seen = deque([value]), set()
+    pending: deque[Any] = deque([value])
+    seen: set[int] = set()
     while pending and len(seen) < _MOST:
         one = pending.popleft()
         if isinstance(one, FakeTensor):

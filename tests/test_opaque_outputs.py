@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_a_tensor_in_what_cannot_be_built_again_is_refused(kind: str, alone: boo
 
 
 def test_a_set_in_an_object_is_refused() -> None:
-    with pytest.raises(ffebm.UnsupportedError, match="the forward returns a tensor in a (Holder|set)"):
+    with pytest.raises(ffebm.UnsupportedError, match=r"the forward returns a tensor in a (Holder|set)"):
         ffebm.convert(Net(Holder), torch.randn(4, 6))
 
 
@@ -69,6 +70,21 @@ def test_a_namespace_is_built_again(alone: bool) -> None:
     assert type(found) is SimpleNamespace
     assert found.name == "h"
     torch.testing.assert_close(found.h, wanted.h)
+
+
+def test_a_hybrid_that_takes_a_namespace_is_saved_and_loaded(tmp_path: Path) -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, given: SimpleNamespace) -> Tensor:
+            return self.a(given.x)
+
+    model, given = Takes(), SimpleNamespace(x=torch.randn(4, 6))
+    hybrid = ffebm.convert(model, (given,))
+    hybrid.save(tmp_path / "saved")
+    assert torch.equal(ffebm.load(tmp_path / "saved", model)(given), hybrid(given))
 
 
 def test_functions_and_sets_without_computed_tensors_are_returned() -> None:

@@ -128,8 +128,6 @@ class _Functionalizer:
             return False
         place = self.place(target)
         root = place.root
-        if form is None and self._is_state(root):
-            return False
         if form is None:
             raise _refusal(node, f"writes in place with {node.target}, which has no functional form")
         with self.graph.inserting_before(node):

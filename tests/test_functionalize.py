@@ -279,3 +279,39 @@ def test_functionalize_refuses_an_operation_without_a_functional_form() -> None:
 
     with pytest.raises(UnsupportedError, match=r"aten\.resize_\.default, which has no functional form"):
         passed(seeded(lambda: Layers(forward)), noise(4, 8))
+
+
+def test_functionalize_refuses_a_buffer_that_gets_other_memory() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        self.kept.set_(self.kept + 1)
+        return self.b(self.a(x)) * self.kept[0]
+
+    model = seeded(lambda: Layers(forward))
+    model.register_buffer("kept", torch.zeros(8))
+    with pytest.raises(
+        UnsupportedError, match=r"aten\.set_\.source_Tensor, which has no functional form: write it out"
+    ):
+        passed(model, noise(4, 8))
+
+
+class Returned(nn.Module):
+    """A buffer is written and returned: before the write, after it, and through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.register_buffer("n", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        before = self.n
+        self.n.add_(1)
+        return self.a(x) * self.n, self.n, before, self.n[:2]
+
+
+def test_a_buffer_that_the_forward_writes_may_be_returned() -> None:
+    model, x = Returned(), torch.randn(4, 6)
+    hybrid = ffebm.convert(model, x)
+    for training in (True, False):
+        with hybrid.feedforward_mode():
+            torch.testing.assert_close(hybrid.train(training)(x), model.train(training)(x))
+        torch.testing.assert_close(hybrid.state_dict(), model.state_dict())

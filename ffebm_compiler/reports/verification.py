@@ -216,7 +216,8 @@ def _leaves(
     ):
         warnings.simplefilter("ignore")  # warnings of the source do not concern the conversion
         leaves = leaves_of(model(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs))))
-        return [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        # an output may be a buffer, which gets its former value back
+        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _name(training: bool) -> str:

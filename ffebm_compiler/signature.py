@@ -125,16 +125,21 @@ class CallForm:
                 f"{', '.join(f'{leaf.name} {_shape(leaf.shape)}' for leaf in self.inputs)}. Convert again with "
                 "example inputs of this structure"
             )
+        if all(_has_rank(value, leaf) for value, leaf in zip(flat, self.inputs, strict=True)):
+            # a size that such a decision fixes may have been asked for as a free one
+            self._check_decisions(flat, _describe(args, kwargs), training)
         for value, leaf in zip(flat, self.inputs, strict=True):
             _check(value, leaf)
+        return flat
+
+    def _check_decisions(self, flat: list[Any], described: str, training: bool) -> None:
         for decision in self.decisions_in_training if training else self.decisions:
             if not decision.is_kept([value.shape if isinstance(value, Tensor) else () for value in flat]):
                 raise InputError(
-                    f"the inputs have shapes {_describe(args, kwargs)}, for which the forward does something else than "
-                    f"for the example: there {decision.described(self.names)}. Convert again with an example of these "
-                    "sizes, or write the forward without a decision by a size"
+                    f"the inputs have shapes {described}, for which the forward does something else than for the "
+                    f"example: there {decision.described(self.names)}. Convert again with an example of these sizes, "
+                    "or write the forward without a decision by a size"
                 )
-        return flat
 
     def result(self, outputs: Any, training: bool) -> Any:
         """The outputs in the source's structure."""
@@ -162,6 +167,10 @@ def _describe(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     return ", ".join(described) or "nothing"
 
 
+def _has_rank(value: Any, leaf: _Leaf) -> bool:
+    return isinstance(value, Tensor) and value.dim() == len(leaf.shape) if leaf.shape is not None else True
+
+
 def _check(value: Any, leaf: _Leaf) -> None:
     if leaf.shape is None:
         if not isinstance(value, Tensor) and value == leaf.constant:
@@ -182,7 +191,7 @@ def _check(value: Any, leaf: _Leaf) -> None:
     if not fits:
         raise InputError(
             f"input {leaf.name!r} has shape {tuple(value.shape)}, expected {_shape(leaf.shape)}: convert again with an "
-            "example of this shape, or free the dimension with dynamic_shapes"
+            "example of this shape, or free the dimension with dynamic_shapes (a forward may fix it all the same)"
         )
     if value.is_floating_point() != leaf.floating:
         kind = "floating-point" if leaf.floating else "integer or boolean"

@@ -261,3 +261,22 @@ def test_a_convolution_that_is_set_by_a_size_is_digital(apply: Callable[[Net, Te
     hybrid = ffebm.convert(model, torch.randn(4, 3, 8, 8), dynamic_shapes=FREE)
     assert calls(hybrid, model, [(2, 3, 8, 8), (4, 3, 16, 16), (3, 3, 12, 24)]) == (3, [])
     assert "computed from the input's shape" in hybrid.plan.rejected["second"]
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda h: torch.stack([part * i for i, part in enumerate(h.unbind(3))], 3),
+        lambda h: h * torch.linspace(0, 1, h.shape[3]),
+        lambda h: h * int(h.shape[3]),
+    ],
+    ids=["unbind", "linspace", "int"],
+)
+def test_a_free_size_that_a_decision_fixes_is_refused_for_that_reason(weigh: Callable[[Tensor], Tensor]) -> None:
+    model = networks.seeded(lambda: Net(lambda net, h: weigh(h))).eval()
+    hybrid = ffebm.convert(model, torch.randn(4, 3, 8, 8), dynamic_shapes=FREE)
+    with pytest.raises(
+        InputError, match=r"for which the forward does something else .*x\.shape\[3\] is 8 \("
+    ) as caught:
+        hybrid(torch.randn(4, 3, 8, 10))
+    assert "dynamic_shapes" not in str(caught.value)

@@ -120,3 +120,22 @@ def test_state_that_a_forward_writes_in_eval_mode_is_named(parts: str | None, tm
     with pytest.warns(ffebm.FFEBMWarning, match="forward writes 'calls' at every call, which the export does not"):
         hybrid.export_onnx(tmp_path / ("parts" if parts else "whole.onnx"), parts=parts)
     ffebm.convert(Counts(always=False).eval(), torch.randn(5, 4)).export_onnx(tmp_path / "other.onnx")
+
+
+def test_inputs_that_the_forward_writes_are_named_and_stay_as_they_are(tmp_path: Path) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            before = self.a(x)
+            x += 1
+            return before * x
+
+    x = torch.randn(4, 6)
+    hybrid = ffebm.convert(Shifted(), x).eval()
+    with pytest.warns(ffebm.FFEBMWarning, match=r"forward writes into its inputs \('x'\), which the export does not"):
+        hybrid.export_onnx(tmp_path / "parts", parts="digital")
+    (found,) = onnx_run(tmp_path / "parts", [x])
+    torch.testing.assert_close(torch.as_tensor(found), hybrid(x.clone()), rtol=1e-4, atol=1e-4)

@@ -13,26 +13,33 @@ from ffebm_compiler.runtime.feedforward.blocks import (
     ReboundInstanceNorm,
 )
 from ffebm_compiler.runtime.feedforward.modes import ModeSwitch, TrainingMask
-from ffebm_compiler.runtime.feedforward.state import WriteState
+from ffebm_compiler.runtime.feedforward.state import WriteInput, WriteState
 
 __all__ = ["warn_of_train_mode", "warn_of_written_state"]
 
 
 def warn_of_written_state(hybrid: HybridCore) -> None:
-    """Issue an `FFEBMWarning` that names the parameters and buffers which a forward in eval mode writes."""
-    written = {
-        module.name
-        for path, module in hybrid.lowered.named_modules()
-        if isinstance(module, WriteState) and "training_part" not in path.split(".")
-    }
+    """Issue an `FFEBMWarning` that names the parameters, buffers and inputs which a forward in eval mode writes."""
+    run = [part for path, part in hybrid.lowered.named_modules() if "training_part" not in path.split(".")]
+    written = _listed({module.name for module in run if isinstance(module, WriteState)})
     if written:
-        named = ", ".join(map(repr, sorted(written)[:3])) + (", ..." if len(written) > 3 else "")
         warnings.warn(
-            f"forward writes {named} at every call, which the export does not. Each of its runs starts from "
+            f"forward writes {written} at every call, which the export does not. Each of its runs starts from "
             "the present values",
             FFEBMWarning,
             stacklevel=4,
         )
+    given = _listed({module.name for module in run if isinstance(module, WriteInput)})
+    if given:
+        warnings.warn(
+            f"forward writes into its inputs ({given}), which the export does not: it leaves them as they are",
+            FFEBMWarning,
+            stacklevel=4,
+        )
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(map(repr, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def warn_of_train_mode(hybrid: HybridCore) -> None:

@@ -15,11 +15,12 @@ statistics nothing else touches, is not changed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx, nn
 
+from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.ir import Pass, Program
 from ffebm_compiler.passes.static import static_nodes
 from ffebm_compiler.runtime.feedforward.blocks import ReboundBatchNorm, ReboundInstanceNorm
@@ -35,6 +36,8 @@ RUNS_FIRST = "ffebm_runs_first"
 
 _STATISTICS = slice(3, 5)
 """The operands of a norm that are its running mean and variance."""
+_BY_INPUT = 5
+"""The operand of torch's own norms that says whether they update them."""
 
 
 @Pass
@@ -61,7 +64,7 @@ class _Order:
     def run(self) -> None:
         for graph_module in self._graphs():
             for node in graph_module.graph.nodes:
-                if isinstance(_module(graph_module, node), ReboundBatchNorm | ReboundInstanceNorm):
+                if _is_norm(graph_module, node):
                     _write_to_the_state(graph_module, node)
         names: dict[fx.Node, list[fx.Node]] = {}
         for node in self.graph.nodes:
@@ -85,12 +88,11 @@ class _Order:
     def _updated(self, node: fx.Node) -> list[fx.Node]:
         """The statistics that the norms of a node update."""
         module = _module(self.program.graph_module, node)
-        if module is None:
-            return []
         given = [node.args[place] for place in _updated_operands(module)] if isinstance(module, ModeSwitch) else []
-        if isinstance(module, ReboundBatchNorm | ReboundInstanceNorm):
+        if _is_norm(self.program.graph_module, node):
             given = list(node.args[_STATISTICS])
-        norms = [one for one in module.modules() if isinstance(one, ReboundBatchNorm) and one.counts]
+        parts = () if module is None else module.modules()
+        norms = [one for one in parts if isinstance(one, ReboundBatchNorm) and one.counts]
         given += [self.counters[norm.owner] for norm in norms if norm.owner in self.counters]
         return [one for one in given if isinstance(one, fx.Node) and one.op == "placeholder"]
 
@@ -101,6 +103,7 @@ class _Order:
         users.update(norms)
         if len(users) < 2:
             return
+        self._refuse_pieces(state, users, norms)
         last: fx.Node | None = None
         read: fx.Node | None = None
         for user in sorted(users):
@@ -116,6 +119,28 @@ class _Order:
                 for name in names:
                     if name < last:
                         user.replace_input_with(name, read)
+
+    def _refuse_pieces(self, state: fx.Node, users: Iterable[fx.Node], norms: list[fx.Node]) -> None:
+        """Refuse a norm that one mode alone calls, and whose statistics one mode alone writes.
+
+        They are pieces of a difference of the modes, whose order is that of their values.
+        """
+        switches = {user: module for user in users if isinstance(module := self._module(user), ModeSwitch)}
+        called = [switch for switch in switches if switch in norms]
+        wrote = [
+            switch
+            for switch, module in switches.items()
+            if state in switch.args and switch.args.index(state) in _written_operands(module)
+        ]
+        if called and set(wrote) - set(called):
+            name = self.program.lifted.get(state.name, state.name)
+            raise UnsupportedError(
+                f"one mode alone calls the norm {name.rpartition('.')[0]!r} and writes its statistic {name!r} besides, "
+                "and their order is not kept: call it in both modes, or write its statistics outside of the forward"
+            )
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return _module(self.program.graph_module, node)
 
     def _writes(self, node: fx.Node, state: fx.Node) -> bool:
         module = _module(self.program.graph_module, node)
@@ -162,6 +187,13 @@ class _Order:
         return fresh
 
 
+def _is_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node may update running statistics: by a module's flag, or in both modes."""
+    if node.target in (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default):
+        return bool(node.args[_BY_INPUT])
+    return isinstance(_module(graph_module, node), ReboundBatchNorm | ReboundInstanceNorm)
+
+
 def _module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
@@ -183,7 +215,7 @@ def _write_to_the_state(graph_module: fx.GraphModule, norm: fx.Node) -> None:
         (_state_behind(graph_module, node) or node) if isinstance(node, fx.Node) else node
         for node in norm.args[_STATISTICS]
     ]
-    norm.args = (*norm.args[: _STATISTICS.start], *statistics)
+    norm.args = (*norm.args[: _STATISTICS.start], *statistics, *norm.args[_STATISTICS.stop :])
 
 
 def _state_behind(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -218,19 +250,19 @@ def _placeholders(part: fx.GraphModule) -> list[fx.Node]:
 
 def _updated_operands(module: ModeSwitch) -> set[int]:
     """The operands of a mode switch that its norms update."""
-    return _places(module, ReboundBatchNorm | ReboundInstanceNorm, _STATISTICS)
+    return _places(module, _is_norm, _STATISTICS)
 
 
 def _written_operands(module: ModeSwitch) -> set[int]:
     """The operands of a mode switch that it writes to."""
-    return _places(module, WriteState, slice(0, 1))
+    return _places(module, lambda part, node: isinstance(_module(part, node), WriteState), slice(0, 1))
 
 
-def _places(module: ModeSwitch, kind: object, written: slice) -> set[int]:
+def _places(module: ModeSwitch, writes: Callable[[fx.GraphModule, fx.Node], bool], written: slice) -> set[int]:
     found = set()
     for part in (module.evaluation, module.training_part):
         given = _placeholders(part)
         for node in part.graph.nodes:
-            if isinstance(_module(part, node), kind):  # type: ignore[arg-type]
+            if writes(part, node):
                 found |= {given.index(state) for state in node.args[written] if state in given}
     return found

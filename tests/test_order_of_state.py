@@ -58,6 +58,27 @@ class Functional(Net):
         return self.norm(self.a(x).tanh()) - self.norm(x)
 
 
+class Always(Net):
+    """The statistics are updated in both modes."""
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, training=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.b(self.norm(self.a(x)).tanh())) + self.bn.running_var.clone()
+        return y - self.norm(x) * self.bn.running_mean.clone()
+
+
+class Branches(Net):
+    """The modes call the norm another number of times, and one of them reads its statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.a(x).tanh())
+        if self.training:
+            y = y * self.bn.running_var.clone() - self.bn(self.b(x))
+        return self.b(y) + self.bn(y) * self.bn.running_mean.clone()
+
+
 class Between(Net):
     """The statistics are read between two calls, by a copy, as they are and by a view."""
 
@@ -134,7 +155,22 @@ class Averaged(Net):
         return F.dropout(y, 0.3, self.training) + self.bn(x)
 
 
-NETS = (Deeper, Instances, Counted, Functional, Between, Before, Zeroed, Reset, Counting, Clamped, Around, Averaged)
+NETS = (
+    Deeper,
+    Instances,
+    Counted,
+    Functional,
+    Always,
+    Branches,
+    Between,
+    Before,
+    Zeroed,
+    Reset,
+    Counting,
+    Clamped,
+    Around,
+    Averaged,
+)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -147,6 +183,20 @@ def test_statistics_are_read_and_written_in_the_sources_order(net: type[Net]) ->
     if net in (Clamped, Around, Averaged):
         model.requires_grad_(False)  # torch differentiates no norm whose statistics are written afterwards
     assert_same(model, x, calls=2)
+
+
+def test_a_norm_that_one_mode_alone_calls_and_writes_besides_is_refused() -> None:
+    class Both(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(self.a(x).tanh())
+            if self.training:
+                y = y - self.bn(self.b(x))
+                self.bn.running_mean.mul_(0.5)
+            return self.b(y)
+
+    message = r"one mode alone calls the norm 'bn' and writes its statistic 'bn\.running_mean' besides"
+    with pytest.raises(ffebm.UnsupportedError, match=message):
+        ffebm.convert(Both(), torch.randn(4, 6))
 
 
 @pytest.mark.parametrize("net", [Deeper, Between])

@@ -16,6 +16,7 @@ from itertools import chain, count, pairwise
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.runtime.activations.base import Lines
 from ffebm_compiler.runtime.energies.circuit import Circuit, Coupling, Stage
 
@@ -151,7 +152,8 @@ def check_positive(**numbers: float) -> None:
     Raises:
         InputError: one is not; names it.
     """
-    for name, value in numbers.items():
+    for name, given in numbers.items():
+        value = plain(given)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise InputError(f"{name} is {value!r}; expected a positive number")
 

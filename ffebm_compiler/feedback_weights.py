@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.plain_numbers import plain_fields
 
 __all__ = [
     "FeedbackWeights",
@@ -54,6 +55,7 @@ class FeedbackWeights:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         if self.update not in ("free", "fixed", "aligned"):
             raise InputError(f"update is {self.update!r}; expected 'free', 'fixed' or 'aligned'")
         if self.start not in ("tied", "random"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.plain_numbers import plain
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_parts import HybridParts
@@ -59,6 +60,7 @@ def jacobian_homeostasis(hybrid: HybridParts, samples: int = 1, generator: torch
     blocks = getattr(hybrid, "energy_blocks", None)
     if blocks is None:
         raise InputError(f"a hybrid is expected, as ffebm.convert returns it, got a {type(hybrid).__name__}")
+    samples = plain(samples)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise InputError(f"samples is {samples!r}; expected a number of noise vectors of at least 1")
     total: Tensor | None = None

@@ -15,6 +15,7 @@ from ffebm_compiler.errors import ConvergenceWarning, FFEBMError, InputError, Un
 from ffebm_compiler.gradient_choice import digital_gradient
 from ffebm_compiler.graphed_gains import GraphedGains
 from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.runtime.solvers.relaxation import LOST, may_be_late
 
 __all__ = ["GraphedStep"]
@@ -57,6 +58,7 @@ class GraphedStep:
     def __init__(self, hybrid: HybridModel, loss: Callable[..., Tensor], *, slack: float = 0.1) -> None:
         if not isinstance(hybrid, HybridModel):
             raise InputError(f"GraphedStep takes a hybrid, got a {type(hybrid).__name__}: pass what `convert` returned")
+        slack = plain(slack)
         if isinstance(slack, bool) or not isinstance(slack, int | float) or not 0 < slack < 1:
             raise InputError(f"slack is {slack!r}; expected a relative distance between 0 and 1")
         self.hybrid = hybrid

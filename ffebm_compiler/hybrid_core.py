@@ -41,6 +41,7 @@ from ffebm_compiler.hybrid_state import (
 from ffebm_compiler.kept_gradients import keeping_gradients, measured_blocks
 from ffebm_compiler.own_outputs import own_outputs
 from ffebm_compiler.passes.unchanged import generators_unchanged, tensors_unchanged
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.recast import Casts, dtype_of, keep_wide, move
 from ffebm_compiler.runtime.block import EnergyBlock
@@ -460,6 +461,7 @@ class HybridCore(HybridParts):
         Raises:
             InputError: the limit is out of range, or a block's coupling has no weight to scale.
         """
+        limit = plain(limit)
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < 1:
             raise InputError(f"limit is {limit!r}; expected a loop gain strictly between 0 and 1, such as 0.9")
         changed = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 from ffebm_compiler.bound_block import BoundBlock
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.hybrid_core import HybridCore
+from ffebm_compiler.plain_numbers import plain
 
 __all__ = ["conductances_", "goe_", "scale_to_loop_gain"]
 
@@ -57,6 +58,7 @@ def goe_(weight: Tensor, variance: float, generator: torch.Generator | None = No
             f"weight has kernels of {rows}×{cols}, and a matrix of the Gaussian orthogonal ensemble is symmetric: give "
             "the layer a square kernel, or use torch.nn.init.normal_"
         )
+    variance = plain(variance)
     number = isinstance(variance, int | float) and not isinstance(variance, bool)
     if not number or not 0 < variance < math.inf:
         raise InputError(f"variance is {variance!r}; expected a positive number, such as 8.4e-5")
@@ -119,6 +121,7 @@ def scale_to_loop_gain(blocks: HybridCore | BoundBlock, loop_gain: float) -> Map
             block's loop gain does not follow its weights. The last happens while `feedback` holds the loop gain. Then
             scale a hybrid with `feedback="symmetric"`, or within `hybrid.held_feedback()`.
     """
+    loop_gain = plain(loop_gain)
     number = isinstance(loop_gain, int | float) and not isinstance(loop_gain, bool)
     if not number or not 0 < loop_gain < math.inf:
         raise InputError(f"loop_gain is {loop_gain!r}; expected a positive number, below 1 to be certain to settle")

@@ -19,6 +19,7 @@ from torch import Tensor
 from ffebm_compiler.circuit_elements import Writer, check_positive, check_size, elements, models, names_of, output_node
 from ffebm_compiler.errors import FabricError, InputError
 from ffebm_compiler.ngspice_runs import Job, in_parts, missing
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.runtime.energies.circuit import Circuit
 from ffebm_compiler.runtime.solvers.fabric import FabricBlock
 
@@ -69,6 +70,7 @@ class Ngspice:
                 f"executor is a {type(executor).__name__}; expected an executor of concurrent.futures, such as a "
                 "ProcessPoolExecutor, or None"
             )
+        parts = plain(parts)
         if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int) or parts < 1):
             raise InputError(f"parts is {parts!r}; expected a positive integer, or None")
         if shutil.which(command) is None:

@@ -19,6 +19,7 @@ from ffebm_compiler.device_state import observed_ranges, put_on_devices
 from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.passes.unchanged import generators_unchanged
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.runtime.devices.devices import Devices
 
 __all__ = [
@@ -165,9 +166,10 @@ def whole_number(name: str, value: object, least: int) -> int:
     Raises:
         InputError: it is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
         raise InputError(f"{name} is {value!r}; expected a whole number of at least {least}")
-    return value
+    return found
 
 
 def identity_of(hybrid: HybridModel, measure: Measure, source: float) -> dict[str, str]:

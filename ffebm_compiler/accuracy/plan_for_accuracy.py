@@ -100,7 +100,7 @@ def plan_for_accuracy(
         options=plan_options(as_plan, ("feedback",)),
     )
     if trials is not None:
-        whole_number("trials", trials, 0)
+        trials = whole_number("trials", trials, 0)
     return best_plan(planner, lambda most, refused: search(planner.mappings, most, refused, planner.fixed, trials))
 
 

@@ -87,7 +87,7 @@ class Planner:
         if not callable(evaluate):
             raise InputError(f"evaluate is a {type(evaluate).__name__}; expected a function of a network")
         budget = checked_number("max_drop", max_drop, remedy="the largest drop of the metric, such as 0.01")
-        whole_number("draws", draws, 1)
+        draws = whole_number("draws", draws, 1)
         checked_number("age", age, remedy="seconds since the devices were programmed")
         check_executor(executor)
         hybrid = convert(model, example_inputs, kwargs, **settings, **options)

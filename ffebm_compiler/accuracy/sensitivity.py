@@ -99,7 +99,7 @@ def sensitivity(
             "the plan has no analog block, so that there is no layer to measure: print(hybrid.plan) says why each "
             "layer is digital. Convert with other hardware, or without force_digital"
         )
-    whole_number("draws", draws, 1)
+    draws = whole_number("draws", draws, 1)
     checked_number("age", age, remedy="seconds since the devices were programmed")
     check_executor(executor)
     measure = Measure(hybrid, evaluate, chosen, float(age))

@@ -15,6 +15,7 @@ from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.work import Work, work_of
 from ffebm_compiler.ir import Operation, Role
 from ffebm_compiler.passes.partition.partial_sums import PartialSums, partial_sums
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.plan_data import BlockPlan, PlanData
 
 __all__ = [
@@ -240,6 +241,7 @@ def predicted_sweeps(feedback: float, rtol: float) -> int:
     Raises:
         InputError: where κ or `rtol` is not strictly between 0 and 1.
     """
+    feedback, rtol = plain(feedback), plain(rtol)
     for name, value in (("feedback", feedback), ("rtol", rtol)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise InputError(f"{name} is {value!r}; expected a number strictly between 0 and 1")

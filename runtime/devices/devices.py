@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.devices.laws import (
     Drift,
     FlickerNoise,
@@ -95,6 +96,7 @@ class Devices:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         for field, (least, most) in _BITS.items():
             bits = getattr(self, field)
             whole = isinstance(bits, int) and not isinstance(bits, bool)

@@ -7,6 +7,7 @@ value that is checked when it is made, and evaluates on tensors.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain, plain_fields
 
 __all__ = ["Drift", "FlickerNoise", "LogLaw", "Relaxation", "checked_number", "checked_polynomial", "polynomial"]
 
+_LARGEST = sys.float_info.max
 _SMALLEST = 1e-6
 """The smallest relative conductance whose logarithm a law reads."""
 
@@ -29,10 +32,11 @@ def checked_number(
     Raises:
         InputError: it is no finite number in this range.
     """
+    value = plain(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if (
         not number
-        or not math.isfinite(value)  # type: ignore[arg-type]
+        or not -_LARGEST <= value <= _LARGEST  # type: ignore[operator]
         or not (value > least if above else value >= least)  # type: ignore[operator]
         or value > most  # type: ignore[operator]
     ):
@@ -48,7 +52,7 @@ def checked_polynomial(what: str, value: object) -> float | tuple[float, ...]:
     Raises:
         InputError: it is neither, or the polynomial is negative for a g from 0 to 1.
     """
-    if isinstance(value, int | float) or not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return checked_number(what, value, remedy="or the coefficients of a polynomial of g/g_max, lowest order first")
     if not value:
         raise InputError(f"{what} is empty; expected the coefficients of a polynomial of g/g_max, lowest order first")
@@ -87,6 +91,7 @@ class LogLaw:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        plain_fields(self)
         for name in ("slope", "offset"):
             checked_number(name, getattr(self, name), least=-math.inf)
         checked_number("low", self.low)
@@ -122,6 +127,7 @@ class Drift:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         for name in ("nu", "spread"):
             if not isinstance(getattr(self, name), LogLaw):
                 checked_number(name, getattr(self, name), most=10, remedy="or a LogLaw")
@@ -161,11 +167,16 @@ class Relaxation:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         before = checked_number("start", self.start, above=True)
+        for name in ("times", "sigmas"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise InputError(f"{name} is {given!r}; expected a tuple with an entry for each time, such as (60.0,)")
+        remedy = "later than start, when the programming error was measured"
         for index, time in enumerate(self.times):
-            before = checked_number(
-                f"times[{index}]", time, least=before, above=True, remedy="later than the one before"
-            )
+            before = checked_number(f"times[{index}]", time, least=before, above=True, remedy=remedy)
+            remedy = "later than the time before"
         if not self.times or len(self.times) != len(self.sigmas):
             raise InputError(
                 f"sigmas has {len(self.sigmas)} entries for {len(self.times)} times; expected one for each, and at "
@@ -207,6 +218,7 @@ class FlickerNoise:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         checked_number("amplitude", self.amplitude)
         checked_number("exponent", self.exponent)
         checked_number("most", self.most)

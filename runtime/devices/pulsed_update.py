@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.runtime.devices.devices import Devices, devices_of
 from ffebm_compiler.runtime.devices.laws import checked_number
 from ffebm_compiler.runtime.devices.pulses import PulsedWeights, PulseResponse
@@ -194,6 +195,7 @@ class TikiTaka(PulsedUpdate):
         self.auxiliary: list[Tensor] = []
         self.buffers: list[Tensor] = []
         super().__init__(optimizer, devices, parameters)
+        every = plain(every)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InputError(f"every is {every!r}; expected a number of steps of at least 1")
         self.every, self.rate = every, checked_number("rate", rate, above=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.devices.laws import checked_number
 
 __all__ = ["PulseResponse", "PulsedWeights"]
@@ -54,6 +55,7 @@ class PulseResponse:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         checked_number("step", self.step, most=1, above=True, remedy="a share of the bound")
         checked_number("asymmetry", self.asymmetry, least=-0.99, most=0.99)
         checked_number("softness", self.softness, most=1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.estimators.base import (
     Estimator,
     Gradients,
@@ -51,6 +52,7 @@ class TruncatedBackprop(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
             raise InputError(f"sweeps is {self.sweeps!r}; expected the number of sweeps to differentiate, at least 1")
         check_through_feedback(self.through_feedback)
@@ -93,6 +95,7 @@ class RecurrentBackprop(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         check_through_feedback(self.through_feedback)
 
     def gradients(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:

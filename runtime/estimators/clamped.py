@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
 from ffebm_compiler.runtime.estimators.nudge import SHARES, amplitudes, midpoint, scaled, settled_currents, weighted
@@ -61,6 +62,7 @@ class CoupledLearning(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         if isinstance(self.beta, bool) or not isinstance(self.beta, float | int) or not 0 < self.beta <= 10:
             raise InputError(f"beta is {self.beta!r}; expected a number in (0, 10], relative to the block's output")
         if self.variant not in ("positive", "negative", "centered"):
@@ -120,6 +122,7 @@ class ContrastiveLearning(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         number = isinstance(self.scale, float | int) and not isinstance(self.scale, bool)
         if not number or not 0 < self.scale < math.inf:
             raise InputError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.equilibrium_propagation import EquilibriumPropagation
 from ffebm_compiler.runtime.estimators.nudge import SHARES, midpoint, scaled, settled_currents, weighted
@@ -68,6 +69,7 @@ class CostNudge(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         if self.variant not in SHARES:
             raise InputError(f"variant is {self.variant!r}; expected 'positive', 'negative' or 'centered'")
         if self.cost not in COSTS:

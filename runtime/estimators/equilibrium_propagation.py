@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.activations.piecewise import Identity
 from ffebm_compiler.runtime.estimators.base import Estimator, Gradients, check_through_feedback, contract
 from ffebm_compiler.runtime.estimators.literal import contrast_of_read_states, read_nudged_states
@@ -80,7 +81,9 @@ class EquilibriumPropagation(Estimator):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if self.beta is not None and (not isinstance(self.beta, float | int) or not 0 < self.beta <= LARGEST):
+        plain_fields(self)
+        number = isinstance(self.beta, float | int) and not isinstance(self.beta, bool)
+        if self.beta is not None and (not number or not 0 < self.beta <= LARGEST):
             raise InputError(
                 f"beta is {self.beta!r}; expected a number in (0, {LARGEST}], relative to the block's output, or None, "
                 "by which a block chooses it"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain_fields
 
 __all__ = ["QuantisedBackprop", "largest_step", "quantised_error", "quantised_weight_gradient", "rescaled_gradient"]
 
@@ -46,6 +47,7 @@ class QuantisedBackprop:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not _LEAST <= self.bits <= _MOST:
             raise InputError(f"bits is {self.bits!r}; expected a whole number from {_LEAST} to {_MOST}")
         if not isinstance(self.scaling, bool):

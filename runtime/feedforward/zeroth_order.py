@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.one_derivative import IN_A_PART, refuse_batched, refuse_forward_mode, without_derivative
 
 __all__ = ["Perturbed", "PerturbedPart", "ZerothOrder", "directions"]
@@ -51,6 +52,7 @@ class ZerothOrder:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise InputError(f"samples is {self.samples!r}; expected a positive integer")
         number = isinstance(self.sigma, float | int) and not isinstance(self.sigma, bool)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.solvers.changes import (
     change_of,
     decided_change,
@@ -91,11 +92,12 @@ class Solver(ABC):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        plain_fields(self)
         if self.rtol is not None and not (isinstance(self.rtol, float | int) and 0 < self.rtol < 1):
             raise InputError(f"rtol is {self.rtol!r}; expected a number between 0 and 1, or None for the default")
         if self.late not in (None, True, False):
             raise InputError(f"late is {self.late!r}; expected True, False or None")
-        if not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:
+        if isinstance(self.max_sweeps, bool) or not isinstance(self.max_sweeps, int) or self.max_sweeps < 1:
             raise InputError(f"max_sweeps is {self.max_sweeps!r}; expected a positive integer")
         for name, allowed in (
             ("on_failure", ("isolate", "error", "warn")),
@@ -178,7 +180,8 @@ class GaussSeidel(Solver):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        if self.relaxation is not None and not (isinstance(self.relaxation, float | int) and 1 <= self.relaxation < 2):
+        number = isinstance(self.relaxation, float | int) and not isinstance(self.relaxation, bool)
+        if self.relaxation is not None and not (number and 1 <= self.relaxation < 2):
             raise InputError(f"relaxation is {self.relaxation!r}; expected a number from 1 to below 2, or None")
 
     def init(self, problem: FixedPoint) -> object:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import FabricError, FFEBMError, InputError, UnsupportedError
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.finite import check_inputs, check_weights
 from ffebm_compiler.runtime.program.block_program import BlockProgram
@@ -87,6 +88,7 @@ class Measured(Solver):
                 f"fabric is {'the class' if isinstance(fabric, type) else 'a'} {_name(fabric)}; expected an object "
                 "with the methods program(block, weights) and settle(inputs, nudge): see docs/hardware-in-the-loop.md"
             )
+        timeout = plain(timeout)
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
             raise InputError(f"timeout is {timeout!r}; expected seconds, a positive number, or None")
         super().__init__()

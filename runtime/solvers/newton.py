@@ -32,7 +32,7 @@ class NewtonCG(Solver):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        if not isinstance(self.slow, int | float) or not 0 <= self.slow < 1:
+        if isinstance(self.slow, bool) or not isinstance(self.slow, int | float) or not 0 <= self.slow < 1:
             raise InputError(f"slow is {self.slow!r}; expected a number from 0 (always correct) to below 1")
 
     def init(self, problem: FixedPoint) -> object:

@@ -53,6 +53,9 @@ class HybridModel(HybridCore):
         """How each block settles on given inputs: ρ, sweeps, residual and energy at every sweep.
 
         `sweeps` is the number of sweeps recorded, whatever the tolerance.
+
+        Raises:
+            InputError: `sweeps` is no whole number of at least 1.
         """
         from ffebm_compiler.reports.diagnosis import diagnose
 

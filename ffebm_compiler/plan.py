@@ -69,10 +69,14 @@ class Plan(PlanData):
         """The differences to another plan for the same model, to be printed.
 
         Raises:
-            PlanError: if the other plan has none of this plan's layers.
+            PlanError: if the other one is no plan, or has none of this plan's layers.
         """
         from ffebm_compiler.passes.partition.compare import diff_plans
 
+        if not isinstance(other, PlanData):
+            raise PlanError(
+                f"the other plan is a {type(other).__name__}; expected a Plan, from ffebm.plan() or hybrid.plan"
+            )
         return diff_plans(self, other)
 
     def advice(self) -> tuple[str, ...]:

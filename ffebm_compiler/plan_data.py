@@ -183,6 +183,8 @@ class PlanData:
         Raises:
             PlanError: the model has neither. Gives the closest names.
         """
+        if not isinstance(path, str):
+            raise PlanError(f"path is a {type(path).__name__}; expected a module path or a parameter name, a text")
         if path in self.weights:
             placement = self.weights[path]
             return (

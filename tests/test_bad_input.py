@@ -16,6 +16,7 @@ from networks import MLP, DigitsCNN, digits_cnn, mlp, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.passes.partition.compare import sweep
 
 
 def fails(
@@ -557,3 +558,39 @@ def test_compressed_sparse_buffers_are_refused_by_name(layout: torch.layout) -> 
         ffebm.InputError, match=r"'graph' is a sparse tensor of layout torch.sparse_cs[rc].*to_sparse_coo\(\)"
     ):
         ffebm.convert(model, noise(3, 4))
+
+
+# -- plans, reports and devices -------------------------------------------------------------------
+
+
+def test_arguments_of_plans_and_reports() -> None:
+    model, x = mlp()
+    plan = ffebm.plan(model, x)
+    hybrid = ffebm.convert(model, x)
+    fails(ffebm.PlanError, "the other plan is a NoneType; expected a Plan", plan.diff, None)
+    fails(ffebm.PlanError, "path is a NoneType; expected a module path", plan.explain, None)
+    for settings in ({"tile_rows": 64}, {"tile_rows": "64"}, ["tile_rows"], None):
+        fails(ffebm.HardwareError, "expected fields and lists of values", sweep, plan, settings)
+    for phases in (10**400, 0, True, 1.5):
+        fails(ffebm.InputError, "expected a whole number from 1 to 1000000", plan.cost_report, nudged_phases=phases)
+    for sweeps in (-1, 0, True, 1.5, None):
+        fails(ffebm.InputError, "expected the number of sweeps to record", hybrid.diagnose, x, sweeps=sweeps)
+    fails(ffebm.HardwareError, "path is a NoneType; expected the path of a .toml", ffebm.Hardware.from_file, None)
+
+
+def test_settings_of_devices() -> None:
+    fails(ffebm.InputError, "times is 1; expected a tuple with an entry for each time", ffebm.Relaxation, 1, 0.1)
+    fails(ffebm.InputError, "sigmas is 0.1; expected a tuple with an entry for", ffebm.Relaxation, (2,), 0.1)
+    wrong = r"times\[0\] is 0; expected a finite number above 1, later than start, when the programming error"
+    fails(ffebm.InputError, wrong, ffebm.Relaxation, (0, 1), (0.1, 0.2))
+    wrong = r"times\[1\] is 2; expected a finite number above 2, later than the time before"
+    fails(ffebm.InputError, wrong, ffebm.Relaxation, (2, 2), (0.1, 0.2))
+    fails(ffebm.InputError, "seconds is 1000", ffebm.convert(*mlp(), devices="pcm").age, 10**400)
+
+
+def test_a_count_of_costs_is_at_least_one() -> None:
+    model, x = mlp()
+    times = {"read_ns": 10, "adc_ns": 1, "dac_ns": 1}
+    none = ffebm.plan(model, x, hardware=ffebm.Hardware(costs={**times, "converters": 0}))
+    fails(ffebm.HardwareError, r"costs\['converters'\] is 0; expected at least 1, the converters of", none.cost_report)
+    assert ffebm.plan(model, x, hardware=ffebm.Hardware(costs={**times, "converters": 1})).cost_report().latency.known

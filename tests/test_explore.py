@@ -118,6 +118,17 @@ def test_table_and_files(tmp_path: Path) -> None:
     assert "iframe" in found._repr_html_()
 
 
+def test_hardware_without_room_for_a_layer_is_listed_or_refused() -> None:
+    x, model = task()
+    tiny = ffebm.Hardware(tile_rows=1, tile_cols=1, tiles_per_core=1, name="tiny")
+    found = ffebm.explore(model, x, score, hardware=[tiny, "crossbar-64"])
+    assert [point.hardware for point in found.points] == ["crossbar-64"]
+    (refused,) = found.refused
+    assert refused.reason.startswith("no layer of the network is analog on tiny (0: ")
+    with pytest.raises(ffebm.InputError, match=r"no layer of the network is analog on tiny .*there is nothing to expl"):
+        ffebm.explore(model, x, score, hardware=[tiny])
+
+
 def test_what_is_not_possible_is_listed() -> None:
     unrolled = ffebm.Hardware(conv_mapping="unrolled", name="unrolled")
     torch.manual_seed(0)

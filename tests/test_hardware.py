@@ -493,3 +493,9 @@ def test_resolve_refuses_other_types(value: Any) -> None:
 def test_hardware_errors_are_package_and_value_errors() -> None:
     assert issubclass(HardwareError, FFEBMError)
     assert issubclass(HardwareError, ValueError)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.toml", "tile_rows = 64\n"), ("a.json", '{"tile_rows": 64}')])
+def test_files_may_begin_with_the_mark_of_their_encoding(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert Hardware.from_file(tmp_path / name).tile_rows == 64

@@ -91,6 +91,8 @@ class _Work:
 
     def _measured(self, choice: _Choice) -> Found:
         hybrid = self.hybrid(choice.hardware)
+        if not hybrid.plan.blocks:
+            raise UnsupportedError(_all_digital(hybrid))
         hybrid.set_feedback(choice.feedback)
         measure = Measure(hybrid, self.evaluate, choice.devices or _IDEAL, self.age)
         held: tuple[str, ...] = ()
@@ -178,7 +180,7 @@ def explore(
     """
     if not callable(evaluate):
         raise InputError(f"evaluate is a {type(evaluate).__name__}; expected a function of a network")
-    whole_number("draws", draws, 1)
+    draws = whole_number("draws", draws, 1)
     checked_number("age", age, remedy="seconds since the devices were programmed")
     check_executor(executor)
     fabrics = [resolve_hardware(each) for each in _listed("hardware", hardware)]
@@ -195,7 +197,11 @@ def explore(
         }.values()
     )
     work = _Work(model, example_inputs, kwargs, evaluate, options, draws, float(age))
-    hybrid = work.hybrid(fabrics[0])
+    hybrid = next((made for fabric in fabrics if (made := work.hybrid(fabric)).plan.blocks), work.hybrid(fabrics[0]))
+    if not hybrid.plan.blocks:
+        raise InputError(
+            f"{_all_digital(hybrid)}: there is nothing to explore. Give hardware with larger cores or without limits"
+        )
     source = check_repeats(
         Measure(hybrid, evaluate, _IDEAL), Setting("source", "the source's own computation", settling=())
     )
@@ -222,6 +228,12 @@ def explore(
             except InputError as error:
                 raise InputError(f"{journal.path}: {error}") from error
     return Exploration(hybrid.plan.model, source, higher_is_better, tuple(points), tuple(refused))
+
+
+def _all_digital(hybrid: HybridModel) -> str:
+    """That a fabric holds no layer, with the reason of the first one."""
+    why = next((f" ({layer}: {reason})" for layer, reason in hybrid.plan.rejected.items()), "")
+    return f"no layer of the network is analog on {hybrid.plan.hardware.name}{why}"
 
 
 def _listed(name: str, values: object) -> list[Any]:

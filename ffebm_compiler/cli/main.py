@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -133,6 +134,8 @@ def check(
 
     Example: ffebm check ffebm_compiler.demo.models:DigitsCNN --input 4x1x8x8 --fold-batchnorm --min-cosine 0.999
     """
+    if min_cosine is not None and math.isnan(min_cosine):
+        raise ffebm.InputError("--min-cosine is nan, which no cosine reaches: give a number such as 0.999")
     hybrid, args, kwargs = settings.converted()
     given = dict(zip(inspect.signature(hybrid).parameters, args, strict=False)) | kwargs if kwargs else args
     report = ffebm.check_gradients(hybrid, given, _random_loss)

@@ -65,7 +65,7 @@ def read_json(path: str | Path, what: str, error: type[FFEBMError], remedy: str)
     if len(data) > _MOST_BYTES:
         raise error(f"{what} {path} is larger than {_MOST_BYTES >> 20} MiB, which no file of this kind is: {remedy}")
     try:
-        return parse_json(data.decode("utf-8"))
+        return parse_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as cause:
         raise error(f"{path} is not UTF-8 (byte {cause.start}: {cause.reason}): {remedy}") from cause
     except ValueError as cause:

@@ -98,7 +98,7 @@ def constants_of(hardware: Hardware) -> dict[str, Constant]:
     """The constants for a fabric. Those in its own `costs` replace the model's.
 
     Raises:
-        HardwareError: `hardware.costs` names a constant that the model does not have.
+        HardwareError: `hardware.costs` names a constant that the model does not have, or has a count below 1.
     """
     found = {constant.name: constant for constant in _defaults(hardware)}
     own: Mapping[str, float] = hardware.costs or {}
@@ -108,6 +108,11 @@ def constants_of(hardware: Hardware) -> dict[str, Constant]:
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(found)}"
             raise HardwareError(f"costs names {name!r}, which the cost model does not have: {hint}")
         unit = found[name].value.unit
+        if not unit and value < 1:  # a count
+            raise HardwareError(
+                f"costs[{name!r}] is {value:g}; expected at least 1, the {found[name].what}, or leave it out where it "
+                "is not known"
+            )
         found[name] = replace(
             found[name], value=Quantity(value, value, unit), source=f"given in Hardware {hardware.name!r}"
         )

@@ -8,6 +8,7 @@ capacity means unlimited.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
@@ -210,6 +211,8 @@ class Hardware:
         Raises:
             HardwareError: the file cannot be read or parsed, or describes no hardware; names file and key.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise HardwareError(f"path is a {type(path).__name__}; expected the path of a .toml or .json file")
         path = Path(path)
         values = read_table(path, _OPTIONAL)
         try:

@@ -23,7 +23,7 @@ def read_table(path: Path, optional: Collection[str]) -> dict[str, Any]:
     if suffix not in (".toml", ".json"):
         raise HardwareError(f"{path}: a hardware file must end in .toml or .json")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark of its encoding
     except (OSError, ValueError) as error:
         raise HardwareError(f"{path}: cannot be read ({error})") from error
     try:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.files.checked_json import short
 from ffebm_compiler.hardware.costs import Constant, Quantity, constants_of
 from ffebm_compiler.hardware.work import Work
 from ffebm_compiler.ir import Role
@@ -43,6 +44,7 @@ from ffebm_compiler.passes.partition.block_costs import (
     predicted_sweeps,
     total_work,
 )
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.plan_data import PlanData
 from ffebm_compiler.reports.text import count, table_text
 
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
 
 __all__ = ["BlockCost", "CostReport", "cost_report", "cost_report_of", "predicted_sweeps"]
+
+_MOST_PHASES = 10**6
+"""Far more than any estimator has. Energies of more would leave the range of floats at last."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,9 @@ def cost_report(
         HardwareError: where `costs` of the hardware names an unknown constant.
     """
     expected = predicted_sweeps(feedback, rtol)
-    if isinstance(nudged_phases, bool) or not isinstance(nudged_phases, int) or nudged_phases < 1:
-        raise InputError(f"nudged_phases is {nudged_phases!r}; expected a whole number of at least 1")
+    nudged_phases = plain(nudged_phases)
+    if isinstance(nudged_phases, bool) or not isinstance(nudged_phases, int) or not 1 <= nudged_phases <= _MOST_PHASES:
+        raise InputError(f"nudged_phases is {short(nudged_phases)}; expected a whole number from 1 to {_MOST_PHASES}")
     constants = constants_of(plan.hardware)
     known = dict(sweeps or {})
     users = plan.graph.users()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ffebm_compiler.errors import InputError
+from ffebm_compiler.plain_numbers import plain
 from ffebm_compiler.reports.text import table_text
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.frame import Frame
@@ -86,11 +88,17 @@ def diagnose(hybrid: HybridCore, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """Run the hybrid in eval mode, then run and record each block's free phase again for a number of sweeps.
 
     With devices it is that of the weights that they hold, read without noise.
+
+    Raises:
+        InputError: `sweeps` is no whole number of at least 1.
     """
+    count = plain(sweeps)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise InputError(f"sweeps is {sweeps!r}; expected the number of sweeps to record, at least 1")
     with hybrid._evaluating():
         with hybrid.recording() as record:
             hybrid(*args, **kwargs)
-        blocks = {block.name: _diagnose(block, record[block.name][0], sweeps) for block in hybrid.blocks}
+        blocks = {block.name: _diagnose(block, record[block.name][0], count) for block in hybrid.blocks}
     return Diagnosis(blocks)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -257,9 +257,13 @@ def sweep(
     from itertools import product
 
     base = plan.hardware.to_dict()
-    for name, choices in settings.items():
-        if isinstance(choices, str | bytes):
-            raise HardwareError(f"sweep needs a list of values for {name!r}, got {choices!r}")
+    listed = isinstance(settings, Mapping) and all(
+        isinstance(choices, Iterable) and not isinstance(choices, str | bytes) for choices in settings.values()
+    )
+    if not listed:
+        raise HardwareError(
+            f"settings is {settings!r}; expected fields and lists of values: {{'tile_rows': [64, 128]}}"
+        )
     rows = []
     split = _has_parts(plan.graph)
     for values in product(*settings.values()):

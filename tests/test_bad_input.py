@@ -569,10 +569,15 @@ def test_arguments_of_plans_and_reports() -> None:
     hybrid = ffebm.convert(model, x)
     fails(ffebm.PlanError, "the other plan is a NoneType; expected a Plan", plan.diff, None)
     fails(ffebm.PlanError, "path is a NoneType; expected a module path", plan.explain, None)
-    for settings in ({"tile_rows": 64}, {"tile_rows": "64"}, ["tile_rows"], None):
-        fails(ffebm.HardwareError, "expected fields and lists of values", sweep, plan, settings)
+    fails(ffebm.HardwareError, "sweep needs a list of values for 'tile_rows', got 64", sweep, plan, {"tile_rows": 64})
+    fails(ffebm.HardwareError, "sweep needs fields with lists of values, as .*, got None", sweep, plan, None)
     for phases in (10**400, 0, True, 1.5):
-        fails(ffebm.InputError, "expected a whole number from 1 to 1000000", plan.cost_report, nudged_phases=phases)
+        fails(
+            ffebm.InputError,
+            "expected a whole number of at least 1 and at most 1000000",
+            plan.cost_report,
+            nudged_phases=phases,
+        )
     for sweeps in (-1, 0, True, 1.5, None):
         fails(ffebm.InputError, "expected the number of sweeps to record", hybrid.diagnose, x, sweeps=sweeps)
     fails(ffebm.HardwareError, "path is a NoneType; expected the path of a .toml", ffebm.Hardware.from_file, None)

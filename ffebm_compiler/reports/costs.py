@@ -195,7 +195,9 @@ def cost_report(
     expected = predicted_sweeps(feedback, rtol)
     nudged_phases = plain(nudged_phases)
     if isinstance(nudged_phases, bool) or not isinstance(nudged_phases, int) or not 1 <= nudged_phases <= _MOST_PHASES:
-        raise InputError(f"nudged_phases is {short(nudged_phases)}; expected a whole number from 1 to {_MOST_PHASES}")
+        raise InputError(
+            f"nudged_phases is {short(nudged_phases)}; expected a whole number of at least 1 and at most {_MOST_PHASES}"
+        )
     constants = constants_of(plan.hardware)
     known = dict(sweeps or {})
     users = plan.graph.users()

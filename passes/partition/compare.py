@@ -257,13 +257,11 @@ def sweep(
     from itertools import product
 
     base = plan.hardware.to_dict()
-    listed = isinstance(settings, Mapping) and all(
-        isinstance(choices, Iterable) and not isinstance(choices, str | bytes) for choices in settings.values()
-    )
-    if not listed:
-        raise HardwareError(
-            f"settings is {settings!r}; expected fields and lists of values: {{'tile_rows': [64, 128]}}"
-        )
+    if not isinstance(settings, Mapping):
+        raise HardwareError(f"sweep needs fields with lists of values, as {{'tile_rows': [64, 128]}}, got {settings!r}")
+    for name, choices in settings.items():
+        if isinstance(choices, str | bytes) or not isinstance(choices, Iterable):
+            raise HardwareError(f"sweep needs a list of values for {name!r}, got {choices!r}")
     rows = []
     split = _has_parts(plan.graph)
     for values in product(*settings.values()):

@@ -9,6 +9,7 @@ from typing import Any
 import networks
 import pytest
 import torch
+import torch.nn.attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -192,6 +193,15 @@ def test_every_operation_draws_in_another_dtype(name: str) -> None:
     for have, want in zip(*(each if isinstance(each, tuple) else (each,) for each in (found, wanted)), strict=True):
         assert have.dtype == (torch.float64 if want.is_floating_point() else want.dtype)
         torch.testing.assert_close(have.to(want.dtype), want)
+
+
+def test_attention_without_dropout_stays_exact() -> None:
+    x = networks.noise(1, 1, 3, 4).double().requires_grad_()
+    with DrawnIn(torch.float32), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        found = F.scaled_dot_product_attention(x, x, x)
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+    (wanted,) = torch.autograd.grad(F.scaled_dot_product_attention(x, x, x).sum(), x)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_a_gradient_that_is_no_number_is_the_worst() -> None:

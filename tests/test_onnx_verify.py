@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import networks
 import onnx
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
 from ffebm_compiler.onnx import verify
-from ffebm_compiler.onnx.verify import TOLERANCE, deviation
+from ffebm_compiler.onnx.verify import TOLERANCE
 
 FFEBM = Path(sys.executable).with_name("ffebm")
 CNN = ["ffebm_compiler.demo.models:DigitsCNN", "--input", "2x1x8x8"]
@@ -123,11 +126,108 @@ def test_inputs_by_name_integers_and_a_fixed_batch(tmp_path: Path) -> None:
     assert list(verify(fixed, fixed.export_onnx(tmp_path / "b", parts="digital"), (tokens, scale))) == [2]
 
 
-def test_the_deviation_is_of_floating_outputs_where_there_are_any() -> None:
-    one, two = torch.tensor([1.0]), torch.tensor([2.0])
-    number = torch.tensor([4])
-    assert deviation([two, number], [one, number + 1]) == 1.0
-    assert deviation([number], [number + 1]) == pytest.approx(0.2)
+class Ends(nn.Module):
+    """A layer, and a function of what it computes."""
+
+    def __init__(self, end: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.end, self.layer = end, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.end(self.layer(x), x)
+
+
+def ends(end: Callable[[Tensor, Tensor], Any]) -> tuple[ffebm.HybridModel, Tensor]:
+    x = networks.noise(3, 4)
+    return ffebm.convert(networks.seeded(lambda: Ends(end)), x).eval(), x
+
+
+@pytest.mark.parametrize("parts", [None, "digital"])
+def test_integer_outputs_count_beside_floating_ones(tmp_path: Path, parts: str | None) -> None:
+    hybrid, x = ends(lambda y, x: (2 * x, y.argmax(1)))
+    path = hybrid.export_onnx(tmp_path / "out", parts=parts)
+    assert max(verify(hybrid, path, x).values()) < 1e-5
+    with torch.no_grad():
+        dict(hybrid.named_parameters())["layer.bias"][0] += 100  # which changes the labels alone
+    with pytest.raises(
+        ffebm.ExportError, match=r"deviates from the hybrid by (6.7e-01|8.3e-01|1.0e\+00) in onnxruntime"
+    ):
+        verify(hybrid, path, x)
+
+
+@pytest.mark.parametrize("parts", [None, "digital"])
+def test_infinite_values_and_nan_of_both_are_no_deviation(tmp_path: Path, parts: str | None) -> None:
+    hybrid, x = ends(lambda y, x: (y.masked_fill(x < 0, -math.inf), torch.full_like(y, math.nan)))
+    assert max(verify(hybrid, hybrid.export_onnx(tmp_path / "out", parts=parts), (x,)).values()) < 1e-5
+
+
+@pytest.mark.parametrize("parts", [None, "digital"])
+@pytest.mark.parametrize(
+    "end", [lambda y, x: y + torch.rand_like(y), lambda y, x: nn.functional.dropout(y, 0.5, True)], ids=["rand", "drop"]
+)
+def test_a_network_that_draws_cannot_be_verified(
+    tmp_path: Path, parts: str | None, end: Callable[[Tensor, Tensor], Any]
+) -> None:
+    hybrid, x = ends(end)
+    path = hybrid.export_onnx(tmp_path / "out", parts=parts)
+    with pytest.raises(
+        ffebm.ExportError, match=r"draws random numbers in eval mode \((rand_like|bernoulli)\), of which"
+    ):
+        verify(hybrid, path, (x,))
+
+
+@pytest.mark.parametrize("parts", [None, "digital"])
+def test_an_export_of_another_model_is_named_as_such(tmp_path: Path, parts: str | None) -> None:
+    hybrid, x = ends(lambda y, x: y)
+    path = hybrid.export_onnx(tmp_path / "out", parts=parts)
+    more, _ = ends(lambda y, x: (y, y.sum()))
+    with pytest.raises(
+        ffebm.ExportError, match=r"returns float32 \(3, 4\), and the hybrid returns .*, float32 \(\)\. V"
+    ):
+        verify(more, path, (x,))
+    wider = networks.noise(3, 5)
+    other = ffebm.convert(nn.Linear(5, 4), wider).eval()
+    with pytest.raises(
+        ffebm.ExportError, match=r"no export of this hybrid: it takes \w+ \(batch, 4\), and the hybrid ta"
+    ):
+        verify(other, path, (wider,))
+
+
+@pytest.mark.parametrize("parts", [None, "digital"])
+@pytest.mark.parametrize(
+    ("end", "name"),
+    [
+        (lambda y, x: (y, torch.fft.fft(y)), "the network's output 1"),
+        (lambda y, x: (y, 1j * x), "the network's output 1"),
+    ],
+)
+def test_complex_outputs_are_refused(
+    tmp_path: Path, parts: str | None, end: Callable[[Tensor, Tensor], Any], name: str
+) -> None:
+    hybrid, _ = ends(end)
+    with pytest.raises(ffebm.ExportError, match=rf"{name} is complex64, and an exported file takes and returns real n"):
+        hybrid.export_onnx(tmp_path / "out", parts=parts)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("parts", [None, "digital"])
+def test_complex_values_inside_are_exported(tmp_path: Path, parts: str | None) -> None:
+    hybrid, x = ends(lambda y, x: torch.view_as_real(torch.fft.fft(y)))
+    assert max(verify(hybrid, hybrid.export_onnx(tmp_path / "out", parts=parts), (x,)).values()) < 1e-5
+
+
+def test_complex_inputs_are_refused(tmp_path: Path) -> None:
+    class Real(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.layer(z.real)
+
+    hybrid = ffebm.convert(Real(), torch.complex(networks.noise(3, 4), networks.noise(3, 4)))
+    with pytest.raises(ffebm.ExportError, match=r"the network's input 'z' is complex64, and"):
+        hybrid.export_onnx(tmp_path / "out.onnx")
 
 
 def test_an_operator_that_onnxruntime_has_not_in_float64(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS, manifest_of
 from ffebm_compiler.onnx.mode import warn_of_train_mode, warn_of_written_state
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.split import part_of
-from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
+from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value, refuse_complex
 from ffebm_compiler.onnx.trace import Trace
 from ffebm_compiler.runtime.feedforward.casts import without_autocast
 
@@ -52,7 +52,8 @@ def export_digital(
         The folder.
 
     Raises:
-        ExportError: where onnx is not installed, an operation has no ONNX form or the folder cannot be written.
+        ExportError: where onnx is not installed, an operation has no ONNX form, a value outside of the parts is
+            complex, or the folder cannot be written.
     """
     onnx = package("onnx")
     package("onnxscript")
@@ -60,6 +61,7 @@ def export_digital(
     warn_of_written_state(hybrid)
     progress("tracing")
     steps = Steps.of(hybrid)
+    refuse_complex(steps, between=True)
     with export_folder(folder) as fresh:
         files: dict[str, str] = {}
         for step, model in part_models(steps, hybrid, fuse_batchnorm):

@@ -24,7 +24,7 @@ from ffebm_compiler.onnx.manifest import MANIFEST, seal
 from ffebm_compiler.onnx.model_file import write_model
 from ffebm_compiler.onnx.packages import package
 from ffebm_compiler.onnx.static_int8 import static_int8
-from ffebm_compiler.onnx.verify import deviation
+from ffebm_compiler.reports.deviation import largest_deviation
 
 __all__ = ["ARITHMETIC", "OPERATIONS", "Quantised", "QuantisedPart", "quantise"]
 
@@ -48,7 +48,10 @@ class QuantisedPart:
     operations: int
     """Operations in int8."""
     deviation: float
-    """The largest ‖int8 − float‖ / ‖float‖ of its outputs, on the calibration inputs of this part."""
+    """The largest ‖int8 − float‖ / ‖float‖ of its outputs, on the calibration inputs of this part.
+
+    Of integers and booleans it is the share of values that differ.
+    """
     reason: str = ""
     """Why the part was left as it was; empty if it was quantised."""
 
@@ -133,7 +136,7 @@ def quantise(
         manifest["int8"] = {"deviation": 0.0}
         _write(fresh, manifest)
         result = load(fresh.path)
-        overall = max(deviation(result.run(batch), exported.run(batch)) for batch in given)
+        overall = max(largest_deviation(result.run(batch), exported.run(batch)) for batch in given)
         manifest["int8"] = {"deviation": overall}
         _write(fresh, manifest)
     return Quantised(target, parts, overall)
@@ -162,7 +165,7 @@ def _part(
     worst = 0.0
     for feed, batch in zip(feeds, values, strict=True):
         have = [torch.from_numpy(value) for value in session.run(step["outputs"], feed)]
-        worst = max(worst, deviation(have, [batch[name] for name in step["outputs"]]))
+        worst = max(worst, largest_deviation(have, [batch[name] for name in step["outputs"]]))
     return QuantisedPart(_count(model, found), worst)
 
 
@@ -193,7 +196,7 @@ def _file(path: Path, target: Path, batches: Sequence[Inputs], operations: Seque
     write_model(target, ir.serde.deserialize_model(quantised), tensors_beside=is_large)
     int8 = session_of(target)
     pairs = zip(feeds, wanted, strict=True)
-    worst = max(deviation(_tensors(int8.run(None, feed)), expected) for feed, expected in pairs)
+    worst = max(largest_deviation(_tensors(int8.run(None, feed)), expected) for feed, expected in pairs)
     return Quantised(target, {path.name: QuantisedPart(_count(quantised, found), worst)}, worst)
 
 

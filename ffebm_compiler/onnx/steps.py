@@ -23,7 +23,7 @@ from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.blocks import FeedforwardBlock
 from ffebm_compiler.static_values import static_value
 
-__all__ = ["Operand", "Step", "Steps", "Value"]
+__all__ = ["Operand", "Step", "Steps", "Value", "refuse_complex"]
 
 _FREE = 6
 """The number that stands for a free size while tracing if the capture's own is 1."""
@@ -91,6 +91,33 @@ class Steps:
         """
         with hybrid.in_mode(False):
             return _Reader(hybrid).read()
+
+
+def refuse_complex(steps: Steps, between: bool) -> None:
+    """Refuse complex values that a file would take or return, for which the exporter writes pairs of real numbers.
+
+    Args:
+        steps: the hybrid.
+        between: whether every part is a file of its own, so that this is so for what passes between them too.
+
+    Raises:
+        ExportError: the network takes or returns such a value, or one passes between its parts.
+    """
+    remedy = "let the network take and return real ones, such as torch.view_as_real of it"
+    ports: list[tuple[str, Value | Tensor | None, str]] = [
+        *((f"the network's input {value.name!r}", value, remedy) for value in steps.inputs),
+        *(
+            (f"the network's output {index}", item.value or item.tensor, remedy)
+            for index, item in enumerate(steps.outputs)
+        ),
+    ]
+    if between:
+        remedy = "export the whole hybrid as one file, inside of which there may be complex values"
+        ports += [(f"what {step.name} hands on", value, remedy) for step in steps.steps for value in step.outputs]
+    for name, port, remedy in ports:
+        dtype = "" if port is None else str(port.dtype).removeprefix("torch.")
+        if dtype.startswith("complex"):
+            raise ExportError(f"{name} is {dtype}, and an exported file takes and returns real numbers alone: {remedy}")
 
 
 class _Reader:

@@ -17,7 +17,7 @@ from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_
 from ffebm_compiler.onnx.mode import warn_of_train_mode, warn_of_written_state
 from ffebm_compiler.onnx.model_file import write_model
 from ffebm_compiler.onnx.packages import package
-from ffebm_compiler.onnx.steps import Step, Steps, Value
+from ffebm_compiler.onnx.steps import Step, Steps, Value, refuse_complex
 from ffebm_compiler.onnx.trace import Trace
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.feedforward.casts import without_autocast
@@ -78,7 +78,8 @@ def export_whole(
         The path.
 
     Raises:
-        ExportError: where onnx is not installed, an operation has no ONNX form or the path cannot be written.
+        ExportError: where onnx is not installed, an operation has no ONNX form, an input or output is complex, or the
+            path cannot be written.
     """
     package("onnx")
     package("onnxscript")
@@ -86,6 +87,7 @@ def export_whole(
     warn_of_written_state(hybrid)
     progress("tracing")
     steps = Steps.of(hybrid)
+    refuse_complex(steps, between=False)
     functions = {step.name: block_function(step) for step in steps.steps if step.energy}
     try:
         model = _trace(hybrid, steps, functions).export(fuse_batchnorm)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.passes.unchanged import generators_unchanged
 
-__all__ = ["DrawnIn", "noise_apart"]
+__all__ = ["DrawnIn", "DrawsNoted", "noise_apart"]
 
 
 class DrawnIn(TorchDispatchMode):
@@ -33,9 +33,14 @@ class DrawnIn(TorchDispatchMode):
         self.dtype, self.computed = dtype, computed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation."""
+        """Run an operation. What it would compute without this mode says whether it draws."""
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
+        before = _states()
+        results = func(*args, **(kwargs or {}))
+        if not _have_changed(before):
+            return results
+        _restore(before)
         given, structure = pytree.tree_flatten((args, kwargs or {}))
         cast = [self._cast(leaf, self.computed, self.dtype) for leaf in given]
         some_args, some_kwargs = pytree.tree_unflatten(cast, structure)
@@ -53,6 +58,39 @@ class DrawnIn(TorchDispatchMode):
         if isinstance(leaf, Tensor):
             return leaf.to(after) if leaf.dtype is before else leaf
         return after if leaf is before else leaf
+
+
+class DrawsNoted(TorchDispatchMode):
+    """Notes the operations that draw random numbers, by torch's names of them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        before = _states()
+        results = func(*args, **(kwargs or {}))
+        if _have_changed(before):
+            self.names.add(func._schema.name.removeprefix("aten::").removesuffix("_"))
+        return results
+
+
+def _states() -> list[Tensor]:
+    """The states of torch's generators. An operation that may draw, such as attention with dropout, need not do so."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _have_changed(before: list[Tensor]) -> bool:
+    return not all(torch.equal(state, former) for state, former in zip(_states(), before, strict=False))
+
+
+def _restore(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

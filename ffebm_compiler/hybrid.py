@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError, UnsupportedError
+from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.plan import Plan
@@ -131,7 +132,7 @@ class HybridModel(HybridCore):
         other options, and `loop_gains` (from `drawing.loop_gain_points`) a slider of deviation against loop gain.
 
         Raises:
-            InputError: where a measurement is of another hybrid.
+            InputError: where a measurement is of another hybrid, or is none.
             ExportError: where the path cannot be written or the layout library is missing.
         """
         from ffebm_compiler.drawing import deviation_overlay, gradient_overlay, save_html
@@ -162,7 +163,7 @@ class HybridModel(HybridCore):
         Raises:
             ExportError: where onnx is not installed, an operation has no ONNX form, the path cannot be written, or
                 the weights are on devices with noise of reads or with converters.
-            InputError: for another value of `parts`.
+            InputError: for another value of `parts`, or a path that is none.
         """
         from ffebm_compiler.device_state import check_exportable_devices
         from ffebm_compiler.onnx import export_digital, export_whole
@@ -174,7 +175,8 @@ class HybridModel(HybridCore):
                 f"parts is {given}; expected 'digital', or nothing for the whole hybrid, which knows its inputs"
             )
         export = export_whole if parts is None else export_digital
-        return export(self, Path(path), fuse_batchnorm=fuse_batchnorm)
+        expected = "the file to write, such as 'hybrid.onnx'" if parts is None else "the folder to write"
+        return export(self, path_of(path, expected), fuse_batchnorm=fuse_batchnorm)
 
     def export_spice(
         self,

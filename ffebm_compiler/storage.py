@@ -19,6 +19,7 @@ from torch import Tensor
 from ffebm_compiler.errors import ExportError
 from ffebm_compiler.example_inputs import check_described
 from ffebm_compiler.files.checked_json import Malformed
+from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.files.whole_files import saying
 from ffebm_compiler.files.whole_folders import whole_folder
 from ffebm_compiler.hybrid_state import state_of
@@ -42,7 +43,7 @@ def save(hybrid: HybridCore, path: str | Path) -> None:
         ExportError: the path cannot be written or holds something else, or a setting of the
             hybrid cannot be stored.
     """
-    target = Path(path)
+    target = path_of(path, "the folder to write")
     conversion = hybrid.conversion
     if conversion is None or conversion.dynamic_shapes == "custom":
         raise ExportError(

@@ -10,13 +10,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import MLP, DigitsCNN, digits_cnn, mlp, noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler import drawing, onnx
 from ffebm_compiler.passes.partition.compare import sweep
+from ffebm_compiler.reports.numbers import number_of
 
 
 def fails(
@@ -433,6 +436,67 @@ def test_check_gradients_needs_a_scalar_loss_and_a_parameter() -> None:
     hybrid.requires_grad_(False)
     with pytest.raises((ffebm.GradientError, RuntimeError)):
         ffebm.check_gradients(hybrid, x, lambda y: y.sum())
+
+
+@pytest.mark.parametrize("path", [None, 5, b"hybrid.onnx"])
+def test_paths_that_are_none(path: Any) -> None:
+    model, x = mlp()
+    hybrid = ffebm.convert(model, x)
+    told = rf"is {re.escape(repr(path))}; expected the name of "
+    fails(ffebm.InputError, f"path {told}the file to write, such as 'hybrid.onnx'", hybrid.export_onnx, path)
+    fails(ffebm.InputError, f"path {told}the folder to write", hybrid.export_onnx, path, parts="digital")
+    fails(ffebm.InputError, f"path {told}the folder to write", hybrid.save, path)
+    fails(ffebm.InputError, f"path {told}the export", onnx.verify, hybrid, path, (x,))
+    fails(ffebm.InputError, f"folder {told}the folder of an export", onnx.run, path, x)
+    fails(ffebm.InputError, f"folder {told}the export", onnx.quantise, path, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "made"),
+    [
+        ("comparison", "Comparison", "hybrid.compare"),
+        ("gradients", "GradientReport", "ffebm.check_gradients"),
+        ("diagnosis", "Diagnosis", "hybrid.diagnose"),
+        ("loop_gains", "Sequence", "drawing.loop_gain_points"),
+    ],
+)
+def test_measurements_of_another_kind(tmp_path: Any, name: str, kind: str, made: str) -> None:
+    model, x = mlp()
+    hybrid = ffebm.convert(model, x)
+    told = rf"{name} is a int; expected a {kind}, which {re.escape(made)}"
+    fails(ffebm.InputError, told, hybrid.save_html, tmp_path / "page.html", **{name: 5})
+    told = "a point of loop_gains is a str; expected a GainPoint"
+    fails(ffebm.InputError, told, hybrid.save_html, tmp_path / "page.html", loop_gains="a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (torch.tensor([0.5, 0.4]), r"Tensor and shape \(2,\)"),
+        (np.array([0.5, 0.4]), r"ndarray and shape \(2,\)"),
+        (torch.tensor([]), r"Tensor and shape \(0,\)"),
+        ([0.5], "list"),
+        (np.bool_(True), "bool"),
+        (torch.tensor(1j), "complex"),
+    ],
+)
+def test_what_evaluate_may_not_return(found: Any, told: str) -> None:
+    model, x = mlp()
+    hybrid = ffebm.convert(model, x)
+    told = rf"evaluate returned an object of type {told} "
+    fails(ffebm.InputError, told + "with the source", ffebm.sensitivity, hybrid, lambda _: found, "pcm", draws=1)
+    fails(ffebm.InputError, told + "at loop gain 0.01", drawing.feedback_sweep, hybrid, lambda _: found)
+    fails(ffebm.InputError, told, drawing.loop_gain_points, hybrid, x, evaluate=lambda _: found)
+
+
+@pytest.mark.parametrize("found", [0.5, torch.tensor([[0.5]]), np.array([0.5]), np.float32(0.5), np.array(0.5)])
+def test_what_evaluate_may_return(found: Any) -> None:
+    assert number_of(found, "") == 0.5
+
+
+def test_a_number_beyond_the_largest_is_infinite() -> None:
+    assert number_of(10**400, "") == float("inf")
 
 
 # -- equilibria that do not exist ----------------------------------------------------------------

@@ -407,6 +407,12 @@ def test_a_value_that_nothing_gives_is_refused(folder: Path) -> None:
         (torch.zeros(2, 1, 8, 8, dtype=torch.int64), "input 'x' has dtype torch.int64, expected torch.float32"),
         ([], r"takes 1 inputs \(x\), got 0 tensors"),
         ({"y": torch.zeros(2, 1, 8, 8)}, r"takes 1 inputs \(x\), got y"),
+        (None, r"inputs is a NoneType; expected a tensor or an array, a sequence of them in the order x, or"),
+        ("x", r"inputs is a str; expected a tensor"),
+        ([None], r"input 'x' is a NoneType that is no tensor of numbers"),
+        ([{"x": torch.zeros(2, 1, 8, 8)}], r"input 'x' is a dict that is no tensor of numbers; .* one by one"),
+        ([[[1.0], [1.0, 2.0]]], r"input 'x' is a list that is no tensor of numbers"),
+        (torch.zeros(2, 1, 8, 8).to_sparse(), r"input 'x' is a sparse tensor, expected a dense one"),
     ],
 )
 def test_wrong_inputs_are_refused(cnn: tuple[ffebm.HybridModel, Tensor, Path], inputs: Any, message: str) -> None:

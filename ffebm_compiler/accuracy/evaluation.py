@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from ffebm_compiler.errors import FFEBMError, InputError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.passes.unchanged import generators_unchanged
 from ffebm_compiler.plain_numbers import plain
+from ffebm_compiler.reports.numbers import number_of
 from ffebm_compiler.runtime.devices.devices import Devices
 
 __all__ = [
@@ -72,17 +72,7 @@ def value_of(evaluate: Evaluate, model: nn.Module, told: str) -> float:
             f"evaluate raised an error with {told}: {type(error).__name__}: {said}. "
             "It is called with a network in evaluation mode and returns a number"
         ) from error
-    if isinstance(found, Tensor) and found.numel() == 1:
-        found = found.item()
-    if isinstance(found, bool) or (not isinstance(found, int | float) and not hasattr(found, "__float__")):
-        raise InputError(
-            f"evaluate returned an object of type {type(found).__name__} with {told}; expected a number such as an "
-            "accuracy"
-        )
-    try:
-        number = float(found)
-    except OverflowError:  # an integer beyond the largest float
-        number = math.inf
+    number = number_of(found, f"with {told}")
     if not is_moderate(number):
         raise InputError(
             f"evaluate returned {number} with {told}; expected a finite number such as an accuracy, of at most "

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffebm_compiler.drawing.differences import differences_of
-from ffebm_compiler.drawing.overlay import Overlay, loop_gain_overlay, relaxation_overlay
+from ffebm_compiler.drawing.overlay import Overlay, check_kind, loop_gain_overlay, relaxation_overlay
 from ffebm_compiler.drawing.page import page_text
 from ffebm_compiler.drawing.record import record_of
 from ffebm_compiler.drawing.svg import svg_text
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.files.whole_files import write_whole
+from ffebm_compiler.reports.checks import GradientReport
+from ffebm_compiler.reports.diagnosis import Diagnosis
 
 if TYPE_CHECKING:
     from ffebm_compiler.drawing.measurements import GainPoint
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
-    from ffebm_compiler.reports.checks import GradientReport
-    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = ["html_text", "notebook_html", "save_html", "save_side_by_side", "save_svg", "write_picture"]
 
@@ -52,10 +52,14 @@ def html_text(
     `gradients` (of `check_gradients`) a mark on each block, `loop_gains` (of `loop_gain_points`) a slider.
 
     Raises:
-        InputError: where the diagnosis is of another plan.
+        InputError: where the diagnosis is of another plan, or a measurement is none.
         PlanError: where the plan has no operation or is cyclic.
         ExportError: where the layout library is missing.
     """
+    if gradients is not None:
+        check_kind("gradients", gradients, GradientReport, "ffebm.check_gradients(hybrid, inputs, loss_fn)")
+    if diagnosis is not None:
+        check_kind("diagnosis", diagnosis, Diagnosis, "hybrid.diagnose(x)")
     shown = [loop_gain_overlay(hybrid)] if hybrid is not None and plan.blocks else []
     if diagnosis is not None and plan.blocks:
         shown.append(relaxation_overlay(plan, diagnosis))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ffebm_compiler.drawing.measurements import GainPoint
 from ffebm_compiler.drawing.plots import feedback_sweep
 from ffebm_compiler.reports.checks import compare
+from ffebm_compiler.reports.numbers import number_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
@@ -33,7 +34,7 @@ def loop_gain_points(
 
     def measure(changed: HybridCore) -> float:
         comparison = compare(changed, inputs, {})
-        value = None if evaluate is None else float(evaluate(changed))
+        value = None if evaluate is None else number_of(evaluate(changed), "at a loop gain")
         points.append(GainPoint(0.0, comparison, value, label if evaluate is not None else ""))
         return comparison.output
 

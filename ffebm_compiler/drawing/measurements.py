@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ffebm_compiler.drawing.overlay import same_blocks
+from ffebm_compiler.drawing.overlay import check_kind, same_blocks
 from ffebm_compiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ def gains_of(plan: PlanData, points: Sequence[GainPoint]) -> dict[str, Any] | No
     Raises:
         InputError: where a point is of another plan, or two are of one loop gain.
     """
+    check_kind("loop_gains", points, Sequence, "drawing.loop_gain_points(hybrid, x)")
     if not points:
         return None
     for point in points:
+        check_kind("a point of loop_gains", point, GainPoint, "drawing.loop_gain_points(hybrid, x)")
         same_blocks(plan, set(point.comparison.blocks), "loop gain's comparison")
     if len({point.feedback for point in points}) < len(points):
         raise InputError("two points are of one loop gain: give each loop gain once")

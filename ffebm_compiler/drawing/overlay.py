@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.reports.checks import Comparison, GradientReport
+from ffebm_compiler.reports.diagnosis import Diagnosis
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.plan_data import PlanData
-    from ffebm_compiler.reports.checks import Comparison, GradientReport
-    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = [
     "Overlay",
+    "check_kind",
     "deviation_overlay",
     "gradient_overlay",
     "loop_gain_overlay",
@@ -64,6 +65,7 @@ def deviation_overlay(plan: PlanData, comparison: Comparison) -> Overlay:
     Raises:
         InputError: where the comparison is of another plan.
     """
+    check_kind("comparison", comparison, Comparison, "hybrid.compare(x)")
     same_blocks(plan, set(comparison.blocks), "comparison")
     sentence = f"deviation from the source, ‖hybrid − source‖/‖source‖; {comparison.output:.3g} at the output"
     return Overlay("deviation", sentence, dict(comparison.blocks))
@@ -75,6 +77,7 @@ def gradient_overlay(plan: PlanData, report: GradientReport) -> Overlay:
     Raises:
         InputError: where the report holds no parameter of the plan's blocks.
     """
+    check_kind("gradients", report, GradientReport, "ffebm.check_gradients(hybrid, inputs, loss_fn)")
     estimator = report.own
     values = {}
     for block in plan.blocks:
@@ -102,10 +105,21 @@ def relaxation_overlay(plan: PlanData, diagnosis: Diagnosis) -> Overlay:
     Raises:
         InputError: where the diagnosis is of another plan.
     """
+    check_kind("diagnosis", diagnosis, Diagnosis, "hybrid.diagnose(x)")
     same_blocks(plan, set(diagnosis.blocks), "diagnosis")
     values = {name: block.rate for name, block in diagnosis.blocks.items()}
     sentence = "factor by which a block's residual changes per sweep, measured; below 1 it settles, 0 without feedback"
     return Overlay("rate", sentence, values)
+
+
+def check_kind(name: str, value: object, kind: type, made: str) -> None:
+    """Refuse what is no measurement of this kind.
+
+    Raises:
+        InputError: it is something else. Names the call that makes one.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is a {type(value).__name__}; expected a {kind.__name__}, which {made} returns")
 
 
 def same_blocks(plan: PlanData, names: set[str], what: str) -> None:

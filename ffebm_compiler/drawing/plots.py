@@ -9,14 +9,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ffebm_compiler.drawing.overlay import check_kind
 from ffebm_compiler.drawing.raster import figure_class
 from ffebm_compiler.errors import InputError
+from ffebm_compiler.reports.checks import Comparison, GradientReport
+from ffebm_compiler.reports.diagnosis import Diagnosis
+from ffebm_compiler.reports.numbers import number_of
 
 if TYPE_CHECKING:
     from ffebm_compiler.hybrid_core import HybridCore
     from ffebm_compiler.passes.partition.compare import SweepRow
-    from ffebm_compiler.reports.checks import Comparison, GradientReport
-    from ffebm_compiler.reports.diagnosis import Diagnosis
 
 __all__ = [
     "feedback_sweep",
@@ -39,6 +41,7 @@ def plot_deviation(comparison: Comparison) -> Any:
         InputError: where nothing was compared.
         ExportError: where matplotlib is missing.
     """
+    check_kind("comparison", comparison, Comparison, "hybrid.compare(x)")
     if not comparison.blocks:
         raise InputError("the comparison holds no energy block: make it with hybrid.compare(x)")
     names, values = list(comparison.blocks), list(comparison.blocks.values())
@@ -59,6 +62,7 @@ def plot_gradients(report: GradientReport) -> Any:
         InputError: for a report without parameters.
         ExportError: where matplotlib is missing.
     """
+    check_kind("report", report, GradientReport, "ffebm.check_gradients(...)")
     if not report.agreements:
         raise InputError("the gradient report holds no parameter: make it with ffebm.check_gradients(...)")
     names = list(report.agreements)
@@ -86,7 +90,7 @@ def feedback_sweep(
     """`evaluate(hybrid)`, e.g. its accuracy, at each loop gain κ. The hybrid's own feedback is restored afterwards.
 
     Raises:
-        InputError: for a loop gain outside (0, 1), or a hybrid without blocks.
+        InputError: for a loop gain outside (0, 1), a hybrid without blocks, or what is no number.
     """
     if not hybrid.blocks:
         raise InputError("the hybrid has no energy block, so its loop gain cannot be changed")
@@ -95,7 +99,7 @@ def feedback_sweep(
     try:
         for feedback in feedbacks:
             hybrid.set_feedback(feedback)
-            measured[float(feedback)] = float(evaluate(hybrid))
+            measured[float(feedback)] = number_of(evaluate(hybrid), f"at loop gain {feedback}")
     finally:
         hybrid.set_feedback(before)
     return measured
@@ -133,6 +137,7 @@ def plot_relaxation(diagnosis: Diagnosis) -> Any:
         InputError: where no block has feedback.
         ExportError: where matplotlib is missing.
     """
+    check_kind("diagnosis", diagnosis, Diagnosis, "hybrid.diagnose(x)")
     blocks = {name: block for name, block in diagnosis.blocks.items() if block.residuals}
     if not blocks:
         raise InputError("no block of the diagnosis has feedback, so none settles in sweeps: nothing to plot")

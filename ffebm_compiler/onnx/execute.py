@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError, FFEBMError, UnsupportedError
+from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.files.tensor_file import read_tensors
 from ffebm_compiler.files.whole_folders import digest_of, recover_folder
+from ffebm_compiler.onnx.inputs import Inputs, named_inputs
 from ffebm_compiler.onnx.manifest import MANIFEST, WEIGHTS
 from ffebm_compiler.onnx.manifest_file import read_manifest
 from ffebm_compiler.onnx.packages import package
@@ -25,9 +27,6 @@ from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, energy_of
 from ffebm_compiler.runtime.solvers.base import GaussSeidel
 
 __all__ = ["Exported", "Inputs", "load", "run", "session_of"]
-
-Inputs = Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]
-"""One tensor or array, a sequence in the order of the forward, or a mapping by the names in the manifest."""
 
 
 def run(folder: str | Path, inputs: Inputs, *, threads: int | None = None) -> list[Tensor]:
@@ -50,7 +49,7 @@ def run(folder: str | Path, inputs: Inputs, *, threads: int | None = None) -> li
 
 def load(folder: str | Path, *, threads: int | None = None) -> Exported:
     """Read and check an export once, to run it many times. Arguments and errors are those of `run`."""
-    return Exported(Path(folder), threads)
+    return Exported(path_of(folder, "the folder of an export", "folder"), threads)
 
 
 def session_of(path: Path, threads: int | None = None) -> Any:
@@ -180,22 +179,12 @@ class Exported:
         return found
 
     def _inputs(self, inputs: Inputs) -> dict[str, Tensor]:
-        names = self.manifest["inputs"]
-        if isinstance(inputs, Tensor | np.ndarray):
-            inputs = [inputs]
-        if isinstance(inputs, Mapping):
-            given = dict(inputs)
-        else:
-            given = dict(zip(names, inputs, strict=False)) if len(inputs) == len(names) else {}
-        if set(given) != set(names):
-            found = ", ".join(inputs) if isinstance(inputs, Mapping) else f"{len(inputs)} tensors"
-            raise ExportError(f"the export takes {len(names)} inputs ({', '.join(names)}), got {found or 'none'}")
         sizes: dict[str, int] = {}
-        return {name: self._checked(name, given[name], sizes) for name in names}
+        given = named_inputs(self.manifest["inputs"], inputs)
+        return {name: self._checked(name, value, sizes) for name, value in given.items()}
 
-    def _checked(self, name: str, item: Any, sizes: dict[str, int]) -> Tensor:
+    def _checked(self, name: str, value: Tensor, sizes: dict[str, int]) -> Tensor:
         spec = self.manifest["values"][name]
-        value = item.detach().cpu() if isinstance(item, Tensor) else torch.as_tensor(np.asarray(item))
         dtype = getattr(torch, spec["dtype"])
         if value.is_floating_point() != dtype.is_floating_point:
             raise ExportError(f"input {name!r} has dtype {value.dtype}, expected {dtype}: convert it")

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.files.whole_folders import FreshFolder
 from ffebm_compiler.onnx.digital import save_part
 from ffebm_compiler.onnx.execute import Inputs, load, session_of
 from ffebm_compiler.onnx.folder import export_folder
+from ffebm_compiler.onnx.inputs import named_inputs
 from ffebm_compiler.onnx.manifest import MANIFEST, seal
 from ffebm_compiler.onnx.model_file import write_model
 from ffebm_compiler.onnx.packages import package
@@ -107,7 +109,8 @@ def quantise(
         ExportError: the export cannot be read or is in int8 already, an input does not fit, the result cannot
             be written, or onnxruntime cannot quantise a part.
     """
-    source, target = Path(folder), Path(folder if into is None else into)
+    source = path_of(folder, "the export", "folder")
+    target = source if into is None else path_of(into, "the folder or file to write", "into")
     package("onnx")
     package("onnxruntime")
     if (inputs is None) == (batches is None):
@@ -202,13 +205,7 @@ def _file(path: Path, target: Path, batches: Sequence[Inputs], operations: Seque
 
 def _feed(path: Path, names: Sequence[str], batch: Inputs) -> dict[str, Any]:
     """The inputs of a file, by name."""
-    if isinstance(batch, Tensor | np.ndarray):
-        batch = [batch]
-    given = dict(batch) if isinstance(batch, Mapping) else dict(zip(names, batch, strict=False))
-    if set(given) != set(names) or len(batch) != len(names):
-        raise ExportError(f"{path} takes {len(names)} inputs ({', '.join(names)}), got {len(batch)}: pass each of them")
-    arrays = {name: each.detach().cpu() if isinstance(each, Tensor) else each for name, each in given.items()}
-    return {name: np.ascontiguousarray(each) for name, each in arrays.items()}
+    return {name: np.ascontiguousarray(each) for name, each in named_inputs(names, batch, str(path)).items()}
 
 
 def _tensors(arrays: Sequence[np.ndarray]) -> list[Tensor]:

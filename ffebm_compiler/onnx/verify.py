@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError, InputError
+from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.execute import load, session_of
 from ffebm_compiler.onnx.steps import Steps, Value
@@ -61,7 +62,7 @@ def verify(
         ExportError: the deviation is larger or not finite, the export is of another model or cannot be run, or the
             network draws random numbers, so that there is nothing to compare.
     """
-    target = Path(path)
+    target = path_of(path, "the export")
     given_args = (args,) if isinstance(args, Tensor) else tuple(args)
     steps = Steps.of(hybrid)
     run = _runner(target, steps)

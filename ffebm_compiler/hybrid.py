@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError, UnsupportedError
-from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.plan import Plan
@@ -175,8 +174,7 @@ class HybridModel(HybridCore):
                 f"parts is {given}; expected 'digital', or nothing for the whole hybrid, which knows its inputs"
             )
         export = export_whole if parts is None else export_digital
-        expected = "the file to write, such as 'hybrid.onnx'" if parts is None else "the folder to write"
-        return export(self, path_of(path, expected), fuse_batchnorm=fuse_batchnorm)
+        return export(self, path, fuse_batchnorm=fuse_batchnorm)
 
     def export_spice(
         self,

@@ -11,6 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.files.whole_folders import FreshFolder
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.folder import export_folder
@@ -31,7 +32,7 @@ _LARGE = 1 << 30
 @without_autocast()
 def export_digital(
     hybrid: HybridCore,
-    folder: Path,
+    folder: str | Path,
     *,
     fuse_batchnorm: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -54,7 +55,9 @@ def export_digital(
     Raises:
         ExportError: where onnx is not installed, an operation has no ONNX form, a value outside of the parts is
             complex, or the folder cannot be written.
+        InputError: the folder is no path.
     """
+    target = path_of(folder, "the folder to write")
     onnx = package("onnx")
     package("onnxscript")
     warn_of_train_mode(hybrid)
@@ -62,7 +65,7 @@ def export_digital(
     progress("tracing")
     steps = Steps.of(hybrid)
     refuse_complex(steps, between=True)
-    with export_folder(folder) as fresh:
+    with export_folder(target) as fresh:
         files: dict[str, str] = {}
         for step, model in part_models(steps, hybrid, fuse_batchnorm):
             progress(f"writing {step.name}")
@@ -74,7 +77,7 @@ def export_digital(
             fresh.write(WEIGHTS, to_bytes(tensors))
         text = json.dumps(manifest_of(hybrid, steps, files, fresh.digests()), indent=1, allow_nan=False)
         fresh.write(MANIFEST, text + "\n")
-    return folder
+    return target
 
 
 def part_models(steps: Steps, hybrid: HybridCore, fuse: bool) -> list[tuple[Step, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ffebm_compiler.device_state import age_of
 from ffebm_compiler.errors import ExportError
+from ffebm_compiler.files.paths import path_of
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.onnx.digital import part_models
 from ffebm_compiler.onnx.functions import DOMAIN, VERSION, BlockFunction, block_function
@@ -58,7 +59,7 @@ class _BlockNode(nn.Module):
 @without_autocast()
 def export_whole(
     hybrid: HybridCore,
-    path: Path,
+    path: str | Path,
     *,
     fuse_batchnorm: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -80,7 +81,9 @@ def export_whole(
     Raises:
         ExportError: where onnx is not installed, an operation has no ONNX form, an input or output is complex, or the
             path cannot be written.
+        InputError: the path is none.
     """
+    target = path_of(path, "the file to write, such as 'hybrid.onnx'")
     package("onnx")
     package("onnxscript")
     warn_of_train_mode(hybrid)
@@ -97,8 +100,8 @@ def export_whole(
     progress("writing")
     _complete(model, hybrid, functions)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    write_model(path, model, tensors_beside=size > _LARGE)
-    return path
+    write_model(target, model, tensors_beside=size > _LARGE)
+    return target
 
 
 def _trace(hybrid: HybridCore, steps: Steps, functions: Mapping[str, BlockFunction]) -> Trace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -405,6 +406,15 @@ def test_plots_show_the_measured_numbers() -> None:
     assert hybrid.blocks[0].loop_gain == before
     assert measured[0.01] < measured[0.1] < measured[0.3]
     assert list(drawing.plot_feedback(measured, source=0.0).axes[0].lines[0].get_xdata()) == [0.01, 0.1, 0.3]
+
+
+def test_plots_of_infinite_deviations(tmp_path: Path) -> None:
+    comparison = ffebm.Comparison({"block_1": 0.5, "block_2": math.inf}, math.inf, {}, {})
+    figure = drawing.plot_deviation(comparison)
+    figure.savefig(tmp_path / "deviation.png")
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["block_1", "block_2 (infinite)"]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.5, 0.0]
+    drawing.plot_feedback({0.1: 0.5, 0.3: math.inf}).savefig(tmp_path / "feedback.png")
 
 
 def test_plots_of_nothing_are_refused() -> None:

@@ -35,7 +35,7 @@ _FLOOR = 1e-16
 
 
 def plot_deviation(comparison: Comparison) -> Any:
-    """Each block's relative deviation from the source, as bars, with the output as a line.
+    """Each block's relative deviation from the source, as bars, with the output as a line. What is infinite is named.
 
     Raises:
         InputError: where nothing was compared.
@@ -44,11 +44,13 @@ def plot_deviation(comparison: Comparison) -> Any:
     check_kind("comparison", comparison, Comparison, "hybrid.compare(x)")
     if not comparison.blocks:
         raise InputError("the comparison holds no energy block: make it with hybrid.compare(x)")
-    names, values = list(comparison.blocks), list(comparison.blocks.values())
+    names = [name if math.isfinite(value) else f"{name} (infinite)" for name, value in comparison.blocks.items()]
+    values = [value if math.isfinite(value) else 0.0 for value in comparison.blocks.values()]
     figure = figure_class()(figsize=(6.4, 1.4 + 0.28 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(names, values, color=_BLUE)
-    axes.axvline(comparison.output, color=_ORANGE, linestyle="--", label=f"network output {comparison.output:.2g}")
+    line = comparison.output if math.isfinite(comparison.output) else math.nan
+    axes.axvline(line, color=_ORANGE, linestyle="--", label=f"network output {comparison.output:.2g}")
     axes.invert_yaxis()
     axes.set_xlabel("deviation from the source, ‖hybrid − source‖ / ‖source‖")
     axes.legend(frameon=False)

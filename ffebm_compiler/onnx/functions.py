@@ -40,6 +40,7 @@ from ffebm_compiler.runtime.energies.conductive import Conductive
 from ffebm_compiler.runtime.energies.loads import multiplying_weights
 from ffebm_compiler.runtime.energies.passive import GROUNDED
 from ffebm_compiler.runtime.program.block_program import BlockProgram, Instruction
+from ffebm_compiler.runtime.solvers.base import update_order
 
 __all__ = ["DOMAIN", "BlockFunction", "block_function", "inner_paths"]
 
@@ -386,12 +387,7 @@ class _Builder:
         return self.main.op("Expand", value, self.main.op("Shape", like))
 
     def _update_order(self) -> list[int]:
-        count = len(self.program.layers)
-        if self.settling["schedule"] == "backward":
-            return list(reversed(range(count)))
-        if self.settling["schedule"] == "even_odd":
-            return [*range(0, count, 2), *range(1, count, 2)]
-        return list(range(count))
+        return update_order(self.settling["schedule"], len(self.program.layers))
 
     def _norms(self, writer: Writer, before: str, after: str) -> tuple[str, str]:
         """(‖after − before‖, ‖after‖)."""

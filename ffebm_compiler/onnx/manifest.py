@@ -18,7 +18,8 @@ from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
-from ffebm_compiler.runtime.solvers.base import GaussSeidel, evaluation_omega
+from ffebm_compiler.runtime.solvers.base import GaussSeidel, evaluation_omega, update_order
+from ffebm_compiler.runtime.solvers.delay import delay_of_states
 from ffebm_compiler.runtime.solvers.fixed_point import expected_contraction
 from ffebm_compiler.runtime.solvers.relaxation import TIGHT, stopping_rule
 
@@ -48,7 +49,10 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     expected = None if contraction is None else expected_contraction(contraction, block.gain.setting.typical)
     sweeps = solver if isinstance(solver, GaussSeidel) else GaussSeidel()  # a file has no acceleration
     omega, first_alone = evaluation_omega(sweeps, expected, rtol <= TIGHT)
+    schedule = "forward" if sweeps.schedule == "auto" else sweeps.schedule
     earliest, factor = stopping_rule(rtol, contraction, omega=omega)
+    order = update_order(schedule, len(block.program.layers))
+    earliest = max(earliest, 1 + delay_of_states(block.program.upstream, tuple(order)))
     certificate = block.certificate
     most = solver.max_sweeps
     if solver is not sweeps and contraction is not None and certificate is not None:
@@ -59,7 +63,7 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
         "largest_change": rtol / factor if factor else rtol,
         "min_sweeps": max(1, min(earliest, solver.max_sweeps)),
         "max_sweeps": most,
-        "schedule": "forward" if sweeps.schedule == "auto" else sweeps.schedule,
+        "schedule": schedule,
         "on_failure": solver.on_failure,
         "relaxation": omega,
         "relaxed_sweeps": 1 if first_alone else None,

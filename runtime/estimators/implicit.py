@@ -107,7 +107,8 @@ class Unrolled(Estimator):
     The free phase is run again under autograd, with as many forward sweeps as it took. If it was solved by another
     method, sweeps run until they settle. States that begin at their equilibrium, such as those of weights of zero, take
     fewer sweeps than their derivatives. So more follow until the derivative by the states at the start, which is what
-    is left out, is below ten times the tolerance of the free phase. Memory grows with the number of sweeps.
+    is left out, is below ten times the tolerance of the free phase, and one for each in which an error has not reached
+    every layer yet. Memory grows with the number of sweeps.
     """
 
     through_feedback: bool = False
@@ -182,6 +183,8 @@ def _differentiated(
         ConvergenceError: as `on_failure` says, if the derivatives need more sweeps than the solver allows.
     """
     memory, goal = plain.init(phase), 10 * at.free_rtol
+    adjoint = AdjointPhase(at.frame, at.setting, at.preactivations, errors)
+    missing = adjoint.delay(adjoint.order())  # the derivative of a forward sweep is a backward one
     while True:
         outputs = [(s, e) for s, e in zip(phase.values, errors, strict=True) if e is not None and s is not None]
         if not outputs or not leaves:
@@ -196,8 +199,13 @@ def _differentiated(
         left = [grad for grad in grads[len(leaves) :] if grad is not None]
         size = max((float(e.norm()) for _, e in outputs), default=0.0)
         share = max((float(grad.norm()) for grad in left), default=0.0) / size if size else 0.0
-        if not share > goal:
+        if not share > goal and not missing:
             return list(grads[: len(leaves)]), sweeps
+        if not share > goal:  # what the first layers to be reached have, the last ones have so many sweeps later
+            for _ in range(missing):
+                plain.step(phase, memory, measure=False)
+            sweeps, missing = sweeps + missing, 0
+            continue
         more = sweeps if share >= 1 else math.ceil(sweeps * (math.log(goal) / math.log(share) - 1))
         if sweeps >= plain.max_sweeps:
             why = f"did not settle in {sweeps} sweeps (the states at the start make up {share:.2g} of it)"

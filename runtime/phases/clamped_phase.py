@@ -29,12 +29,17 @@ class ClampedPhase(NudgedPhase):
         held: Sequence[Sequence[Tensor] | None],
         betas: Sequence[float],
     ) -> None:
-        super().__init__(frame, setting, preactivations, [None] * len(preactivations), betas)
         self._held = tuple(held)
         """For each layer, its currents at every β; None if it is free."""
+        super().__init__(frame, setting, preactivations, [None] * len(preactivations), betas)
         self._fixed = [
             None if parts is None else torch.cat(list(parts)) if len(parts) > 1 else parts[0] for parts in held
         ]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The held layers."""
+        return tuple(index for index, parts in enumerate(self._held) if parts is not None)
 
     def update(self, index: int) -> Tensor | None:
         """The held current of a layer, or u_l from the finite difference of σ_l."""

@@ -15,6 +15,7 @@ from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.phases.base import Phase, narrow
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.conjugate import newton_step
+from ffebm_compiler.runtime.solvers.delay import delay_of_errors
 from ffebm_compiler.runtime.solvers.fabric import Question
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
@@ -69,6 +70,23 @@ class _ErrorPhase(Phase):
     def order(self) -> list[int]:
         """Backward, so that the nudge reaches the first layer in one sweep."""
         return list(reversed(range(len(self.values))))
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The layers at which errors arrive from outside."""
+        return tuple(index for index, drive in enumerate(self._drive) if drive is not None)
+
+    def delay(self, order: Sequence[int], by_sample: bool = False) -> int:
+        """0 in the backward order, if the errors are those of layers that all others lead to."""
+        program, sources = self.frame.program, self.sources
+        alone = [delay_of_errors(program.upstream, program.depths, (one,), tuple(order)) for one in sources]
+        longest = max(alone, default=0)
+        if not longest or by_sample:
+            return longest
+        if len(sources) > 1:  # an error of zero brings nothing
+            drives = ((index, self._drive[index]) for index in sources)
+            sources = tuple(index for index, drive in drives if drive is None or bool(drive.any()))
+        return delay_of_errors(program.upstream, program.depths, sources, tuple(order))
 
     def carried(self) -> list[int]:
         """The layers that feed later ones. A backward sweep starts from their values alone."""
@@ -150,7 +168,7 @@ class AdjointPhase(_ErrorPhase):
         transposed: bool = True,
     ) -> None:
         super().__init__(frame, setting, preactivations, drives)
-        self.pace = frame.pace("adjoint")
+        self.pace = frame.pace(f"adjoint {self.sources}")
         self.transposed = transposed and not frame.program.symmetric
         self._slopes = None if slopes is None else list(slopes)
         self._tangents: dict[int, Callable[[Tensor], Tensor]] = {}
@@ -232,7 +250,7 @@ class NudgedPhase(_ErrorPhase):
         self.samples = frame.samples
         self.rest: tuple[Tensor, ...] = ()
         """The free states as they were measured, in float64; empty where they are computed."""
-        self.pace = frame.pace(f"nudged {self.betas}")
+        self.pace = frame.pace(f"nudged {self.betas} {self.sources}")
         self._steppers = [
             [_stepper(sigma, h, beta / scale) for beta in betas]
             for sigma, h, scale in zip(self._activations, preactivations, self.scales, strict=True)

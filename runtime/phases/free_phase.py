@@ -14,6 +14,7 @@ from ffebm_compiler.runtime.phases.base import Phase, merged, narrow, onto
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.frame import Frame, take_rows
 from ffebm_compiler.runtime.solvers.conjugate import newton_step
+from ffebm_compiler.runtime.solvers.delay import delay_of_states
 from ffebm_compiler.runtime.solvers.fabric import Question
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
@@ -67,6 +68,10 @@ class FreePhase(Phase):
     def held(self) -> bool:
         """Whether winners of max pooling had to be held because they kept changing."""
         return self.frame.program.selects and self._updates > HOLD * len(self.values)
+
+    def delay(self, order: Sequence[int], by_sample: bool = False) -> int:
+        """0 in the forward order, in which a sweep carries a change from each layer to all later ones."""
+        return delay_of_states(self.frame.program.upstream, tuple(order))
 
     def carried(self) -> list[int]:
         """The layers that feed back into earlier ones. A forward sweep starts from their values alone."""

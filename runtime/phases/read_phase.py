@@ -18,6 +18,7 @@ from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.phases.free_phase import FreePhase
 from ffebm_compiler.runtime.program.frame import Frame
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, Solver, sweep_layers
+from ffebm_compiler.runtime.solvers.delay import delay_of_errors
 
 __all__ = ["ReadPhase"]
 
@@ -39,6 +40,14 @@ class ReadPhase(FreePhase):
         """Forward in a free phase. Backward in a nudged one, so that the nudge reaches the first layer in one sweep."""
         order = super().order()
         return order if self._forces is None else order[::-1]
+
+    def delay(self, order: Sequence[int], by_sample: bool = False) -> int:
+        """0 in the order above, if the errors of a nudged phase are those of layers that all others lead to."""
+        if self._forces is None:
+            return super().delay(order, by_sample)
+        sources = tuple(index for index, force in enumerate(self._forces) if force is not None)
+        program = self.frame.program
+        return delay_of_errors(program.upstream, program.depths, sources, tuple(order))
 
     def _drive(self, index: int) -> Tensor:
         drive = self.frame.drive(index, self.values)
@@ -66,6 +75,7 @@ class ReadPhase(FreePhase):
     def run(self, sweeps: int, solver: Solver, average: int = 1) -> tuple[list[Tensor], int]:
         """Run `sweeps` sweeps and `average` − 1 more: (mean of the states after the last `average`, number of sweeps).
 
+        Where a change takes several sweeps to reach every layer (`delay`), there are as many more.
         The sweeps are those of the physical system, plain Gauss–Seidel in the solver's schedule, whatever accelerates
         them in exact arithmetic.
         """
@@ -73,6 +83,7 @@ class ReadPhase(FreePhase):
         order = plain.init(self)
         assert isinstance(order, list)
         total: list[Tensor] = []
+        sweeps += self.delay(order)
         count = sweeps + average - 1
         for sweep in range(count):
             sweep_layers(self, order, measure=False)

@@ -32,7 +32,7 @@ from ffebm_compiler.runtime.solvers.changes import (
 )
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
-__all__ = ["GaussSeidel", "Solver", "evaluation_omega", "sweep_layers"]
+__all__ = ["GaussSeidel", "Solver", "evaluation_omega", "order_of", "sweep_layers", "update_order"]
 
 _WORTHWHILE = 2 / (1 + math.sqrt(0.9))
 """ω for a contraction of 0.1. A lower one saves no sweep at a loose tolerance, and costs a pass over each layer."""
@@ -166,7 +166,7 @@ class GaussSeidel(Solver):
     Over-relaxed sweeps go ω times as far as a plain one. If a plain sweep contracts by r, the best
     ω is 2/(1 + √(1 − r)), and a sweep then contracts by ω − 1 (Young 1954).
 
-    `order="auto"` is the problem's own order: forward in a free phase, backward in a nudged one. (Forward
+    `schedule="auto"` is the problem's own order: forward in a free phase, backward in a nudged one. (Forward
     sweeps would need L sweeps to carry the nudge to the first layer.) `"even_odd"` is
     the asynchronous schedule of Nest & Ernoult (2024, arXiv 2409.03306).
     """
@@ -186,22 +186,13 @@ class GaussSeidel(Solver):
 
     def init(self, problem: FixedPoint) -> object:
         """The order of the updates."""
-        count = len(problem.values)
-        orders = {
-            "auto": problem.order(),
-            "forward": list(range(count)),
-            "backward": list(reversed(range(count))),
-            "even_odd": [*range(0, count, 2), *range(1, count, 2)],
-        }
-        if self.schedule not in orders:
-            raise InputError(f"schedule is {self.schedule!r}; expected one of {', '.join(map(repr, orders))}")
         if problem.training:
             problem.relaxation, problem.provisional = self.omega(problem.expected), False
             if self.relaxation is None and problem.loose and problem.relaxation < _WORTHWHILE:
                 problem.relaxation = 1.0
         else:
             problem.relaxation, problem.provisional = evaluation_omega(self, problem.expected, problem.tight)
-        return orders[self.schedule]
+        return order_of(self, problem)
 
     def omega(self, contraction: float | None) -> float:
         """ω at the start of a relaxation whose plain sweeps are expected to contract by so much (None: not known)."""
@@ -220,6 +211,28 @@ class GaussSeidel(Solver):
         if problem.provisional:
             problem.provisional, problem.relaxation = False, 1.0
         return change
+
+
+def order_of(solver: Solver, problem: FixedPoint) -> list[int]:
+    """The order in which a solver's sweeps update the layers: its schedule's, or the problem's own."""
+    schedule = solver.schedule if isinstance(solver, GaussSeidel) else "auto"
+    return problem.order() if schedule == "auto" else update_order(schedule, len(problem.values))
+
+
+def update_order(schedule: str, count: int) -> list[int]:
+    """The order in which a sweep by this schedule updates so many layers.
+
+    Raises:
+        InputError: there is no such schedule.
+    """
+    orders = {
+        "forward": list(range(count)),
+        "backward": list(reversed(range(count))),
+        "even_odd": [*range(0, count, 2), *range(1, count, 2)],
+    }
+    if schedule not in orders:
+        raise InputError(f"schedule is {schedule!r}; expected one of {', '.join(map(repr, ('auto', *orders)))}")
+    return orders[schedule]
 
 
 def checked_solver(solver: object) -> Solver | None:

@@ -114,6 +114,13 @@ class FixedPoint(ABC):
         """The order in which a sweep carries information fastest."""
         return list(range(len(self.values)))
 
+    def delay(self, order: Sequence[int], by_sample: bool = False) -> int:
+        """Number of sweeps in this order, after the first, until a change has reached every layer (`delay.py`).
+
+        With `by_sample` it is enough for each sample alone.
+        """
+        return 0
+
     def carried(self) -> list[int]:
         """The layers whose values a sweep in that order reads before it updates them. The others follow from these."""
         return list(range(len(self.values)))

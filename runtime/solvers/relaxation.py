@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ffebm_compiler.errors import ConvergenceError, ConvergenceWarning
-from ffebm_compiler.runtime.solvers.base import Solver, sweep_layers
+from ffebm_compiler.runtime.solvers.base import Solver, order_of, sweep_layers
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint, expected_contraction
 from ffebm_compiler.runtime.solvers.pace import Pace
 
@@ -234,6 +234,8 @@ class _Relaxation:
         self.coarse = _coarse_goal(solver, rtol, contraction)
         """The error down to which products are in bfloat16; None if they are in full precision."""
         self.per_sample = solver.termination == "sample" and problem.samples is not None
+        self.delay = 0 if solver.at_once else problem.delay(order_of(solver, problem), self.per_sample)
+        """The last sweep in which a change has not reached every layer, so that none ends in it."""
         self.running = problem
         """The problem itself. Once some samples have ended, a narrowed copy with the others."""
         self.rows: Tensor | None = None
@@ -251,13 +253,13 @@ class _Relaxation:
         self.sweep = 0
         late = self.coarse is None and not self.rounding and solver.start == "feedforward" and not solver.at_once
         unreached = all(value is None for value in problem.values)  # their first change says nothing
-        self.next = max(self.earliest, 2 if unreached else 1) if late else 1
+        self.next = max(self.earliest, self.delay + (2 if unreached else 1)) if late else 1
         self.measured, self.previous, self.rate = 0, math.inf, 0.0
         """The last measured sweep, its change, and the contraction per sweep between the last two (0 if unknown)."""
         self.worst = math.inf
         self.factor = 1.0
         """From the last measured change to the error that is left."""
-        self.patience = _patience(solver.max_sweeps, contraction)
+        self.patience = _patience(solver.max_sweeps, contraction) + self.delay
         self.best, self.since = math.inf, 0
         self.halfway: Tensor | None = None
         self.settled = False
@@ -327,7 +329,8 @@ class _Relaxation:
         if self.sweep >= self.problem.full_sweeps:
             self.moved += change
         worst = self.worst = change * self.factor + rounded
-        if not self.provisional and self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
+        ready = not self.provisional and self.sweep > self.delay
+        if ready and self.solver.finished(worst, self.rtol if self.coarse is None else self.coarse):
             if self.coarse is None or self.coarse <= self.rtol:
                 self.settled, self.residual = True, max(self.residual, worst)
                 return True
@@ -377,7 +380,8 @@ class _Relaxation:
     def _retire(self, errors: Tensor) -> bool:
         """Set the samples apart that have settled or diverged. Returns whether there were any."""
         gone = ~torch.isfinite(errors)
-        done = errors <= self.rtol if self.coarse is None else torch.zeros_like(gone)
+        ready = self.coarse is None and self.sweep > self.delay
+        done = errors <= self.rtol if ready else torch.zeros_like(gone)
         if not bool((gone | done).any()):
             return False
         rows = torch.arange(len(errors), device=errors.device) if self.rows is None else self.rows

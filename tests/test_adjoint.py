@@ -92,6 +92,22 @@ def test_unrolled_gradients_that_need_more_sweeps_than_allowed() -> None:
             (hybrid(x) - 1).square().mean().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("depth", "feedback"), [(2, 0.01), (4, 1e-6), (8, 0.1), (4, 1e-8)])
+def test_conjugate_gradients_reach_the_first_layers(dtype: torch.dtype, depth: int, feedback: float) -> None:
+    """In their coordinates an error is smaller by √γ for each layer that it passes."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(depth) for part in (nn.Linear(8, 8), nn.Tanh())]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 3)).to(dtype), torch.randn(4, 8, dtype=dtype)
+    hybrid = ffebm.convert(model, x, feedback=feedback, hardware=ffebm.Hardware(layers_per_block=None)).eval()
+    found = {}
+    for method in ("sweeps", "cg"):
+        hybrid.set_gradient(ffebm.Implicit(method))  # type: ignore[arg-type]
+        found[method] = _gradients(hybrid, x)
+    for other, sweeps in zip(found["cg"], found["sweeps"], strict=True):
+        assert float((other - sweeps).norm()) <= (1e-2 if dtype is torch.float32 else 1e-9) * float(sweeps.norm())
+
+
 def test_conjugate_gradients_need_fewer_steps_at_high_gain() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)

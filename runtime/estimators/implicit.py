@@ -40,7 +40,8 @@ class ImplicitDifferentiation(Estimator):
     `method="sweeps"` solves the adjoint system with the block's own solver in the form
     u_l = σ_l'(h_l) K_l. That contracts if the loop gain is below one, also for activations that are not monotone.
     `"cg"` uses conjugate gradients on the symmetric form. It needs fewer steps than plain sweeps
-    if the loop gain is near one, and falls back to sweeps if H turns out to be indefinite. `"auto"`
+    if the loop gain is near one, and falls back to sweeps if H turns out to be indefinite, or if
+    the dtype does not hold layers far from the output exactly enough in its coordinates. `"auto"`
     uses sweeps, accelerated if the block's solver is. They were faster than conjugate gradients on every
     block measured (`benchmarks/solvers.py`).
 
@@ -69,7 +70,6 @@ class ImplicitDifferentiation(Estimator):
 
     def _solved(self, at: Situation, errors: Sequence[Tensor | None]) -> Gradients:
         if self._conjugate(at):
-            # Its residual covers all layers together, so layers far from the output may have a larger error.
             response = AdjointPhase(at.frame, at.setting, at.preactivations, [None] * len(errors))
             goal = (0.1 if at.contraction is not None else 0.01) * at.rtol
             solution, steps = solve_adjoint(response, errors, goal, at.solver.max_sweeps)

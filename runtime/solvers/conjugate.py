@@ -25,6 +25,10 @@ _NEWTON_STEPS = 200
 """The largest number of conjugate-gradient steps within one step of Newton's method."""
 
 
+_ROUNDINGS = 8
+"""By so many roundings the residual of a layer may be off."""
+
+
 class LinearResponse(Protocol):
     """The linear response of a block at a state, such as an `AdjointPhase` without a drive."""
 
@@ -40,15 +44,19 @@ class LinearResponse(Protocol):
 
 
 def solve_adjoint(
-    phase: LinearResponse, errors: Sequence[Tensor | None], rtol: float, max_steps: int
+    phase: LinearResponse, errors: Sequence[Tensor | None], rtol: float, max_steps: int, by_layer: bool = True
 ) -> tuple[list[Tensor | None] | None, int]:
     """(e, steps) for the errors δ; None if the system is not positive definite or does not converge.
+
+    Far from the output w is smaller by √γ for each layer, so that the norm over all layers says nothing of the first.
 
     Args:
         phase: the block's linear response at a state, without a drive. Its values are overwritten.
         errors: δ_l, with None for zero.
         rtol: largest norm of the residual, relative to the norm of the right-hand side.
         max_steps: the largest number of steps.
+        by_layer: whether the residual of each layer has to be as small, relative to w_l. None is returned if rounding
+            does not allow it.
     """
     outer = [torch.sqrt(slope * scale) for slope, scale in zip(phase.slopes, phase.scales, strict=True)]  # (c σ')^½
     inner = [root / scale for root, scale in zip(outer, phase.scales, strict=True)]  # (σ'/c)^½
@@ -71,7 +79,9 @@ def solve_adjoint(
     size = _dot(residual, residual)
     goal = rtol * rtol * size
     for step in range(1, max_steps + 1):
-        if size <= goal:
+        if size <= goal and (not by_layer or _small(residual, w, rtol)):
+            if by_layer and step > 1 and not _confirmed(right, w, matrix(w), rtol):
+                return None, step - 1
             return [root * part for root, part in zip(outer, w, strict=True)], step - 1
         image = matrix(direction)
         curvature = _dot(direction, image)
@@ -97,13 +107,25 @@ def newton_step(
     for index, (residual, factor) in enumerate(zip(residuals, factors, strict=True)):
         phase.store(index, residual if factor == 1 else residual * factor)
     forces = [phase.force(index) for index in range(len(residuals))]
-    found, _ = solve_adjoint(phase, forces, rtol, _NEWTON_STEPS)
+    found, _ = solve_adjoint(phase, forces, rtol, _NEWTON_STEPS, by_layer=False)
     if found is None:
         return None
     return [
         residual if part is None else torch.add(residual, part, alpha=1 / factor)
         for residual, part, factor in zip(residuals, found, factors, strict=True)
     ]
+
+
+def _small(residual: Sequence[Tensor], w: Sequence[Tensor], rtol: float) -> bool:
+    """Whether the largest residual of every layer is at most `rtol` of its largest w, whose squares may underflow."""
+    pairs = zip(residual, w, strict=True)
+    return all(bool(part.abs().amax() <= rtol * own.abs().amax()) for part, own in pairs if own.numel())
+
+
+def _confirmed(right: Sequence[Tensor], w: Sequence[Tensor], image: Sequence[Tensor], rtol: float) -> bool:
+    """Whether the residual that w itself leaves is as small, as the one that the steps have carried along."""
+    residual = [drive - part for drive, part in zip(right, image, strict=True)]
+    return _small(residual, w, max(4 * rtol, _ROUNDINGS * torch.finfo(w[0].dtype).eps))
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -349,7 +349,7 @@ def test_wrong_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (("export", *MLP, "--out", "."), "holds files that are not of an earlier export"),
         (("export", *MLP), "Missing option '--out'"),
         (("check", *MLP, "--min-cosine", "nan"), "--min-cosine is nan, which no cosine reaches"),
-        (("export", *MLP, "--out", "x.onnx", "--tolerance", "nan"), "--tolerance is nan, which no deviation is below"),
+        (("export", *MLP, "--out", "x.onnx", "--tolerance", "nan"), "Invalid value for '--tolerance'"),
         (("demo", "--out", "."), "not of an earlier demo"),
         (("demo", "--epochs", "0"), "expected at least 1"),
         (("demo", "--epochs", "few"), "Invalid value for '--epochs'"),

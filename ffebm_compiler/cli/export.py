@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ffebm_compiler.errors import InputError
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.onnx import export_digital, export_whole, verify
 
@@ -61,8 +59,6 @@ def write_onnx(
     Raises:
         ExportError: it cannot be written, or it deviates by more than `tolerance`.
     """
-    if tolerance is not None and math.isnan(tolerance):
-        raise InputError("--tolerance is nan, which no deviation is below: give a number such as 1e-4")
     whole = out.suffix.lower() == ".onnx"
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

@@ -63,6 +63,8 @@ class Settling(Protocol):
     @property
     def contraction(self) -> float | None: ...
     @property
+    def setting(self) -> Setting: ...
+    @property
     def may_be_light(self) -> bool: ...
     def paces_on(self, device: torch.device) -> Paces | None: ...
     def relax(self, frame: Frame) -> tuple[FreePhase, Settled]: ...
@@ -145,10 +147,10 @@ class Settle(torch.autograd.Function):
         if block.training:
             frame.paces = block.paces_on(inputs[0].device)
             block.gain.hold(frame.weights)
-        else:
-            block.gain.compare(frame.weights)
         frame.light = block.may_be_light and light_pays(frame)
         phase, block.last = block.relax(frame)
+        if not block.training and phase.setting is block.setting:  # else it settled once more, as the log says
+            block.gain.compare(frame.weights)
         frame = phase.frame
         states, preactivations = phase.settled()
         block.remember(phase)

@@ -58,20 +58,21 @@ def _mark(tensor: Tensor) -> tuple[int, int, Tensor | None]:
     version = -1 if tensor.is_inference() else tensor._version
     if type(tensor) not in (Tensor, nn.Parameter):  # a sharded, fake or wrapped tensor may have no memory of its own
         return version, 0, None
-    in_memory = tensor.detach().permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    if tensor.device.type != "cpu" or not in_memory.is_contiguous():
+    in_memory = tensor.detach()
+    if not in_memory.is_contiguous():
+        in_memory = in_memory.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    if not in_memory.is_cpu or not in_memory.is_contiguous():
         return version, tensor.data_ptr(), None
-    flat = in_memory.view(-1)
-    return version, tensor.data_ptr(), torch.take(flat, torch.from_numpy(_places(flat.numel())))
+    return version, tensor.data_ptr(), in_memory.take(_places(in_memory.numel()))
 
 
 @lru_cache(maxsize=1024)
-def _places(size: int) -> np.ndarray:
+def _places(size: int) -> Tensor:
     """Where values are compared: one place in each of as many equal parts of the memory, drawn once for each size.
 
     Places at a constant distance would all be of one column where the distance is a multiple of a row's length.
     """
     if size <= _SAMPLED:
-        return np.arange(size)
+        return torch.arange(size, device="cpu")
     parts = np.arange(_SAMPLED) + np.random.default_rng(size).random(_SAMPLED)
-    return (parts * size / _SAMPLED).astype(np.int64)
+    return torch.from_numpy((parts * size / _SAMPLED).astype(np.int64))

@@ -164,6 +164,22 @@ def test_a_direction_that_overtakes_is_seen(width: int, growth: float, between: 
         assert exact == pytest.approx(KAPPA, rel=0.05)
 
 
+@pytest.mark.parametrize(("seed", "growth"), [(0, 0.3), (1, 1.0)])
+def test_changes_of_many_directions_are_seen(seed: int, growth: float) -> None:
+    """One entry of a kernel at all positions: no direction of the change is large, and the norm hardly moves at first."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 3, padding=1), nn.Tanh())
+    model.append(nn.Conv2d(6, 4, 3, padding=1))
+    x = noise(2, 2, 6, 6).double()
+    hybrid = ffebm.convert(model.double(), x, feedback=0.9, hardware="ideal").train()
+    for index in range(16):
+        hybrid(x)
+        assert true_gain(hybrid, 0, x) <= 1.05 * hybrid.blocks[0].module.loop_gain
+        with torch.no_grad():
+            for parameter in hybrid.parameters():
+                parameter.view(-1)[(index + 1) * 7919 % parameter.numel()] += growth
+
+
 def test_a_jump_is_measured_to_convergence() -> None:
     model, x, _ = small()
     hybrid = ffebm.convert(model, x, feedback=KAPPA).train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +16,13 @@ __all__ = ["Following", "Launched", "LinearMap", "Track", "drawn_probe", "follow
 _KEPT_VECTORS = 3
 _JUMPS_ABOVE = 0.01
 """If a norm changes by more than this between two measurements (relative), it is measured to convergence."""
+_MOVES_ABOVE = 0.1
+"""If the map has changed by more than this since it was last measured to convergence, it is again.
+
+The unit is its norm, and the changes of steps are added as squares. The change of one step is the root mean square of
+the singular values of ΔJ, by its product with the probe. It tells of changes with so many directions that the norm
+hardly moves at first, as where a step changes one entry of a convolution's kernel at all positions.
+"""
 _RESTS_BELOW = 1e-3
 """If a norm changes by less than this in two passes (relative), it has converged."""
 _MOST_PASSES = 30
@@ -31,6 +38,8 @@ class Track:
     """U, with one left vector in each row and its entries in the order of memory."""
     image: Tensor
     """Jᵀ q at the last measurement, as one row."""
+    moved: float = 0.0
+    """By how much the map has changed since it was last measured to convergence."""
 
 
 class LinearMap(Protocol):
@@ -89,9 +98,18 @@ class Following:
         assert self.ritz is not None
         assert self.image is not None
         norm, vectors = self.ritz.result(products)
-        if self.track is None or not self.known or abs(norm - self.track.norm) > _JUMPS_ABOVE * self.track.norm:
+        moved = 0.0
+        if self.track is not None and self.known:  # the last row of the basis is the change of the image
+            moved = math.hypot(self.track.moved, math.sqrt(max(float(products[0][-1, -1]), 0.0)))
+        if self.track is None or not self.known or self._jumped(norm, moved, self.track.norm):
             norm, vectors = _converge(self.edge, norm, vectors)
-        return Track(norm, vectors, self.image.clone() if self.image.device.type == "cuda" else self.image)
+            moved = 0.0
+        return Track(norm, vectors, self.image.clone() if self.image.device.type == "cuda" else self.image, moved)
+
+    @staticmethod
+    def _jumped(norm: float, moved: float, before: float) -> bool:
+        """Whether the norm has to be measured to convergence."""
+        return abs(norm - before) > _JUMPS_ABOVE * before or moved > _MOVES_ABOVE * before
 
 
 class Launched:
@@ -131,13 +149,14 @@ class Launched:
 
     def repeat_from(self, tracks: Mapping[tuple[int, int], Track]) -> bool:
         """Copy tracks to where the captured kernels read them. Returns False if their shapes have changed."""
-        pairs = [(one.track, tracks[place]) for place, one in self._begun.items()]
-        if any(mine is None or mine.vectors.shape != kept.vectors.shape for mine, kept in pairs):
+        pairs = [(one, one.track, tracks[place]) for place, one in self._begun.items()]
+        if any(mine is None or mine.vectors.shape != kept.vectors.shape for _, mine, kept in pairs):
             return False
-        for mine, kept in pairs:
+        for one, mine, kept in pairs:
             assert mine is not None
             mine.vectors.copy_(kept.vectors)
             mine.image.copy_(kept.image)
+            one.track = replace(kept, vectors=mine.vectors, image=mine.image)
         return True
 
 

@@ -15,7 +15,8 @@ step drove the true loop gain to twice the reported one (`benchmarks/loop_gain.p
 
 An edge without a weight between its states, such as a residual wire, never changes and is measured once.
 
-If the estimate jumps, passes with fresh probes are repeated until it rests. (Golub & Van Loan 2013, sections 8.2 and
+If the estimate jumps, or J has changed much since (the last column says how much, whatever its directions), passes with
+fresh probes are repeated until it rests. (Golub & Van Loan 2013, sections 8.2 and
 10.1, for the parts.)
 """
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +98,10 @@ class TrackedNorms:
 
     def own_tracks(self) -> None:
         """Give every track memory of its own, which captured kernels may read in every later step."""
-        self.tracks = {p: Track(t.norm, t.vectors.clone(), t.image.clone()) for p, t in self.tracks.items()}
+        self.tracks = {
+            place: replace(track, vectors=track.vectors.clone(), image=track.image.clone())
+            for place, track in self.tracks.items()
+        }
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The kept numbers and tensors. Those of the edge from layer l to layer m have the key "l-m"."""

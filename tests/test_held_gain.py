@@ -166,7 +166,7 @@ def test_a_direction_that_overtakes_is_seen(width: int, growth: float, between: 
 
 @pytest.mark.parametrize(("seed", "growth"), [(0, 0.3), (1, 1.0)])
 def test_changes_of_many_directions_are_seen(seed: int, growth: float) -> None:
-    """One entry of a kernel at all positions: no direction of the change is large, and the norm hardly moves at first."""
+    """One entry of a kernel changes at all positions. The norm hardly moves at first, nor does any direction of it."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 6, 3, padding=1), nn.Tanh())
     model.append(nn.Conv2d(6, 4, 3, padding=1))

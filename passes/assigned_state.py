@@ -34,6 +34,8 @@ def assignments_are_writes(source: nn.Module) -> Iterator[None]:
         for name, old in known.items()
         if old is not None and name in table and table[name] is not old
     ]
+    if not replaced:
+        return
     olds = {_storage(old) for *_, old, _ in replaced}
     values = [_checked(name, old, new) for name, _, _, old, new in replaced]
     values = [value.clone() if _storage(value) in olds else value for value in values]

@@ -29,6 +29,7 @@ from ffebm_compiler.errors import UnsupportedError
 from ffebm_compiler.ir import Program, ensures
 from ffebm_compiler.passes.functional_form import FunctionalForm, functional_form, is_random, moves_no_data, writes
 from ffebm_compiler.passes.inline_regions import without_gradient
+from ffebm_compiler.passes.old_values import is_done
 from ffebm_compiler.passes.put_back import Step, put_back
 from ffebm_compiler.passes.source_line import place_in_model, source_line
 from ffebm_compiler.passes.written_inputs import write_inputs
@@ -155,11 +156,12 @@ class _Functionalizer:
     def write_state(self, root: fx.Node, node: fx.Node) -> None:
         """Write the present value of a parameter or buffer into it, after every operation that read the old value."""
         value = self._present_node(_Place(root))
-        readers = [user for user in root.users if user < node and not writes(user) and not _is_done(user, value)]
-        readers = [user for user in readers if not _updates(user, root)]
+        readers = [user for user in root.users if user < node and not writes(user) and not _updates(user, root)]
+        readers = [user for user in readers if not is_done(self.program, user, value)]
         if root not in self.copies and readers:
             with self.graph.inserting_after(_last_placeholder(self.graph)):
                 self.copies[root] = self._new(torch.ops.aten.clone.default, (root,), root)
+                self.copies[root].meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             for user in readers:
                 user.replace_input_with(root, self.copies[root])
         before = [known for known in (self.copies.get(root), self.states.get(root)) if known is not None]
@@ -230,26 +232,6 @@ class _Functionalizer:
             fresh.meta = {**step.node.meta, "val": several.meta["val"][step.index]}
         self.present[place] = (version, fresh)
         return fresh
-
-
-def _is_done(reader: fx.Node, value: fx.Node) -> bool:
-    """Whether an operation needs the old value no more when the new value is known, not even for its gradient."""
-    result = reader.meta.get("val")
-    differentiable = isinstance(result, torch.Tensor) and result.is_floating_point() and not without_gradient(reader)
-    return not differentiable and _leads_to(reader, value)
-
-
-def _leads_to(node: fx.Node, value: fx.Node) -> bool:
-    """Whether a value is computed from a node."""
-    pending, seen = [value], set()
-    while pending:
-        current = pending.pop()
-        if current is node:
-            return True
-        if current not in seen and current.op != "placeholder":
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return False
 
 
 def _updates(node: fx.Node, state: fx.Node) -> bool:

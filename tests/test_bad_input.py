@@ -568,10 +568,12 @@ def test_warning_instead_on_request() -> None:
     [("ep", r"nudged phase \(β = \+1e-08\) of block_1"), ("implicit", "adjoint system of block_1")],
 )
 def test_backward_phase_that_does_not_settle_is_named(estimator: str, phase: str) -> None:
-    model, x = mlp()
-    hybrid = ffebm.convert(model, x, feedback=0.5, gradient=estimator)
+    first, second, last = (nn.Linear(8, size, bias=False) for size in (8, 8, 3))
+    layers = [first, nn.Tanh(), second, nn.Tanh(), last]
+    x = torch.zeros(2, 8)  # its states are their own equilibrium, which one sweep finds
+    solver = ffebm.GaussSeidel(max_sweeps=1)
+    hybrid = ffebm.convert(seeded(lambda: nn.Sequential(*layers)), x, feedback=0.5, gradient=estimator, solver=solver)
     output = hybrid(x)
-    hybrid.configure(feedback=0.5, estimator=hybrid.blocks[0].module.estimator, solver=ffebm.GaussSeidel(max_sweeps=1))
     with pytest.raises(ffebm.ConvergenceError, match=phase):
         output.sum().backward()
 

@@ -233,7 +233,10 @@ def test_what_has_no_netlist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     hybrid, x = made()
     with torch.no_grad():
         hybrid.get_parameter("layers.1.weight").mul_(3)
-    with pytest.raises(ffebm.UnsupportedError, match=r"layer 'layers.1' .* and would be negative.*recertify"):
+    with (
+        pytest.warns(ffebm.FFEBMWarning, match="block_1: its feedback was set for other weights.*recertify"),
+        pytest.raises(ffebm.UnsupportedError, match=r"layer 'layers.1' .* and would be negative.*recertify"),
+    ):
         hybrid.export_spice(path, block="block_1", inputs=x)
     hybrid.recertify()
     monkeypatch.setattr(circuit_elements, "LARGEST", 100)

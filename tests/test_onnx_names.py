@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import seeded
 from torch import nn
 
 import ffebm_compiler as ffebm
@@ -49,8 +50,12 @@ def test_nodes_are_named_by_their_modules(tmp_path: Path, fold: bool) -> None:
 
 
 def test_blocks_of_equal_layers_have_one_function(tmp_path: Path) -> None:
-    layers = [nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)]
-    hybrid = ffebm.convert(nn.Sequential(*layers).eval(), torch.randn(2, 8))
+    def made() -> nn.Sequential:
+        return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    # No weight of these has a largest singular vector of nearly equal entries, which would take another relaxation.
+    model = seeded(lambda: nn.Sequential(*(made() for _ in range(3))), 1).eval()
+    hybrid = ffebm.convert(model, torch.randn(2, 8))
     hybrid.export_onnx(tmp_path / "hybrid.onnx")
     written = onnx.load(tmp_path / "hybrid.onnx")
     assert len(hybrid.plan.blocks) == 3

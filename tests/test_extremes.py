@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,16 @@ def test_a_feedback_that_fades_beyond_the_dtype() -> None:
     assert hybrid.bfloat16()(x.bfloat16()).isfinite().all()
 
 
+@pytest.fixture
+def pythons_limit() -> Iterator[None]:
+    """Python's own limit of calls inside each other, which packages raise for good when they are used."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("pythons_limit")
 def test_modules_deeper_than_python_calls() -> None:
     model: nn.Module = nn.Linear(4, 4)
     for _ in range(300):

@@ -87,7 +87,7 @@ class _Order:
 
     def _updated(self, node: fx.Node) -> list[fx.Node]:
         """The statistics that the norms of a node update."""
-        module = _module(self.program.graph_module, node)
+        module = self._module(node)
         given = [node.args[place] for place in _updated_operands(module)] if isinstance(module, ModeSwitch) else []
         if _is_norm(self.program.graph_module, node):
             given = list(node.args[_STATISTICS])
@@ -143,7 +143,7 @@ class _Order:
         return _module(self.program.graph_module, node)
 
     def _writes(self, node: fx.Node, state: fx.Node) -> bool:
-        module = _module(self.program.graph_module, node)
+        module = self._module(node)
         if isinstance(module, WriteState):
             return _state_behind(self.program.graph_module, node) is state
         if isinstance(module, ModeSwitch) and module.writes and state in node.args:
@@ -157,7 +157,7 @@ class _Order:
             node.meta[RUNS_FIRST] = True
         if last is None or node not in self.static:
             return
-        if isinstance(_module(self.program.graph_module, node), WriteState):
+        if isinstance(self._module(node), WriteState):
             node.args = (*node.args, last)
         else:
             node.replace_input_with(state, self._read_after(state, last, live=True))

@@ -256,6 +256,13 @@ def _averaged(state: Any) -> Any:
     return other
 
 
+def check_measured_gains(hybrid: ffebm.HybridModel) -> None:
+    """That every block has the asked loop gain, measured at its present weights."""
+    for block in hybrid.blocks:
+        block.module.gain.forget()
+        assert block.loop_gain == pytest.approx(0.3, rel=0.01)
+
+
 @pytest.mark.parametrize("edit", [_scaled, _averaged])
 @pytest.mark.parametrize("as_value", [False, True])
 def test_weights_that_were_edited_have_their_feedback_set(edit: Callable[[Any], Any], as_value: bool) -> None:
@@ -269,9 +276,7 @@ def test_weights_that_were_edited_have_their_feedback_set(edit: Callable[[Any], 
     loaded.load_state_dict(state)
     if as_value:
         loaded.load_block_state(block_state)
-    for block in loaded.blocks:
-        block.module.gain.forget()
-        assert block.loop_gain == pytest.approx(0.3, rel=0.01)
+    check_measured_gains(loaded)
 
 
 def test_a_state_dict_that_shares_its_tensors_has_the_feedback_of_their_later_values() -> None:
@@ -281,9 +286,7 @@ def test_a_state_dict_that_shares_its_tensors_has_the_feedback_of_their_later_va
     train(hybrid, torch.optim.Adam(hybrid.parameters(), 0.03), range(5))
     loaded = build()[0]
     loaded.load_state_dict(state)
-    for block in loaded.blocks:
-        block.module.gain.forget()
-        assert block.loop_gain == pytest.approx(0.3, rel=0.01)
+    check_measured_gains(loaded)
 
 
 def test_tensors_may_be_swapped_by_conversions_and_loading() -> None:

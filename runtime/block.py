@@ -186,11 +186,12 @@ class EnergyBlock(nn.Module):
 
     def remember(self, phase: FreePhase) -> None:
         """Keep the pre-activations of this forward, from which `states` follow, or the measured states."""
-        self._settled_memory = _memory_of([phase.settled()[0][index] for index in self.program.visible])
+        states, preactivations = phase.settled()
+        self._settled_memory = _memory_of([states[index] for index in self.program.visible])
         if phase.literal:
-            self._states, self._preactivations = tuple(state.detach() for state in phase.settled()[0]), ()
+            self._states, self._preactivations = tuple(state.detach() for state in states), ()
             return
-        self._preactivations = tuple(field.detach() for field in phase.settled()[1])
+        self._preactivations = tuple(field.detach() for field in preactivations)
         self._activations = tuple(activation.kept() for activation in phase.activations)
         self._shapes = dict(phase.frame.shapes)
         self._drawn = {} if self.program.symmetric else dict(phase.frame.drawn)

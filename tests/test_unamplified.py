@@ -262,6 +262,73 @@ def test_a_potential_that_overflows_is_told_by_its_conductances(energy: str) -> 
     assert bool(wide(x.double()).isfinite().all())
 
 
+def two_groups(link: float, bias: bool) -> nn.Sequential:
+    """No input reaches any unit, and one weak weight connects two groups of three units each."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 6, bias=bias), nn.Linear(6, 2)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.abs_()
+        model[0].weight.zero_()
+        for part in (model[1].weight[:3, 3:], model[1].weight[3:, :3], model[2].weight[0, 3:], model[2].weight[1, :3]):
+            part.zero_()
+        model[1].weight[0, 5] = link
+        model[2].bias.zero_()
+        if bias:
+            model[1].bias.abs_()
+    return model
+
+
+@pytest.mark.parametrize("energy", ["unamplified", "drn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("link", [1e-2, 1e-4])
+def test_units_without_a_source_whose_potentials_agree_slowly(energy: str, dtype: torch.dtype, link: float) -> None:
+    """Between the groups, sweeps would take 10^4 to 10^6 times as long as within them."""
+    gamma: Any = "symmetric" if energy == "drn" else 0.3
+    told = r"block_1: nothing sets the potentials of units of 0, 1, 2, since no path of conductances leads"
+    for bias in (True, False):
+        x = noise(3, 4).to(dtype)
+        hybrid = ffebm.convert(two_groups(link, bias).to(dtype), x, energy=energy, feedback=gamma, gradient="implicit")
+        with pytest.raises(ffebm.ConvergenceError, match=told):
+            hybrid(x).sum().backward()
+
+
+@pytest.mark.parametrize("link", [1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_signs_that_disagree_hold_units_that_no_source_reaches(link: float, dtype: torch.dtype) -> None:
+    """One weight below 0 connects lines of both signs, so that the first group stays at 0, and the second by the link.
+
+    The circuit is linear, so that its states and gradients are those of one system of equations.
+    """
+    model, x = two_groups(link, True).double(), noise(3, 4).double()
+    with torch.no_grad():
+        model[1].weight[1, 1].neg_()
+    weights = [layer.weight for layer in model]
+    biases = [torch.zeros(6).double(), model[1].bias, model[2].bias]
+
+    def energy(states: Tensor) -> Tensor:
+        values = [torch.zeros(4).double(), *states.split([6, 6, 2])]
+        parts = (
+            (0.5 * w.abs() @ above.square()).sum() + (0.5 * w.abs().sum(1) * own.square()).sum() - own @ (w @ above + b)
+            for w, b, above, own in zip(weights, biases, values[:-1], values[1:], strict=True)
+        )
+        return sum(part / 0.3 ** (2 - place) for place, part in enumerate(parts))  # type: ignore[return-value]
+
+    rest = torch.zeros(14).double().requires_grad_()
+    current = torch.autograd.grad(energy(rest), rest, create_graph=True)[0]
+    hessian = torch.autograd.functional.hessian(energy, rest, create_graph=True)
+    found = torch.linalg.solve(hessian, -current)[-2:]
+    exact = torch.autograd.grad(3 * found.sum(), [*weights[1:], model[1].bias])
+    hybrid = ffebm.convert(model.to(dtype), x.to(dtype), energy="unamplified", feedback=0.3, gradient="implicit")
+    output = hybrid(x.to(dtype))
+    output.sum().backward()
+    limit = 1e-2 if dtype is torch.float32 else 1e-8
+    torch.testing.assert_close(output[0].double(), found, rtol=limit, atol=0)
+    for name, right in zip(("1.weight", "2.weight", "1.bias"), exact, strict=True):
+        gradient = hybrid.get_parameter(name).grad
+        assert gradient is not None
+        assert float((gradient.double() - right).norm()) < limit * float(right.norm())
+
+
 @pytest.mark.parametrize("energy", ["unamplified", "drn"])
 def test_currents_into_units_that_no_source_reaches(energy: str) -> None:
     """Nothing takes the bias of the second layer's first unit away. Its other unit settles, if slowly."""

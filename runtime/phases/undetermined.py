@@ -20,8 +20,11 @@ _FROM = 0.99
 """The loop gain from which units are looked for that nothing sets. With some it is 1, but is measured from below."""
 _SWEEPS = (30, 300)
 """After so many sweeps units are looked at: all of them, and those that seemed to float."""
-_STEADY = 5
-"""Over so many of the last sweeps a potential that nothing sets stays as it is."""
+_CORRECTIONS = 3
+"""So often conjugate gradients take away what sweeps shrink slowly. Each leaves `_LEFT` of it."""
+_LEFT = 1e-5
+_LEAST = 1e-6
+"""A move that is smaller beside the largest one has been shrunk."""
 
 
 def check_determined(
@@ -80,7 +83,6 @@ def _floating(
     """Layer -> the same moves of the potentials that nothing sets, with 0 for all others; only layers that have any."""
     if not setting.energy.floating or loop_gain < _FROM:
         return {}
-    rounding = _rounding(preactivations)
     slopes = [
         _slope(sigma, field, kinks_conduct)
         for sigma, field in zip(setting.activations(frame), preactivations, strict=True)
@@ -88,22 +90,72 @@ def _floating(
     floating = _without_a_source(frame, setting, preactivations, slopes)
     if not any(bool(units.any()) for units in floating):
         return {}
-    # They move together in some proportion. It is that of what is left of random moves.
+    moves = _moves(frame, setting, preactivations, floating)
+    return {index: move.to(preactivations[index]) for index, move in enumerate(moves) if bool(move.any())}
+
+
+def _moves(
+    frame: Frame, setting: Setting, preactivations: Sequence[Tensor], floating: Sequence[Tensor]
+) -> list[Tensor]:
+    """How the units move that no source reaches: those that are connected by as much, up to their signs.
+
+    A path of conductances from a unit's line to the one of the other sign holds it and all of them at 0. What is left
+    of random moves if every unit becomes the mean of its neighbours tells the signs. Weak links make that slow, so that
+    conjugate gradients find it, in float64.
+    """
+    wide = _widened(frame)
+    fields = [field.to(_wide(field)) for field in preactivations]
+    even = [units.to(field) * scale for field, units, scale in zip(fields, floating, setting.scales, strict=True)]
+    if setting.energy.nonnegative:  # there are no signs
+        return even
+    plain = _response(magnitudes_of(wide, every_sample=True), setting, fields, even, even)
+    slopes = []
+    for index, value in enumerate(even):
+        force = plain.force(index)
+        slopes.append(value if force is None else (value / force).masked_fill(value == 0, 0.0))
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(field.shape, generator=generator).to(field) for field in preactivations]
-    among = [value * units for value, units in zip(drawn, floating, strict=True)]
-    phase = _response(frame, setting, preactivations, among, slopes)
-    _sweep(phase, _SWEEPS[-1] - _STEADY)
-    before = list(phase.values)
-    _sweep(phase, _STEADY)
-    least = 1e-3 * max(0.0 if value is None else float(value.abs().amax()) for value in phase.values)
-    found = {}
-    for index, (old, new, units) in enumerate(zip(before, phase.values, floating, strict=True)):
-        if old is not None and new is not None:
-            steady = units & (new.abs() > least) & ((new - old).abs() <= _STEADY * rounding * new.abs())
-            if bool(steady.any()):
-                found[index] = new * steady
-    return found
+    drawn = [torch.randn(field.shape, generator=generator).to(field) for field in fields]
+    phase = _response(wide, setting, fields, [a * b for a, b in zip(drawn, even, strict=True)], slopes)
+    for _ in range(_CORRECTIONS):
+        _sweep(phase, _SWEEPS[0])
+        _correct(phase)
+    _sweep(phase, _SWEEPS[0])
+    # What moves together is equal but for what is left. When that is rounded away, a sweep leaves it as it is.
+    moves = [
+        torch.zeros_like(own) if value is None else (value / scale).bfloat16().to(own) * scale
+        for value, own, scale in zip(phase.values, even, setting.scales, strict=True)
+    ]
+    largest = max(float(move.abs().amax()) for move in moves if move.numel())
+    return _still(phase, [move * (move.abs() > _LEAST * largest) for move in moves], _rounding(preactivations))
+
+
+def _still(phase: AdjointPhase, moves: Sequence[Tensor], rounding: float) -> list[Tensor]:
+    """The moves of the units that stay as they are, and whose neighbours do, and so on."""
+    moves, count = list(moves), -1
+    while (left := sum(int(move.count_nonzero()) for move in moves)) != count:
+        count = left
+        for index, move in enumerate(moves):
+            phase.store(index, move)
+        new = [phase.update(index) for index in range(len(moves))]
+        moves = [
+            move if value is None else move * ((value - move).abs() <= rounding * move.abs())
+            for value, move in zip(new, moves, strict=True)
+        ]
+    return moves
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return value.dtype if value.device.type == "mps" else torch.float64
+
+
+def _widened(frame: Frame) -> Frame:
+    """The block in float64, without its inputs."""
+    weights = [None if weight is None else weight.detach().to(_wide(weight)) for weight in frame.weights]
+    drawn = {
+        register: value if value is None or not value.is_floating_point() else value.to(_wide(value))
+        for register, value in frame.drawn.items()
+    }
+    return Frame(frame.program, (), weights, drawn, dict(frame.shapes), frozen=True)
 
 
 def _slope(sigma: Activation, field: Tensor, kinks_conduct: bool) -> Tensor:
@@ -158,6 +210,14 @@ def _response(
 def _sweep(phase: AdjointPhase, sweeps: int) -> None:
     for _ in range(sweeps):
         phase.sweep()
+
+
+def _correct(phase: AdjointPhase) -> None:
+    """Bring the values to where sweeps would end, however slowly."""
+    correction = phase.correction(_LEFT)
+    for index, value in enumerate(list(phase.values)):
+        if correction is not None and value is not None:
+            phase.store(index, value + correction[index])
 
 
 def _refusal(frame: Frame, floating: dict[int, Tensor], so: str) -> ConvergenceError:

@@ -282,7 +282,7 @@ def two_groups(link: float, bias: bool) -> nn.Sequential:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("link", [1e-2, 1e-4])
 def test_units_without_a_source_whose_potentials_agree_slowly(energy: str, dtype: torch.dtype, link: float) -> None:
-    """Between the groups, sweeps would take 10^4 to 10^6 times as long as within them."""
+    """Sweeps make the potentials of both groups equal far more slowly than those within a group."""
     gamma: Any = "symmetric" if energy == "drn" else 0.3
     told = r"block_1: nothing sets the potentials of units of 0, 1, 2, since no path of conductances leads"
     for bias in (True, False):

@@ -9,9 +9,9 @@
 What was measured is in `build/numbers`, and a second call goes on where the first was stopped, the experiments in the
 middle. A result counts as long as the package's files, the files of its command, the command itself, torch and the
 processor are those that it was measured with; otherwise it is measured again. By the same rule the figures in
-docs/numbers.json count, so that a run goes on in another checkout. `--keep` counts older results too. The page says of
-each command at which commit and when it was measured, and in how many calls all of them were. A number without a
-result is "not measured". `--again` measures anew whatever counts.
+docs/numbers.json count, so that a run goes on in another checkout. `--keep` counts results of older sources and of
+other processors too. The page says of each command when, at which commit and on which machine it was measured, and in
+how many calls all of them were. A number without a result is "not measured". `--again` measures anew whatever counts.
 
 Commands run with one thread, the shortest first. With `--jobs` so many run at a time; those that measure times or
 memory, or keep two cores busy themselves, come after them, one by one. Times are worth something on a quiet machine
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=["*"], help="glob patterns of commands or subjects")
     parser.add_argument("--quick", action="store_true", help=f"only commands that take at most {QUICK:g} minutes")
     parser.add_argument("--again", action="store_true", help="measure anew what has a result")
-    parser.add_argument("--keep", action="store_true", help="count results of older sources too, with their commit")
+    parser.add_argument("--keep", action="store_true", help="count results of older sources and other processors too")
     parser.add_argument("--jobs", type=int, default=1, help="commands that run at a time where none measures time")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page of what is measured")

@@ -55,40 +55,58 @@ def reasons(numbers: Sequence[Number], found: Mapping[str, Any]) -> list[str]:
     return [f"- {'; '.join(whats)}. {reason}" for reason, whats in missed.items()] or ["None."]
 
 
+def described(machine: Mapping[str, str]) -> str:
+    """A machine in words."""
+    return "{processor}; {system}, Python {python}, torch {torch}".format(**machine)
+
+
 def commands(known: Mapping[str, Command], found: Mapping[str, Any]) -> list[str]:
-    """What ran, how long, when, at which commit, and on a machine how busy."""
-    lines = ["| name | command | minutes | finished | commit | load |", "| --- | --- | ---: | --- | --- | ---: |"]
+    """What ran, how long, when, at which commit, on which machine if there were several, and how busy that was."""
+    machines = list(dict.fromkeys(described(state["machine"]) for state in states(known, found)))
+    several = len(machines) > 1
+    columns = ["name", "command", "minutes", "finished", "commit", *["machine"] * several, "load"]
+    right = ("minutes", "machine", "load")
+    lines = [
+        f"| {' | '.join(columns)} |",
+        f"| {' | '.join('---:' if column in right else '---' for column in columns)} |",
+    ]
     for name, command in known.items():
         state = found["commands"].get(name, {})
-        cells = [state.get("why") or NOT_MEASURED, "", "", ""]
+        cells = [state.get("why") or NOT_MEASURED, *[""] * (3 + several)]
         if "date" in state:
-            cells = [f"{state['minutes']:.1f}", state["date"], state["commit"], f"{state['load']:.1f}"]
+            on = [str(1 + machines.index(described(state["machine"])))] * several
+            cells = [f"{state['minutes']:.1f}", state["date"], state["commit"], *on, f"{state['load']:.1f}"]
         line = command.line.replace("|", "\\|")
         lines.append(f"| {name} | `{line}` | {' | '.join(cells)} |")
     return lines
 
 
+def states(known: Mapping[str, Command], found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is known of the commands that were measured."""
+    return [found["commands"][name] for name in known if "date" in found["commands"].get(name, {})]
+
+
 def origin(known: Mapping[str, Command], found: Mapping[str, Any]) -> list[str]:
     """When, at which commits and on which machines the commands were measured."""
-    states = [found["commands"][name] for name in known if "date" in found["commands"].get(name, {})]
-    if not states:
+    ran = states(known, found)
+    if not ran:
         return ["No command was measured."]
 
     def each(values: Iterable[str]) -> str:
         counted = Counter(values)
         return " and ".join(counted if len(counted) == 1 else (f"{key} ({n} commands)" for key, n in counted.items()))
 
-    calls = len({state["call"] for state in states})
-    commits = Counter(state["commit"] for state in states)
-    machines = each(
-        f"{m['processor']}; {m['system']}, Python {m['python']}, torch {m['torch']}"
-        for m in (state["machine"] for state in states)
-    )
-    when = f"from {min(state['call'] for state in states)} to {max(state['date'] for state in states)}"
+    calls = len({state["call"] for state in ran})
+    commits = Counter(state["commit"] for state in ran)
+    machines = Counter(described(state["machine"]) for state in ran)
+    on = [f"On {machine}." for machine in machines]
+    if len(machines) > 1:
+        on = [f"Machine {k} ({n} commands): {machine}." for k, (machine, n) in enumerate(machines.items(), 1)]
+    when = f"from {min(state['call'] for state in ran)} to {max(state['date'] for state in ran)}"
     lines = [
-        f"{len(states)} of {len(known)} commands were measured, in {'one call' if calls == 1 else f'{calls} calls'}, "
+        f"{len(ran)} of {len(known)} commands were measured, in {'one call' if calls == 1 else f'{calls} calls'}, "
         f"{when}, at commit {each(commits.elements())}.",
-        f"On {machines}.",
+        *on,
     ]
     if len(commits) > 1:
         lines.append("No one commit gave all of these numbers: the table of [commands](#commands) has that of each.")

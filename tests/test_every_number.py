@@ -174,7 +174,11 @@ def test_the_page_names_every_call_commit_and_machine() -> None:
     other = {**state, "call": "D3", "date": "D4", "commit": "222-dirty", "machine": {**here, "torch": "3"}}
     text = page({**found, "commands": {"a": state, "b": other}}, [], known)
     assert "in 2 calls, from D1 to D4, at commit 111 (1 commands) and 222-dirty (1 commands)." in text
-    assert "torch 2 (1 commands) and P, 2 cores; S, Python 3, torch 3 (1 commands)." in text
+    assert "\nMachine 1 (1 commands): P, 2 cores; S, Python 3, torch 2.\n" in text
+    assert "\nMachine 2 (1 commands): P, 2 cores; S, Python 3, torch 3.\n" in text
+    assert "| name | command | minutes | finished | commit | machine | load |" in text
+    assert "| b | `pytest b` | 1.5 | D4 | 222-dirty | 2 | 0.2 |" in text
+    assert "| c | `pytest c` | not measured |  |  |  |  |" in text
     assert "No one commit gave all of these numbers" in text
     assert "`-dirty` marks sources" in text
     assert "No command was measured." in page({"values": {}, "commands": {}}, [], known)

@@ -4,13 +4,16 @@
 it was traced with. So the value is written into the old tensor when the forward ends, as `self.mean.copy_(...)` would
 do. The exporter does so for the buffers of the outermost module alone.
 
-Promise: while a forward is traced, every buffer that it replaces is written in place instead.
+A buffer that the forward makes again for the sizes of a call (`self.table = table_for(n)`) is not written. The graph
+makes it in every call.
+
+Promise: while a forward is traced, every other buffer that it replaces is written in place instead.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -23,8 +26,8 @@ __all__ = ["assignments_are_writes", "without_the_exporters_own"]
 
 
 @contextlib.contextmanager
-def assignments_are_writes(source: nn.Module) -> Iterator[None]:
-    """While the context is open, one traced forward runs."""
+def assignments_are_writes(source: nn.Module, remade: Container[str]) -> Iterator[None]:
+    """While the context is open, one traced forward runs. Buffers with the names `remade` are not written."""
     tables = [(path, table) for path, m in source.named_modules() for table in (m._parameters, m._buffers)]
     before = [(path, table, dict(table)) for path, table in tables]
     yield
@@ -34,8 +37,10 @@ def assignments_are_writes(source: nn.Module) -> Iterator[None]:
         for name, old in known.items()
         if old is not None and name in table and table[name] is not old
     ]
-    if not replaced:
-        return
+    for name, table, leaf, old, _ in replaced:
+        if name in remade:
+            table[leaf] = old
+    replaced = [each for each in replaced if each[0] not in remade]
     olds = {_storage(old) for *_, old, _ in replaced}
     values = [_checked(name, old, new) for name, _, _, old, new in replaced]
     values = [value.clone() if _storage(value) in olds else value for value in values]

@@ -92,7 +92,7 @@ def _in_both_modes(
     kept = [evaluation.note]
     changing = set_by_mode(source)  # also since a model may drop values that it keeps between calls in eval mode
     with training_reads() as reads:
-        exported = export_graph(source, args, kwargs, dynamic_shapes)
+        exported = export_graph(source, args, kwargs, dynamic_shapes, evaluation.remade)
     if evaluation.outputs is None and not has_no_memory(source):  # the exporter compares no dtypes
         rejection = rejection_of(source, args, kwargs)
         if rejection is not None:
@@ -107,14 +107,15 @@ def _in_both_modes(
     if asks:
         source.train()
         try:
-            kept.append(set_up(source, args, kwargs, evaluation).note)
-            trained, more = _in_train_mode(source, args, kwargs, dynamic_shapes, asks)
+            training_set_up = set_up(source, args, kwargs, evaluation)
+            kept.append(training_set_up.note)
+            trained, more = _in_train_mode(source, args, kwargs, dynamic_shapes, training_set_up.remade, asks)
             if trained.note and not exported.note:
                 source.eval()
-                fixed = export_graph(source, args, kwargs, None)
+                fixed = export_graph(source, args, kwargs, None, evaluation.remade)
                 exported = replace(fixed, note=trained.note.replace("the model", "in train mode the model"))
             elif exported.note and not trained.note:
-                trained = export_graph(source, args, kwargs, None)
+                trained = export_graph(source, args, kwargs, None, training_set_up.remade)
             asks |= {module for module in more.asks if module in names}
             for reader, read in more.others().items():
                 others.setdefault(reader, set()).update(read)
@@ -152,7 +153,12 @@ def _in_both_modes(
 
 
 def _in_train_mode(
-    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, asks: set[nn.Module]
+    source: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    remade: frozenset[str],
+    asks: set[nn.Module],
 ) -> tuple[Exported, TrainingReads]:
     """The capture in train mode, and the flags that were read.
 
@@ -164,7 +170,7 @@ def _in_train_mode(
             if is_rebound(module) and module not in asks:
                 module.training = False
         with training_reads() as reads:
-            exported = export_graph(source, args, kwargs, dynamic_shapes)
+            exported = export_graph(source, args, kwargs, dynamic_shapes, remade)
         if not any(is_rebound(module) for module in reads.asks - asks):
             return exported, reads
         asks = asks | reads.asks

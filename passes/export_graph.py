@@ -9,8 +9,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,10 +59,21 @@ class Exported:
     """What the forward decided by sizes that are free."""
 
 
-def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
-    """Export with a free batch size if that is asked for and possible."""
+def export_graph(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, remade: Container[str] = ()
+) -> Exported:
+    """Export with a free batch size if that is asked for and possible.
+
+    Args:
+        source: the module.
+        args: its positional inputs.
+        kwargs: its keyword inputs.
+        dynamic_shapes: as for `capture`.
+        remade: the names of the buffers that every call makes in another shape.
+    """
+    trace = partial(_try_export, source, remade)
     with plain_call(source, args, kwargs) as call:
-        exported = _export_graph(source, call.args, call.kwargs, dynamic_shapes)
+        exported = _export_graph(trace, source, call.args, call.kwargs, dynamic_shapes)
         if call.opaque:
             raise UnsupportedError(
                 f"the forward returns a tensor {call.opaque}, which a hybrid cannot build again: return it by itself, "
@@ -75,29 +87,31 @@ def export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return replace(exported, inputs=call.inputs, outputs=call.outputs)
 
 
-def _export_graph(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
-    if dynamic_shapes != "batch":
-        return _try_export(source, args, kwargs, dynamic_shapes)
+def _export_graph(
+    trace: Callable[..., Exported], source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> Exported:
+    if shapes != "batch":
+        return trace(args, kwargs, shapes)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if not tensors:
-        return _try_export(source, args, kwargs, None)
+        return trace(args, kwargs, None)
     size = tensors[0].shape[0]
     try:
         wide_args, wide_kwargs = _at_least_two(args, kwargs, size)
-        shapes = ShapesCollection()
+        free = ShapesCollection()
         for leaf in pytree.tree_leaves((wide_args, wide_kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.dim() and leaf.shape[0] == max(size, 2):
-                shapes[leaf] = {0: Dim.AUTO}
+                free[leaf] = {0: Dim.AUTO}
         try:
-            spec = shapes.dynamic_shapes(source, wide_args, wide_kwargs)
+            spec = free.dynamic_shapes(source, wide_args, wide_kwargs)
         except Exception as error:  # the forward does not take these arguments
             raise explained(source, args, kwargs, error) from error
-        exported = _with_one_sample_tried(_try_export(source, wide_args, wide_kwargs, spec), source, (args, kwargs))
+        exported = _with_one_sample_tried(trace(wide_args, wide_kwargs, spec), source, (args, kwargs))
         if _batch_is_free(exported.program) and _decides_as(exported, size):
             return exported
     except CaptureError:
         pass
-    exported = _try_export(source, args, kwargs, None)
+    exported = trace(args, kwargs, None)
     return replace(exported, note=f"the batch size is fixed at {size}: the model does not trace with a free one")
 
 
@@ -168,26 +182,30 @@ def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> t
     return wide
 
 
-def _try_export(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
+def _try_export(
+    source: nn.Module, remade: Container[str], args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Exported:
     try:
-        return _traced(source, args, kwargs, dynamic_shapes)
+        return _traced(source, remade, args, kwargs, dynamic_shapes)
     except CaptureError as error:
         if isinstance(error.__cause__, NotTraceable):
             raise
         with hidden_compiler() as asked:
             try:
-                return _traced(source, args, kwargs, dynamic_shapes)
+                return _traced(source, remade, args, kwargs, dynamic_shapes)
             except CaptureError as other:
                 # An error of another kind comes from the branch for compilers, which the source itself does not take.
                 raise other if asked and type(error.__cause__).__module__ == "builtins" else error from None
 
 
-def _traced(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Exported:
+def _traced(
+    source: nn.Module, remade: Container[str], args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> Exported:
     quiet = logging.root.manager.disable
     logging.disable(logging.ERROR)  # the exporter logs graphs and tracebacks before it raises what we explain below
     try:
         decided = SizeDecisions()
-        with _as_before(source), tracing(source) as calls, decided.noted(), _silent():
+        with _as_before(source), tracing(source, remade) as calls, decided.noted(), _silent():
             with keep_custom_functions() as functions, no_forward_gradients():
                 program = torch.export.export(source, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             calls.known.check()

@@ -1,7 +1,7 @@
 """Private copy: copy the model for the hybrid to own, so that the user's model is never touched.
 
-Promise: the deep copy shares no tensor with the model, not even through functions that close over it. It has
-the hooks of the model's parameters.
+Promise: the deep copy shares no tensor with the model unless that is asked for, not even through functions that close
+over it. It has the hooks of the model's parameters.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from torch import nn
 
 from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.passes.copied_closures import CopiedClosures
+from ffebm_compiler.passes.held import held_tensors
 
 __all__ = ["private_copy"]
 
 _REGISTERED = ("_parameters", "_modules")
 
 
-def private_copy(model: nn.Module) -> nn.Module:
-    """A deep copy. Results of earlier calls that a module caches in attributes lose their gradient history."""
-    memo: dict[int, Any] = {}
+def private_copy(model: nn.Module, share_tensors: bool = False) -> nn.Module:
+    """A deep copy. Results of earlier calls that a module caches in attributes lose their gradient history.
+
+    With `share_tensors` it holds the tensors of the model itself, for calls that need a copy of everything else.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in held_tensors(model)} if share_tensors else {}
     for module in model.modules():
         for leaf in pytree.tree_leaves([value for key, value in vars(module).items() if key not in _REGISTERED]):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
+            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf and id(leaf) not in memo:
                 memo[id(leaf)] = leaf.detach().clone().requires_grad_(leaf.requires_grad)
     try:
         copied = copy.deepcopy(model, memo)
@@ -44,7 +48,8 @@ def private_copy(model: nn.Module) -> nn.Module:
         ) from error
     closures = CopiedClosures(memo)
     closures.mend(copied)
-    _copy_hooks(model, copied, closures)
+    if not share_tensors:
+        _copy_hooks(model, copied, closures)
     return copied
 
 

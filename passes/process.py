@@ -5,7 +5,8 @@ a closure. During a trace such a cache fills with the tracer's fake tensors, and
 own model would return them from then on.
 
 Promise: afterwards no cache of a function outside of torch and the standard library holds a fake
-tensor, and torch's functional transforms are at their former level.
+tensor, and torch's functional transforms are at their former level. `NamedValues` restores what the model's code
+names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["is_users", "process_unchanged", "reachable"]
+__all__ = ["NamedValues", "is_users", "process_unchanged", "reachable"]
 
 _NOT_USERS = frozenset(sys.stdlib_module_names) | {"torch", "sympy", "mpmath", "numpy", "networkx", "ffebm_compiler"}
 """Top-level packages whose caches are left alone."""
@@ -45,6 +46,39 @@ def process_unchanged(source: nn.Module, reached: list[Any] | None = None) -> It
                 cache.cache_clear()
         for container in containers:
             _remove_fakes(container)
+
+
+class NamedValues:
+    """Global variables, attributes of classes, dictionaries and lists that a model's code names, as they are now."""
+
+    def __init__(self, source: nn.Module) -> None:
+        found = reachable(source)
+        functions = [f for f in found if isinstance(f, FunctionType) and is_users(f.__module__)]
+        classes = [kind for kind in found if isinstance(kind, type) and is_users(kind.__module__)]
+        self.variables = [
+            (f.__globals__, {n: f.__globals__[n] for n in _mentioned_names(f.__code__) if n in f.__globals__})
+            for f in functions
+        ]
+        self.classes = [(kind, dict(vars(kind))) for kind in classes]
+        self.containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
+        self.caches = [(c, c.cache_info().misses) for c in found if isinstance(c, functools._lru_cache_wrapper)]
+
+    def restore(self) -> None:
+        """Restore them, and empty caches of functions that have been filled."""
+        for names, before in self.variables:
+            names.update(before)
+        for kind, known in self.classes:
+            for name, value in list(vars(kind).items()):
+                if name not in known:
+                    delattr(kind, name)
+                elif value is not known[name]:
+                    setattr(kind, name, known[name])
+        for container, content in self.containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        for cache, misses in self.caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
 
 
 def is_users(module: object) -> bool:

@@ -6,38 +6,29 @@ is forgotten again, so that the trace computes it.
 
 The hybrid does not have state between calls that no parameter or buffer holds. If the
 output depends on such state, the model is refused. If every call sets an attribute without an effect, a note says so.
+Two calls with the same inputs do not show all of it. So another copy is called with other inputs first
+(`earlier_call`). It also shows the buffers that the forward makes again in another shape.
 
 Promise: the module is unchanged, except for what its first call sets up once and for all.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ffebm_compiler.errors import CaptureError, UnsupportedError
+from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
-from ffebm_compiler.passes.changing_line import changing_line
-from ffebm_compiler.passes.containers import leaves_of
-from ffebm_compiler.passes.held import held_tensors
-from ffebm_compiler.passes.own_generators import own_generators_unchanged
-from ffebm_compiler.passes.process import reachable
+from ffebm_compiler.passes.earlier_call import earlier_call
+from ffebm_compiler.passes.process import NamedValues
 from ffebm_compiler.passes.repeated_calls import differ, differing_module
-from ffebm_compiler.passes.tracing import ordinary_paths
-from ffebm_compiler.passes.unchanged import (
-    Attributes,
-    draws_of_this_thread,
-    generator_states,
-    generators_unchanged,
-    tensors_unchanged,
-)
+from ffebm_compiler.passes.unchanged import Attributes
+from ffebm_compiler.passes.undone_call import DrawsElsewhere, call_undone
 
 __all__ = ["SetUp", "same_in_evaluation", "set_up"]
 
@@ -47,7 +38,10 @@ class SetUp:
     """What the calls of a module have shown."""
 
     note: str = ""
-    """A note for the plan about attributes that every call sets, or an empty text."""
+    """A note for the plan about attributes and buffers that calls set, or an empty text."""
+    remade: frozenset[str] = frozenset()
+    """Buffers in whose place a call puts a tensor of another shape, dtype or device: a table for the present sizes.
+    Later calls compute the same with it as without it."""
     outputs: tuple[Any, ...] | None = None
     """The outputs of a call; None if it fails."""
 
@@ -65,55 +59,99 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
         evaluation: for a module in train mode, the result of its calls in eval mode.
 
     Raises:
-        UnsupportedError: an earlier call changes the output of a later one, for example through an attribute.
-        CaptureError: forward draws from the generators of Python or numpy.
+        UnsupportedError: an earlier call changes the output of a later one, for example through an attribute, or the
+            first call alone writes parameters or buffers.
+        CaptureError: forward draws from the generators of Python or numpy, or a buffer's shape changes in every call.
     """
-    before = Attributes(source)
+    earlier = earlier_call(source, args, kwargs)
+    before, named = Attributes(source), NamedValues(source)
+
+    def undo() -> None:
+        before.restore()
+        named.restore()
+
     drawn: set[str] = set()
+    written: tuple[list[Tensor], list[Tensor]] = ([], [])
     try:
-        first = _call_undone(source, args, kwargs, drawn)
+        first = call_undone(source, args, kwargs, drawn, written=written[0])
         before.forget(_of_parameters)
         again = Attributes(source)
-        second = _call_undone(source, args, kwargs, drawn)
+        second = call_undone(source, args, kwargs, drawn, written=written[1])
         again.forget(_of_parameters)
-        kept = [name for name in again.changed() if not _is_remade(source, name)]
+        kept = [name for name in again.changed() if not _is_parametrised(source, name)]
         other = differ(first, second)
         if other and not kept:  # the calls may differ because the first one set something up
-            other = differ(second, _call_undone(source, args, kwargs, drawn))
-        where = (
-            differing_module(source, lambda: _call_undone(source, args, kwargs, drawn)) if other and not kept else ""
-        )
+            other = differ(second, call_undone(source, args, kwargs, drawn))
+        where = differing_module(source, lambda: call_undone(source, args, kwargs, drawn)) if other and not kept else ""
         left = evaluation is not None and not same_in_evaluation(source, args, kwargs, evaluation)
-    except _DrawsElsewhere:
+    except DrawsElsewhere:
         place: list[str] = []
         with suppress(Exception):
-            _call_undone(source, args, kwargs, None, place)
-        before.restore()
+            call_undone(source, args, kwargs, None, place)
+        undo()
         raise CaptureError(
             f"forward draws random numbers from {' and '.join(sorted(drawn))}{''.join(place)}, which a captured graph "
             "would repeat for ever: draw them with torch (torch.rand(())), or outside of forward and hand them in as "
             "an input"
         ) from None
     except Exception:
-        before.restore()
+        undo()
         return SetUp()
     again.restore()
-    named = ", ".join(repr(name) for name in kept[:4]) + (", ..." if len(kept) > 4 else "")
-    if other or left:
-        before.restore()
-        place_of_state = f" in the attribute {named}" if kept else ""
-        if not kept:
-            place_of_state = f" in module {where!r}" if where else ""
-            place_of_state += " outside of parameters and buffers (an object, a global variable, a closure, a tensor)"
-        what = "output" if other else "output in eval mode"
+    try:
+        if other or left:
+            raise _depends("output" if other else "output in eval mode", _place(kept, where))
+        _refuse_first_writes(source, *written)
+        if earlier is not None and differ(earlier.outputs, second):
+            buffers = f" in the buffer {_listed(earlier.remade)}, of which it changed the shape or dtype"
+            attributes = [name for name in earlier.kept if not _is_parametrised(source, name)]
+            raise _depends("output", buffers if earlier.remade else _place(attributes, ""))
+        if earlier is not None and earlier.growing:
+            name, old, new = earlier.growing[0]
+            raise CaptureError(
+                f"the forward assigns {new.dtype} of shape {tuple(new.shape)} to {name!r}, which is {old.dtype} of "
+                f"shape {tuple(old.shape)}, and another one in the next call; a graph keeps the shapes of the state, "
+                "so assign a tensor of one shape and dtype"
+            )
+    except FFEBMError:
+        undo()
+        raise
+    remade = earlier.remade if earlier is not None else ()
+    notes = []
+    if kept:
+        notes.append(f"forward sets attributes ({_listed(kept)}) at every call")
+    if remade:
+        notes.append(f"forward puts tensors of another shape or dtype in the place of buffers ({_listed(remade)})")
+    note = f"{' and '.join(notes)}, which the hybrid does not: its output is the same" if notes else ""
+    return SetUp(note, frozenset(remade), tuple(second))
+
+
+def _place(attributes: Sequence[str], module: str) -> str:
+    """Where state is kept that is no parameter and no buffer."""
+    if attributes:
+        return f" in the attribute {_listed(attributes)}"
+    inside = f" in module {module!r}" if module else ""
+    return f"{inside} outside of parameters and buffers (an object, a global variable, a closure, a tensor)"
+
+
+def _depends(what: str, place: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the model's {what} depends on what an earlier call left{place}: keep it in a buffer (register_buffer) of its "
+        "final shape that forward writes in place, or hand it in as an input"
+    )
+
+
+def _refuse_first_writes(source: nn.Module, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    """Refuse tensors that the first call alone has written, as flows initialise their scales by the first batch."""
+    later = {id(tensor) for tensor in second}
+    once = {id(tensor) for tensor in first if id(tensor) not in later}
+    names = [name for name, tensor in (*source.named_parameters(), *source.named_buffers()) if id(tensor) in once]
+    if names:
         raise UnsupportedError(
-            f"the model's {what} depends on what an earlier call left{place_of_state}: keep it in a buffer "
-            "(register_buffer) that forward writes in place, or hand it in as an input"
+            f"the model's first call writes {_listed(names)}, and later calls do not, so that its output depends on "
+            "what the first call was given: call the model once before it is converted, in train mode if it does so "
+            "there"
         )
-    if not kept:
-        return SetUp("", tuple(second))
-    note = f"forward sets attributes ({named}) at every call, which the hybrid does not: its output is the same"
-    return SetUp(note, tuple(second))
 
 
 def same_in_evaluation(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], evaluation: SetUp) -> bool:
@@ -122,77 +160,13 @@ def same_in_evaluation(source: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         return True
     source.eval()
     try:
-        return not differ(evaluation.outputs, _call_undone(source, args, kwargs, None))
+        return not differ(evaluation.outputs, call_undone(source, args, kwargs, None))
     finally:
         source.train()
 
 
-class _DrawsElsewhere(Exception):
-    """A forward drew from a generator that is not torch's."""
-
-
-def _call_undone(
-    source: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    drawn: set[str] | None,
-    place: list[str] | None = None,
-) -> list[Any]:
-    """The outputs of a call, of which nothing but changed attributes remains.
-
-    Args:
-        source: the module.
-        args: its positional inputs.
-        kwargs: its keyword inputs.
-        drawn: receives the names of generators other than torch's. The call raises `_DrawsElsewhere` if it uses one.
-        place: receives the line that draws first.
-    """
-    tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
-    registered = [(table, dict(table)) for table in tables]
-    reached = reachable(source)
-    state = held_tensors(source, reached)
-    with (
-        ordinary_paths(),
-        own_generators_unchanged(source, reached) as own,
-        generators_unchanged(),
-        tensors_unchanged(state),
-        _no_warnings(),
-        torch.enable_grad(),
-    ):
-        states = generator_states()
-        with ExitStack() as stack:
-            drew = stack.enter_context(draws_of_this_thread())
-            if place is not None:
-                watch = changing_line(lambda: (generator_states(), [*own.drawn()]))
-                stack.callback(place.extend, stack.enter_context(watch))
-            outputs = [
-                leaf.detach() if isinstance(leaf, Tensor) else leaf
-                for leaf in leaves_of(source(*_copy_inputs(args), **_copy_inputs(kwargs)))
-            ]
-        if drawn is not None:
-            changed = {name for name, value in generator_states().items() if value != states.get(name, value)}
-            drawn.update(changed & drew)
-            drawn.update(own.drawn())
-    for now, before in registered:  # undoes the assignment of a buffer; a new buffer stays
-        now.update(before)
-    if drawn:
-        raise _DrawsElsewhere
-    return outputs
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _copy_inputs(inputs: Any) -> Any:
-    """A copy of the inputs, which the forward may write to."""
-    return pytree.tree_map(
-        lambda leaf: leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf,
-        inputs,
-    )
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
 def _of_parameters(value: Any) -> bool:
@@ -200,7 +174,7 @@ def _of_parameters(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in pytree.tree_leaves(value))
 
 
-def _is_remade(source: nn.Module, name: str) -> bool:
+def _is_parametrised(source: nn.Module, name: str) -> bool:
     """Whether a parametrisation by hooks computes an attribute from parameters at every call (`weight_norm`)."""
     path, _, leaf = name.rpartition(".")
     parameters = module_at(source, path)._parameters

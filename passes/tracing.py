@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -215,7 +215,7 @@ def _unchecked_distributions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeing_the_forward(calls: UsersCalls, source: nn.Module) -> Iterator[None]:
+def _seeing_the_forward(calls: UsersCalls, source: nn.Module, remade: Container[str]) -> Iterator[None]:
     """Let `calls` see the forward and its hooks. Before them the exporter reads dozens of properties a parameter."""
     if isinstance(source, fx.GraphModule):  # the exporter runs its operations itself
         with calls:
@@ -226,7 +226,7 @@ def _seeing_the_forward(calls: UsersCalls, source: nn.Module) -> Iterator[None]:
     def call_module(self: Any, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if module is not source:
             return before(self, module, forward, args, kwargs)
-        with mode_below(calls), assignments_are_writes(source):
+        with mode_below(calls), assignments_are_writes(source, remade):
             return before(self, module, forward, args, kwargs)
 
     _ModuleStackTracer.call_module = call_module  # type: ignore[method-assign,assignment]
@@ -237,8 +237,13 @@ def _seeing_the_forward(calls: UsersCalls, source: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracing(source: nn.Module) -> Iterator[UsersCalls]:
-    """Put torch into the state in which a forward of `source` is traced, and restore it afterwards."""
+def tracing(source: nn.Module, remade: Container[str] = ()) -> Iterator[UsersCalls]:
+    """Put torch into the state in which a forward of `source` is traced, and restore it afterwards.
+
+    Args:
+        source: the module.
+        remade: the names of its buffers that every call makes.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(without_autocast())
         stack.enter_context(torch.enable_grad())
@@ -254,5 +259,5 @@ def tracing(source: nn.Module) -> Iterator[UsersCalls]:
         ):
             stack.enter_context(context())
         calls = UsersCalls(source)
-        stack.enter_context(_seeing_the_forward(calls, source))
+        stack.enter_context(_seeing_the_forward(calls, source, remade))
         yield calls

@@ -86,11 +86,15 @@ def draws_of_this_thread() -> Iterator[set[str]]:
 
 
 @contextmanager
-def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Restore the contents of tensors that are written in place, and make them leaves of autograd's graph again."""
+def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Restore the contents of tensors that are written in place, and make them leaves of autograd's graph again.
+
+    The list has those whose contents had changed, afterwards.
+    """
+    changed: list[Tensor] = []
     before = [(tensor, tensor.detach().clone(), tensor.is_leaf) for tensor in tensors if not tensor.is_meta]
     try:
-        yield
+        yield changed
     finally:
         with torch.no_grad():
             for tensor, content, leaf in before:
@@ -102,6 +106,7 @@ def tensors_unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
                     tensor, content
                 ):  # versions do not tell, since batch norm does not count its writes to the statistics
                     tensor.copy_(content)
+                    changed.append(tensor)
 
 
 class Attributes:

@@ -280,10 +280,13 @@ def test_what_training_leaves_outside_is_refused() -> None:
         GLOBAL[0] += net.training
         return h * (1 + GLOBAL[0])
 
+    before = list(GLOBAL)
+    hybrid = assert_same(Stateful(counted).eval(), torch.randn(5, 8), train=False)
+    assert before == GLOBAL
     with pytest.raises(
         ffebm.UnsupportedError, match="depends on what an earlier call left in module 'Stateful' outside"
     ):
-        ffebm.convert(Stateful(counted), torch.randn(5, 8))
+        hybrid.train()(torch.randn(5, 8))
 
 
 def test_a_first_call_that_alone_gives_something_else_is_set_up() -> None:

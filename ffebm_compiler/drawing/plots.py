@@ -114,14 +114,17 @@ def plot_feedback(measured: Mapping[float, float], source: float | None = None, 
         InputError: where nothing was measured.
         ExportError: where matplotlib is missing.
     """
+    check_kind("measured", measured, Mapping, "feedback_sweep(hybrid, evaluate)")
     if not measured:
         raise InputError("nothing was measured: make it with feedback_sweep(hybrid, evaluate)")
+    values = {gain: number_of(value, f"at loop gain {gain}") for gain, value in measured.items()}
+    line = None if source is None else number_of(source, "of the source network")
     figure = figure_class()(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    gains = sorted(measured)
-    axes.plot(gains, [measured[gain] for gain in gains], "o-", color=_BLUE, label="hybrid")
-    if source is not None:
-        axes.axhline(source, color=_ORANGE, linestyle="--", label="source network")
+    gains = sorted(values)
+    axes.plot(gains, [values[gain] for gain in gains], "o-", color=_BLUE, label="hybrid")
+    if line is not None:
+        axes.axhline(line, color=_ORANGE, linestyle="--", label="source network")
     axes.set_xscale("log")
     axes.set_xlabel("loop gain κ")
     axes.set_ylabel(label)
@@ -185,10 +188,14 @@ def plot_hardware(rows: Sequence[SweepRow]) -> Any:
         InputError: where nothing was swept.
         ExportError: where matplotlib is missing.
     """
+    from ffebm_compiler.passes.partition.compare import SweepRow
+
+    made = "ffebm_compiler.passes.partition.compare.sweep(plan, settings)"
+    check_kind("rows", rows, Sequence, made)
+    for index, row in enumerate(rows):
+        check_kind(f"rows[{index}]", row, SweepRow, made)
     if not rows:
-        raise InputError(
-            "the sweep holds no row: make it with ffebm_compiler.passes.partition.compare.sweep(plan, settings)"
-        )
+        raise InputError(f"the sweep holds no row: make it with {made}")
     figure = figure_class()(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
     tiles, values = [row.tiles for row in rows], [row.conversions for row in rows]

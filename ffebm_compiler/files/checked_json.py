@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ffebm_compiler.errors import FFEBMError
+from ffebm_compiler.files.paths import path_of
 
 __all__ = ["AtLeast", "Malformed", "Number", "clipped", "parse_json", "read_json", "short", "typed", "typed_fields"]
 
@@ -55,7 +56,9 @@ def read_json(path: str | Path, what: str, error: type[FFEBMError], remedy: str)
     Raises:
         FFEBMError: of the class `error`; the file cannot be read, is too large, is no UTF-8 or no JSON, or
             gives a name twice.
+        InputError: `path` is no path.
     """
+    path = path_of(path, f"the file of {what}")
     try:
         with open(path, "rb") as file:
             data = file.read(_MOST_BYTES + 1)

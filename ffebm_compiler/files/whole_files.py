@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ffebm_compiler.errors import ExportError, FFEBMError
 from ffebm_compiler.files.hidden_files import hidden_file, hidden_name, lock, remove_leftovers, status_of
+from ffebm_compiler.files.paths import path_of
 
 __all__ = [
     "FreshFile",
@@ -58,7 +59,9 @@ def write_whole(
 
     Raises:
         FFEBMError: of the class `error`; the file cannot be written. Says why and what to do.
+        InputError: `path` is no path.
     """
+    path = path_of(path, "a file to write")
     with saying(path, failure, error, "give a file name in an existing folder that you may write to"):
         data = content.encode("utf-8") if isinstance(content, str) else content
         older = status_of(path)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ffebm_compiler.runtime.estimators.situation import Situation
 from ffebm_compiler.runtime.phases.error_phases import NudgedPhase
 from ffebm_compiler.runtime.solvers.relaxation import relax
+from ffebm_compiler.runtime.widest import widest
 
 __all__ = ["SHARES", "amplitudes", "imaginary", "midpoint", "real", "scaled", "settled_currents", "weighted"]
 
@@ -107,7 +108,7 @@ def _norm(value: Tensor, batched: bool) -> Tensor:
 
     On a CPU the sums are faster in the value's own dtype. On a GPU, to look whether that is enough would wait for it.
     """
-    wide = value.dtype if value.device.type == "mps" else torch.float64
+    wide = widest(value)
     dims = tuple(range(1, value.dim())) if batched else tuple(range(value.dim()))
     if not dims:
         return value.abs().to(wide)

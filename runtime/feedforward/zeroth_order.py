@@ -15,6 +15,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.plain_numbers import plain_fields
 from ffebm_compiler.runtime.one_derivative import IN_A_PART, refuse_batched, refuse_forward_mode, without_derivative
+from ffebm_compiler.runtime.widest import widest
 
 __all__ = ["Perturbed", "PerturbedPart", "ZerothOrder", "directions"]
 
@@ -176,7 +177,7 @@ def _random_kind(kind: str) -> str:
 def _product(outputs: Sequence[Any], errors: Sequence[Tensor | None]) -> float:
     """Σ ⟨F, δ⟩ over the outputs that have an error, in float64."""
     return sum(
-        float((value * error).sum(dtype=torch.float64 if value.device.type != "mps" else value.dtype))
+        float((value * error).sum(dtype=widest(value)))
         for value, error in zip(outputs, errors, strict=True)
         if error is not None
     )

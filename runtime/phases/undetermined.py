@@ -13,6 +13,7 @@ from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.energies.loads import magnitudes_of
 from ffebm_compiler.runtime.phases.error_phases import AdjointPhase
 from ffebm_compiler.runtime.program.frame import Frame
+from ffebm_compiler.runtime.widest import widest
 
 __all__ = ["check_currents", "check_determined"]
 
@@ -103,11 +104,11 @@ def _moves(
     of random moves if every unit becomes the mean of its neighbours tells the signs. Weak links make that slow, so that
     conjugate gradients find it, in float64.
     """
-    wide = _widened(frame)
-    fields = [field.to(_wide(field)) for field in preactivations]
+    fields = [field.to(widest(field)) for field in preactivations]
     even = [units.to(field) * scale for field, units, scale in zip(fields, floating, setting.scales, strict=True)]
     if setting.energy.nonnegative:  # there are no signs
         return even
+    wide = _widened(frame)
     plain = _response(magnitudes_of(wide, every_sample=True), setting, fields, even, even)
     slopes = []
     for index, value in enumerate(even):
@@ -118,7 +119,7 @@ def _moves(
     phase = _response(wide, setting, fields, [a * b for a, b in zip(drawn, even, strict=True)], slopes)
     for _ in range(_CORRECTIONS):
         _sweep(phase, _SWEEPS[0])
-        _correct(phase)
+        phase.corrected(_LEFT)  # to where sweeps would end, however slowly
     _sweep(phase, _SWEEPS[0])
     # What moves together is equal but for what is left. When that is rounded away, a sweep leaves it as it is.
     moves = [
@@ -144,15 +145,11 @@ def _still(phase: AdjointPhase, moves: Sequence[Tensor], rounding: float) -> lis
     return moves
 
 
-def _wide(value: Tensor) -> torch.dtype:
-    return value.dtype if value.device.type == "mps" else torch.float64
-
-
 def _widened(frame: Frame) -> Frame:
     """The block in float64, without its inputs."""
-    weights = [None if weight is None else weight.detach().to(_wide(weight)) for weight in frame.weights]
+    weights = [None if weight is None else weight.detach().to(widest(weight)) for weight in frame.weights]
     drawn = {
-        register: value if value is None or not value.is_floating_point() else value.to(_wide(value))
+        register: value if value is None or not value.is_floating_point() else value.to(widest(value))
         for register, value in frame.drawn.items()
     }
     return Frame(frame.program, (), weights, drawn, dict(frame.shapes), frozen=True)
@@ -210,14 +207,6 @@ def _response(
 def _sweep(phase: AdjointPhase, sweeps: int) -> None:
     for _ in range(sweeps):
         phase.sweep()
-
-
-def _correct(phase: AdjointPhase) -> None:
-    """Bring the values to where sweeps would end, however slowly."""
-    correction = phase.correction(_LEFT)
-    for index, value in enumerate(list(phase.values)):
-        if correction is not None and value is not None:
-            phase.store(index, value + correction[index])
 
 
 def _refusal(frame: Frame, floating: dict[int, Tensor], so: str) -> ConvergenceError:

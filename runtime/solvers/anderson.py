@@ -11,6 +11,7 @@ from torch import Tensor
 from ffebm_compiler.errors import InputError
 from ffebm_compiler.runtime.solvers.base import Solver, sweep_layers
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
+from ffebm_compiler.runtime.widest import widest
 
 __all__ = ["Anderson"]
 
@@ -95,8 +96,7 @@ class _History:
             self.gram = self.gram[:, 1:, 1:]
         self.made.append(new)
         self.residuals.append(residual)
-        wide = torch.float32 if residual.device.type == "mps" else torch.float64
-        row = torch.stack([torch.linalg.vecdot(residual, other).to(wide) for other in self.residuals], 1)
+        row = torch.stack([torch.linalg.vecdot(residual, other).to(widest(residual)) for other in self.residuals], 1)
         count = len(self.residuals)
         grown = row.new_zeros(self.rows, count, count)
         if self.gram is not None:

@@ -162,3 +162,12 @@ class FixedPoint(ABC):
     def correction(self, rtol: float) -> list[Tensor] | None:
         """Newton's step Δ, (1 − ∂f) Δ = f(x) − x, with an inner residual of `rtol`; None if there is none."""
         return None
+
+    def corrected(self, rtol: float) -> bool:
+        """Add Newton's step to the values; False if there is none."""
+        correction = self.correction(rtol)
+        if correction is None:
+            return False
+        for index, (value, part) in enumerate(zip(list(self.values), correction, strict=True)):
+            self.store(index, part if value is None else value + part)
+        return True

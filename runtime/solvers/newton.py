@@ -63,13 +63,10 @@ class NewtonCG(Solver):
 
     def _correct(self, problem: FixedPoint, memory: _Progress) -> bool:
         """Add Newton's step to the values; False if there is none."""
-        correction = problem.correction(min(0.1, memory.change))
-        if correction is None:
-            memory.pause = 2 * memory.sweeps
-            return False
-        for index, (value, part) in enumerate(zip(list(problem.values), correction, strict=True)):
-            problem.store(index, part if value is None else value + part)
-        return True
+        if problem.corrected(min(0.1, memory.change)):
+            return True
+        memory.pause = 2 * memory.sweeps
+        return False
 
 
 @dataclass

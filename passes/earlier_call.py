@@ -1,0 +1,84 @@
+"""Earlier call: what a call computes after one with other inputs, in a module that was not called before.
+
+A forward may keep what it needs once (a table of positions) or what it has seen (a mean over the inputs so far, the
+first batch). Both are there after two calls with the same inputs, and give the same output. A first call with other
+inputs tells them apart.
+
+Promise: the source and what its code names stay as they are. The calls are made in a copy, which shares the source's
+tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ffebm_compiler.passes.private_copy import private_copy
+from ffebm_compiler.passes.process import NamedValues
+from ffebm_compiler.passes.unchanged import Attributes
+from ffebm_compiler.passes.undone_call import call_undone, is_remade
+
+__all__ = ["EarlierCall", "earlier_call"]
+
+
+@dataclass(frozen=True)
+class EarlierCall:
+    """What two calls of a module have shown."""
+
+    outputs: list[Any]
+    """The outputs of the second call."""
+    kept: tuple[str, ...]
+    """Names of the attributes that the calls changed."""
+    remade: tuple[str, ...]
+    """Names of the buffers that the calls made again (`is_remade`)."""
+    growing: tuple[tuple[str, Tensor, Tensor], ...]
+    """(name, old tensor, new tensor) of the buffers among them that the second call made in yet another shape."""
+
+
+def earlier_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> EarlierCall | None:
+    """Call a copy with other inputs, and then with these; None if the forward fails.
+
+    A forward may not take the other inputs (sorted lengths, say). Then both calls are made with these.
+    """
+    for first_args, first_kwargs in (pytree.tree_map(_other, (args, kwargs)), (args, kwargs)):
+        copied = private_copy(source, share_tensors=True)
+        attributes = Attributes(copied)
+        named = NamedValues(copied)
+        start = _buffers(copied)
+        try:
+            call_undone(copied, first_args, first_kwargs, keep_remade=True)
+            between = _buffers(copied)
+            outputs = call_undone(copied, args, kwargs, keep_remade=True)
+            end = _buffers(copied)
+            remade = tuple(name for name in start if is_remade(start[name], end[name]))
+            growing = tuple(
+                (name, between[name], end[name])
+                for name in remade
+                if isinstance(start[name], Tensor) and is_remade(between[name], end[name])
+            )
+            return EarlierCall(outputs, tuple(attributes.changed()), remade, growing)
+        except Exception:  # these inputs are not the forward's, or it fails anyway
+            continue
+        finally:
+            named.restore()
+    return None
+
+
+def _buffers(module: nn.Module) -> dict[str, Any]:
+    return {f"{path}.{name}".lstrip("."): b for path, m in module.named_modules() for name, b in m._buffers.items()}
+
+
+def _other(leaf: Any) -> Any:
+    """Another value that a forward is likely to take. Numbers stay between the least and the greatest or near them."""
+    if not isinstance(leaf, Tensor) or leaf.is_meta or leaf.layout is not torch.strided or not leaf.numel():
+        return leaf
+    if leaf.is_floating_point() or leaf.is_complex():
+        return (0.5 * leaf.detach() + 0.25).requires_grad_(leaf.requires_grad)
+    if leaf.dtype == torch.bool:
+        return leaf
+    least, greatest = torch.aminmax(leaf.long())
+    return (least + greatest - leaf.long()).to(leaf.dtype)

@@ -438,7 +438,7 @@ def test_check_gradients_needs_a_scalar_loss_and_a_parameter() -> None:
         ffebm.check_gradients(hybrid, x, lambda y: y.sum())
 
 
-@pytest.mark.parametrize("path", [None, 5, b"hybrid.onnx"])
+@pytest.mark.parametrize("path", [None, 5, True, b"hybrid.onnx", ["hybrid.onnx"]])
 def test_paths_that_are_none(path: Any) -> None:
     model, x = mlp()
     hybrid = ffebm.convert(model, x)
@@ -449,6 +449,8 @@ def test_paths_that_are_none(path: Any) -> None:
     fails(ffebm.InputError, f"path {told}the export", onnx.verify, hybrid, path, (x,))
     fails(ffebm.InputError, f"folder {told}the folder of an export", onnx.run, path, x)
     fails(ffebm.InputError, f"folder {told}the export", onnx.quantise, path, x)
+    fails(ffebm.InputError, f"path {told}a file to write", hybrid.plan.to_json, path)
+    fails(ffebm.InputError, f"path {told}the file of the plan", ffebm.Plan.from_json, path)
 
 
 @pytest.mark.parametrize(

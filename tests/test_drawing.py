@@ -424,3 +424,9 @@ def test_plots_of_nothing_are_refused() -> None:
         drawing.plot_gradients(ffebm.GradientReport({}))
     with pytest.raises(ffebm.InputError, match="nothing was measured"):
         drawing.plot_feedback({})
+    with pytest.raises(ffebm.InputError, match=r"measured is a list; expected a Mapping, which feedback_sweep\("):
+        drawing.plot_feedback([0.1, 0.3])
+    with pytest.raises(ffebm.InputError, match=r"object of type str at loop gain 0\.1; expected a number"):
+        drawing.plot_feedback({0.1: "high"})
+    with pytest.raises(ffebm.InputError, match=r"object of type str of the source network; expected a number"):
+        drawing.plot_feedback({0.1: 0.5}, source="high")

@@ -117,3 +117,7 @@ def test_hardware_plot_shows_every_row_and_joins_the_best(tmp_path: Path) -> Non
     figure.savefig(tmp_path / "p.png")
     with pytest.raises(ffebm.InputError, match="the sweep holds no row"):
         drawing.plot_hardware([])
+    with pytest.raises(ffebm.InputError, match=r"rows is a SweepRow; expected a Sequence, which .*compare\.sweep\("):
+        drawing.plot_hardware(rows[0])
+    with pytest.raises(ffebm.InputError, match=r"rows\[1\] is a int; expected a SweepRow, which .*compare\.sweep\("):
+        drawing.plot_hardware([rows[0], 3])

@@ -1,8 +1,8 @@
 """Earlier call: what a call computes after one with other inputs, in a module that was not called before.
 
-A forward may keep what it needs once (a table of positions) or what it has seen (a mean over the inputs so far, the
-first batch). Both are there after two calls with the same inputs, and give the same output. A first call with other
-inputs tells them apart.
+A forward may keep what it needs once (a table of positions), what it has seen (a mean over the inputs so far, the
+first batch) or what it has drawn. All are there after two calls with the same inputs and the same random numbers, and
+give the same output. A first call with other ones tells them apart.
 
 Promise: the source and what its code names stay as they are. The calls are made in a copy, which shares the source's
 tensors.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.passes.private_copy import private_copy
 from ffebm_compiler.passes.process import NamedValues
-from ffebm_compiler.passes.unchanged import Attributes
+from ffebm_compiler.passes.unchanged import Attributes, generators_unchanged
 from ffebm_compiler.passes.undone_call import call_undone, is_remade
 
 __all__ = ["EarlierCall", "earlier_call"]
@@ -40,7 +40,7 @@ class EarlierCall:
 
 
 def earlier_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> EarlierCall | None:
-    """Call a copy with other inputs, and then with these; None if the forward fails.
+    """Call a copy with other inputs and random numbers, and then with these; None if the forward fails.
 
     A forward may not take the other inputs (sorted lengths, say). Then both calls are made with these.
     """
@@ -50,7 +50,9 @@ def earlier_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         named = NamedValues(copied)
         start = _buffers(copied)
         try:
-            call_undone(copied, first_args, first_kwargs, keep_remade=True)
+            with generators_unchanged():
+                _seed_otherwise()  # numbers that the first call draws and keeps are state
+                call_undone(copied, first_args, first_kwargs, keep_remade=True)
             between = _buffers(copied)
             outputs = call_undone(copied, args, kwargs, keep_remade=True)
             end = _buffers(copied)
@@ -66,6 +68,14 @@ def earlier_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         finally:
             named.restore()
     return None
+
+
+def _seed_otherwise() -> None:
+    """Give torch's generators other states. Those of a GPU that is not in use yet stay as the user has seeded them."""
+    seed = torch.initial_seed() ^ 1
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _buffers(module: nn.Module) -> dict[str, Any]:

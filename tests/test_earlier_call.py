@@ -56,6 +56,12 @@ def first_in_an_attribute(net: Keeps, h: Tensor) -> Tensor:
     return h - net.mean
 
 
+def drawn_once(net: Keeps, h: Tensor) -> Tensor:
+    if net.mean is None:
+        net.mean = torch.randn(6)
+    return h - net.mean
+
+
 def first_in_an_object(net: Keeps, h: Tensor) -> Tensor:
     if net.box.first is None:
         net.box.first = h.detach().mean(0)
@@ -117,6 +123,7 @@ def only_after_the_first(net: Keeps, h: Tensor) -> Tensor:
 STATEFUL = {
     mean_in_an_attribute: "in the attribute '1.mean'",
     first_in_an_attribute: "in the attribute '1.mean'",
+    drawn_once: "in the attribute '1.mean'",
     first_in_an_object: "in the attribute '1.box'",
     all_in_a_list: "in the attribute '1.history'",
     mean_in_an_empty_buffer: "in the buffer '1.table'",

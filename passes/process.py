@@ -12,6 +12,7 @@ names.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,36 +50,57 @@ def process_unchanged(source: nn.Module, reached: list[Any] | None = None) -> It
 
 
 class NamedValues:
-    """Global variables, attributes of classes, dictionaries and lists that a model's code names, as they are now."""
+    """What a model's code names, as it is now: global and closed-over variables, attributes of classes and objects,
+    dictionaries and lists."""
 
     def __init__(self, source: nn.Module) -> None:
         found = reachable(source)
         functions = [f for f in found if isinstance(f, FunctionType) and is_users(f.__module__)]
-        classes = [kind for kind in found if isinstance(kind, type) and is_users(kind.__module__)]
+        classes = dict.fromkeys(kind for c in found if isinstance(c, type) for kind in c.__mro__)
         self.variables = [
             (f.__globals__, {n: f.__globals__[n] for n in _mentioned_names(f.__code__) if n in f.__globals__})
             for f in functions
         ]
-        self.classes = [(kind, dict(vars(kind))) for kind in classes]
-        self.containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
+        self.cells = [(cell, _cell_content(cell)) for f in functions for cell in f.__closure__ or ()]
+        self.classes = [(kind, dict(vars(kind))) for kind in classes if is_users(kind.__module__)]
+        tables = [vars(value) if _is_users_object(value) else value for value in found]
+        self.containers = [(table, table.copy()) for table in tables if type(table) in _CONTAINERS]
         self.caches = [(c, c.cache_info().misses) for c in found if isinstance(c, functools._lru_cache_wrapper)]
 
     def restore(self) -> None:
-        """Restore them, and empty caches of functions that have been filled."""
+        """Restore it, and empty caches of functions that have been filled."""
         for names, before in self.variables:
             names.update(before)
+        for cell, content in self.cells:
+            if _cell_content(cell) is not content:
+                cell.cell_contents = content
         for kind, known in self.classes:
             for name, value in list(vars(kind).items()):
+                if name.startswith("__"):
+                    continue  # Python's own, some of which it makes when they are asked for
                 if name not in known:
                     delattr(kind, name)
                 elif value is not known[name]:
                     setattr(kind, name, known[name])
         for container, content in self.containers:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            if not _same_items(container, content):
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
         for cache, misses in self.caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
+
+
+def _is_users_object(value: Any) -> bool:
+    """Whether a value is an object of a class of the user's, with attributes, and no module."""
+    apart = (type, nn.Module, torch.Tensor, FunctionType, MethodType, ModuleType)
+    return not isinstance(value, apart) and hasattr(value, "__dict__") and is_users(type(value).__module__)
+
+
+def _same_items(one: Any, other: Any) -> bool:
+    """Whether two lists or dictionaries hold the same objects in the same order."""
+    first, second = ([*x] if isinstance(x, list) else [*x.keys(), *x.values()] for x in (one, other))
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def is_users(module: object) -> bool:
@@ -114,7 +136,8 @@ def _referred_objects(found: Any) -> list[Any]:
         values = [found.__globals__[name] for name in names if name in found.__globals__]
         inner = [vars(value).get(name) for value in values if isinstance(value, ModuleType) for name in names]
         cells = [_cell_content(cell) for cell in found.__closure__ or ()]
-        return [*values, *inner, *cells, *vars(found).values()]
+        defaults = [*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()]
+        return [*values, *inner, *cells, *defaults, *vars(found).values()]
     if isinstance(found, type):
         return [part for kind in found.__mro__ if is_users(kind.__module__) for part in vars(kind).values()]
     if isinstance(found, MethodType):

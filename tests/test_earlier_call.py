@@ -24,6 +24,9 @@ class Box:
     first: Tensor | None = None
 
 
+BOX = Box()
+
+
 class Keeps(nn.Module):
     """A module that keeps something between its calls."""
 
@@ -113,6 +116,43 @@ def first_in_the_class(net: Keeps, h: Tensor) -> Tensor:
     return h - Keeps.of_class
 
 
+class Base(Keeps):
+    of_base: Tensor | None = None
+
+
+class Derived(Base):
+    """Its first call sets an attribute of its base class."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        if Base.of_base is None:
+            Base.of_base = h.detach().mean(0)
+        return h - self.of_base
+
+
+def first_in_a_default(net: Keeps, h: Tensor, kept: list[Tensor] = []) -> Tensor:  # noqa: B006
+    if not kept:
+        kept.append(h.detach().mean(0))
+    return h - kept[0]
+
+
+def first_in_a_global_object(net: Keeps, h: Tensor) -> Tensor:
+    if BOX.first is None:
+        BOX.first = h.detach().mean(0)
+    return h - BOX.first
+
+
+def _closure() -> Callable[[Keeps, Tensor], Tensor]:
+    first: Tensor | None = None
+
+    def first_in_a_closure(net: Keeps, h: Tensor) -> Tensor:
+        nonlocal first
+        if first is None:
+            first = h.detach().mean(0)
+        return h - first
+
+    return first_in_a_closure
+
+
 def only_after_the_first(net: Keeps, h: Tensor) -> Tensor:
     if not net.table.numel():
         net.table = torch.arange(6.0)
@@ -133,6 +173,9 @@ STATEFUL = {
     all_in_a_global_list: "outside of parameters",
     first_in_a_global_variable: "outside of parameters",
     first_in_the_class: "outside of parameters",
+    first_in_a_default: "outside of parameters",
+    first_in_a_global_object: "outside of parameters",
+    _closure(): "outside of parameters",
     only_after_the_first: "in the buffer '1.table'",
 }
 
@@ -146,7 +189,15 @@ def test_what_a_forward_has_seen_is_refused(form: Callable[[Keeps, Tensor], Tens
     model = _model(form)
     with pytest.raises(ffebm.UnsupportedError, match=f"depends on what an earlier call left {STATEFUL[form]}"):
         ffebm.convert(model, torch.randn(4, 6))
-    assert (GLOBAL, SEEN, FIRST, Keeps.of_class) == ({}, [], None, None)
+    assert (GLOBAL, SEEN, FIRST, Keeps.of_class, BOX.first) == ({}, [], None, None, None)
+    assert first_in_a_default.__defaults__ == ([],)
+
+
+def test_what_a_forward_has_seen_in_a_base_class_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Derived(mean_in_an_attribute), nn.Linear(6, 3))
+    with pytest.raises(ffebm.UnsupportedError, match="depends on what an earlier call left outside of parameters"):
+        ffebm.convert(model, torch.randn(4, 6))
+    assert Base.of_base is None
 
 
 def table_in_an_empty_buffer(net: Keeps, h: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ffebm_compiler.passes.private_copy import private_copy
-from ffebm_compiler.passes.process import NamedValues
+from ffebm_compiler.passes.process import NamedValues, reachable
 from ffebm_compiler.passes.unchanged import Attributes, generators_unchanged
 from ffebm_compiler.passes.undone_call import call_undone, is_remade
 
@@ -39,22 +40,31 @@ class EarlierCall:
     """(name, old tensor, new tensor) of the buffers among them that the second call made in yet another shape."""
 
 
-def earlier_call(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> EarlierCall | None:
+def earlier_call(
+    source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+) -> EarlierCall | None:
     """Call a copy with other inputs and random numbers, and then with these; None if the forward fails.
 
     A forward may not take the other inputs (sorted lengths, say). Then both calls are made with these.
+
+    Args:
+        source: the module.
+        args: its positional inputs.
+        kwargs: its keyword inputs.
+        tensors: what `held_tensors` finds for the module.
     """
     for first_args, first_kwargs in (pytree.tree_map(_other, (args, kwargs)), (args, kwargs)):
-        copied = private_copy(source, share_tensors=True)
+        copied = private_copy(source, shared=tensors)
         attributes = Attributes(copied)
-        named = NamedValues(copied)
+        reached = reachable(copied)
+        named = NamedValues(reached)
         start = _buffers(copied)
         try:
             with generators_unchanged():
                 _seed_otherwise()  # numbers that the first call draws and keeps are state
-                call_undone(copied, first_args, first_kwargs, keep_remade=True)
+                call_undone(copied, first_args, first_kwargs, keep_remade=True, reached=reached)
             between = _buffers(copied)
-            outputs = call_undone(copied, args, kwargs, keep_remade=True)
+            outputs = call_undone(copied, args, kwargs, keep_remade=True, reached=reached)
             end = _buffers(copied)
             remade = tuple(name for name in start if is_remade(start[name], end[name]))
             growing = tuple(

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import Tensor, nn
 
 from ffebm_compiler.errors import CaptureError
 from ffebm_compiler.passes.copied_closures import CopiedClosures
-from ffebm_compiler.passes.held import held_tensors
 
 __all__ = ["private_copy"]
 
 _REGISTERED = ("_parameters", "_modules")
 
 
-def private_copy(model: nn.Module, share_tensors: bool = False) -> nn.Module:
+def private_copy(model: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Module:
     """A deep copy. Results of earlier calls that a module caches in attributes lose their gradient history.
 
-    With `share_tensors` it holds the tensors of the model itself, for calls that need a copy of everything else.
+    Args:
+        model: the module.
+        shared: tensors of the model that the copy holds too, for calls that need a copy of everything else. It has no
+            hooks of parameters then.
+
+    Raises:
+        CaptureError: the model cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in held_tensors(model)} if share_tensors else {}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared or ()}
     for module in model.modules():
         for leaf in pytree.tree_leaves([value for key, value in vars(module).items() if key not in _REGISTERED]):
             if isinstance(leaf, torch.Tensor) and not leaf.is_leaf and id(leaf) not in memo:
@@ -48,7 +54,7 @@ def private_copy(model: nn.Module, share_tensors: bool = False) -> nn.Module:
         ) from error
     closures = CopiedClosures(memo)
     closures.mend(copied)
-    if not share_tensors:
+    if shared is None:
         _copy_hooks(model, copied, closures)
     return copied
 

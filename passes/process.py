@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -53,19 +53,19 @@ class NamedValues:
     """What a model's code names, as it is now: global and closed-over variables, attributes of classes and objects,
     dictionaries and lists."""
 
-    def __init__(self, source: nn.Module) -> None:
-        found = reachable(source)
-        functions = [f for f in found if isinstance(f, FunctionType) and is_users(f.__module__)]
-        classes = dict.fromkeys(kind for c in found if isinstance(c, type) for kind in c.__mro__)
+    def __init__(self, reached: Sequence[Any]) -> None:
+        """`reached` is what `reachable` finds."""
+        functions = [f for f in reached if isinstance(f, FunctionType) and is_users(f.__module__)]
+        classes = dict.fromkeys(kind for c in reached if isinstance(c, type) for kind in c.__mro__)
         self.variables = [
             (f.__globals__, {n: f.__globals__[n] for n in _mentioned_names(f.__code__) if n in f.__globals__})
             for f in functions
         ]
         self.cells = [(cell, _cell_content(cell)) for f in functions for cell in f.__closure__ or ()]
         self.classes = [(kind, dict(vars(kind))) for kind in classes if is_users(kind.__module__)]
-        tables = [vars(value) if _is_users_object(value) else value for value in found]
+        tables = [vars(value) if _is_users_object(value) else value for value in reached]
         self.containers = [(table, table.copy()) for table in tables if type(table) in _CONTAINERS]
-        self.caches = [(c, c.cache_info().misses) for c in found if isinstance(c, functools._lru_cache_wrapper)]
+        self.caches = [(c, c.cache_info().misses) for c in reached if isinstance(c, functools._lru_cache_wrapper)]
 
     def restore(self) -> None:
         """Restore it, and empty caches of functions that have been filled."""
@@ -155,13 +155,11 @@ def _referred_objects(found: Any) -> list[Any]:
     return [type(found), *getattr(found, "__dict__", {}).values()]
 
 
-def _mentioned_names(code: CodeType) -> set[str]:
+@functools.lru_cache(maxsize=65536)
+def _mentioned_names(code: CodeType) -> frozenset[str]:
     """The global names and attributes that code mentions, also in the functions that it defines."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _mentioned_names(constant)
-    return names
+    inner = [_mentioned_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(code.co_names).union(*inner)
 
 
 _PLAIN = (str, bytes, int, float, bool, type(None))

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.earlier_call import earlier_call
-from ffebm_compiler.passes.process import NamedValues
+from ffebm_compiler.passes.held import held_tensors
+from ffebm_compiler.passes.process import NamedValues, reachable
 from ffebm_compiler.passes.repeated_calls import differ, differing_module
 from ffebm_compiler.passes.unchanged import Attributes
 from ffebm_compiler.passes.undone_call import DrawsElsewhere, call_undone
@@ -63,8 +64,9 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
             first call alone writes parameters or buffers.
         CaptureError: forward draws from the generators of Python or numpy, or a buffer's shape changes in every call.
     """
-    earlier = earlier_call(source, args, kwargs)
-    before, named = Attributes(source), NamedValues(source)
+    reached = reachable(source)
+    earlier = earlier_call(source, args, kwargs, held_tensors(source, reached))
+    before, named = Attributes(source), NamedValues(reached)
 
     def undo() -> None:
         before.restore()
@@ -73,15 +75,16 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
     drawn: set[str] = set()
     written: tuple[list[Tensor], list[Tensor]] = ([], [])
     try:
-        first = call_undone(source, args, kwargs, drawn, written=written[0])
+        first = call_undone(source, args, kwargs, drawn, written=written[0], reached=reached)
         before.forget(_of_parameters)
         again = Attributes(source)
-        second = call_undone(source, args, kwargs, drawn, written=written[1])
+        reached = reachable(source) if before.changed() else reached
+        second = call_undone(source, args, kwargs, drawn, written=written[1], reached=reached)
         again.forget(_of_parameters)
         kept = [name for name in again.changed() if not _is_parametrised(source, name)]
         other = differ(first, second)
         if other and not kept:  # the calls may differ because the first one set something up
-            other = differ(second, call_undone(source, args, kwargs, drawn))
+            other = differ(second, call_undone(source, args, kwargs, drawn, reached=reached))
         where = differing_module(source, lambda: call_undone(source, args, kwargs, drawn)) if other and not kept else ""
         left = evaluation is not None and not same_in_evaluation(source, args, kwargs, evaluation)
     except DrawsElsewhere:

@@ -43,6 +43,7 @@ def call_undone(
     place: list[str] | None = None,
     keep_remade: bool = False,
     written: list[Tensor] | None = None,
+    reached: list[Any] | None = None,
 ) -> list[Any]:
     """The outputs of a call, of which nothing but changed attributes remains.
 
@@ -54,10 +55,11 @@ def call_undone(
         place: receives the line that draws first.
         keep_remade: let buffers stay that are `is_remade`.
         written: receives the tensors whose contents the call changed.
+        reached: what `reachable` finds for the module, if that is known.
     """
     tables: list[dict[str, Any]] = [table for m in source.modules() for table in (m._parameters, m._buffers)]
     registered = [(table, dict(table)) for table in tables]
-    reached = reachable(source)
+    reached = reachable(source) if reached is None else reached
     state = held_tensors(source, reached)
     with (
         ordinary_paths(),

@@ -336,7 +336,7 @@ def test_the_earlier_call_has_other_inputs_of_the_same_range(kind: str) -> None:
             return x
 
     x = INPUTS[kind]
-    assert earlier_call(Sees(), (x,), {}) is not None
+    assert earlier_call(Sees(), (x,), {}, ()) is not None
     other, same = seen.get_nowait(), seen.get_nowait()
     assert torch.equal(same, x)
     assert (other.shape, other.dtype) == (x.shape, x.dtype)
@@ -358,7 +358,7 @@ def test_inputs_that_the_forward_does_not_take_are_not_its_failure() -> None:
                 raise ValueError("lengths are not sorted")
             return x
 
-    found = earlier_call(Sorted(), (torch.randn(3, 2), torch.tensor([5, 4, 1])), {})
+    found = earlier_call(Sorted(), (torch.randn(3, 2), torch.tensor([5, 4, 1])), {}, ())
     assert found is not None
     assert [calls.get_nowait() for _ in range(calls.qsize())] == [[1, 2, 5], [5, 4, 1], [5, 4, 1]]
-    assert earlier_call(Sorted(), (torch.randn(3, 2), torch.tensor([1, 2, 5])), {}) is None
+    assert earlier_call(Sorted(), (torch.randn(3, 2), torch.tensor([1, 2, 5])), {}, ()) is None

@@ -41,6 +41,8 @@ def assignments_are_writes(source: nn.Module, remade: Container[str]) -> Iterato
         if name in remade:
             table[leaf] = old
     replaced = [each for each in replaced if each[0] not in remade]
+    if not replaced:  # a region without gradient would be traced, and be empty
+        return
     olds = {_storage(old) for *_, old, _ in replaced}
     values = [_checked(name, old, new) for name, _, _, old, new in replaced]
     values = [value.clone() if _storage(value) in olds else value for value in values]

@@ -22,7 +22,7 @@ from torch.export import _trace
 
 from ffebm_compiler.passes.explain_capture import NotTraceable
 
-__all__ = ["assignments_are_writes", "without_the_exporters_own"]
+__all__ = ["assignments_are_writes", "is_remade", "without_the_exporters_own"]
 
 
 @contextlib.contextmanager
@@ -37,19 +37,16 @@ def assignments_are_writes(source: nn.Module, remade: Container[str]) -> Iterato
         for name, old in known.items()
         if old is not None and name in table and table[name] is not old
     ]
-    for name, table, leaf, old, _ in replaced:
-        if name in remade:
-            table[leaf] = old
-    replaced = [each for each in replaced if each[0] not in remade]
-    if not replaced:  # a region without gradient would be traced, and be empty
+    for _, table, leaf, old, _ in replaced:
+        table[leaf] = old
+    writes = [(old, _checked(name, old, new)) for name, _, _, old, new in replaced if name not in remade]
+    if not writes:  # a region without gradient would be traced, and be empty
         return
-    olds = {_storage(old) for *_, old, _ in replaced}
-    values = [_checked(name, old, new) for name, _, _, old, new in replaced]
-    values = [value.clone() if _storage(value) in olds else value for value in values]
+    olds = {_storage(old) for old, _ in writes}
+    writes = [(old, value.clone() if _storage(value) in olds else value) for old, value in writes]
     with torch.no_grad():
-        for (_, table, name, old, _), value in zip(replaced, values, strict=True):
+        for old, value in writes:
             old.copy_(value)
-            table[name] = old
 
 
 def _checked(name: str, old: Any, new: Any) -> Tensor:
@@ -64,12 +61,22 @@ def _checked(name: str, old: Any, new: Any) -> Tensor:
             f"the forward assigns {type(new).__name__} to {name!r}, where a tensor of shape {tuple(old.shape)} is; "
             "assign a tensor of that shape"
         )
-    if (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+    if is_remade(old, new):
         raise NotTraceable(
             f"the forward assigns {new.dtype} of shape {tuple(new.shape)} to {name!r}, which is {old.dtype} of shape "
             f"{tuple(old.shape)}; a graph keeps the shapes of the state, so assign a tensor of that shape and dtype"
         )
     return new.detach()
+
+
+def is_remade(old: Any, new: Any) -> bool:
+    """Whether a tensor in a buffer's place could not be written there: none was there, or one of another kind.
+
+    The kind is the shape, dtype and device.
+    """
+    if not isinstance(new, Tensor):
+        return False
+    return not isinstance(old, Tensor) or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -18,10 +18,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ffebm_compiler.passes.assigned_state import is_remade
+from ffebm_compiler.passes.named_values import NamedValues
 from ffebm_compiler.passes.private_copy import private_copy
-from ffebm_compiler.passes.process import NamedValues, reachable
+from ffebm_compiler.passes.process import reachable
 from ffebm_compiler.passes.unchanged import Attributes, generators_unchanged
-from ffebm_compiler.passes.undone_call import call_undone, is_remade
+from ffebm_compiler.passes.undone_call import call_undone
 
 __all__ = ["EarlierCall", "earlier_call"]
 

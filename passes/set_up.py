@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
-from ffebm_compiler.passes.earlier_call import earlier_call
+from ffebm_compiler.passes.earlier_call import EarlierCall, earlier_call
 from ffebm_compiler.passes.held import held_tensors
-from ffebm_compiler.passes.process import NamedValues, reachable
+from ffebm_compiler.passes.named_values import NamedValues
+from ffebm_compiler.passes.process import reachable
 from ffebm_compiler.passes.repeated_calls import differ, differing_module
 from ffebm_compiler.passes.unchanged import Attributes
 from ffebm_compiler.passes.undone_call import DrawsElsewhere, call_undone
@@ -105,17 +106,8 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
         if other or left:
             raise _depends("output" if other else "output in eval mode", _place(kept, where))
         _refuse_first_writes(source, *written)
-        if earlier is not None and differ(earlier.outputs, second):
-            buffers = f" in the buffer {_listed(earlier.remade)}, of which it changed the shape or dtype"
-            attributes = [name for name in earlier.kept if not _is_parametrised(source, name)]
-            raise _depends("output", buffers if earlier.remade else _place(attributes, ""))
-        if earlier is not None and earlier.growing:
-            name, old, new = earlier.growing[0]
-            raise CaptureError(
-                f"the forward assigns {new.dtype} of shape {tuple(new.shape)} to {name!r}, which is {old.dtype} of "
-                f"shape {tuple(old.shape)}, and another one in the next call; a graph keeps the shapes of the state, "
-                "so assign a tensor of one shape and dtype"
-            )
+        if earlier is not None:
+            _refuse_what_it_has_seen(source, earlier, second)
     except FFEBMError:
         undo()
         raise
@@ -154,6 +146,20 @@ def _refuse_first_writes(source: nn.Module, first: Sequence[Tensor], second: Seq
             f"the model's first call writes {_listed(names)}, and later calls do not, so that its output depends on "
             "what the first call was given: call the model once before it is converted, in train mode if it does so "
             "there"
+        )
+
+
+def _refuse_what_it_has_seen(source: nn.Module, earlier: EarlierCall, outputs: Sequence[Any]) -> None:
+    """Refuse a module that has other `outputs` after a call with other inputs, or buffers that grow in every call."""
+    if differ(earlier.outputs, outputs):
+        attributes = [name for name in earlier.kept if not _is_parametrised(source, name)]
+        buffers = f" in the buffer {_listed(earlier.remade)}, of which it changed the shape or dtype"
+        raise _depends("output", buffers if earlier.remade else _place(attributes, ""))
+    for name, old, new in earlier.growing:
+        raise CaptureError(
+            f"the forward assigns {new.dtype} of shape {tuple(new.shape)} to {name!r}, which is {old.dtype} of shape "
+            f"{tuple(old.shape)}, and another one in the next call; a graph keeps the shapes of the state, so assign a "
+            "tensor of one shape and dtype"
         )
 
 

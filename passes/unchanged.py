@@ -24,6 +24,7 @@ __all__ = [
     "draws_of_this_thread",
     "generator_states",
     "generators_unchanged",
+    "same_content",
     "tensors_unchanged",
 ]
 
@@ -135,7 +136,7 @@ class Attributes:
             for key in dict.fromkeys([*before, *now]):
                 same = key in now and key in before and _same(before[key], now[key])
                 kept = self.contents[name].get(key, ())
-                if not same or not all(_same_content(content, content_of(container)) for container, content in kept):
+                if not same or not all(same_content(content, content_of(container)) for container, content in kept):
                     found.append(f"{name}.{key}" if name else key)
         return found
 
@@ -154,7 +155,7 @@ class Attributes:
                 if now.get(key) is not value:
                     module.__dict__[key] = value
                 for container, content in self.contents[name][key]:
-                    if not _same_content(content, content_of(container)):
+                    if not same_content(content, content_of(container)):
                         refill(container, content)
 
     def forget(self, unwanted: Callable[[Any], bool]) -> None:
@@ -196,7 +197,8 @@ def _equal(one: Any, other: Any) -> bool:
         return False
 
 
-def _same_content(one: Any, other: Any) -> bool:
+def same_content(one: Any, other: Any) -> bool:
+    """Whether two results of `content_of` hold the same objects, or equal numbers and texts."""
     if one is None or other is None:
         return one is other
     if len(one) != len(other):

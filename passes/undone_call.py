@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ffebm_compiler.passes.assigned_state import is_remade
 from ffebm_compiler.passes.changing_line import changing_line
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.held import held_tensors
@@ -28,7 +29,7 @@ from ffebm_compiler.passes.unchanged import (
     tensors_unchanged,
 )
 
-__all__ = ["DrawsElsewhere", "call_undone", "is_remade"]
+__all__ = ["DrawsElsewhere", "call_undone"]
 
 
 class DrawsElsewhere(Exception):
@@ -90,14 +91,6 @@ def call_undone(
     if drawn:
         raise DrawsElsewhere
     return outputs
-
-
-def is_remade(old: Any, new: Any) -> bool:
-    """Whether a call has put a tensor into a buffer that could not be written there: none was there, or one of another
-    shape, dtype or device."""
-    if not isinstance(new, Tensor):
-        return False
-    return not isinstance(old, Tensor) or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device)
 
 
 @contextmanager

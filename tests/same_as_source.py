@@ -25,6 +25,20 @@ def deviation(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
+def assert_same_step(hybrid: nn.Module, source: nn.Module, x: Tensor) -> None:
+    """Compare the values, and the gradients of Σ output², of a hybrid and the module itself."""
+    hybrid.zero_grad()
+    source.zero_grad()
+    found, expected = hybrid(x), source(x)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = dict(hybrid.named_parameters())
+    for name, parameter in source.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name].grad, parameter.grad)
+
+
 def assert_same(
     model: nn.Module,
     *inputs: Any,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import networks
 import pytest
 import torch
+from same_as_source import assert_same_step
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
@@ -88,20 +89,10 @@ def test_a_hybrid_has_what_the_forward_assigns(
     hybrid = ffebm.convert(model, torch.randn(4, 6))
     with hybrid.feedforward_mode():
         for _ in range(3):
-            x = torch.randn(5, 6)
-            model.zero_grad()
-            hybrid.zero_grad()
-            expected, found = model(x), hybrid(x)
-            torch.testing.assert_close(found, expected)
-            found.square().sum().backward()
-            expected.square().sum().backward()
+            assert_same_step(hybrid, model, torch.randn(5, 6))
             state = hybrid.state_dict()
             for name, value in model.state_dict().items():
                 torch.testing.assert_close(state[name], value)
-            gradients = dict(hybrid.named_parameters())
-            for name, parameter in model.named_parameters():
-                if parameter.grad is not None:
-                    torch.testing.assert_close(gradients[name].grad, parameter.grad)
 
 
 def test_state_of_another_shape_is_refused() -> None:

@@ -47,7 +47,8 @@ def earlier_call(
 ) -> EarlierCall | None:
     """Call a copy with other inputs and random numbers, and then with these; None if the forward fails.
 
-    A forward may not take the other inputs (sorted lengths, say). Then both calls are made with these.
+    A forward may not take the other inputs (sorted lengths, say). Then it is given inputs of which the truth values
+    and the whole numbers that are all equal stay, and in the end both calls are made with these.
 
     Args:
         source: the module.
@@ -55,7 +56,11 @@ def earlier_call(
         kwargs: its keyword inputs.
         tensors: what `held_tensors` finds for the module.
     """
-    for first_args, first_kwargs in (pytree.tree_map(_other, (args, kwargs)), (args, kwargs)):
+    inputs = (args, kwargs)
+    attempts = [pytree.tree_map(_other, inputs), inputs]
+    if any(_is_uniform(leaf) for leaf in pytree.tree_leaves(inputs)):
+        attempts.insert(0, pytree.tree_map(_another, inputs))
+    for first_args, first_kwargs in attempts:
         copied = private_copy(source, shared=tensors)
         attributes = Attributes(copied)
         reached = reachable(copied)
@@ -94,9 +99,27 @@ def _buffers(module: nn.Module) -> dict[str, Any]:
     return {f"{path}.{name}".lstrip("."): b for path, m in module.named_modules() for name, b in m._buffers.items()}
 
 
+def _has_values(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_meta and leaf.layout is torch.strided and leaf.numel() > 0
+
+
+def _is_uniform(leaf: Any) -> bool:
+    """Whether `_other` leaves a tensor as it is. A GPU is not given numbers that may be no index: that would end it."""
+    if not _has_values(leaf) or leaf.is_floating_point() or leaf.is_complex():
+        return False
+    return leaf.dtype == torch.bool or (leaf.device.type == "cpu" and bool((leaf == leaf.flatten()[0]).all()))
+
+
+def _another(leaf: Any) -> Any:
+    """What `_other` gives, and the opposite truth values, and the next number for numbers that are all equal."""
+    if not _is_uniform(leaf):
+        return _other(leaf)
+    return ~leaf if leaf.dtype == torch.bool else leaf + 1
+
+
 def _other(leaf: Any) -> Any:
     """Another value that a forward is likely to take. Numbers stay between the least and the greatest or near them."""
-    if not isinstance(leaf, Tensor) or leaf.is_meta or leaf.layout is not torch.strided or not leaf.numel():
+    if not _has_values(leaf):
         return leaf
     if leaf.is_floating_point() or leaf.is_complex():
         return (0.5 * leaf.detach() + 0.25).requires_grad_(leaf.requires_grad)

@@ -1,6 +1,6 @@
 """Named values: what a model's code names outside of its modules, to be restored after a call.
 
-Promise: what was there is there again. Variables that the call has made stay.
+Promise: what was there is there again, and global variables and attributes of classes that were not there are gone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from ffebm_compiler.passes.unchanged import same_content
 
 __all__ = ["NamedValues"]
 
+_MISSING = object()
+
 
 class NamedValues:
     """Global and closed-over variables, attributes of classes and objects, and containers, as they are now."""
@@ -26,8 +28,7 @@ class NamedValues:
         functions = [f for f in reached if isinstance(f, FunctionType) and is_users(f.__module__)]
         classes = dict.fromkeys(kind for c in reached if isinstance(c, type) for kind in c.__mro__)
         self.variables = [
-            (f.__globals__, {n: f.__globals__[n] for n in mentioned_names(f.__code__) if n in f.__globals__})
-            for f in functions
+            (f.__globals__, {n: f.__globals__.get(n, _MISSING) for n in mentioned_names(f.__code__)}) for f in functions
         ]
         self.cells = [(cell, cell_content(cell)) for f in functions for cell in f.__closure__ or ()]
         self.classes = [(kind, dict(vars(kind))) for kind in classes if is_users(kind.__module__)]
@@ -41,7 +42,9 @@ class NamedValues:
     def restore(self) -> None:
         """Restore them, and empty caches of functions that have been filled."""
         for names, before in self.variables:
-            names.update(before)
+            names.update({n: value for n, value in before.items() if value is not _MISSING})
+            for n in [n for n, value in before.items() if value is _MISSING and n in names]:
+                del names[n]
         for cell, content in self.cells:
             if cell_content(cell) is not content:
                 cell.cell_contents = content

@@ -7,7 +7,8 @@ is forgotten again, so that the trace computes it.
 The hybrid does not have state between calls that no parameter or buffer holds. If the
 output depends on such state, the model is refused. If every call sets an attribute without an effect, a note says so.
 Two calls with the same inputs do not show all of it. So another copy is called with other inputs first
-(`earlier_call`). It also shows the buffers that the forward makes again in another shape.
+(`earlier_call`). It also shows the buffers that the forward makes again in another shape. Numbers that every call
+changes are tried as they would be many calls later (`counters`).
 
 Promise: the module is unchanged, except for what its first call sets up once and for all.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import CaptureError, FFEBMError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
+from ffebm_compiler.passes.counters import CALLS, advance
 from ffebm_compiler.passes.earlier_call import EarlierCall, earlier_call
 from ffebm_compiler.passes.held import held_tensors
 from ffebm_compiler.passes.named_values import NamedValues
@@ -78,8 +80,8 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
     try:
         first = call_undone(source, args, kwargs, drawn, written=written[0], reached=reached)
         before.forget(_of_parameters)
-        again = Attributes(source)
         reached = reachable(source) if before.changed() else reached
+        again, named_again = Attributes(source), NamedValues(reached)
         second = call_undone(source, args, kwargs, drawn, written=written[1], reached=reached)
         again.forget(_of_parameters)
         kept = [name for name in again.changed() if not _is_parametrised(source, name)]
@@ -101,10 +103,18 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
     except Exception:
         undo()
         return SetUp()
+    counting, later = None if other else advance(again, named_again), None
+    if counting is not None:
+        with suppress(Exception):  # a list that ends, say
+            later = call_undone(source, args, kwargs, reached=reached)
+        named_again.restore()
     again.restore()
     try:
         if other or left:
-            raise _depends("output" if other else "output in eval mode", _place(kept, where))
+            raise _depends("output" if other else "output in eval mode", _LEFT + _place(kept, where))
+        if later is not None and differ(second, later):
+            number = f"a number that every call changes{_place(counting or (), '')} ({CALLS} calls later it differs)"
+            raise _depends("output", number)
         _refuse_first_writes(source, *written)
         if earlier is not None:
             _refuse_what_it_has_seen(source, earlier, second)
@@ -129,10 +139,13 @@ def _place(attributes: Sequence[str], module: str) -> str:
     return f"{inside} outside of parameters and buffers (an object, a global variable, a closure, a tensor)"
 
 
-def _depends(what: str, place: str) -> UnsupportedError:
+_LEFT = "what an earlier call left"
+
+
+def _depends(what: str, state: str) -> UnsupportedError:
     return UnsupportedError(
-        f"the model's {what} depends on what an earlier call left{place}: keep it in a buffer (register_buffer) of its "
-        "final shape that forward writes in place, or hand it in as an input"
+        f"the model's {what} depends on {state}: keep it in a buffer (register_buffer) of its final shape that forward "
+        "writes in place, or hand it in as an input"
     )
 
 
@@ -154,7 +167,7 @@ def _refuse_what_it_has_seen(source: nn.Module, earlier: EarlierCall, outputs: S
     if differ(earlier.outputs, outputs):
         attributes = [name for name in earlier.kept if not _is_parametrised(source, name)]
         buffers = f" in the buffer {_listed(earlier.remade)}, of which it changed the shape or dtype"
-        raise _depends("output", buffers if earlier.remade else _place(attributes, ""))
+        raise _depends("output", _LEFT + (buffers if earlier.remade else _place(attributes, "")))
     for name, old, new in earlier.growing:
         raise CaptureError(
             f"the forward assigns {new.dtype} of shape {tuple(new.shape)} to {name!r}, which is {old.dtype} of shape "

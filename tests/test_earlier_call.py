@@ -313,6 +313,8 @@ INPUTS = {
     "floats": networks.noise(4, 6, seed=1),
     "zeros": torch.zeros(4, 6),
     "one-sided": networks.noise(4, 6, seed=1).sigmoid(),
+    "equal": torch.full((4, 6), 3),
+    "truth": torch.ones(4, 6, dtype=torch.bool),
     "whole": torch.tensor([[3, 9, 4, 4, 5, 8]] * 4),
     "bytes": torch.tensor([[3, 255, 4, 4, 5, 8]] * 4, dtype=torch.uint8),
     "complex": torch.polar(torch.ones(4, 6), networks.noise(4, 6, seed=1)),
@@ -341,6 +343,39 @@ def test_the_earlier_call_has_other_inputs_of_the_same_range(kind: str) -> None:
         assert 0 <= other.min() <= other.max() <= 1
 
 
+def test_what_equal_numbers_and_truth_values_leave_is_refused() -> None:
+    class KeepsBoth(nn.Module):
+        def __init__(self, kept: str) -> None:
+            super().__init__()
+            self.embedding, self.linear, self.kept = nn.Embedding(9, 6), nn.Linear(6, 6), kept
+            self.first: Tensor | None = None
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            h: Tensor = self.linear(self.embedding(tokens))
+            if self.first is None:
+                self.first = mask if self.kept == "mask" else h.detach().mean((0, 1))
+            return h + self.first
+
+    inputs = (torch.zeros(4, 6, dtype=torch.long), torch.ones(4, 6, 6, dtype=torch.bool))
+    for kept in ("mask", "tokens"):
+        with pytest.raises(ffebm.UnsupportedError, match=r"an earlier call left in the attribute 'first'"):
+            ffebm.convert(KeepsBoth(kept), inputs)
+
+
+def first_in_a_new_global_variable(net: Keeps, h: Tensor) -> Tensor:
+    global NEW
+    if "NEW" not in globals():
+        NEW = h.detach().mean(0)
+    return h - NEW
+
+
+def test_a_global_variable_that_the_first_call_makes_is_refused_and_gone() -> None:
+    model = _model(first_in_a_new_global_variable)
+    with pytest.raises(ffebm.UnsupportedError, match="depends on what an earlier call left outside of parameters"):
+        ffebm.convert(model, torch.randn(4, 6))
+    assert "NEW" not in globals()
+
+
 def test_inputs_that_the_forward_does_not_take_are_not_its_failure() -> None:
     calls: SimpleQueue[list[int]] = SimpleQueue()
 
@@ -355,3 +390,22 @@ def test_inputs_that_the_forward_does_not_take_are_not_its_failure() -> None:
     assert found is not None
     assert [calls.get_nowait() for _ in range(calls.qsize())] == [[1, 2, 5], [5, 4, 1], [5, 4, 1]]
     assert earlier_call(Sorted(), (torch.randn(3, 2), torch.tensor([1, 2, 5])), {}, ()) is None
+
+
+def test_equal_numbers_stay_if_the_forward_takes_no_others() -> None:
+    calls: SimpleQueue[list[list[float]]] = SimpleQueue()
+
+    class Padded(nn.Module):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            calls.put([x[0].tolist(), lengths.tolist()])
+            if max(lengths.tolist()) > 2:
+                raise ValueError("longer than the input")
+            return x
+
+    x = torch.zeros(2, 2)
+    assert earlier_call(Padded(), (x, torch.tensor([2, 2])), {}, ()) is not None
+    assert [calls.get_nowait() for _ in range(calls.qsize())] == [
+        [[0.25, 0.25], [3, 3]],
+        [[0.25, 0.25], [2, 2]],
+        [[0.0, 0.0], [2, 2]],
+    ]

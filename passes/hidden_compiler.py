@@ -20,8 +20,8 @@ _NAMES = ("is_compiling", "is_exporting")
 
 
 @contextmanager
-def hidden_compiler() -> Iterator[set[str]]:
-    """Answer "no" to the model's code while the context is open; yields the names of the modules that asked."""
+def hidden_compiler(compiled: bool = False) -> Iterator[set[str]]:
+    """Answer `compiled` to the model's code while the context is open; yields the names of the modules that asked."""
     asked: set[str] = set()
 
     def answering(original: Callable[[], bool]) -> Callable[[], bool]:
@@ -30,7 +30,7 @@ def hidden_compiler() -> Iterator[set[str]]:
             if name == "torch" or name.startswith("torch."):
                 return original()
             asked.add(name)
-            return False
+            return compiled
 
         return answer
 

@@ -70,6 +70,16 @@ class AsksForTheType(nn.Module):
         return self.layer(x) if type(x) is Tensor else 2 * self.layer(x)
 
 
+@pytest.mark.parametrize("asks", ["is_compiling", "is_exporting"])
+def test_a_source_that_computes_something_else_where_it_is_compiled_is_refused_as_that(asks: str) -> None:
+    class AsksForTheCompiler(AsksForTheType):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * (2 if getattr(torch.compiler, asks)() else 1)
+
+    with pytest.raises(ffebm.UnsupportedError, match=r"in eval mode .* where it is compiled or exported .*setting"):
+        ffebm.convert(AsksForTheCompiler(), noise(5, 8))
+
+
 def test_a_source_that_asks_for_the_exact_type_of_a_tensor_is_refused_as_that() -> None:
     with pytest.raises(ffebm.UnsupportedError, match=r"in eval mode .* tensors of another class .*isinstance"):
         ffebm.convert(AsksForTheType(), noise(5, 8))

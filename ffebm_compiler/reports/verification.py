@@ -15,6 +15,7 @@ from ffebm_compiler.errors import FFEBMError, InputError, UnsupportedError
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.held import held_tensors
+from ffebm_compiler.passes.hidden_compiler import hidden_compiler
 from ffebm_compiler.passes.tracing import ordinary_paths
 from ffebm_compiler.passes.unchanged import attributes_unchanged, generators_unchanged, tensors_unchanged
 from ffebm_compiler.reports.deviation import deviation
@@ -100,6 +101,12 @@ def _compare(
                     "forward reads the exact type of a tensor, which is another one while it is captured): use "
                     "isinstance(x, torch.Tensor) instead"
                 )
+            if not error <= limit and _agree_if_compiled(found, source, state, args, kwargs):
+                raise UnsupportedError(
+                    f"in {_name(training)} mode the source computes something else where it is compiled or exported "
+                    "(its forward asks torch.compiler.is_compiling or is_exporting), as it is while it is captured: "
+                    "let a setting decide instead"
+                )
             # If round-off alone changes the output as much, the comparison shows nothing.
             if not error <= limit and not error <= _ALLOWED * _sensitivity(source, args, kwargs):
                 raise FFEBMError(
@@ -161,6 +168,21 @@ def _agree_with_gradients(
 ) -> bool:
     """Whether the source agrees with the hybrid while gradients are recorded, as they were at capture."""
     wanted = _leaves(source, source, state, args, kwargs, gradients=True)
+    if len(found) != len(wanted):
+        return False
+    error, limit = _deviation(found, wanted)
+    return error <= limit
+
+
+def _agree_if_compiled(
+    found: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether the source agrees with the hybrid while its code is told that it is compiled, as it is at capture."""
+    try:
+        with hidden_compiler(compiled=True):
+            wanted = _of_source(source, state, args, kwargs)
+    except Exception:  # it does something that only a compiler can
+        return False
     if len(found) != len(wanted):
         return False
     error, limit = _deviation(found, wanted)

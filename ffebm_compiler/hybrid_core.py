@@ -256,7 +256,6 @@ class HybridCore(HybridParts):
     @torch.compiler.disable(reason="inputs are checked eagerly")  # type: ignore[untyped-decorator]
     def _checked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The inputs of the lowered graph, checked."""
-        refuse_transforms()
         if not self.__dict__.pop("_looked", False):
             self._look_at_weights()
         if self._call_form.refused_in_training:
@@ -271,6 +270,7 @@ class HybridCore(HybridParts):
 
         In evaluation they only compare what their weights need with what their amplifiers are set to.
         """
+        refuse_transforms()  # which may stand for the weights too
         self._later_modules.look()
         self._later_hooks.look()
         check_conductances(self)

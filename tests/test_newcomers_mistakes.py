@@ -130,6 +130,10 @@ def test_a_source_that_casts_its_inputs_takes_any() -> None:
     assert torch.equal(hybrid(X.double()), hybrid(X))
 
 
+def of_weights(hybrid: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda weights: torch.func.functional_call(hybrid, weights, (X,)).sum()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, in jvp
 @pytest.mark.parametrize(
     "call",
@@ -137,6 +141,8 @@ def test_a_source_that_casts_its_inputs_takes_any() -> None:
         lambda hybrid: torch.vmap(hybrid)(X[:, None]),
         lambda hybrid: torch.func.grad(lambda x: hybrid(x).sum())(X),
         lambda hybrid: torch.func.jacrev(hybrid)(X),
+        lambda hybrid: torch.func.grad(of_weights(hybrid))(dict(hybrid.named_parameters())),
+        lambda hybrid: torch.vmap(of_weights(hybrid))({n: w.expand(2, *w.shape) for n, w in hybrid.named_parameters()}),
         lambda hybrid: torch.func.jvp(hybrid, (X,), (X,)),
     ],
 )

@@ -32,6 +32,9 @@ from ffebm_compiler.runtime.feedforward.custom_function import CustomFunction, G
 __all__ = ["KeptFunctions", "custom_functions", "keep_custom_functions"]
 
 _NAMESPACE = "ffebm_capture"
+_RECORDED = "recorded_by_ffebm"
+"""Begins the operators' names. No other node's name begins so: fx would number it on from theirs, and plans hold names
+of nodes, which must not depend on what was captured before."""
 _NUMBER = itertools.count()
 """Numbers the operators, so that each has a name of its own in the process, even if captures are nested."""
 
@@ -110,7 +113,7 @@ def keep_custom_functions() -> Iterator[KeptFunctions]:
     def register(tensor: Tensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         if not tensor.requires_grad:
             return register_hook(tensor, hook)  # type: ignore[no-untyped-call]
-        name = f"hook_{next(_NUMBER)}"
+        name = f"{_RECORDED}_hook_{next(_NUMBER)}"
         library.define(f"{name}(Tensor x) -> ()")
         library.impl(name, lambda x: None, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda x: None, lib=library)
@@ -158,7 +161,7 @@ def _record_call(kept: KeptFunctions, library: Any, call: _Call) -> Any:
         else leaf
         for leaf in call.leaves
     ]
-    name = f"{call.function.__name__}_{next(_NUMBER)}"
+    name = f"{_RECORDED}_call_{next(_NUMBER)}"
     library.define(f"{name}(Tensor[] tensors, SymInt[] sizes) -> Tensor[]")
     library.impl(name, call.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", call.run, lib=library)

@@ -234,6 +234,62 @@ def test_a_loss_of_outputs_that_are_not_finite_says_so() -> None:
         ffebm.check_gradients(hybrid, x, lambda outputs: outputs[1].sum())
 
 
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda y: F.cross_entropy(y, torch.arange(8) % 4, weight=torch.tensor([1.0, 2.0, 1.0, 3.0])),
+        lambda y: F.binary_cross_entropy(y.sigmoid(), networks.noise(8, 4).sigmoid()),
+        lambda y: F.huber_loss(y, networks.noise(8, 4)),
+        lambda y: (y @ networks.noise(4, 2)).square().sum(),
+    ],
+    ids=["class weights", "fails in backward", "targets", "matrix"],
+)
+def test_a_loss_may_hold_tensors_of_the_hybrids_dtype(loss_fn: Callable[[Tensor], Tensor]) -> None:
+    _, hybrid, x = converted(lambda y, x: y)
+    report = ffebm.check_gradients(hybrid, x, loss_fn)
+    assert all(report.worst(estimator)[1].relative_error < 1e-2 for estimator in ("ep", "implicit", "unrolled"))
+
+
+def test_a_forward_that_runs_in_its_own_dtype_alone_is_refused_in_float64() -> None:
+    _, hybrid, x = converted(lambda y, x: torch.zeros(8, 4).index_add(0, torch.arange(8), y))
+    told = r"reference is computed in torch\.float64, in which the model's output cannot be computed \(RuntimeError: "
+    with pytest.raises(ffebm.UnsupportedError, match=told):
+        ffebm.check_gradients(hybrid, x, lambda y: y.square().sum())
+
+
+def test_a_backward_that_runs_in_its_own_dtype_alone_is_refused_in_float64() -> None:
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            return value / 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient @ torch.eye(4).div(2)
+
+    _, hybrid, x = converted(lambda y, x: Halved.apply(y))
+    with pytest.raises(ffebm.UnsupportedError, match=r"in which the model's gradient cannot be computed"):
+        ffebm.check_gradients(hybrid, x, lambda y: y.square().sum())
+
+
+def test_complex_parameters_and_inputs_keep_their_imaginary_parts() -> None:
+    class Waves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase, self.layer = nn.Parameter(torch.randn(4, dtype=torch.cfloat)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.layer((x + self.phase).abs())
+            return h
+
+    model = networks.seeded(Waves)
+    x = torch.complex(networks.noise(8, 4, seed=1), networks.noise(8, 4, seed=2))
+    report = ffebm.check_gradients(ffebm.convert(model, x), x, lambda y: y.square().sum())
+    assert set(report.agreements) == {"phase", "layer.weight", "layer.bias"}
+    for estimator in ("ep", "implicit", "unrolled"):
+        assert report.worst(estimator)[1].relative_error < 1e-2
+
+
 def test_the_loss_of_the_command_leaves_out_infinite_values() -> None:
     scores = torch.tensor([[1.0, -INF]], requires_grad=True)
     (gradient,) = torch.autograd.grad(_random_loss(scores), scores)

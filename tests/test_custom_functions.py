@@ -198,6 +198,34 @@ def test_torch_is_left_as_it_was() -> None:
     assert torch.equal(value.grad, torch.ones(3))
 
 
+class relu(torch.autograd.Function):
+    """Named like an operation of torch."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize(
+    "form", [hooked, hook_after_sign, two, lambda net, h: torch.relu(net.b(torch.relu(relu.apply(h))))]
+)
+def test_plans_do_not_depend_on_what_was_captured_before(form) -> None:
+    inputs = torch.randn(5, 8)
+    plans = [ffebm.plan(Net(form), inputs) for _ in range(12)]  # of numbers of one figure and of two
+    assert all(plan.fingerprint == plans[0].fingerprint for plan in plans)
+    assert all(plan.to_dict() == plans[0].to_dict() for plan in plans)
+
+
+def test_a_file_of_a_model_with_hooks_is_loaded_after_another_capture(tmp_path) -> None:
+    model, inputs = Net(hooked), torch.randn(5, 8)
+    ffebm.convert(model, inputs, hardware=ONE_LAYER).save(tmp_path / "saved")
+    assert_same(model, inputs, hybrid=ffebm.load(tmp_path / "saved", model))
+
+
 @pytest.mark.parametrize("form", ["straight through", "two outputs", "binary weight"])
 def test_copies_and_files_keep_the_function(form: str, tmp_path) -> None:
     global_form = FORMS[form]

@@ -5,29 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ffebm_compiler.errors import GradientError, InputError
 from ffebm_compiler.gradient_choice import assign_digital, own_gradient
 from ffebm_compiler.hybrid_core import HybridCore
-from ffebm_compiler.passes.unchanged import generators_unchanged
 from ffebm_compiler.reports.deviation import largest_deviation
-from ffebm_compiler.reports.loss import checked_loss
-from ffebm_compiler.reports.same_draws import DrawnIn, noise_apart
+from ffebm_compiler.reports.gradients_by import ESTIMATORS, gradients_by, own_dtype
+from ffebm_compiler.reports.same_draws import noise_apart
 from ffebm_compiler.reports.text import table_text
-from ffebm_compiler.runtime.estimators.choice import estimator_of
-from ffebm_compiler.runtime.solvers.measured import Measured
 
 __all__ = ["Agreement", "Comparison", "GradientReport", "check_gradients", "compare"]
 
-ESTIMATORS = ("ep", "implicit", "unrolled")
-"""Those that every hybrid is checked with, beside its own."""
 _ROUNDINGS = 16
 """Up to how many units of rounding of the largest gradient a gradient that is zero may have."""
 
@@ -162,7 +155,7 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
     Where the hybrid's own goes through γ (`through_feedback`), all do: the reference is then the total gradient.
     Where equilibria are measured, EP's are, and those of the reference are computed.
     Contrastive and coupled learning do not estimate the gradient of the loss: their cosine says how far off they are.
-    All draw the same random numbers, in the hybrid's own precision.
+    All draw the same random numbers, in the hybrid's own precision. So is the loss if it does not take float64.
 
     Args:
         hybrid: the hybrid. It is copied, so that its gradients and statistics do not change.
@@ -172,6 +165,7 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
     Raises:
         InputError: where `hybrid` is no hybrid, `loss_fn` no function, or the loss no finite scalar.
         GradientError: where no parameter receives a gradient.
+        UnsupportedError: where the model's forward runs in its own dtype alone.
     """
     if not isinstance(hybrid, HybridCore):
         raise InputError(
@@ -182,22 +176,22 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
             f"loss_fn is a {type(loss_fn).__name__}; expected a function of the hybrid's output that returns a scalar, "
             "e.g. lambda output: cross_entropy(output, labels)"
         )
-    reference = _gradients(hybrid, inputs, loss_fn, "unrolled", torch.float64, quiet=True)
+    reference = gradients_by(hybrid, inputs, loss_fn, "unrolled", torch.float64, quiet=True)
     if not reference:
         raise GradientError(
             "no parameter of the hybrid receives a gradient: set requires_grad=True on one, and let loss_fn depend on "
             "the output without detach() or no_grad()"
         )
-    own = _dtype(hybrid)
+    own = own_dtype(hybrid)
     kind = own_gradient(hybrid)
     names = dict.fromkeys((*ESTIMATORS, kind))
-    found = {name: _gradients(hybrid, inputs, loss_fn, name, own) for name in names}
+    found = {name: gradients_by(hybrid, inputs, loss_fn, name, own) for name in names}
     ideal: dict[str, Agreement] = {}
     if hybrid.devices is not None:
         exact = copy.deepcopy(hybrid)
         assign_digital(exact, None)
         exact.set_devices(None)
-        wanted = _gradients(exact, inputs, loss_fn, "unrolled", torch.float64)
+        wanted = gradients_by(exact, inputs, loss_fn, "unrolled", torch.float64)
         ideal = _agreements(found[kind], wanted, own)
     compared = {estimator: _agreements(found[estimator], reference, own) for estimator in names}
     return GradientReport(
@@ -205,53 +199,6 @@ def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Te
         kind,
         ideal,
     )
-
-
-def _dtype(hybrid: HybridCore) -> torch.dtype:
-    return next((p.dtype for p in hybrid.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _gradients(
-    hybrid: HybridCore,
-    inputs: Any,
-    loss_fn: Callable[[Any], Tensor],
-    estimator: str,
-    dtype: torch.dtype,
-    quiet: bool = False,
-) -> dict[str, Tensor]:
-    model = copy.deepcopy(hybrid).to(dtype)
-    for block in model.energy_blocks.values():
-        block.quiet = block.quiet or quiet
-    model.zero_grad(set_to_none=True)
-    if estimator in ESTIMATORS:  # the hybrid's own settings of it where it has some
-        assign_digital(model, None)
-        through = any(block.estimator.through_feedback for block in model.energy_blocks.values())
-        for block in model.energy_blocks.values():
-            if block.estimator.name != estimator:
-                block.estimator = estimator_of(estimator)
-                if through:  # like is compared with like
-                    block.estimator = replace(block.estimator, through_feedback=True)  # type: ignore[type-var]
-    for block in model.energy_blocks.values():
-        if isinstance(block.solver, Measured) and not block.estimator.compares_states:
-            block.solver = None  # what is measured is compared with what is computed
-    cast = pytree.tree_map(
-        lambda leaf: leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
-        inputs,
-    )
-    draws = nullcontext() if dtype is _dtype(hybrid) else DrawnIn(_dtype(hybrid), dtype)
-    with generators_unchanged(), torch.enable_grad(), model.held_feedback():
-        torch.manual_seed(0)
-        with noise_apart(model):
-            with draws if model._call_form.random else nullcontext():
-                if isinstance(cast, dict):
-                    output = model(**cast)
-                else:
-                    output = model(*cast) if isinstance(cast, tuple | list) else model(cast)
-            with draws:
-                loss = checked_loss(loss_fn(output), output)
-            if loss.requires_grad:
-                loss.backward()
-    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _agreements(
@@ -273,5 +220,5 @@ def _agreement(found: Tensor | None, expected: Tensor, largest: float, zero: flo
         return Agreement(0.0, math.inf)
     if norm <= zero:
         return Agreement(1.0 if size <= rounding else 0.0, size / largest if largest else size)
-    cosine = float((found * expected).sum()) / (norm * size) if size else 0.0
+    cosine = float((found * expected.conj()).real.sum()) / (norm * size) if size else 0.0
     return Agreement(cosine, float((found - expected).norm()) / norm)

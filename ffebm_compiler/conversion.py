@@ -37,7 +37,9 @@ class Conversion:
     def examples(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Example inputs of the same shapes: zeros."""
         leaves = [
-            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"])) if "shape" in leaf else leaf["value"]
+            torch.zeros(leaf["shape"], dtype=getattr(torch, leaf["dtype"]), device="cpu")
+            if "shape" in leaf
+            else leaf["value"]
             for leaf in self.leaves
         ]
         args, kwargs = Form(pytree.treespec_loads(self.structure), self.containers).build(leaves)

@@ -95,7 +95,7 @@ def register_feedback_weights(hybrid: nn.Module, weights: Mapping[str, Tensor], 
         value = weight.detach().clone(memory_format=torch.contiguous_format)
         if options.start == "random":
             size = 0.0 if value.is_meta else float(torch.linalg.vector_norm(value)) / math.sqrt(max(1, value.numel()))
-            drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
             value = (drawn * size).to(value)
         path, _, leaf = name.rpartition(".")
         module_at(hybrid, path).register_parameter(leaf, nn.Parameter(value, requires_grad=options.update != "fixed"))

@@ -32,7 +32,7 @@ def alignment_penalty(hybrid: HybridParts) -> Tensor:
     for name, place in names.items():
         term = 0.5 * (hybrid.weight_at(place) - hybrid._tensor(name)).square().sum()
         total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total
+    return torch.zeros((), device="cpu") if total is None else total
 
 
 def jacobian_homeostasis(hybrid: HybridParts, samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -85,7 +85,7 @@ def jacobian_homeostasis(hybrid: HybridParts, samples: int = 1, generator: torch
             for epsilon, first, second in zip(noise, moved, again, strict=True):
                 term = 2 * (first.square().sum() - (epsilon * second).sum()) / (batch * samples)
                 total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total
+    return torch.zeros((), device="cpu") if total is None else total
 
 
 def _drawn_like(value: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -56,7 +56,7 @@ def _drawn(value: Any, generator: torch.Generator) -> Any:
     """A tensor of other values, since examples of a saved hybrid are zeros, which have no order."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    return torch.randn(value.shape, generator=generator).to(value)
+    return torch.randn(value.shape, generator=generator, device="cpu").to(value)
 
 
 def _values(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -111,7 +111,7 @@ def _same_shape(node: fx.Node, value: Tensor) -> bool:
 
 
 def _match(source: fx.Node, cone: list[fx.Node]) -> tuple[Callable[..., object], dict[str, str]] | None:
-    grid = torch.linspace(-12, 12, 481, dtype=torch.float64)
+    grid = torch.linspace(-12, 12, 481, dtype=torch.float64, device="cpu")
     values: dict[fx.Node, Tensor] = {source: grid}
     try:
         for member in _in_order(source, cone):

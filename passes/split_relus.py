@@ -105,7 +105,7 @@ def _parts(item: fx.Node) -> Iterator[tuple[fx.Node, int, int, int, bool]]:
 
 def _half(operations: list[fx.Node]) -> bool | None:
     """Whether operations, the last one first, compute max(h, 0) (True) or min(h, 0) (False) of their source h."""
-    grid = value = torch.linspace(-12, 12, 481, dtype=torch.float64)
+    grid = value = torch.linspace(-12, 12, 481, dtype=torch.float64, device="cpu")
     try:
         for node in reversed(operations):
             present = value

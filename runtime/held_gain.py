@@ -143,7 +143,7 @@ class HeldGain:
         generator = torch.Generator().manual_seed(0)
         self._examples, self._shapes = [], {}
         for value in (v[:1] if self.program.batched and v.dim() else v for v in inputs):
-            drawn = torch.rand(value.shape, generator=generator).to(value.device, value.dtype)
+            drawn = torch.rand(value.shape, generator=generator, device="cpu").to(value.device, value.dtype)
             self._examples.append(drawn if value.is_floating_point() else torch.zeros_like(value))
 
     def recertify(self, weights: Sequence[Tensor | None]) -> None:

@@ -101,6 +101,36 @@ def test_every_pass_has_a_test_file_of_its_name() -> None:
         assert (ROOT / "tests" / f"test_{name}.py").exists(), f"no test file for the pass {name}"
 
 
+MAKERS = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand",
+    "randint", "randn", "randperm", "scalar_tensor", "sparse_coo_tensor", "tensor", "tril_indices", "triu_indices",
+    "zeros",
+}  # fmt: skip
+NAMED_ONLY = {"ffebm_compiler.passes.known_values"}
+"""Files that compare with these functions and do not call them."""
+
+
+def test_every_new_tensor_names_its_device() -> None:
+    """The default is the user's: after `torch.set_default_device("cuda")` it is not the CPU."""
+    unnamed = []
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        named = {
+            id(call.func)
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and {k.arg for k in call.keywords} & {"device", None}
+        }
+        unnamed += [
+            f"{name}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and node.attr in MAKERS
+            and ast.unparse(node.value) == "torch"
+            and id(node) not in named
+        ]
+    assert [place for place in unnamed if place.split(":")[0] not in NAMED_ONLY] == []
+
+
 def test_no_file_imports_relatively() -> None:
     for path in MODULES.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -129,7 +129,7 @@ def _test() -> Finding:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-            x = torch.randn(4, 8)
+            x = torch.randn(4, 8, device="cpu")
             hybrid = ffebm.convert(model, x)
             report = ffebm.check_gradients(hybrid, x, lambda output: output.square().mean())
         cosine = report.worst("ep")[1].cosine

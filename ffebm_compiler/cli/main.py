@@ -261,7 +261,7 @@ def _random_loss(outputs: Any) -> Tensor:
         )
     generator = torch.Generator().manual_seed(1)
     terms = [
-        (leaf.masked_fill(leaf.isinf(), 0) * torch.randn(leaf.shape, generator=generator).to(leaf)).mean()
+        (leaf.masked_fill(leaf.isinf(), 0) * torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)).mean()
         for leaf in found
     ]
     return torch.stack(terms).sum()

@@ -87,9 +87,9 @@ def random_inputs(texts: Sequence[str], seed: int) -> tuple[tuple[Tensor, ...], 
         if 0 in sizes or math.prod(sizes) > 1 << 30:
             raise InputError(f"--input is {short(text)}; expected sizes of at least 1 and at most 2^30 values")
         if dtype.is_floating_point:
-            value = torch.randn(sizes, generator=generator).to(dtype)
+            value = torch.randn(sizes, generator=generator, device="cpu").to(dtype)
         else:
-            value = torch.randint(0, 2, sizes, generator=generator).to(dtype)
+            value = torch.randint(0, 2, sizes, generator=generator, device="cpu").to(dtype)
         if match["name"]:
             kwargs[match["name"]] = value
         else:

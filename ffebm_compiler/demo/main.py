@@ -191,7 +191,7 @@ def _train(
     with steps.progress(what, epochs * batches) as advance:
         for _ in range(epochs):
             model.train()
-            for index in torch.randperm(len(data.y_train)).split(_BATCH)[:batches]:
+            for index in torch.randperm(len(data.y_train), device="cpu").split(_BATCH)[:batches]:
                 optimizer.zero_grad()
                 loss = functional.cross_entropy(model(data.x_train[index]), data.y_train[index])
                 loss.backward()

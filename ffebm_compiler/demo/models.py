@@ -119,7 +119,9 @@ def load_digits() -> Digits:
         ) from error
     images, labels = datasets.load_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)
-    x_train, x_test = (torch.as_tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) for part in parts[:2])
-    y_train, y_test = (torch.as_tensor(part, dtype=torch.int64) for part in parts[2:])
+    x_train, x_test = (
+        torch.as_tensor(part, dtype=torch.float32, device="cpu").reshape(-1, 1, 8, 8) for part in parts[:2]
+    )
+    y_train, y_test = (torch.as_tensor(part, dtype=torch.int64, device="cpu") for part in parts[2:])
     mean, deviation = x_train.mean(), x_train.std()
     return Digits((x_train - mean) / deviation, y_train, (x_test - mean) / deviation, y_test)

@@ -53,7 +53,7 @@ def _tensor(name: str, item: object, names: Sequence[str]) -> Tensor:
             raise ExportError(f"input {name!r} is a sparse tensor, expected a dense one: convert it by to_dense()")
         return item.detach().cpu()
     try:
-        return torch.as_tensor(np.asarray(item))
+        return torch.as_tensor(np.asarray(item), device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # of no numbers, or of rows that differ in length
         raise ExportError(
             f"input {name!r} is a {type(item).__name__} that is no tensor of numbers; expected a tensor or an array. "

@@ -44,7 +44,7 @@ class Value:
 
     def zeros(self, other: bool = False) -> Tensor:
         """A tensor of this dtype and of the example sizes."""
-        return torch.zeros(self.other if other else self.example, dtype=getattr(torch, self.dtype))
+        return torch.zeros(self.other if other else self.example, dtype=getattr(torch, self.dtype), device="cpu")
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _runner(path: Path, steps: Steps) -> Callable[[Sequence[Tensor]], list[Tenso
     def run(given: Sequence[Tensor]) -> list[Tensor]:
         feed = {name: tensor.contiguous().numpy() for name, tensor in zip(names, given, strict=True)}
         try:
-            return [torch.as_tensor(np.asarray(result)) for result in session.run(None, feed)]
+            return [torch.as_tensor(np.asarray(result), device="cpu") for result in session.run(None, feed)]
         except Exception as error:  # onnxruntime raises several kinds
             raise ExportError(f"onnxruntime cannot run {path} ({error}): please report the model") from error
 
@@ -188,8 +188,8 @@ def _resized(value: Value, tensor: Tensor, size: int) -> Tensor:
     """A tensor with `size` entries along the batch: random normal floats, or repeated integers, which stay valid."""
     for dim, name in enumerate(value.shape):
         if name == "batch":
-            tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
+            tensor = tensor.index_select(dim, torch.arange(size, device="cpu") % tensor.shape[dim])
     if tensor.is_floating_point():
         generator = torch.Generator().manual_seed(size)
-        tensor = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        tensor = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
     return tensor

@@ -112,7 +112,7 @@ def noise_apart(hybrid: HybridCore) -> Iterator[None]:
     arrays = [block.arrays for block in hybrid.energy_blocks.values() if block.arrays is not None]
     device = next((parameter.device for parameter in hybrid.parameters()), torch.device("cpu"))
     with generators_unchanged():
-        seeds = torch.randint(2**62, (len(arrays),)).tolist()
+        seeds = torch.randint(2**62, (len(arrays),), device="cpu").tolist()
     try:
         for each, seed in zip(arrays, seeds, strict=True):
             each.noise = torch.Generator(device).manual_seed(seed)

@@ -151,7 +151,7 @@ def _sensitivity(source: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         with torch.no_grad():
             for parameter in copied.parameters():
                 if parameter.is_floating_point():
-                    noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                    noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
                     parameter.mul_(1 + factor * 8 * torch.finfo(parameter.dtype).eps * noise)
         results.append(_of_source(copied, held_tensors(copied), args, kwargs))
     pairs = zip(*results, strict=True)

@@ -197,11 +197,11 @@ class Activation(ABC):
 @lru_cache
 def _bounds_of(activation: Activation) -> tuple[float, float]:
     """(inf σ, sup σ) from values far out. If σ is not monotone, a grid is refined about its least value, too."""
-    values = activation.value(torch.tensor([-1e30, 1e30], dtype=torch.float64)).tolist()
+    values = activation.value(torch.tensor([-1e30, 1e30], dtype=torch.float64, device="cpu")).tolist()
     if not activation.monotone:
         centre, width = 0.0, 40.0
         for _ in range(4):  # the last spacing is 2e-8: the value there is exact to round-off
-            grid = torch.linspace(centre - width, centre + width, 4001, dtype=torch.float64)
+            grid = torch.linspace(centre - width, centre + width, 4001, dtype=torch.float64, device="cpu")
             found = activation.value(grid)
             centre, width = float(grid[found.argmin()]), width / 1000
             values.append(float(found.min()))
@@ -274,7 +274,7 @@ def longest(k: Tensor) -> float:
 @lru_cache
 def gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
     """Nodes and weights on [0, 1], from the Jacobi matrix of the polynomials (Golub & Welsch, 1969)."""
-    n = torch.arange(1, count, dtype=torch.float64)
+    n = torch.arange(1, count, dtype=torch.float64, device="cpu")
     off = n / (4 * n * n - 1).sqrt()
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return tuple(zip((0.5 * nodes + 0.5).tolist(), vectors[0].square().tolist(), strict=True))

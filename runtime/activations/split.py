@@ -53,7 +53,7 @@ class SplitReLU(Activation):
         return signs.reshape(-1, *[1] * (-1 - self.dim))
 
     def unit_lines(self, shape: torch.Size) -> list[Lines]:
-        signs = self.signs(torch.empty(0)).expand(shape).flatten().tolist()
+        signs = self.signs(torch.empty(0, device="cpu")).expand(shape).flatten().tolist()
         return [_LOWER if sign > 0 else _UPPER for sign in signs]
 
     def bounds(self, h: Tensor) -> tuple[float | Tensor, float | Tensor]:

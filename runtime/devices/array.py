@@ -62,8 +62,9 @@ class Array:
         if found is None:
             digest = hashlib.sha256(f"{self.devices.seed}/{self.name}/{kind}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            draw = torch.rand if uniform else torch.randn
-            found = draw((*leading, *self.tiling.shape), generator=generator, dtype=torch.float32)
+            shape = (*leading, *self.tiling.shape)
+            found = torch.empty(shape, dtype=torch.float32, device="cpu")
+            found = found.uniform_(generator=generator) if uniform else found.normal_(generator=generator)
         if found.device != like.device:
             found = found.to(like.device)
         self._drawn[kind] = found

@@ -144,7 +144,7 @@ class ArrayConverters:
         tiling, dims = self.tilings[instruction.operation], instruction.operator.column_dims(value.dim())
         each = [tile for tile, count in enumerate(tiling.groups) for _ in range(count)]
         across = [tile for tile, count in enumerate(tiling.cols) for _ in range(count)][tap::taps]
-        tiles = torch.tensor([[group * len(tiling.cols) + col for col in across] for group in each])
+        tiles = torch.tensor([[group * len(tiling.cols) + col for col in across] for group in each], device="cpu")
         names = [
             f"{phase} adc of {instruction.operation}, tile {group} {part.index} {col}"
             for group in range(len(tiling.groups))

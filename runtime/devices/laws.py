@@ -57,7 +57,7 @@ def checked_polynomial(what: str, value: object) -> float | tuple[float, ...]:
     if not value:
         raise InputError(f"{what} is empty; expected the coefficients of a polynomial of g/g_max, lowest order first")
     found = tuple(checked_number(f"{what}[{order}]", each, least=-math.inf) for order, each in enumerate(value))
-    lowest = float(polynomial(found, torch.linspace(0, 1, 257, dtype=torch.float64)).min())
+    lowest = float(polynomial(found, torch.linspace(0, 1, 257, dtype=torch.float64, device="cpu")).min())
     if lowest < 0:
         raise InputError(
             f"{what} is {value!r}, a polynomial that falls to {lowest:.3g} for a g/g_max from 0 to 1; expected a "

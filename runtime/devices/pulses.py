@@ -84,9 +84,9 @@ class PulsedWeights:
         generator = torch.Generator().manual_seed((seed * 1000003 + index) % 2**63)
 
         def drawn(mean: float, spread: float, low: float, high: float) -> Tensor:
-            values = torch.full(like.shape, mean, dtype=torch.float64)
+            values = torch.full(like.shape, mean, dtype=torch.float64, device="cpu")
             if spread:
-                values += spread * torch.randn(like.shape, generator=generator, dtype=torch.float64)
+                values += spread * torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
             return values.clamp(low, high).to(like.device, like.dtype)
 
         self.bounds = self.mean_bound * drawn(1.0, response.bound_spread, 0.05, 1e3)

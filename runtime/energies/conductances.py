@@ -22,10 +22,10 @@ def circuit_of(frame: Frame, setting: Setting) -> Circuit:
     """
     program = frame.program
     if program.resizable:
-        frame = frame.narrowed(torch.zeros(1, dtype=torch.long))
+        frame = frame.narrowed(torch.zeros(1, dtype=torch.long, device="cpu"))
     magnitudes = magnitudes_of(frame)
     still = Frame(program, [torch.zeros_like(x) for x in frame.inputs], frame.weights, frame.drawn, frozen=True)
-    rest = [torch.zeros(frame.shapes[layer.drive]).to(frame.inputs[0]) for layer in program.layers]
+    rest = [torch.zeros(frame.shapes[layer.drive], device="cpu").to(frame.inputs[0]) for layer in program.layers]
     layer_of = {layer.state: index for index, layer in enumerate(program.layers)}
     stages = []
     for index, layer in enumerate(program.layers):

@@ -187,7 +187,7 @@ class _Edge:
         """A random state of length one, the same on every device and rank."""
         generator = torch.Generator().manual_seed(0)
         dtype = self.like.dtype if self.like.dtype in (torch.float32, torch.float64) else torch.float32
-        drawn = torch.randn(self.like.shape, generator=generator, dtype=dtype)
+        drawn = torch.randn(self.like.shape, generator=generator, dtype=dtype, device="cpu")
         start = torch.empty_like(self.like).copy_(drawn)
         return start / torch.linalg.vector_norm(start)
 

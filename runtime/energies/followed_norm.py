@@ -61,7 +61,7 @@ class LinearMap(Protocol):
 def drawn_probe(size: int, seed: int) -> Tensor:
     """A random row whose mean squared length is one. It depends on the seed, but not on the device or rank."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn((1, size), generator=generator, dtype=torch.float32).div_(math.sqrt(max(1, size)))
+    return torch.randn((1, size), generator=generator, dtype=torch.float32, device="cpu").div_(math.sqrt(max(1, size)))
 
 
 def followed(edge: LinearMap, probe: Tensor, track: Track | None) -> Track | None:
@@ -122,7 +122,7 @@ class Launched:
     def inner_products(self) -> Tensor:
         """All numbers that the host needs, in one row, so that it waits for the device once."""
         rows = [one.ritz.products.flatten() for one in self._begun.values() if one.ritz is not None]
-        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     @property
     def size(self) -> int:

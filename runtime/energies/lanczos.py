@@ -34,7 +34,7 @@ def largest_singular_values(
     """
     right = start.expand(count, *start.shape)
     left: Tensor | None = None
-    beta = torch.zeros(count)
+    beta = torch.zeros(count, device="cpu")
     diagonals: list[np.ndarray] = []
     above: list[np.ndarray] = []
     sums: list[np.ndarray] = []

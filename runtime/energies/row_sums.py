@@ -148,7 +148,7 @@ class RowSums(Gauge):
 
 def _random_states(phase: AdjointPhase) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(s.shape, generator=generator, dtype=torch.float32).to(s) for s in phase.slopes]
+    return [torch.randn(s.shape, generator=generator, dtype=torch.float32, device="cpu").to(s) for s in phase.slopes]
 
 
 class _ScaledCoupling:

@@ -127,7 +127,7 @@ def leading_pair(frame: Frame, earlier: int, later: int) -> tuple[float, Tensor,
     state, inner = program.layers[earlier].state, frame.shapes[program.layers[earlier].state]
     like = next(weight for weight in frame.weights if weight is not None and weight.is_floating_point())
     goal = 1e-11 if like.dtype == torch.float64 else 1e-5
-    start = torch.randn(inner, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    start = torch.randn(inner, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(like)
     slots: list[Tensor | None] = [None] * len(program.layers)
     rights = [(start / torch.linalg.vector_norm(start)).reshape(-1)]
     lefts: list[Tensor] = []

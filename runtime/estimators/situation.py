@@ -78,4 +78,4 @@ class Situation:
     def _remaining(self, lost: Sequence[int]) -> Tensor:
         samples = self.frame.samples
         assert samples is not None
-        return torch.tensor([row for row in range(samples) if row not in set(lost)])
+        return torch.tensor([row for row in range(samples) if row not in set(lost)], device="cpu")

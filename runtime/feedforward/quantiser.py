@@ -223,7 +223,7 @@ class _Run(fx.Interpreter):
         """A weight in `bits` bits, and its steps."""
         quantiser = self.quantiser
         if quantiser.observing:
-            return weight, torch.ones(())
+            return weight, torch.ones((), device="cpu")
         step = largest_step(weight, quantiser.bits, axis)
         if quantiser.backprop is not None and weight.requires_grad:
             weight = quantised_weight_gradient(weight, step, axis, quantiser.backprop)

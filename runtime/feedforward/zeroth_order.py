@@ -83,7 +83,10 @@ def directions(settings: ZerothOrder, place: int, call: int, like: Sequence[Tens
     """
     generator = torch.Generator().manual_seed(((settings.seed << 20) + place) * 1_000_003 + call)
     for _ in range(settings.samples):
-        yield [(2 * torch.randint(0, 2, t.shape, generator=generator) - 1).to(t.device, t.dtype) for t in like]
+        yield [
+            (2 * torch.randint(0, 2, t.shape, generator=generator, device="cpu") - 1).to(t.device, t.dtype)
+            for t in like
+        ]
 
 
 class Perturbed(torch.autograd.Function):

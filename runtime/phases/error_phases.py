@@ -65,7 +65,7 @@ class _ErrorPhase(Phase):
         if not simple or any(layer.parameters for layer in layers):
             return None
         first, second = (scale * layer.activation.lipschitz for scale, layer in zip(self.scales, layers, strict=True))
-        return torch.tensor([[1.0, 0.0], [math.sqrt(second / first / rate), 0.0]], dtype=torch.float64)
+        return torch.tensor([[1.0, 0.0], [math.sqrt(second / first / rate), 0.0]], dtype=torch.float64, device="cpu")
 
     def order(self) -> list[int]:
         """Backward, so that the nudge reaches the first layer in one sweep."""

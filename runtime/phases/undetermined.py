@@ -115,7 +115,7 @@ def _moves(
         force = plain.force(index)
         slopes.append(value if force is None else (value / force).masked_fill(value == 0, 0.0))
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(field.shape, generator=generator).to(field) for field in fields]
+    drawn = [torch.randn(field.shape, generator=generator, device="cpu").to(field) for field in fields]
     phase = _response(wide, setting, fields, [a * b for a, b in zip(drawn, even, strict=True)], slopes)
     for _ in range(_CORRECTIONS):
         _sweep(phase, _SWEEPS[0])

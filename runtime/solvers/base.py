@@ -151,9 +151,9 @@ def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_s
     if not measure:
         return None
     if not reached:
-        return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
+        return torch.zeros(problem.samples or 1, device="cpu") if per_sample else torch.zeros((), device="cpu")
     if deciding is not None:
-        return torch.tensor(decided_change(problem, changes, sizes), dtype=torch.float64)
+        return torch.tensor(decided_change(problem, changes, sizes), dtype=torch.float64, device="cpu")
     layers = sorted(changes)
     found_changes, found_sizes = [changes[index] for index in layers], [sizes[index] for index in layers]
     return largest_change(problem, list(order) == problem.order(), found_changes, found_sizes)

@@ -108,7 +108,7 @@ def largest_change(problem: FixedPoint, ordered: bool, changes: list[Tensor], si
         tiny = torch.finfo(changes[0].dtype).tiny
         moves, norms = [change.item() for change in changes], [size.item() + tiny for size in sizes]
         value = _largest_number(moves, norms, None if shares is None else shares.tolist(), too_far)
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     moved = torch.stack(changes)
     size = torch.stack(sizes) + torch.finfo(moved.dtype).tiny
     largest = (1 + too_far) * (moved / size).amax(0)

@@ -88,7 +88,7 @@ class Question:
     def block(self, weights: Sequence[Tensor | None]) -> FabricBlock:
         """The block for a fabric."""
         frame, program = self.frame, self.frame.program
-        one = frame.narrowed(torch.zeros(1, dtype=torch.long)) if program.resizable else frame
+        one = frame.narrowed(torch.zeros(1, dtype=torch.long, device="cpu")) if program.resizable else frame
         return FabricBlock(
             name=program.name,
             layers=tuple(layer.name for layer in program.layers),
@@ -136,7 +136,7 @@ def checked_states(found: object, question: Question, maker: str) -> list[Tensor
     for layer, value in zip(program.layers, found, strict=True):
         shape = frame.shapes[layer.drive]
         try:
-            state = torch.as_tensor(value)
+            state = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise FabricError(
                 f"{maker} returned a {type(value).__name__} as the state of {layer.name}; expected a tensor or an "

@@ -128,7 +128,7 @@ class Measured(Solver):
     ) -> Tensor | None:
         """Measure. Nothing is left to change then."""
         problem.answered([self._mean(question, problem.reads) for question in problem.questions()])
-        return torch.zeros(problem.samples or 1) if per_sample else torch.zeros(())
+        return torch.zeros(problem.samples or 1, device="cpu") if per_sample else torch.zeros((), device="cpu")
 
     def _mean(self, question: Question, reads: int) -> list[Tensor]:
         """The mean of several measurements."""
@@ -140,7 +140,7 @@ class Measured(Solver):
     def _answer(self, question: Question) -> list[Tensor]:
         name, frame = question.frame.program.name, question.frame
         if frame.samples == 0:
-            return [torch.zeros(frame.shapes[layer.drive]).double() for layer in frame.program.layers]
+            return [torch.zeros(frame.shapes[layer.drive], device="cpu").double() for layer in frame.program.layers]
         question.check_masks()
         circuit = self._programmed(question).circuit
         inputs = tuple(outside(value) for value in question.frame.inputs)

@@ -77,7 +77,7 @@ class Pace:
             self._changes, self._arrived = change, None
             return
         if self._changes is None or not self._changes.is_pinned():
-            self._changes = torch.empty((), dtype=change.dtype, pin_memory=True)
+            self._changes = torch.empty((), dtype=change.dtype, pin_memory=True, device="cpu")
         self._changes.copy_(change, non_blocking=True)
         if self.capturing:
             self._arrived = None

@@ -438,7 +438,7 @@ class _Relaxation:
         if self.rows is not None and len(self.rows):
             self.problem.adopt(self.running, self.rows)
         if self.lost and len(self.lost) < count:
-            self.problem.give_up(torch.tensor(sorted(self.lost)))
+            self.problem.give_up(torch.tensor(sorted(self.lost), device="cpu"))
         if running and not self.reason:
             self.residual = max(self.residual, self.worst)
         unsettled = sorted([*self.lost, *running])

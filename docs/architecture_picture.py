@@ -23,7 +23,7 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 FOLDERS = {"ffebm_compiler": "ffebm_compiler", "passes": "ffebm_compiler.passes", "runtime": "ffebm_compiler.runtime"}
 
 FLOORS: dict[str, str] = {
-    "ground": "errors deprecation plain_numbers module_paths garbage cuda_capture",
+    "ground": "errors deprecation plain_numbers module_paths garbage inference cuda_capture",
     "files": "files",
     "data": "hardware ir driven plan_data",
     "runtime": "runtime",

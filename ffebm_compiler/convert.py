@@ -20,6 +20,7 @@ from ffebm_compiler.garbage import collected_rarely, forget_traced
 from ffebm_compiler.hardware.fabric import Hardware
 from ffebm_compiler.hardware.presets import resolve_hardware
 from ffebm_compiler.hybrid import HybridModel
+from ffebm_compiler.inference import ordinary, outside_inference
 from ffebm_compiler.ir import OperationGraph, Program
 from ffebm_compiler.passes.containers import leaves_of
 from ffebm_compiler.passes.lower import lower
@@ -78,8 +79,9 @@ def _front(
     named = dict(kwargs or {})
     _refuse_hybrids(model)
     _refuse_empty_batch((tuple(args), named))
-    program, graph = annotated_program(model, tuple(args), named, options, shapes, hardware)
-    return _Annotated(program, graph, tuple(args), named)
+    args, named = ordinary((tuple(args), named))
+    program, graph = annotated_program(model, args, named, options, shapes, hardware)
+    return _Annotated(program, graph, args, named)
 
 
 def _described(example_inputs: object) -> str:
@@ -154,6 +156,7 @@ def _names(argument: str, value: object, example: str) -> tuple[str, ...]:
 
 
 @collected_rarely()
+@outside_inference()
 def plan(
     model: nn.Module | ExportedProgram,
     example_inputs: Any,
@@ -188,6 +191,7 @@ def plan(
 
 
 @collected_rarely()
+@outside_inference()
 def convert(
     model: nn.Module | ExportedProgram,
     example_inputs: Any,

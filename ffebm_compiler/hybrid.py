@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ffebm_compiler.errors import InputError, UnsupportedError
 from ffebm_compiler.hybrid_core import HybridCore
+from ffebm_compiler.inference import outside_inference
 from ffebm_compiler.module_paths import module_at
 from ffebm_compiler.plan import Plan
 
@@ -77,6 +78,7 @@ class HybridModel(HybridCore):
 
         return cost_report_of(self)
 
+    @outside_inference()
     def to_digital(self) -> nn.Module:
         """A plain module of the source's class with the present weights.
 

@@ -23,6 +23,7 @@ from ffebm_compiler.files.tensor_file import read_tensors
 from ffebm_compiler.files.whole_folders import recover_folder
 from ffebm_compiler.hybrid import HybridModel
 from ffebm_compiler.hybrid_state import METADATA
+from ffebm_compiler.inference import outside_inference
 from ffebm_compiler.plan import Plan
 from ffebm_compiler.recast import dtype_of
 from ffebm_compiler.saved_settings import REMEDY, check_state, check_tracks, check_weights, read_settings
@@ -31,6 +32,7 @@ from ffebm_compiler.storage import FILES, SCHEMA
 __all__ = ["load"]
 
 
+@outside_inference()
 def load(path: str | Path, model: nn.Module) -> HybridModel:
     """Read a hybrid that `save` wrote, for a model of the same class and sizes.
 

@@ -71,9 +71,10 @@ def has_no_memory(model: nn.Module) -> bool:
 
 def check_finite(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse NaN or infinite weights, and NaN in the example inputs."""
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
             continue
+        tensor = parameter.detach()  # torch compares no tensor of inference mode that requires a gradient
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"parameter {name!r} has {bad} values that are NaN or infinite: check the checkpoint")

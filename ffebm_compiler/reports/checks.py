@@ -14,6 +14,7 @@ from torch import Tensor
 from ffebm_compiler.errors import GradientError, InputError
 from ffebm_compiler.gradient_choice import assign_digital, own_gradient
 from ffebm_compiler.hybrid_core import HybridCore
+from ffebm_compiler.inference import outside_inference
 from ffebm_compiler.reports.deviation import largest_deviation
 from ffebm_compiler.reports.gradients_by import ESTIMATORS, gradients_by, own_dtype
 from ffebm_compiler.reports.same_draws import noise_apart
@@ -149,6 +150,7 @@ class GradientReport:
         return table_text("gradients against float64 unrolled, of the devices and without them", columns, rows)
 
 
+@outside_inference()
 def check_gradients(hybrid: HybridCore, inputs: Any, loss_fn: Callable[[Any], Tensor]) -> GradientReport:
     """Compare gradients with autograd through the relaxation in float64: of EP, implicit, unrolled, the hybrid's own.
 

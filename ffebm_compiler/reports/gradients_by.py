@@ -18,6 +18,7 @@ from torch import Tensor
 from ffebm_compiler.errors import FFEBMError, UnsupportedError
 from ffebm_compiler.gradient_choice import assign_digital
 from ffebm_compiler.hybrid_core import HybridCore
+from ffebm_compiler.inference import ordinary
 from ffebm_compiler.passes.unchanged import generators_unchanged
 from ffebm_compiler.reports.loss import checked_loss
 from ffebm_compiler.reports.same_draws import DrawnIn, noise_apart
@@ -108,7 +109,7 @@ def _computed(
     for block in model.energy_blocks.values():
         if isinstance(block.solver, Measured) and not block.estimator.compares_states:
             block.solver = None  # what is measured is compared with what is computed
-    given = _cast(pytree.tree_map_only(Tensor, Tensor.detach, inputs), dtype)
+    given = _cast(pytree.tree_map_only(Tensor, Tensor.detach, ordinary(inputs)), dtype)
     draws = nullcontext() if dtype is own_dtype(hybrid) else DrawnIn(own_dtype(hybrid), dtype)
     with generators_unchanged(), torch.enable_grad(), model.held_feedback():
         torch.manual_seed(0)

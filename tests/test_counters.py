@@ -25,6 +25,12 @@ class Box:
         self.heat = 4.0
 
 
+class History(list[int]):
+    """A list that also has attributes."""
+
+    name = "history"
+
+
 class Counts(nn.Module):
     """A module that counts its calls somewhere."""
 
@@ -33,7 +39,7 @@ class Counts(nn.Module):
     def __init__(self, form: Callable[[Counts], float]) -> None:
         super().__init__()
         self.form, self.box = form, Box()
-        self.calls, self.history, self.table, self.last = 0, [0], {"calls": 0}, deque([0])
+        self.calls, self.history, self.table, self.last = 0, History([0]), {"calls": 0}, deque([0])
 
     def forward(self, h: Tensor) -> Tensor:
         return h if self.form(self) < 50 else h.tanh()

@@ -121,7 +121,7 @@ NUMBERS: list[Number] = [
         "wild",
         ("vit-pytorch, x-transformers, diffusers, monai, segmentation-models: wrong", COUNT, verdicts("wrong")),
         ("these five packages: raw errors", COUNT, verdicts("raw")),
-        ("these five packages: refused, where four were", most(4, "d"), verdicts("refused")),
+        ("these five packages: refused, where four were", most(4, ".0f"), verdicts("refused")),
     ),
     *numbers(CONVERSION, "survey", ("all of torch.nn and torch.nn.functional, eval and train", FAILED, tests)),
     *numbers(CONVERSION, "one-layer", ("blocks of one layer are their layer, on random graphs", FAILED, tests)),

@@ -26,6 +26,11 @@ from number_targets import Number, least, most
 NAMES = [pytest.param(name, id=name) for name in COMMANDS]
 
 
+def test_every_value_can_be_written() -> None:
+    for number in every_number.NUMBERS:
+        assert number.target.text(1.0).startswith("1")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_command_runs_files_that_exist_with_options_that_they_have(name: str) -> None:
     command = COMMANDS[name]

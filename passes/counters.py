@@ -6,11 +6,11 @@ falls). Two calls do not show it. So the numbers are set to what they would be m
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from types import CellType
 from typing import Any, NamedTuple
 
+from ffebm_compiler.passes.held import content_of, holder_of
 from ffebm_compiler.passes.named_values import NamedValues
 from ffebm_compiler.passes.process import cell_content
 from ffebm_compiler.passes.unchanged import Attributes
@@ -76,9 +76,10 @@ def _in_named(named: NamedValues) -> Iterator[_Change]:
 
 def _in_container(name: str, container: Any, content: list[Any]) -> Iterator[_Change]:
     """Changes of a container's items or an object's attributes, where `content` is what `content_of` gave before."""
-    if isinstance(container, list | deque):
-        for at, (old, new) in enumerate(zip(content, container, strict=False)):
-            yield _Change(name, container, at, old, new)
-    elif not isinstance(container, set):
-        holder = container if isinstance(container, dict) else vars(container)
-        yield from (_Change(name, holder, key, old, holder.get(key)) for key, old in content)
+    holder, present = holder_of(container), content_of(container)
+    if isinstance(holder, set):
+        return
+    if not isinstance(holder, dict):
+        content, present = list(enumerate(content)), list(enumerate(present))
+    now = dict(present)
+    yield from (_Change(name, holder, key, old, now.get(key)) for key, old in content)

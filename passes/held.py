@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ffebm_compiler.passes.process import is_users, reachable
 
-__all__ = ["containers_in", "content_of", "held_tensors", "own_attributes", "plain_tensors", "refill"]
+__all__ = ["containers_in", "content_of", "held_tensors", "holder_of", "own_attributes", "plain_tensors", "refill"]
 
 _DEPTH, _ITEMS = 4, 1000
 """How many levels deep, and among how many items, state is looked for. Beyond that it is taken for data."""
@@ -39,9 +39,14 @@ def content_of(container: Any) -> Any:
     return list(vars(container).items()) if _is_object(container) else None
 
 
+def holder_of(container: Any) -> Any:
+    """What holds the items of a container: itself, or the dictionary of an object's attributes."""
+    return container if isinstance(container, dict | list | set | deque) else vars(container)
+
+
 def refill(container: Any, content: list[Any]) -> None:
     """Put the items that `content_of` returned back into their container."""
-    target = container if isinstance(container, dict | list | set | deque) else vars(container)
+    target = holder_of(container)
     target.clear()
     if isinstance(target, list | deque):
         target.extend(content)

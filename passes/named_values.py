@@ -42,9 +42,11 @@ class NamedValues:
     def restore(self) -> None:
         """Restore them, and empty caches of functions that have been filled."""
         for names, before in self.variables:
-            names.update({n: value for n, value in before.items() if value is not _MISSING})
-            for n in [n for n, value in before.items() if value is _MISSING and n in names]:
-                del names[n]
+            for name, value in before.items():
+                if value is _MISSING:
+                    names.pop(name, None)
+                else:
+                    names[name] = value
         for cell, content in self.cells:
             if cell_content(cell) is not content:
                 cell.cell_contents = content

@@ -103,7 +103,8 @@ def set_up(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], eva
     except Exception:
         undo()
         return SetUp()
-    counting, later = None if other else advance(again, named_again), None
+    counting = None if other else advance(again, named_again)
+    later = None
     if counting is not None:
         with suppress(Exception):  # a list that ends, say
             later = call_undone(source, args, kwargs, reached=reached)

@@ -36,7 +36,6 @@ def source(energy: str) -> nn.Module:
 
 
 X = networks.noise(4, 1, 8, 8)
-Step = Callable[[ffebm.HybridModel], object]
 
 
 def gradients(hybrid: ffebm.HybridModel) -> list[Tensor]:
@@ -88,8 +87,7 @@ def test_conversion_training_copies_and_files(energy: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ESTIMATORS, ids=lambda kind: kind.__name__)
 def test_estimators(kind: type) -> None:
-    energy = "hopfield"
-    same(lambda: gradients(ffebm.convert(source(energy), X, gradient=kind())))
+    same(lambda: gradients(ffebm.convert(source("hopfield"), X, gradient=kind())))
 
 
 @pytest.mark.parametrize("solver", [ffebm.Anderson(), ffebm.Anderson(termination="sample")], ids=["batch", "sample"])
@@ -97,7 +95,7 @@ def test_solvers(solver: ffebm.Solver) -> None:
     same(lambda: gradients(ffebm.convert(source("hopfield"), X, solver=solver)))
 
 
-def test_devices_and_quantised_digital_parts() -> None:
+def test_devices() -> None:
     same(lambda: on_devices(ffebm.convert(source("hopfield"), X)))
 
 

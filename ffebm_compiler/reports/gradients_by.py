@@ -20,6 +20,7 @@ from ffebm_compiler.gradient_choice import assign_digital
 from ffebm_compiler.hybrid_core import HybridCore
 from ffebm_compiler.inference import ordinary
 from ffebm_compiler.passes.unchanged import generators_unchanged
+from ffebm_compiler.recast import dtype_of
 from ffebm_compiler.reports.loss import checked_loss
 from ffebm_compiler.reports.same_draws import DrawnIn, noise_apart
 from ffebm_compiler.runtime.estimators.choice import estimator_of
@@ -32,8 +33,8 @@ ESTIMATORS = ("ep", "implicit", "unrolled")
 
 
 def own_dtype(hybrid: HybridCore) -> torch.dtype:
-    """The dtype of a hybrid's first floating-point parameter."""
-    return next((p.dtype for p in hybrid.parameters() if p.is_floating_point()), torch.float32)
+    """The dtype of a hybrid's first floating-point parameter; float32 if it has none."""
+    return dtype_of(hybrid) or torch.float32
 
 
 def gradients_by(
@@ -93,7 +94,7 @@ def _computed(
     dtype: torch.dtype,
     quiet: bool,
 ) -> dict[str, Tensor]:
-    model = copy.deepcopy(hybrid)
+    model, own = copy.deepcopy(hybrid), own_dtype(hybrid)
     model._apply(lambda tensor: _cast(tensor, dtype))  # `to` would take the imaginary parts of parameters away
     for block in model.energy_blocks.values():
         block.quiet = block.quiet or quiet
@@ -110,7 +111,7 @@ def _computed(
         if isinstance(block.solver, Measured) and not block.estimator.compares_states:
             block.solver = None  # what is measured is compared with what is computed
     given = _cast(pytree.tree_map_only(Tensor, Tensor.detach, ordinary(inputs)), dtype)
-    draws = nullcontext() if dtype is own_dtype(hybrid) else DrawnIn(own_dtype(hybrid), dtype)
+    draws = nullcontext() if dtype is own else DrawnIn(own, dtype)
     with generators_unchanged(), torch.enable_grad(), model.held_feedback():
         torch.manual_seed(0)
         with noise_apart(model):
@@ -119,7 +120,7 @@ def _computed(
                 try:
                     output = model(*args, **(given if isinstance(given, dict) else {}))
                 except RuntimeError as error:
-                    if dtype is own_dtype(hybrid) or isinstance(error, FFEBMError):
+                    if dtype is own or isinstance(error, FFEBMError):
                         raise
                     raise _not_in(dtype, "output", error) from error
             with draws:

@@ -82,33 +82,33 @@ def _compare(
                     f"{_name(training)} mode: this is a defect of the compiler, please report the model"
                 )
             error, limit = _deviation(found, wanted)
-            if not error <= limit and not all(
-                bool(torch.isfinite(value).all()) for value in wanted if isinstance(value, Tensor)
-            ):
+            if error <= limit:
+                continue
+            if not all(bool(torch.isfinite(value).all()) for value in wanted if isinstance(value, Tensor)):
                 raise InputError(
                     f"the source's own outputs for the example inputs hold NaN or infinite values in {_name(training)} "
                     "mode, so that the hybrid cannot be compared with it: check the weights, and pass ordinary inputs"
                 )
-            if not error <= limit and _agree_with_gradients(found, source, state, args, kwargs):
+            if _agree_with_gradients(found, source, state, args, kwargs):
                 raise UnsupportedError(
                     f"in {_name(training)} mode the source computes something else where no gradient is recorded (its "
                     "forward reads torch.is_grad_enabled or a tensor's requires_grad), which a hybrid does not: "
                     "let a setting or the training flag decide instead"
                 )
-            if not error <= limit and _asks_for_types(wanted, source, state, args, kwargs):
+            if _asks_for_types(wanted, source, state, args, kwargs):
                 raise UnsupportedError(
                     f"in {_name(training)} mode the source computes something else for tensors of another class (its "
                     "forward reads the exact type of a tensor, which is another one while it is captured): use "
                     "isinstance(x, torch.Tensor) instead"
                 )
-            if not error <= limit and _agree_if_compiled(found, source, state, args, kwargs):
+            if _agree_if_compiled(found, source, state, args, kwargs):
                 raise UnsupportedError(
                     f"in {_name(training)} mode the source computes something else where it is compiled or exported "
                     "(its forward asks torch.compiler.is_compiling or is_exporting), as it is while it is captured: "
                     "let a setting decide instead"
                 )
             # If round-off alone changes the output as much, the comparison shows nothing.
-            if not error <= limit and not error <= _ALLOWED * _sensitivity(source, args, kwargs):
+            if not error <= _ALLOWED * _sensitivity(source, args, kwargs):
                 raise FFEBMError(
                     f"the converted graph deviates from the source by {error:.2e} (relative) in {_name(training)} mode "
                     "with feedback off: this is a defect of the compiler, please report the model"
@@ -120,8 +120,15 @@ def _same_outputs(hybrid: HybridCore, source: nn.Module, args: tuple[Any, ...], 
     state = [*held_tensors(source), *hybrid.written_state()]
     wanted = _of_source(source, state, args, kwargs)
     found = _leaves(hybrid, source, state, args, kwargs)
+    return _agree(found, wanted)
+
+
+def _agree(found: list[Any], wanted: list[Any]) -> bool:
+    """Whether there are as many outputs, and none deviates by more than its limit."""
+    if len(found) != len(wanted):
+        return False
     error, limit = _deviation(found, wanted)
-    return len(found) == len(wanted) and error <= limit
+    return error <= limit
 
 
 def _deviation(found: list[Any], wanted: list[Any]) -> tuple[float, float]:
@@ -167,11 +174,7 @@ def _agree_with_gradients(
     found: list[Any], source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool:
     """Whether the source agrees with the hybrid while gradients are recorded, as they were at capture."""
-    wanted = _leaves(source, source, state, args, kwargs, gradients=True)
-    if len(found) != len(wanted):
-        return False
-    error, limit = _deviation(found, wanted)
-    return error <= limit
+    return _agree(found, _leaves(source, source, state, args, kwargs, gradients=True))
 
 
 def _agree_if_compiled(
@@ -183,10 +186,7 @@ def _agree_if_compiled(
             wanted = _of_source(source, state, args, kwargs)
     except Exception:  # it does something that only a compiler can
         return False
-    if len(found) != len(wanted):
-        return False
-    error, limit = _deviation(found, wanted)
-    return error <= limit
+    return _agree(found, wanted)
 
 
 class _OfAnotherClass(Tensor):
@@ -208,8 +208,7 @@ def _asks_for_types(
         ]
     except Exception:  # it does not run on such tensors
         return False
-    error, limit = _deviation(found, wanted) if len(found) == len(wanted) else (1.0, 0.0)
-    return not error <= limit
+    return not _agree(found, wanted)
 
 
 def _of_source(source: nn.Module, state: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

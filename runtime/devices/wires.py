@@ -33,11 +33,8 @@ def exact_weights(g: Tensor, resistance: float) -> Tensor:
     rows, cols = wide.shape[-2:]
     y = 1 / resistance
     eye = torch.eye(rows, dtype=wide.dtype, device=wide.device)
-    wire = y * (
-        2 * eye
-        - torch.diag(torch.ones(rows - 1, device="cpu").to(eye), 1)
-        - torch.diag(torch.ones(rows - 1, device="cpu").to(eye), -1)
-    )
+    beside = eye.new_ones(rows - 1)
+    wire = y * (2 * eye - torch.diag(beside, 1) - torch.diag(beside, -1))
     wire[0, 0] -= y  # the upper end is open
     taken: list[Tensor] = []  # sensed current of each column for its row voltages
     drawn: list[Tensor] = []

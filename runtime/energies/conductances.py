@@ -25,7 +25,7 @@ def circuit_of(frame: Frame, setting: Setting) -> Circuit:
         frame = frame.narrowed(torch.zeros(1, dtype=torch.long, device="cpu"))
     magnitudes = magnitudes_of(frame)
     still = Frame(program, [torch.zeros_like(x) for x in frame.inputs], frame.weights, frame.drawn, frozen=True)
-    rest = [torch.zeros(frame.shapes[layer.drive], device="cpu").to(frame.inputs[0]) for layer in program.layers]
+    rest = [frame.inputs[0].new_zeros(frame.shapes[layer.drive]) for layer in program.layers]
     layer_of = {layer.state: index for index, layer in enumerate(program.layers)}
     stages = []
     for index, layer in enumerate(program.layers):

@@ -27,6 +27,7 @@ from ffebm_compiler.runtime.solvers.changes import (
     decided_change,
     deciding_layers,
     largest_change,
+    no_change,
     norm_of,
     plain,
 )
@@ -151,7 +152,7 @@ def sweep_layers(problem: FixedPoint, order: Sequence[int], measure: bool, per_s
     if not measure:
         return None
     if not reached:
-        return torch.zeros(problem.samples or 1, device="cpu") if per_sample else torch.zeros((), device="cpu")
+        return no_change(problem, per_sample)
     if deciding is not None:
         return torch.tensor(decided_change(problem, changes, sizes), dtype=torch.float64, device="cpu")
     layers = sorted(changes)

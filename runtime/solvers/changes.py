@@ -22,6 +22,7 @@ __all__ = [
     "decided_change",
     "deciding_layers",
     "largest_change",
+    "no_change",
     "norm_of",
     "plain",
 ]
@@ -47,6 +48,11 @@ def change_of(problem: FixedPoint, old: Tensor | None, new: Tensor, per_sample: 
     if old is None:
         return norm_of(new, per_sample)
     return norm_of(problem.subtracted(old, new), per_sample)
+
+
+def no_change(problem: FixedPoint, per_sample: bool) -> Tensor:
+    """The change of a sweep in which nothing is left to change: 0, for every sample if `per_sample`."""
+    return torch.zeros((problem.samples or 1) if per_sample else (), device="cpu")
 
 
 def bounding_layers(shares: Sequence[Sequence[float]]) -> list[int]:

@@ -16,6 +16,7 @@ from ffebm_compiler.runtime.energies.base import Setting
 from ffebm_compiler.runtime.finite import check_inputs, check_weights
 from ffebm_compiler.runtime.program.block_program import BlockProgram
 from ffebm_compiler.runtime.solvers.base import Solver
+from ffebm_compiler.runtime.solvers.changes import no_change
 from ffebm_compiler.runtime.solvers.fabric import Question, checked_states, outside
 from ffebm_compiler.runtime.solvers.fixed_point import FixedPoint
 
@@ -128,7 +129,7 @@ class Measured(Solver):
     ) -> Tensor | None:
         """Measure. Nothing is left to change then."""
         problem.answered([self._mean(question, problem.reads) for question in problem.questions()])
-        return torch.zeros(problem.samples or 1, device="cpu") if per_sample else torch.zeros((), device="cpu")
+        return no_change(problem, per_sample)
 
     def _mean(self, question: Question, reads: int) -> list[Tensor]:
         """The mean of several measurements."""
@@ -140,7 +141,8 @@ class Measured(Solver):
     def _answer(self, question: Question) -> list[Tensor]:
         name, frame = question.frame.program.name, question.frame
         if frame.samples == 0:
-            return [torch.zeros(frame.shapes[layer.drive], device="cpu").double() for layer in frame.program.layers]
+            shapes = [frame.shapes[layer.drive] for layer in frame.program.layers]
+            return [torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes]
         question.check_masks()
         circuit = self._programmed(question).circuit
         inputs = tuple(outside(value) for value in question.frame.inputs)

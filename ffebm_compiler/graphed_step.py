@@ -120,6 +120,12 @@ class GraphedStep:
 
     def _check_blocks(self) -> None:
         for block in self.hybrid.energy_blocks.values():
+            if block.program.coupled and block.contraction is None and block.gain.contraction is not None:
+                raise UnsupportedError(
+                    f"{block.name} waits for its residual in every step, because dropout cuts conductances of its "
+                    "circuit, which then contracts by another factor each time, and a graph cannot wait: set the "
+                    "dropout's p to 0, or train without GraphedStep"
+                )
             if block.program.coupled and (block.contraction is None or not may_be_late(block.active_solver)):
                 why = "nothing certifies that it settles" if block.contraction is None else "of its solver's settings"
                 raise UnsupportedError(

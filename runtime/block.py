@@ -276,7 +276,13 @@ class EnergyBlock(nn.Module):
 
     @property
     def contraction(self) -> float | None:
-        """Factor by which a Gauss–Seidel sweep contracts, about κ (Young 1954); None without a certificate."""
+        """Factor by which a Gauss–Seidel sweep contracts, about κ (Young 1954); None without a certificate.
+
+        A mask that cuts conductances changes every load of a circuit, so that what was measured without masks says
+        nothing.
+        """
+        if not self.energy_function.bounds_masks and self.program.drawing:
+            return None
         return self.gain.contraction
 
     @property

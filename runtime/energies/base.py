@@ -51,6 +51,8 @@ class Energy(ABC):
     """What a circuit with this energy is made of, as a phrase; empty if it is that of no circuit."""
     by_loop_gain: ClassVar[bool] = False
     """Whether feedback is set by the loop gain κ, by which a nudge of the outputs moves the other states."""
+    bounds_masks: ClassVar[bool] = False
+    """Whether the certified contraction holds whatever random masks a forward draws."""
     coherent: ClassVar[bool] = True
     """Whether the errors of all units may have one sign at any weights, as where these are conductances."""
     floating: ClassVar[bool] = False

@@ -50,6 +50,7 @@ class Hopfield(Energy):
 
     name = "hopfield"
     by_loop_gain = True
+    bounds_masks = True  # each edge's norm is that of the largest factor of its masks
     coherent = False
     amplified = False
     default_feedback = 0.1

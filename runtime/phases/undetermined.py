@@ -21,6 +21,9 @@ _FROM = 0.99
 """The loop gain from which units are looked for that nothing sets. With some it is 1, but is measured from below."""
 _SWEEPS = (30, 300)
 """After so many sweeps units are looked at: all of them, and those that seemed to float."""
+_FIRST_SWEEPS = (1, 4)
+"""After so many sweeps all units may have fallen by `_FAR`, so that none floats. Most often they have after one."""
+_FAR = 0.01
 _CORRECTIONS = 3
 """So often conjugate gradients take away what sweeps shrink slowly. Each leaves `_LEFT` of it."""
 _LEFT = 1e-5
@@ -40,7 +43,7 @@ def check_determined(
         frame: the block with its inputs and weights.
         setting: the settings of its amplifiers.
         preactivations: h_l of its states.
-        loop_gain: its κ. Nothing is computed if it is well below 1.
+        loop_gain: its κ, measured without random masks. Nothing is computed if it is well below 1 and none is drawn.
         pushed: whether currents are to nudge the states. They may turn on a diode that is at its kink, so that it
             counts as conducting. It does not where the gradient is the derivative alone.
 
@@ -82,7 +85,7 @@ def _floating(
     frame: Frame, setting: Setting, preactivations: Sequence[Tensor], loop_gain: float, kinks_conduct: bool
 ) -> dict[int, Tensor]:
     """Layer -> the same moves of the potentials that nothing sets, with 0 for all others; only layers that have any."""
-    if not setting.energy.floating or loop_gain < _FROM:
+    if not setting.energy.floating or (loop_gain < _FROM and not _masked(frame)):
         return {}
     slopes = [
         _slope(sigma, field, kinks_conduct)
@@ -93,6 +96,11 @@ def _floating(
         return {}
     moves = _moves(frame, setting, preactivations, floating)
     return {index: move.to(preactivations[index]) for index, move in enumerate(moves) if bool(move.any())}
+
+
+def _masked(frame: Frame) -> bool:
+    """Whether random masks cut conductances in this call. The loop gain was measured without them."""
+    return any(frame.drawn.get(register) is not None for register in frame.program.masks)
 
 
 def _moves(
@@ -178,11 +186,12 @@ def _without_a_source(
     phase = _response(plain, setting, preactivations, even, slopes)
     done = 0
     floating: list[Tensor] = []
-    for sweeps in _SWEEPS:
+    for sweeps in (*_FIRST_SWEEPS, *_SWEEPS):
         _sweep(phase, sweeps - done)
         done = sweeps
+        fallen = _FAR if sweeps in _FIRST_SWEEPS else sweeps * rounding
         floating = [
-            torch.zeros_like(field, dtype=torch.bool) if value is None else value >= scale * (1 - done * rounding)
+            torch.zeros_like(field, dtype=torch.bool) if value is None else value >= scale * (1 - fallen)
             for field, value, scale in zip(preactivations, phase.values, setting.scales, strict=True)
         ]
         if not any(bool(units.any()) for units in floating):
@@ -211,8 +220,11 @@ def _sweep(phase: AdjointPhase, sweeps: int) -> None:
 
 def _refusal(frame: Frame, floating: dict[int, Tensor], so: str) -> ConvergenceError:
     names = [frame.program.layers[index].name for index in floating]
+    mend = "Give the layers weights that are not zero"
+    if _masked(frame):
+        mend += ", or wider layers or a smaller dropout probability, since the masks of this call cut conductances"
     return ConvergenceError(
         f"{frame.program.name}: nothing sets the potentials of units of {', '.join(names)}, since no path of "
         "conductances leads to them from an input, or only almost none, and a bias is a current. "
-        f"{so}. Give the layers weights that are not zero"
+        f"{so}. {mend}"
     )

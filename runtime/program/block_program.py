@@ -206,6 +206,11 @@ class BlockProgram:
         """The registers of random masks, drawn once a forward."""
         return frozenset(instructions[-1].kept for instructions in self.draws)
 
+    @property
+    def drawing(self) -> bool:
+        """Whether a forward would draw random masks in the present modes of the source's modules."""
+        return any(instruction.operator.drawing for instructions in self.draws for instruction in instructions)
+
     @cached_property
     def selects(self) -> bool:
         """Whether any drive holds max pooling. Its certificate is valid for one choice of winners."""

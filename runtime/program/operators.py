@@ -135,6 +135,11 @@ class Operator(ABC):
         """The constant of this forward, if the operator `draws` or `selects`; else None."""
         return None
 
+    @property
+    def drawing(self) -> bool:
+        """Whether a forward would draw random constants now."""
+        return False
+
     def gain(self, certain: float) -> float:
         """Factor by which the norm may exceed the measured one, because of random constants."""
         return certain
@@ -521,6 +526,11 @@ class Mask(ByValue):
     source: Any
     """The rebound dropout that draws the mask. It follows the source's train mode."""
     draws = True
+
+    @property
+    def drawing(self) -> bool:
+        """Whether the source drops anything in its present mode."""
+        return bool(self.source.active and self.source.rate)
 
     def draw(self, values: Sequence[Tensor]) -> Tensor | None:
         """The mask of this forward; None if dropout does nothing."""

@@ -422,7 +422,7 @@ class _Relaxation:
         if bool(growing.all()):
             self.reason = f"its states grow without bound after {self.sweep} sweeps"
         else:
-            self.reason = f"oscillates: its residual falls no further after {self.sweep} sweeps"
+            self.reason = f"oscillated: the residual fell no further after {self.sweep} sweeps"
 
     def _stride(self, residual: float) -> int:
         """Number of sweeps until the next measurement, estimated from the contraction since the last one."""

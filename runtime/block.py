@@ -249,6 +249,10 @@ class EnergyBlock(nn.Module):
         """The solver that was given, or the one chosen for this block."""
         return self.chosen.solver
 
+    def solver_at(self, contraction: float | None) -> Solver:
+        """The solver that was given, or the one for a block that contracts by this factor."""
+        return choose(self.program, contraction, self.solver, self.gain.setting.coherent).solver
+
     def paces_on(self, device: torch.device) -> Paces | None:
         """Where a training step on this device keeps its numbers of sweeps; None: it waits for every result."""
         late = self.active_solver.late

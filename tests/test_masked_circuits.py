@@ -13,6 +13,7 @@ from networks import noise, seeded
 from torch import Tensor, nn
 
 import ffebm_compiler as ffebm
+from ffebm_compiler.onnx.manifest import settling_of
 
 FEEDBACK: dict[str, Any] = {"resistive": 0.1, "unamplified": 0.1, "drn": "symmetric"}
 
@@ -72,6 +73,17 @@ def test_the_contraction_is_certified_where_nothing_is_masked(energy: str) -> No
     hybrid.get_submodule("1").p = 0.3
     hybrid.eval()
     assert block.contraction == certified
+
+
+@pytest.mark.parametrize("energy", FEEDBACK)
+def test_an_export_settles_as_evaluation_does_in_whatever_mode_it_is_made(energy: str) -> None:
+    """A file masks nothing."""
+    model, x = seeded(lambda: dropping((4, 8, 3), 0.3)).train(), noise(5, 4)
+    hybrid = ffebm.convert(model, x, energy=energy, feedback=FEEDBACK[energy])
+    block = hybrid.blocks[0].module
+    training = settling_of(block, "float32")
+    assert training == settling_of(hybrid.eval().blocks[0].module, "float32")
+    assert training["contraction"] == block.contraction
 
 
 @pytest.mark.parametrize("energy", ["unamplified", "drn"])

@@ -18,6 +18,7 @@ from ffebm_compiler.onnx.program_json import program_to_json
 from ffebm_compiler.onnx.steps import Operand, Step, Steps, Value
 from ffebm_compiler.runtime.block import EnergyBlock
 from ffebm_compiler.runtime.energies.choice import DEFAULT_ENERGY, name_of
+from ffebm_compiler.runtime.phases.tolerances import free_rtol
 from ffebm_compiler.runtime.solvers.base import GaussSeidel, evaluation_omega, update_order
 from ffebm_compiler.runtime.solvers.delay import delay_of_states
 from ffebm_compiler.runtime.solvers.fixed_point import expected_contraction
@@ -42,10 +43,12 @@ def settling_of(block: EnergyBlock, dtype: str) -> dict[str, Any]:
     It stops at the latest after a sweep in which no layer changed by more than `largest_change` (relative), but not
     before the sweep `min_sweeps`. `largest_change` is `rtol` over the factor of
     `runtime.solvers.relaxation.stopping_rule`. The changes seen so far and the norms of the edges may end it earlier.
-    The first `relaxed_sweeps` are over-relaxed by ω, or all where it is null.
+    The first `relaxed_sweeps` are over-relaxed by ω, or all where it is null. A file is in eval mode, so that nothing
+    is masked.
     """
-    solver = block.active_solver
-    rtol, contraction = block.free_rtol(getattr(torch, dtype)), block.contraction
+    contraction = block.gain.contraction
+    solver = block.solver_at(contraction)
+    rtol = solver.rtol or free_rtol(getattr(torch, dtype), contraction is not None)
     expected = None if contraction is None else expected_contraction(contraction, block.gain.setting.typical)
     sweeps = solver if isinstance(solver, GaussSeidel) else GaussSeidel()  # a file has no acceleration
     omega, first_alone = evaluation_omega(sweeps, expected, rtol <= TIGHT)

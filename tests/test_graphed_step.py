@@ -51,3 +51,16 @@ def test_perturbed_digital_parts_are_refused() -> None:
 def test_slack_is_a_share(slack: Any) -> None:
     with pytest.raises(ffebm.InputError, match=r"slack is .*; expected a relative distance between 0 and 1"):
         ffebm.GraphedStep(hybrid_of(), F.cross_entropy, slack=slack)
+
+
+def test_circuits_that_dropout_masks_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    hybrid = ffebm.convert(model.train(), torch.randn(5, 4), energy="resistive")
+    step = object.__new__(ffebm.GraphedStep)  # without a CUDA device, which the constructor asks for first
+    step.hybrid = hybrid
+    with pytest.raises(
+        ffebm.UnsupportedError, match=r"dropout cuts conductances of its circuit.*set the dropout's p to 0"
+    ):
+        step._check_blocks()
+    hybrid.get_submodule("1").p = 0.0
+    step._check_blocks()

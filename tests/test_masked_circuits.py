@@ -119,3 +119,22 @@ def test_units_that_a_mask_cuts_off_from_the_inputs(energy: str, gradient: str, 
     assert cut or (not bias and gradient != "ep")
     hybrid.eval()
     assert bool(hybrid(x).isfinite().all())
+
+
+class DropRows(nn.Module):
+    """Stochastic depth whose masks are 0 and 1: nothing is scaled, so that its rate counts as 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.new_empty((len(x), 1)).bernoulli_(0.5) if self.training else x
+
+
+def test_a_mask_of_zeros_and_ones_is_a_mask() -> None:
+    model, x = seeded(lambda: dropping((4, 8, 3), 0.3)).train(), noise(5, 4)
+    model[1] = DropRows()
+    hybrid = ffebm.convert(model, x, energy="unamplified", feedback=0.1)
+    block = hybrid.blocks[0].module
+    assert block.program.coupled
+    assert block.program.masks
+    assert block.contraction is None
+    hybrid.eval()
+    assert block.contraction == block.gain.contraction

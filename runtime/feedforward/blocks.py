@@ -249,18 +249,21 @@ class ReboundDropout(ReboundOperation):
         """The owner's present rate, or the captured one of a functional call."""
         return float(getattr(self.owner, "p", self.captured) if self.follows else self.captured)
 
+    @property
+    def drawing(self) -> bool:
+        """Whether anything is dropped in the owner's present mode."""
+        return self.active and self.rate > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself in eval mode."""
-        if not self.active or not self.rate:
+        if not self.drawing:
             return x
         dropped: Tensor = getattr(torch, self.kind)(x, self.rate, True)
         return dropped
 
     def mask(self, x: Tensor) -> Tensor | None:
         """The factor that dropout multiplies `x` by, drawn once; None if it does nothing."""
-        if not self.active or not self.rate:
-            return None
-        return self.forward(torch.ones_like(x))
+        return self.forward(torch.ones_like(x)) if self.drawing else None
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -103,6 +103,11 @@ class TrainingMask(ReboundOperation):
         self.reason = reason
         """What differs, as a sentence fragment."""
 
+    @property
+    def drawing(self) -> bool:
+        """Whether a mask is drawn in the owner's present mode, also one whose factors are 0 and 1, at a rate of 0."""
+        return self.active
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` itself in eval mode."""
         return self.training_part(x) if self.active else x

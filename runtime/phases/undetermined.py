@@ -85,7 +85,7 @@ def _floating(
     frame: Frame, setting: Setting, preactivations: Sequence[Tensor], loop_gain: float, kinks_conduct: bool
 ) -> dict[int, Tensor]:
     """Layer -> the same moves of the potentials that nothing sets, with 0 for all others; only layers that have any."""
-    if not setting.energy.floating or (loop_gain < _FROM and not _masked(frame)):
+    if not setting.energy.floating or (loop_gain < _FROM and not frame.masked):
         return {}
     slopes = [
         _slope(sigma, field, kinks_conduct)
@@ -96,11 +96,6 @@ def _floating(
         return {}
     moves = _moves(frame, setting, preactivations, floating)
     return {index: move.to(preactivations[index]) for index, move in enumerate(moves) if bool(move.any())}
-
-
-def _masked(frame: Frame) -> bool:
-    """Whether random masks cut conductances in this call. The loop gain was measured without them."""
-    return any(frame.drawn.get(register) is not None for register in frame.program.masks)
 
 
 def _moves(
@@ -221,7 +216,7 @@ def _sweep(phase: AdjointPhase, sweeps: int) -> None:
 def _refusal(frame: Frame, floating: dict[int, Tensor], so: str) -> ConvergenceError:
     names = [frame.program.layers[index].name for index in floating]
     mend = "Give the layers weights that are not zero"
-    if _masked(frame):
+    if frame.masked:
         mend += ", or wider layers or a smaller dropout probability, since the masks of this call cut conductances"
     return ConvergenceError(
         f"{frame.program.name}: nothing sets the potentials of units of {', '.join(names)}, since no path of "

@@ -61,6 +61,11 @@ class Frame:
         """σ_l with the present values of its parameters."""
 
     @property
+    def masked(self) -> bool:
+        """Whether this forward has drawn random masks."""
+        return any(self.drawn.get(register) is not None for register in self.program.masks)
+
+    @property
     def back(self) -> Frame:
         """The frame whose pullbacks are the feedback. It is this one if the feedback is tied (`BlockProgram.back`)."""
         if self.program.symmetric:

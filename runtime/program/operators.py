@@ -530,7 +530,7 @@ class Mask(ByValue):
     @property
     def drawing(self) -> bool:
         """Whether the source drops anything in its present mode."""
-        return bool(self.source.active and self.source.rate)
+        return bool(self.source.drawing)
 
     def draw(self, values: Sequence[Tensor]) -> Tensor | None:
         """The mask of this forward; None if dropout does nothing."""

@@ -79,7 +79,7 @@ class Question:
             UnsupportedError: the block has drawn some, which make another circuit for every sample.
         """
         program = self.frame.program
-        if any(self.frame.drawn.get(register) is not None for register in program.masks):
+        if self.frame.masked:
             raise UnsupportedError(
                 f"{program.name} draws random masks (dropout inside the block), so that every sample would be another "
                 "circuit, and a fabric holds one. Keep the dropout digital (force_digital), or call eval()"

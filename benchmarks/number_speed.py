@@ -11,15 +11,24 @@ ONNX, PAGE = "ONNX", "The page, the documentation, the tests"
 CNN, MLP = "residual CNN", "transformer MLP stack"
 PLACES = (("CNN of 32 channels", CNN), ("MLPs", MLP))
 
-SWEEPS = "A step of the CNN is about 100 convolutions beside the source's 38, and sweeps are what is left to leave out."
+SWEEPS = (
+    "A step of the CNN at κ 0.1 is about 100 convolutions beside the source's 38, which take 1.84 times as long. "
+    "Passes over memory and launching, a seventh of backprop's step, are two fifths of this one on a Xeon of 2.5 GHz. "
+    "At κ 0.5 and 0.9 the sweeps alone take more than the target: docs/performance.md."
+)
 PRODUCTS = (
     "At κ 0.1 the arithmetic alone is 2.17 times backprop's, and 1.78 in the transformer. It takes less time than that "
-    "where oneDNN multiplies much faster than the library of the source: docs/performance.md."
+    "only where oneDNN multiplies much faster than the library of the source. Passes over memory and launching come on "
+    "top: docs/performance.md."
 )
 BLOCK = "The bookkeeping of a block, which small layers do not hide."
 FORWARD = "A forward is the source's own pass, two sweeps or more and the check that they suffice."
 MEMORY = "The states of both phases beside the activations that autograd keeps."
 SCHEDULE = "Our step has 0.114 of the schedule's arithmetic. The rest depends on the processor: 0.090 on another one."
+EXPORTS = (
+    "Torch exports the network twice, in eval and in train mode: five sixths of the time of the 8 B. Where Python runs "
+    "faster it takes half as long: docs/partitioning.md."
+)
 PAINT = "The first picture has all of its 2 005 nodes: 0.81 s on another machine (docs/drawing.md)."
 POOLING = "With max pooling the network settles in more sweeps."
 CALLS = "The products that measure the gain are small calls, whose overhead does not shrink with the network."
@@ -182,7 +191,7 @@ NUMBERS: list[Number] = [
         COMPILING,
         "large",
         *(
-            (f"plan on meta, {network}", most(limit, ".1f", " s"), cell("seconds", network=network))
+            (f"plan on meta, {network}", most(limit, ".1f", " s"), cell("seconds", network=network), EXPORTS)
             for network, limit in (("Llama-like, 8 B", 15), ("mixture of experts, 47 B", 15), ("Llama-like, 405 B", 60))
         ),
         ("the largest peak memory of these", most(4, ".2f", " GiB"), largest("gib")),

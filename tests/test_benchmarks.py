@@ -101,6 +101,34 @@ def test_evaluation(tmp_path: Path) -> None:
     assert forward["gflop"] - source["gflop"] == pytest.approx(2 * forward["free_sweeps"] * conv / 1e9, rel=1e-9)
 
 
+def test_parts_of_a_step(tmp_path: Path) -> None:
+    path = tmp_path / "parts.json"
+    done = run("step_parts.py", *CNN, "--only", "ep, default", "--out", str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    (table,) = json.loads(path.read_text(encoding="utf-8"))["tables"]
+    source, ep = table["rows"]
+    for row in (source, ep):
+        assert row["products_ms"] > 0
+        assert row["passes_ms"] > 0
+        assert row["products_ms"] + row["passes_ms"] + row["rest_ms"] == pytest.approx(row["ms"], rel=1e-12)
+    assert ep["operations"] > source["operations"]
+
+
+def test_operations_are_products_or_passes_and_views_are_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = module("step_parts").parts
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+
+    def run() -> None:
+        h = torch.relu(F.conv2d(x, weight))  # a product and a pass
+        (h.flatten(1) @ h.flatten(1).t()).add_(1.0)  # views, a product and a pass
+
+    products, passes, operations = parts(run)
+    assert products > 0
+    assert passes > 0
+    assert operations == 4
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident size is read from /proc")
 @pytest.mark.parametrize("device", DEVICES)
 def test_memory_of_a_step(device: str, tmp_path: Path) -> None:
@@ -277,6 +305,7 @@ def test_vector_fields(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (("training_step.py", "--steps", "0"), "--steps 0: expected at least 1"),
+        (("step_parts.py", "--device", "cuda"), "--device cuda: only a CPU's steps are taken apart"),
         (
             ("equilibrium.py", "--public-code", "nowhere"),
             "--public-code nowhere: there is no model/hopfield/network.py",

@@ -109,22 +109,19 @@ def main() -> None:
         for name in names:
             products, passes, operations = (min(column) for column in zip(*found[name], strict=True))
             total = min(times[name])
-            row = {
-                "name": name,
-                "ms": 1e3 * total,
-                "products_ms": 1e3 * products,
-                "passes_ms": 1e3 * passes,
-                "rest_ms": 1e3 * (total - products - passes),
-                "operations": operations,
-            }
-            first = rows[0] if rows else row
             rows.append(
                 {
-                    **row,
-                    "ratio": row["ms"] / first["ms"],
-                    "products_ratio": row["products_ms"] / first["products_ms"],
+                    "name": name,
+                    "ms": 1e3 * total,
+                    "products_ms": 1e3 * products,
+                    "passes_ms": 1e3 * passes,
+                    "rest_ms": 1e3 * (total - products - passes),
+                    "operations": operations,
                 }
             )
+        for row in rows:  # the source's is the first
+            row["ratio"] = row["ms"] / rows[0]["ms"]
+            row["products_ratio"] = row["products_ms"] / rows[0]["products_ms"]
         print_table(network, rows, COLUMNS)
         tables.append({"title": network, "rows": rows})
     write(tables, options)
